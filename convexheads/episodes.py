@@ -1,0 +1,232 @@
+"""Episodes: splitting tasks into support and query, and evaluating heads over many of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor, nn
+
+from convexheads.errors import InputError
+from convexheads.heads.base import Head
+
+
+
+class Episode(NamedTuple):
+    """A task's examples to fit on and to score; any leading dimensions."""
+
+    support: Tensor
+    support_labels: Tensor
+    query: Tensor
+    query_labels: Tensor
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracies over episodes.
+
+    Attributes:
+        accuracies: of each episode, in 0..1, `(episodes,)`.
+        gaps: certified relative duality gap of each episode's fit; None for a closed form.
+    """
+
+    accuracies: Float[Tensor, " episodes"]
+    gaps: Float[Tensor, " episodes"] | None
+
+    @property
+    def episodes(self) -> int:
+        """Number of episodes."""
+        return len(self.accuracies)
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy, in 0..1."""
+        return self.accuracies.mean().item()
+
+    @property
+    def interval(self) -> float:
+        """Half width of the 95 % confidence interval of the mean: 1.96 standard errors; NaN for one episode."""
+        return 1.96 * self.accuracies.std().item() / math.sqrt(self.episodes) if self.episodes > 1 else math.nan
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.2f} ± {100 * self.interval:.2f} % ({self.episodes} episodes)"
+
+
+def split_task(data: Tensor, labels: Integer[Tensor, "*batch n"], *, shots: int) -> Episode:
+    """Split a task, as learn2learn's tasksets give it, into support and query.
+
+    The first `shots` examples of each class, in the order they stand in, are the support; the others are the query.
+
+    Args:
+        data: images or features, `(*batch, n, ...)`.
+        labels: `(*batch, n)`, in any order.
+        shots: support examples per class, at least 1.
+
+    Returns:
+        Support and query with their labels, leading dimensions kept. Labels are not renumbered.
+
+    Raises:
+        InputError: a class has no example left for the query, or the tasks of the batch differ in size.
+
+    Example:
+        `episode = split_task(*taskset.sample(), shots=5)`
+    """
+    if isinstance(shots, bool) or not isinstance(shots, int) or shots < 1:
+        raise InputError("shots", repr(shots), "an integer of at least 1")
+    if data.shape[: labels.ndim] != labels.shape or labels.ndim < 1:
+        raise InputError("data", f"shape {tuple(data.shape)}", f"the leading dimensions of labels, {tuple(labels.shape)}")
+    batch, n = labels.shape[:-1], labels.shape[-1]
+    rows, flat = labels.reshape(-1, n), data.reshape(-1, *data.shape[labels.ndim - 1 :])
+    same = rows.unsqueeze(-1) == rows.unsqueeze(-2)
+    short = same.sum(-1) <= shots
+    if short.any():
+        task, example = short.nonzero()[0].tolist()
+        count, label = int(same[task, example].sum()), int(rows[task, example])
+        raise InputError("labels", f"{count} examples of class {label} in task {task}", f"more than shots={shots}")
+    in_support = same.tril(-1).sum(-1) < shots
+    sizes = in_support.sum(-1)
+    if (sizes != sizes[0]).any():
+        raise InputError("labels", "tasks with different numbers of classes", "the same number in every task of a batch")
+    order = (~in_support).to(torch.uint8).argsort(-1, stable=True)
+    task = torch.arange(len(rows), device=order.device).unsqueeze(-1)
+
+    def part(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        values, classes = flat[task, chosen], rows[task, chosen]
+        return values.reshape(*batch, *values.shape[1:]), classes.reshape(*batch, -1)
+
+    size = int(sizes[0])
+    return Episode(*part(order[:, :size]), *part(order[:, size:]))
+
+
+def evaluate(
+    head: Head,
+    features: Float[Tensor, "examples d"],
+    labels: Integer[Tensor, " examples"],
+    *,
+    ways: int = 5,
+    shots: int = 5,
+    queries: int = 15,
+    episodes: int = 2000,
+    batch_size: int = 50,
+    seed: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Accuracy of a head over random episodes of cached features.
+
+    The episodes depend on `labels`, the sizes and `seed` only: two heads, or two backbones, evaluated with the same
+    seed see the same ones, so their accuracies can be compared in pairs.
+
+    Args:
+        head: any head.
+        features: one row per image, such as `embed` returns.
+        labels: the class of each, any integers.
+        ways: classes per episode.
+        shots: support examples per class.
+        queries: query examples per class.
+        episodes: how many.
+        batch_size: episodes solved at once; changes the speed only.
+        seed: of the draw.
+        progress: show a bar (where tqdm is installed).
+
+    Raises:
+        InputError: too few classes, or a class has fewer than `shots + queries` examples.
+        SolverError: an episode could not be solved and the head's solver has `on_failure="raise"`.
+    """
+    sizes = {"ways": ways, "shots": shots, "queries": queries, "episodes": episodes, "batch_size": batch_size}
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise InputError(name, repr(size), "an integer of at least 1")
+    if features.ndim != 2 or labels.shape != features.shape[:1]:
+        got = f"shapes {tuple(features.shape)} and {tuple(labels.shape)}"
+        raise InputError("features, labels", got, "(examples, d) and (examples,)")
+    draws = _draw(labels, ways, shots + queries, episodes, seed)
+    fit_labels = torch.arange(ways, device=features.device).repeat_interleave(shots)
+    truth = torch.arange(ways, device=features.device).repeat_interleave(queries)
+    accuracies, gaps = [], []
+    with torch.no_grad(), _bar(episodes, f"{ways}-way {shots}-shot", progress) as bar:
+        while batch := [draw for _, draw in zip(range(batch_size), draws, strict=False)]:
+            chosen = features[torch.stack(batch).to(features.device)]
+            support, query = chosen[:, :, :shots].flatten(1, 2), chosen[:, :, shots:].flatten(1, 2)
+            fitted = head.fit(support, fit_labels.expand(len(batch), -1), ways=ways)
+            accuracies.append((fitted(query).argmax(-1) == truth).double().mean(-1))
+            if fitted.solution is not None:
+                gaps.append(fitted.solution.gap)
+            bar.update(len(batch))
+    return Evaluation(torch.cat(accuracies).cpu(), torch.cat(gaps).cpu() if gaps else None)
+
+
+def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progress: bool = True) -> Tensor:
+    """Features of all images, for `evaluate`: in evaluation mode, without gradient, the backbone's mode restored.
+
+    Args:
+        backbone: maps a batch of images to features; what it returns is flattened to `(batch, d)`.
+        images: `(examples, ...)`, of any dtype that the backbone takes.
+        batch_size: images at once.
+        progress: show a bar (where tqdm is installed).
+
+    Returns:
+        `(examples, d)`, on the images' device.
+    """
+    training = backbone.training
+    parameter = next(backbone.parameters(), images)
+    backbone.eval()
+    features = []
+    try:
+        with torch.no_grad(), _bar(len(images), "embedding", progress) as bar:
+            for batch in images.split(batch_size):
+                features.append(backbone(batch.to(parameter.device)).flatten(1).to(images.device))
+                bar.update(len(batch))
+    finally:
+        backbone.train(training)
+    return torch.cat(features)
+
+
+def _draw(labels: Tensor, ways: int, per_class: int, episodes: int, seed: int) -> Iterator[Integer[Tensor, "ways m"]]:
+    """Indices of the examples of each episode: classes and examples without replacement."""
+    labels = labels.cpu()
+    classes, counts = labels.unique(return_counts=True)
+    if len(classes) < ways:
+        raise InputError("labels", f"{len(classes)} classes", f"at least ways={ways}")
+    if (counts < per_class).any():
+        worst = int(counts.argmin())
+        raise InputError(
+            "labels",
+            f"{counts[worst].item()} examples of class {classes[worst].item()}",
+            f"at least shots + queries = {per_class}",
+        )
+    members = [(labels == label).nonzero().squeeze(-1) for label in classes]
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(count: int, among: int) -> Tensor:
+        return torch.randperm(among, generator=generator)[:count]
+
+    return (
+        torch.stack([members[c][choose(per_class, len(members[c]))] for c in choose(ways, len(classes)).tolist()])
+        for _ in range(episodes)
+    )
+
+
+class _Silent:
+    """Stands where a progress bar is not wanted or tqdm is not installed."""
+
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def update(self, _: int) -> None: ...
+
+
+def _bar(total: int, title: str, progress: bool):
+    if progress:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            pass
+        else:
+            return tqdm(total=total, desc=title, leave=False)
+    return _Silent()

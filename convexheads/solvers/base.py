@@ -1,0 +1,127 @@
+"""What every solver does the same way: flatten, precision, units, certificate, status, complaint."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from convexheads.errors import InputError, SolverError, SolverWarning
+from convexheads.hyperparameters import positive
+from convexheads.precision import full_precision, working_dtype
+from convexheads.solvers.problem import QP, Certificate, Solution, Status
+
+OnFailure = Literal["raise", "warn", "return"]
+
+
+class Solver(ABC):
+    """Solves a batch of `QP`s. Holds hyper-parameters only, so one solver serves any number of heads and threads.
+
+    A subclass writes `_coefficients` and sets `default_tolerance`.
+
+    Args:
+        max_iterations: stop after so many iterations and return what is there, with status `STOPPED`. Early stopping is
+            a choice (the paper stops after three), never a failure. None: until converged.
+        tolerance: relative duality gap at which a task counts as converged; None for what the backend reaches
+            (`default_tolerance`). In float32 (devices without float64) at least 5e-4.
+        on_failure: what happens when a task is not certified to the tolerance: "raise" a `SolverError` that carries the
+            solution, "warn" (`SolverWarning`), or "return" it with its status.
+
+    Raises:
+        InputError: an argument is outside its range.
+        MissingDependencyError: the backend's package is not installed.
+    """
+
+    default_tolerance: ClassVar[float]
+
+    def __init__(
+        self,
+        *,
+        max_iterations: int | None = None,
+        tolerance: float | None = None,
+        on_failure: OnFailure = "raise",
+    ) -> None:
+        name = type(self).__name__
+        whole = isinstance(max_iterations, int) and not isinstance(max_iterations, bool)
+        if max_iterations is not None and (not whole or max_iterations < 1):
+            raise InputError(f"{name}(max_iterations)", repr(max_iterations), "an integer of at least 1, or None")
+        if on_failure not in get_args(OnFailure):
+            raise InputError(f"{name}(on_failure)", repr(on_failure), f"one of {get_args(OnFailure)}")
+        self.max_iterations = max_iterations
+        self.tolerance = self.default_tolerance if tolerance is None else positive(f"{name}(tolerance)", tolerance)
+        self.on_failure = on_failure
+
+    def __repr__(self) -> str:
+        shown = [] if self.max_iterations is None else [f"max_iterations={self.max_iterations}"]
+        if self.tolerance != self.default_tolerance:
+            shown.append(f"tolerance={self.tolerance:g}")
+        if self.on_failure != "raise":
+            shown.append(f"on_failure={self.on_failure!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    @abstractmethod
+    def _coefficients(self, qp: QP) -> tuple[Float[Tensor, "tasks n k"], Int[Tensor, " tasks"] | None]:
+        """Solve a flat batch of problems in units and in working precision.
+
+        Returns:
+            Coefficients with gradient (NaN in the tasks that could not be solved), and the iterations of each task where
+            the backend tells. Must not print, nor let one task change another.
+        """
+
+    def solve(self, qp: QP) -> Solution:
+        """Solve a batch of problems, any number of leading dimensions.
+
+        Raises:
+            SolverError: a task failed and `on_failure="raise"`.
+        """
+        batch, device = qp.linear.shape[:-2], qp.linear.device
+        with full_precision(device):
+            flat, unit, size = qp.flatten().map(lambda _, value: value.to(working_dtype(device))).in_units()
+            # A batch without tasks has its answer already.
+            coef, iterations = self._coefficients(flat) if len(unit) else (flat.linear, None)
+            with torch.no_grad():
+                certificate = flat.detach().certify(coef.detach())
+            solution = Solution(
+                coef=(coef * unit[:, None, None]).reshape(qp.linear.shape),
+                bound_multipliers=(certificate.bound_multipliers * size[:, None, None]).reshape(qp.linear.shape),
+                row_multipliers=(certificate.row_multipliers * size[:, None]).reshape(qp.linear.shape[:-1]),
+                status=self._status(certificate).reshape(batch),
+                gap=certificate.gap.reshape(batch),
+                residual=certificate.residual.reshape(batch),
+                iterations=None if iterations is None else iterations.reshape(batch),
+            )
+        self._complain(solution)
+        return solution
+
+    def _status(self, certificate: Certificate) -> Int[Tensor, " tasks"]:
+        tolerance = max(self.tolerance, 4096 * torch.finfo(certificate.gap.dtype).eps)
+        # The gap is of second order in the error of the coefficients, the residual of first.
+        converged = (certificate.gap <= tolerance) & (certificate.residual <= tolerance**0.5)
+        finite = torch.isfinite(certificate.gap)
+        otherwise = Status.FAILED if self.max_iterations is None else Status.STOPPED
+        status = torch.where(converged, Status.CONVERGED, otherwise)
+        return torch.where(finite, status, Status.FAILED)
+
+    def _complain(self, solution: Solution) -> None:
+        if self.on_failure == "return":
+            return
+        failed = (solution.status == Status.FAILED).nonzero().tolist()
+        if not failed:
+            return
+        named = "; ".join(
+            f"task {tuple(task)}: relative gap {solution.gap[tuple(task)].item():.1e}, "
+            f"residual {solution.residual[tuple(task)].item():.1e}"
+            for task in failed[:5]
+        )
+        message = (
+            f"{type(self).__name__}: {len(failed)} of {solution.status.numel()} tasks not solved to the tolerance "
+            f"{self.tolerance:g} ({named}{'; ...' if len(failed) > 5 else ''}). The whole batch's solution is in "
+            "`SolverError.solution`; on_failure='warn' or 'return' carries on with it."
+        )
+        if self.on_failure == "raise":
+            raise SolverError(message, solution)
+        warnings.warn(message, SolverWarning, stacklevel=2)

@@ -1,0 +1,131 @@
+"""The reference: CVXPY's canonicalisation and Clarabel, differentiated by diffcp."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from convexheads.errors import MissingDependencyError
+from convexheads.solvers import foreign
+from convexheads.solvers.base import OnFailure, Solver
+from convexheads.solvers.problem import QP
+
+
+class CvxpylayersSolver(Solver):
+    """cvxpylayers (Agrawal et al. 2019) with Clarabel: `pip install 'convexheads[cvxpylayers]'`.
+
+    Slow, on CPU only, and independent of everything else here: for checking, not for training. Gradients are diffcp's
+    own. What this adapter mends:
+
+    - `quad_form` with a parameter is not DPP: the Hessian enters by a square root;
+    - compiling takes long: done once per shape and kept;
+    - SCS, the default, is accurate to 1e-2 in the gradient: Clarabel, at 1e-6 of `tolerance`;
+    - diffcp takes gradients below 1e-8 for zero: they are scaled (`solvers/foreign.py`);
+    - one task that can't be solved raises for the batch: it is then solved task by task, and that one is NaN.
+
+    See `Solver` for the arguments.
+    """
+
+    default_tolerance: ClassVar[float] = 1e-4
+
+    def __init__(
+        self,
+        *,
+        max_iterations: int | None = None,
+        tolerance: float | None = None,
+        on_failure: OnFailure = "raise",
+    ) -> None:
+        if find_spec("cvxpylayers") is None:
+            raise MissingDependencyError("cvxpylayers", extra="cvxpylayers", needed_by="CvxpylayersSolver")
+        super().__init__(max_iterations=max_iterations, tolerance=tolerance, on_failure=on_failure)
+
+    def _coefficients(self, qp: QP) -> tuple[Float[Tensor, "tasks n k"], None]:
+        hessian = qp.hessian()
+        bounds = [(sign, bound) for sign, bound in ((1, qp.upper), (-1, qp.lower)) if bound is not None]
+        _, n, k = qp.linear.shape
+        layer = _layer(n, k, tuple(sign for sign, _ in bounds), qp.row_sum)
+        # A missing bound is the idle row `0 a <= 1`.
+        present = [torch.isfinite(bound) for _, bound in bounds]
+        limits = [torch.where(on, sign * bound, 1) for on, (sign, bound) in zip(present, bounds, strict=True)]
+        switches = [on.to(hessian.dtype) for on in present]
+
+        def solve(hessian: Tensor, linear: Tensor, *limits: Tensor) -> Tensor:
+            found: list[Tensor] = []
+            linear = _HessianTerm.apply(linear, hessian, found)
+            root = _root(hessian.detach())
+            parameters = [x for pair in zip(switches, limits, strict=True) for x in pair]
+            found.append(self._attempt(layer, root, linear, *parameters))
+            return found[0]
+
+        return foreign.call(solve, hessian, qp.linear, *limits, backend="CvxpylayersSolver"), None
+
+    def _attempt(self, layer: Any, *parameters: Tensor) -> Tensor:
+        accuracy = self.tolerance * 1e-6
+        arguments: dict[str, Any] = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), accuracy)
+        arguments |= {"max_iter": self.max_iterations or 200}
+        if torch.is_grad_enabled() and any(x.requires_grad for x in parameters):
+            arguments |= {"mode": "lsmr", "n_jobs_backward": 1}
+        try:
+            (solution,) = layer(*(x.cpu() for x in parameters), solver_args=arguments)
+        except (RuntimeError, ValueError, ArithmeticError, _diffcp_error()):
+            if len(parameters[0]) == 1:
+                return torch.full_like(parameters[1], torch.nan)
+            tasks = range(len(parameters[0]))
+            return torch.cat([self._attempt(layer, *(x[task : task + 1] for x in parameters)) for task in tasks])
+        return solution.to(parameters[0].device)
+
+
+def _diffcp_error() -> type[Exception]:
+    from diffcp import SolverError
+
+    return SolverError
+
+
+@lru_cache(maxsize=64)
+def _layer(n: int, k: int, signs: tuple[int, ...], row_sum: bool) -> Any:
+    import cvxpy
+    from cvxpylayers.torch import CvxpyLayer
+
+    coef = cvxpy.Variable((n, k))
+    root, linear = cvxpy.Parameter((n, n)), cvxpy.Parameter((n, k))
+    bounds = [(sign, cvxpy.Parameter((n, k)), cvxpy.Parameter((n, k))) for sign in signs]
+    constraints = [cvxpy.multiply(switch, sign * coef) <= limit for sign, switch, limit in bounds]
+    if row_sum:
+        constraints.append(cvxpy.sum(coef, axis=1) == 0)
+    objective = cvxpy.sum_squares(root @ coef) / 2 - cvxpy.sum(cvxpy.multiply(linear, coef))
+    parameters = [root, linear, *(p for _, *pair in bounds for p in pair)]
+    return CvxpyLayer(
+        cvxpy.Problem(cvxpy.Minimize(objective), constraints),
+        parameters=parameters,
+        variables=[coef],
+        solver="DIFFCP",
+        solver_args={"solve_method": "CLARABEL", "verbose": False, "n_jobs_forward": 1},
+    )
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """R with R'R = matrix, also of a singular one."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)).mT
+
+
+class _HessianTerm(torch.autograd.Function):
+    """Adds the Hessian's gradient to that of the linear term: where `u` is the latter, the former is `-u coef'`.
+
+    It keeps the Cholesky or eigenvalue factor, whose own derivative is ill-conditioned, out of the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, linear: Tensor, hessian: Tensor, found: list[Tensor]) -> Tensor:
+        ctx.found = found
+        return linear.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        outer = gradient @ ctx.found[0].detach().mT
+        return gradient, -(outer + outer.mT) / 2, None

@@ -1,0 +1,212 @@
+"""The one quadratic program behind every multi-class SVM, and what a solver says of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from convexheads.solvers import rows
+
+# Stretching w away from the solution takes rounding errors out of the slacks, which C would multiply.
+_STRETCHES = (1.0, 0.0, *(1 + 10.0**exponent for exponent in range(-14, -5)))
+
+
+class DenseQP(NamedTuple):
+    """`min 1/2 z'Qz + p'z` subject to `Gz <= h`, `Az = b`, with `z` the coefficients row by row."""
+
+    Q: Float[Tensor, "*batch nk nk"]
+    p: Float[Tensor, "*batch nk"]
+    G: Float[Tensor, "*batch inequalities nk"]
+    h: Float[Tensor, "*batch inequalities"]
+    A: Float[Tensor, "*batch equalities nk"]
+    b: Float[Tensor, "*batch equalities"]
+
+
+class Certificate(NamedTuple):
+    """What can be proved about coefficients from the problem alone, whoever computed them."""
+
+    gap: Float[Tensor, "*batch"]
+    residual: Float[Tensor, "*batch"]
+    bound_multipliers: Float[Tensor, "*batch n k"]
+    row_multipliers: Float[Tensor, "*batch n"]
+
+
+@dataclass(frozen=True)
+class QP:
+    """`min 1/2 tr(a'Ka) + smoothing/2 |a|^2 - <linear, a>` subject to `lower <= a <= upper` and `a 1 = 0`.
+
+    Attributes:
+        gram: K, symmetric positive semi-definite, `(*batch, n, n)`.
+        linear: `(*batch, n, k)`.
+        lower: `(*batch, n, k)`, entries may be `-inf`; None where nothing is bounded below.
+        upper: likewise from above. At least one of the two is needed.
+        smoothing: quadratic (Moreau) smoothing of the loss, positive, `(*batch,)`; None for none.
+        row_sum: whether every row of coefficients sums to zero.
+    """
+
+    gram: Float[Tensor, "*batch n n"]
+    linear: Float[Tensor, "*batch n k"]
+    lower: Float[Tensor, "*batch n k"] | None = None
+    upper: Float[Tensor, "*batch n k"] | None = None
+    smoothing: Float[Tensor, "*batch"] | None = None
+    row_sum: bool = True
+
+    def map(self, function) -> QP:
+        """The same problem with `function(name, tensor)` in the place of every tensor."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: function(name, value) for name, value in values.items() if isinstance(value, Tensor)})
+
+    def flatten(self) -> QP:
+        """All leading dimensions as one."""
+        batch = len(self.linear.shape) - 2
+        return self.map(lambda _, value: value.reshape(-1, *value.shape[batch:]))
+
+    def detach(self) -> QP:
+        """The same problem outside the graph."""
+        return self.map(lambda _, value: value.detach())
+
+    def task(self, index: int) -> QP:
+        """The batch of one task; of a flat problem only."""
+        return self.map(lambda _, value: value[index : index + 1])
+
+    def in_units(self) -> tuple[QP, Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+        """The equivalent problem with numbers around one, and the units of its coefficients and of its multipliers.
+
+        A dual SVM depends on C*K alone. In units of `min(C, 1/h)`, h the mean diagonal of K, features scaled by 1e-4
+        or 1e4 and any C look alike to a solver.
+        """
+        with torch.no_grad():
+            size = self.linear.abs().amax((-2, -1))
+            size = torch.where(size > 0, size, 1)
+            curvature = self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+            if self.smoothing is not None:
+                curvature = curvature + self.smoothing
+            unit = torch.where(curvature > 0, size / curvature, torch.inf)
+            bounds = [b.abs().nan_to_num(posinf=0).amax((-2, -1)) for b in (self.lower, self.upper) if b is not None]
+            largest = torch.stack(bounds).amax(0)
+            unit = unit.minimum(torch.where(largest > 0, largest, torch.inf))
+            unit = torch.where(torch.isfinite(unit), unit, 1)
+            factor = {
+                "gram": unit / size,
+                "smoothing": unit / size,
+                "linear": 1 / size,
+                "lower": 1 / unit,
+                "upper": 1 / unit,
+            }
+        scaled = self.map(lambda name, value: value * factor[name][(...,) + (None,) * (value.ndim - unit.ndim)])
+        return scaled, unit, size
+
+    def hessian(self) -> Float[Tensor, "*batch n n"]:
+        """The block that every class has: the Gram matrix, plus the smoothing on its diagonal."""
+        if self.smoothing is None:
+            return self.gram
+        return self.gram + torch.diag_embed(self.smoothing[..., None].expand(self.gram.shape[:-1]))
+
+    def project(self, coef: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n k"]:
+        """The nearest feasible coefficients."""
+        return rows.project(coef, self.lower, self.upper, row_sum=self.row_sum)
+
+    def certify(self, coef: Float[Tensor, "*batch n k"]) -> Certificate:
+        """Bound the distance of `coef` from the optimum by weak duality.
+
+        For feasible coefficients `a` the value `D(a)` is a lower bound, and for any w = Phi'a, stretched by any factor,
+        the primal objective `P(w)` is an upper bound of the same optimum. Their relative difference needs no trust in
+        the solver. Infeasible coefficients are judged by their projection, and `residual` says how far that is.
+
+        Returns:
+            `gap = (P - D) / P`, `residual` (largest distance to the feasible set, relative to the largest coefficient),
+            and the multipliers: those of the bounds positive at an upper and negative at a lower one, zero at free
+            entries.
+        """
+        feasible = self.project(coef)
+        scores = self.gram @ feasible
+        quadratic = (feasible * scores).sum((-2, -1))
+        smoothing = None if self.smoothing is None else self.smoothing[..., None, None]
+        dual = (self.linear * feasible).sum((-2, -1)) - quadratic / 2
+        if smoothing is not None:
+            dual = dual - (smoothing * feasible.square()).sum((-2, -1)) / 2
+
+        stretch = torch.tensor(_STRETCHES, dtype=coef.dtype, device=coef.device)
+        stretch = stretch.view(-1, *[1] * coef.ndim)
+        slope = self.linear - stretch * scores
+        loss, shift = rows.conjugate(slope, self.lower, self.upper, row_sum=self.row_sum, smoothing=smoothing)
+        primal = (stretch[..., 0, 0].square() / 2 * quadratic + loss.sum(-1)).amin(0)
+
+        size = feasible.abs().amax((-2, -1))
+        tiny = torch.finfo(coef.dtype).tiny
+        pull = slope[0] - shift[0] if smoothing is None else slope[0] - shift[0] - smoothing * feasible
+        return Certificate(
+            gap=(primal - dual).clamp_min(0) / primal.abs().maximum(dual.abs()).clamp_min(tiny),
+            residual=(coef - feasible).abs().amax((-2, -1)) / size.clamp_min(tiny),
+            bound_multipliers=pull,
+            row_multipliers=shift[0].squeeze(-1),
+        )
+
+    def dense(self) -> DenseQP:
+        """The general form that other solvers eat, every tensor fully expanded over the batch.
+
+        Here the matrices are nk x nk. An infinite bound becomes the row `0 z <= 1`, so that shapes don't depend on values.
+        """
+        *batch, n, k = self.linear.shape
+        eye = torch.eye(n * k, dtype=self.gram.dtype, device=self.gram.device)
+        hessian = torch.einsum("...ij,cd->...icjd", self.hessian(), eye[:k, :k]).reshape(*batch, n * k, n * k)
+        sides, limits = [], []
+        for sign, bound in ((1, self.upper), (-1, self.lower)):
+            if bound is not None:
+                bound = sign * bound.reshape(*batch, n * k)
+                present = torch.isfinite(bound)
+                sides.append(sign * present[..., None] * eye)
+                limits.append(torch.where(present, bound, 1))
+        equality = eye.view(n, k, n * k).sum(1) if self.row_sum else eye[:0]
+        return DenseQP(
+            Q=hessian,
+            p=-self.linear.reshape(*batch, n * k),
+            G=torch.cat(sides, -2),
+            h=torch.cat(limits, -1),
+            A=equality.expand(*batch, *equality.shape).clone(),
+            b=self.linear.new_zeros(*batch, len(equality)),
+        )
+
+
+class Status(IntEnum):
+    """How the solve of one task ended."""
+
+    CONVERGED = 0
+    """Certified to the tolerance."""
+    STOPPED = 1
+    """Stopped at the `max_iterations` that the user chose: early stopping is a choice, not a failure."""
+    FAILED = 2
+    """Neither: don't trust these coefficients beyond what `gap` says."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solver's answer for a batch of tasks.
+
+    Attributes:
+        coef: dual coefficients, differentiable, `(*batch, n, k)`.
+        bound_multipliers: of the bounds, positive at an upper one, negative at a lower one, `(*batch, n, k)`.
+        row_multipliers: of the zero row sums, `(*batch, n)`.
+        status: `Status` of each task, `(*batch,)`.
+        gap: certified relative duality gap of each task, computed from `coef` whoever solved it, `(*batch,)`.
+        residual: distance of `coef` to the feasible set, relative to its largest entry, `(*batch,)`.
+        iterations: of each task, `(*batch,)`; None where the backend doesn't say.
+    """
+
+    coef: Float[Tensor, "*batch n k"]
+    bound_multipliers: Float[Tensor, "*batch n k"]
+    row_multipliers: Float[Tensor, "*batch n"]
+    status: Int[Tensor, "*batch"]
+    gap: Float[Tensor, "*batch"]
+    residual: Float[Tensor, "*batch"]
+    iterations: Int[Tensor, "*batch"] | None
+
+    @property
+    def converged(self) -> Tensor:
+        """Which tasks are certified to the tolerance, `(*batch,)` of bool."""
+        return self.status == Status.CONVERGED

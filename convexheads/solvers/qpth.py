@@ -1,0 +1,74 @@
+"""The paper's solver, OptNet's qpth, with its known faults kept away from the caller."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from convexheads.errors import MissingDependencyError
+from convexheads.solvers import foreign
+from convexheads.solvers.base import OnFailure, Solver
+from convexheads.solvers.problem import QP
+
+# torch's batched LU on CPU may hang from about 150 rows on with several threads (pytorch issues 141358, 142815).
+_SAFE_ROWS = 128
+# qpth factorises the Hessian, which is singular where n > d: its smallest eigenvalue is lifted to this, relative to a
+# mean diagonal of one.
+_SMALLEST_EIGENVALUE = 1e-6
+
+
+class QpthSolver(Solver):
+    """qpth (Amos & Kolter 2017), the solver of the paper and of its published code: `pip install 'convexheads[qpth]'`.
+
+    `QpthSolver(max_iterations=3)` is the paper's early stopping. Gradients are qpth's own. What this adapter mends:
+
+    - a parameter shared by the batch would get the mean of its gradients: everything is expanded first;
+    - batched LU may hang on CPU: large problems are solved task by task;
+    - a task that can't be factorised would spoil the batch: it is then solved task by task, and that one is NaN;
+    - its double backward is silently wrong: refused with an error;
+    - it prints when residuals are large: status and certified gap instead.
+
+    Its matrices are nk x nk. See `Solver` for the arguments.
+    """
+
+    default_tolerance: ClassVar[float] = 1e-5
+
+    def __init__(
+        self,
+        *,
+        max_iterations: int | None = None,
+        tolerance: float | None = None,
+        on_failure: OnFailure = "raise",
+    ) -> None:
+        if find_spec("qpth") is None:
+            raise MissingDependencyError("qpth", extra="qpth", needed_by="QpthSolver")
+        super().__init__(max_iterations=max_iterations, tolerance=tolerance, on_failure=on_failure)
+
+    def _coefficients(self, qp: QP) -> tuple[Float[Tensor, "tasks n k"], None]:
+        lift = (_SMALLEST_EIGENVALUE - torch.linalg.eigvalsh(qp.detach().hessian())[:, 0]).clamp_min(0)
+        lifted = replace(qp, smoothing=lift if qp.smoothing is None else qp.smoothing + lift)
+        solution = foreign.call(self._solve, *lifted.dense(), backend="QpthSolver")
+        return solution.reshape(qp.linear.shape), None
+
+    def _solve(self, *dense: Tensor) -> Tensor:
+        Q, _, G, _, A, _ = dense
+        whole = self._attempt(*dense) if Q.is_cuda or G.shape[-2] + A.shape[-2] <= _SAFE_ROWS else None
+        if whole is not None and torch.isfinite(whole).all():
+            return whole
+        nothing = torch.full_like(dense[1][:1], torch.nan)
+        alone = (self._attempt(*(part[task : task + 1] for part in dense)) for task in range(len(Q)))
+        return torch.cat([nothing if solution is None else solution for solution in alone])
+
+    def _attempt(self, *dense: Tensor) -> Tensor | None:
+        from qpth.qp import QPFunction
+
+        solve = QPFunction(verbose=-1, maxIter=self.max_iterations or 50, check_Q_spd=False)
+        try:
+            return solve(*dense)
+        except RuntimeError:  # of torch.linalg, on a singular matrix
+            return None
