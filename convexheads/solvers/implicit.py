@@ -22,6 +22,7 @@ from convexheads.solvers.kkt import BlockKKT
 from convexheads.solvers.problem import QP
 
 _REFINEMENTS = 3
+_REGULARISER = 1e-9
 
 
 def attach(qp: QP, coef: Float[Tensor, "tasks n k"], *, polish: bool = True) -> Float[Tensor, "tasks n k"]:
@@ -48,7 +49,7 @@ def attach(qp: QP, coef: Float[Tensor, "tasks n k"], *, polish: bool = True) -> 
     right, sums = qp.linear - hessian @ held, -held.sum(-1)
     value = coef
     with torch.no_grad():
-        kkt = BlockKKT(hessian, free=free.mT, row_sum=qp.row_sum)
+        kkt = BlockKKT(hessian, free=free.mT, row_sum=qp.row_sum, regulariser=_REGULARISER)
         if polish:
             # Where several solutions are optimal, starting at `coef` stays at the one that respects the bounds.
             start = (torch.where(free, coef, 0).mT, certificate.row_multipliers)

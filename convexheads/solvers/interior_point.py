@@ -10,6 +10,11 @@ from convexheads.solvers.kkt import BlockKKT
 from convexheads.solvers.problem import QP
 
 _TO_BOUNDARY = 0.99
+_REGULARISER = 1e-12
+# A gap that was below `_NEAR` and has not halved for `_STALLED` iterations won't fall further.
+_NEAR = 1e-4
+# Where the optimal weights are zero, no relative error of theirs is ever small: then this gap is enough.
+_NOTHING = 1e-16
 _STALLED = 5
 
 
@@ -18,8 +23,9 @@ def interior_point(
 ) -> tuple[Float[Tensor, "tasks n k"], Int[Tensor, " tasks"]]:
     """Mehrotra's predictor-corrector on a flat batch of problems in units (`QP.in_units`).
 
-    Each task stops on its own certificate: at a relative duality gap of `tolerance`, or when the gap has stopped
-    falling. A task that can't be factorised keeps its best iterate and leaves the others alone.
+    Each task stops on its own certificate: when the relative duality gap and the squared relative error of the weights
+    are below `tolerance` (with a small C, the loss makes up most of the objective, and the gap alone says little of the
+    weights), or when the gap has stopped falling. A task that can't be factorised keeps its best iterate and leaves the others alone.
 
     Returns:
         The best certified coefficients of each task, feasible, and its number of iterations.
@@ -45,7 +51,7 @@ def interior_point(
 
     for iteration in range(1, max_iterations + 1):
         weight = multiplier / slack
-        kkt = BlockKKT(hessian, diagonal=(sign.abs() * weight).sum(0), row_sum=qp.row_sum)
+        kkt = BlockKKT(hessian, diagonal=(sign.abs() * weight).sum(0), row_sum=qp.row_sum, regulariser=_REGULARISER)
         stationarity = b @ hessian - linear + (sign * multiplier).sum(0) + shift.unsqueeze(1)
         violation = sign * b + slack - limit
         balance = b.sum(1)
@@ -71,13 +77,15 @@ def interior_point(
         multiplier = multiplier + step * dmultiplier
 
         candidate = qp.project(b.mT)
-        gap = qp.certify(candidate).gap
+        certificate = qp.certify(candidate)
+        gap = certificate.gap
         better = (gap < best_gap) & ~done
         best = torch.where(better[:, None, None], candidate, best)
-        idle = torch.where(gap < best_gap / 2, 0, idle + 1)
+        idle = torch.where((gap < best_gap / 2) | (best_gap > _NEAR), 0, idle + 1)
         best_gap = torch.where(better, gap, best_gap)
         iterations = torch.where(done, iterations, iteration)
-        done = done | (best_gap <= tolerance) | (idle >= _STALLED) | ~torch.isfinite(gap)
+        near = (gap <= tolerance) & ((certificate.weight_error.square() <= tolerance) | (gap <= _NOTHING))
+        done = done | near | (idle >= _STALLED) | ~torch.isfinite(gap)
         if done.all():
             break
     return best, iterations

@@ -15,10 +15,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-# Relative to a unit-scaled diagonal. It keeps singular blocks factorisable; refinement against the unregularised
-# system takes its effect out of the answer again.
-_REGULARISER = 1e-9
-
 
 class BlockKKT:
     """The factors of one such system for each task; a block that can't be factorised gives NaN for its task alone.
@@ -28,6 +24,8 @@ class BlockKKT:
         diagonal: added to each class's block; None for nothing.
         free: the entries that may move; the others are held at zero and their equations dropped. None for all.
         row_sum: whether the row sums tie the classes together.
+        regulariser: added to the diagonal, in units of it. It keeps singular blocks factorisable; refinement against
+            the unregularised system takes its effect out of the answer again.
     """
 
     def __init__(
@@ -37,10 +35,11 @@ class BlockKKT:
         diagonal: Float[Tensor, "tasks k n"] | None = None,
         free: Bool[Tensor, "tasks k n"] | None = None,
         row_sum: bool,
+        regulariser: float,
     ) -> None:
         self.hessian, self.diagonal, self.row_sum = hessian, diagonal, row_sum
         self.free = None if free is None else free.to(hessian.dtype)
-        regulariser = max(_REGULARISER, 4 * torch.finfo(hessian.dtype).eps)
+        regulariser = max(regulariser, 4 * torch.finfo(hessian.dtype).eps)
         if self.free is None:
             assert diagonal is not None
             block = hessian.unsqueeze(1) + torch.diag_embed(diagonal + regulariser)

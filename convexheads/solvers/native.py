@@ -14,6 +14,8 @@ from convexheads.solvers.interior_point import interior_point
 from convexheads.solvers.problem import QP
 
 _ENOUGH_ITERATIONS = 100
+# The interior point goes further than the tolerance, until the active set shows.
+_AIM = 1e-3
 
 
 class NativeSolver(Solver):
@@ -27,11 +29,11 @@ class NativeSolver(Solver):
     problem with the active set which that iterate shows. See `Solver` for the arguments.
     """
 
-    default_tolerance: ClassVar[float] = 1e-9
+    default_tolerance: ClassVar[float] = 1e-6
 
     def _coefficients(self, qp: QP) -> tuple[Float[Tensor, "tasks n k"], Int[Tensor, " tasks"]]:
         with torch.no_grad():
             coef, iterations = interior_point(
-                qp.detach(), tolerance=self.tolerance, max_iterations=self.max_iterations or _ENOUGH_ITERATIONS
+                qp.detach(), tolerance=_AIM * self.tolerance, max_iterations=self.max_iterations or _ENOUGH_ITERATIONS
             )
         return implicit.attach(qp, coef, polish=self.max_iterations is None), iterations

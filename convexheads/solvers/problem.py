@@ -13,7 +13,7 @@ from torch import Tensor
 from convexheads.solvers import rows
 
 # Stretching w away from the solution takes rounding errors out of the slacks, which C would multiply.
-_STRETCHES = (1.0, 0.0, *(1 + 10.0**exponent for exponent in range(-14, -5)))
+_STRETCHES = (1.0, 0.0, *(1 + 10.0**exponent for exponent in range(-14, 0)))
 
 
 class DenseQP(NamedTuple):
@@ -31,6 +31,7 @@ class Certificate(NamedTuple):
     """What can be proved about coefficients from the problem alone, whoever computed them."""
 
     gap: Float[Tensor, "*batch"]
+    weight_error: Float[Tensor, "*batch"]
     residual: Float[Tensor, "*batch"]
     bound_multipliers: Float[Tensor, "*batch n k"]
     row_multipliers: Float[Tensor, "*batch n"]
@@ -119,29 +120,31 @@ class QP:
         the solver. Infeasible coefficients are judged by their projection, and `residual` says how far that is.
 
         Returns:
-            `gap = (P - D) / P`, `residual` (largest distance to the feasible set, relative to the largest coefficient),
-            and the multipliers: those of the bounds positive at an upper and negative at a lower one, zero at free
-            entries.
+            `gap = (P - D) / P`; `weight_error`, a bound of `|w - w*| / |w|`; `residual`, the largest distance to the
+            feasible set relative to the largest coefficient; and the multipliers: those of the bounds positive at an
+            upper and negative at a lower one, zero at free entries.
         """
         feasible = self.project(coef)
         scores = self.gram @ feasible
-        quadratic = (feasible * scores).sum((-2, -1))
+        quadratic = (feasible * scores).sum((-2, -1)).clamp_min(0)
         smoothing = None if self.smoothing is None else self.smoothing[..., None, None]
-        dual = (self.linear * feasible).sum((-2, -1)) - quadratic / 2
-        if smoothing is not None:
-            dual = dual - (smoothing * feasible.square()).sum((-2, -1)) / 2
 
-        stretch = torch.tensor(_STRETCHES, dtype=coef.dtype, device=coef.device)
-        stretch = stretch.view(-1, *[1] * coef.ndim)
+        stretch = torch.tensor(_STRETCHES, dtype=coef.dtype, device=coef.device).view(-1, *[1] * coef.ndim)
         slope = self.linear - stretch * scores
-        loss, shift = rows.conjugate(slope, self.lower, self.upper, row_sum=self.row_sum, smoothing=smoothing)
-        primal = (stretch[..., 0, 0].square() / 2 * quadratic + loss.sum(-1)).amin(0)
+        losses, distances, shift = rows.conjugate(
+            slope, self.lower, self.upper, at=feasible, row_sum=self.row_sum, smoothing=smoothing
+        )
+        stretch = stretch[..., 0, 0]
+        # `P - D` itself, summed from non-negative terms: a difference of objectives would drown small gaps in rounding.
+        gap, best = (distances.clamp_min(0).sum(-1) + (stretch - 1).square() / 2 * quadratic).min(0)
+        primal = (losses.sum(-1) + stretch.square() / 2 * quadratic).gather(0, best.unsqueeze(0)).squeeze(0)
 
         size = feasible.abs().amax((-2, -1))
         tiny = torch.finfo(coef.dtype).tiny
         pull = slope[0] - shift[0] if smoothing is None else slope[0] - shift[0] - smoothing * feasible
         return Certificate(
-            gap=(primal - dual).clamp_min(0) / primal.abs().maximum(dual.abs()).clamp_min(tiny),
+            gap=gap / primal.abs().maximum(gap).clamp_min(tiny),
+            weight_error=(2 * gap / quadratic.clamp_min(tiny)).sqrt(),
             residual=(coef - feasible).abs().amax((-2, -1)) / size.clamp_min(tiny),
             bound_multipliers=pull,
             row_multipliers=shift[0].squeeze(-1),

@@ -18,13 +18,28 @@ def project(value: Tensor, lower: Tensor | None, upper: Tensor | None, *, row_su
 
 
 def conjugate(
-    slope: Tensor, lower: Tensor | None, upper: Tensor | None, *, row_sum: bool, smoothing: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`max <slope, a> - smoothing/2 |a|^2` over the feasible rows `a`, for each row of `slope`, shape `(..., k)`.
+    slope: Tensor,
+    lower: Tensor | None,
+    upper: Tensor | None,
+    *,
+    at: Tensor,
+    row_sum: bool,
+    smoothing: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The maximum of `f(a) = <slope, a> - smoothing/2 |a|^2` over the feasible rows, and how far `f(at)` is from it.
+
+    Args:
+        slope: `(..., k)`.
+        lower: bounds, `(..., k)`.
+        upper: likewise.
+        at: feasible rows, `(..., k)`.
+        row_sum: whether the rows sum to zero.
+        smoothing: positive, broadcasting with `slope`; None for none.
 
     Returns:
-        The maximum, `(...)`: an upper bound of the true one up to rounding, infinite where the row is unbounded. And
-        the multiplier of `sum a = 0`, `(..., 1)` (zeros without row sums).
+        The maximum and its distance from `f(at)`, both `(...)` and upper bounds of the true ones, infinite where the row
+        is unbounded; the distance is a sum of non-negative terms, so tiny ones are exact. And the multiplier of
+        `sum a = 0`, `(..., 1)` (zeros without row sums).
     """
     if not row_sum:
         shift = torch.zeros_like(slope[..., :1])
@@ -39,11 +54,15 @@ def conjugate(
     reduced = slope - shift
     # By weak duality any shift gives an upper bound; the entries then separate.
     if smoothing is not None:
-        row = _clip(reduced / smoothing, lower, upper)
-        return (row * (reduced - smoothing / 2 * row)).sum(-1), shift
-    rising = torch.full_like(reduced, torch.inf) if upper is None else upper
-    falling = torch.full_like(reduced, -torch.inf) if lower is None else lower
-    return torch.where(reduced == 0, 0, torch.where(reduced > 0, rising, falling) * reduced).sum(-1), shift
+        best = _clip(reduced / smoothing, lower, upper)
+        maximum = best * (reduced - smoothing / 2 * best)
+        distance = (best - at) * (reduced - smoothing / 2 * (best + at))
+    else:
+        infinite = torch.full_like(reduced, torch.inf)
+        best = torch.where(reduced > 0, infinite if upper is None else upper, -infinite if lower is None else lower)
+        maximum = torch.where(reduced == 0, 0, reduced * best)
+        distance = torch.where(reduced == 0, 0, reduced * (best - at))
+    return maximum.sum(-1), distance.sum(-1), shift
 
 
 def _balancing_shift(value: Tensor, lower: Tensor | None, upper: Tensor | None) -> Tensor:
@@ -53,8 +72,9 @@ def _balancing_shift(value: Tensor, lower: Tensor | None, upper: Tensor | None) 
     `value - upper`, then free until `value - lower`. Between two breakpoints s solves a linear equation.
     """
     k = value.shape[-1]
-    finite = [bound.abs().nan_to_num(posinf=0) for bound in (lower, upper) if bound is not None]
-    far = 4 * k * (value.abs().amax(-1, keepdim=True) + sum(b.amax(-1, keepdim=True) for b in finite)) + 1
+    # Bounds far beyond what can be reached are brought near: added up as they are, they would cost digits.
+    nearest = _clip(torch.zeros_like(value), lower, upper)
+    far = 2 * k * (value.abs() + nearest.abs()).amax(-1, keepdim=True) + 1
     one = torch.ones_like(value)
     if upper is None:
         start = (k * one[..., :1], value.sum(-1, keepdim=True))
