@@ -91,7 +91,7 @@ def split_task(data: Tensor, labels: Integer[Tensor, "*batch n"], *, shots: int)
     sizes = in_support.sum(-1)
     if (sizes != sizes[0]).any():
         raise InputError("labels", "tasks with different numbers of classes", "the same number in every task of a batch")
-    order = (~in_support).to(torch.uint8).argsort(-1, stable=True)
+    order = (~in_support).to(torch.uint8).argsort(dim=-1, stable=True)
     task = torch.arange(len(rows), device=order.device).unsqueeze(-1)
 
     def part(chosen: Tensor) -> tuple[Tensor, Tensor]:

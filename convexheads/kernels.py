@@ -7,7 +7,7 @@ differentiable. Heads call it in float64.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -17,12 +17,8 @@ from convexheads.errors import InputError
 from convexheads.hyperparameters import Hyperparameter, OneLine, display, positive, value_of
 
 
-class Kernel(Protocol):
-    """What a head needs of a kernel."""
-
-    def __call__(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"], /) -> Float[Tensor, "*batch m n"]:
-        """The Gram matrix between the rows of `x` and those of `y`."""
-        ...
+Kernel = Callable[[Tensor, Tensor], Tensor]
+"""What a head needs of a kernel."""
 
 
 class Linear(OneLine):

@@ -40,12 +40,13 @@ class EpisodicModule(pl.LightningModule):
         head: fitted to every episode; its learnable parameters train along.
         ways: classes of an episode.
         shots: support samples a class.
-        learning_rate: of SGD with Nesterov momentum; falls to zero over the training along one cosine.
+        steps: training steps after which the learning rate has fallen to zero.
+        learning_rate: of SGD with Nesterov momentum; falls along one cosine.
         momentum: of SGD.
         weight_decay: on every parameter.
 
     Example:
-        `Trainer(max_epochs=1).fit(EpisodicModule(backbone, SVMHead(), ways=5, shots=5), batches)`
+        `Trainer(max_epochs=1).fit(EpisodicModule(backbone, SVMHead(), ways=5, shots=5, steps=len(batches)), batches)`
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class EpisodicModule(pl.LightningModule):
         *,
         ways: int,
         shots: int,
+        steps: int,
         learning_rate: float = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
@@ -62,7 +64,7 @@ class EpisodicModule(pl.LightningModule):
         super().__init__()
         self.backbone = backbone
         self.head = head
-        self.ways, self.shots = ways, shots
+        self.ways, self.shots, self.steps = ways, shots, steps
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
 
     def forward(self, samples: Tensor) -> Tensor:
@@ -91,6 +93,6 @@ class EpisodicModule(pl.LightningModule):
             weight_decay=self.weight_decay,
             nesterov=self.momentum > 0,
         )
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+        # The trainer's estimate of the steps would set up the data before a checkpoint's loader state is restored.
+        schedule = optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -113,7 +113,7 @@ class QP:
         return rows.project(coef, self.lower, self.upper, row_sum=self.row_sum)
 
     def certify(self, coef: Float[Tensor, "*batch n k"]) -> Certificate:
-        """Bound the distance of `coef` from the optimum by weak duality.
+        """Bound the distance of `coef` from the optimum by weak duality, for a problem in units (`in_units`).
 
         For feasible coefficients `a` the value `D(a)` is a lower bound, and for any w = Phi'a, stretched by any factor,
         the primal objective `P(w)` is an upper bound of the same optimum. Their relative difference needs no trust in
@@ -121,7 +121,7 @@ class QP:
 
         Returns:
             `gap = (P - D) / P`; `weight_error`, a bound of `|w - w*| / |w|`; `residual`, the largest distance to the
-            feasible set relative to the largest coefficient; and the multipliers: those of the bounds positive at an
+            feasible set relative to the largest coefficient (at least one unit); and the multipliers: those of the bounds positive at an
             upper and negative at a lower one, zero at free entries.
         """
         feasible = self.project(coef)
@@ -143,9 +143,9 @@ class QP:
         tiny = torch.finfo(coef.dtype).tiny
         pull = slope[0] - shift[0] if smoothing is None else slope[0] - shift[0] - smoothing * feasible
         return Certificate(
-            gap=gap / primal.abs().maximum(gap).clamp_min(tiny),
+            gap=gap / primal.abs().maximum(gap).clamp_min(torch.finfo(coef.dtype).eps),
             weight_error=(2 * gap / quadratic.clamp_min(tiny)).sqrt(),
-            residual=(coef - feasible).abs().amax((-2, -1)) / size.clamp_min(tiny),
+            residual=(coef - feasible).abs().amax((-2, -1)) / size.clamp_min(1),
             bound_multipliers=pull,
             row_multipliers=shift[0].squeeze(-1),
         )
@@ -197,7 +197,7 @@ class Solution:
         row_multipliers: of the zero row sums, `(*batch, n)`.
         status: `Status` of each task, `(*batch,)`.
         gap: certified relative duality gap of each task, computed from `coef` whoever solved it, `(*batch,)`.
-        residual: distance of `coef` to the feasible set, relative to its largest entry, `(*batch,)`.
+        residual: largest distance of `coef` to the feasible set, relative to its largest entry, `(*batch,)`.
         iterations: of each task, `(*batch,)`; None where the backend doesn't say.
     """
 

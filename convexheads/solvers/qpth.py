@@ -17,8 +17,8 @@ from convexheads.solvers.problem import QP
 
 # torch's batched LU on CPU may hang from about 150 rows on with several threads (pytorch issues 141358, 142815).
 _SAFE_ROWS = 128
-# qpth factorises the Hessian, which is singular where n > d: its smallest eigenvalue is lifted to this, relative to a
-# mean diagonal of one.
+# qpth factorises the Hessian, which is singular where n > d: its smallest eigenvalue is lifted to this, relative to its
+# mean diagonal.
 _SMALLEST_EIGENVALUE = 1e-6
 
 
@@ -50,7 +50,9 @@ class QpthSolver(Solver):
         super().__init__(max_iterations=max_iterations, tolerance=tolerance, on_failure=on_failure)
 
     def _coefficients(self, qp: QP) -> tuple[Float[Tensor, "tasks n k"], None]:
-        lift = (_SMALLEST_EIGENVALUE - torch.linalg.eigvalsh(qp.detach().hessian())[:, 0]).clamp_min(0)
+        hessian = qp.detach().hessian()
+        wanted = _SMALLEST_EIGENVALUE * hessian.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(_SMALLEST_EIGENVALUE)
+        lift = (wanted - torch.linalg.eigvalsh(hessian)[:, 0]).clamp_min(0)
         lifted = replace(qp, smoothing=lift if qp.smoothing is None else qp.smoothing + lift)
         solution = foreign.call(self._solve, *lifted.dense(), backend="QpthSolver")
         return solution.reshape(qp.linear.shape), None

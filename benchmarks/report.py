@@ -1,0 +1,154 @@
+"""What a run leaves behind: a table, a picture and where the numbers come from."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = ("convexheads", "torch", "torchvision", "learn2learn", "pytorch-lightning", "numpy")
+
+
+class Row(NamedTuple):
+    """The accuracy of one head on one backbone's features.
+
+    Attributes:
+        backbone: "meta-trained" or "untrained".
+        head: the head's name.
+        shots: support images a class.
+        accuracy: mean over the episodes, 0 to 1.
+        interval: half width of the mean's 95 % confidence interval.
+        episodes: how many there were.
+        largest_gap: the largest certified relative duality gap of an episode; None for closed forms.
+    """
+
+    backbone: str
+    head: str
+    shots: int
+    accuracy: float
+    interval: float
+    episodes: int
+    largest_gap: float | None
+
+
+def table(rows: Sequence[Row], title: str) -> Table:
+    """The rows as a table: a line for every backbone and head, a column for every number of shots."""
+    shots = sorted({row.shots for row in rows})
+    result = Table(title=title, title_justify="left")
+    result.add_column("backbone")
+    result.add_column("head")
+    for number in shots:
+        result.add_column(f"{number}-shot accuracy, %", justify="right")
+    result.add_column("largest certified gap", justify="right")
+    for backbone, head in dict.fromkeys((row.backbone, row.head) for row in rows):
+        own = {row.shots: row for row in rows if (row.backbone, row.head) == (backbone, head)}
+        cells = [f"{100 * own[n].accuracy:.2f} ± {100 * own[n].interval:.2f}" if n in own else "" for n in shots]
+        gaps = [row.largest_gap for row in own.values() if row.largest_gap is not None]
+        result.add_row(backbone, head, *cells, f"{max(gaps):.0e}" if gaps else "closed form")
+    return result
+
+
+def write_markdown(result: Table, note: str, path: Path) -> None:
+    """Write the table, and a note below it, as Markdown."""
+    title, result.title, result.box = result.title, None, box.MARKDOWN
+    text = StringIO()
+    Console(file=text, width=200).print(result)
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    body = "\n".join(line for line in lines if line)
+    path.write_text(f"# {title}\n\n{body}\n\n{note}\n", encoding="utf-8")
+
+
+def draw(rows: Sequence[Row], title: str, ways: int, path: Path) -> None:
+    """Draw the accuracies as bars with their 95 % intervals: a group for every number of shots."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shots = sorted({row.shots for row in rows})
+    series = list(dict.fromkeys((row.backbone, row.head) for row in rows))
+    heads = list(dict.fromkeys(row.head for row in rows))
+    width = 0.8 / len(series)
+    figure = Figure(figsize=(2.2 + 2.6 * len(shots), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for i, (backbone, head) in enumerate(series):
+        own = [row for row in rows if (row.backbone, row.head) == (backbone, head)]
+        places = [shots.index(row.shots) + (i - (len(series) - 1) / 2) * width for row in own]
+        heights = [100 * row.accuracy for row in own]
+        bars = axes.bar(
+            places,
+            heights,
+            0.92 * width,
+            yerr=[100 * row.interval for row in own],
+            capsize=3,
+            color=f"C{heads.index(head)}",
+            alpha=1.0 if backbone == "meta-trained" else 0.35,
+            label=f"{head}, {backbone}",
+        )
+        axes.bar_label(bars, [f"{height:.1f}" for height in heights], padding=2, fontsize=8)
+    axes.axhline(100 / ways, color="grey", linestyle="--", linewidth=1, label="chance")
+    axes.set_xticks(range(len(shots)), [f"{number}-shot" for number in shots])
+    axes.set_ylim(0, 105)
+    axes.set_ylabel("accuracy on unseen classes, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, fontsize=10, loc="left")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def details(command: str, seed: int, seconds: dict[str, float], origin: dict[str, Any]) -> str:
+    """Where the numbers come from, as a Markdown list; `origin` is that of `provenance`."""
+    machine = origin["machine"]
+    device = machine["accelerator"] or f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores"
+    times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    versions = ", ".join(f"{name} {value}" for name, value in origin["versions"].items())
+    lines = [f"Command: `{command}`", f"Seed: {seed}", f"Wall time: {times}", f"Machine: {device}"]
+    return "\n".join(f"- {line}" for line in [*lines, f"Versions: {versions}", f"Commit: {origin['commit']}"])
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit and machine: what it takes to judge or repeat a result. No path or host name among it."""
+    return {
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "commit": _commit(),
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,78 @@
+"""Tasks for tests, and the table of what each solver reaches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from convexheads import QP
+
+
+class Task(NamedTuple):
+    support: Tensor
+    labels: Tensor
+    query: Tensor
+    ways: int
+
+
+class Precision(NamedTuple):
+    """Largest relative difference to the native solver, see docs/solvers.md."""
+
+    coef: float
+    logits: float
+    gradient: float
+
+
+# For C times the mean squared length of the features between 1e-3 and 1e3, and a dual with one solution (n <= d, or
+# smoothing > 0). Elsewhere a backend is held to its own certificate only. docs/solvers.md shows this table.
+PRECISION = {
+    "native": Precision(0.0, 0.0, 0.0),
+    "qpth": Precision(1e-5, 1e-5, 1e-2),
+    "cvxpylayers": Precision(1e-3, 1e-4, 1e-1),
+}
+COMFORTABLE = (1e-3, 1e3)
+
+
+def task(
+    *batch: int,
+    shots: tuple[int, ...] = (2, 3, 1),
+    queries: int = 4,
+    d: int = 12,
+    scale: float = 1.0,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Task:
+    """A batch of random tasks, uneven shots, labels in random order, a different one in each task."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.repeat_interleave(torch.arange(len(shots)), torch.tensor(shots))
+    tasks = torch.Size(batch).numel()
+    labels = torch.stack([labels[torch.randperm(len(labels), generator=generator)] for _ in range(tasks)])
+    support = scale * torch.randn(*batch, labels.shape[-1], d, generator=generator, dtype=torch.float64)
+    query = scale * torch.randn(*batch, queries, d, generator=generator, dtype=torch.float64)
+    return Task(support.to(dtype), labels.reshape(*batch, -1), query.to(dtype), len(shots))
+
+
+def crammer_singer(support: Tensor, labels: Tensor, C: float | Tensor, smoothing: float = 0.0) -> QP:
+    """The paper's QP, written down from Eq. 10 and not through the head."""
+    targets = functional.one_hot(labels).to(support)
+    smoothed = torch.full(support.shape[:-2], smoothing, dtype=support.dtype) if smoothing else None
+    return QP(support @ support.mT, linear=targets, upper=C * targets, smoothing=smoothed)
+
+
+def close(value: Tensor, reference: Tensor, scale: Tensor | float = 0.0) -> float:
+    """Largest difference, relative to the largest entry of the reference or to `scale`, whichever is larger."""
+    size = max(reference.abs().max().item(), float(scale), 1e-300)
+    return (value - reference).abs().max().item() / size
+
+
+@st.composite
+def tasks(draw, *, max_shots: int = 4) -> tuple[Task, float]:
+    """The issue's range: ways 1-10, uneven shots, d 1-64, C and feature scale 1e-3 to 1e3. Returns task and C."""
+    shots = draw(st.lists(st.integers(1, max_shots), min_size=1, max_size=10))
+    scale, C = (10.0 ** draw(st.floats(-3, 3)) for _ in range(2))
+    drawn = task(shots=tuple(shots), queries=3, d=draw(st.integers(1, 64)), scale=scale, seed=draw(st.integers(0, 2**31)))
+    return drawn, C

@@ -1,0 +1,303 @@
+"""What every head promises, whatever its base learner and kernel: one table, all properties."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from tasks import close, task
+from torch.autograd import gradcheck, gradgradcheck
+
+from convexheads import (
+    RBF,
+    Cosine,
+    Head,
+    Learnable,
+    Linear,
+    Polynomial,
+    PrototypeHead,
+    RidgeHead,
+    SVMHead,
+)
+
+KERNELS = {
+    "linear": lambda: Linear(),
+    "normalized": lambda: Linear(normalize=True),
+    "cosine": lambda: Cosine(),
+    "rbf": lambda: RBF(Learnable(3.0)),
+    "polynomial": lambda: Polynomial(2, offset=Learnable(1.0), scale=Learnable(0.1)),
+    "function": lambda: lambda x, y: x @ y.mT + 1,
+}
+HEADS: dict[str, Callable[..., Head]] = {
+    "svm": lambda **kw: SVMHead(Learnable(0.3), scale=Learnable(1.5), **kw),
+    "svm-hard": lambda **kw: SVMHead(100.0, **kw),
+    "svm-smooth": lambda **kw: SVMHead(Learnable(0.3), smoothing=1.0, **kw),
+    "svm-learnable-smoothing": lambda **kw: SVMHead(0.3, smoothing=Learnable(0.5), **kw),
+    "ridge": lambda **kw: RidgeHead(Learnable(2.0), scale=Learnable(1.5), **kw),
+    "prototype": lambda **kw: PrototypeHead(scale=Learnable(1.5), **kw),
+}
+
+heads = pytest.mark.parametrize("make", HEADS.values(), ids=HEADS.keys())
+kernels = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
+
+
+@heads
+@kernels
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (0,)], ids=str)
+def test_shapes_and_dtype(make, kernel, batch):
+    support, labels, query, ways = task(2, 3, dtype=torch.float32)
+    flat = (x.flatten(0, 1) for x in (support, labels, query))
+    support, labels, query = (x[: torch.Size(batch).numel()].reshape(*batch, *x.shape[1:]) for x in flat)
+    logits = make(kernel=kernel())(support, labels, query, ways=ways)
+    assert logits.shape == (*batch, query.shape[-2], ways)
+    assert logits.dtype == torch.float32
+
+
+@heads
+@kernels
+def test_batch_equals_loop(make, kernel):
+    support, labels, query, ways = task(2, 3)
+    head = make(kernel=kernel())
+    logits = head(support, labels, query, ways=ways)
+    for i in range(2):
+        for j in range(3):
+            alone = head(support[i, j], labels[i, j], query[i, j], ways=ways)
+            torch.testing.assert_close(logits[i, j], alone, rtol=1e-9, atol=1e-9)
+
+
+DEGENERATE = {
+    "zero": lambda x: torch.zeros_like(x),
+    "duplicates": lambda x: x[:1].expand_as(x).clone(),
+    "pairs": lambda x: torch.cat([x[: len(x) // 2]] * 2 + [x[-1:]])[: len(x)],
+    "rank-one": lambda x: x[:, :1] * torch.ones_like(x),
+    "huge": lambda x: 1e6 * x,
+    "tiny": lambda x: 1e-6 * x,
+}
+
+
+@heads
+@pytest.mark.parametrize("spoil", DEGENERATE.values(), ids=DEGENERATE.keys())
+def test_degenerate_task_leaves_its_neighbours_alone(make, spoil):
+    support, labels, query, ways = task(3, d=20)
+    support[1] = spoil(support[1])
+    head = make()
+    support.requires_grad_()
+    logits = head(support, labels, query, ways=ways)
+    assert torch.isfinite(logits).all()
+    (gradient,) = torch.autograd.grad(logits.square().sum(), support)
+    assert torch.isfinite(gradient).all()
+    for i in range(3):
+        alone = support[i].detach().requires_grad_()
+        scores = head(alone, labels[i], query[i], ways=ways)
+        torch.testing.assert_close(logits[i], scores, rtol=1e-8, atol=1e-10)
+        if i != 1:
+            (expected,) = torch.autograd.grad(scores.square().sum(), alone)
+            torch.testing.assert_close(gradient[i], expected, rtol=1e-7, atol=1e-9)
+
+
+@heads
+def test_more_examples_than_features(make):
+    support, labels, query, ways = task(4, shots=(5, 4, 6), d=2)
+    head = make()
+    logits = head(support, labels, query, ways=ways)
+    for i in range(4):
+        torch.testing.assert_close(logits[i], head(support[i], labels[i], query[i]), rtol=1e-7, atol=1e-9)
+
+
+@heads
+@kernels
+def test_order_of_support_does_not_matter(make, kernel):
+    support, labels, query, ways = task()
+    head, order = make(kernel=kernel()), torch.randperm(len(labels))
+    shuffled = head(support[order], labels[order], query, ways=ways)
+    torch.testing.assert_close(shuffled, head(support, labels, query, ways=ways), rtol=1e-8, atol=1e-9)
+
+
+@heads
+def test_relabelling_permutes_columns(make):
+    support, labels, query, ways = task()
+    permutation = torch.randperm(ways)
+    relabelled = make()(support, permutation[labels], query, ways=ways)
+    expected = make()(support, labels, query, ways=ways)
+    torch.testing.assert_close(relabelled[:, permutation], expected, rtol=1e-8, atol=1e-9)
+
+
+@heads
+@kernels
+def test_queries_are_independent(make, kernel):
+    support, labels, query, ways = task()
+    fitted = make(kernel=kernel()).fit(support, labels, ways=ways)
+    torch.testing.assert_close(torch.cat([fitted(row[None]) for row in query]), fitted(query))
+    assert fitted(query[:0]).shape == (0, ways)
+
+
+@heads
+@kernels
+def test_mask_equals_leaving_out(make, kernel):
+    support, labels, query, ways = task(3, shots=(3, 3, 3))
+    mask = torch.ones_like(labels, dtype=torch.bool)
+    mask[0, 2] = mask[1, 0] = mask[1, 5] = False
+    hidden = support.clone()
+    hidden[~mask] = torch.nan
+    head = make(kernel=kernel())
+    hidden.requires_grad_()
+    logits = head(hidden, labels, query, ways=ways, mask=mask)
+    (gradient,) = torch.autograd.grad(logits.square().sum(), hidden)
+    assert (gradient[~mask] == 0).all()
+    for i in range(3):
+        kept = support[i, mask[i]].requires_grad_()
+        alone = head(kept, labels[i, mask[i]], query[i], ways=ways)
+        torch.testing.assert_close(logits[i], alone, rtol=1e-8, atol=1e-9)
+        (expected,) = torch.autograd.grad(alone.square().sum(), kept)
+        torch.testing.assert_close(gradient[i, mask[i]], expected, rtol=1e-7, atol=1e-9)
+
+
+@heads
+@kernels
+def test_gradcheck(make, kernel):
+    support, labels, query, ways = task(2)
+    head = make(kernel=kernel()).double()
+    names, parameters = zip(*head.named_parameters(), strict=True) if list(head.parameters()) else ((), ())
+
+    def logits(support, query, *values):
+        return torch.func.functional_call(head, dict(zip(names, values, strict=True)), (support, labels, query))
+
+    inputs = (support, query, *(p.detach() for p in parameters))
+    assert gradcheck(logits, [x.requires_grad_() for x in inputs], eps=1e-6, atol=1e-6, rtol=1e-5)
+
+
+@heads
+def test_second_derivative(make):
+    support, labels, query, ways = task()
+    head = make().double()
+
+    def logits(support, query):
+        return head(support, labels, query, ways=ways)
+
+    assert gradgradcheck(logits, [support.requires_grad_(), query.requires_grad_()], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [h for n, h in HEADS.items() if n != "svm-hard"])
+def test_every_learnable_learns(make):
+    support, labels, query, ways = task(2)
+    head = make(kernel=RBF(Learnable(3.0)))
+    head(support, labels, query, ways=ways)[..., 0].sum().backward()
+    for name, parameter in head.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs() > 0, name
+
+
+@heads
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_low_precision_features(make, dtype, tolerance):
+    support, labels, query, ways = task(2)
+    support, query = support.to(dtype), query.to(dtype)
+    head = make()
+    logits = head(support, labels, query, ways=ways)
+    exact = head(support.double(), labels, query.double(), ways=ways)
+    assert logits.dtype == dtype
+    assert close(logits.double(), exact) < tolerance
+
+
+@heads
+@pytest.mark.parametrize("kernel", [Linear(), RBF(3.0)], ids=str)
+def test_autocast_changes_nothing(make, kernel):
+    support, labels, query, ways = task(2, dtype=torch.float32)
+    head = make(kernel=kernel)
+    support.requires_grad_()
+    expected = head(support, labels, query, ways=ways)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), support)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = head(support, labels, query, ways=ways)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(logits.square().sum(), support)[0], gradient)
+
+
+def test_float32_where_float64_is_lacking(monkeypatch):
+    """What a device without float64 gives, tried on the CPU."""
+    support, labels, query, ways = task(4, dtype=torch.float32)
+    exact = SVMHead(0.3)(support.double(), labels, query.double(), ways=ways)
+    for module in ("heads.base", "solvers.base"):
+        monkeypatch.setattr(f"convexheads.{module}.working_dtype", lambda _: torch.float32)
+    fitted = SVMHead(0.3).fit(support, labels, ways=ways)
+    assert fitted.dual.coef.dtype == torch.float32
+    assert fitted.solution.converged.all()
+    assert close(fitted(query).double(), exact) < 1e-3
+
+
+@heads
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_any_integer_labels(make, dtype):
+    support, labels, query, ways = task()
+    expected = make()(support, labels, query, ways=ways)
+    torch.testing.assert_close(make()(support, labels.to(dtype), query), expected)
+
+
+def test_class_without_examples():
+    support, labels, query, _ = task()
+    for head in (SVMHead(), RidgeHead()):
+        logits = head(support, labels, query, ways=5)
+        assert logits.shape[-1] == 5
+        assert torch.isfinite(logits).all()
+
+
+@heads
+def test_nothing_is_kept_on_the_head(make):
+    first, second = task(seed=1), task(seed=2)
+    head = make()
+    before = repr(vars(head))
+    fitted = head.fit(first.support, first.labels)
+    logits = fitted(first.query)
+    other = head.fit(second.support, second.labels)
+    torch.testing.assert_close(fitted(first.query), logits)
+    torch.testing.assert_close(copy.deepcopy(head)(*second[:3]), other(second.query))
+    assert repr(vars(head)) == before
+
+
+@heads
+@kernels
+def test_state_dict_round_trip(make, kernel):
+    head, other = make(kernel=kernel()), make(kernel=kernel())
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.3)
+    other.load_state_dict(head.state_dict())
+    t = task()
+    torch.testing.assert_close(head(*t[:3]), other(*t[:3]))
+
+
+def test_repr_is_the_constructor_call():
+    for head in (
+        SVMHead(C=0.1),
+        SVMHead(C=Learnable(0.5), smoothing=1.0, kernel=RBF(Learnable(2.0)), scale=Learnable(1.0)),
+        RidgeHead(regularization=3.0, kernel=Polynomial(3)),
+        PrototypeHead(kernel=Linear(normalize=True)),
+    ):
+        assert repr(eval(repr(head))) == repr(head)
+
+
+def test_cosine_of_a_zero_vector():
+    x = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    gram = Cosine()(x, torch.eye(3, dtype=torch.float64))
+    gram.sum().backward()
+    assert (gram == 0).all()
+    assert (x.grad == 0).all()
+
+
+@pytest.mark.gpu
+@heads
+@kernels
+def test_cuda_equals_cpu(make, kernel, cuda):
+    support, labels, query, ways = task(3)
+    head = make(kernel=kernel())
+    support.requires_grad_()
+    logits = head(support, labels, query, ways=ways)
+    (gradient,) = torch.autograd.grad(logits.square().sum(), support)
+    head, there = head.to(cuda), support.detach().to(cuda).requires_grad_()
+    logits_there = head(there, labels.to(cuda), query.to(cuda), ways=ways)
+    (gradient_there,) = torch.autograd.grad(logits_there.square().sum(), there)
+    torch.testing.assert_close(logits_there.cpu(), logits, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(gradient_there.cpu(), gradient, rtol=1e-6, atol=1e-8)
