@@ -44,7 +44,7 @@ class Learnable(OneLine):
         return self.log_value.exp()
 
     def extra_repr(self) -> str:
-        return f"{self.value.item():.6g}"
+        return repr(float(f"{self.value.item():.6g}"))
 
 
 Hyperparameter = float | Learnable
@@ -76,4 +76,4 @@ def value_of(hyperparameter: Hyperparameter, like: Tensor) -> Tensor:
 
 def display(hyperparameter: Hyperparameter) -> str:
     """The hyper-parameter as it stands in a constructor call."""
-    return repr(hyperparameter) if isinstance(hyperparameter, Learnable) else f"{hyperparameter:g}"
+    return repr(hyperparameter) if isinstance(hyperparameter, Learnable) else repr(float(hyperparameter))

@@ -156,8 +156,9 @@ def test_mask_equals_leaving_out(make, kernel):
 
 @heads
 @kernels
+@pytest.mark.usefixtures("unchecked")
 def test_gradcheck(make, kernel):
-    support, labels, query, ways = task(2)
+    support, labels, query, ways = task(shots=(2, 1, 2), queries=2, d=5)
     head = make(kernel=kernel()).double()
     names, parameters = zip(*head.named_parameters(), strict=True) if list(head.parameters()) else ((), ())
 
@@ -169,8 +170,9 @@ def test_gradcheck(make, kernel):
 
 
 @heads
+@pytest.mark.usefixtures("unchecked")
 def test_second_derivative(make):
-    support, labels, query, ways = task()
+    support, labels, query, ways = task(shots=(2, 1, 2), queries=2, d=5)
     head = make().double()
 
     def logits(support, query):

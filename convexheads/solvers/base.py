@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from convexheads.errors import InputError, SolverError, SolverWarning
@@ -80,9 +80,12 @@ class Solver(ABC):
         """
         batch, device = qp.linear.shape[:-2], qp.linear.device
         with full_precision(device):
-            flat, unit, size = qp.flatten().map(lambda _, value: value.to(working_dtype(device))).in_units()
+            flat = qp.flatten().map(lambda _, value: value.to(working_dtype(device)))
+            flat, broken = _without_broken_tasks(flat)
+            flat, unit, size = flat.in_units()
             # A batch without tasks has its answer already.
             coef, iterations = self._coefficients(flat) if len(unit) else (flat.linear, None)
+            coef = torch.where(broken[:, None, None], torch.nan, coef)
             with torch.no_grad():
                 certificate = flat.detach().certify(coef.detach())
             solution = Solution(
@@ -125,3 +128,23 @@ class Solver(ABC):
         if self.on_failure == "raise":
             raise SolverError(message, solution)
         warnings.warn(message, SolverWarning, stacklevel=2)
+
+
+def _without_broken_tasks(qp: QP) -> tuple[QP, Bool[Tensor, " tasks"]]:
+    """A trivial problem in the place of every task with non-finite data, and which tasks those are."""
+    bounded = {"lower", "upper"}
+    broken = torch.zeros(len(qp.linear), dtype=torch.bool, device=qp.linear.device)
+
+    def look(name: str, value: Tensor) -> Tensor:
+        nonlocal broken
+        bad = torch.isnan(value) if name in bounded else ~torch.isfinite(value)
+        broken = broken | bad.flatten(1).any(1) if value.ndim > 1 else broken | bad
+        return value
+
+    def mend(name: str, value: Tensor) -> Tensor:
+        harmless = {"gram": torch.eye(qp.gram.shape[-1]).to(value), "linear": 0.0, "lower": -1.0, "upper": 1.0}
+        fill = torch.as_tensor(harmless.get(name, 1.0)).to(value)
+        return torch.where(broken.view(-1, *[1] * (value.ndim - 1)), fill, value)
+
+    qp.map(look)
+    return qp.map(mend), broken

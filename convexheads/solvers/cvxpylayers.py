@@ -99,13 +99,14 @@ def _layer(n: int, k: int, signs: tuple[int, ...], row_sum: bool) -> Any:
         constraints.append(cvxpy.sum(coef, axis=1) == 0)
     objective = cvxpy.sum_squares(root @ coef) / 2 - cvxpy.sum(cvxpy.multiply(linear, coef))
     parameters = [root, linear, *(p for _, *pair in bounds for p in pair)]
-    return CvxpyLayer(
-        cvxpy.Problem(cvxpy.Minimize(objective), constraints),
-        parameters=parameters,
-        variables=[coef],
-        solver="DIFFCP",
-        solver_args={"solve_method": "CLARABEL", "verbose": False, "n_jobs_forward": 1},
-    )
+    with torch.sparse.check_sparse_tensor_invariants(enable=False):  # said so, torch doesn't warn of it
+        return CvxpyLayer(
+            cvxpy.Problem(cvxpy.Minimize(objective), constraints),
+            parameters=parameters,
+            variables=[coef],
+            solver="DIFFCP",
+            solver_args={"solve_method": "CLARABEL", "verbose": False, "n_jobs_forward": 1},
+        )
 
 
 def _root(matrix: Tensor) -> Tensor:

@@ -45,7 +45,8 @@ class QP:
         gram: K, symmetric positive semi-definite, `(*batch, n, n)`.
         linear: `(*batch, n, k)`.
         lower: `(*batch, n, k)`, entries may be `-inf`; None where nothing is bounded below.
-        upper: likewise from above. At least one of the two is needed.
+        upper: likewise from above. At least one of the two is needed; without `row_sum` and without smoothing both, or
+            no gap can be certified.
         smoothing: quadratic (Moreau) smoothing of the loss, positive, `(*batch,)`; None for none.
         row_sum: whether every row of coefficients sums to zero.
     """
@@ -126,7 +127,11 @@ class QP:
         """
         feasible = self.project(coef)
         scores = self.gram @ feasible
-        quadratic = (feasible * scores).sum((-2, -1)).clamp_min(0)
+        quadratic = (feasible * scores).sum((-2, -1))
+        # Weak duality rests on a positive semi-definite Gram matrix; negative curvature beyond rounding disproves that.
+        size = self.gram.diagonal(dim1=-2, dim2=-1).abs().sum(-1) * feasible.square().sum((-2, -1))
+        indefinite = quadratic < -1e-9 * size
+        quadratic = quadratic.clamp_min(0)
         smoothing = None if self.smoothing is None else self.smoothing[..., None, None]
 
         stretch = torch.tensor(_STRETCHES, dtype=coef.dtype, device=coef.device).view(-1, *[1] * coef.ndim)
@@ -139,11 +144,12 @@ class QP:
         gap, best = (distances.clamp_min(0).sum(-1) + (stretch - 1).square() / 2 * quadratic).min(0)
         primal = (losses.sum(-1) + stretch.square() / 2 * quadratic).gather(0, best.unsqueeze(0)).squeeze(0)
 
+        gap = torch.where(indefinite, torch.inf, gap)
         size = feasible.abs().amax((-2, -1))
         tiny = torch.finfo(coef.dtype).tiny
         pull = slope[0] - shift[0] if smoothing is None else slope[0] - shift[0] - smoothing * feasible
         return Certificate(
-            gap=gap / primal.abs().maximum(gap).clamp_min(torch.finfo(coef.dtype).eps),
+            gap=gap / primal.abs().clamp_min(torch.finfo(coef.dtype).eps),
             weight_error=(2 * gap / quadratic.clamp_min(tiny)).sqrt(),
             residual=(coef - feasible).abs().amax((-2, -1)) / size.clamp_min(1),
             bound_multipliers=pull,
@@ -153,7 +159,8 @@ class QP:
     def dense(self) -> DenseQP:
         """The general form that other solvers eat, every tensor fully expanded over the batch.
 
-        Here the matrices are nk x nk. An infinite bound becomes the row `0 z <= 1`, so that shapes don't depend on values.
+        Here the matrices are nk x nk. Infinite bounds are left out; a task that has more of them than another of the batch
+        gets idle rows `0 z <= 1` in their place.
         """
         *batch, n, k = self.linear.shape
         eye = torch.eye(n * k, dtype=self.gram.dtype, device=self.gram.device)
@@ -163,8 +170,10 @@ class QP:
             if bound is not None:
                 bound = sign * bound.reshape(*batch, n * k)
                 present = torch.isfinite(bound)
-                sides.append(sign * present[..., None] * eye)
-                limits.append(torch.where(present, bound, 1))
+                order = (~present).to(torch.uint8).argsort(dim=-1, stable=True)[..., : int(present.sum(-1).max())]
+                present = present.gather(-1, order)
+                sides.append(sign * present[..., None] * eye[order])
+                limits.append(torch.where(present, bound.gather(-1, order), 1))
         equality = eye.view(n, k, n * k).sum(1) if self.row_sum else eye[:0]
         return DenseQP(
             Q=hessian,

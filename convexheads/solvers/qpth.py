@@ -54,7 +54,10 @@ class QpthSolver(Solver):
         wanted = _SMALLEST_EIGENVALUE * hessian.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(_SMALLEST_EIGENVALUE)
         lift = (wanted - torch.linalg.eigvalsh(hessian)[:, 0]).clamp_min(0)
         lifted = replace(qp, smoothing=lift if qp.smoothing is None else qp.smoothing + lift)
-        solution = foreign.call(self._solve, *lifted.dense(), backend="QpthSolver")
+        dense = lifted.dense()
+        if len(qp.linear) > 1 and (dense.G == 0).all(-1).any():  # idle rows, on which qpth's step length is not finite
+            return torch.cat([self._coefficients(qp.task(task))[0] for task in range(len(qp.linear))]), None
+        solution = foreign.call(self._solve, *dense, backend="QpthSolver")
         return solution.reshape(qp.linear.shape), None
 
     def _solve(self, *dense: Tensor) -> Tensor:

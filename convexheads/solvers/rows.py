@@ -106,8 +106,8 @@ def _linear_shift(slope: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     ordered, order = slope.sort(-1, descending=True)
     far = torch.finfo(slope.dtype).max / (4 * slope.shape[-1])
     high = upper.clamp(max=far).expand_as(slope).gather(-1, order).cumsum(-1)
-    low = lower.clamp(min=-far).expand_as(slope).gather(-1, order)
-    total = high + low.sum(-1, keepdim=True) - low.cumsum(-1)
+    low = lower.clamp(min=-far).expand_as(slope).gather(-1, order).flip(-1).cumsum(-1).flip(-1)
+    total = high + torch.cat([low[..., 1:], torch.zeros_like(low[..., :1])], -1)
     first = (total < 0).sum(-1, keepdim=True).clamp_max(slope.shape[-1] - 1)
     return ordered.gather(-1, first)
 

@@ -1,0 +1,201 @@
+"""Splitting tasks and evaluating heads."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import learn2learn as l2l
+import pytest
+import torch
+from torch import nn
+
+from convexheads import InputError, PrototypeHead, RidgeHead, SVMHead, embed, evaluate, split_task
+
+
+def clusters(classes: int = 8, each: int = 30, d: int = 6, noise: float = 1.0, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, d, generator=generator)
+    labels = torch.arange(classes).repeat(each)
+    return centres[labels] + noise * torch.randn(len(labels), d, generator=generator), labels
+
+
+def taskset(ways: int = 3, samples: int = 7):
+    features, labels = clusters()
+    dataset = l2l.data.MetaDataset(torch.utils.data.TensorDataset(features, labels))
+    transforms = [
+        l2l.data.transforms.NWays(dataset, ways),
+        l2l.data.transforms.KShots(dataset, samples),
+        l2l.data.transforms.LoadData(dataset),
+        l2l.data.transforms.RemapLabels(dataset),
+        l2l.data.transforms.ConsecutiveLabels(dataset),
+    ]
+    return l2l.data.Taskset(dataset, transforms)
+
+
+def test_splits_a_learn2learn_task():
+    data, labels = taskset().sample()
+    episode = split_task(data, labels, shots=2)
+    assert episode.support.shape == (6, 6)
+    assert episode.query.shape == (15, 6)
+    assert episode.support_labels.bincount().tolist() == [2, 2, 2]
+    assert episode.query_labels.bincount().tolist() == [5, 5, 5]
+    for c in range(3):
+        members = data[labels == c]
+        assert torch.equal(episode.support[episode.support_labels == c], members[:2])
+        assert torch.equal(episode.query[episode.query_labels == c], members[2:])
+
+
+def test_a_taskset_feeds_a_head():
+    accuracies = []
+    for data, labels in (taskset().sample() for _ in range(20)):
+        episode = split_task(data, labels, shots=2)
+        logits = SVMHead()(episode.support, episode.support_labels, episode.query, ways=3)
+        accuracies.append((logits.argmax(-1) == episode.query_labels).double().mean())
+    assert torch.stack(accuracies).mean() > 0.7
+
+
+def test_splits_batches_with_labels_in_any_order():
+    labels = torch.stack([torch.tensor([0, 0, 0, 1, 1, 2, 2])[torch.randperm(7)] for _ in range(6)]).view(2, 3, 7)
+    data = torch.randn(2, 3, 7, 1, 4, 4)
+    episode = split_task(data, labels, shots=1)
+    assert episode.support.shape == (2, 3, 3, 1, 4, 4)
+    assert episode.query.shape == (2, 3, 4, 1, 4, 4)
+    for i in range(2):
+        for j in range(3):
+            alone = split_task(data[i, j], labels[i, j], shots=1)
+            for part, whole in zip(alone, episode, strict=True):
+                assert torch.equal(part, whole[i, j])
+
+
+@pytest.mark.parametrize(
+    ("labels", "shots", "message"),
+    [
+        ([0, 0, 1, 1], 2, r"labels: got 2 examples of class 0 in task 0, wanted more than shots=2"),
+        ([0, 0, 1, 1], 0, "shots: got 0, wanted an integer of at least 1"),
+        ([[0, 0, 1, 1], [0, 0, 0, 0]], 1, "labels: got tasks with different numbers of classes"),
+        ([0, 0, 1], 1, r"data: got shape \(4, 2\), wanted .*\(3,\)"),
+    ],
+)
+def test_tasks_that_cannot_be_split(labels, shots, message):
+    labels = torch.tensor(labels)
+    data = torch.zeros(*labels.shape, 2) if labels.shape[-1] == 4 else torch.zeros(4, 2)
+    with pytest.raises(InputError, match=message):
+        split_task(data, labels, shots=shots)
+
+
+def test_evaluates_as_a_plain_loop_does():
+    """Mean, interval and certificates against the same episodes solved one by one."""
+    features, labels = clusters()
+    result = evaluate(SVMHead(), features, labels, ways=4, shots=2, queries=5, episodes=30, seed=3, progress=False)
+    from convexheads.episodes import _draw
+
+    accuracies = []
+    for chosen in _draw(labels, 4, 7, 30, 3):
+        assert len({labels[row[0]].item() for row in chosen}) == 4
+        assert chosen.unique().numel() == 4 * 7
+        episode = split_task(features[chosen.flatten()], torch.arange(4).repeat_interleave(7), shots=2)
+        logits = SVMHead()(episode.support, episode.support_labels, episode.query)
+        accuracies.append((logits.argmax(-1) == episode.query_labels).double().mean())
+    torch.testing.assert_close(result.accuracies, torch.stack(accuracies))
+    assert result.episodes == 30
+    assert result.mean == pytest.approx(torch.stack(accuracies).mean().item())
+    assert result.interval == pytest.approx(1.96 * torch.stack(accuracies).std().item() / math.sqrt(30))
+    assert result.gaps.shape == (30,)
+    assert result.gaps.max() < 1e-9
+    assert str(result) == f"{100 * result.mean:.2f} ± {100 * result.interval:.2f} % (30 episodes)"
+
+
+def test_episodes_depend_on_the_seed_only():
+    features, labels = clusters(noise=2.0)
+    options = {"shots": 1, "episodes": 40, "progress": False}
+    first = evaluate(RidgeHead(), features, labels, **options)
+    assert torch.equal(first.accuracies, evaluate(RidgeHead(), features, labels, batch_size=7, **options).accuracies)
+    assert not torch.equal(first.accuracies, evaluate(RidgeHead(), features, labels, seed=1, **options).accuracies)
+    # The same class structure under other names: the same episodes.
+    assert torch.equal(first.accuracies, evaluate(RidgeHead(), features, 10 * labels + 3, **options).accuracies)
+    assert evaluate(RidgeHead(), features, labels, **options).gaps is None
+
+
+def test_chance_level_on_noise_and_certainty_on_clean_clusters():
+    features, labels = clusters(noise=0.0)
+    assert evaluate(PrototypeHead(), features, labels, shots=1, episodes=20, progress=False).mean == 1
+    noise = torch.randn(400, 5)
+    result = evaluate(PrototypeHead(), noise, torch.arange(400) % 10, shots=1, episodes=400, progress=False)
+    assert abs(result.mean - 0.2) < 4 * result.interval / 1.96
+
+
+def test_uneven_classes():
+    features, labels = clusters(classes=6, each=30)
+    keep = (labels != 2) | (torch.arange(len(labels)) < 100)
+    result = evaluate(RidgeHead(), features[keep], labels[keep], ways=3, shots=2, queries=5, episodes=50, progress=False)
+    assert result.episodes == 50
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ways": 9}, "labels: got 8 classes, wanted at least ways=9"),
+        ({"shots": 20}, r"labels: got 30 examples of class 0, wanted at least shots \+ queries = 35"),
+        ({"episodes": 0}, "episodes: got 0, wanted an integer of at least 1"),
+    ],
+)
+def test_impossible_evaluations(options, message):
+    with pytest.raises(InputError, match=message):
+        evaluate(RidgeHead(), *clusters(), **options)
+
+
+def test_progress_bar(capfd):
+    features, labels = clusters()
+    evaluate(RidgeHead(), features, labels, shots=1, episodes=10, progress=True)
+    assert "5-way 1-shot" in capfd.readouterr().err
+    evaluate(RidgeHead(), features, labels, shots=1, episodes=10, progress=False)
+    assert capfd.readouterr().err == ""
+
+
+class Backbone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Dropout(0.5))
+
+    def forward(self, images):
+        return self.layers(images.float())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_embeds_in_evaluation_mode(training):
+    backbone = Backbone().train(training)
+    statistics = backbone.layers[1].running_mean.clone()
+    images = torch.randint(255, (10, 1, 6, 6), dtype=torch.uint8)
+    features = embed(backbone, images, batch_size=4, progress=False)
+    assert features.shape == (10, 3 * 4 * 4)
+    assert not features.requires_grad
+    assert backbone.training == training
+    assert torch.equal(backbone.layers[1].running_mean, statistics)
+    torch.testing.assert_close(features, backbone.eval()(images).flatten(1))
+
+
+def test_embed_restores_the_mode_after_an_error():
+    backbone = Backbone().train()
+    with pytest.raises(RuntimeError):
+        embed(backbone, torch.zeros(2, 2, 6, 6), progress=False)
+    assert backbone.training
+
+
+def test_readme_code_runs():
+    """Every Python block of the README, in one interpreter, in order."""
+    from pathlib import Path
+
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    blocks = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
+    assert len(blocks) >= 2
+    subprocess.run([sys.executable, "-c", "\n".join(blocks)], check=True, timeout=120)
+
+
+@pytest.mark.gpu
+def test_evaluates_on_cuda(cuda):
+    features, labels = clusters()
+    there = evaluate(SVMHead(), features.to(cuda), labels.to(cuda), shots=1, episodes=50, progress=False)
+    here = evaluate(SVMHead(), features, labels, shots=1, episodes=50, progress=False)
+    assert torch.equal(there.accuracies, here.accuracies)

@@ -1,0 +1,145 @@
+"""Bad input: an error of the library's own that names the argument, what came and what was wanted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tasks import task
+
+from convexheads import (
+    RBF,
+    ConvexHeadsError,
+    InputError,
+    Learnable,
+    MissingDependencyError,
+    NativeSolver,
+    Polynomial,
+    PrototypeHead,
+    RidgeHead,
+    SolverError,
+    SVMHead,
+)
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+GOOD = task(2)
+SUPPORT, LABELS, QUERY, WAYS = GOOD
+HEADS = pytest.mark.parametrize("head", [SVMHead(), RidgeHead(), PrototypeHead()], ids=["svm", "ridge", "prototype"])
+
+
+def spoilt(value: torch.Tensor, number: float) -> torch.Tensor:
+    value = value.clone()
+    value[1, 2, 3] = number
+    return value
+
+
+BAD_CALLS = {
+    "support of one dimension": ((SUPPORT[0, 0], LABELS, QUERY), {}, r"support: got shape \(12,\), wanted at least two"),
+    "support that is no tensor": ((SUPPORT.tolist(), LABELS, QUERY), {}, "support: got list, wanted a tensor of float"),
+    "support of integers": ((SUPPORT.long(), LABELS, QUERY), {}, "support: got a tensor of torch.int64, wanted .*floating"),
+    "empty support": ((SUPPORT[:, :0], LABELS[:, :0], QUERY), {}, r"support: got shape \(2, 0, 12\), wanted at least one"),
+    "no features": ((SUPPORT[..., :0], LABELS, QUERY[..., :0]), {}, r"support: got shape \(2, 6, 0\), wanted at least one"),
+    "float labels": ((SUPPORT, LABELS.float(), QUERY), {}, "labels: got a tensor of torch.float32, wanted .*integers"),
+    "bool labels": ((SUPPORT, LABELS.bool(), QUERY), {}, "labels: got a tensor of torch.bool, wanted .*integers"),
+    "labels in a list": ((SUPPORT, LABELS.tolist(), QUERY), {}, "labels: got list, wanted a tensor of integers"),
+    "too few labels": ((SUPPORT, LABELS[:, :4], QUERY), {}, r"labels: got shape \(2, 4\), wanted .*\(2, 6\)"),
+    "labels of one task": ((SUPPORT, LABELS[0], QUERY), {}, r"labels: got shape \(6,\), wanted .*\(2, 6\)"),
+    "negative label": ((SUPPORT, LABELS - 1, QUERY), {}, r"labels: got -1 in task \(0,\), wanted values 0..ways-1"),
+    "label too large": ((SUPPORT, LABELS, QUERY), {"ways": 2}, r"labels: got 2 in task \(0,\), wanted values 0..1"),
+    "no ways": ((SUPPORT, LABELS, QUERY), {"ways": 0}, "ways: got 0, wanted an integer of at least 1"),
+    "fractional ways": ((SUPPORT, LABELS, QUERY), {"ways": 5.0}, "ways: got 5.0, wanted an integer"),
+    "nan in support": ((spoilt(SUPPORT, torch.nan), LABELS, QUERY), {}, r"support: got non-finite .*row 2 of task \(1,\)"),
+    "infinity in query": ((SUPPORT, LABELS, spoilt(QUERY, torch.inf)), {}, r"query: got non-finite .*row 2 of task \(1,\)"),
+    "query of other width": ((SUPPORT, LABELS, QUERY[..., :5]), {}, r"query: got shape \(2, 4, 5\), wanted the feature size"),
+    "query of other tasks": ((SUPPORT, LABELS, QUERY[:1]), {}, r"query: got shape \(1, 4, 12\), wanted the task dimensions"),
+    "query of one dimension": ((SUPPORT, LABELS, QUERY[0, 0]), {}, r"query: got shape \(12,\), wanted at least two"),
+    "integer query": ((SUPPORT, LABELS, QUERY.long()), {}, "query: got a tensor of torch.int64"),
+    "mask of numbers": ((SUPPORT, LABELS, QUERY), {"mask": LABELS}, "mask: got a tensor of torch.int64, wanted .*bool"),
+    "mask of other shape": ((SUPPORT, LABELS, QUERY), {"mask": LABELS[0] > 0}, r"mask: got shape \(6,\), wanted .*\(2, 6\)"),
+    "mask without examples": (
+        (SUPPORT, LABELS, QUERY),
+        {"mask": torch.tensor([[True] * 6, [False] * 6])},
+        r"mask: got no example left in task \(1,\)",
+    ),
+    "labels elsewhere": ((SUPPORT, LABELS.to("meta"), QUERY), {}, "labels: got device meta, wanted .* cpu"),
+    "query elsewhere": ((SUPPORT, LABELS, QUERY.to("meta")), {}, "query: got device meta, wanted .* cpu"),
+}
+
+
+@HEADS
+@pytest.mark.parametrize(("arguments", "options", "message"), BAD_CALLS.values(), ids=BAD_CALLS.keys())
+def test_bad_call(head, arguments, options, message):
+    with pytest.raises(InputError, match=message) as caught:
+        head(*arguments, **options)
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, ConvexHeadsError)
+    assert caught.value.argument in ("support", "labels", "query", "ways", "mask")
+
+
+BAD_ARGUMENTS = {
+    "C zero": (lambda: SVMHead(C=0), "C: got 0, wanted a positive finite number"),
+    "C negative": (lambda: SVMHead(C=-0.1), "C: got -0.1, wanted a positive"),
+    "C infinite": (lambda: SVMHead(C=torch.inf), "C: got inf, wanted a positive"),
+    "C text": (lambda: SVMHead(C="1"), "C: got '1', wanted a positive"),
+    "smoothing negative": (lambda: SVMHead(smoothing=-1), "smoothing: got -1, wanted a non-negative"),
+    "lambda zero": (lambda: RidgeHead(0), "regularization: got 0, wanted a positive"),
+    "scale nan": (lambda: PrototypeHead(scale=torch.nan), "scale: got nan, wanted a positive"),
+    "learnable zero": (lambda: Learnable(0), r"Learnable\(initial\): got 0, wanted a positive"),
+    "width": (lambda: RBF(-1.0), r"RBF\(width\): got -1.0, wanted a positive"),
+    "degree": (lambda: Polynomial(1.5), r"Polynomial\(degree\): got 1.5, wanted an integer"),
+    "offset": (lambda: Polynomial(offset=-1), r"Polynomial\(offset\): got -1, wanted a non-negative"),
+    "kernel": (lambda: SVMHead(kernel="rbf"), r"kernel: got 'rbf', wanted a callable"),
+    "solver name": (lambda: SVMHead(solver="cplex"), "solver: got 'cplex', wanted .*'native', 'qpth', 'cvxpylayers'"),
+    "solver class": (lambda: SVMHead(solver=NativeSolver), "solver: got <class .*, wanted a Solver or one of"),
+    "iterations": (lambda: NativeSolver(max_iterations=0), r"NativeSolver\(max_iterations\): got 0, wanted an integer"),
+    "tolerance": (lambda: NativeSolver(tolerance=0), r"NativeSolver\(tolerance\): got 0, wanted a positive"),
+    "on_failure": (lambda: NativeSolver(on_failure="ignore"), r"\(on_failure\): got 'ignore', wanted one of .*'warn'"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS.keys())
+def test_bad_argument(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_class_without_examples_where_the_head_needs_one():
+    with pytest.raises(InputError, match=r"labels: got no example of class 3 in task \(0,\), wanted one .* 4 classes"):
+        PrototypeHead()(*GOOD[:3], ways=4)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        (lambda x, y: x.sum(-1), r"kernel: got a result of shape \(2, 6\), wanted .*\(2, 6, 6\)"),
+        (lambda x, y: None, "kernel: got a result of NoneType"),
+        (lambda x, y: (x @ y.mT).float(), "kernel: got a result of torch.float32, wanted .*torch.float64"),
+        (lambda x, y: (x @ y.mT).log(), r"kernel: got non-finite values in row 0 of task \(0,\)"),
+    ],
+)
+def test_bad_kernel(kernel, message):
+    with pytest.raises(InputError, match=message):
+        SVMHead(kernel=kernel)(*GOOD[:3])
+
+
+def test_kernel_that_is_not_positive_definite_enough_for_ridge():
+    with pytest.raises(SolverError, match=r"RidgeHead: .*50\.0.* not positive definite in task \(0,\)"):
+        RidgeHead(kernel=lambda x, y: -1000 * (x @ y.mT))(*GOOD[:3])
+
+
+@pytest.mark.parametrize(("name", "extra"), [("qpth", "qpth"), ("cvxpylayers", "cvxpylayers")])
+def test_missing_package(name, extra, monkeypatch):
+    monkeypatch.setattr(f"convexheads.solvers.{name}.find_spec", lambda _: None)
+    with pytest.raises(MissingDependencyError, match=rf"{name}.*pip install 'convexheads\[{extra}\]'") as caught:
+        SVMHead(solver=name)
+    assert isinstance(caught.value, ImportError)
+
+
+@pytest.mark.gpu
+def test_label_out_of_range_on_a_device_shows_in_its_task(cuda):
+    """With `ways` given nothing waits for the device, so a bad label can't raise; it must not pass for a good one."""
+    support, labels, query = (x.to(cuda) for x in GOOD[:3])
+    labels[1, 0] = 7
+    logits = RidgeHead()(support, labels, query, ways=WAYS)
+    assert torch.isfinite(logits[0]).all()
+    assert logits[1].isnan().all()
