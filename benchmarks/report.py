@@ -23,7 +23,7 @@ class Row(NamedTuple):
     """The accuracy of one head on one backbone's features.
 
     Attributes:
-        backbone: "meta-trained" or "untrained".
+        backbone: what the features come from, such as "meta-trained" or "untrained".
         head: the head's name.
         shots: support images a class.
         accuracy: mean over the episodes, 0 to 1.
@@ -76,6 +76,7 @@ def draw(rows: Sequence[Row], title: str, ways: int, path: Path) -> None:
     shots = sorted({row.shots for row in rows})
     series = list(dict.fromkeys((row.backbone, row.head) for row in rows))
     heads = list(dict.fromkeys(row.head for row in rows))
+    backbones = list(dict.fromkeys(row.backbone for row in rows))
     width = 0.8 / len(series)
     figure = Figure(figsize=(2.2 + 2.6 * len(shots), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -91,7 +92,7 @@ def draw(rows: Sequence[Row], title: str, ways: int, path: Path) -> None:
             yerr=[100 * row.interval for row in own],
             capsize=3,
             color=f"C{heads.index(head)}",
-            alpha=1.0 if backbone == "meta-trained" else 0.35,
+            alpha=0.5 ** backbones.index(backbone),
             label=f"{head}, {backbone}",
         )
         axes.bar_label(bars, [f"{height:.1f}" for height in heights], padding=2, fontsize=8)

@@ -27,16 +27,15 @@ import yaml
 from pytorch_lightning.callbacks import ModelCheckpoint, Timer, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 import convexheads as ch
 from benchmarks import report
-from benchmarks.data import CNN4Backbone, EpisodeLoader, ImageSet, load
+from benchmarks.data import EpisodeLoader, ImageSet, load
+from benchmarks.models import HEADS, Conv4, Pixels, make_head
 from convexheads.episodes import embed, evaluate
-from convexheads.heads.base import Head
 from convexheads.integrations.lightning import EpisodicModule
 
-HEADS = ("svm", "ridge", "prototypes")
 LIGHTNING_NOISE = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # its own call into PyTorch
     r"Checkpoint directory .* exists and is not empty",  # as it should when resuming
@@ -112,49 +111,6 @@ class Options:
             if value != plain[name]:
                 words += ["--" + name.replace("_", "-"), str(value).replace(" ", "")]
         return shlex.join(words)
-
-
-class Conv4(nn.Module):
-    """Four blocks of 3 x 3 convolution with 64 filters, batch normalisation, ReLU and 2 x 2 max-pooling.
-
-    Maps uint8 images (n, channels, height, width) to features (n, 64 * (height // 16) * (width // 16)): 256 of them for
-    CIFAR. Layers and initial weights (Xavier uniform; the normalisation's scale uniform in 0 to 1) are those of
-    learn2learn's `CNN4Backbone`. Pixels are standardised first, by constants that checkpoints keep.
-
-    Args:
-        examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants.
-    """
-
-    mean: Tensor
-    deviation: Tensor
-
-    def __init__(self, examples: Tensor) -> None:
-        super().__init__()
-        deviation, mean = torch.std_mean(examples.float(), dim=(0, 2, 3), keepdim=True)
-        self.register_buffer("mean", mean)
-        self.register_buffer("deviation", deviation)
-        layers = CNN4Backbone(hidden_size=64, channels=examples.shape[1], max_pool=True)
-        self.layers = layers.to(memory_format=torch.channels_last)  # a fifth faster on CPU
-
-    def forward(self, images: Tensor) -> Tensor:
-        images = images.contiguous(memory_format=torch.channels_last)
-        return self.layers((images - self.mean) / self.deviation)
-
-
-def make_head(name: str, *, learn_scale: bool = False) -> Head:
-    """The head of that name with the paper's hyper-parameters; optionally with a scale of the logits that is learned.
-
-    Raises:
-        InputError: no such head.
-    """
-    scale = ch.Learnable(1.0) if learn_scale else 1.0
-    if name == "svm":
-        return ch.SVMHead(C=0.1, scale=scale)
-    if name == "ridge":
-        return ch.RidgeHead(regularization=50.0, scale=scale)
-    if name == "prototypes":
-        return ch.PrototypeHead(scale=scale, kernel=ch.Linear(normalize=True))
-    raise ch.InputError("head", repr(name), f"one of {', '.join(HEADS)}")
 
 
 class Validation(pl.Callback):
@@ -267,6 +223,7 @@ def run(options: Options) -> list[report.Row]:
         InputError: an option is unusable, or the data is missing.
     """
     start = time.perf_counter()
+    provenance = report.provenance()
     if options.threads:
         torch.set_num_threads(options.threads)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
@@ -283,13 +240,13 @@ def run(options: Options) -> list[report.Row]:
         learning_rate=options.learning_rate,
         weight_decay=options.weight_decay,
     )
-    untrained = deepcopy(module.backbone)
+    backbones = {"meta-trained": module.backbone, "untrained": deepcopy(module.backbone), "none: pixels": Pixels()}
     training = train(options, data, module)
     begin = time.perf_counter()
-    rows = test(options, data["test"], {"meta-trained": module.backbone, "untrained": untrained})
+    rows = test(options, data["test"], backbones)
     now = time.perf_counter()
     seconds = {"training": training, "evaluation": now - begin, "all": now - start}
-    write(options, rows, {name: round(value, 1) for name, value in seconds.items()})
+    write(options, rows, {name: round(value, 1) for name, value in seconds.items()}, provenance)
     return rows
 
 
@@ -313,14 +270,13 @@ def prepare(options: Options) -> None:
     config.write_text(f"# {options.command()}\n{yaml.safe_dump(options.record(), sort_keys=False)}")
 
 
-def write(options: Options, rows: list[report.Row], seconds: dict[str, float]) -> None:
+def write(options: Options, rows: list[report.Row], seconds: dict[str, float], provenance: dict[str, Any]) -> None:
     """Write the result as JSON, table and picture, and show the table."""
     title = f"{options.dataset}: {options.ways}-way, Conv-4 meta-trained through {options.head}"
     note = (
         f"Mean over {options.test_episodes:,} episodes of unseen classes, the same for every line, "
         f"± half the 95 % confidence interval."
     )
-    provenance = report.provenance()
     result = {"command": options.command(), "results": [row._asdict() for row in rows], "seconds": seconds}
     result |= {"seed": options.seed, **provenance}
     (options.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -1,6 +1,6 @@
 """Few-shot classification heads whose base learner is a convex problem.
 
-    logits = SVMHead(C=0.1)(support, labels, query)
+Two lines: `head = SVMHead(C=0.1)`, then `logits = head(support, labels, query)`.
 """
 
 from importlib.metadata import version

@@ -15,7 +15,6 @@ from convexheads.errors import InputError
 from convexheads.heads.base import Head
 
 
-
 class Episode(NamedTuple):
     """A task's examples to fit on and to score; any leading dimensions."""
 
@@ -78,7 +77,9 @@ def split_task(data: Tensor, labels: Integer[Tensor, "*batch n"], *, shots: int)
     if isinstance(shots, bool) or not isinstance(shots, int) or shots < 1:
         raise InputError("shots", repr(shots), "an integer of at least 1")
     if data.shape[: labels.ndim] != labels.shape or labels.ndim < 1:
-        raise InputError("data", f"shape {tuple(data.shape)}", f"the leading dimensions of labels, {tuple(labels.shape)}")
+        raise InputError(
+            "data", f"shape {tuple(data.shape)}", f"the leading dimensions of labels, {tuple(labels.shape)}"
+        )
     batch, n = labels.shape[:-1], labels.shape[-1]
     rows, flat = labels.reshape(-1, n), data.reshape(-1, *data.shape[labels.ndim - 1 :])
     same = rows.unsqueeze(-1) == rows.unsqueeze(-2)
@@ -90,7 +91,9 @@ def split_task(data: Tensor, labels: Integer[Tensor, "*batch n"], *, shots: int)
     in_support = same.tril(-1).sum(-1) < shots
     sizes = in_support.sum(-1)
     if (sizes != sizes[0]).any():
-        raise InputError("labels", "tasks with different numbers of classes", "the same number in every task of a batch")
+        raise InputError(
+            "labels", "tasks with different numbers of classes", "the same number in every task of a batch"
+        )
     order = (~in_support).to(torch.uint8).argsort(dim=-1, stable=True)
     task = torch.arange(len(rows), device=order.device).unsqueeze(-1)
 

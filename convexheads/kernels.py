@@ -16,7 +16,6 @@ from torch import Tensor
 from convexheads.errors import InputError
 from convexheads.hyperparameters import Hyperparameter, OneLine, display, positive, value_of
 
-
 Kernel = Callable[[Tensor, Tensor], Tensor]
 """What a head needs of a kernel."""
 

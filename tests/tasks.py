@@ -74,5 +74,7 @@ def tasks(draw, *, max_shots: int = 4) -> tuple[Task, float]:
     """The issue's range: ways 1-10, uneven shots, d 1-64, C and feature scale 1e-3 to 1e3. Returns task and C."""
     shots = draw(st.lists(st.integers(1, max_shots), min_size=1, max_size=10))
     scale, C = (10.0 ** draw(st.floats(-3, 3)) for _ in range(2))
-    drawn = task(shots=tuple(shots), queries=3, d=draw(st.integers(1, 64)), scale=scale, seed=draw(st.integers(0, 2**31)))
+    drawn = task(
+        shots=tuple(shots), queries=3, d=draw(st.integers(1, 64)), scale=scale, seed=draw(st.integers(0, 2**31))
+    )
     return drawn, C

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 import random
 import shutil
@@ -24,14 +23,6 @@ from convexheads import InputError
 SPLITS = ("train", "val", "test")
 CLASSES = [name for split in SPLITS for name in split_classes("cifar-fs", split)]
 COUNT = 3
-
-
-@pytest.fixture(scope="session")
-def data_root() -> Path:
-    """The folder of the real data sets."""
-    if not (root := os.environ.get("CONVEXHEADS_DATA")):
-        pytest.skip("CONVEXHEADS_DATA does not name the folder of the data sets")
-    return Path(root)
 
 
 @pytest.fixture(scope="session")

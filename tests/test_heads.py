@@ -158,7 +158,7 @@ def test_mask_equals_leaving_out(make, kernel):
 @kernels
 @pytest.mark.usefixtures("unchecked")
 def test_gradcheck(make, kernel):
-    support, labels, query, ways = task(shots=(2, 1, 2), queries=2, d=5)
+    support, labels, query, _ = task(shots=(2, 1, 2), queries=2, d=5)
     head = make(kernel=kernel()).double()
     names, parameters = zip(*head.named_parameters(), strict=True) if list(head.parameters()) else ((), ())
 

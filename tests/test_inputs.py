@@ -34,11 +34,27 @@ def spoilt(value: torch.Tensor, number: float) -> torch.Tensor:
 
 
 BAD_CALLS = {
-    "support of one dimension": ((SUPPORT[0, 0], LABELS, QUERY), {}, r"support: got shape \(12,\), wanted at least two"),
+    "support of one dimension": (
+        (SUPPORT[0, 0], LABELS, QUERY),
+        {},
+        r"support: got shape \(12,\), wanted at least two",
+    ),
     "support that is no tensor": ((SUPPORT.tolist(), LABELS, QUERY), {}, "support: got list, wanted a tensor of float"),
-    "support of integers": ((SUPPORT.long(), LABELS, QUERY), {}, "support: got a tensor of torch.int64, wanted .*floating"),
-    "empty support": ((SUPPORT[:, :0], LABELS[:, :0], QUERY), {}, r"support: got shape \(2, 0, 12\), wanted at least one"),
-    "no features": ((SUPPORT[..., :0], LABELS, QUERY[..., :0]), {}, r"support: got shape \(2, 6, 0\), wanted at least one"),
+    "support of integers": (
+        (SUPPORT.long(), LABELS, QUERY),
+        {},
+        "support: got a tensor of torch.int64, wanted .*floating",
+    ),
+    "empty support": (
+        (SUPPORT[:, :0], LABELS[:, :0], QUERY),
+        {},
+        r"support: got shape \(2, 0, 12\), wanted at least one",
+    ),
+    "no features": (
+        (SUPPORT[..., :0], LABELS, QUERY[..., :0]),
+        {},
+        r"support: got shape \(2, 6, 0\), wanted at least one",
+    ),
     "float labels": ((SUPPORT, LABELS.float(), QUERY), {}, "labels: got a tensor of torch.float32, wanted .*integers"),
     "bool labels": ((SUPPORT, LABELS.bool(), QUERY), {}, "labels: got a tensor of torch.bool, wanted .*integers"),
     "labels in a list": ((SUPPORT, LABELS.tolist(), QUERY), {}, "labels: got list, wanted a tensor of integers"),
@@ -48,14 +64,34 @@ BAD_CALLS = {
     "label too large": ((SUPPORT, LABELS, QUERY), {"ways": 2}, r"labels: got 2 in task \(0,\), wanted values 0..1"),
     "no ways": ((SUPPORT, LABELS, QUERY), {"ways": 0}, "ways: got 0, wanted an integer of at least 1"),
     "fractional ways": ((SUPPORT, LABELS, QUERY), {"ways": 5.0}, "ways: got 5.0, wanted an integer"),
-    "nan in support": ((spoilt(SUPPORT, torch.nan), LABELS, QUERY), {}, r"support: got non-finite .*row 2 of task \(1,\)"),
-    "infinity in query": ((SUPPORT, LABELS, spoilt(QUERY, torch.inf)), {}, r"query: got non-finite .*row 2 of task \(1,\)"),
-    "query of other width": ((SUPPORT, LABELS, QUERY[..., :5]), {}, r"query: got shape \(2, 4, 5\), wanted the feature size"),
-    "query of other tasks": ((SUPPORT, LABELS, QUERY[:1]), {}, r"query: got shape \(1, 4, 12\), wanted the task dimensions"),
+    "nan in support": (
+        (spoilt(SUPPORT, torch.nan), LABELS, QUERY),
+        {},
+        r"support: got non-finite .*row 2 of task \(1,\)",
+    ),
+    "infinity in query": (
+        (SUPPORT, LABELS, spoilt(QUERY, torch.inf)),
+        {},
+        r"query: got non-finite .*row 2 of task \(1,\)",
+    ),
+    "query of other width": (
+        (SUPPORT, LABELS, QUERY[..., :5]),
+        {},
+        r"query: got shape \(2, 4, 5\), wanted the feature size",
+    ),
+    "query of other tasks": (
+        (SUPPORT, LABELS, QUERY[:1]),
+        {},
+        r"query: got shape \(1, 4, 12\), wanted the task dimensions",
+    ),
     "query of one dimension": ((SUPPORT, LABELS, QUERY[0, 0]), {}, r"query: got shape \(12,\), wanted at least two"),
     "integer query": ((SUPPORT, LABELS, QUERY.long()), {}, "query: got a tensor of torch.int64"),
     "mask of numbers": ((SUPPORT, LABELS, QUERY), {"mask": LABELS}, "mask: got a tensor of torch.int64, wanted .*bool"),
-    "mask of other shape": ((SUPPORT, LABELS, QUERY), {"mask": LABELS[0] > 0}, r"mask: got shape \(6,\), wanted .*\(2, 6\)"),
+    "mask of other shape": (
+        (SUPPORT, LABELS, QUERY),
+        {"mask": LABELS[0] > 0},
+        r"mask: got shape \(6,\), wanted .*\(2, 6\)",
+    ),
     "mask without examples": (
         (SUPPORT, LABELS, QUERY),
         {"mask": torch.tensor([[True] * 6, [False] * 6])},

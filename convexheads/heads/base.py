@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Integer
-from torch import Tensor, nn
+from torch import Tensor
 
 from convexheads.errors import InputError
 from convexheads.heads import inputs
@@ -20,7 +20,9 @@ from convexheads.solvers import Solution
 
 @dataclass(frozen=True)
 class Dual:
-    """What a head learns from a Gram matrix: `scores = kernel(query, support) @ coef + bias + norm * kernel(query, query)`.
+    """What a head learns from a Gram matrix.
+
+    The scores of a query q are `kernel(q, support) @ coef + bias + norm * kernel(q, q)`.
 
     Attributes:
         coef: dual coefficients, `(*batch, n, k)`.

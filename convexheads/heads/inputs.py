@@ -18,10 +18,15 @@ def check_support(
     anyway.
     """
     _check_features("support", support)
-    *batch, n, d = support.shape
+    *_, n, d = support.shape
     if n == 0 or d == 0:
         raise InputError("support", _shape(support), "at least one example and one feature, (*batch, n, d)")
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if (
+        not isinstance(labels, Tensor)
+        or labels.is_floating_point()
+        or labels.is_complex()
+        or labels.dtype == torch.bool
+    ):
         got = f"a tensor of {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
         raise InputError("labels", got, "a tensor of integers 0..ways-1")
     if labels.shape != support.shape[:-1]:
@@ -50,13 +55,17 @@ def check_support(
     if ways is None:
         ways = int(known.max().item()) + 1 if known.numel() else 1
     elif (known >= ways).any():
-        raise InputError("labels", f"{known.max().item()} in {_first((known >= ways).any(-1))}", f"values 0..{ways - 1}")
+        raise InputError(
+            "labels", f"{known.max().item()} in {_first((known >= ways).any(-1))}", f"values 0..{ways - 1}"
+        )
     if needs_every_class:
         counts = one_hot(labels, ways, mask, torch.float32).sum(-2)
         if (counts == 0).any():
             *task, missing = (counts == 0).nonzero()[0].tolist()
             where = f" in task {tuple(task)}" if task else ""
-            raise InputError("labels", f"no example of class {missing}{where}", f"one at least of each of {ways} classes")
+            raise InputError(
+                "labels", f"no example of class {missing}{where}", f"one at least of each of {ways} classes"
+            )
     return ways
 
 

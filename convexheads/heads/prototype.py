@@ -16,13 +16,10 @@ class PrototypeHead(Head):
     With the class mean \(m_c\), the convex problem \(\min_m \sum_{n: y_n = c} |x_n - m|^2\) in closed form:
     \(-|q - m_c|^2 = 2 q \cdot m_c - |m_c|^2 - |q|^2\), which needs inner products only.
 
-    The paper divides the distance by the feature dimension (Section 4.1): `PrototypeHead(kernel=Linear(normalize=True))`.
+    The paper divides the distance by the feature dimension (Section 4.1), which is
+    `PrototypeHead(kernel=Linear(normalize=True))`.
 
-    Args:
-        kernel, scale: as for every `Head`.
-
-    Raises:
-        InputError: an argument is unusable; on fitting, a class without examples.
+    Takes `kernel` and `scale`, as every `Head` does. Fitting raises `InputError` for a class without examples.
     """
 
     needs_every_class: ClassVar[bool] = True

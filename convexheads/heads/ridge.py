@@ -18,13 +18,13 @@ class RidgeHead(Head):
     Primal: \(\min_W \frac12 |XW - Y|^2 + \frac{\lambda}{2} |W|^2\). Dual: \(\alpha = (K + \lambda I)^{-1} Y\), one
     Cholesky of n x n for all classes.
 
-    The same as the paper's Eq. 11 up to that equation's constants, which don't follow from the primal above as printed. The
-    authors' published ridge code returns twice these coefficients, which their learnable scale absorbs; their R2D2 code
-    returns these.
+    This is the paper's Eq. 11 up to the constants printed there. The authors' published ridge code returns twice these
+    coefficients, which their learnable scale absorbs; their R2D2 code returns these.
 
     Args:
         regularization: lambda, positive; a float or `Learnable`. Default 50, the paper's.
-        kernel, scale: as for every `Head`.
+        kernel: any callable `(x, y) -> gram`; default `Linear()`.
+        scale: factor of all logits (Eq. 12's gamma), a float or `Learnable`; default 1.
 
     Raises:
         InputError: an argument is unusable.
@@ -46,8 +46,9 @@ class RidgeHead(Head):
         failed = (info != 0).nonzero().tolist()
         if failed:
             raise SolverError(
-                f"RidgeHead: the Gram matrix plus {display(self.regularization)} on its diagonal is not positive definite "
-                f"in task {tuple(failed[0])}; wanted a positive semi-definite kernel, or a larger regularization"
+                f"RidgeHead: the Gram matrix plus {display(self.regularization)} on its diagonal is not positive "
+                f"definite in task {tuple(failed[0])}; wanted a positive semi-definite kernel, or a larger "
+                "regularization"
             )
         return Dual(torch.cholesky_solve(targets, factor))
 

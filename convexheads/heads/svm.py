@@ -26,10 +26,11 @@ class SVMHead(Head):
 
     Args:
         C: weight of the slacks, positive; a float or `Learnable`. Default 0.1, the paper's.
-        smoothing: quadratic smoothing of the loss, \(\frac{\delta}{2}|\alpha|^2\) in the dual: 0 is the paper's Eq. 10, 1
-            the authors' published code and learn2learn's. A float or `Learnable`. Default 0.
+        smoothing: quadratic smoothing of the loss, \(\frac{\delta}{2}|\alpha|^2\) in the dual: 0 is the paper's Eq. 10,
+            1 the authors' published code and learn2learn's. A float or `Learnable`. Default 0.
         solver: a `Solver` or the name of one: "native" (default), "qpth", "cvxpylayers".
-        kernel, scale: as for every `Head`.
+        kernel: any callable `(x, y) -> gram`; default `Linear()`.
+        scale: factor of all logits (Eq. 12's gamma), a float or `Learnable`; default 1.
 
     Raises:
         InputError: an argument is unusable.
@@ -56,7 +57,9 @@ class SVMHead(Head):
         targets = torch.cat([targets[..., :1] + 1 - labelled, targets[..., 1:]], -1)
         smoothed = isinstance(self.smoothing, Learnable) or self.smoothing > 0
         smoothing = value_of(self.smoothing, gram).expand(gram.shape[:-2]) if smoothed else None
-        solution = self.solver.solve(QP(gram, linear=targets, upper=value_of(self.C, gram) * targets, smoothing=smoothing))
+        solution = self.solver.solve(
+            QP(gram, linear=targets, upper=value_of(self.C, gram) * targets, smoothing=smoothing)
+        )
         return Dual(solution.coef, solution=solution)
 
     def _settings(self) -> list[str]:

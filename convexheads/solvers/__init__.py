@@ -15,7 +15,17 @@ SOLVERS: dict[str, type[Solver]] = {
     "cvxpylayers": CvxpylayersSolver,
 }
 
-__all__ = ["QP", "SOLVERS", "CvxpylayersSolver", "NativeSolver", "QpthSolver", "Solution", "Solver", "Status", "get_solver"]
+__all__ = [
+    "QP",
+    "SOLVERS",
+    "CvxpylayersSolver",
+    "NativeSolver",
+    "QpthSolver",
+    "Solution",
+    "Solver",
+    "Status",
+    "get_solver",
+]
 
 
 def get_solver(solver: Solver | str) -> Solver:

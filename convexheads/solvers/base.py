@@ -68,8 +68,8 @@ class Solver(ABC):
         """Solve a flat batch of problems in units and in working precision.
 
         Returns:
-            Coefficients with gradient (NaN in the tasks that could not be solved), and the iterations of each task where
-            the backend tells. Must not print, nor let one task change another.
+            Coefficients with gradient (NaN in the tasks that could not be solved), and the iterations of each task
+            where the backend tells. Must not print, nor let one task change another.
         """
 
     def solve(self, qp: QP) -> Solution:

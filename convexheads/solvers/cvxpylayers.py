@@ -89,12 +89,12 @@ def _diffcp_error() -> type[Exception]:
 @lru_cache(maxsize=64)
 def _layer(n: int, k: int, signs: tuple[int, ...], row_sum: bool) -> Any:
     import cvxpy
-    from cvxpylayers.torch import CvxpyLayer
+    from cvxpylayers.torch.cvxpylayer import CvxpyLayer
 
     coef = cvxpy.Variable((n, k))
     root, linear = cvxpy.Parameter((n, n)), cvxpy.Parameter((n, k))
     bounds = [(sign, cvxpy.Parameter((n, k)), cvxpy.Parameter((n, k))) for sign in signs]
-    constraints = [cvxpy.multiply(switch, sign * coef) <= limit for sign, switch, limit in bounds]
+    constraints: list[Any] = [cvxpy.multiply(switch, sign * coef) <= limit for sign, switch, limit in bounds]
     if row_sum:
         constraints.append(cvxpy.sum(coef, axis=1) == 0)
     objective = cvxpy.sum_squares(root @ coef) / 2 - cvxpy.sum(cvxpy.multiply(linear, coef))

@@ -13,8 +13,8 @@ from convexheads.errors import ConvexHeadsError
 def call(solve: Callable[..., Tensor], *inputs: Tensor, backend: str) -> Tensor:
     """`solve(*inputs)`, differentiable once.
 
-    - Incoming gradients are scaled to one, task by task, and the outgoing ones back: backends compare them with absolute
-      thresholds (diffcp takes a gradient below 1e-8 for zero).
+    - Incoming gradients are scaled to one, task by task, and the outgoing ones back: backends compare them with
+      absolute thresholds (diffcp takes a gradient below 1e-8 for zero).
     - Asking for a second derivative raises `ConvexHeadsError`: no backend gives a right one, and some give a wrong one.
 
     Args:
@@ -59,5 +59,6 @@ class _Refuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _):
         raise ConvexHeadsError(
-            f"second derivative: got a request for one through {ctx.backend}, wanted a solver that has it (NativeSolver)"
+            f"second derivative: got a request for one through {ctx.backend}, wanted a solver that has it "
+            "(NativeSolver)"
         )

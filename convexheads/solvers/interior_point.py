@@ -25,7 +25,8 @@ def interior_point(
 
     Each task stops on its own certificate: when the relative duality gap and the squared relative error of the weights
     are below `tolerance` (with a small C, the loss makes up most of the objective, and the gap alone says little of the
-    weights), or when the gap has stopped falling. A task that can't be factorised keeps its best iterate and leaves the others alone.
+    weights), or when the gap has stopped falling. A task that can't be factorised keeps its best iterate and leaves the
+    others alone.
 
     Returns:
         The best certified coefficients of each task, feasible, and its number of iterations.

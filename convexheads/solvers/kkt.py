@@ -38,18 +38,18 @@ class BlockKKT:
         regulariser: float,
     ) -> None:
         self.hessian, self.diagonal, self.row_sum = hessian, diagonal, row_sum
-        self.free = None if free is None else free.to(hessian.dtype)
-        regulariser = max(regulariser, 4 * torch.finfo(hessian.dtype).eps)
-        if self.free is None:
-            assert diagonal is not None
-            block = hessian.unsqueeze(1) + torch.diag_embed(diagonal + regulariser)
+        self.free: Tensor | None = None
+        block = hessian.unsqueeze(1)
+        added = torch.full_like(block[:, :, 0], max(regulariser, 4 * torch.finfo(hessian.dtype).eps))
+        if diagonal is not None:
+            added = added + diagonal
+        if free is None:
+            self.inverse = _inverse(block + torch.diag_embed(added))
         else:
-            block = hessian.unsqueeze(1) * self.free.unsqueeze(-1) * self.free.unsqueeze(-2)
-            added = regulariser if diagonal is None else diagonal + regulariser
+            self.free = free.to(hessian.dtype)
+            block = block * self.free.unsqueeze(-1) * self.free.unsqueeze(-2)
             block = block + torch.diag_embed(torch.where(free, added, 1.0))
-        self.inverse = _inverse(block)
-        if self.free is not None:
-            self.inverse = self.inverse * self.free.unsqueeze(-1)
+            self.inverse = _inverse(block) * self.free.unsqueeze(-1)
         if row_sum:
             schur = self.inverse.sum(1)
             if free is not None:  # a row without a free entry has no equation left

@@ -21,9 +21,9 @@ _AIM = 1e-3
 class NativeSolver(Solver):
     """Structured interior point, then an exact solve on the active set that it found.
 
-    Nothing larger than n x n is ever formed: k + 1 Choleskys an iteration, all tasks at once, on any device. The gradient
-    is exact at the solution (`solvers/implicit.py`), to any order, and batches are as good as loops: a task that is
-    hard or degenerate changes nothing for its neighbours.
+    Nothing larger than n x n is ever formed: k + 1 Choleskys an iteration, all tasks at once, on any device. The
+    gradient is exact at the solution (`solvers/implicit.py`), to any order, and batches are as good as loops: a task
+    that is hard or degenerate changes nothing for its neighbours.
 
     With `max_iterations` the coefficients are the stopped iterate's, made feasible, and the gradient is that of the
     problem with the active set which that iterate shows. See `Solver` for the arguments.

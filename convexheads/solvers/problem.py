@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import NamedTuple
@@ -58,10 +59,12 @@ class QP:
     smoothing: Float[Tensor, "*batch"] | None = None
     row_sum: bool = True
 
-    def map(self, function) -> QP:
+    def map(self, function: Callable[[str, Tensor], Tensor]) -> QP:
         """The same problem with `function(name, tensor)` in the place of every tensor."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: function(name, value) for name, value in values.items() if isinstance(value, Tensor)})
+        return replace(
+            self, **{name: function(name, value) for name, value in values.items() if isinstance(value, Tensor)}
+        )
 
     def flatten(self) -> QP:
         """All leading dimensions as one."""
@@ -122,8 +125,8 @@ class QP:
 
         Returns:
             `gap = (P - D) / P`; `weight_error`, a bound of `|w - w*| / |w|`; `residual`, the largest distance to the
-            feasible set relative to the largest coefficient (at least one unit); and the multipliers: those of the bounds positive at an
-            upper and negative at a lower one, zero at free entries.
+            feasible set relative to the largest coefficient (at least one unit); and the multipliers: those of the
+            bounds positive at an upper and negative at a lower one, zero at free entries.
         """
         feasible = self.project(coef)
         scores = self.gram @ feasible
@@ -159,8 +162,8 @@ class QP:
     def dense(self) -> DenseQP:
         """The general form that other solvers eat, every tensor fully expanded over the batch.
 
-        Here the matrices are nk x nk. Infinite bounds are left out; a task that has more of them than another of the batch
-        gets idle rows `0 z <= 1` in their place.
+        Here the matrices are nk x nk. Infinite bounds are left out; a task that has more of them than another of the
+        batch gets idle rows `0 z <= 1` in their place.
         """
         *batch, n, k = self.linear.shape
         eye = torch.eye(n * k, dtype=self.gram.dtype, device=self.gram.device)

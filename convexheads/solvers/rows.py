@@ -1,7 +1,8 @@
-"""The feasible set of one support example: a row `a` of k coefficients with `lower <= a <= upper` and, mostly, `sum a = 0`.
+"""The feasible set of one support example.
 
-The whole problem's feasible set is the product of these rows, so its projection and its support function, on which
-every certificate rests, are exact and cost one sort a row. A bound of None is absent; single entries may be infinite.
+It is a row `a` of k coefficients with `lower <= a <= upper` and, mostly, `sum a = 0`. The whole
+problem's feasible set is the product of these rows, so its projection and its support function, on which every
+certificate rests, are exact and cost one sort a row. A bound of None is absent; single entries may be infinite.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def conjugate(
         smoothing: positive, broadcasting with `slope`; None for none.
 
     Returns:
-        The maximum and its distance from `f(at)`, both `(...)` and upper bounds of the true ones, infinite where the row
-        is unbounded; the distance is a sum of non-negative terms, so tiny ones are exact. And the multiplier of
+        The maximum and its distance from `f(at)`, both `(...)` and upper bounds of the true ones, infinite where the
+        row is unbounded; the distance is a sum of non-negative terms, so tiny ones are exact. And the multiplier of
         `sum a = 0`, `(..., 1)` (zeros without row sums).
     """
     if not row_sum:
