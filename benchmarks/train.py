@@ -48,7 +48,10 @@ class Options:
 
     dataset: Annotated[Literal["digits", "cifar-fs"], "digits need nothing, cifar-fs needs DATA_ROOT"] = "digits"
     data_root: Annotated[Path | None, "folder of the data, only read; else variable CONVEXHEADS_DATA"] = None
-    head: Annotated[Literal["svm", "ridge", "prototypes"], "head to train through; all three are evaluated"] = "svm"
+    head: Annotated[
+        Literal["svm", "svm-smoothed", "ridge", "prototypes"],
+        "head to train through; svm, ridge and prototypes are evaluated in any case",
+    ] = "svm"
     steps: Annotated[int | None, "training steps; unless given 2000 for cifar-fs, 60 for digits"] = None
     tasks: Annotated[int, "episodes of a training step"] = 8
     ways: Annotated[int, "classes of an episode, in training and in evaluation"] = 5
@@ -194,12 +197,12 @@ def train(options: Options, data: dict[str, ImageSet], module: EpisodicModule) -
 
 
 def test(options: Options, data: ImageSet, backbones: dict[str, nn.Module]) -> list[report.Row]:
-    """Evaluate heads on the features of each backbone: all heads on the first, the trained one on the others."""
+    """Evaluate heads on the features of each backbone: all heads on the first, the trained one's on the others."""
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
     labels, rows = data.labels.to(device), []
     for number, (name, backbone) in enumerate(backbones.items()):
         features = embed(backbone.to(device), data.images.to(device))
-        for head in (options.head,) if number else HEADS:
+        for head in [options.head] if number else dict.fromkeys([options.head, *HEADS]):
             for shots in options.test_shots:
                 result = evaluate(
                     make_head(head),
