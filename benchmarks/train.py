@@ -226,9 +226,9 @@ def run(options: Options) -> list[report.Row]:
         InputError: an option is unusable, or the data is missing.
     """
     start = time.perf_counter()
-    provenance = report.provenance()
     if options.threads:
         torch.set_num_threads(options.threads)
+    provenance = report.provenance()
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     prepare(options)
     data = load(options.dataset, options.root, progress=True)
