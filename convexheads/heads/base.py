@@ -147,7 +147,7 @@ class Head(OneLine, ABC):
         Raises:
             InputError: an argument is unusable; the message says which, what came and what was wanted. With `ways`
                 given, values on a GPU are not looked at, as that would wait for the device: a label out of range then
-                gives NaN logits in its task.
+                gives NaN logits in its task, or that task fails in the solver.
             SolverError: a task could not be solved (see the solver's `on_failure`).
         """
         return self.fit(support, labels, ways=ways, mask=mask)(query)

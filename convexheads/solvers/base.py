@@ -132,19 +132,12 @@ class Solver(ABC):
 
 def _without_broken_tasks(qp: QP) -> tuple[QP, Bool[Tensor, " tasks"]]:
     """A trivial problem in the place of every task with non-finite data, and which tasks those are."""
-    bounded = {"lower", "upper"}
-    broken = torch.zeros(len(qp.linear), dtype=torch.bool, device=qp.linear.device)
-
-    def look(name: str, value: Tensor) -> Tensor:
-        nonlocal broken
-        bad = torch.isnan(value) if name in bounded else ~torch.isfinite(value)
-        broken = broken | bad.flatten(1).any(1) if value.ndim > 1 else broken | bad
-        return value
+    bad = [~torch.isfinite(v) if name not in ("lower", "upper") else torch.isnan(v) for name, v in qp.tensors().items()]
+    broken = torch.stack([b.flatten(1).any(1) if b.ndim > 1 else b for b in bad]).any(0)
+    eye = torch.eye(qp.gram.shape[-1]).to(qp.gram)
+    harmless = {"gram": eye, "linear": 0.0, "lower": -1.0, "upper": 1.0, "smoothing": 1.0}
 
     def mend(name: str, value: Tensor) -> Tensor:
-        harmless = {"gram": torch.eye(qp.gram.shape[-1]).to(value), "linear": 0.0, "lower": -1.0, "upper": 1.0}
-        fill = torch.as_tensor(harmless.get(name, 1.0)).to(value)
-        return torch.where(broken.view(-1, *[1] * (value.ndim - 1)), fill, value)
+        return torch.where(broken.view(-1, *[1] * (value.ndim - 1)), harmless[name], value)
 
-    qp.map(look)
     return qp.map(mend), broken

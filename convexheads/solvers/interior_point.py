@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,6 +18,23 @@ _NEAR = 1e-4
 # Where the optimal weights are zero, no relative error of theirs is ever small: then this gap is enough.
 _NOTHING = 1e-16
 _STALLED = 5
+
+
+class _Point(NamedTuple):
+    """An iterate, or a step from one to the next; class-major, with a slack and a multiplier for each bound."""
+
+    b: Float[Tensor, "tasks k n"]
+    shift: Float[Tensor, "tasks 1 n"]
+    slack: Float[Tensor, "sides tasks k n"]
+    multiplier: Float[Tensor, "sides tasks k n"]
+
+
+class _Residual(NamedTuple):
+    """What is left of the optimality conditions."""
+
+    stationarity: Float[Tensor, "tasks k n"]
+    violation: Float[Tensor, "sides tasks k n"]
+    balance: Float[Tensor, "tasks n"]
 
 
 def interior_point(
@@ -39,11 +58,8 @@ def interior_point(
     sign = torch.stack([torch.full_like(linear, side) for side, _ in bounds]) * present
     limit = torch.where(present, torch.stack([side * bound for side, bound in bounds]), 1.0)
 
-    b = torch.zeros_like(linear)
-    shift = torch.zeros_like(linear[:, 0])
     slack = torch.where(limit > 0, limit, 1.0)
-    multiplier = torch.ones_like(limit)
-
+    point = _Point(torch.zeros_like(linear), torch.zeros_like(linear[:, :1]), slack, torch.ones_like(slack))
     best = qp.project(torch.zeros_like(qp.linear))
     best_gap = torch.full_like(linear[:, 0, 0], torch.inf)
     iterations = torch.zeros_like(best_gap, dtype=torch.long)
@@ -51,33 +67,24 @@ def interior_point(
     done = torch.zeros_like(best_gap, dtype=torch.bool)
 
     for iteration in range(1, max_iterations + 1):
-        weight = multiplier / slack
+        weight = point.multiplier / point.slack
         kkt = BlockKKT(hessian, diagonal=(sign.abs() * weight).sum(0), row_sum=qp.row_sum, regulariser=_REGULARISER)
-        stationarity = b @ hessian - linear + (sign * multiplier).sum(0) + shift.unsqueeze(1)
-        violation = sign * b + slack - limit
-        balance = b.sum(1)
-        mean_gap = _mean(slack * multiplier)
+        residual = _Residual(
+            stationarity=point.b @ hessian - linear + (sign * point.multiplier).sum(0) + point.shift,
+            violation=sign * point.b + point.slack - limit,
+            balance=point.b.sum(1),
+        )
+        centre = _mean(point.slack * point.multiplier)
 
-        def direction(target: Tensor | float, refinements: int):
-            """The Newton step towards `slack * multiplier = target`."""
-            pull = multiplier - target / slack - weight * violation  # noqa: B023 used within the iteration only
-            db, dshift = kkt.solve((sign * pull).sum(0) - stationarity, -balance, refinements=refinements)  # noqa: B023
-            dslack = -violation - sign * db  # noqa: B023
-            return db, dshift, dslack, target / slack - multiplier - weight * dslack  # noqa: B023
+        predictor = _direction(kkt, point, residual, sign, torch.zeros_like(slack), refinements=0)
+        step = _step(point, predictor)
+        ahead = (point.slack + step * predictor.slack) * (point.multiplier + step * predictor.multiplier)
+        target = centre * (_mean(ahead) / centre) ** 3 - predictor.slack * predictor.multiplier
+        corrector = _direction(kkt, point, residual, sign, target, refinements=2)
+        step = _step(point, corrector)
+        point = _Point(*(value + step * change for value, change in zip(point, corrector, strict=True)))
 
-        _, _, dslack, dmultiplier = direction(0.0, refinements=0)
-        step = _step(slack, dslack, multiplier, dmultiplier)
-        ahead = _mean((slack + step * dslack) * (multiplier + step * dmultiplier))
-        target = mean_gap * (ahead / mean_gap) ** 3 - dslack * dmultiplier
-
-        db, dshift, dslack, dmultiplier = direction(target, refinements=2)
-        step = _step(slack, dslack, multiplier, dmultiplier)
-        b = b + step * db
-        shift = shift + step[:, 0] * dshift
-        slack = slack + step * dslack
-        multiplier = multiplier + step * dmultiplier
-
-        candidate = qp.project(b.mT)
+        candidate = qp.project(point.b.mT)
         certificate = qp.certify(candidate)
         gap = certificate.gap
         better = (gap < best_gap) & ~done
@@ -92,12 +99,25 @@ def interior_point(
     return best, iterations
 
 
+def _direction(
+    kkt: BlockKKT, point: _Point, residual: _Residual, sign: Tensor, target: Tensor, *, refinements: int
+) -> _Point:
+    """The Newton step towards zero residuals and `slack * multiplier = target`."""
+    weight = point.multiplier / point.slack
+    pull = point.multiplier - target / point.slack - weight * residual.violation
+    b, shift = kkt.solve((sign * pull).sum(0) - residual.stationarity, -residual.balance, refinements=refinements)
+    slack = -residual.violation - sign * b
+    return _Point(b, shift.unsqueeze(1), slack, target / point.slack - point.multiplier - weight * slack)
+
+
 def _mean(products: Tensor) -> Tensor:
     """The mean over sides, classes and examples, `(tasks, 1, 1)`."""
     return products.mean((0, 2, 3), keepdim=True).squeeze(0)
 
 
-def _step(slack: Tensor, dslack: Tensor, multiplier: Tensor, dmultiplier: Tensor) -> Tensor:
+def _step(point: _Point, direction: _Point) -> Tensor:
     """The longest step of each task, at most 1, that keeps slacks and multipliers positive, `(tasks, 1, 1)`."""
-    fastest = torch.maximum((-dslack / slack).amax((0, 2, 3)), (-dmultiplier / multiplier).amax((0, 2, 3)))
+    fastest = torch.maximum(
+        (-direction.slack / point.slack).amax((0, 2, 3)), (-direction.multiplier / point.multiplier).amax((0, 2, 3))
+    )
     return (_TO_BOUNDARY / fastest.clamp_min(_TO_BOUNDARY))[:, None, None]

@@ -59,12 +59,14 @@ class QP:
     smoothing: Float[Tensor, "*batch"] | None = None
     row_sum: bool = True
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The problem's data by name, without what is absent."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
     def map(self, function: Callable[[str, Tensor], Tensor]) -> QP:
         """The same problem with `function(name, tensor)` in the place of every tensor."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self, **{name: function(name, value) for name, value in values.items() if isinstance(value, Tensor)}
-        )
+        return replace(self, **{name: function(name, value) for name, value in self.tensors().items()})  # pyright: ignore[reportArgumentType]
 
     def flatten(self) -> QP:
         """All leading dimensions as one."""
