@@ -93,7 +93,7 @@ def interior_point(
         best_gap = torch.where(better, gap, best_gap)
         iterations = torch.where(done, iterations, iteration)
         near = (gap <= tolerance) & ((certificate.weight_error.square() <= tolerance) | (gap <= _NOTHING))
-        done = done | near | (idle >= _STALLED) | ~torch.isfinite(gap)
+        done = done | near | (idle >= _STALLED) | torch.isnan(gap)
         if done.all():
             break
     return best, iterations
