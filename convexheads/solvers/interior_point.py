@@ -17,6 +17,8 @@ _REGULARISER = 1e-12
 _NEAR = 1e-4
 # Where the optimal weights are zero, no relative error of theirs is ever small: then this gap is enough.
 _NOTHING = 1e-16
+# Mean complementarity, in units, from which on iterates are certified.
+_WORTH_CERTIFYING = 1e-4
 _STALLED = 5
 
 
@@ -84,6 +86,9 @@ def interior_point(
         step = _step(point, corrector)
         point = _Point(*(value + step * change for value, change in zip(point, corrector, strict=True)))
 
+        # Far from the end there is nothing to certify. NaN must not pass for far.
+        if iteration < max_iterations and torch.where(done, torch.inf, centre[:, 0, 0]).amin() > _WORTH_CERTIFYING:
+            continue
         candidate = qp.project(point.b.mT)
         certificate = qp.certify(candidate)
         gap = certificate.gap

@@ -14,7 +14,7 @@ from torch import Tensor
 from convexheads.solvers import rows
 
 # Stretching w away from the solution takes rounding errors out of the slacks, which C would multiply.
-_STRETCHES = (1.0, 0.0, *(1 + 10.0**exponent for exponent in range(-14, 0)))
+_STRETCHES = (1.0, 0.0, *(1 + 10.0**exponent for exponent in range(-14, 0, 2)))
 
 
 class DenseQP(NamedTuple):
