@@ -78,11 +78,11 @@ def interior_point(
         )
         centre = _mean(point.slack * point.multiplier)
 
-        predictor = _direction(kkt, point, residual, sign, torch.zeros_like(slack), refinements=0)
+        predictor = _direction(kkt, point, weight, residual, sign, torch.zeros_like(slack), refinements=0)
         step = _step(point, predictor)
         ahead = (point.slack + step * predictor.slack) * (point.multiplier + step * predictor.multiplier)
         target = centre * (_mean(ahead) / centre) ** 3 - predictor.slack * predictor.multiplier
-        corrector = _direction(kkt, point, residual, sign, target, refinements=2)
+        corrector = _direction(kkt, point, weight, residual, sign, target, refinements=2)
         step = _step(point, corrector)
         point = _Point(*(value + step * change for value, change in zip(point, corrector, strict=True)))
 
@@ -105,10 +105,9 @@ def interior_point(
 
 
 def _direction(
-    kkt: BlockKKT, point: _Point, residual: _Residual, sign: Tensor, target: Tensor, *, refinements: int
+    kkt: BlockKKT, point: _Point, weight: Tensor, residual: _Residual, sign: Tensor, target: Tensor, *, refinements: int
 ) -> _Point:
-    """The Newton step towards zero residuals and `slack * multiplier = target`."""
-    weight = point.multiplier / point.slack
+    """The Newton step towards zero residuals and `slack * multiplier = target`; `weight` is multiplier / slack."""
     pull = point.multiplier - target / point.slack - weight * residual.violation
     b, shift = kkt.solve((sign * pull).sum(0) - residual.stationarity, -residual.balance, refinements=refinements)
     slack = -residual.violation - sign * b
