@@ -11,9 +11,10 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from zipfile import BadZipFile, ZipFile
 
-import gym_notices.notices
 import numpy as np
 import torch
+from learn2learn.data import MetaDataset, Taskset
+from learn2learn.data.transforms import ConsecutiveLabels, FusedNWaysKShots, LoadData, RemapLabels
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
@@ -22,12 +23,6 @@ from torchvision.datasets import CIFAR100
 from tqdm.auto import tqdm
 
 from convexheads.errors import InputError
-
-# learn2learn imports gym, which would print a page about its own successor.
-gym_notices.notices.notices.clear()
-from learn2learn.data import MetaDataset, Taskset  # noqa: E402
-from learn2learn.data.transforms import ConsecutiveLabels, FusedNWaysKShots, LoadData, RemapLabels  # noqa: E402
-from learn2learn.vision.models import CNN4Backbone  # noqa: E402, F401
 
 DATASETS = ("digits", "cifar-fs")
 VIEWS = tuple(f"{turn} degrees{mirrored}" for mirrored in ("", ", mirrored") for turn in (0, 90, 180, 270))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from learn2learn.vision.models import CNN4Backbone
 from torch import Tensor, nn
 
 import convexheads as ch
-from benchmarks.data import CNN4Backbone
 
 HEADS = ("svm", "ridge", "prototypes")
 """The heads that every run evaluates."""

@@ -56,7 +56,7 @@ class SVMHead(Head):
         labelled = targets.sum(-1, keepdim=True)
         targets = torch.cat([targets[..., :1] + 1 - labelled, targets[..., 1:]], -1)
         smoothed = isinstance(self.smoothing, Learnable) or self.smoothing > 0
-        smoothing = value_of(self.smoothing, gram).expand(gram.shape[:-2]) if smoothed else None
+        smoothing = value_of(self.smoothing, gram).expand(targets.shape) if smoothed else None
         solution = self.solver.solve(
             QP(gram, linear=targets, upper=value_of(self.C, gram) * targets, smoothing=smoothing)
         )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from importlib.util import find_spec
 from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from convexheads.errors import InputError, SolverError, SolverWarning
+from convexheads.errors import InputError, MissingDependencyError, SolverError, SolverWarning
 from convexheads.hyperparameters import positive
 from convexheads.precision import full_precision, working_dtype
 from convexheads.solvers.problem import QP, Certificate, Solution, Status
@@ -21,7 +22,7 @@ OnFailure = Literal["raise", "warn", "return"]
 class Solver(ABC):
     """Solves a batch of `QP`s. Holds hyper-parameters only, so one solver serves any number of heads and threads.
 
-    A subclass writes `_coefficients` and sets `default_tolerance`.
+    A subclass writes `_coefficients` and sets `default_tolerance`, and `package` where it needs one.
 
     Args:
         max_iterations: stop after so many iterations and return what is there, with status `STOPPED`. Early stopping is
@@ -37,6 +38,8 @@ class Solver(ABC):
     """
 
     default_tolerance: ClassVar[float]
+    package: ClassVar[str | None] = None
+    """The optional package that the backend needs, which is also the name of the extra that installs it."""
 
     def __init__(
         self,
@@ -46,6 +49,8 @@ class Solver(ABC):
         on_failure: OnFailure = "raise",
     ) -> None:
         name = type(self).__name__
+        if self.package is not None and find_spec(self.package) is None:
+            raise MissingDependencyError(self.package, extra=self.package, needed_by=name)
         whole = isinstance(max_iterations, int) and not isinstance(max_iterations, bool)
         if max_iterations is not None and (not whole or max_iterations < 1):
             raise InputError(f"{name}(max_iterations)", repr(max_iterations), "an integer of at least 1, or None")

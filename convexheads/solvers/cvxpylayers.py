@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads.errors import MissingDependencyError
 from convexheads.solvers import foreign
-from convexheads.solvers.base import OnFailure, Solver
+from convexheads.solvers.base import Solver
 from convexheads.solvers.problem import QP
 
 
@@ -32,37 +30,26 @@ class CvxpylayersSolver(Solver):
     """
 
     default_tolerance: ClassVar[float] = 1e-4
-
-    def __init__(
-        self,
-        *,
-        max_iterations: int | None = None,
-        tolerance: float | None = None,
-        on_failure: OnFailure = "raise",
-    ) -> None:
-        if find_spec("cvxpylayers") is None:
-            raise MissingDependencyError("cvxpylayers", extra="cvxpylayers", needed_by="CvxpylayersSolver")
-        super().__init__(max_iterations=max_iterations, tolerance=tolerance, on_failure=on_failure)
+    package: ClassVar[str | None] = "cvxpylayers"
 
     def _coefficients(self, qp: QP) -> tuple[Float[Tensor, "tasks n k"], None]:
-        hessian = qp.hessian()
+        smoothing = torch.zeros_like(qp.linear) if qp.smoothing is None else qp.smoothing
         bounds = [(sign, bound) for sign, bound in ((1, qp.upper), (-1, qp.lower)) if bound is not None]
         _, n, k = qp.linear.shape
         layer = _layer(n, k, tuple(sign for sign, _ in bounds), qp.row_sum)
         # A missing bound is the idle row `0 a <= 1`.
         present = [torch.isfinite(bound) for _, bound in bounds]
         limits = [torch.where(on, sign * bound, 1) for on, (sign, bound) in zip(present, bounds, strict=True)]
-        switches = [on.to(hessian.dtype) for on in present]
+        switches = [on.to(qp.gram.dtype) for on in present]
 
-        def solve(hessian: Tensor, linear: Tensor, *limits: Tensor) -> Tensor:
+        def solve(gram: Tensor, smoothing: Tensor, linear: Tensor, *limits: Tensor) -> Tensor:
             found: list[Tensor] = []
-            linear = _HessianTerm.apply(linear, hessian, found)
-            root = _root(hessian.detach())
+            linear = _QuadraticTerm.apply(linear, gram, smoothing, found)
             parameters = [x for pair in zip(switches, limits, strict=True) for x in pair]
-            found.append(self._attempt(layer, root, linear, *parameters))
+            found.append(self._attempt(layer, _root(gram.detach()), smoothing.detach().sqrt(), linear, *parameters))
             return found[0]
 
-        return foreign.call(solve, hessian, qp.linear, *limits, backend="CvxpylayersSolver"), None
+        return foreign.call(solve, qp.gram, smoothing, qp.linear, *limits, backend="CvxpylayersSolver"), None
 
     def _attempt(self, layer: Any, *parameters: Tensor) -> Tensor:
         accuracy = self.tolerance * 1e-6
@@ -74,7 +61,7 @@ class CvxpylayersSolver(Solver):
             (solution,) = layer(*(x.cpu() for x in parameters), solver_args=arguments)
         except (RuntimeError, ValueError, ArithmeticError, _diffcp_error()):
             if len(parameters[0]) == 1:
-                return torch.full_like(parameters[1], torch.nan)
+                return torch.full_like(parameters[2], torch.nan)
             tasks = range(len(parameters[0]))
             return torch.cat([self._attempt(layer, *(x[task : task + 1] for x in parameters)) for task in tasks])
         return solution.to(parameters[0].device)
@@ -92,13 +79,14 @@ def _layer(n: int, k: int, signs: tuple[int, ...], row_sum: bool) -> Any:
     from cvxpylayers.torch.cvxpylayer import CvxpyLayer
 
     coef = cvxpy.Variable((n, k))
-    root, linear = cvxpy.Parameter((n, n)), cvxpy.Parameter((n, k))
+    root, softness, linear = cvxpy.Parameter((n, n)), cvxpy.Parameter((n, k)), cvxpy.Parameter((n, k))
     bounds = [(sign, cvxpy.Parameter((n, k)), cvxpy.Parameter((n, k))) for sign in signs]
     constraints: list[Any] = [cvxpy.multiply(switch, sign * coef) <= limit for sign, switch, limit in bounds]
     if row_sum:
         constraints.append(cvxpy.sum(coef, axis=1) == 0)
-    objective = cvxpy.sum_squares(root @ coef) / 2 - cvxpy.sum(cvxpy.multiply(linear, coef))
-    parameters = [root, linear, *(p for _, *pair in bounds for p in pair)]
+    quadratic = cvxpy.sum_squares(root @ coef) + cvxpy.sum_squares(cvxpy.multiply(softness, coef))
+    objective = quadratic / 2 - cvxpy.sum(cvxpy.multiply(linear, coef))
+    parameters = [root, softness, linear, *(p for _, *pair in bounds for p in pair)]
     with torch.sparse.check_sparse_tensor_invariants(enable=False):  # said so, torch doesn't warn of it
         return CvxpyLayer(
             cvxpy.Problem(cvxpy.Minimize(objective), constraints),
@@ -115,18 +103,19 @@ def _root(matrix: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)).mT
 
 
-class _HessianTerm(torch.autograd.Function):
-    """Adds the Hessian's gradient to that of the linear term: where `u` is the latter, the former is `-u coef'`.
+class _QuadraticTerm(torch.autograd.Function):
+    """Adds the Hessian's gradient to that of the linear term: where `u` is the latter, the Gram matrix has `-u coef'`.
 
     It keeps the Cholesky or eigenvalue factor, whose own derivative is ill-conditioned, out of the gradient.
     """
 
     @staticmethod
-    def forward(ctx, linear: Tensor, hessian: Tensor, found: list[Tensor]) -> Tensor:
+    def forward(ctx, linear: Tensor, gram: Tensor, smoothing: Tensor, found: list[Tensor]) -> Tensor:
         ctx.found = found
         return linear.clone()
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        outer = gradient @ ctx.found[0].detach().mT
-        return gradient, -(outer + outer.mT) / 2, None
+        coef = ctx.found[0].detach()
+        outer = gradient @ coef.mT
+        return gradient, -(outer + outer.mT) / 2, -gradient * coef, None

@@ -18,67 +18,38 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from convexheads.solvers.active_set import ActiveSet
 from convexheads.solvers.kkt import BlockKKT
 from convexheads.solvers.problem import QP
 
 _REFINEMENTS = 3
-_REGULARISER = 1e-9
 
 
-def attach(qp: QP, coef: Float[Tensor, "tasks n k"], *, polish: bool = True) -> Float[Tensor, "tasks n k"]:
-    """Give coefficients that were found without autograd their gradient with respect to every tensor of `qp`.
-
-    Args:
-        qp: a flat batch of problems in units.
-        coef: feasible coefficients close to the optimum.
-        polish: let the solution of the system above, for the active set that `coef` shows, take the place of `coef`
-            where its certified gap is smaller. Without it the values stay those of `coef`.
-    """
-    plain = qp.detach()
-    with torch.no_grad():
-        certificate = plain.certify(coef)
-        at_upper, at_lower = _active(plain, coef, certificate.bound_multipliers)
-    free = ~(at_upper | at_lower)
+def attach(qp: QP, found: ActiveSet) -> Float[Tensor, "tasks n k"]:
+    """The coefficients of an active set, which was found without autograd, as functions of every tensor of `qp`."""
     held = torch.zeros_like(qp.linear)
     if qp.upper is not None:
-        held = torch.where(at_upper, qp.upper, held)
+        held = torch.where(found.at_upper, qp.upper, held)
     if qp.lower is not None:
-        held = torch.where(at_lower, qp.lower, held)
-
-    hessian = qp.hessian()
-    right, sums = qp.linear - hessian @ held, -held.sum(-1)
-    value = coef
-    with torch.no_grad():
-        kkt = BlockKKT(hessian, free=free.mT, row_sum=qp.row_sum, regulariser=_REGULARISER)
-        if polish:
-            # Where several solutions are optimal, starting at `coef` stays at the one that respects the bounds.
-            start = (torch.where(free, coef, 0).mT, certificate.row_multipliers)
-            moved, _ = kkt.solve(right.mT, sums, refinements=_REFINEMENTS, start=start)
-            exact = plain.project(moved.mT + held)
-            better = plain.certify(exact).gap <= certificate.gap
-            value = torch.where(better[:, None, None], exact, coef)
-    moved, _ = _Solved.apply(hessian, right, sums, torch.where(free, value, 0), certificate.row_multipliers, kkt)
-    solved = moved + held
-    return solved + (value - solved.detach())
-
-
-def _active(qp: QP, coef: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
-    """Which entries sit at their upper, and which at their lower bound: those that the multiplier holds there."""
-    none = torch.zeros_like(coef, dtype=torch.bool)
-    at_upper = none if qp.upper is None else qp.upper - coef < pull
-    at_lower = none if qp.lower is None else coef - qp.lower < -pull
-    return at_upper, at_lower
+        held = torch.where(found.at_lower, qp.lower, held)
+    free = ~(found.at_upper | found.at_lower)
+    moved, shift = torch.where(free, found.coef, 0), torch.zeros_like(held[..., 0])
+    right, sums = qp.linear - qp.gram @ held, -held.sum(-1)
+    solved = _Solved.apply(qp.gram, qp.smoothing, right, sums, moved, shift, found.kkt)[0] + held
+    return solved + (found.coef - solved.detach())
 
 
 class _Solved(torch.autograd.Function):
     """`(moved, shift)`, known to solve the KKT system at the free entries, as functions of that system.
 
-    A system that can't be factorised gives NaN gradients, never a number without meaning.
+    No derivative depends on the value of `shift`. A system that can't be factorised gives NaN gradients, never a number
+    without meaning.
     """
 
     @staticmethod
     def forward(
-        hessian: Float[Tensor, "tasks n n"],
+        gram: Float[Tensor, "tasks n n"],
+        smoothing: Float[Tensor, "tasks n k"] | None,
         right: Float[Tensor, "tasks n k"],
         sums: Float[Tensor, "tasks n"],
         moved: Float[Tensor, "tasks n k"],
@@ -89,14 +60,17 @@ class _Solved(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(inputs[0], output[0])
+        ctx.save_for_backward(*inputs[:2], output[0])
         ctx.kkt = inputs[-1]
 
     @staticmethod
     def backward(ctx, grad_moved: Tensor, grad_shift: Tensor):
-        hessian, moved = ctx.saved_tensors
+        gram, smoothing, moved = ctx.saved_tensors
         with torch.no_grad():
             adjoint, adjoint_sums = ctx.kkt.solve(grad_moved.mT, grad_shift, refinements=_REFINEMENTS)
-        adjoint, adjoint_sums = _Solved.apply(hessian, grad_moved, grad_shift, adjoint.mT, adjoint_sums, ctx.kkt)
+        adjoint, adjoint_sums = _Solved.apply(
+            gram, smoothing, grad_moved, grad_shift, adjoint.mT, adjoint_sums, ctx.kkt
+        )
         outer = adjoint @ moved.mT
-        return -(outer + outer.mT) / 2, adjoint, adjoint_sums, None, None, None
+        grad_smoothing = None if smoothing is None else -adjoint * moved
+        return -(outer + outer.mT) / 2, grad_smoothing, adjoint, adjoint_sums, None, None, None

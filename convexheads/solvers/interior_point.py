@@ -15,8 +15,6 @@ _TO_BOUNDARY = 0.99
 _REGULARISER = 1e-12
 # A gap that was below `_NEAR` and has not halved for `_STALLED` iterations won't fall further.
 _NEAR = 1e-4
-# Where the optimal weights are zero, no relative error of theirs is ever small: then this gap is enough.
-_NOTHING = 1e-16
 # Mean complementarity, in units, from which on iterates are certified.
 _WORTH_CERTIFYING = 1e-4
 _STALLED = 5
@@ -44,16 +42,14 @@ def interior_point(
 ) -> tuple[Float[Tensor, "tasks n k"], Int[Tensor, " tasks"]]:
     """Mehrotra's predictor-corrector on a flat batch of problems in units (`QP.in_units`).
 
-    Each task stops on its own certificate: when the relative duality gap and the squared relative error of the weights
-    are below `tolerance` (with a small C, the loss makes up most of the objective, and the gap alone says little of the
-    weights), or when the gap has stopped falling. A task that can't be factorised keeps its best iterate and leaves the
-    others alone.
+    Each task stops on its own certificate: when that is `within(tolerance)`, or when the gap has stopped falling. A
+    task that can't be factorised keeps its best iterate and leaves the others alone.
 
     Returns:
         The best certified coefficients of each task, feasible, and its number of iterations.
     """
-    hessian = qp.hessian()
-    linear = qp.linear.mT.contiguous()
+    gram, linear = qp.gram, qp.linear.mT.contiguous()
+    smoothing = 0.0 if qp.smoothing is None else qp.smoothing.mT
     # All constraints as `sign * b + slack = limit`; a missing bound is the idle row `0 * b + slack = 1`.
     bounds = [(sign, bound.mT) for sign, bound in ((1.0, qp.upper), (-1.0, qp.lower)) if bound is not None]
     present = torch.stack([torch.isfinite(bound) for _, bound in bounds])
@@ -70,9 +66,10 @@ def interior_point(
 
     for iteration in range(1, max_iterations + 1):
         weight = point.multiplier / point.slack
-        kkt = BlockKKT(hessian, diagonal=(sign.abs() * weight).sum(0), row_sum=qp.row_sum, regulariser=_REGULARISER)
+        barrier = (sign.abs() * weight).sum(0) + smoothing
+        kkt = BlockKKT(gram, diagonal=barrier, row_sum=qp.row_sum, regulariser=_REGULARISER)
         residual = _Residual(
-            stationarity=point.b @ hessian - linear + (sign * point.multiplier).sum(0) + point.shift,
+            stationarity=point.b @ gram + smoothing * point.b - linear + (sign * point.multiplier).sum(0) + point.shift,
             violation=sign * point.b + point.slack - limit,
             balance=point.b.sum(1),
         )
@@ -89,16 +86,14 @@ def interior_point(
         # Far from the end there is nothing to certify. NaN must not pass for far.
         if iteration < max_iterations and torch.where(done, torch.inf, centre[:, 0, 0]).amin() > _WORTH_CERTIFYING:
             continue
-        candidate = qp.project(point.b.mT)
-        certificate = qp.certify(candidate)
+        certificate = qp.certify(point.b.mT)
         gap = certificate.gap
         better = (gap < best_gap) & ~done
-        best = torch.where(better[:, None, None], candidate, best)
+        best = torch.where(better[:, None, None], certificate.feasible, best)
         idle = torch.where((gap < best_gap / 2) | (best_gap > _NEAR), 0, idle + 1)
         best_gap = torch.where(better, gap, best_gap)
         iterations = torch.where(done, iterations, iteration)
-        near = (gap <= tolerance) & ((certificate.weight_error.square() <= tolerance) | (gap <= _NOTHING))
-        done = done | near | (idle >= _STALLED) | torch.isnan(gap)
+        done = done | certificate.within(tolerance) | (idle >= _STALLED) | torch.isnan(gap)
         if done.all():
             break
     return best, iterations

@@ -1,9 +1,9 @@
 """The structured KKT system that interior point and gradient share.
 
-The Hessian of the dual is the same n x n matrix for each class, so the system falls into one block a class, tied
-together by the row sums only:
+Up to its diagonal, the Hessian of the dual is the same n x n matrix for each class, so the system falls into one block
+a class, tied together by the row sums only:
 
-    (hessian + diag(diagonal_c)) x_c + shift = right_c  for every class c,     sum_c x_c = sums
+    (gram + diag(diagonal_c)) x_c + shift = right_c  for every class c,     sum_c x_c = sums
 
 Eliminating the blocks leaves n x n matrices throughout: one Cholesky a class and one for the shift, never (nk)^2.
 Tensors here are class-major, `(batch, k, n)`, so that classes are one more batch dimension.
@@ -20,7 +20,7 @@ class BlockKKT:
     """The factors of one such system for each task; a block that can't be factorised gives NaN for its task alone.
 
     Args:
-        hessian: shared by the classes.
+        gram: shared by the classes.
         diagonal: added to each class's block; None for nothing.
         free: the entries that may move; the others are held at zero and their equations dropped. None for all.
         row_sum: whether the row sums tie the classes together.
@@ -30,23 +30,23 @@ class BlockKKT:
 
     def __init__(
         self,
-        hessian: Float[Tensor, "tasks n n"],
+        gram: Float[Tensor, "tasks n n"],
         *,
         diagonal: Float[Tensor, "tasks k n"] | None = None,
         free: Bool[Tensor, "tasks k n"] | None = None,
         row_sum: bool,
         regulariser: float,
     ) -> None:
-        self.hessian, self.diagonal, self.row_sum = hessian, diagonal, row_sum
+        self.gram, self.diagonal, self.row_sum = gram, diagonal, row_sum
         self.free: Tensor | None = None
-        block = hessian.unsqueeze(1)
-        added = torch.full_like(block[:, :, 0], max(regulariser, 4 * torch.finfo(hessian.dtype).eps))
+        block = gram.unsqueeze(1)
+        added = torch.full_like(block[:, :, 0], max(regulariser, 4 * torch.finfo(gram.dtype).eps))
         if diagonal is not None:
             added = added + diagonal
         if free is None:
             self.inverse = _inverse(block + torch.diag_embed(added))
         else:
-            self.free = free.to(hessian.dtype)
+            self.free = free.to(gram.dtype)
             block = block * self.free.unsqueeze(-1) * self.free.unsqueeze(-2)
             block = block + torch.diag_embed(torch.where(free, added, 1.0))
             self.inverse = _inverse(block) * self.free.unsqueeze(-1)
@@ -74,7 +74,7 @@ class BlockKKT:
             x, shift = start
             refinements += 1
         for _ in range(refinements):
-            image = x @ self.hessian
+            image = x @ self.gram
             if self.diagonal is not None:
                 image = image + self.diagonal * x
             more, shift_more = self._eliminate(self._restrict(right - image - shift.unsqueeze(1)), sums - x.sum(1))

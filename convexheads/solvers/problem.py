@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from convexheads.solvers import rows
@@ -28,19 +28,31 @@ class DenseQP(NamedTuple):
     b: Float[Tensor, "*batch equalities"]
 
 
+# Where the optimal weights are zero, no relative error of theirs is ever small: then this gap is enough.
+_NOTHING = 1e-16
+
+
 class Certificate(NamedTuple):
     """What can be proved about coefficients from the problem alone, whoever computed them."""
 
+    feasible: Float[Tensor, "*batch n k"]
     gap: Float[Tensor, "*batch"]
     weight_error: Float[Tensor, "*batch"]
     residual: Float[Tensor, "*batch"]
     bound_multipliers: Float[Tensor, "*batch n k"]
     row_multipliers: Float[Tensor, "*batch n"]
 
+    def within(self, tolerance: float) -> Bool[Tensor, "*batch"]:
+        """Where both the gap and the squared relative error of the weights are proved to be at most `tolerance`.
+
+        With a small C the loss makes up most of the objective, and the gap alone says little of the weights.
+        """
+        return (self.gap <= tolerance) & ((self.weight_error.square() <= tolerance) | (self.gap <= _NOTHING))
+
 
 @dataclass(frozen=True)
 class QP:
-    """`min 1/2 tr(a'Ka) + smoothing/2 |a|^2 - <linear, a>` subject to `lower <= a <= upper` and `a 1 = 0`.
+    """`min 1/2 tr(a'Ka) + <smoothing, a^2>/2 - <linear, a>` subject to `lower <= a <= upper` and `a 1 = 0`.
 
     Attributes:
         gram: K, symmetric positive semi-definite, `(*batch, n, n)`.
@@ -48,7 +60,7 @@ class QP:
         lower: `(*batch, n, k)`, entries may be `-inf`; None where nothing is bounded below.
         upper: likewise from above. At least one of the two is needed; without `row_sum` and without smoothing both, or
             no gap can be certified.
-        smoothing: quadratic (Moreau) smoothing of the loss, positive, `(*batch,)`; None for none.
+        smoothing: quadratic smoothing of the loss, entry by entry, non-negative, `(*batch, n, k)`; None for none.
         row_sum: whether every row of coefficients sums to zero.
     """
 
@@ -56,7 +68,7 @@ class QP:
     linear: Float[Tensor, "*batch n k"]
     lower: Float[Tensor, "*batch n k"] | None = None
     upper: Float[Tensor, "*batch n k"] | None = None
-    smoothing: Float[Tensor, "*batch"] | None = None
+    smoothing: Float[Tensor, "*batch n k"] | None = None
     row_sum: bool = True
 
     def tensors(self) -> dict[str, Tensor]:
@@ -77,9 +89,9 @@ class QP:
         """The same problem outside the graph."""
         return self.map(lambda _, value: value.detach())
 
-    def task(self, index: int) -> QP:
-        """The batch of one task; of a flat problem only."""
-        return self.map(lambda _, value: value[index : index + 1])
+    def tasks(self, chosen: slice | Bool[Tensor, " tasks"]) -> QP:
+        """The batch of the chosen tasks; of a flat problem only."""
+        return self.map(lambda _, value: value[chosen])
 
     def in_units(self) -> tuple[QP, Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
         """The equivalent problem with numbers around one, and the units of its coefficients and of its multipliers.
@@ -90,9 +102,7 @@ class QP:
         with torch.no_grad():
             size = self.linear.abs().amax((-2, -1))
             size = torch.where(size > 0, size, 1)
-            curvature = self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-            if self.smoothing is not None:
-                curvature = curvature + self.smoothing
+            curvature = self.curvature()
             unit = torch.where(curvature > 0, size / curvature, torch.inf)
             bounds = [b.abs().nan_to_num(posinf=0).amax((-2, -1)) for b in (self.lower, self.upper) if b is not None]
             largest = torch.stack(bounds).amax(0)
@@ -108,11 +118,15 @@ class QP:
         scaled = self.map(lambda name, value: value * factor[name][(...,) + (None,) * (value.ndim - unit.ndim)])
         return scaled, unit, size
 
-    def hessian(self) -> Float[Tensor, "*batch n n"]:
-        """The block that every class has: the Gram matrix, plus the smoothing on its diagonal."""
-        if self.smoothing is None:
-            return self.gram
-        return self.gram + torch.diag_embed(self.smoothing[..., None].expand(self.gram.shape[:-1]))
+    def curvature(self) -> Float[Tensor, "*batch"]:
+        """The mean diagonal of the Hessian."""
+        mean = self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+        return mean if self.smoothing is None else mean + self.smoothing.mean((-2, -1))
+
+    def gradient(self, coef: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n k"]:
+        """Of the quadratic part: Hessian times coefficients."""
+        image = self.gram @ coef
+        return image if self.smoothing is None else image + self.smoothing * coef
 
     def project(self, coef: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n k"]:
         """The nearest feasible coefficients."""
@@ -126,9 +140,9 @@ class QP:
         the solver. Infeasible coefficients are judged by their projection, and `residual` says how far that is.
 
         Returns:
-            `gap = (P - D) / P`; `weight_error`, a bound of `|w - w*| / |w|`; `residual`, the largest distance to the
-            feasible set relative to the largest coefficient (at least one unit); and the multipliers: those of the
-            bounds positive at an upper and negative at a lower one, zero at free entries.
+            `feasible`, the projection; `gap = (P - D) / P`; `weight_error`, a bound of `|w - w*| / |w|`; `residual`,
+            the largest distance to the feasible set relative to the largest coefficient (at least one unit); and the
+            multipliers: those of the bounds positive at an upper and negative at a lower one, zero at free entries.
         """
         feasible = self.project(coef)
         scores = self.gram @ feasible
@@ -137,12 +151,11 @@ class QP:
         size = self.gram.diagonal(dim1=-2, dim2=-1).abs().sum(-1) * feasible.square().sum((-2, -1))
         indefinite = quadratic < -1e-9 * size
         quadratic = quadratic.clamp_min(0)
-        smoothing = None if self.smoothing is None else self.smoothing[..., None, None]
 
         stretch = torch.tensor(_STRETCHES, dtype=coef.dtype, device=coef.device).view(-1, *[1] * coef.ndim)
         slope = self.linear - stretch * scores
         losses, distances, shift = rows.conjugate(
-            slope, self.lower, self.upper, at=feasible, row_sum=self.row_sum, smoothing=smoothing
+            slope, self.lower, self.upper, at=feasible, row_sum=self.row_sum, smoothing=self.smoothing
         )
         stretch = stretch[..., 0, 0]
         # `P - D` itself, summed from non-negative terms: a difference of objectives would drown small gaps in rounding.
@@ -152,8 +165,11 @@ class QP:
         gap = torch.where(indefinite, torch.inf, gap)
         size = feasible.abs().amax((-2, -1))
         tiny = torch.finfo(coef.dtype).tiny
-        pull = slope[0] - shift[0] if smoothing is None else slope[0] - shift[0] - smoothing * feasible
+        pull = slope[0] - shift[0]
+        if self.smoothing is not None:
+            pull = pull - self.smoothing * feasible
         return Certificate(
+            feasible=feasible,
             gap=gap / primal.abs().clamp_min(torch.finfo(coef.dtype).eps),
             weight_error=(2 * gap / quadratic.clamp_min(tiny)).sqrt(),
             residual=(coef - feasible).abs().amax((-2, -1)) / size.clamp_min(1),
@@ -169,7 +185,9 @@ class QP:
         """
         *batch, n, k = self.linear.shape
         eye = torch.eye(n * k, dtype=self.gram.dtype, device=self.gram.device)
-        hessian = torch.einsum("...ij,cd->...icjd", self.hessian(), eye[:k, :k]).reshape(*batch, n * k, n * k)
+        hessian = torch.einsum("...ij,cd->...icjd", self.gram, eye[:k, :k]).reshape(*batch, n * k, n * k)
+        if self.smoothing is not None:
+            hessian = hessian + torch.diag_embed(self.smoothing.reshape(*batch, n * k))
         sides, limits = [], []
         for sign, bound in ((1, self.upper), (-1, self.lower)):
             if bound is not None:

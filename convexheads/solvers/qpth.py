@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads.errors import MissingDependencyError
 from convexheads.solvers import foreign
-from convexheads.solvers.base import OnFailure, Solver
+from convexheads.solvers.base import Solver
 from convexheads.solvers.problem import QP
 
 # torch's batched LU on CPU may hang from about 150 rows on with several threads (pytorch issues 141358, 142815).
@@ -37,26 +35,21 @@ class QpthSolver(Solver):
     """
 
     default_tolerance: ClassVar[float] = 1e-5
-
-    def __init__(
-        self,
-        *,
-        max_iterations: int | None = None,
-        tolerance: float | None = None,
-        on_failure: OnFailure = "raise",
-    ) -> None:
-        if find_spec("qpth") is None:
-            raise MissingDependencyError("qpth", extra="qpth", needed_by="QpthSolver")
-        super().__init__(max_iterations=max_iterations, tolerance=tolerance, on_failure=on_failure)
+    package: ClassVar[str | None] = "qpth"
 
     def _coefficients(self, qp: QP) -> tuple[Float[Tensor, "tasks n k"], None]:
-        hessian = qp.detach().hessian()
-        wanted = _SMALLEST_EIGENVALUE * hessian.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(_SMALLEST_EIGENVALUE)
-        lift = (wanted - torch.linalg.eigvalsh(hessian)[:, 0]).clamp_min(0)
+        plain = qp.detach()
+        wanted = _SMALLEST_EIGENVALUE * plain.curvature().clamp_min(_SMALLEST_EIGENVALUE)
+        smallest = torch.linalg.eigvalsh(plain.gram)[:, 0]
+        if plain.smoothing is not None:
+            smallest = smallest + plain.smoothing.amin((-2, -1))
+        lift = (wanted - smallest).clamp_min(0)[:, None, None].expand_as(qp.linear)
         lifted = replace(qp, smoothing=lift if qp.smoothing is None else qp.smoothing + lift)
         dense = lifted.dense()
         if len(qp.linear) > 1 and (dense.G == 0).all(-1).any():  # idle rows, on which qpth's step length is not finite
-            return torch.cat([self._coefficients(qp.task(task))[0] for task in range(len(qp.linear))]), None
+            return torch.cat(
+                [self._coefficients(qp.tasks(slice(task, task + 1)))[0] for task in range(len(qp.linear))]
+            ), None
         solution = foreign.call(self._solve, *dense, backend="QpthSolver")
         return solution.reshape(qp.linear.shape), None
 

@@ -14,7 +14,7 @@ from torch import Tensor
 def project(value: Tensor, lower: Tensor | None, upper: Tensor | None, *, row_sum: bool) -> Tensor:
     """The feasible row nearest to each row of `value`, shape `(..., k)`."""
     if row_sum:
-        value = value - _balancing_shift(value, lower, upper)
+        value = value - _balancing_shift(value, lower, upper, torch.ones_like(value))
     return _clip(value, lower, upper)
 
 
@@ -27,7 +27,7 @@ def conjugate(
     row_sum: bool,
     smoothing: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The maximum of `f(a) = <slope, a> - smoothing/2 |a|^2` over the feasible rows, and how far `f(at)` is from it.
+    """The maximum of `f(a) = <slope, a> - <smoothing, a^2> / 2` over the feasible rows, and how far `f(at)` is from it.
 
     Args:
         slope: `(..., k)`.
@@ -35,7 +35,7 @@ def conjugate(
         upper: likewise.
         at: feasible rows, `(..., k)`.
         row_sum: whether the rows sum to zero.
-        smoothing: positive, broadcasting with `slope`; None for none.
+        smoothing: non-negative, broadcasting with `slope`; None for none.
 
     Returns:
         The maximum and its distance from `f(at)`, both `(...)` and upper bounds of the true ones, infinite where the
@@ -44,73 +44,70 @@ def conjugate(
     """
     if not row_sum:
         shift = torch.zeros_like(slope[..., :1])
-    elif smoothing is not None:
-        shift = smoothing * _balancing_shift(slope / smoothing, lower, upper)
-    elif lower is None:
+    elif smoothing is None and lower is None:
         shift = slope.amin(-1, keepdim=True)
-    elif upper is None:
+    elif smoothing is None and upper is None:
         shift = slope.amax(-1, keepdim=True)
     else:
-        shift = _linear_shift(slope, lower, upper)
+        shift = _balancing_shift(slope, lower, upper, torch.zeros_like(slope) if smoothing is None else smoothing)
     reduced = slope - shift
-    # By weak duality any shift gives an upper bound; the entries then separate.
-    if smoothing is not None:
-        best = _clip(reduced / smoothing, lower, upper)
-        maximum = best * (reduced - smoothing / 2 * best)
-        distance = (best - at) * (reduced - smoothing / 2 * (best + at))
+    # By weak duality any shift gives an upper bound; the entries then separate. Without smoothing an entry jumps from
+    # one bound to the other where `reduced` changes sign.
+    infinite = torch.full_like(reduced, torch.inf)
+    best = torch.where(reduced > 0, infinite if upper is None else upper, -infinite if lower is None else lower)
+    undecided = reduced == 0
+    if smoothing is None:
+        maximum, distance = reduced * best, reduced * (best - at)
     else:
-        infinite = torch.full_like(reduced, torch.inf)
-        best = torch.where(reduced > 0, infinite if upper is None else upper, -infinite if lower is None else lower)
-        maximum = torch.where(reduced == 0, 0, reduced * best)
-        distance = torch.where(reduced == 0, 0, reduced * (best - at))
-    return maximum.sum(-1), distance.sum(-1), shift
+        smooth = smoothing > 0
+        best = torch.where(smooth, _clip(reduced / smoothing, lower, upper), best)
+        reached = torch.where(smooth, best, 0)
+        maximum = reduced * best - smoothing / 2 * reached.square()
+        distance = (best - at) * (reduced - smoothing / 2 * (reached + at))
+        undecided = undecided & ~smooth
+    return torch.where(undecided, 0, maximum).sum(-1), torch.where(undecided, 0, distance).sum(-1), shift
 
 
-def _balancing_shift(value: Tensor, lower: Tensor | None, upper: Tensor | None) -> Tensor:
-    """The shift s with `sum clip(value - s, lower, upper) = 0`, shape `(..., 1)`.
+def _balancing_shift(slope: Tensor, lower: Tensor | None, upper: Tensor | None, smoothing: Tensor) -> Tensor:
+    """The multiplier s of `sum a = 0` when `<slope, a> - <smoothing, a^2> / 2` is maximised, shape `(..., 1)`.
 
-    The sum falls piecewise linearly in s. Walking s upwards, an entry is held at its upper bound until s passes
-    `value - upper`, then free until `value - lower`. Between two breakpoints s solves a linear equation.
+    Its entries `a_c = clip((slope_c - s) / smoothing_c, lower_c, upper_c)` fall with s: walking s upwards, each is held
+    at its upper bound, then falls at the rate 1 / smoothing, then stays at its lower bound. Without smoothing it jumps.
+    Between two such breakpoints s solves a linear equation.
     """
-    k = value.shape[-1]
+    k = slope.shape[-1]
+    infinite = torch.full_like(slope, torch.inf)
+    upper = infinite if upper is None else upper.expand_as(slope)
+    lower = -infinite if lower is None else lower.expand_as(slope)
+    smoothing = smoothing.expand_as(slope)
+    smooth = smoothing > 0
+    rate = torch.where(smooth, 1 / smoothing, 0)
     # Bounds far beyond what can be reached are brought near: added up as they are, they would cost digits.
-    nearest = _clip(torch.zeros_like(value), lower, upper)
-    far = 2 * k * (value.abs() + nearest.abs()).amax(-1, keepdim=True) + 1
-    one = torch.ones_like(value)
-    if upper is None:
-        start = (k * one[..., :1], value.sum(-1, keepdim=True))
-        events = []
-    else:
-        upper = upper.minimum(far)
-        start = (0 * one[..., :1], upper.expand_as(value).sum(-1, keepdim=True))
-        events = [(value - upper, one, value - upper)]
-    if lower is not None:
-        lower = lower.maximum(-far)
-        events.append((value - lower, -one, lower - value))
-    point, free, total = (torch.cat(parts, -1) for parts in zip(*events, strict=True))
-    point, order = point.sort(-1)
-    free = torch.cat([start[0], free.gather(-1, order)], -1).cumsum(-1)
-    total = torch.cat([start[1], total.gather(-1, order)], -1).cumsum(-1)
-    # Between breakpoints j and j + 1 the sum of the clipped row is `total[j] - free[j] * s`.
-    last = ((total[..., 1:] - free[..., 1:] * point) >= 0).sum(-1, keepdim=True)
+    nearest = torch.zeros_like(slope).clamp(lower, upper)
+    spread = slope.amax(-1, keepdim=True) - slope.amin(-1, keepdim=True)
+    far = 2 * k * (rate * spread + nearest.abs()).amax(-1, keepdim=True) + 1
+    far = torch.where(smooth, far, torch.inf)
+    upper, lower = upper.minimum(far), lower.maximum(-far)
+    # A jump without bound balances all others together, and no more.
+    ends = torch.stack([upper, lower])
+    all_others = ends.abs().nan_to_num(posinf=0).sum((0, -1)).unsqueeze(-1) + 1
+    upper, lower = ends.clamp(-all_others, all_others)
+
+    point, order = torch.cat([slope - smoothing * upper, slope - smoothing * lower], -1).sort(-1)
+    free = torch.cat([rate, -rate], -1).gather(-1, order).cumsum(-1)
+    change = torch.cat(
+        [torch.where(smooth, rate * slope, lower) - upper, torch.where(smooth, lower - rate * slope, 0)], -1
+    )
+    total = change.gather(-1, order).cumsum(-1)
+    total = total + upper.sum(-1, keepdim=True)
+    # From breakpoint j to the next, the sum of the row is `total[j] - free[j] * s`.
+    last = ((total - free * point >= 0).sum(-1, keepdim=True) - 1).clamp_min(0)
+    first, following = point.gather(-1, last), point.gather(-1, (last + 1).clamp_max(2 * k - 1))
     free, total = free.gather(-1, last), total.gather(-1, last)
-    idle = point.gather(-1, (last - 1).clamp_min(0))
-    return torch.where(free > 0, total / free.clamp_min(1), idle)
-
-
-def _linear_shift(slope: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """The multiplier of `sum a = 0` when `<slope, a>` is maximised over a box, shape `(..., 1)`.
-
-    Entries with a large slope go to their upper bound, the others to their lower one; the multiplier is the slope
-    of the entry at which the sum changes sign.
-    """
-    ordered, order = slope.sort(-1, descending=True)
-    far = torch.finfo(slope.dtype).max / (4 * slope.shape[-1])
-    high = upper.clamp(max=far).expand_as(slope).gather(-1, order).cumsum(-1)
-    low = lower.clamp(min=-far).expand_as(slope).gather(-1, order).flip(-1).cumsum(-1).flip(-1)
-    total = high + torch.cat([low[..., 1:], torch.zeros_like(low[..., :1])], -1)
-    first = (total < 0).sum(-1, keepdim=True).clamp_max(slope.shape[-1] - 1)
-    return ordered.gather(-1, first)
+    # Where nothing falls, the sum is zero for any s in between, or it changes sign in the jump that follows.
+    zero = total <= 64 * torch.finfo(slope.dtype).eps * all_others
+    s = torch.where(free > 0, total / free, torch.where(zero, (first + following) / 2, following))
+    return s.maximum(first).minimum(following)
 
 
 def _clip(value: Tensor, lower: Tensor | None, upper: Tensor | None) -> Tensor:
