@@ -5,11 +5,34 @@ Two lines: `head = SVMHead(C=0.1)`, then `logits = head(support, labels, query)`
 
 from importlib.metadata import version
 
-from convexheads.episodes import Episode, Evaluation, embed, evaluate, split_task
+from convexheads.episodes import Episode, Evaluation, calibrate, embed, evaluate, split_task
 from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError, SolverError, SolverWarning
-from convexheads.heads import Dual, Fitted, Head, PrototypeHead, RidgeHead, SVMHead
+from convexheads.heads import (
+    CvxpyHead,
+    CvxpyTask,
+    Dual,
+    Fitted,
+    FittedGaussianProcess,
+    FittedRegression,
+    GaussianProcessHead,
+    Head,
+    LinearDiscriminantHead,
+    LogisticHead,
+    MahalanobisHead,
+    MulticlassSVM,
+    OneVsRestHead,
+    PrototypeHead,
+    RegressionHead,
+    RidgeHead,
+    RidgeRegressionHead,
+    SimplifiedSVMHead,
+    SupportVectorRegressionHead,
+    SVMHead,
+    WestonWatkinsHead,
+)
 from convexheads.hyperparameters import Learnable
-from convexheads.kernels import RBF, Cosine, Kernel, Linear, Polynomial
+from convexheads.kernels import RBF, Constant, Cosine, Kernel, Linear, Polynomial, Product, Sum
+from convexheads.presets import metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
 from convexheads.solvers import QP, CvxpylayersSolver, NativeSolver, QpthSolver, Solution, Solver, Status
 
 __version__ = version("convexheads")
@@ -17,31 +40,54 @@ __version__ = version("convexheads")
 __all__ = [
     "QP",
     "RBF",
+    "Constant",
     "ConvexHeadsError",
     "Cosine",
+    "CvxpyHead",
+    "CvxpyTask",
     "CvxpylayersSolver",
     "Dual",
     "Episode",
     "Evaluation",
     "Fitted",
+    "FittedGaussianProcess",
+    "FittedRegression",
+    "GaussianProcessHead",
     "Head",
     "InputError",
     "Kernel",
     "Learnable",
     "Linear",
+    "LinearDiscriminantHead",
+    "LogisticHead",
+    "MahalanobisHead",
     "MissingDependencyError",
+    "MulticlassSVM",
     "NativeSolver",
+    "OneVsRestHead",
     "Polynomial",
+    "Product",
     "PrototypeHead",
     "QpthSolver",
+    "RegressionHead",
     "RidgeHead",
+    "RidgeRegressionHead",
     "SVMHead",
+    "SimplifiedSVMHead",
     "Solution",
     "Solver",
     "SolverError",
     "SolverWarning",
     "Status",
+    "Sum",
+    "SupportVectorRegressionHead",
+    "WestonWatkinsHead",
+    "calibrate",
     "embed",
     "evaluate",
+    "metaoptnet_ridge",
+    "metaoptnet_svm",
+    "protonet",
+    "r2d2",
     "split_task",
 ]

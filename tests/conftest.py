@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def _one_thread_one_seed() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    random.seed(0)  # of learn2learn's draws
     yield
     torch.set_num_threads(threads)
 

@@ -59,7 +59,7 @@ def task(
 def crammer_singer(support: Tensor, labels: Tensor, C: float | Tensor, smoothing: float = 0.0) -> QP:
     """The paper's QP, written down from Eq. 10 and not through the head."""
     targets = functional.one_hot(labels).to(support)
-    smoothed = torch.full(support.shape[:-2], smoothing, dtype=support.dtype) if smoothing else None
+    smoothed = torch.full_like(targets, smoothing) if smoothing else None
     return QP(support @ support.mT, linear=targets, upper=C * targets, smoothing=smoothed)
 
 

@@ -8,8 +8,20 @@ import learn2learn as l2l
 import pytest
 import torch
 from torch import nn
+from torchmetrics.classification import MulticlassCalibrationError
 
-from convexheads import InputError, PrototypeHead, RidgeHead, SVMHead, embed, evaluate, split_task
+from convexheads import (
+    InputError,
+    Learnable,
+    PrototypeHead,
+    RidgeHead,
+    SVMHead,
+    calibrate,
+    embed,
+    evaluate,
+    split_task,
+)
+from convexheads.episodes import _draw
 
 
 def clusters(classes: int = 8, each: int = 30, d: int = 6, noise: float = 1.0, seed: int = 0):
@@ -144,6 +156,53 @@ def test_uneven_classes():
 def test_impossible_evaluations(options, message):
     with pytest.raises(InputError, match=message):
         evaluate(RidgeHead(), *clusters(), **options)
+
+
+@pytest.mark.parametrize("function", [evaluate, calibrate])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x.numpy(), y), "features: got ndarray, wanted a tensor of floating-point values"),
+        (lambda x, y: (x, y.float()), "labels: got a tensor of torch.float32, wanted a tensor of integer values"),
+        (lambda x, y: (x.index_fill(0, torch.tensor([17]), torch.nan), y), "features: got non-finite values in row 17"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_unusable_features(function, change, message):
+    with pytest.raises(InputError, match=message):
+        function(RidgeHead(), *change(*clusters()), progress=False)
+
+
+def test_calibration_error_is_torchmetrics():
+    features, labels = clusters(noise=2.0)
+    head = RidgeHead(1.0, scale=3.0)
+    result = evaluate(head, features, labels, shots=2, queries=5, episodes=30, progress=False)
+    reference = MulticlassCalibrationError(num_classes=5, n_bins=15, norm="l1")
+    split = []
+    for index in _draw(labels, 5, 7, 30, seed=0):
+        support, query = features[index[:, :2]].flatten(0, 1), features[index[:, 2:]].flatten(0, 1)
+        fitted = head.fit(support, torch.arange(5).repeat_interleave(2))
+        split.append((fitted.probabilities(query), torch.arange(5).repeat_interleave(5)))
+    reference.update(torch.cat([p for p, _ in split]), torch.cat([y for _, y in split]))
+    assert result.calibration_error == pytest.approx(reference.compute().item(), abs=1e-6)
+    assert result.converged is None
+    assert evaluate(SVMHead(), features, labels, shots=1, episodes=9, progress=False).converged.all()
+
+
+@pytest.mark.parametrize(
+    "head", [SVMHead(scale=Learnable(30.0)), RidgeHead(1.0, scale=20.0), PrototypeHead(scale=0.01)], ids=str
+)
+def test_calibrates_on_other_classes(head):
+    features, labels = clusters(classes=80, each=20)
+    seen, unseen = labels < 40, labels >= 40
+    options = {"shots": 2, "episodes": 100, "progress": False}
+    calibrated = calibrate(head, features[seen], labels[seen], **options)
+    before, after = (evaluate(h, features[unseen], labels[unseen], **options) for h in (head, calibrated))
+    assert torch.equal(before.accuracies, after.accuracies)
+    assert after.calibration_error < 0.05 < 0.15 < before.calibration_error
+    # Calibrating twice changes nothing, wherever one starts.
+    again = calibrate(calibrated, features[seen], labels[seen], **options)
+    assert again.scale == pytest.approx(calibrated.scale, rel=1e-4)
 
 
 def test_progress_bar(capfd):

@@ -9,17 +9,32 @@ import pytest
 import torch
 from tasks import close, task
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional
 
 from convexheads import (
     RBF,
+    Constant,
     Cosine,
+    GaussianProcessHead,
     Head,
+    InputError,
     Learnable,
     Linear,
+    LinearDiscriminantHead,
+    LogisticHead,
+    MahalanobisHead,
+    NativeSolver,
+    OneVsRestHead,
     Polynomial,
+    Product,
     PrototypeHead,
     RidgeHead,
+    RidgeRegressionHead,
+    SimplifiedSVMHead,
+    Sum,
+    SupportVectorRegressionHead,
     SVMHead,
+    WestonWatkinsHead,
 )
 
 KERNELS = {
@@ -28,6 +43,8 @@ KERNELS = {
     "cosine": lambda: Cosine(),
     "rbf": lambda: RBF(Learnable(3.0)),
     "polynomial": lambda: Polynomial(2, offset=Learnable(1.0), scale=Learnable(0.1)),
+    "median": lambda: RBF(),
+    "combined": lambda: Learnable(0.5) * RBF() + Linear() * Cosine() + Constant(Learnable(0.3)),
     "function": lambda: lambda x, y: x @ y.mT + 1,
 }
 HEADS: dict[str, Callable[..., Head]] = {
@@ -35,7 +52,19 @@ HEADS: dict[str, Callable[..., Head]] = {
     "svm-hard": lambda **kw: SVMHead(100.0, **kw),
     "svm-smooth": lambda **kw: SVMHead(Learnable(0.3), smoothing=1.0, **kw),
     "svm-learnable-smoothing": lambda **kw: SVMHead(0.3, smoothing=Learnable(0.5), **kw),
+    "svm-squared": lambda **kw: SVMHead(Learnable(0.3), squared_hinge=True, **kw),
+    "weston-watkins": lambda **kw: WestonWatkinsHead(Learnable(0.1), **kw),
+    "weston-watkins-squared": lambda **kw: WestonWatkinsHead(Learnable(0.1), squared_hinge=True, **kw),
+    "one-vs-rest": lambda **kw: OneVsRestHead(Learnable(0.2), **kw),
+    "one-vs-rest-squared": lambda **kw: OneVsRestHead(Learnable(0.2), squared_hinge=True, **kw),
+    "simplified": lambda **kw: SimplifiedSVMHead(Learnable(0.1), **kw),
+    "simplified-squared": lambda **kw: SimplifiedSVMHead(Learnable(0.1), squared_hinge=True, **kw),
+    "logistic": lambda **kw: LogisticHead(Learnable(0.5), scale=Learnable(1.5), **kw),
+    "logistic-steps": lambda **kw: LogisticHead(Learnable(0.5), steps=5, **kw),
     "ridge": lambda **kw: RidgeHead(Learnable(2.0), scale=Learnable(1.5), **kw),
+    "ridge-bias": lambda **kw: RidgeHead(2.0, bias=Learnable(-0.3, signed=True), scale=Learnable(1.5), **kw),
+    "discriminant": lambda **kw: LinearDiscriminantHead(0.3, variance=Learnable(1.0), **kw),
+    "mahalanobis": lambda **kw: MahalanobisHead(Learnable(0.7), scale=Learnable(1.5), **kw),
     "prototype": lambda **kw: PrototypeHead(scale=Learnable(1.5), **kw),
 }
 
@@ -152,6 +181,39 @@ def test_mask_equals_leaving_out(make, kernel):
         torch.testing.assert_close(logits[i], alone, rtol=1e-8, atol=1e-9)
         (expected,) = torch.autograd.grad(alone.square().sum(), kept)
         torch.testing.assert_close(gradient[i, mask[i]], expected, rtol=1e-7, atol=1e-9)
+
+
+@heads
+@pytest.mark.parametrize("kernel", [Linear(), RBF()], ids=str)
+def test_different_ways_in_one_batch(make, kernel):
+    """Tasks of 2, 4 and 3 classes, masked to size: as each alone, gradients included."""
+    ways = torch.tensor([2, 4, 3])
+    support, query = torch.randn(3, 8, 12, dtype=torch.float64), torch.randn(3, 5, 12, dtype=torch.float64)
+    labels = torch.arange(8) % ways.unsqueeze(-1)
+    mask = torch.arange(8) < torch.tensor([[5], [8], [7]])
+    head = make(kernel=kernel)
+    truth = torch.tensor([0, 1, 1, 0, 1]).expand(3, 5)
+
+    def loss(logits, truth):
+        return functional.cross_entropy(logits.flatten(0, -2), truth.flatten(), reduction="sum")
+
+    together = support.clone().requires_grad_()
+    logits = head(together, labels, query, ways=ways, mask=mask)
+    assert logits.shape == (3, 5, 4)
+    wanted = [together, *head.parameters()]
+    gradient, *of_parameters = torch.autograd.grad(loss(logits, truth), wanted)
+    total = [torch.zeros_like(p) for p in head.parameters()]
+    for i, k in enumerate(ways.tolist()):
+        kept = support[i, mask[i]].requires_grad_()
+        alone = head(kept, labels[i, mask[i]], query[i], ways=k)
+        torch.testing.assert_close(logits[i, :, :k], alone, rtol=1e-8, atol=1e-9)
+        assert (logits[i, :, k:] == -torch.inf).all()
+        expected, *of_these = torch.autograd.grad(loss(alone, truth[i]), [kept, *head.parameters()])
+        torch.testing.assert_close(gradient[i, mask[i]], expected, rtol=1e-7, atol=1e-9)
+        total = [a + b for a, b in zip(total, of_these, strict=True)]
+    torch.testing.assert_close(of_parameters, total)
+    one = head(support[0, mask[0]], labels[0, mask[0]], query[0], ways=torch.tensor(2))
+    torch.testing.assert_close(one, logits[0, :, :2])
 
 
 @heads
@@ -277,8 +339,48 @@ def test_repr_is_the_constructor_call():
         SVMHead(C=Learnable(0.5), smoothing=1.0, kernel=RBF(Learnable(2.0)), scale=Learnable(1.0)),
         RidgeHead(regularization=3.0, kernel=Polynomial(3)),
         PrototypeHead(kernel=Linear(normalize=True)),
+        SVMHead(kernel=Sum(Linear(), Product(RBF(), Constant(Learnable(2.0))))),
+        WestonWatkinsHead(0.2, margin=1.0, squared_hinge=True, solver=NativeSolver(on_failure="warn")),
+        OneVsRestHead(0.5),
+        SimplifiedSVMHead(0.5, smoothing=0.1),
+        LogisticHead(2.0, steps=5, on_failure="return"),
+        RidgeHead(2.0, bias=Learnable(-0.5, signed=True)),
+        LinearDiscriminantHead(0.2, variance=3.0),
+        MahalanobisHead(Learnable(2.0)),
+        RidgeRegressionHead(0.5),
+        GaussianProcessHead(0.2, kernel=RBF(2.0)),
+        SupportVectorRegressionHead(0.5, epsilon=0.3),
     ):
         assert repr(eval(repr(head))) == repr(head)
+
+
+@pytest.mark.parametrize("kernel", [Linear(), Linear(normalize=True)], ids=str)
+@pytest.mark.parametrize("regularization", [1e-6, 1.0])
+def test_ridge_primal_equals_dual(kernel, regularization):
+    """With fewer features than examples the d x d system is solved; a kernel that hides what it is gets the n x n."""
+    support, labels, query, _ = task(2, shots=(6, 8, 7), d=4)
+    head = RidgeHead(regularization, kernel=kernel)
+    hidden = RidgeHead(regularization, kernel=lambda x, y: kernel(x, y))
+    support.requires_grad_()
+    logits, expected = head(support, labels, query), hidden(support, labels, query)
+    assert close(logits, expected) < 1e-8
+    gradient, wanted = (torch.autograd.grad(x.square().sum(), support)[0] for x in (logits, expected))
+    assert close(gradient, wanted) < 1e-7
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_sums_and_products_of_kernels():
+    x, y = torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(2, 4, 3, dtype=torch.float64)
+    linear, rbf = Linear()(x, y), RBF(2.0)(x, y)
+    torch.testing.assert_close((Linear() + RBF(2.0))(x, y), linear + rbf)
+    torch.testing.assert_close((Linear() * RBF(2.0))(x, y), linear * rbf)
+    torch.testing.assert_close((0.5 * Linear() + Constant(3.0))(x, y), linear / 2 + 3)
+    torch.testing.assert_close(((lambda x, y: x @ y.mT) + RBF(2.0) * Learnable(2.0))(x, y), linear + 2 * rbf)
+    kernel = Learnable(2.0) * Linear() + RBF(Learnable(3.0))
+    assert len(list(kernel.parameters())) == 2
+    assert len(list(copy.deepcopy(kernel).parameters())) == 2
+    with pytest.raises(InputError, match=r"Sum\(kernels\): got 3, wanted kernels"):
+        Linear() + 3
 
 
 def test_cosine_of_a_zero_vector():

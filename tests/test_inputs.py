@@ -11,12 +11,15 @@ from convexheads import (
     ConvexHeadsError,
     InputError,
     Learnable,
+    LinearDiscriminantHead,
+    LogisticHead,
+    MahalanobisHead,
     MissingDependencyError,
     NativeSolver,
+    OneVsRestHead,
     Polynomial,
     PrototypeHead,
     RidgeHead,
-    SolverError,
     SVMHead,
 )
 
@@ -98,6 +101,26 @@ BAD_CALLS = {
         r"mask: got no example left in task \(1,\)",
     ),
     "labels elsewhere": ((SUPPORT, LABELS.to("meta"), QUERY), {}, "labels: got device meta, wanted .* cpu"),
+    "images": (
+        (SUPPORT.unflatten(-1, (-1, 1)), LABELS, QUERY),
+        {},
+        r"support: got shape .*, wanted flat features, \(2, 6, d\)",
+    ),
+    "ways of each task, too few": (
+        GOOD[:3],
+        {"ways": torch.tensor([3, 2])},
+        r"labels: got 2 in task \(1,\), wanted values 0..ways-1",
+    ),
+    "ways of each task, float": (
+        GOOD[:3],
+        {"ways": torch.tensor([3.0, 3.0])},
+        "ways: got a tensor of torch.float32.*, wanted integers",
+    ),
+    "ways of each task, zero": (
+        GOOD[:3],
+        {"ways": torch.tensor([0, 3])},
+        r"ways: got 0 in task \(0,\), wanted at least 1",
+    ),
     "query elsewhere": ((SUPPORT, LABELS, QUERY.to("meta")), {}, "query: got device meta, wanted .* cpu"),
 }
 
@@ -127,6 +150,16 @@ BAD_ARGUMENTS = {
     "kernel": (lambda: SVMHead(kernel="rbf"), r"kernel: got 'rbf', wanted a callable"),
     "solver name": (lambda: SVMHead(solver="cplex"), "solver: got 'cplex', wanted .*'native', 'qpth', 'cvxpylayers'"),
     "solver class": (lambda: SVMHead(solver=NativeSolver), "solver: got <class .*, wanted a Solver or one of"),
+    "kernel class": (lambda: SVMHead(kernel=RBF), r"kernel: got <class .*RBF'>, wanted a callable"),
+    "tolerance learnable": (
+        lambda: NativeSolver(tolerance=Learnable(1.0)),
+        r"\(tolerance\): .*, wanted a positive finite number$",
+    ),
+    "signed C": (lambda: SVMHead(C=Learnable(-1.0, signed=True)), "C: got Learnable.*, wanted a positive"),
+    "bias": (lambda: RidgeHead(bias=torch.nan), "bias: got nan, wanted a finite number"),
+    "squared hinge": (lambda: SVMHead(squared_hinge=1), "squared_hinge: got 1, wanted True or False"),
+    "steps": (lambda: LogisticHead(steps=0), "steps: got 0, wanted an integer of at least 1"),
+    "shrinkage": (lambda: LinearDiscriminantHead(1.5), "shrinkage: got 1.5, wanted a number above 0 and at most 1"),
     "iterations": (lambda: NativeSolver(max_iterations=0), r"NativeSolver\(max_iterations\): got 0, wanted an integer"),
     "tolerance": (lambda: NativeSolver(tolerance=0), r"NativeSolver\(tolerance\): got 0, wanted a positive"),
     "on_failure": (lambda: NativeSolver(on_failure="ignore"), r"\(on_failure\): got 'ignore', wanted one of .*'warn'"),
@@ -137,6 +170,23 @@ BAD_ARGUMENTS = {
 def test_bad_argument(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_dual_that_is_no_dual():
+    class Wrong(SVMHead):
+        def dual(self, gram, targets):
+            return targets
+
+    with pytest.raises(InputError, match=r"Wrong\.dual: got a result of Tensor, wanted a Dual"):
+        Wrong()(*GOOD[:3])
+
+
+def test_mask_that_leaves_a_class_empty():
+    mask = LABELS != 1
+    for head in (PrototypeHead(), MahalanobisHead(), LinearDiscriminantHead(variance=1.0)):
+        with pytest.raises(InputError, match=r"labels: got no example of class 1 in task \(0,\)"):
+            head(*GOOD[:3], mask=mask)
+    assert torch.isfinite(SVMHead()(*GOOD[:3], mask=mask)).all()
 
 
 def test_class_without_examples_where_the_head_needs_one():
@@ -158,9 +208,21 @@ def test_bad_kernel(kernel, message):
         SVMHead(kernel=kernel)(*GOOD[:3])
 
 
-def test_kernel_that_is_not_positive_definite_enough_for_ridge():
-    with pytest.raises(SolverError, match=r"RidgeHead: .*50\.0.* not positive definite in task \(0,\)"):
-        RidgeHead(kernel=lambda x, y: -1000 * (x @ y.mT))(*GOOD[:3])
+@pytest.mark.parametrize(
+    "head", [SVMHead, RidgeHead, LogisticHead, OneVsRestHead, MahalanobisHead], ids=lambda h: h.__name__
+)
+def test_kernel_that_is_not_positive_semi_definite(head):
+    with pytest.raises(
+        InputError, match=r"kernel: got a Gram matrix with the eigenvalue -\S+ in task \(0,\), wanted a pos"
+    ):
+        head(kernel=lambda x, y: -1000 * (x @ y.mT))(*GOOD[:3])
+
+
+def test_covariance_that_cannot_be_inverted():
+    support, labels = torch.randn(2, 3, 5), torch.tensor([[0, 1, 2]] * 2)
+    with pytest.raises(InputError, match=r"support: got a within-class covariance of zero in task \(0,\), .*variance="):
+        LinearDiscriminantHead()(support, labels, support)
+    assert LinearDiscriminantHead(variance=1.0)(support, labels, support).argmax(-1).equal(labels)
 
 
 @pytest.mark.parametrize("name", ["qpth", "cvxpylayers"])

@@ -201,6 +201,7 @@ def test_certificate_bounds_the_true_error(drawn, magnitude, seed):
     def norm(coef):
         return (coef * (qp.gram @ coef)).sum().clamp_min(0).sqrt()
 
+    assume(norm(best) > 0)  # or relative errors say nothing
     certificate = qp.certify(spoilt)
     own = qp.certify(best)
     rounding = 1e-7 * (qp.gram.diagonal().max().sqrt() * (best.abs().sum() + 1e-3))
@@ -400,7 +401,7 @@ def test_names_and_objects_are_interchangeable():
     solver = QpthSolver(max_iterations=3)
     assert SVMHead(solver=solver).solver is solver
     assert repr(solver) == "QpthSolver(max_iterations=3)"
-    assert repr(CvxpylayersSolver(tolerance=1e-3, on_failure="warn")) == (
-        "CvxpylayersSolver(tolerance=0.001, on_failure='warn')"
+    assert repr(CvxpylayersSolver(tolerance=1e-2, on_failure="warn")) == (
+        "CvxpylayersSolver(tolerance=0.01, on_failure='warn')"
     )
     assert math.isclose(NativeSolver().tolerance, 1e-6)

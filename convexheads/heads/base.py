@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
+from torch.nn import functional
 
-from convexheads.errors import InputError
+from convexheads.errors import InputError, SolverError
 from convexheads.heads import inputs
 from convexheads.hyperparameters import Hyperparameter, OneLine, display, positive, value_of
-from convexheads.kernels import Kernel, Linear
+from convexheads.kernels import Kernel, Linear, for_support
 from convexheads.precision import full_precision, working_dtype
 from convexheads.solvers import Solution
 
@@ -22,18 +24,21 @@ from convexheads.solvers import Solution
 class Dual:
     """What a head learns from a Gram matrix.
 
-    The scores of a query q are `kernel(q, support) @ coef + bias + norm * kernel(q, q)`.
+    With `s = kernel(q, support)`, the score of a query q for class c is
+    `s @ coef_c + bias_c + s @ quadratic_c @ s + norm * kernel(q, q)`.
 
     Attributes:
         coef: dual coefficients, `(*batch, n, k)`.
         bias: `(*batch, k)`; None for none.
+        quadratic: symmetric, `(*batch, k, n, n)`; None for a score that is linear in the kernel.
         norm: multiple of each query's own squared norm, the same for all classes (-1 makes distances of scores).
         solution: what the solver says of `coef`; None for a closed form.
     """
 
     coef: Float[Tensor, "*batch n k"]
     bias: Float[Tensor, "*batch k"] | None = None
-    norm: float = 0.0
+    quadratic: Float[Tensor, "*batch k n n"] | None = None
+    norm: float | Float[Tensor, ""] = 0.0
     solution: Solution | None = None
 
 
@@ -44,16 +49,20 @@ class Fitted:
     Attributes:
         dual: coefficients (and bias), in float64.
         support: the support features, in float64, `(*batch, n, d)`.
-        kernel: the head's.
+        mask: `(*batch, n)`, False at examples that were left out; None for none.
+        kernel: the head's, with everything settled that it takes from the support.
         scale: the head's logit scale at the time of the fit (Eq. 12's gamma).
         dtype: of the features that came, and of the logits that go.
+        ways: the number of classes of each task, `(*batch,)`, where they differ; None where all have k.
     """
 
     dual: Dual
     support: Float[Tensor, "*batch n d"]
+    mask: Bool[Tensor, "*batch n"] | None
     kernel: Kernel
     scale: Float[Tensor, ""]
     dtype: torch.dtype
+    ways: Integer[Tensor, "*batch"] | None = None
 
     @property
     def solution(self) -> Solution | None:
@@ -67,7 +76,8 @@ class Fitted:
             query: `(*batch, q, d)`, with the leading dimensions, feature size and device of the support.
 
         Returns:
-            Logits `(*batch, q, k)` in the dtype of the support features that the head was fitted on.
+            Logits `(*batch, q, k)` in the dtype of the support features that the head was fitted on; minus infinity for
+            classes that a task doesn't have.
 
         Raises:
             InputError: shape, dtype or device don't fit the support, or a feature is not finite.
@@ -75,16 +85,107 @@ class Fitted:
         inputs.check_query(query, self.support)
         with full_precision(query.device):
             query = query.to(self.support.dtype)
-            scores = self.kernel(query, self.support) @ self.dual.coef
+            similarity = self.similarity(query)
+            scores = similarity @ self.dual.coef
             if self.dual.bias is not None:
                 scores = scores + self.dual.bias.unsqueeze(-2)
-            if self.dual.norm:
-                itself = query.unsqueeze(-2)
-                scores = scores + self.dual.norm * self.kernel(itself, itself).squeeze(-1)
-            return (self.scale * scores).to(self.dtype)
+            if self.dual.quadratic is not None:
+                image = similarity.unsqueeze(-3) @ self.dual.quadratic
+                scores = scores + (image * similarity.unsqueeze(-3)).sum(-1).mT
+            if not isinstance(self.dual.norm, float) or self.dual.norm != 0:
+                scores = scores + self.dual.norm * self.own_similarity(query).unsqueeze(-1)
+            logits = (self.scale * scores).to(self.dtype)
+        if self.ways is None:
+            return logits
+        classes = torch.arange(logits.shape[-1], device=logits.device)
+        return logits.masked_fill(classes >= self.ways[..., None, None], -torch.inf)
+
+    def probabilities(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q k"]:
+        """The softmax of the logits of a classifier; as good as its scale (see `calibrate`)."""
+        return self(query).softmax(-1)
+
+    def similarity(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q n"]:
+        """The kernel between queries, in working precision, and the support, zero at examples that were left out."""
+        similarity = self.kernel(query, self.support)
+        return similarity if self.mask is None else similarity.masked_fill(~self.mask.unsqueeze(-2), 0)
+
+    def own_similarity(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q"]:
+        """The kernel between each query, in working precision, and itself."""
+        itself = query.unsqueeze(-2)
+        return self.kernel(itself, itself)[..., 0, 0]
 
 
-class Head(OneLine, ABC):
+class BaseLearner(OneLine, ABC):
+    """What classification and regression heads have in common: a convex problem over the Gram matrix of the support.
+
+    A subclass writes one method, `dual`: from a Gram matrix and targets to dual coefficients. Everything else (checks,
+    tasks in batches, precision, kernels, scoring) is done here. Nothing of an episode is kept on the module.
+
+    Args:
+        kernel: any callable `(x, y) -> gram` (`convexheads.kernels`). Default `Linear()`.
+        scale: factor of all logits, the paper's learnable gamma (Eq. 12); a float or `Learnable(...)`. Default 1.
+
+    Raises:
+        InputError: an argument is unusable.
+    """
+
+    def __init__(self, *, kernel: Kernel | None = None, scale: Hyperparameter = 1.0) -> None:
+        super().__init__()
+        kernel = Linear() if kernel is None else kernel
+        if not callable(kernel) or isinstance(kernel, type):
+            raise InputError("kernel", repr(kernel), "a callable (x, y) -> gram, such as convexheads.RBF(1.0)")
+        self.kernel = kernel
+        self.scale = positive("scale", scale)
+
+    @abstractmethod
+    def dual(self, gram: Float[Tensor, "*batch n n"], targets: Float[Tensor, "*batch n k"]) -> Dual:
+        """Solve the base learner's problem.
+
+        Args:
+            gram: kernel matrix of the support set, in float64.
+            targets: one-hot labels, or the values to regress on; the row of an example that `mask` leaves out is zero,
+                and its row and column of `gram` are those of an example at a right angle to all others.
+
+        Returns:
+            The dual coefficients, differentiable in both arguments and in the hyper-parameters. Those of left-out
+            examples are ignored.
+        """
+
+    def _learn(
+        self,
+        features: Float[Tensor, "*batch n d"],
+        kernel: Kernel,
+        targets: Float[Tensor, "*batch n k"],
+        mask: Bool[Tensor, "*batch n"] | None,
+    ) -> Dual:
+        """`dual`, from the features; for base learners that look at more than the Gram matrix."""
+        gram = self._gram(features, kernel, mask)
+        try:
+            dual = self.dual(gram, targets)
+        except SolverError:
+            inputs.check_definite(gram)  # the likely reason, and a clearer error
+            raise
+        if not isinstance(dual, Dual):
+            raise InputError(f"{type(self).__name__}.dual", f"a result of {type(dual).__name__}", "a Dual")
+        return dual
+
+    def _gram(
+        self, features: Float[Tensor, "*batch n d"], kernel: Kernel, mask: Bool[Tensor, "*batch n"] | None
+    ) -> Float[Tensor, "*batch n n"]:
+        gram = kernel(features, features)
+        inputs.check_gram(gram, features)
+        return gram if mask is None else inputs.leave_out(gram, mask)
+
+    def _settings(self) -> list[str]:
+        """The constructor's arguments as they stand in its call; subclasses put theirs in front."""
+        settings = [] if isinstance(self.kernel, Linear) and not self.kernel.normalize else [f"kernel={self.kernel!r}"]
+        return settings if self.scale == 1.0 else [*settings, f"scale={display(self.scale)}"]
+
+    def extra_repr(self) -> str:
+        return ", ".join(self._settings())
+
+
+class Head(BaseLearner):
     """A few-shot classifier whose base learner is a convex problem.
 
     A subclass writes one method, `dual`: from a Gram matrix and one-hot targets to dual coefficients. Everything else
@@ -101,44 +202,25 @@ class Head(OneLine, ABC):
     needs_every_class: ClassVar[bool] = False
     """Whether a class without support examples is an error."""
 
-    def __init__(self, *, kernel: Kernel | None = None, scale: Hyperparameter = 1.0) -> None:
-        super().__init__()
-        kernel = Linear() if kernel is None else kernel
-        if not callable(kernel):
-            raise InputError("kernel", repr(kernel), "a callable (x, y) -> gram, such as convexheads.RBF(1.0)")
-        self.kernel = kernel
-        self.scale = positive("scale", scale)
-
-    @abstractmethod
-    def dual(self, gram: Float[Tensor, "*batch n n"], targets: Float[Tensor, "*batch n k"]) -> Dual:
-        """Solve the base learner's problem.
-
-        Args:
-            gram: kernel matrix of the support set, in float64.
-            targets: one-hot labels; the row of an example that `mask` leaves out is zero, and its row and column of
-                `gram` are those of an example at a right angle to all others.
-
-        Returns:
-            The dual coefficients, differentiable in both arguments and in the hyper-parameters. Those of left-out
-            examples are ignored.
-        """
-
     def forward(
         self,
         support: Float[Tensor, "*batch n d"],
         labels: Integer[Tensor, "*batch n"],
         query: Float[Tensor, "*batch q d"],
         *,
-        ways: int | None = None,
+        ways: int | Integer[Tensor, "*batch"] | None = None,
         mask: Bool[Tensor, "*batch n"] | None = None,
     ) -> Float[Tensor, "*batch q k"]:
         """Fit on the support and score the query: `head.fit(support, labels, ...)(query)`.
 
         Args:
             support: features, `(*batch, n, d)`; the leading dimensions are tasks, any number of them.
-            labels: `(*batch, n)`, any integer dtype, values 0..k-1 in any order; shots may differ between classes.
+            labels: `(*batch, n)`, any integer dtype, values 0..k-1 in any order (renumber others first:
+                `labels.unique(return_inverse=True)[1]`); shots may differ between classes.
             query: features, `(*batch, q, d)`.
-            ways: number of classes k. None: the largest label plus one (which on a GPU waits for the device).
+            ways: number of classes k. None: the largest label plus one (which on a GPU waits for the device). A tensor
+                of integers, `(*batch,)`: the classes of each task; k is then the largest of them, and the logits of
+                classes that a task doesn't have are minus infinity. The tasks of each size are solved together.
             mask: `(*batch, n)`, False at examples to leave out, so that tasks of different size fit one batch.
 
         Returns:
@@ -157,29 +239,71 @@ class Head(OneLine, ABC):
         support: Float[Tensor, "*batch n d"],
         labels: Integer[Tensor, "*batch n"],
         *,
-        ways: int | None = None,
+        ways: int | Integer[Tensor, "*batch"] | None = None,
         mask: Bool[Tensor, "*batch n"] | None = None,
     ) -> Fitted:
         """Fit on the support sets of a batch of tasks; arguments and errors as in `forward`."""
+        sizes = ways if isinstance(ways, Tensor) else None
         ways = inputs.check_support(support, labels, ways, mask, needs_every_class=self.needs_every_class)
         with full_precision(support.device):
             features = support.to(working_dtype(support.device))
             if mask is not None:  # whatever stands there, be it NaN
                 features = features.masked_fill(~mask.unsqueeze(-1), 0)
-            gram = self.kernel(features, features)
-            inputs.check_gram(gram, features)
-            targets = inputs.one_hot(labels, ways, mask, gram.dtype)
-            if mask is not None:
-                gram = inputs.leave_out(gram, mask)
-            dual = self.dual(gram, targets)
-            if mask is not None:
-                dual = replace(dual, coef=dual.coef * mask.unsqueeze(-1))
-        return Fitted(dual, features, self.kernel, value_of(self.scale, gram), support.dtype)
+            targets = inputs.one_hot(labels, ways, mask, features.dtype)
+            kernel = for_support(self.kernel, features, mask)
+            if sizes is None:
+                dual = self._learn(features, kernel, targets, mask)
+            else:
+                dual = self._learn_each_size(features, targets, mask, sizes)
+            return Fitted(dual, features, mask, kernel, value_of(self.scale, features), support.dtype, sizes)
 
-    def _settings(self) -> list[str]:
-        """The constructor's arguments as they stand in its call; subclasses put theirs in front."""
-        settings = [] if isinstance(self.kernel, Linear) and not self.kernel.normalize else [f"kernel={self.kernel!r}"]
-        return settings if self.scale == 1.0 else [*settings, f"scale={display(self.scale)}"]
+    def _learn_each_size(
+        self,
+        features: Float[Tensor, "*batch n d"],
+        targets: Float[Tensor, "*batch n k"],
+        mask: Bool[Tensor, "*batch n"] | None,
+        sizes: Integer[Tensor, "*batch"],
+    ) -> Dual:
+        """Learn the tasks with the same number of classes together; absent classes get coefficients of zero."""
+        duals, order = [], []
+        for size in sizes.unique().tolist():
+            rows = sizes == size
+            of_these = None if mask is None else mask[rows]
+            kernel = for_support(self.kernel, features[rows], of_these)
+            duals.append(self._learn(features[rows], kernel, targets[rows][..., :size], of_these))
+            order.append(rows.flatten().nonzero().squeeze(-1))
+        return join(duals, torch.cat(order).argsort(), sizes.shape)
 
-    def extra_repr(self) -> str:
-        return ", ".join(self._settings())
+
+def join(parts: Sequence[Dual], order: Integer[Tensor, " tasks"], batch: torch.Size) -> Dual:
+    """One batch from duals of tasks with different numbers of classes: padded with zeros, in the given order."""
+
+    def together(values: Sequence[Tensor | None], classes: int | None) -> Tensor | None:
+        """`classes`: which dimension, counted from the last, is that of the classes; None for none."""
+        values = [value for value in values if value is not None]
+        if not values:
+            return None
+        if classes is not None:
+            most = max(value.shape[-classes] for value in values)
+            values = [
+                functional.pad(value, (0, 0) * (classes - 1) + (0, most - value.shape[-classes])) for value in values
+            ]
+        joined = torch.cat(values)[order]
+        return joined.reshape((*batch, *joined.shape[1:]))
+
+    solutions = [part.solution for part in parts if part.solution is not None]
+    solution = None
+    if solutions:
+        by_class = ("coef", "bound_multipliers")
+        names = [field.name for field in fields(Solution)]
+        joined = {
+            name: together([getattr(s, name) for s in solutions], 1 if name in by_class else None) for name in names
+        }
+        solution = Solution(**joined)  # pyright: ignore[reportArgumentType]
+    return replace(
+        parts[0],
+        coef=together([part.coef for part in parts], 1),
+        bias=together([part.bias for part in parts], 1),
+        quadratic=together([part.quadratic for part in parts], 3),
+        solution=solution,
+    )

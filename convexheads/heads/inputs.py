@@ -10,17 +10,14 @@ from convexheads.errors import InputError
 
 
 def check_support(
-    support: Tensor, labels: Tensor, ways: int | None, mask: Tensor | None, *, needs_every_class: bool
+    support: Tensor, labels: Tensor, ways: int | Tensor | None, mask: Tensor | None, *, needs_every_class: bool
 ) -> int:
-    """Return the number of classes, or raise `InputError`.
+    """Return the number of classes (the largest, where `ways` says that of each task), or raise `InputError`.
 
     Values are looked at where that costs nothing: on the CPU, and elsewhere when `ways` has to be read off the device
     anyway.
     """
-    _check_features("support", support)
-    *_, n, d = support.shape
-    if n == 0 or d == 0:
-        raise InputError("support", _shape(support), "at least one example and one feature, (*batch, n, d)")
+    check_examples(support, mask)
     if (
         not isinstance(labels, Tensor)
         or labels.is_floating_point()
@@ -29,44 +26,88 @@ def check_support(
     ):
         got = f"a tensor of {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
         raise InputError("labels", got, "a tensor of integers 0..ways-1")
+    if labels.shape == support.shape[: labels.ndim] and support.ndim > labels.ndim + 1:
+        raise InputError("support", _shape(support), f"flat features, {(*labels.shape, 'd')}".replace("'", ""))
     if labels.shape != support.shape[:-1]:
         raise InputError("labels", _shape(labels), f"one label per support example, {tuple(support.shape[:-1])}")
     _check_device("labels", labels, support)
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = f"a tensor of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise InputError("mask", got, "a tensor of bool, False at examples to leave out")
-        if mask.shape != labels.shape:
-            raise InputError("mask", _shape(mask), f"one entry per support example, {tuple(labels.shape)}")
-        _check_device("mask", mask, support)
-    if ways is not None and (isinstance(ways, bool) or not isinstance(ways, int) or ways < 1):
-        raise InputError("ways", repr(ways), "an integer of at least 1, or None")
+    if isinstance(ways, Tensor):
+        if ways.shape != labels.shape[:-1] or ways.is_floating_point() or ways.is_complex() or ways.dtype == torch.bool:
+            got = f"a tensor of {ways.dtype}, shape {tuple(ways.shape)}"
+            raise InputError("ways", got, f"integers, one a task, {tuple(labels.shape[:-1])}")
+        _check_device("ways", ways, support)
+        if (ways < 1).any():
+            raise InputError("ways", f"{ways.min().item()} in {_first(ways < 1)}", "at least 1")
+    elif ways is not None and (isinstance(ways, bool) or not isinstance(ways, int) or ways < 1):
+        raise InputError("ways", repr(ways), "an integer of at least 1, a tensor of them, or None")
 
-    if ways is not None and support.device.type != "cpu":
+    if isinstance(ways, int) and support.device.type != "cpu":
         return ways
-    used = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
-    empty = ~used.any(-1)
-    if empty.any():
-        raise InputError("mask", f"no example left in {_first(empty)}", "at least one in every task")
-    _check_finite("support", support.masked_fill(~used.unsqueeze(-1), 0))
+    used = check_values(support, mask)
     known = labels.masked_fill(~used, 0)
     if known.numel() and known.min() < 0:
         raise InputError("labels", f"{known.min().item()} in {_first((known < 0).any(-1))}", "values 0..ways-1")
     if ways is None:
         ways = int(known.max().item()) + 1 if known.numel() else 1
-    elif (known >= ways).any():
-        raise InputError(
-            "labels", f"{known.max().item()} in {_first((known >= ways).any(-1))}", f"values 0..{ways - 1}"
-        )
+    limit = ways.unsqueeze(-1) if isinstance(ways, Tensor) else ways
+    if (known >= limit).any():
+        label, task = known.masked_fill(known < limit, 0).max().item(), _first((known >= limit).any(-1))
+        wanted = "values 0..ways-1" if isinstance(ways, Tensor) else f"values 0..{ways - 1}"
+        raise InputError("labels", f"{label} in {task}", wanted)
+    most = ways if isinstance(ways, int) else int(ways.max().item()) if ways.numel() else 1
     if needs_every_class:
-        counts = one_hot(labels, ways, mask, torch.float32).sum(-2)
-        if (counts == 0).any():
-            *task, missing = (counts == 0).nonzero()[0].tolist()
+        counts = one_hot(labels, most, mask, torch.float32).sum(-2)
+        missing = (counts == 0) & (torch.arange(most, device=labels.device) < limit)
+        if missing.any():
+            *task, missing = missing.nonzero()[0].tolist()
             where = f" in task {tuple(task)}" if task else ""
-            raise InputError(
-                "labels", f"no example of class {missing}{where}", f"one at least of each of {ways} classes"
-            )
-    return ways
+            of = "its classes" if isinstance(ways, Tensor) else f"{ways} classes"
+            raise InputError("labels", f"no example of class {missing}{where}", f"one at least of each of {of}")
+    return most
+
+
+def check_examples(support: Tensor, mask: Tensor | None) -> None:
+    """Raise `InputError` unless these are features, with a mask that goes with them."""
+    _check_features("support", support)
+    *batch, n, d = support.shape
+    if n == 0 or d == 0:
+        raise InputError("support", _shape(support), "at least one example and one feature, (*batch, n, d)")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = f"a tensor of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise InputError("mask", got, "a tensor of bool, False at examples to leave out")
+        if mask.shape != (*batch, n):
+            raise InputError("mask", _shape(mask), f"one entry per support example, {(*batch, n)}")
+        _check_device("mask", mask, support)
+
+
+def check_targets(targets: object, support: Tensor, mask: Tensor | None) -> bool:
+    """Raise `InputError` unless these are values to regress on; return whether they lack a dimension of outputs."""
+    check_examples(support, mask)
+    if not isinstance(targets, Tensor) or not targets.is_floating_point():
+        got = f"a tensor of {targets.dtype}" if isinstance(targets, Tensor) else type(targets).__name__
+        raise InputError("targets", got, "a tensor of floating-point values")
+    flat = targets.shape == support.shape[:-1]
+    if not flat and (targets.ndim != support.ndim or targets.shape[:-1] != support.shape[:-1] or not targets.shape[-1]):
+        wanted = f"one value, or one row of values, per support example, {tuple(support.shape[:-1])} or with outputs"
+        raise InputError("targets", _shape(targets), wanted)
+    _check_device("targets", targets, support)
+    if support.device.type == "cpu":
+        used = check_values(support, mask)
+        check_finite("targets", (targets.unsqueeze(-1) if flat else targets).masked_fill(~used.unsqueeze(-1), 0))
+    return flat
+
+
+def check_values(support: Tensor, mask: Tensor | None) -> Tensor:
+    """Raise `InputError` unless every task has examples, all of them finite; return which are used, `(*batch, n)`."""
+    if mask is None:
+        check_finite("support", support)
+        return torch.ones(support.shape[:-1], dtype=torch.bool, device=support.device)
+    empty = ~mask.any(-1)
+    if empty.any():
+        raise InputError("mask", f"no example left in {_first(empty)}", "at least one in every task")
+    check_finite("support", support.masked_fill(~mask.unsqueeze(-1), 0))
+    return mask
 
 
 def check_query(query: Tensor, support: Tensor) -> None:
@@ -75,10 +116,12 @@ def check_query(query: Tensor, support: Tensor) -> None:
     wanted = (*support.shape[:-2], query.shape[-2], support.shape[-1])
     if query.shape != wanted:
         what = "feature size" if query.shape[:-1] == wanted[:-1] else "task dimensions"
-        raise InputError("query", _shape(query), f"the {what} of the support, {(*wanted[:-2], 'q', wanted[-1])}")
+        raise InputError(
+            "query", _shape(query), f"the {what} of the support, {(*wanted[:-2], 'q', wanted[-1])}".replace("'", "")
+        )
     _check_device("query", query, support)
     if query.device.type == "cpu":
-        _check_finite("query", query)
+        check_finite("query", query)
 
 
 def check_gram(gram: object, features: Tensor) -> None:
@@ -90,7 +133,29 @@ def check_gram(gram: object, features: Tensor) -> None:
     if gram.dtype != features.dtype:
         raise InputError("kernel", f"a result of {gram.dtype}", f"the dtype of its arguments, {features.dtype}")
     if gram.device.type == "cpu":
-        _check_finite("kernel", gram)
+        check_finite("kernel", gram)
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Raise `InputError`, which names the row, where a value is not finite."""
+    if torch.isfinite(value.sum()):  # one pass, and true of almost all that comes
+        return
+    bad = ~torch.isfinite(value).all(-1)
+    if bad.any():
+        *task, row = bad.nonzero()[0].tolist()
+        where = f" of task {tuple(task)}" if task else ""
+        raise InputError(name, f"non-finite values in row {row}{where}", "finite values")
+
+
+def check_definite(gram: Tensor) -> None:
+    """Raise `InputError` where a Gram matrix has an eigenvalue that is negative beyond rounding."""
+    values = torch.linalg.eigvalsh(gram)
+    smallest, size = values[..., 0], values.abs().amax(-1)
+    negative = smallest < -1e-9 * size
+    if negative.any():
+        value = smallest.masked_fill(~negative, 0).min().item()
+        got = f"a Gram matrix with the eigenvalue {value:.3g} in {_first(negative)}"
+        raise InputError("kernel", got, "a positive semi-definite kernel")
 
 
 def one_hot(
@@ -100,6 +165,11 @@ def one_hot(
     targets = (labels.unsqueeze(-1) == torch.arange(ways, device=labels.device)).to(dtype)
     targets = torch.where(targets.any(-1, keepdim=True), targets, torch.nan)
     return targets if mask is None else targets.masked_fill(~mask.unsqueeze(-1), 0)
+
+
+def label_all(targets: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n k"]:
+    """One-hot labels, with one for every left-out example too: at a right angle to all others, any will do."""
+    return torch.cat([targets[..., :1] + 1 - targets.sum(-1, keepdim=True), targets[..., 1:]], -1)
 
 
 def leave_out(gram: Float[Tensor, "*batch n n"], mask: Bool[Tensor, "*batch n"]) -> Float[Tensor, "*batch n n"]:
@@ -121,16 +191,6 @@ def _check_features(name: str, value: object) -> None:
 def _check_device(name: str, value: Tensor, support: Tensor) -> None:
     if value.device != support.device:
         raise InputError(name, f"device {value.device}", f"the support's device, {support.device}")
-
-
-def _check_finite(name: str, value: Tensor) -> None:
-    if torch.isfinite(value.sum()):  # one pass, and true of almost all that comes
-        return
-    bad = ~torch.isfinite(value).all(-1)
-    if bad.any():
-        *task, row = bad.nonzero()[0].tolist()
-        where = f" of task {tuple(task)}" if task else ""
-        raise InputError(name, f"non-finite values in row {row}{where}", "finite values")
 
 
 def _first(tasks: Tensor) -> str:

@@ -46,7 +46,8 @@ class EpisodicModule(pl.LightningModule):
         weight_decay: on every parameter.
 
     Example:
-        `Trainer(max_epochs=1).fit(EpisodicModule(backbone, SVMHead(), ways=5, shots=5, steps=len(batches)), batches)`
+        With `batches` a list of such pairs, `loader = DataLoader(batches, batch_size=None)`, then
+        `Trainer(max_epochs=1).fit(EpisodicModule(backbone, SVMHead(), ways=5, shots=5, steps=len(loader)), loader)`
     """
 
     def __init__(

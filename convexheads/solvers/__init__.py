@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from convexheads.errors import InputError
-from convexheads.solvers.base import Solver
+from convexheads.solvers.base import OnFailure, Solver
 from convexheads.solvers.cvxpylayers import CvxpylayersSolver
 from convexheads.solvers.native import NativeSolver
 from convexheads.solvers.problem import QP, Solution, Status
@@ -20,6 +20,7 @@ __all__ = [
     "SOLVERS",
     "CvxpylayersSolver",
     "NativeSolver",
+    "OnFailure",
     "QpthSolver",
     "Solution",
     "Solver",

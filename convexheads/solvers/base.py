@@ -54,11 +54,12 @@ class Solver(ABC):
         whole = isinstance(max_iterations, int) and not isinstance(max_iterations, bool)
         if max_iterations is not None and (not whole or max_iterations < 1):
             raise InputError(f"{name}(max_iterations)", repr(max_iterations), "an integer of at least 1, or None")
-        if on_failure not in get_args(OnFailure):
-            raise InputError(f"{name}(on_failure)", repr(on_failure), f"one of {get_args(OnFailure)}")
+        check_on_failure(name, on_failure)
         self.max_iterations = max_iterations
-        self.tolerance = self.default_tolerance if tolerance is None else positive(f"{name}(tolerance)", tolerance)
-        self.on_failure = on_failure
+        self.tolerance = (
+            self.default_tolerance if tolerance is None else positive(f"{name}(tolerance)", tolerance, learnable=False)
+        )
+        self.on_failure: OnFailure = on_failure
 
     def __repr__(self) -> str:
         shown = [] if self.max_iterations is None else [f"max_iterations={self.max_iterations}"]
@@ -102,7 +103,7 @@ class Solver(ABC):
                 residual=certificate.residual.reshape(batch),
                 iterations=None if iterations is None else iterations.reshape(batch),
             )
-        self._complain(solution)
+        complain(type(self).__name__, solution, self.tolerance, self.on_failure)
         return solution
 
     def _status(self, certificate: Certificate) -> Int[Tensor, " tasks"]:
@@ -114,25 +115,33 @@ class Solver(ABC):
         status = torch.where(converged, Status.CONVERGED, otherwise)
         return torch.where(finite, status, Status.FAILED)
 
-    def _complain(self, solution: Solution) -> None:
-        if self.on_failure == "return":
-            return
-        failed = (solution.status == Status.FAILED).nonzero().tolist()
-        if not failed:
-            return
-        named = "; ".join(
-            f"task {tuple(task)}: relative gap {solution.gap[tuple(task)].item():.1e}, "
-            f"residual {solution.residual[tuple(task)].item():.1e}"
-            for task in failed[:5]
-        )
-        message = (
-            f"{type(self).__name__}: {len(failed)} of {solution.status.numel()} tasks not solved to the tolerance "
-            f"{self.tolerance:g} ({named}{'; ...' if len(failed) > 5 else ''}). The whole batch's solution is in "
-            "`SolverError.solution`; on_failure='warn' or 'return' carries on with it."
-        )
-        if self.on_failure == "raise":
-            raise SolverError(message, solution)
-        warnings.warn(message, SolverWarning, stacklevel=2)
+
+def check_on_failure(name: str, on_failure: object) -> None:
+    """Raise `InputError` unless it is one of the three things to do about a failure."""
+    if on_failure not in get_args(OnFailure):
+        raise InputError(f"{name}(on_failure)", repr(on_failure), f"one of {get_args(OnFailure)}")
+
+
+def complain(name: str, solution: Solution, tolerance: float, on_failure: OnFailure) -> None:
+    """Raise or warn, as asked for, if a task of the solution failed."""
+    if on_failure == "return":
+        return
+    failed = (solution.status == Status.FAILED).nonzero().tolist()
+    if not failed:
+        return
+    named = "; ".join(
+        f"task {tuple(task)}: relative gap {solution.gap[tuple(task)].item():.1e}, "
+        f"residual {solution.residual[tuple(task)].item():.1e}"
+        for task in failed[:5]
+    )
+    message = (
+        f"{name}: {len(failed)} of {solution.status.numel()} tasks not solved to the tolerance "
+        f"{tolerance:g} ({named}{'; ...' if len(failed) > 5 else ''}). The whole batch's solution is in "
+        "`SolverError.solution`; on_failure='warn' or 'return' carries on with it."
+    )
+    if on_failure == "raise":
+        raise SolverError(message, solution)
+    warnings.warn(message, SolverWarning, stacklevel=3)
 
 
 def _without_broken_tasks(qp: QP) -> tuple[QP, Bool[Tensor, " tasks"]]:

@@ -22,14 +22,14 @@ class CvxpylayersSolver(Solver):
 
     - `quad_form` with a parameter is not DPP: the Hessian enters by a square root;
     - compiling takes long: done once per shape and kept;
-    - SCS, the default, is accurate to 1e-2 in the gradient: Clarabel, at 1e-6 of `tolerance`;
+    - SCS, the default, is accurate to 1e-2 in the gradient: Clarabel, at 1e-7 of `tolerance`;
     - diffcp takes gradients below 1e-8 for zero: they are scaled (`solvers/foreign.py`);
     - one task that can't be solved raises for the batch: it is then solved task by task, and that one is NaN.
 
     See `Solver` for the arguments.
     """
 
-    default_tolerance: ClassVar[float] = 1e-4
+    default_tolerance: ClassVar[float] = 1e-3
     package: ClassVar[str | None] = "cvxpylayers"
 
     def _coefficients(self, qp: QP) -> tuple[Float[Tensor, "tasks n k"], None]:
@@ -40,31 +40,57 @@ class CvxpylayersSolver(Solver):
         # A missing bound is the idle row `0 a <= 1`.
         present = [torch.isfinite(bound) for _, bound in bounds]
         limits = [torch.where(on, sign * bound, 1) for on, (sign, bound) in zip(present, bounds, strict=True)]
+        accuracy, most = self.tolerance * 1e-7, self.max_iterations or 200
         switches = [on.to(qp.gram.dtype) for on in present]
 
         def solve(gram: Tensor, smoothing: Tensor, linear: Tensor, *limits: Tensor) -> Tensor:
             found: list[Tensor] = []
             linear = _QuadraticTerm.apply(linear, gram, smoothing, found)
             parameters = [x for pair in zip(switches, limits, strict=True) for x in pair]
-            found.append(self._attempt(layer, _root(gram.detach()), smoothing.detach().sqrt(), linear, *parameters))
+            parameters = (_root(gram.detach()), smoothing.detach().sqrt(), linear, *parameters)
+            found.append(call(layer, *parameters, tolerance=accuracy, max_iterations=most))
             return found[0]
 
         return foreign.call(solve, qp.gram, smoothing, qp.linear, *limits, backend="CvxpylayersSolver"), None
 
-    def _attempt(self, layer: Any, *parameters: Tensor) -> Tensor:
-        accuracy = self.tolerance * 1e-6
-        arguments: dict[str, Any] = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), accuracy)
-        arguments |= {"max_iter": self.max_iterations or 200}
-        if torch.is_grad_enabled() and any(x.requires_grad for x in parameters):
-            arguments |= {"mode": "lsmr", "n_jobs_backward": 1}
-        try:
-            (solution,) = layer(*(x.cpu() for x in parameters), solver_args=arguments)
-        except (RuntimeError, ValueError, ArithmeticError, _diffcp_error()):
-            if len(parameters[0]) == 1:
-                return torch.full_like(parameters[2], torch.nan)
-            tasks = range(len(parameters[0]))
-            return torch.cat([self._attempt(layer, *(x[task : task + 1] for x in parameters)) for task in tasks])
-        return solution.to(parameters[0].device)
+
+def call(layer: Any, *parameters: Tensor, tolerance: float, max_iterations: int) -> Tensor:
+    """A `CvxpyLayer`'s one variable for a batch of parameters, NaN in the tasks that could not be solved.
+
+    Args:
+        layer: as `layer_of` makes it.
+        parameters: each with the tasks as first dimension.
+        tolerance: Clarabel's, for gaps and residuals.
+        max_iterations: Clarabel's.
+    """
+    arguments: dict[str, Any] = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), tolerance)
+    arguments |= {"max_iter": max_iterations}
+    if torch.is_grad_enabled() and any(x.requires_grad for x in parameters):
+        arguments |= {"mode": "lsmr", "n_jobs_backward": 1}
+    try:
+        (solution,) = layer(*(x.cpu() for x in parameters), solver_args=arguments)
+    except (RuntimeError, ValueError, ArithmeticError, _diffcp_error()):
+        if len(parameters[0]) == 1:
+            return parameters[0].new_full((1, *layer.shape), torch.nan)
+        tasks = (tuple(x[task : task + 1] for x in parameters) for task in range(len(parameters[0])))
+        return torch.cat([call(layer, *task, tolerance=tolerance, max_iterations=max_iterations) for task in tasks])
+    return solution.to(parameters[0].device)
+
+
+def layer_of(problem: Any, parameters: list[Any], variable: Any) -> Any:
+    """A `CvxpyLayer` that solves with Clarabel and remembers the shape of its variable."""
+    from cvxpylayers.torch.cvxpylayer import CvxpyLayer
+
+    with torch.sparse.check_sparse_tensor_invariants(enable=False):  # said so, torch doesn't warn of it
+        layer = CvxpyLayer(
+            problem,
+            parameters=parameters,
+            variables=[variable],
+            solver="DIFFCP",
+            solver_args={"solve_method": "CLARABEL", "verbose": False, "n_jobs_forward": 1},
+        )
+    layer.shape = variable.shape
+    return layer
 
 
 def _diffcp_error() -> type[Exception]:
@@ -76,7 +102,6 @@ def _diffcp_error() -> type[Exception]:
 @lru_cache(maxsize=64)
 def _layer(n: int, k: int, signs: tuple[int, ...], row_sum: bool) -> Any:
     import cvxpy
-    from cvxpylayers.torch.cvxpylayer import CvxpyLayer
 
     coef = cvxpy.Variable((n, k))
     root, softness, linear = cvxpy.Parameter((n, n)), cvxpy.Parameter((n, k)), cvxpy.Parameter((n, k))
@@ -87,14 +112,7 @@ def _layer(n: int, k: int, signs: tuple[int, ...], row_sum: bool) -> Any:
     quadratic = cvxpy.sum_squares(root @ coef) + cvxpy.sum_squares(cvxpy.multiply(softness, coef))
     objective = quadratic / 2 - cvxpy.sum(cvxpy.multiply(linear, coef))
     parameters = [root, softness, linear, *(p for _, *pair in bounds for p in pair)]
-    with torch.sparse.check_sparse_tensor_invariants(enable=False):  # said so, torch doesn't warn of it
-        return CvxpyLayer(
-            cvxpy.Problem(cvxpy.Minimize(objective), constraints),
-            parameters=parameters,
-            variables=[coef],
-            solver="DIFFCP",
-            solver_args={"solve_method": "CLARABEL", "verbose": False, "n_jobs_forward": 1},
-        )
+    return layer_of(cvxpy.Problem(cvxpy.Minimize(objective), constraints), parameters, coef)
 
 
 def _root(matrix: Tensor) -> Tensor:

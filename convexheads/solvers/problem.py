@@ -225,8 +225,9 @@ class Solution:
 
     Attributes:
         coef: dual coefficients, differentiable, `(*batch, n, k)`.
-        bound_multipliers: of the bounds, positive at an upper one, negative at a lower one, `(*batch, n, k)`.
-        row_multipliers: of the zero row sums, `(*batch, n)`.
+        bound_multipliers: of the bounds, positive at an upper one, negative at a lower one, `(*batch, n, k)`; None for
+            a problem without bounds.
+        row_multipliers: of the zero row sums, `(*batch, n)`; None for a problem without them.
         status: `Status` of each task, `(*batch,)`.
         gap: certified relative duality gap of each task, computed from `coef` whoever solved it, `(*batch,)`.
         residual: largest distance of `coef` to the feasible set, relative to its largest entry, `(*batch,)`.
@@ -234,8 +235,8 @@ class Solution:
     """
 
     coef: Float[Tensor, "*batch n k"]
-    bound_multipliers: Float[Tensor, "*batch n k"]
-    row_multipliers: Float[Tensor, "*batch n"]
+    bound_multipliers: Float[Tensor, "*batch n k"] | None
+    row_multipliers: Float[Tensor, "*batch n"] | None
     status: Int[Tensor, "*batch"]
     gap: Float[Tensor, "*batch"]
     residual: Float[Tensor, "*batch"]

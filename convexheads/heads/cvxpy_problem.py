@@ -1,0 +1,165 @@
+"""A head from any convex problem that CVXPY can express."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from convexheads.errors import InputError, MissingDependencyError, SolverError
+from convexheads.heads.base import Dual, Head
+from convexheads.hyperparameters import Hyperparameter, display, positive, value_of
+from convexheads.kernels import Kernel
+from convexheads.solvers import cvxpylayers, foreign
+
+if TYPE_CHECKING:
+    import cvxpy
+
+_TOLERANCE = 1e-10
+_MAX_ITERATIONS = 200
+
+
+@dataclass(frozen=True)
+class CvxpyTask:
+    """What a problem may be made of, as CVXPY's own objects, for one task of n examples and k classes.
+
+    Attributes:
+        coef: the variable, n x k: dual coefficients.
+        scores: of the support examples, `gram @ coef`, n x k.
+        squared_norm: of the weights, the sum over classes of `|w_k|^2`: a convex expression.
+        targets: one-hot labels, a parameter, n x k.
+        parameters: the head's hyper-parameters by name, positive scalar parameters. CVXPY wants them not to multiply
+            `targets`: `lambda * squared_norm + loss` will do where `squared_norm + C * loss` won't.
+    """
+
+    coef: cvxpy.Variable
+    scores: cvxpy.Variable
+    squared_norm: cvxpy.Expression
+    targets: cvxpy.Parameter
+    parameters: dict[str, cvxpy.Parameter]
+
+
+class CvxpyHead(Head):
+    """Bring your own base learner, as a convex problem in CVXPY: `pip install 'convexheads[cvxpylayers]'`.
+
+    Hand over a function that takes a `CvxpyTask` and returns what to minimise, or a whole `cvxpy.Problem`. It is
+    called once for each shape. Solved with Clarabel, differentiated by cvxpylayers (Agrawal et al. 2019): on the CPU,
+    task by task, first derivatives only. For trying out a base learner, before writing its dual.
+
+    Args:
+        build: the function, of one argument. The problem has to be convex, and DPP in its parameters.
+        parameters: hyper-parameters by name, floats or `Learnable`, which gradients reach. Default none.
+        kernel: any callable `(x, y) -> gram`; default `Linear()`.
+        scale: factor of all logits (Eq. 12's gamma), a float or `Learnable`; default 1.
+
+    Raises:
+        InputError: an argument is unusable. Fitting raises it for a problem that is not convex, or not DPP.
+        MissingDependencyError: cvxpylayers is not installed.
+
+    Example:
+        `CvxpyHead(lambda task: cvxpy.norm1(task.coef) + 10 * cvxpy.sum_squares(task.targets - task.scores))`
+    """
+
+    def __init__(
+        self,
+        build: Callable[[CvxpyTask], Any],
+        *,
+        parameters: Mapping[str, Hyperparameter] | None = None,
+        kernel: Kernel | None = None,
+        scale: Hyperparameter = 1.0,
+    ) -> None:
+        super().__init__(kernel=kernel, scale=scale)
+        if find_spec("cvxpylayers") is None:
+            raise MissingDependencyError("cvxpylayers", extra="cvxpylayers", needed_by="CvxpyHead")
+        if not callable(build):
+            raise InputError("build", repr(build), "a function from a CvxpyTask to what to minimise")
+        self.build = build
+        self.parameters_by_name = {
+            name: positive(f"parameters[{name!r}]", value) for name, value in (parameters or {}).items()
+        }
+        self.learnables = nn.ModuleDict({n: v for n, v in self.parameters_by_name.items() if isinstance(v, nn.Module)})
+
+    def dual(self, gram: Float[Tensor, "*batch n n"], targets: Float[Tensor, "*batch n k"]) -> Dual:
+        *batch, n, k = targets.shape
+        layer = _layer(self.build, n, k, tuple(self.parameters_by_name))
+        values = [value_of(value, gram).expand(batch).reshape(-1) for value in self.parameters_by_name.values()]
+
+        def solve(gram: Tensor, targets: Tensor, *values: Tensor) -> Tensor:
+            parameters = (gram, _SquareRoot.apply(gram), targets, *values)
+            return cvxpylayers.call(layer, *parameters, tolerance=_TOLERANCE, max_iterations=_MAX_ITERATIONS)
+
+        flat = gram.reshape(-1, n, n), targets.reshape(-1, n, k)
+        coef = foreign.call(solve, *flat, *values, backend="CvxpyHead") if len(flat[0]) else flat[1]
+        failed = (~torch.isfinite(coef)).flatten(1).any(1).reshape(batch).nonzero().tolist()
+        if failed:
+            named = ", ".join(str(tuple(task)) for task in failed[:5])
+            raise SolverError(f"CvxpyHead: Clarabel could not solve {len(failed)} of the tasks ({named})")
+        return Dual(coef.reshape(targets.shape))
+
+    def _settings(self) -> list[str]:
+        settings = [getattr(self.build, "__name__", repr(self.build))]
+        if self.parameters_by_name:
+            shown = ", ".join(f"{name!r}: {display(value)}" for name, value in self.parameters_by_name.items())
+            settings.append(f"parameters={{{shown}}}")
+        return settings + super()._settings()
+
+
+@lru_cache(maxsize=64)
+def _layer(build: Callable[[CvxpyTask], Any], n: int, k: int, names: tuple[str, ...]) -> Any:
+    import cvxpy
+
+    coef, scores, weights = cvxpy.Variable((n, k)), cvxpy.Variable((n, k)), cvxpy.Variable((n, k))
+    gram, root, targets = cvxpy.Parameter((n, n)), cvxpy.Parameter((n, n)), cvxpy.Parameter((n, k))
+    parameters = {name: cvxpy.Parameter(nonneg=True) for name in names}
+    problem = build(CvxpyTask(coef, scores, cvxpy.sum_squares(weights), targets, parameters))
+    if isinstance(problem, cvxpy.Expression | int | float):
+        problem = cvxpy.Minimize(problem)
+    if isinstance(problem, cvxpy.Minimize):
+        problem = cvxpy.Problem(problem)
+    if not isinstance(problem, cvxpy.Problem):
+        raise InputError("build", f"a {type(problem).__name__} from it", "an expression to minimise or a cvxpy.Problem")
+    # Scores and weights (in an orthonormal basis of the support's span) are variables of their own, so that their
+    # products with parameters are DPP.
+    tied = [scores == gram @ coef, weights == root @ coef]
+    problem = cvxpy.Problem(problem.objective, [*problem.constraints, *tied])
+    if not problem.is_dcp():
+        raise InputError("build", "a problem that is not convex by CVXPY's rules (is_dcp)", "a convex problem")
+    if not problem.is_dpp():
+        wanted = (
+            "one in which parameters (targets, hyper-parameters) don't multiply each other: put a hyper-parameter on "
+            "`squared_norm`, for instance"
+        )
+        raise InputError("build", "a problem that is convex, but not DPP", wanted)
+    used = {parameter.id for parameter in problem.parameters()}
+    given = [gram, root, targets, *parameters.values()]
+    # cvxpylayers wants every parameter used; what the problem leaves out is added with weight zero.
+    unused = [parameter for parameter in given if parameter.id not in used]
+    if unused:
+        idle = sum(cvxpy.sum(cvxpy.multiply(0 * parameter, 1)) for parameter in unused)
+        problem = cvxpy.Problem(problem.objective + cvxpy.Minimize(idle), problem.constraints)
+    return cvxpylayers.layer_of(problem, given, coef)
+
+
+class _SquareRoot(torch.autograd.Function):
+    """The symmetric square root of a positive semi-definite matrix; where it is singular, zero is its derivative."""
+
+    @staticmethod
+    def forward(ctx, matrix: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(matrix)
+        roots = values.clamp_min(0).sqrt()
+        ctx.save_for_backward(roots, vectors)
+        return (vectors * roots.unsqueeze(-2)) @ vectors.mT
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        roots, vectors = ctx.saved_tensors
+        sums = roots.unsqueeze(-1) + roots.unsqueeze(-2)
+        singular = sums <= 1e-8 * sums.amax((-2, -1), keepdim=True)
+        inner = vectors.mT @ ((gradient + gradient.mT) / 2) @ vectors
+        return vectors @ torch.where(singular, 0, inner / sums) @ vectors.mT

@@ -1,0 +1,195 @@
+"""Multinomial logistic regression: structured Newton, its certificate, and its gradient of any order.
+
+In terms of `a`, n x k with rows that sum to zero, the optimum of `1/2 tr(a' K a) + sum_n cross-entropy(K a)` solves
+`a = targets - softmax(K a)`. Newton's system couples the classes through `W = diag(p) - p p'`, one k x k matrix for
+each example; eliminating it leaves k Choleskys of n x n and one of their sum (Rasmussen & Williams 2006, Algorithm
+3.3).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_HALVINGS = 30
+# A gap that was below `_NEAR` and has not halved for `_STALLED` steps won't fall further.
+_NEAR = 1e-4
+_STALLED = 3
+
+
+class Optimum(NamedTuple):
+    """Coefficients that are feasible for the dual, their certified relative duality gap, and the Newton steps."""
+
+    coef: Float[Tensor, "tasks n k"]
+    gap: Float[Tensor, " tasks"]
+    steps: Int[Tensor, " tasks"]
+
+
+class SoftmaxKKT:
+    """`(K + W^-1)^-1` for each task, an operator on n x k; differentiable.
+
+    Args:
+        gram: K.
+        probabilities: p, of which W is made.
+    """
+
+    def __init__(self, gram: Float[Tensor, "tasks n n"], probabilities: Float[Tensor, "tasks n k"]) -> None:
+        root = probabilities.mT.sqrt().unsqueeze(-1)  # (tasks, k, n, 1)
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        block = _cholesky(eye + root * gram.unsqueeze(1) * root.mT)
+        self.blocks = torch.linalg.solve_triangular(block, torch.diag_embed(root.squeeze(-1)), upper=False)
+        self.blocks = self.blocks.mT @ self.blocks
+        self.total = _cholesky(self.blocks.sum(1))
+
+    def solve(self, right: Float[Tensor, "tasks n k"]) -> Float[Tensor, "tasks n k"]:
+        """Apply the operator."""
+        part = self._blockwise(right)
+        shift = torch.cholesky_solve(part.sum(-1, keepdim=True), self.total)
+        return part - self._blockwise(shift.expand_as(right))
+
+    def _blockwise(self, value: Tensor) -> Tensor:
+        return (self.blocks @ value.mT.unsqueeze(-1)).squeeze(-1).mT
+
+
+def newton_step(
+    gram: Float[Tensor, "tasks n n"], targets: Float[Tensor, "tasks n k"], coef: Float[Tensor, "tasks n k"]
+) -> Float[Tensor, "tasks n k"]:
+    """One undamped Newton step from `coef`; differentiable."""
+    margins, loss = _margins(targets, gram @ coef)
+    p = (margins - loss.unsqueeze(-1)).exp()
+    # `W scores + targets - p`, whose rows sum to zero, by the entries of the wrong classes.
+    wrong = (p * (margins - (p * margins).sum(-1, keepdim=True) - 1)).masked_fill(targets > 0, 0)
+    right = wrong - targets * wrong.sum(-1, keepdim=True)
+    return right - SoftmaxKKT(gram, p).solve(gram @ right)
+
+
+def solve(
+    gram: Float[Tensor, "tasks n n"], targets: Float[Tensor, "tasks n k"], *, tolerance: float, max_steps: int
+) -> Optimum:
+    """Damped Newton on a batch of tasks, each until its gap is below `tolerance` or has stopped falling."""
+    coef = torch.zeros_like(targets)
+    value = _objective(gram, targets, coef)
+    best, best_gap = _feasible(targets, coef), torch.full_like(value, torch.inf)
+    steps, idle = torch.zeros_like(value, dtype=torch.long), torch.zeros_like(value, dtype=torch.long)
+    done = torch.zeros_like(value, dtype=torch.bool)
+    for step in range(1, max_steps + 1):
+        change = newton_step(gram, targets, coef) - coef
+        length, ahead = torch.ones_like(value), value
+        for _ in range(_HALVINGS):
+            ahead = _objective(gram, targets, coef + length[:, None, None] * change)
+            worse = ahead > value + 1e-12 * value.abs()
+            if not worse.any():
+                break
+            length = torch.where(worse, length / 2, length)
+        coef, value = coef + length[:, None, None] * change, ahead
+        candidate = _feasible(targets, coef)
+        gap = _gap(gram, targets, candidate)
+        better = (gap < best_gap) & ~done
+        idle = torch.where((gap < best_gap / 2) | (best_gap > _NEAR), 0, idle + 1)
+        best = torch.where(better[:, None, None], candidate, best)
+        best_gap = torch.where(better, gap, best_gap)
+        steps = torch.where(done, steps, step)
+        done = done | (best_gap <= tolerance) | (idle >= _STALLED) | torch.isnan(gap)
+        if done.all():
+            break
+    return Optimum(best, best_gap, steps)
+
+
+def attach(
+    gram: Float[Tensor, "tasks n n"], targets: Float[Tensor, "tasks n k"], coef: Float[Tensor, "tasks n k"]
+) -> Float[Tensor, "tasks n k"]:
+    """The optimum, found without autograd, as a function of the problem (implicit function theorem)."""
+    return _Optimal.apply(gram, targets, coef)
+
+
+def certified_gap(
+    gram: Float[Tensor, "tasks n n"], targets: Float[Tensor, "tasks n k"], coef: Float[Tensor, "tasks n k"]
+) -> Float[Tensor, " tasks"]:
+    """The relative duality gap of any coefficients, made feasible for the dual first."""
+    return _gap(gram, targets, _feasible(targets, coef))
+
+
+# Where examples are fitted almost perfectly, losses and probabilities are tiny. What follows works with those of the
+# wrong classes, so that they keep their digits.
+
+
+def _margins(targets: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """By how much each wrong class's score exceeds that of the right one (0 for itself), and the loss of each row."""
+    margins = scores - (targets * scores).sum(-1, keepdim=True)
+    beyond = margins.masked_fill(targets > 0, -torch.inf).logsumexp(-1)
+    return margins, torch.logaddexp(torch.zeros_like(beyond), beyond)
+
+
+def _objective(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
+    scores = gram @ coef
+    return (coef * scores).sum((-2, -1)) / 2 + _margins(targets, scores)[1].sum(-1)
+
+
+def _feasible(targets: Tensor, coef: Tensor) -> Tensor:
+    """Close to `coef`, with `targets - coef` a distribution in each row."""
+    wrong = (-coef).clamp_min(0).masked_fill(targets > 0, 0)
+    wrong = wrong / wrong.sum(-1, keepdim=True).clamp_min(1)
+    return targets * wrong.sum(-1, keepdim=True) - wrong
+
+
+def _gap(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
+    """For feasible coefficients, P - D is the divergence of `targets - coef` from the softmax of their scores."""
+    scores = gram @ coef
+    margins, loss = _margins(targets, scores)
+    p = (-coef).masked_fill(targets > 0, 0)
+    logs = margins - loss.unsqueeze(-1)
+    of_wrong = torch.special.xlogy(p, p) - p * logs - p + logs.exp().masked_fill(targets > 0, 0)
+    s, t = p.sum(-1), -torch.expm1(-loss)
+    of_right = torch.special.xlog1py(1 - s, -s) + (1 - s) * loss + s - t
+    value = (coef * scores).sum((-2, -1)) / 2 + loss.sum(-1)
+    gap = (of_wrong.sum(-1) + of_right).clamp_min(0).sum(-1)
+    return gap / value.clamp_min(torch.finfo(value.dtype).tiny)
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    return torch.where((info == 0)[..., None, None], factor, torch.nan)
+
+
+class _Optimal(torch.autograd.Function):
+    """`coef`, known to solve `coef = targets - softmax(gram @ coef)`, as a function of `gram` and `targets`."""
+
+    @staticmethod
+    def forward(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
+        return coef.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[0], output)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        gram, coef = ctx.saved_tensors
+        p = (gram @ coef).softmax(-1)
+        v = _Solved.apply(gram, p, gradient)
+        outer = v @ coef.mT
+        return -(outer + outer.mT) / 2, gradient - gram @ v, None
+
+
+class _Solved(torch.autograd.Function):
+    """`(gram + W^-1)^-1 right`, differentiable any number of times."""
+
+    @staticmethod
+    def forward(ctx, gram: Tensor, p: Tensor, right: Tensor, kkt: SoftmaxKKT | None = None) -> Tensor:
+        ctx.kkt = SoftmaxKKT(gram, p) if kkt is None else kkt
+        solved = ctx.kkt.solve(right)
+        ctx.save_for_backward(gram, p, right, solved)
+        return solved
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        gram, p, right, solved = ctx.saved_tensors
+        adjoint = _Solved.apply(gram, p, gradient, ctx.kkt)
+        # What W maps to `solved` and to `adjoint`, up to a shift of rows, which it doesn't see.
+        z, q = right - gram @ solved, gradient - gram @ adjoint
+        outer = adjoint @ solved.mT
+        inner = (p * z).sum(-1, keepdim=True), (p * q).sum(-1, keepdim=True)
+        return -(outer + outer.mT) / 2, q * z - q * inner[0] - z * inner[1], adjoint, None

@@ -1,0 +1,119 @@
+"""Base learners that users hand over as CVXPY problems."""
+
+from __future__ import annotations
+
+import copy
+
+import cvxpy
+import pytest
+import torch
+from sklearn.linear_model import Lasso
+from tasks import close, task
+from torch.nn import functional
+
+from convexheads import CvxpyHead, InputError, Learnable, LogisticHead, MissingDependencyError, OneVsRestHead, RidgeHead
+from convexheads.errors import ConvexHeadsError
+
+
+def hinge(task):
+    margins = cvxpy.multiply(2 * task.targets - 1, task.scores)
+    return task.parameters["lambda"] / 2 * task.squared_norm + cvxpy.sum(cvxpy.pos(1 - margins))
+
+
+def squares(task):
+    return task.parameters["lambda"] / 2 * task.squared_norm + cvxpy.sum_squares(task.targets - task.scores) / 2
+
+
+def cross_entropy(task):
+    loss = cvxpy.sum(cvxpy.log_sum_exp(task.scores, axis=1)) - cvxpy.sum(cvxpy.multiply(task.targets, task.scores))
+    return cvxpy.Minimize(task.parameters["lambda"] / 2 * task.squared_norm + loss)
+
+
+def hinge_huber(task):
+    """Quadratic near the margin, linear far from it."""
+    margins = cvxpy.multiply(2 * task.targets - 1, task.scores)
+    return task.squared_norm / 2 + cvxpy.sum(cvxpy.huber(cvxpy.pos(1 - margins), 0.5))
+
+
+SAME = {
+    "hinge": (hinge, 8.0, OneVsRestHead(Learnable(1 / 8.0))),
+    "squares": (squares, 3.0, RidgeHead(Learnable(3.0))),
+    "cross-entropy": (cross_entropy, 3.0, LogisticHead(Learnable(3.0))),
+}
+
+
+@pytest.mark.parametrize(("build", "weight", "own"), SAME.values(), ids=SAME.keys())
+def test_equals_our_own_heads_and_their_gradients(build, weight, own):
+    support, labels, query, ways = task(2, d=20)
+    head = CvxpyHead(build, parameters={"lambda": Learnable(weight)}, scale=Learnable(1.3))
+    found = []
+    for each in (head, own):
+        features = support.clone().requires_grad_()
+        logits = each(features, labels, query, ways=ways)
+        (parameter,) = [p for name, p in each.named_parameters() if "scale" not in name]
+        gradients = torch.autograd.grad(logits.square().sum(), [features, parameter])
+        found.append((logits, *gradients))
+    (logits, of_features, of_parameter), (expected, own_features, own_parameter) = found
+    assert close(logits, 1.3 * expected) < 1e-5
+    assert close(of_features, 1.69 * own_features) < 1e-3
+    # C is 1 / lambda, and what is learnt is the logarithm.
+    assert close(of_parameter.abs(), 1.69 * own_parameter.abs()) < 1e-3
+
+
+def test_hinge_huber_and_masks():
+    support, labels, query, ways = task(2, shots=(2, 2, 2), d=10)
+    head = CvxpyHead(hinge_huber)
+    mask = torch.ones_like(labels, dtype=torch.bool)
+    mask[0, 1] = False
+    logits = head(support, labels, query, ways=ways, mask=mask)
+    alone = head(support[0, mask[0]], labels[0, mask[0]], query[0], ways=ways)
+    assert close(logits[0], alone) < 1e-4
+    torch.testing.assert_close(copy.deepcopy(head)(support, labels, query, ways=ways, mask=mask), logits)
+
+
+def test_l1_gives_scikit_learns_lasso():
+    """An L1 norm of the coefficients is the lasso with the Gram matrix as features."""
+    support, labels, *_ = task(shots=(3, 2, 4), d=30)
+
+    def lasso(task):
+        return cvxpy.sum_squares(task.targets - task.scores) / 2 + 0.9 * cvxpy.norm1(task.coef)
+
+    fitted = CvxpyHead(lasso).fit(support, labels)
+    gram, targets = (support @ support.mT).numpy(), functional.one_hot(labels).double().numpy()
+    reference = Lasso(alpha=0.9 / len(gram), fit_intercept=False, tol=1e-12, max_iter=100_000).fit(gram, targets)
+    expected = torch.from_numpy(reference.coef_.T)
+    assert (expected == 0).any()
+    assert close(fitted.dual.coef, expected) < 1e-5
+
+
+BAD = {
+    "not convex": (lambda task: -task.squared_norm, "build: got a problem that is not convex"),
+    "not DPP": (
+        lambda task: task.squared_norm + task.parameters["a"] * cvxpy.sum_squares(task.targets - task.scores),
+        "build: got a problem that is convex, but not DPP, wanted one in which parameters",
+    ),
+    "nothing": (lambda task: None, "build: got a NoneType from it, wanted an expression"),
+}
+
+
+@pytest.mark.parametrize(("build", "message"), BAD.values(), ids=BAD.keys())
+@pytest.mark.usefixtures("unchecked")
+def test_bad_problems(build, message):
+    with pytest.raises(InputError, match=message):
+        CvxpyHead(build, parameters={"a": 1.0})(*task()[:3])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_arguments_and_limits(monkeypatch):
+    with pytest.raises(InputError, match="build: got 3, wanted a function"):
+        CvxpyHead(3)
+    with pytest.raises(InputError, match=r"parameters\['a'\]: got -1, wanted a positive"):
+        CvxpyHead(squares, parameters={"a": -1})
+    support, labels, query, _ = task()
+    logits = CvxpyHead(squares, parameters={"lambda": 1.0})(support.requires_grad_(), labels, query)
+    (gradient,) = torch.autograd.grad(logits.sum(), support, create_graph=True)
+    with pytest.raises(ConvexHeadsError, match=r"second derivative.*CvxpyHead"):
+        gradient.sum().backward()
+    monkeypatch.setattr("convexheads.heads.cvxpy_problem.find_spec", lambda _: None)
+    with pytest.raises(MissingDependencyError, match="CvxpyHead needs the package 'cvxpylayers'"):
+        CvxpyHead(squares)

@@ -1,0 +1,50 @@
+"""Heads with the hyper-parameters of the literature."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tasks import close, task
+
+from convexheads import InputError, RidgeHead, metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
+
+
+def test_hyper_parameters():
+    assert repr(metaoptnet_svm()) == "SVMHead(C=0.1, scale=Learnable(1.0))"
+    assert repr(metaoptnet_svm("official")) == "SVMHead(C=0.1, smoothing=1.0, scale=Learnable(1.0))"
+    assert repr(metaoptnet_ridge()) == "RidgeHead(regularization=50.0, scale=Learnable(1.0))"
+    assert repr(protonet()) == "PrototypeHead(kernel=Linear(normalize=True), scale=Learnable(1.0))"
+    learnt = "RidgeHead(regularization=Learnable(1.0), bias=Learnable(0.0, signed=True), scale=Learnable(0.0001))"
+    assert repr(r2d2()) == learnt
+    assert repr(r2d2("official")) == "RidgeHead(regularization=50.0, scale=Learnable(1.0))"
+
+
+def test_official_ridge_returns_twice_the_scores():
+    support, labels, query, _ = task()
+    assert (
+        close(metaoptnet_ridge("official")(support, labels, query), 2 * RidgeHead(50.0)(support, labels, query)) < 1e-6
+    )
+
+
+def test_r2d2_learns_everything():
+    support, labels, query, _ = task()
+    head = r2d2()
+    head(support, labels, query).square().sum().backward()
+    assert len(list(head.parameters())) == 3
+    assert all(parameter.grad.abs() > 0 for parameter in head.parameters())
+
+
+def test_r2d2_bias_is_added_after_the_scale():
+    support, labels, query, _ = task()
+    head = r2d2()
+    expected = head(support, labels, query) + 0.7
+    with torch.no_grad():
+        head.bias.signed_value.fill_(0.7)
+    torch.testing.assert_close(head(support, labels, query), expected)
+
+
+@pytest.mark.parametrize("preset", [metaoptnet_svm, metaoptnet_ridge, protonet, r2d2])
+@pytest.mark.usefixtures("unchecked")
+def test_unknown_version(preset):
+    with pytest.raises(InputError, match="version: got 'v2', wanted 'paper' or 'official'"):
+        preset("v2")

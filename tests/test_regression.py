@@ -1,0 +1,156 @@
+"""What every regression head promises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck
+
+from convexheads import (
+    RBF,
+    Constant,
+    GaussianProcessHead,
+    InputError,
+    Learnable,
+    Linear,
+    RegressionHead,
+    RidgeRegressionHead,
+    SupportVectorRegressionHead,
+)
+
+HEADS: dict[str, Callable[..., RegressionHead]] = {
+    "ridge": lambda **kw: RidgeRegressionHead(Learnable(0.5), **kw),
+    "gaussian-process": lambda **kw: GaussianProcessHead(Learnable(0.3), **kw),
+    "support-vector": lambda **kw: SupportVectorRegressionHead(Learnable(0.5), epsilon=Learnable(0.1), **kw),
+}
+heads = pytest.mark.parametrize("make", HEADS.values(), ids=HEADS.keys())
+kernels = pytest.mark.parametrize("kernel", [Linear(), RBF(Learnable(2.0)), RBF() + Constant(0.5)], ids=str)
+
+
+def task(*batch: int, n: int = 7, q: int = 4, d: int = 3, outputs: tuple[int, ...] = (), dtype=torch.float64):
+    return (
+        torch.randn(*batch, n, d, dtype=dtype),
+        torch.randn(*batch, n, *outputs, dtype=dtype),
+        torch.randn(*batch, q, d, dtype=dtype),
+    )
+
+
+@heads
+@kernels
+@pytest.mark.parametrize("outputs", [(), (1,), (2,)], ids=str)
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (0,)], ids=str)
+def test_shapes_and_dtype(make, kernel, batch, outputs):
+    support, targets, query = task(*batch, outputs=outputs, dtype=torch.float32)
+    values = make(kernel=kernel)(support, targets, query)
+    assert values.shape == (*batch, 4, *outputs)
+    assert values.dtype == torch.float32
+
+
+@heads
+@kernels
+def test_batch_equals_loop_and_mask_equals_leaving_out(make, kernel):
+    support, targets, query = task(3, outputs=(2,))
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    mask[0, 6] = mask[2, 1] = mask[2, 3] = False
+    head, hidden, blank = make(kernel=kernel), support.clone(), targets.clone()
+    hidden[~mask] = torch.nan
+    blank[~mask] = torch.nan
+    hidden.requires_grad_()
+    values = head(hidden, blank, query, mask=mask)
+    (gradient,) = torch.autograd.grad(values.square().sum(), hidden)
+    for i in range(3):
+        kept = support[i, mask[i]].requires_grad_()
+        alone = head(kept, targets[i, mask[i]], query[i])
+        torch.testing.assert_close(values[i], alone, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(
+            gradient[i, mask[i]], torch.autograd.grad(alone.square().sum(), kept)[0], rtol=1e-6, atol=1e-8
+        )
+
+
+@heads
+@kernels
+@pytest.mark.usefixtures("unchecked")
+def test_gradcheck(make, kernel):
+    support, targets, query = task(n=5, q=2)
+    head = make(kernel=kernel).double()
+    names, parameters = zip(*head.named_parameters(), strict=True)
+
+    def values(support, targets, query, *given):
+        return torch.func.functional_call(head, dict(zip(names, given, strict=True)), (support, targets, query))
+
+    inputs = [x.detach().requires_grad_() for x in (support, targets, query, *parameters)]
+    assert gradcheck(values, inputs, eps=1e-6, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_variance_and_likelihood():
+    support, targets, query = task(2, n=5, q=3)
+    head = GaussianProcessHead(0.2, kernel=RBF(Learnable(1.5)))
+    assert gradcheck(lambda s, q: head.fit(s, targets).variance(q), [support.requires_grad_(), query.requires_grad_()])
+    assert gradcheck(lambda s, t: head.fit(s, t).log_marginal_likelihood(), [support, targets.requires_grad_()])
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    fitted, alone = head.fit(support, targets, mask=mask), head.fit(support[1, :3], targets[1, :3])
+    torch.testing.assert_close(fitted.variance(query)[1], alone.variance(query[1]))
+    torch.testing.assert_close(fitted.log_marginal_likelihood()[1], alone.log_marginal_likelihood())
+    assert (fitted.variance(support)[0] < 0.2).all()
+    assert (fitted.variance(100 + query) > 0.99).all()
+
+
+def test_median_width_is_that_of_each_task():
+    support, targets, query = task(2)
+    support[1] *= 30
+    head = GaussianProcessHead()
+    assert head.fit(support, targets).variance(query).shape == (2, 4)
+    for i in range(2):
+        width = torch.pdist(support[i]).median().item()
+        expected = GaussianProcessHead(kernel=RBF(width))(support[i], targets[i], query[i])
+        torch.testing.assert_close(head(support, targets, query)[i], expected)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s, t: (s, t.long()), "targets: got a tensor of torch.int64, wanted .*floating-point"),
+        (lambda s, t: (s, t[:, :-1]), r"targets: got shape \(2, 6\), wanted one value.*\(2, 7\)"),
+        (lambda s, t: (s, t.masked_fill(t == t, torch.inf)), "targets: got non-finite values"),
+    ],
+)
+def test_bad_input(change, message):
+    support, targets, query = task(2)
+    with pytest.raises(InputError, match=message):
+        RidgeRegressionHead()(*change(support, targets), query)
+
+
+def sinusoids(tasks: int, points: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The task distribution of Finn et al. (2017): amplitude 0.1 to 5, phase 0 to pi, inputs in -5 to 5."""
+    amplitude, phase = 0.1 + 4.9 * torch.rand(tasks, 1), math.pi * torch.rand(tasks, 1)
+    x = 10 * torch.rand(tasks, points) - 5
+    return x.unsqueeze(-1), amplitude * (x - phase).sin()
+
+
+@heads
+def test_sinusoids_are_learnt(make):
+    """Features that 300 steps through the head have learnt predict unseen sinusoids from ten points."""
+    network = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh())
+    head = make(kernel=Linear())
+    optimizer = torch.optim.Adam([*network.parameters(), *head.parameters()], lr=5e-3)
+
+    def error() -> torch.Tensor:
+        x, y = sinusoids(64, 20)
+        features = network(x)
+        return (head(features[:, :10], y[:, :10], features[:, 10:]) - y[:, 10:]).square().mean()
+
+    before = error().item()
+    for _ in range(300):
+        optimizer.zero_grad()
+        error().backward()
+        optimizer.step()
+    with torch.no_grad():
+        after = sum(error().item() for _ in range(10)) / 10
+    assert after < 0.25
+    assert after < before / 5
