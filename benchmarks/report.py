@@ -65,6 +65,7 @@ def write_markdown(result: Table, note: str, path: Path) -> None:
     Console(file=text, width=200).print(result)
     lines = [line.rstrip() for line in text.getvalue().splitlines()]
     body = "\n".join(line for line in lines if line)
+    body = f"<!-- --8<-- [start:table] -->\n{body}\n<!-- --8<-- [end:table] -->"  # for pages that include it
     path.write_text(f"# {title}\n\n{body}\n\n{note}\n", encoding="utf-8")
 
 
