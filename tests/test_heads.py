@@ -64,6 +64,7 @@ HEADS: dict[str, Callable[..., Head]] = {
     "ridge": lambda **kw: RidgeHead(Learnable(2.0), scale=Learnable(1.5), **kw),
     "ridge-bias": lambda **kw: RidgeHead(2.0, bias=Learnable(-0.3, signed=True), scale=Learnable(1.5), **kw),
     "discriminant": lambda **kw: LinearDiscriminantHead(0.3, variance=Learnable(1.0), **kw),
+    "discriminant-shrunk": lambda **kw: LinearDiscriminantHead(0.3, scale=Learnable(1.5), **kw),
     "mahalanobis": lambda **kw: MahalanobisHead(Learnable(0.7), scale=Learnable(1.5), **kw),
     "prototype": lambda **kw: PrototypeHead(scale=Learnable(1.5), **kw),
 }
@@ -106,7 +107,8 @@ DEGENERATE = {
 }
 
 
-@heads
+# Without `variance=`, a task in which no class has two different examples is an input error: see test_inputs.py.
+@pytest.mark.parametrize("make", [h for n, h in HEADS.items() if n != "discriminant-shrunk"])
 @pytest.mark.parametrize("spoil", DEGENERATE.values(), ids=DEGENERATE.keys())
 def test_degenerate_task_leaves_its_neighbours_alone(make, spoil):
     support, labels, query, ways = task(3, d=20)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tasks import close
 from torch import nn
 from torch.autograd import gradcheck
 
@@ -69,6 +70,38 @@ def test_batch_equals_loop_and_mask_equals_leaving_out(make, kernel):
         torch.testing.assert_close(
             gradient[i, mask[i]], torch.autograd.grad(alone.square().sum(), kept)[0], rtol=1e-6, atol=1e-8
         )
+
+
+@heads
+@kernels
+def test_order_of_support_does_not_matter(make, kernel):
+    support, targets, query = task()
+    order = torch.randperm(7)
+    shuffled = make(kernel=kernel)(support[order], targets[order], query)
+    torch.testing.assert_close(shuffled, make(kernel=kernel)(support, targets, query), rtol=1e-7, atol=1e-9)
+
+
+@heads
+@pytest.mark.parametrize("spoil", [lambda x: 0 * x, lambda x: x[:1].expand_as(x).clone(), lambda x: 1e4 * x])
+def test_degenerate_task_leaves_its_neighbours_alone(make, spoil):
+    support, targets, query = task(3)
+    support[1] = spoil(support[1])
+    support.requires_grad_()
+    values = make()(support, targets, query)
+    (gradient,) = torch.autograd.grad(values.square().sum(), support)
+    assert torch.isfinite(values).all()
+    assert torch.isfinite(gradient).all()
+    for i in (0, 2):
+        torch.testing.assert_close(values[i], make()(support[i], targets[i], query[i]), rtol=1e-7, atol=1e-9)
+
+
+@heads
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_low_precision_features(make, dtype, tolerance):
+    support, targets, query = (x.to(dtype) for x in task(2))
+    values = make()(support, targets, query)
+    assert values.dtype == dtype
+    assert close(values.double(), make()(support.double(), targets.double(), query.double())) < tolerance
 
 
 @heads
