@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from convexheads.solvers.kkt import BlockKKT
+from convexheads.solvers.kkt import KKT, BlockKKT
 from convexheads.solvers.problem import QP, Certificate
 
-_REGULARISER = 1e-9
-_REFINEMENTS = 2
+REGULARISER = 1e-9
+REFINEMENTS = 2
 # Weight of the proximal step that makes the first guess, relative to the mean diagonal of the Hessian.
-_PROXIMITY = 0.3
+PROXIMITY = 0.3
 
 
 class ActiveSet(NamedTuple):
@@ -29,27 +29,26 @@ class ActiveSet(NamedTuple):
     coef: Float[Tensor, "tasks n k"]
     at_upper: Bool[Tensor, "tasks n k"]
     at_lower: Bool[Tensor, "tasks n k"]
-    kkt: BlockKKT
+    kkt: KKT
 
 
-def search(qp: QP, *, max_rounds: int) -> tuple[ActiveSet, Certificate, Int[Tensor, " tasks"]]:
+def search(qp: QP, *, max_rounds: int) -> tuple[ActiveSet, Int[Tensor, " tasks"]]:
     """Solve a flat batch of problems in units (`QP.in_units`) from nothing.
 
     Returns:
-        The last active set with its exact solution, made feasible; what is proved of it; and the rounds of each task.
+        The last active set with its exact solution (feasible up to rounding, where the active set is right), and the
+        rounds of each task.
     """
     # The first guess is what one proximal step from zero, a ridge regression without bounds, pushes over a bound.
-    weight = _PROXIMITY * qp.curvature()[:, None, None]
+    weight = PROXIMITY * qp.curvature()[:, None, None]
     eye = torch.eye(qp.gram.shape[-1], dtype=qp.gram.dtype, device=qp.gram.device)
     linear = qp.linear - qp.linear.mean(-1, keepdim=True) if qp.row_sum else qp.linear
     start = torch.cholesky_solve(linear, torch.linalg.cholesky_ex(qp.gram + weight * eye)[0])
-    found, rounds = _newton(qp, start, weight * start, torch.zeros_like(start[..., 0]), max_rounds=max_rounds)
-    certificate = qp.certify(found.coef)
-    return found._replace(coef=certificate.feasible), certificate, rounds
+    return _newton(qp, start, weight * start, torch.zeros_like(start[..., 0]), max_rounds=max_rounds)
 
 
-def polish(qp: QP, coef: Float[Tensor, "tasks n k"], *, move: bool = True) -> ActiveSet:
-    """The active set that feasible coefficients close to the optimum of a flat batch in units show.
+def polish(qp: QP, coef: Float[Tensor, "tasks n k"], *, move: bool = True) -> tuple[ActiveSet, Certificate]:
+    """The active set that coefficients close to the optimum of a flat batch in units show, with feasible coefficients.
 
     With `move`, its exact solution takes the place of `coef` where the certified gap is smaller.
     """
@@ -57,16 +56,14 @@ def polish(qp: QP, coef: Float[Tensor, "tasks n k"], *, move: bool = True) -> Ac
     found, _ = _newton(qp, coef, certificate.bound_multipliers, certificate.row_multipliers, max_rounds=1)
     exact = qp.certify(found.coef)
     better = (exact.gap <= certificate.gap) & move
-    return found._replace(coef=torch.where(better[:, None, None], exact.feasible, certificate.feasible))
+    certificate = certificate.replaced(better, exact)
+    return found._replace(coef=certificate.feasible), certificate
 
 
 def _newton(
     qp: QP, point: Tensor, pull: Tensor, shift: Tensor, *, max_rounds: int
 ) -> tuple[ActiveSet, Int[Tensor, " tasks"]]:
-    """Rounds from a point and its multipliers, those of the bounds (`pull`) and of the row sums (`shift`).
-
-    The coefficients returned are feasible up to rounding where the active set is right.
-    """
+    """Rounds from a point and its multipliers, those of the bounds (`pull`) and of the row sums (`shift`)."""
     diagonal = None if qp.smoothing is None else qp.smoothing.mT
     at_upper, at_lower = _held(qp, point, pull)
     rounds = torch.ones_like(point[:, 0, 0], dtype=torch.long)
@@ -78,7 +75,7 @@ def _newton(
             held = torch.where(at_upper, qp.upper, held)
         if qp.lower is not None:
             held = torch.where(at_lower, qp.lower, held)
-        kkt = BlockKKT(qp.gram, diagonal=diagonal, free=free.mT, row_sum=qp.row_sum, regulariser=_REGULARISER)
+        kkt = BlockKKT(qp.gram, diagonal=diagonal, free=free.mT, row_sum=qp.row_sum, regulariser=REGULARISER)
         right, sums = (qp.linear - qp.gram @ held).mT, -held.sum(-1)
         # Where several solutions are optimal, starting at the last point stays near the one that respects the bounds.
         moved, shift = kkt.solve(right, sums, start=(torch.where(free, point, 0).mT, shift), refinements=0)
@@ -92,7 +89,7 @@ def _newton(
         this_round += 1
         rounds = torch.where(changed, this_round, rounds)
         at_upper, at_lower = new_upper, new_lower
-    moved, _ = kkt.solve(right, sums, start=(moved, shift), refinements=_REFINEMENTS)
+    moved, _ = kkt.solve(right, sums, start=(moved, shift), refinements=REFINEMENTS)
     return ActiveSet(moved.mT + held, at_upper, at_lower, kkt), rounds
 
 

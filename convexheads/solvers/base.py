@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from importlib.util import find_spec
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +17,20 @@ from convexheads.precision import full_precision, working_dtype
 from convexheads.solvers.problem import QP, Certificate, Solution, Status
 
 OnFailure = Literal["raise", "warn", "return"]
+
+
+class Solved(NamedTuple):
+    """A flat batch of problems, solved.
+
+    Attributes:
+        coef: with gradient; NaN in the tasks that could not be solved.
+        iterations: of each task; None where the backend doesn't tell.
+        certificate: of `coef`, where the solver has it; None otherwise.
+    """
+
+    coef: Float[Tensor, "tasks n k"]
+    iterations: Int[Tensor, " tasks"] | None = None
+    certificate: Certificate | None = None
 
 
 class Solver(ABC):
@@ -70,12 +84,10 @@ class Solver(ABC):
         return f"{type(self).__name__}({', '.join(shown)})"
 
     @abstractmethod
-    def _coefficients(self, qp: QP) -> tuple[Float[Tensor, "tasks n k"], Int[Tensor, " tasks"] | None]:
+    def _coefficients(self, qp: QP) -> Solved:
         """Solve a flat batch of problems in units and in working precision.
 
-        Returns:
-            Coefficients with gradient (NaN in the tasks that could not be solved), and the iterations of each task
-            where the backend tells. Must not print, nor let one task change another.
+        Must not print, nor let one task change another.
         """
 
     def solve(self, qp: QP) -> Solution:
@@ -90,16 +102,15 @@ class Solver(ABC):
             flat, broken = _without_broken_tasks(flat)
             flat, unit, size = flat.in_units()
             # A batch without tasks has its answer already.
-            coef, iterations = self._coefficients(flat) if len(unit) else (flat.linear, None)
-            coef = torch.where(broken[:, None, None], torch.nan, coef)
-            with torch.no_grad():
+            coef, iterations, certificate = self._coefficients(flat) if len(unit) else Solved(flat.linear)
+            if certificate is None:
                 certificate = flat.detach().certify(coef.detach())
             solution = Solution(
-                coef=(coef * unit[:, None, None]).reshape(qp.linear.shape),
+                coef=torch.where(broken, torch.nan, unit)[:, None, None].mul(coef).reshape(qp.linear.shape),
                 bound_multipliers=(certificate.bound_multipliers * size[:, None, None]).reshape(qp.linear.shape),
                 row_multipliers=(certificate.row_multipliers * size[:, None]).reshape(qp.linear.shape[:-1]),
-                status=self._status(certificate).reshape(batch),
-                gap=certificate.gap.reshape(batch),
+                status=torch.where(broken, Status.FAILED, self._status(certificate)).reshape(batch),
+                gap=torch.where(broken, torch.nan, certificate.gap).reshape(batch),
                 residual=certificate.residual.reshape(batch),
                 iterations=None if iterations is None else iterations.reshape(batch),
             )

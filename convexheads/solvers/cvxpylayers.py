@@ -6,11 +6,10 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from convexheads.solvers import foreign
-from convexheads.solvers.base import Solver
+from convexheads.solvers.base import Solved, Solver
 from convexheads.solvers.problem import QP
 
 
@@ -32,7 +31,7 @@ class CvxpylayersSolver(Solver):
     default_tolerance: ClassVar[float] = 1e-3
     package: ClassVar[str | None] = "cvxpylayers"
 
-    def _coefficients(self, qp: QP) -> tuple[Float[Tensor, "tasks n k"], None]:
+    def _coefficients(self, qp: QP) -> Solved:
         smoothing = torch.zeros_like(qp.linear) if qp.smoothing is None else qp.smoothing
         bounds = [(sign, bound) for sign, bound in ((1, qp.upper), (-1, qp.lower)) if bound is not None]
         _, n, k = qp.linear.shape
@@ -51,7 +50,7 @@ class CvxpylayersSolver(Solver):
             found.append(call(layer, *parameters, tolerance=accuracy, max_iterations=most))
             return found[0]
 
-        return foreign.call(solve, qp.gram, smoothing, qp.linear, *limits, backend="CvxpylayersSolver"), None
+        return Solved(foreign.call(solve, qp.gram, smoothing, qp.linear, *limits, backend="CvxpylayersSolver"))
 
 
 def call(layer: Any, *parameters: Tensor, tolerance: float, max_iterations: int) -> Tensor:

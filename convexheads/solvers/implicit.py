@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexheads.solvers.active_set import ActiveSet
-from convexheads.solvers.kkt import BlockKKT
+from convexheads.solvers.kkt import KKT
 from convexheads.solvers.problem import QP
 
 _REFINEMENTS = 3
@@ -54,7 +54,7 @@ class _Solved(torch.autograd.Function):
         sums: Float[Tensor, "tasks n"],
         moved: Float[Tensor, "tasks n k"],
         shift: Float[Tensor, "tasks n"],
-        kkt: BlockKKT,
+        kkt: KKT,
     ) -> tuple[Tensor, Tensor]:
         return moved.clone(), shift.clone()
 

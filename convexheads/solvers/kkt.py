@@ -11,9 +11,22 @@ Tensors here are class-major, `(batch, k, n)`, so that classes are one more batc
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+
+@runtime_checkable
+class KKT(Protocol):
+    """A factorised KKT system."""
+
+    def solve(
+        self, right: Float[Tensor, "tasks k n"], sums: Float[Tensor, "tasks n"], *, refinements: int
+    ) -> tuple[Float[Tensor, "tasks k n"], Float[Tensor, "tasks n"]]:
+        """Return `(x, shift)`."""
+        ...
 
 
 class BlockKKT:

@@ -42,6 +42,11 @@ class Certificate(NamedTuple):
     bound_multipliers: Float[Tensor, "*batch n k"]
     row_multipliers: Float[Tensor, "*batch n"]
 
+    def replaced(self, where: Bool[Tensor, " tasks"], by: Certificate) -> Certificate:
+        """Those of a flat batch, with another one's in some tasks."""
+        pairs = zip(by, self, strict=True)
+        return Certificate(*(torch.where(where.view(-1, *[1] * (new.ndim - 1)), new, old) for new, old in pairs))
+
     def within(self, tolerance: float) -> Bool[Tensor, "*batch"]:
         """Where both the gap and the squared relative error of the weights are proved to be at most `tolerance`.
 

@@ -6,11 +6,10 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from convexheads.solvers import foreign
-from convexheads.solvers.base import Solver
+from convexheads.solvers.base import Solved, Solver
 from convexheads.solvers.problem import QP
 
 # torch's batched LU on CPU may hang from about 150 rows on with several threads (pytorch issues 141358, 142815).
@@ -37,7 +36,7 @@ class QpthSolver(Solver):
     default_tolerance: ClassVar[float] = 1e-5
     package: ClassVar[str | None] = "qpth"
 
-    def _coefficients(self, qp: QP) -> tuple[Float[Tensor, "tasks n k"], None]:
+    def _coefficients(self, qp: QP) -> Solved:
         plain = qp.detach()
         wanted = _SMALLEST_EIGENVALUE * plain.curvature().clamp_min(_SMALLEST_EIGENVALUE)
         smallest = torch.linalg.eigvalsh(plain.gram)[:, 0]
@@ -47,11 +46,10 @@ class QpthSolver(Solver):
         lifted = replace(qp, smoothing=lift if qp.smoothing is None else qp.smoothing + lift)
         dense = lifted.dense()
         if len(qp.linear) > 1 and (dense.G == 0).all(-1).any():  # idle rows, on which qpth's step length is not finite
-            return torch.cat(
-                [self._coefficients(qp.tasks(slice(task, task + 1)))[0] for task in range(len(qp.linear))]
-            ), None
+            alone = (qp.tasks(slice(task, task + 1)) for task in range(len(qp.linear)))
+            return Solved(torch.cat([self._coefficients(task).coef for task in alone]))
         solution = foreign.call(self._solve, *dense, backend="QpthSolver")
-        return solution.reshape(qp.linear.shape), None
+        return Solved(solution.reshape(qp.linear.shape))
 
     def _solve(self, *dense: Tensor) -> Tensor:
         Q, _, G, _, A, _ = dense
