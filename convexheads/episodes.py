@@ -183,7 +183,8 @@ def calibrate(
     """A copy of a head whose `scale` gives the best probabilities on held-out episodes (temperature scaling).
 
     The temperature, one positive number, minimises the cross-entropy over all queries of all episodes (Guo et al.
-    2017); the copy's scale is the head's divided by it. Accuracies don't change.
+    2017); the copy's scale is the head's divided by it, a number, even where the head's is `Learnable`. Accuracies
+    don't change.
 
     Args:
         head: any head whose scores grow with `scale`. It is left as it is.
@@ -306,6 +307,8 @@ class _Episodes:
 
     def fits(self, head: Head, title: str, progress: bool) -> Iterator[tuple[Fitted, Tensor, Tensor]]:
         """The head fitted on each batch of episodes, its logits and their labels, without gradient."""
+        if not isinstance(head, Head):
+            raise InputError("head", type(head).__name__, "a classification head")
         device, ways, shots = self.features.device, self.ways, self.shots
         draws = _draw(self.labels, ways, shots + self.queries, self.episodes, self.seed)
         fit_labels = torch.arange(ways, device=device).repeat_interleave(shots)

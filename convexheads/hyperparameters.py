@@ -67,7 +67,7 @@ def positive(name: str, value: _T, *, or_zero: bool = False, learnable: bool = T
     wanted = f"a {'non-negative' if or_zero else 'positive'} finite number{' or Learnable(...)' if learnable else ''}"
     if isinstance(value, Learnable):
         if value.signed or not learnable:
-            raise InputError(name, repr(value), wanted)
+            raise InputError(name, repr(value), wanted + (", not signed" if learnable else ""))
         return value
     if not _is_number(value):
         raise InputError(name, repr(value), wanted)

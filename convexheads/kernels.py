@@ -4,7 +4,7 @@ A kernel maps `x` of shape `(*batch, m, d)` and `y` of shape `(*batch, n, d)` to
 Any such callable serves, be it a function or an `nn.Module`; it has to be positive semi-definite and, for gradients,
 differentiable. Heads call it in float64, with the support as `y`.
 
-Those here add and multiply: `Linear() + 0.5 * RBF()`, `Linear() + Constant(1.0)`, `Cosine() * Polynomial(2)`.
+Those here add and multiply: `Linear() + 0.5 * RBF()`, `Linear() + 1.0`, `Cosine() * Polynomial(2)`.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ def for_support(kernel: Kernel, support: Float[Tensor, "*batch n d"], mask: Bool
 
 
 class Composable(OneLine):
-    """A kernel that adds and multiplies, with others and with non-negative numbers or `Learnable`s."""
+    """A kernel that adds and multiplies, with others and with positive numbers or `Learnable`s."""
 
-    def __add__(self, other: Kernel) -> Sum:
-        return Sum(self, other)
+    def __add__(self, other: Kernel | Hyperparameter) -> Sum:
+        return Sum(self, _as_kernel(other))
 
-    def __radd__(self, other: Kernel) -> Sum:
-        return Sum(other, self)
+    def __radd__(self, other: Kernel | Hyperparameter) -> Sum:
+        return Sum(_as_kernel(other), self)
 
     def __mul__(self, other: Kernel | Hyperparameter) -> Product:
-        return Product(self, other if callable(other) and not isinstance(other, Learnable) else Constant(other))
+        return Product(self, _as_kernel(other))
 
     def __rmul__(self, other: Kernel | Hyperparameter) -> Product:
-        return Product(other if callable(other) and not isinstance(other, Learnable) else Constant(other), self)
+        return Product(_as_kernel(other), self)
 
     def for_support(self, support: Float[Tensor, "*batch n d"], mask: Bool[Tensor, "*batch n"] | None) -> Kernel:
         """The kernel with everything settled that it takes from a support set; by default itself.
@@ -51,6 +51,10 @@ class Composable(OneLine):
             mask: `(*batch, n)`, False at examples to disregard; None for none.
         """
         return self
+
+
+def _as_kernel(value: Kernel | Hyperparameter) -> Kernel:
+    return value if callable(value) and not isinstance(value, Learnable) else Constant(value)
 
 
 class Linear(Composable):
@@ -78,7 +82,7 @@ class Linear(Composable):
 
 
 class Constant(Composable):
-    """The same number for every pair: `Linear() + Constant(1.0)` gives every class a bias, regularised as weights are.
+    """The same number for every pair: `Linear() + 1.0` gives every class a bias, regularised as weights are.
 
     Args:
         value: positive; a float or `Learnable`. Default 1.

@@ -14,10 +14,11 @@ from test_solvers import known, known_problem
 
 from convexheads import InputError, NativeSolver, SVMHead
 from convexheads.solvers import active_set, compiled
+from convexheads.solvers.native import can_be_compiled
 
 
 def both(qp, max_rounds: int = 12):
-    assert compiled.available(qp)
+    assert can_be_compiled(qp)
     return active_set.search(qp, max_rounds=max_rounds), compiled.search(qp, max_rounds=max_rounds)
 
 
@@ -98,11 +99,11 @@ def test_works_from_threads_and_forked_processes():
 
 def test_only_where_it_is_possible(monkeypatch):
     qp = crammer_singer(*task()[:2], 0.1).map(lambda _, value: value.unsqueeze(0))
-    assert compiled.available(qp)
-    assert not compiled.available(qp.map(lambda _, value: value.float()))
-    assert not compiled.available(qp.map(lambda _, value: value.to("meta")))
-    monkeypatch.setattr(compiled, "find_spec", lambda _: None)
-    assert not compiled.available(qp)
+    assert can_be_compiled(qp)
+    assert not can_be_compiled(qp.map(lambda _, value: value.float()))
+    assert not can_be_compiled(qp.map(lambda _, value: value.to("meta")))
+    monkeypatch.setattr("convexheads.solvers.native.find_spec", lambda _: None)
+    assert not can_be_compiled(qp)
     assert NativeSolver().solve(qp).converged.all()
 
 

@@ -11,7 +11,16 @@ from sklearn.linear_model import Lasso
 from tasks import close, task
 from torch.nn import functional
 
-from convexheads import CvxpyHead, InputError, Learnable, LogisticHead, MissingDependencyError, OneVsRestHead, RidgeHead
+from convexheads import (
+    CvxpyHead,
+    InputError,
+    Learnable,
+    LogisticHead,
+    MissingDependencyError,
+    OneVsRestHead,
+    RidgeHead,
+    SolverError,
+)
 from convexheads.errors import ConvexHeadsError
 
 
@@ -84,6 +93,28 @@ def test_l1_gives_scikit_learns_lasso():
     expected = torch.from_numpy(reference.coef_.T)
     assert (expected == 0).any()
     assert close(fitted.dual.coef, expected) < 1e-5
+
+
+NONE = {
+    "infeasible": lambda task: cvxpy.Problem(
+        cvxpy.Minimize(task.squared_norm), [task.coef >= 1, task.coef <= -1, cvxpy.sum(task.targets) >= 0]
+    ),
+    "unbounded": lambda task: cvxpy.sum(task.scores) + 0 * cvxpy.sum(task.targets),
+}
+
+
+@pytest.mark.parametrize("build", NONE.values(), ids=NONE.keys())
+@pytest.mark.parametrize("gradient", [False, True])
+def test_problems_without_a_solution(build, gradient):
+    """diffcp returns numbers for them."""
+    support, labels, query, _ = task(2)
+    with pytest.raises(SolverError, match=r"CvxpyHead: 2 of the tasks not solved \(\(0,\), \(1,\)\): infeasible"):
+        CvxpyHead(build)(support.requires_grad_(gradient), labels, query)
+
+
+def test_indefinite_kernel():
+    with pytest.raises(InputError, match="kernel: got a Gram matrix with the eigenvalue -"):
+        CvxpyHead(squares, parameters={"lambda": 1.0}, kernel=lambda x, y: -(x @ y.mT))(*task()[:3])
 
 
 BAD = {

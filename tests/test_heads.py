@@ -381,8 +381,11 @@ def test_sums_and_products_of_kernels():
     kernel = Learnable(2.0) * Linear() + RBF(Learnable(3.0))
     assert len(list(kernel.parameters())) == 2
     assert len(list(copy.deepcopy(kernel).parameters())) == 2
+    torch.testing.assert_close((Linear() + 2.0)(x, y), linear + 2)
+    with pytest.raises(InputError, match=r"Constant\(value\): got -3, wanted a positive"):
+        Linear() + -3
     with pytest.raises(InputError, match=r"Sum\(kernels\): got 3, wanted kernels"):
-        Linear() + 3
+        Sum(Linear(), 3)
 
 
 def test_cosine_of_a_zero_vector():

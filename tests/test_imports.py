@@ -8,7 +8,7 @@ import textwrap
 
 OPTIONAL = (
     "qpth", "cvxpy", "cvxpylayers", "learn2learn", "pytorch_lightning", "torchmetrics", "torchvision", "sklearn",
-    "matplotlib", "pandas", "tqdm", "rich", "scipy", "yaml",
+    "matplotlib", "pandas", "numba", "tqdm", "rich", "scipy", "yaml",
 )  # fmt: skip
 
 

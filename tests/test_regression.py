@@ -14,6 +14,7 @@ from torch.autograd import gradcheck
 from convexheads import (
     RBF,
     Constant,
+    ConvexHeadsError,
     GaussianProcessHead,
     InputError,
     Learnable,
@@ -21,6 +22,7 @@ from convexheads import (
     RegressionHead,
     RidgeRegressionHead,
     SupportVectorRegressionHead,
+    evaluate,
 )
 
 HEADS: dict[str, Callable[..., RegressionHead]] = {
@@ -157,6 +159,15 @@ def test_bad_input(change, message):
     support, targets, query = task(2)
     with pytest.raises(InputError, match=message):
         RidgeRegressionHead()(*change(support, targets), query)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_regression_is_no_classification():
+    support, targets, query = task()
+    with pytest.raises(ConvexHeadsError, match="wanted a classifier"):
+        RidgeRegressionHead().fit(support, targets).probabilities(query)
+    with pytest.raises(InputError, match="head: got RidgeRegressionHead, wanted a classification head"):
+        evaluate(RidgeRegressionHead(), torch.randn(40, 3), torch.arange(40) % 2, ways=2, shots=1, queries=2)
 
 
 def sinusoids(tasks: int, points: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ from tasks import COMFORTABLE, PRECISION, close, crammer_singer, task, tasks
 from convexheads import (
     QP,
     CvxpylayersSolver,
+    InputError,
     NativeSolver,
     QpthSolver,
     Solver,
@@ -210,6 +211,18 @@ def test_certificate_bounds_the_true_error(drawn, magnitude, seed):
     assert certificate.gap >= 0
 
 
+@solvers
+def test_infeasible_problems_are_not_certified(name):
+    qp = crammer_singer(*task()[:2], C=0.1)
+    below = QP(qp.gram, qp.linear, upper=qp.upper - 1)  # no row can sum to zero
+    solution = SOLVERS[name](on_failure="return").solve(below)
+    assert solution.status == Status.FAILED
+    with pytest.raises(InputError, match=r"QP\(lower, upper\): got 1 above 0 at \(0, \d\), wanted lower <= upper"):
+        get_solver(name).solve(QP(qp.gram, qp.linear, lower=torch.ones_like(qp.linear), upper=0 * qp.linear))
+    with pytest.raises(InputError, match="got None for both"):
+        get_solver(name).solve(QP(qp.gram, qp.linear))
+
+
 def test_certificate_tells_good_from_bad():
     support, labels, _, _ = task(shots=(5, 5, 5))
     qp, *_ = crammer_singer(support, labels, C=0.5).in_units()
@@ -376,7 +389,7 @@ def test_no_matrix_of_nk_by_nk_is_formed(monkeypatch):
     n, k = len(labels), 12
     support.requires_grad_()
     with Watch():
-        SVMHead(0.1)(support, labels, query).sum().backward()
+        SVMHead(0.1, solver=NativeSolver(compiled=False))(support, labels, query).sum().backward()
     assert n * n * k <= largest < (n * k) ** 2 / 4
 
 

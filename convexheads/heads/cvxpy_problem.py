@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from convexheads.errors import InputError, MissingDependencyError, SolverError
+from convexheads.heads import inputs
 from convexheads.heads.base import Dual, Head
 from convexheads.hyperparameters import Hyperparameter, display, positive, value_of
 from convexheads.kernels import Kernel
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _TOLERANCE = 1e-10
 _MAX_ITERATIONS = 200
+# Of constraints, relative to the variables, at what counts as solved.
+_VIOLATION = 1e-5
 
 
 @dataclass(frozen=True)
@@ -90,16 +93,22 @@ class CvxpyHead(Head):
         layer = _layer(self.build, n, k, tuple(self.parameters_by_name))
         values = [value_of(value, gram).expand(batch).reshape(-1) for value in self.parameters_by_name.values()]
 
+        inputs.check_definite(gram)
+
         def solve(gram: Tensor, targets: Tensor, *values: Tensor) -> Tensor:
             parameters = (gram, _SquareRoot.apply(gram), targets, *values)
-            return cvxpylayers.call(layer, *parameters, tolerance=_TOLERANCE, max_iterations=_MAX_ITERATIONS)
+            found = cvxpylayers.call(layer, *parameters, tolerance=_TOLERANCE, max_iterations=_MAX_ITERATIONS)
+            solved = [_is_solved(layer, *task) for task in zip(zip(*parameters), zip(*found))]  # noqa: B905
+            return torch.where(torch.tensor(solved, device=gram.device)[:, None, None], found[0], torch.nan)
 
         flat = gram.reshape(-1, n, n), targets.reshape(-1, n, k)
         coef = foreign.call(solve, *flat, *values, backend="CvxpyHead") if len(flat[0]) else flat[1]
         failed = (~torch.isfinite(coef)).flatten(1).any(1).reshape(batch).nonzero().tolist()
         if failed:
             named = ", ".join(str(tuple(task)) for task in failed[:5])
-            raise SolverError(f"CvxpyHead: Clarabel could not solve {len(failed)} of the tasks ({named})")
+            raise SolverError(
+                f"CvxpyHead: {len(failed)} of the tasks not solved ({named}): infeasible, unbounded, or too hard"
+            )
         return Dual(coef.reshape(targets.shape))
 
     def _settings(self) -> list[str]:
@@ -111,7 +120,7 @@ class CvxpyHead(Head):
 
 
 @lru_cache(maxsize=64)
-def _layer(build: Callable[[CvxpyTask], Any], n: int, k: int, names: tuple[str, ...]) -> Any:
+def _layer(build: Callable[[CvxpyTask], Any], n: int, k: int, names: tuple[str, ...]) -> cvxpylayers.Layer:
     import cvxpy
 
     coef, scores, weights = cvxpy.Variable((n, k)), cvxpy.Variable((n, k)), cvxpy.Variable((n, k))
@@ -143,7 +152,31 @@ def _layer(build: Callable[[CvxpyTask], Any], n: int, k: int, names: tuple[str, 
     if unused:
         idle = sum(cvxpy.sum(cvxpy.multiply(0 * parameter, 1)) for parameter in unused)
         problem = cvxpy.Problem(problem.objective + cvxpy.Minimize(idle), problem.constraints)
-    return cvxpylayers.layer_of(problem, given, coef)
+    others = [variable for variable in problem.variables() if variable.id != coef.id]
+    return cvxpylayers.layer_of(problem, given, [coef, *others])
+
+
+def _is_solved(layer: cvxpylayers.Layer, parameters: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
+    """Whether values for the variables are feasible, and don't point to where the problem is unbounded."""
+    import numpy as np
+
+    if not all(torch.isfinite(value).all() for value in found):
+        return False
+    for parameter, value in zip(layer.parameters, parameters, strict=True):
+        parameter.value = value.detach().cpu().numpy()
+    values = [value.detach().cpu().numpy() for value in found]
+    size = 1 + max(abs(value).max() for value in values)
+
+    def at(factor: float) -> tuple[bool, float]:
+        for variable, value in zip(layer.variables, values, strict=True):
+            variable.project_and_assign(factor * value)
+        violation = max((float(np.max(c.violation())) for c in layer.problem.constraints), default=0.0)
+        return bool(violation <= _VIOLATION * size), float(layer.problem.objective.value)
+
+    feasible, value = at(1.0)
+    # A convex objective can't be lower twice as far from zero than at its minimum.
+    further, beyond = at(2.0)
+    return feasible and not (further and beyond < value - _VIOLATION * (1 + abs(value)))
 
 
 class _SquareRoot(torch.autograd.Function):

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from convexheads.errors import InputError
+from convexheads.heads import inputs
 from convexheads.heads.base import Dual, Head
 from convexheads.heads.closed_form import cholesky, plus_diagonal
 from convexheads.hyperparameters import Hyperparameter, display, positive, value_of
@@ -93,6 +94,7 @@ class LinearDiscriminantHead(Head):
         size = gram.diagonal(dim1=-2, dim2=-1).abs().sum(-1) / examples
         none = variance <= 1e-14 * size
         if none.any():
+            inputs.check_definite(gram)
             task = f"task {tuple(none.nonzero()[0].tolist())}" if none.ndim else "the task"
             raise InputError(
                 "support",

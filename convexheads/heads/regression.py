@@ -8,6 +8,7 @@ from typing import ClassVar
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from convexheads.errors import ConvexHeadsError
 from convexheads.heads import inputs
 from convexheads.heads.base import BaseLearner, Fitted
 from convexheads.hyperparameters import value_of
@@ -29,6 +30,10 @@ class FittedRegression(Fitted):
         """Predict: `(*batch, q)` or `(*batch, q, outputs)`, as the targets were; errors as in `Fitted`."""
         values = super().__call__(query)
         return values.squeeze(-1) if self.flat else values
+
+    def probabilities(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q k"]:
+        """There are none: raises `ConvexHeadsError`."""
+        raise ConvexHeadsError("probabilities: got a regression head, wanted a classifier")
 
 
 class RegressionHead(BaseLearner):

@@ -94,9 +94,11 @@ class Solver(ABC):
         """Solve a batch of problems, any number of leading dimensions.
 
         Raises:
+            InputError: there are no bounds, or a lower one is above the upper one (looked at on the CPU only).
             SolverError: a task failed and `on_failure="raise"`.
         """
         batch, device = qp.linear.shape[:-2], qp.linear.device
+        _check_bounds(qp)
         with full_precision(device):
             flat = qp.flatten().map(lambda _, value: value.to(working_dtype(device)))
             flat, broken = _without_broken_tasks(flat)
@@ -153,6 +155,17 @@ def complain(name: str, solution: Solution, tolerance: float, on_failure: OnFail
     if on_failure == "raise":
         raise SolverError(message, solution)
     warnings.warn(message, SolverWarning, stacklevel=3)
+
+
+def _check_bounds(qp: QP) -> None:
+    if qp.lower is None and qp.upper is None:
+        raise InputError("QP(lower, upper)", "None for both", "at least one of them")
+    if qp.lower is not None and qp.upper is not None and qp.linear.device.type == "cpu":
+        crossed = qp.lower > qp.upper
+        if crossed.any():
+            where = tuple(crossed.nonzero()[0].tolist())
+            got = f"{qp.lower[where].item():g} above {qp.upper[where].item():g} at {where}"
+            raise InputError("QP(lower, upper)", got, "lower <= upper everywhere")
 
 
 def _without_broken_tasks(qp: QP) -> tuple[QP, Bool[Tensor, " tasks"]]:

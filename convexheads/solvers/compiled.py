@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, no_type_check
 
@@ -21,19 +20,8 @@ from torch import Tensor
 from convexheads.solvers.active_set import PROXIMITY, REFINEMENTS, REGULARISER, ActiveSet
 from convexheads.solvers.problem import QP
 
-# Above this the blocks of all classes would not fit in memory side by side.
-_LARGEST = 2**28
 # Floating-point operations, about, from which on threads pay.
 _WORTH_THREADS = 2e6
-
-
-def available(qp: QP) -> bool:
-    """Whether Numba is installed, and the problem one for it: in float64 on the CPU, and not too large."""
-    tasks, n, k = qp.linear.shape
-    small = tasks * k * n * n <= _LARGEST
-    return (
-        small and qp.linear.device.type == "cpu" and qp.linear.dtype == torch.float64 and find_spec("numba") is not None
-    )
 
 
 def search(qp: QP, *, max_rounds: int) -> tuple[ActiveSet, Int[Tensor, " tasks"]]:

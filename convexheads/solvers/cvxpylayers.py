@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,14 +47,25 @@ class CvxpylayersSolver(Solver):
             linear = _QuadraticTerm.apply(linear, gram, smoothing, found)
             parameters = [x for pair in zip(switches, limits, strict=True) for x in pair]
             parameters = (_root(gram.detach()), smoothing.detach().sqrt(), linear, *parameters)
-            found.append(call(layer, *parameters, tolerance=accuracy, max_iterations=most))
+            found.extend(call(layer, *parameters, tolerance=accuracy, max_iterations=most))
             return found[0]
 
         return Solved(foreign.call(solve, qp.gram, smoothing, qp.linear, *limits, backend="CvxpylayersSolver"))
 
 
-def call(layer: Any, *parameters: Tensor, tolerance: float, max_iterations: int) -> Tensor:
-    """A `CvxpyLayer`'s one variable for a batch of parameters, NaN in the tasks that could not be solved.
+class Layer(NamedTuple):
+    """A CVXPY problem, compiled: `solve` is a `CvxpyLayer` from its parameters to its variables, by Clarabel."""
+
+    solve: Any
+    problem: Any
+    parameters: list[Any]
+    variables: list[Any]
+
+
+def call(layer: Layer, *parameters: Tensor, tolerance: float, max_iterations: int) -> list[Tensor]:
+    """A `CvxpyLayer`'s variables for a batch of parameters, NaN in the tasks that raised an error.
+
+    diffcp doesn't look at Clarabel's status: a problem without a solution may give any numbers.
 
     Args:
         layer: as `layer_of` makes it.
@@ -67,29 +78,29 @@ def call(layer: Any, *parameters: Tensor, tolerance: float, max_iterations: int)
     if torch.is_grad_enabled() and any(x.requires_grad for x in parameters):
         arguments |= {"mode": "lsmr", "n_jobs_backward": 1}
     try:
-        (solution,) = layer(*(x.cpu() for x in parameters), solver_args=arguments)
+        solutions = layer.solve(*(x.cpu() for x in parameters), solver_args=arguments)
     except (RuntimeError, ValueError, ArithmeticError, _diffcp_error()):
         if len(parameters[0]) == 1:
-            return parameters[0].new_full((1, *layer.shape), torch.nan)
+            return [parameters[0].new_full((1, *variable.shape), torch.nan) for variable in layer.variables]
         tasks = (tuple(x[task : task + 1] for x in parameters) for task in range(len(parameters[0])))
-        return torch.cat([call(layer, *task, tolerance=tolerance, max_iterations=max_iterations) for task in tasks])
-    return solution.to(parameters[0].device)
+        alone = [call(layer, *task, tolerance=tolerance, max_iterations=max_iterations) for task in tasks]
+        return [torch.cat(parts) for parts in zip(*alone, strict=True)]
+    return [solution.to(parameters[0].device) for solution in solutions]
 
 
-def layer_of(problem: Any, parameters: list[Any], variable: Any) -> Any:
-    """A `CvxpyLayer` that solves with Clarabel and remembers the shape of its variable."""
+def layer_of(problem: Any, parameters: list[Any], variables: list[Any]) -> Layer:
+    """Compile."""
     from cvxpylayers.torch.cvxpylayer import CvxpyLayer
 
     with torch.sparse.check_sparse_tensor_invariants(enable=False):  # said so, torch doesn't warn of it
-        layer = CvxpyLayer(
+        solve = CvxpyLayer(
             problem,
             parameters=parameters,
-            variables=[variable],
+            variables=variables,
             solver="DIFFCP",
             solver_args={"solve_method": "CLARABEL", "verbose": False, "n_jobs_forward": 1},
         )
-    layer.shape = variable.shape
-    return layer
+    return Layer(solve, problem, parameters, variables)
 
 
 def _diffcp_error() -> type[Exception]:
@@ -99,7 +110,7 @@ def _diffcp_error() -> type[Exception]:
 
 
 @lru_cache(maxsize=64)
-def _layer(n: int, k: int, signs: tuple[int, ...], row_sum: bool) -> Any:
+def _layer(n: int, k: int, signs: tuple[int, ...], row_sum: bool) -> Layer:
     import cvxpy
 
     coef = cvxpy.Variable((n, k))
@@ -111,7 +122,7 @@ def _layer(n: int, k: int, signs: tuple[int, ...], row_sum: bool) -> Any:
     quadratic = cvxpy.sum_squares(root @ coef) + cvxpy.sum_squares(cvxpy.multiply(softness, coef))
     objective = quadratic / 2 - cvxpy.sum(cvxpy.multiply(linear, coef))
     parameters = [root, softness, linear, *(p for _, *pair in bounds for p in pair)]
-    return layer_of(cvxpy.Problem(cvxpy.Minimize(objective), constraints), parameters, coef)
+    return layer_of(cvxpy.Problem(cvxpy.Minimize(objective), constraints), parameters, [coef])
 
 
 def _root(matrix: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import ClassVar, Literal
 
 import torch
@@ -9,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from convexheads.errors import InputError
-from convexheads.solvers import active_set, compiled, implicit
+from convexheads.solvers import active_set, implicit
 from convexheads.solvers.base import OnFailure, Solved, Solver
 from convexheads.solvers.interior_point import interior_point
 from convexheads.solvers.problem import QP, Certificate
@@ -18,6 +19,17 @@ _ENOUGH_ROUNDS = 12
 _ENOUGH_ITERATIONS = 100
 # Both go further than the tolerance: until the active set is right, on which the gradient depends.
 _AIM = 1e-3
+
+
+# Above this, the blocks of all classes side by side would take too much memory.
+_LARGEST_COMPILED = 2**28
+
+
+def can_be_compiled(qp: QP) -> bool:
+    """Whether Numba is installed (and scipy, whose BLAS it uses), and the problem one for `solvers/compiled.py`."""
+    tasks, n, k = qp.linear.shape
+    suited = qp.linear.device.type == "cpu" and qp.linear.dtype == torch.float64
+    return suited and tasks * k * n * n <= _LARGEST_COMPILED and None not in map(find_spec, ("numba", "scipy"))
 
 
 class NativeSolver(Solver):
@@ -69,8 +81,12 @@ class NativeSolver(Solver):
         if self.max_iterations is not None:
             coef, iterations = interior_point(qp, tolerance=aim, max_iterations=self.max_iterations)
             return *active_set.polish(qp, coef, move=False), iterations
-        search = compiled.search if self.compiled is None and compiled.available(qp) else active_set.search
-        found, iterations = search(qp, max_rounds=_ENOUGH_ROUNDS)
+        if self.compiled is None and can_be_compiled(qp):
+            from convexheads.solvers import compiled
+
+            found, iterations = compiled.search(qp, max_rounds=_ENOUGH_ROUNDS)
+        else:
+            found, iterations = active_set.search(qp, max_rounds=_ENOUGH_ROUNDS)
         certificate = qp.certify(found.coef)
         hard = ~certificate.within(aim)
         if hard.any():

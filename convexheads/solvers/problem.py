@@ -169,6 +169,8 @@ class QP:
 
         gap = torch.where(indefinite, torch.inf, gap)
         size = feasible.abs().amax((-2, -1))
+        # Zero, unless a row has no feasible point at all.
+        left = feasible.sum(-1, keepdim=True).abs() if self.row_sum else torch.zeros_like(feasible)
         tiny = torch.finfo(coef.dtype).tiny
         pull = slope[0] - shift[0]
         if self.smoothing is not None:
@@ -177,7 +179,7 @@ class QP:
             feasible=feasible,
             gap=gap / primal.abs().clamp_min(torch.finfo(coef.dtype).eps),
             weight_error=(2 * gap / quadratic.clamp_min(tiny)).sqrt(),
-            residual=(coef - feasible).abs().amax((-2, -1)) / size.clamp_min(1),
+            residual=torch.maximum((coef - feasible).abs(), left).amax((-2, -1)) / size.clamp_min(1),
             bound_multipliers=pull,
             row_multipliers=shift[0].squeeze(-1),
         )
