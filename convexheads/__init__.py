@@ -33,7 +33,7 @@ from convexheads.heads import (
 from convexheads.hyperparameters import Learnable
 from convexheads.kernels import RBF, Constant, Cosine, Kernel, Linear, Polynomial, Product, Sum
 from convexheads.presets import metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
-from convexheads.solvers import QP, CvxpylayersSolver, NativeSolver, QpthSolver, Solution, Solver, Status
+from convexheads.solvers import QP, CvxpylayersSolver, MoreauSolver, NativeSolver, QpthSolver, Solution, Solver, Status
 
 __version__ = version("convexheads")
 
@@ -62,6 +62,7 @@ __all__ = [
     "LogisticHead",
     "MahalanobisHead",
     "MissingDependencyError",
+    "MoreauSolver",
     "MulticlassSVM",
     "NativeSolver",
     "OneVsRestHead",

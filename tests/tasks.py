@@ -33,6 +33,7 @@ PRECISION = {
     "native": Precision(0.0, 0.0, 0.0),
     "qpth": Precision(1e-5, 1e-5, 1e-2),
     "cvxpylayers": Precision(1e-3, 1e-4, 1e-1),
+    "moreau": Precision(1e-6, 1e-6, 1e-3),
 }
 COMFORTABLE = (1e-3, 1e3)
 

@@ -7,7 +7,7 @@ import sys
 import textwrap
 
 OPTIONAL = (
-    "qpth", "cvxpy", "cvxpylayers", "learn2learn", "pytorch_lightning", "torchmetrics", "torchvision", "sklearn",
+    "qpth", "cvxpy", "cvxpylayers", "moreau", "learn2learn", "pytorch_lightning", "torchmetrics", "torchvision", "sklearn",
     "matplotlib", "pandas", "numba", "tqdm", "rich", "scipy", "yaml",
 )  # fmt: skip
 
@@ -46,7 +46,7 @@ def test_everything_else_works_without_optional_packages():
         for head in (ch.SVMHead(C=0.1), ch.RidgeHead(), ch.PrototypeHead()):
             assert head(support, labels, query).shape == (2, 3, 5)
         print(ch.evaluate(ch.SVMHead(), torch.randn(200, 8), torch.arange(200) % 10, episodes=20))
-        for name in ("qpth", "cvxpylayers"):
+        for name in ("qpth", "cvxpylayers", "moreau"):
             try:
                 ch.SVMHead(solver=name)
             except ch.MissingDependencyError as error:
@@ -61,6 +61,7 @@ def test_everything_else_works_without_optional_packages():
     assert [line.rpartition("pip install ")[2] for line in lines[1:]] == [
         "'convexheads[qpth]'",
         "'convexheads[cvxpylayers]'",
+        "'convexheads[moreau]'",
         "'convexheads[lightning]'",
     ]
 

@@ -148,7 +148,10 @@ BAD_ARGUMENTS = {
     "degree": (lambda: Polynomial(1.5), r"Polynomial\(degree\): got 1.5, wanted an integer"),
     "offset": (lambda: Polynomial(offset=-1), r"Polynomial\(offset\): got -1, wanted a non-negative"),
     "kernel": (lambda: SVMHead(kernel="rbf"), r"kernel: got 'rbf', wanted a callable"),
-    "solver name": (lambda: SVMHead(solver="cplex"), "solver: got 'cplex', wanted .*'native', 'qpth', 'cvxpylayers'"),
+    "solver name": (
+        lambda: SVMHead(solver="cplex"),
+        "solver: got 'cplex', wanted .*'native', 'qpth', 'cvxpylayers', 'moreau'",
+    ),
     "solver class": (lambda: SVMHead(solver=NativeSolver), "solver: got <class .*, wanted a Solver or one of"),
     "kernel class": (lambda: SVMHead(kernel=RBF), r"kernel: got <class .*RBF'>, wanted a callable"),
     "tolerance learnable": (
@@ -225,7 +228,7 @@ def test_covariance_that_cannot_be_inverted():
     assert LinearDiscriminantHead(variance=1.0)(support, labels, support).argmax(-1).equal(labels)
 
 
-@pytest.mark.parametrize("name", ["qpth", "cvxpylayers"])
+@pytest.mark.parametrize("name", ["qpth", "cvxpylayers", "moreau"])
 def test_missing_package(name, monkeypatch):
     monkeypatch.setattr("convexheads.solvers.base.find_spec", lambda _: None)
     with pytest.raises(MissingDependencyError, match=rf"{name}.*pip install 'convexheads\[{name}\]'") as caught:

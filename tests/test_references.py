@@ -38,6 +38,7 @@ from convexheads import (
     SVMHead,
     WestonWatkinsHead,
 )
+from convexheads.solvers import SOLVERS
 
 
 def primal_objective(weights: np.ndarray, x: np.ndarray, y: np.ndarray, C: float) -> float:
@@ -168,7 +169,7 @@ SLACKS = {
 
 @pytest.mark.parametrize("C", [0.03, 1.0])
 @pytest.mark.parametrize("squared", [False, True])
-@pytest.mark.parametrize("solver", ["native", "qpth", "cvxpylayers"])
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("head", SLACKS, ids=lambda head: head.__name__)
 def test_svms_equal_their_cvxpy_primals(head, solver, squared, C):
     """The primal of each docstring, written in CVXPY: our weights reach its optimum, and are not below it."""
@@ -293,7 +294,7 @@ def test_ridge_regression_equals_scikit_learn(shape):
 
 
 @pytest.mark.parametrize("C", [0.1, 5.0])
-@pytest.mark.parametrize("solver", ["native", "qpth", "cvxpylayers"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_support_vector_regression_equals_its_cvxpy_primal(solver, C):
     x, y = torch.randn(12, 5, dtype=torch.float64), torch.randn(12, dtype=torch.float64)
     weights = cvxpy.Variable(5)

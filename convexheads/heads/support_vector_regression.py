@@ -26,7 +26,7 @@ class SupportVectorRegressionHead(RegressionHead):
         C: weight of the errors, positive; a float or `Learnable`. Default 1.
         epsilon: half width of the free tube, positive, in the units of the targets; a float or `Learnable`.
             Default 0.1.
-        solver: a `Solver` or the name of one: "native" (default), "qpth", "cvxpylayers".
+        solver: a `Solver` or the name of one: "native" (default), "qpth", "cvxpylayers", "moreau".
         kernel: any callable `(x, y) -> gram`; default `Linear()`.
 
     Raises:

@@ -26,7 +26,7 @@ class MulticlassSVM(Head):
             then have no upper bound, but the quadratic term \(\frac{1}{4C} \alpha^2\). Default False.
         smoothing: quadratic smoothing of the loss, \(\frac{\delta}{2}|\alpha|^2\) in the dual, over all coefficients; a
             float or `Learnable`. Default 0.
-        solver: a `Solver` or the name of one: "native" (default), "qpth", "cvxpylayers".
+        solver: a `Solver` or the name of one: "native" (default), "qpth", "cvxpylayers", "moreau".
         kernel: any callable `(x, y) -> gram`; default `Linear()`.
         scale: factor of all logits (Eq. 12's gamma), a float or `Learnable`; default 1.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from convexheads.errors import InputError
 from convexheads.solvers.base import OnFailure, Solver
 from convexheads.solvers.cvxpylayers import CvxpylayersSolver
+from convexheads.solvers.moreau import MoreauSolver
 from convexheads.solvers.native import NativeSolver
 from convexheads.solvers.problem import QP, Solution, Status
 from convexheads.solvers.qpth import QpthSolver
@@ -13,12 +14,14 @@ SOLVERS: dict[str, type[Solver]] = {
     "native": NativeSolver,
     "qpth": QpthSolver,
     "cvxpylayers": CvxpylayersSolver,
+    "moreau": MoreauSolver,
 }
 
 __all__ = [
     "QP",
     "SOLVERS",
     "CvxpylayersSolver",
+    "MoreauSolver",
     "NativeSolver",
     "OnFailure",
     "QpthSolver",
