@@ -62,7 +62,8 @@ class CvxpyHead(Head):
         scale: factor of all logits (Eq. 12's gamma), a float or `Learnable`; default 1.
 
     Raises:
-        InputError: an argument is unusable. Fitting raises it for a problem that is not convex, or not DPP.
+        InputError: an argument is unusable. Fitting raises it for a problem that is not convex, or not DPP, and
+            `SolverError` for a task whose problem is infeasible, unbounded, or too hard.
         MissingDependencyError: cvxpylayers is not installed.
 
     Example:
