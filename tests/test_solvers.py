@@ -14,7 +14,9 @@ from convexheads import (
     QP,
     CvxpylayersSolver,
     InputError,
+    Learnable,
     NativeSolver,
+    OneVsRestHead,
     QpthSolver,
     Solver,
     SolverError,
@@ -22,7 +24,7 @@ from convexheads import (
     Status,
     SVMHead,
 )
-from convexheads.solvers import SOLVERS, get_solver
+from convexheads.solvers import SOLVERS, active_set, get_solver
 
 solvers = pytest.mark.parametrize("name", SOLVERS)
 
@@ -421,3 +423,26 @@ def test_names_and_objects_are_interchangeable():
         "CvxpylayersSolver(tolerance=0.01, on_failure='warn')"
     )
     assert math.isclose(NativeSolver().tolerance, 1e-6)
+
+
+def test_an_optimal_projection_does_not_prove_an_active_set(monkeypatch):
+    """A search that ends astray, but whose projection happens to be optimal: values right, gradient not its own."""
+    support, labels, query, _ = task(3, shots=(3, 3, 3), d=10)
+    solver = NativeSolver(compiled=False)
+    head = OneVsRestHead(Learnable(1e-4), solver=solver)  # all coefficients end at their bounds
+    expected = head(support, labels, query)
+    gradient = torch.autograd.grad(expected.square().sum(), list(head.parameters()))
+    search = active_set.search
+
+    def astray(qp, *, max_rounds):
+        found, rounds = search(qp, max_rounds=max_rounds)
+        nowhere = torch.zeros_like(found.at_upper)
+        return found._replace(coef=1e3 * found.coef, at_upper=nowhere, at_lower=nowhere), rounds
+
+    monkeypatch.setattr(active_set, "search", astray)
+    fitted = head.fit(support, labels)
+    assert fitted.solution.converged.all()
+    assert fitted.solution.residual.max() < 1e-12
+    torch.testing.assert_close(fitted(query), expected)
+    found = torch.autograd.grad(fitted(query).square().sum(), list(head.parameters()))
+    torch.testing.assert_close(found, gradient)

@@ -55,7 +55,7 @@ def polish(qp: QP, coef: Float[Tensor, "tasks n k"], *, move: bool = True) -> tu
     certificate = qp.certify(coef)
     found, _ = _newton(qp, coef, certificate.bound_multipliers, certificate.row_multipliers, max_rounds=1)
     exact = qp.certify(found.coef)
-    better = (exact.gap <= certificate.gap) & move
+    better = (exact.gap <= certificate.gap) & exact.shows_active_set() & move
     certificate = certificate.replaced(better, exact)
     return found._replace(coef=certificate.feasible), certificate
 

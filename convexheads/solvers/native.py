@@ -80,7 +80,8 @@ class NativeSolver(Solver):
         aim = _AIM * self.tolerance
         if self.max_iterations is not None:
             coef, iterations = interior_point(qp, tolerance=aim, max_iterations=self.max_iterations)
-            return *active_set.polish(qp, coef, move=False), iterations
+            found, certificate = active_set.polish(qp, coef, move=False)
+            return found, certificate._replace(residual=certificate.violation), iterations
         if self.compiled is None and can_be_compiled(qp):
             from convexheads.solvers import compiled
 
@@ -88,9 +89,11 @@ class NativeSolver(Solver):
         else:
             found, iterations = active_set.search(qp, max_rounds=_ENOUGH_ROUNDS)
         certificate = qp.certify(found.coef)
-        hard = ~certificate.within(aim)
+        hard = ~(certificate.within(aim) & certificate.shows_active_set())
         if hard.any():
             coef, more = interior_point(qp.tasks(hard), tolerance=aim, max_iterations=_ENOUGH_ITERATIONS)
             found, certificate = active_set.polish(qp, certificate.feasible.index_put((hard,), coef))
             iterations = iterations.index_put((hard,), more)
+        # What is returned is the projection.
+        certificate = certificate._replace(residual=certificate.violation)
         return found._replace(coef=certificate.feasible), certificate, iterations

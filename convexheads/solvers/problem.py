@@ -30,6 +30,7 @@ class DenseQP(NamedTuple):
 
 # Where the optimal weights are zero, no relative error of theirs is ever small: then this gap is enough.
 _NOTHING = 1e-16
+_AS_GOOD_AS_FEASIBLE = 1e-6
 
 
 class Certificate(NamedTuple):
@@ -39,6 +40,7 @@ class Certificate(NamedTuple):
     gap: Float[Tensor, "*batch"]
     weight_error: Float[Tensor, "*batch"]
     residual: Float[Tensor, "*batch"]
+    violation: Float[Tensor, "*batch"]
     bound_multipliers: Float[Tensor, "*batch n k"]
     row_multipliers: Float[Tensor, "*batch n"]
 
@@ -46,6 +48,10 @@ class Certificate(NamedTuple):
         """Those of a flat batch, with another one's in some tasks."""
         pairs = zip(by, self, strict=True)
         return Certificate(*(torch.where(where.view(-1, *[1] * (new.ndim - 1)), new, old) for new, old in pairs))
+
+    def shows_active_set(self) -> Bool[Tensor, "*batch"]:
+        """Where the coefficients were feasible as they came: the projection of others may be optimal by chance."""
+        return self.residual <= _AS_GOOD_AS_FEASIBLE
 
     def within(self, tolerance: float) -> Bool[Tensor, "*batch"]:
         """Where both the gap and the squared relative error of the weights are proved to be at most `tolerance`.
@@ -146,7 +152,8 @@ class QP:
 
         Returns:
             `feasible`, the projection; `gap = (P - D) / P`; `weight_error`, a bound of `|w - w*| / |w|`; `residual`,
-            the largest distance to the feasible set relative to the largest coefficient (at least one unit); and the
+            the largest distance to the feasible set relative to the largest coefficient (at least one unit);
+            `violation`, the same of the projection, zero unless a row has no feasible point at all; and the
             multipliers: those of the bounds positive at an upper and negative at a lower one, zero at free entries.
         """
         feasible = self.project(coef)
@@ -169,8 +176,8 @@ class QP:
 
         gap = torch.where(indefinite, torch.inf, gap)
         size = feasible.abs().amax((-2, -1))
-        # Zero, unless a row has no feasible point at all.
-        left = feasible.sum(-1, keepdim=True).abs() if self.row_sum else torch.zeros_like(feasible)
+        distance = (coef - feasible).abs().amax((-2, -1))
+        violation = feasible.sum(-1).abs().amax(-1) if self.row_sum else torch.zeros_like(distance)
         tiny = torch.finfo(coef.dtype).tiny
         pull = slope[0] - shift[0]
         if self.smoothing is not None:
@@ -179,7 +186,8 @@ class QP:
             feasible=feasible,
             gap=gap / primal.abs().clamp_min(torch.finfo(coef.dtype).eps),
             weight_error=(2 * gap / quadratic.clamp_min(tiny)).sqrt(),
-            residual=torch.maximum((coef - feasible).abs(), left).amax((-2, -1)) / size.clamp_min(1),
+            residual=torch.maximum(distance, violation) / size.clamp_min(1),
+            violation=violation / size.clamp_min(1),
             bound_multipliers=pull,
             row_multipliers=shift[0].squeeze(-1),
         )
