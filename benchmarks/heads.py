@@ -202,7 +202,7 @@ def main() -> None:
         f"queries, in batches of 50; {machine}. Made by `python -m benchmarks.heads`."
     )
     Console().print(table, note, f"All of it is in {options.output}", sep="\n")
-    record = {"settings": settings, "results": rows.to_dict("records"), **origin}
+    record = {"settings": settings, "results": json.loads(rows.to_json(orient="records") or ""), **origin}
     (options.output / "heads.json").write_text(json.dumps(record, indent=2) + "\n")
     report.write_markdown(table, note, options.output / "heads.md")
     draw(rows, title, options.output / "heads.png")
