@@ -206,8 +206,8 @@ def main() -> None:
         f"C = {C}, {options.features} features, {options.queries} queries a class; {machine}. Errors: the largest, "
         f"relative to the largest entry, against Moreau at tolerance 1e-8, up to n k = {_REFERENCE}: above that, its "
         "own gradients are good to one digit only. qpth with the 15 iterations of the paper's code, on one thread "
-        f"above n k = {_ONE_THREAD}, where it solves task by task; learn2learn's `SVClassifier` is smoothed and in float32; "
-        "what would take minutes is left out. Made by `python -m benchmarks.solvers`."
+        f"above n k = {_ONE_THREAD}, where it solves task by task; learn2learn's `SVClassifier` is smoothed and in "
+        "float32; what would take minutes is left out. Made by `python -m benchmarks.solvers`."
     )
     Console(width=max(100, Console().width)).print(table, note, f"All of it is in {options.output}", sep="\n")
     options.output.mkdir(parents=True, exist_ok=True)
