@@ -6,11 +6,9 @@ python -m benchmarks.solvers
 from __future__ import annotations
 
 import json
-import logging
 import math
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -192,8 +190,6 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.sizes) - set(SIZES):
         raise SystemExit(f"error: sizes: got {', '.join(sorted(unknown))}, wanted some of {', '.join(SIZES)}")
-    warnings.filterwarnings("ignore", message=".*sparse.*")  # qpth's and cvxpylayers' own
-    logging.getLogger("cvxpylayers").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
     names = ("sizes", "tasks", "features", "queries", "repeats", "threads")
     settings: dict[str, Any] = {name: options[name] for name in names}

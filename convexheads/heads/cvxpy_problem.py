@@ -99,7 +99,8 @@ class CvxpyHead(Head):
         def solve(gram: Tensor, targets: Tensor, *values: Tensor) -> Tensor:
             parameters = (gram, _SquareRoot.apply(gram), targets, *values)
             found = cvxpylayers.call(layer, *parameters, tolerance=_TOLERANCE, max_iterations=_MAX_ITERATIONS)
-            solved = [_is_solved(layer, *task) for task in zip(zip(*parameters), zip(*found))]  # noqa: B905
+            tasks = zip(zip(*parameters, strict=True), zip(*found, strict=True), strict=True)
+            solved = [_is_solved(layer, *task) for task in tasks]
             return torch.where(torch.tensor(solved, device=gram.device)[:, None, None], found[0], torch.nan)
 
         flat = gram.reshape(-1, n, n), targets.reshape(-1, n, k)

@@ -70,11 +70,7 @@ def _newton(
     this_round = 1
     while True:
         free = ~(at_upper | at_lower)
-        held = torch.zeros_like(point)
-        if qp.upper is not None:
-            held = torch.where(at_upper, qp.upper, held)
-        if qp.lower is not None:
-            held = torch.where(at_lower, qp.lower, held)
+        held = qp.held(at_upper, at_lower)
         kkt = BlockKKT(qp.gram, diagonal=diagonal, free=free.mT, row_sum=qp.row_sum, regulariser=REGULARISER)
         right, sums = (qp.linear - qp.gram @ held).mT, -held.sum(-1)
         # Where several solutions are optimal, starting at the last point stays near the one that respects the bounds.

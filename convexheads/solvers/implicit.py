@@ -27,11 +27,7 @@ _REFINEMENTS = 3
 
 def attach(qp: QP, found: ActiveSet) -> Float[Tensor, "tasks n k"]:
     """The coefficients of an active set, which was found without autograd, as functions of every tensor of `qp`."""
-    held = torch.zeros_like(qp.linear)
-    if qp.upper is not None:
-        held = torch.where(found.at_upper, qp.upper, held)
-    if qp.lower is not None:
-        held = torch.where(found.at_lower, qp.lower, held)
+    held = qp.held(found.at_upper, found.at_lower)
     free = ~(found.at_upper | found.at_lower)
     moved, shift = torch.where(free, found.coef, 0), torch.zeros_like(held[..., 0])
     right, sums = qp.linear - qp.gram @ held, -held.sum(-1)

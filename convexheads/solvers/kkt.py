@@ -67,7 +67,7 @@ class BlockKKT:
             schur = self.inverse.sum(1)
             if free is not None:  # a row without a free entry has no equation left
                 schur = schur + torch.diag_embed((~free.any(1)).to(schur.dtype))
-            self.schur = _cholesky(schur)
+            self.schur = cholesky(schur)
 
     def solve(
         self,
@@ -109,10 +109,11 @@ def _multiply(matrices: Tensor, vectors: Tensor) -> Tensor:
     return (matrices @ vectors.unsqueeze(-1)).squeeze(-1)
 
 
-def _cholesky(matrix: Tensor) -> Tensor:
+def cholesky(matrix: Tensor) -> Tensor:
+    """The lower factor; NaN in the matrices that have none."""
     factor, info = torch.linalg.cholesky_ex(matrix)
     return torch.where((info == 0)[..., None, None], factor, torch.nan)
 
 
 def _inverse(matrix: Tensor) -> Tensor:
-    return torch.cholesky_inverse(_cholesky(matrix))
+    return torch.cholesky_inverse(cholesky(matrix))

@@ -47,7 +47,9 @@ class MoreauSolver(Solver):
             ],
             -1,
         )
-        solver = _solver(tasks, n, k, qp.row_sum, tuple(map(_key, rows)), str(qp.linear.device), self._settings())
+        solver = _solver(
+            tasks, n, k, qp.row_sum, tuple(tuple(row.tolist()) for row in rows), str(qp.linear.device), self._settings()
+        )
 
         def solve(gram: Tensor, smoothing: Tensor, linear: Tensor, *limits: Tensor) -> Tensor:
             hessian = gram.unsqueeze(2).expand(tasks, n, k, n) + torch.diag_embed(smoothing.mT).permute(0, 2, 1, 3)
@@ -62,10 +64,6 @@ class MoreauSolver(Solver):
 
     def _settings(self) -> tuple[float, int | None]:
         return self.tolerance * 1e-5, self.max_iterations
-
-
-def _key(rows: Tensor) -> tuple[int, ...]:
-    return tuple(rows.tolist())
 
 
 def _solver(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from typing import ClassVar, Literal
 
@@ -19,17 +20,21 @@ _ENOUGH_ROUNDS = 12
 _ENOUGH_ITERATIONS = 100
 # Both go further than the tolerance: until the active set is right, on which the gradient depends.
 _AIM = 1e-3
-
-
 # Above this, the blocks of all classes side by side would take too much memory.
 _LARGEST_COMPILED = 2**28
 
 
+@cache
+def numba_is_installed() -> bool:
+    """Whether Numba is there, and scipy, whose BLAS it uses; looked for once."""
+    return None not in map(find_spec, ("numba", "scipy"))
+
+
 def can_be_compiled(qp: QP) -> bool:
-    """Whether Numba is installed (and scipy, whose BLAS it uses), and the problem one for `solvers/compiled.py`."""
+    """Whether Numba is installed, and the problem one for `solvers/compiled.py`."""
     tasks, n, k = qp.linear.shape
     suited = qp.linear.device.type == "cpu" and qp.linear.dtype == torch.float64
-    return suited and tasks * k * n * n <= _LARGEST_COMPILED and None not in map(find_spec, ("numba", "scipy"))
+    return suited and tasks * k * n * n <= _LARGEST_COMPILED and numba_is_installed()
 
 
 class NativeSolver(Solver):
@@ -74,14 +79,15 @@ class NativeSolver(Solver):
     def _coefficients(self, qp: QP) -> Solved:
         with torch.no_grad():
             found, certificate, iterations = self._solve(qp.detach())
+        # What is returned is the projection that the certificate is about.
+        certificate = certificate._replace(residual=certificate.violation)
         return Solved(implicit.attach(qp, found), iterations, certificate)
 
     def _solve(self, qp: QP) -> tuple[active_set.ActiveSet, Certificate, Int[Tensor, " tasks"]]:
         aim = _AIM * self.tolerance
         if self.max_iterations is not None:
             coef, iterations = interior_point(qp, tolerance=aim, max_iterations=self.max_iterations)
-            found, certificate = active_set.polish(qp, coef, move=False)
-            return found, certificate._replace(residual=certificate.violation), iterations
+            return *active_set.polish(qp, coef, move=False), iterations
         if self.compiled is None and can_be_compiled(qp):
             from convexheads.solvers import compiled
 
@@ -94,6 +100,4 @@ class NativeSolver(Solver):
             coef, more = interior_point(qp.tasks(hard), tolerance=aim, max_iterations=_ENOUGH_ITERATIONS)
             found, certificate = active_set.polish(qp, certificate.feasible.index_put((hard,), coef))
             iterations = iterations.index_put((hard,), more)
-        # What is returned is the projection.
-        certificate = certificate._replace(residual=certificate.violation)
         return found._replace(coef=certificate.feasible), certificate, iterations

@@ -139,6 +139,15 @@ class QP:
         image = self.gram @ coef
         return image if self.smoothing is None else image + self.smoothing * coef
 
+    def held(
+        self, at_upper: Bool[Tensor, "*batch n k"], at_lower: Bool[Tensor, "*batch n k"]
+    ) -> Float[Tensor, "*batch n k"]:
+        """The bounds at the entries that sit at one, zero elsewhere."""
+        held = torch.zeros_like(self.linear)
+        if self.upper is not None:
+            held = torch.where(at_upper, self.upper, held)
+        return held if self.lower is None else torch.where(at_lower, self.lower, held)
+
     def project(self, coef: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n k"]:
         """The nearest feasible coefficients."""
         return rows.project(coef, self.lower, self.upper, row_sum=self.row_sum)

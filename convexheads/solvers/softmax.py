@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from convexheads.solvers.kkt import cholesky
+
 _HALVINGS = 30
 # A gap that was below `_NEAR` and has not halved for `_STALLED` steps won't fall further.
 _NEAR = 1e-4
@@ -39,10 +41,10 @@ class SoftmaxKKT:
     def __init__(self, gram: Float[Tensor, "tasks n n"], probabilities: Float[Tensor, "tasks n k"]) -> None:
         root = probabilities.mT.sqrt().unsqueeze(-1)  # (tasks, k, n, 1)
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        block = _cholesky(eye + root * gram.unsqueeze(1) * root.mT)
+        block = cholesky(eye + root * gram.unsqueeze(1) * root.mT)
         self.blocks = torch.linalg.solve_triangular(block, torch.diag_embed(root.squeeze(-1)), upper=False)
         self.blocks = self.blocks.mT @ self.blocks
-        self.total = _cholesky(self.blocks.sum(1))
+        self.total = cholesky(self.blocks.sum(1))
 
     def solve(self, right: Float[Tensor, "tasks n k"]) -> Float[Tensor, "tasks n k"]:
         """Apply the operator."""
@@ -147,11 +149,6 @@ def _gap(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
     value = (coef * scores).sum((-2, -1)) / 2 + loss.sum(-1)
     gap = (of_wrong.sum(-1) + of_right).clamp_min(0).sum(-1)
     return gap / value.clamp_min(torch.finfo(value.dtype).tiny)
-
-
-def _cholesky(matrix: Tensor) -> Tensor:
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    return torch.where((info == 0)[..., None, None], factor, torch.nan)
 
 
 class _Optimal(torch.autograd.Function):
