@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tasks import close, crammer_singer, task, tasks
 from test_solvers import known, known_problem
@@ -15,31 +15,69 @@ from test_solvers import known, known_problem
 from convexheads import InputError, NativeSolver, SVMHead
 from convexheads.solvers import active_set, compiled
 from convexheads.solvers.native import can_be_compiled
+from convexheads.solvers.splitting import proximal_step
+
+AIM = 1e-9
 
 
-def both(qp, max_rounds: int = 12):
+def solve(qp):
     assert can_be_compiled(qp)
-    return active_set.search(qp, max_rounds=max_rounds), compiled.search(qp, max_rounds=max_rounds)
-
-
-def held_to(expected, found, n: int, k: int):
-    for one, other in zip(expected[0][1:3], found[0][1:3], strict=True):
-        assert torch.equal(one, other)
-    assert torch.equal(expected[1], found[1])
-    assert close(found[0].coef, expected[0].coef, 1e-3) < 1e-9
-    free = ~(found[0].at_upper | found[0].at_lower)
-    right = torch.where(free, torch.randn(len(free), n, k, dtype=torch.float64), 0).mT
-    sums = torch.where(free.any(-1), torch.randn(len(free), n, dtype=torch.float64), 0)
-    for one, other in zip(*(x[0].kkt.solve(right, sums, refinements=3) for x in (expected, found)), strict=True):
-        assert close(other, one) < 1e-8
+    return compiled.solve(qp, aim=AIM, max_rounds=12)
 
 
 @settings(max_examples=100)
 @known
 def test_same_active_sets_solutions_and_adjoints(n, k, seed, bounds, smoothing, row_sum):
+    assume(row_sum or smoothing == "all" or bounds == "both")  # otherwise no gap can be certified, see QP
+    qp, coef, pull = known_problem(3, n, k, seed=seed, bounds=bounds, smoothing=smoothing, row_sum=row_sum)
+    units, *_ = qp.in_units()
+    expected, _ = active_set.search(units, proximal_step(units), max_rounds=12)
+    solution, scale, found = solve(qp)
+    certificate = units.certify(expected.coef)
+    proven = solution.converged & certificate.within(AIM) & certificate.shows_active_set()
+    assert proven.float().mean() > 0.5 or seed % 10  # most are
+    for one, other in zip(expected[1:3], found[1:3], strict=True):
+        assert torch.equal(one[proven], other[proven])
+    assert close(solution.coef[proven], coef[proven], 1.0) < 1e-8
+    assert close(solution.bound_multipliers[proven], pull[proven], 1.0) < 1e-6
+    free = ~(found.at_upper | found.at_lower)
+    right = torch.where(free, torch.randn(3, n, k, dtype=torch.float64), 0).mT
+    sums = torch.where(free.any(-1), torch.randn(3, n, dtype=torch.float64), 0)
+    adjoints = [x.kkt.solve(right, sums, refinements=3) for x in (expected, found)]
+    again = compiled.CompiledKKT.like(expected.kkt, ~(expected.at_upper | expected.at_lower))
+    adjoints.append(again.solve(right, sums, refinements=3))
+    for other in adjoints[1:]:
+        for one, two in zip(adjoints[0], other, strict=True):
+            assert close(two[proven], one[proven], 1e-3) < 1e-8
+    assert close(scale[:, None, None] * qp.gram, found.kkt.gram) < 1e-12
+
+
+@settings(max_examples=100)
+@known
+def test_proves_what_the_certificate_proves(n, k, seed, bounds, smoothing, row_sum):
+    assume(row_sum or smoothing == "all" or bounds == "both")
     qp, *_ = known_problem(3, n, k, seed=seed, bounds=bounds, smoothing=smoothing, row_sum=row_sum)
-    qp, *_ = qp.in_units()
-    held_to(*both(qp), n, k)
+    solution, *_ = solve(qp)
+    units, unit, size = qp.in_units()
+    certificate = units.certify(solution.coef / unit[:, None, None])
+    proven = solution.converged
+    assert (certificate.gap[proven] <= 2 * AIM).all()
+    assert close(certificate.gap[proven], solution.gap[proven], 1e-6) < 1e-6
+    multipliers = certificate.bound_multipliers * size[:, None, None]
+    assert close(multipliers[proven], solution.bound_multipliers[proven], 1.0) < 1e-6
+
+
+def test_proves_nothing_that_is_wrong():
+    """Stopped after one round, most tasks don't have their active set yet, and say so."""
+    support, labels, *_ = task(30, shots=(8, 9, 7, 8), d=40)
+    qp = crammer_singer(support, labels, 0.5)
+    exact = NativeSolver(compiled=False).solve(qp)
+    solution, *_ = compiled.solve(qp, aim=AIM, max_rounds=1)
+    assert 0 < solution.converged.sum() < 30
+    assert close(solution.coef[solution.converged], exact.coef[solution.converged]) < 1e-9
+    wrong = (solution.coef - exact.coef).abs().amax((1, 2)) > 1e-6
+    assert wrong.any()
+    assert not (wrong & solution.converged).any()
 
 
 @settings(max_examples=100)
@@ -58,22 +96,24 @@ def test_same_certified_result_on_any_task(drawn):
 @given(seed=st.integers(0, 1000))
 def test_threads_change_nothing(seed):
     support, labels, *_ = task(8, shots=(12, 9, 11, 8, 10), d=60, seed=seed)
-    qp, *_ = crammer_singer(support, labels, 0.3).in_units()
+    qp = crammer_singer(support, labels, 0.3)
     torch.set_num_threads(1)
-    expected, _ = compiled.search(qp, max_rounds=12)
+    expected, *_ = solve(qp)
     torch.set_num_threads(3)
-    found, _ = compiled.search(qp, max_rounds=12)
-    assert qp.linear.numel() * qp.linear.shape[1] ** 2 > compiled._WORTH_THREADS
+    found, *_ = solve(qp)
+    tasks, n, k = qp.linear.shape
+    assert tasks * k * n**3 > compiled._WORTH_THREADS
     assert torch.equal(expected.coef, found.coef)
 
 
 def test_singular_and_broken_tasks_leave_their_neighbours_alone():
     support, labels, *_ = task(3, shots=(3, 3, 3), d=2)
-    qp, *_ = crammer_singer(support, labels, 1e4).in_units()
+    qp = crammer_singer(support, labels, 1e4)
     qp.gram[1] = -qp.gram[1]
-    found, _ = compiled.search(qp, max_rounds=12)
+    found, *_ = solve(qp)
+    assert not found.converged[1]
     for i in (0, 2):
-        alone, _ = compiled.search(qp.tasks(slice(i, i + 1)), max_rounds=12)
+        alone, *_ = solve(qp.tasks(slice(i, i + 1)))
         assert torch.equal(found.coef[i], alone.coef[0])
 
 

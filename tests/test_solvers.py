@@ -163,7 +163,7 @@ def test_native_counts_iterations_per_task():
     support, labels, _, _ = task(4, shots=(5, 5, 5), d=30)
     solution = NativeSolver().solve(crammer_singer(support, labels, C=torch.tensor([1e-3, 1, 1e3, 1e5])[:, None, None]))
     assert solution.iterations.shape == (4,)
-    assert 1 < solution.iterations.min() < solution.iterations.max() < 60
+    assert 1 <= solution.iterations.min() < solution.iterations.max() < 60
     stopped = NativeSolver(max_iterations=3).solve(crammer_singer(support, labels, C=1.0))
     assert (stopped.iterations == 3).all()
 
@@ -434,8 +434,10 @@ def test_an_optimal_projection_does_not_prove_an_active_set(monkeypatch):
     gradient = torch.autograd.grad(expected.square().sum(), list(head.parameters()))
     search = active_set.search
 
-    def astray(qp, *, max_rounds):
-        found, rounds = search(qp, max_rounds=max_rounds)
+    def astray(qp, start, *, max_rounds):
+        found, rounds = search(qp, start, max_rounds=max_rounds)
+        if max_rounds == 1:  # the interior point's polish
+            return found, rounds
         nowhere = torch.zeros_like(found.at_upper)
         return found._replace(coef=1e3 * found.coef, at_upper=nowhere, at_lower=nowhere), rounds
 

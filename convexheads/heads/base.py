@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from convexheads.hyperparameters import Hyperparameter, OneLine, display, positi
 from convexheads.kernels import Kernel, Linear, for_support
 from convexheads.precision import full_precision, working_dtype
 from convexheads.solvers import Solution
+from convexheads.transforms import look_at
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,9 @@ class Head(BaseLearner):
     ) -> Fitted:
         """Fit on the support sets of a batch of tasks; arguments and errors as in `forward`."""
         sizes = ways if isinstance(ways, Tensor) else None
-        ways = inputs.check_support(support, labels, ways, mask, needs_every_class=self.needs_every_class)
+        ways = look_at(
+            partial(inputs.check_support, needs_every_class=self.needs_every_class), support, labels, ways, mask
+        )
         with full_precision(support.device):
             features = support.to(working_dtype(support.device))
             if mask is not None:  # whatever stands there, be it NaN

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexheads.errors import SolverError
+from convexheads.transforms import look_at
 
 
 def cholesky(matrix: Float[Tensor, "*batch n n"], *, of: str) -> Float[Tensor, "*batch n n"]:
@@ -16,10 +17,13 @@ def cholesky(matrix: Float[Tensor, "*batch n n"], *, of: str) -> Float[Tensor, "
         SolverError: a matrix is not positive definite; `of` says whose and which.
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
-    failed = (info != 0).nonzero().tolist()
-    if failed:
-        raise SolverError(f"{of} is not positive definite in task {tuple(failed[0])}")
+    look_at(_check_factor, info, of)
     return factor
+
+
+def _check_factor(info: Tensor, of: str) -> None:
+    if info.any():
+        raise SolverError(f"{of} is not positive definite in task {tuple(info.nonzero()[0].tolist())}")
 
 
 def plus_diagonal(matrix: Float[Tensor, "*batch n n"], value: Float[Tensor, "*#batch"]) -> Float[Tensor, "*batch n n"]:

@@ -18,6 +18,7 @@ from convexheads.heads.base import Dual, Head
 from convexheads.heads.closed_form import cholesky, plus_diagonal
 from convexheads.hyperparameters import Hyperparameter, display, positive, value_of
 from convexheads.kernels import Kernel
+from convexheads.transforms import look_at
 
 
 class LinearDiscriminantHead(Head):
@@ -68,7 +69,7 @@ class LinearDiscriminantHead(Head):
         scatter = centre @ gram @ centre / examples[..., None, None]
         if self.variance is None:
             variance = scatter.diagonal(dim1=-2, dim2=-1).sum(-1) / features
-            self._check(variance, gram, examples)
+            look_at(_check_variance, variance, gram, examples)
         else:
             variance = value_of(self.variance, gram).expand(examples.shape)
         ridge = self.shrinkage * variance
@@ -89,18 +90,6 @@ class LinearDiscriminantHead(Head):
         mask: Bool[Tensor, "*batch n"] | None,
     ) -> Dual:
         return self.dual(self._gram(features, kernel, mask), targets, features=features.shape[-1])
-
-    def _check(self, variance: Tensor, gram: Tensor, examples: Tensor) -> None:
-        size = gram.diagonal(dim1=-2, dim2=-1).abs().sum(-1) / examples
-        none = variance <= 1e-14 * size
-        if none.any():
-            inputs.check_definite(gram)
-            task = f"task {tuple(none.nonzero()[0].tolist())}" if none.ndim else "the task"
-            raise InputError(
-                "support",
-                f"a within-class covariance of zero in {task}, which cannot be inverted",
-                "two different examples of some class, or LinearDiscriminantHead(variance=...)",
-            )
 
     def _settings(self) -> list[str]:
         settings = [f"shrinkage={display(self.shrinkage)}"]
@@ -169,3 +158,16 @@ def _centring(members: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n n"]
     """The projection that takes the members' mean from each of them, and everything from the others."""
     outer = members.unsqueeze(-1) * members.unsqueeze(-2)
     return torch.diag_embed(members) - outer / members.sum(-1)[..., None, None]
+
+
+def _check_variance(variance: Tensor, gram: Tensor, examples: Tensor) -> None:
+    size = gram.diagonal(dim1=-2, dim2=-1).abs().sum(-1) / examples
+    none = variance <= 1e-14 * size
+    if none.any():
+        inputs.check_definite(gram)
+        task = f"task {tuple(none.nonzero()[0].tolist())}" if none.ndim else "the task"
+        raise InputError(
+            "support",
+            f"a within-class covariance of zero in {task}, which cannot be inverted",
+            "two different examples of some class, or LinearDiscriminantHead(variance=...)",
+        )

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from convexheads.errors import InputError
+from convexheads.transforms import look_at
 
 
 def check_support(
@@ -138,6 +139,10 @@ def check_gram(gram: object, features: Tensor) -> None:
 
 def check_finite(name: str, value: Tensor) -> None:
     """Raise `InputError`, which names the row, where a value is not finite."""
+    look_at(_check_finite, name, value)
+
+
+def _check_finite(name: str, value: Tensor) -> None:
     if torch.isfinite(value.sum()):  # one pass, and true of almost all that comes
         return
     bad = ~torch.isfinite(value).all(-1)
@@ -149,6 +154,10 @@ def check_finite(name: str, value: Tensor) -> None:
 
 def check_definite(gram: Tensor) -> None:
     """Raise `InputError` where a Gram matrix has an eigenvalue that is negative beyond rounding."""
+    look_at(_check_definite, gram)
+
+
+def _check_definite(gram: Tensor) -> None:
     values = torch.linalg.eigvalsh(gram)
     smallest, size = values[..., 0], values.abs().amax(-1)
     negative = smallest < -1e-9 * size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,6 +15,7 @@ from convexheads.hyperparameters import Hyperparameter, display, positive, value
 from convexheads.kernels import Kernel
 from convexheads.solvers import OnFailure, Solution, Status, softmax
 from convexheads.solvers.base import check_on_failure, complain
+from convexheads.transforms import compute
 
 _ENOUGH_STEPS = 100
 _TOLERANCE = 1e-6
@@ -73,8 +76,8 @@ class LogisticHead(Head):
                 coef = softmax.newton_step(gram, targets, coef)
             taken, gap = None, softmax.certified_gap(gram.detach(), targets, coef.detach())
         else:
-            with torch.no_grad():
-                coef, gap, taken = softmax.solve(gram, targets, tolerance=_AIM, max_steps=_ENOUGH_STEPS)
+            solve = partial(softmax.solve, tolerance=_AIM, max_steps=_ENOUGH_STEPS)
+            coef, gap, taken = compute(solve, gram, targets)
             coef = softmax.attach(gram, targets, coef)
         otherwise = Status.FAILED if self.steps is None else Status.STOPPED
         status = torch.where(gap <= _TOLERANCE, Status.CONVERGED, otherwise)

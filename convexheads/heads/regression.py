@@ -14,6 +14,7 @@ from convexheads.heads.base import BaseLearner, Fitted
 from convexheads.hyperparameters import value_of
 from convexheads.kernels import for_support
 from convexheads.precision import full_precision, working_dtype
+from convexheads.transforms import look_at
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class RegressionHead(BaseLearner):
         mask: Bool[Tensor, "*batch n"] | None = None,
     ) -> FittedRegression:
         """Fit on the support sets of a batch of tasks; arguments and errors as in `forward`."""
-        flat = inputs.check_targets(targets, support, mask)
+        flat = look_at(inputs.check_targets, targets, support, mask)
         with full_precision(support.device):
             features = support.to(working_dtype(support.device))
             values = (targets.unsqueeze(-1) if flat else targets).to(features.dtype)

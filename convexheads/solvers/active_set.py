@@ -16,11 +16,10 @@ from torch import Tensor
 
 from convexheads.solvers.kkt import KKT, BlockKKT
 from convexheads.solvers.problem import QP, Certificate
+from convexheads.solvers.splitting import Start
 
 REGULARISER = 1e-9
 REFINEMENTS = 2
-# Weight of the proximal step that makes the first guess, relative to the mean diagonal of the Hessian.
-PROXIMITY = 0.3
 
 
 class ActiveSet(NamedTuple):
@@ -31,39 +30,25 @@ class ActiveSet(NamedTuple):
     at_lower: Bool[Tensor, "tasks n k"]
     kkt: KKT
 
+    def with_tasks(self, chosen: Bool[Tensor, " tasks"], by: ActiveSet) -> ActiveSet:
+        """Those of a flat batch, with others in the place of the chosen tasks."""
+        coef, at_upper, at_lower = (old.index_put((chosen,), new) for old, new in zip(self[:3], by[:3], strict=True))
+        return ActiveSet(coef, at_upper, at_lower, self.kkt.with_tasks(chosen, by.kkt))
 
-def search(qp: QP, *, max_rounds: int) -> tuple[ActiveSet, Int[Tensor, " tasks"]]:
-    """Solve a flat batch of problems in units (`QP.in_units`) from nothing.
+
+def search(qp: QP, start: Start, *, max_rounds: int) -> tuple[ActiveSet, Int[Tensor, " tasks"]]:
+    """Solve a flat batch of problems in units (`QP.in_units`).
+
+    Args:
+        qp: the problems.
+        start: whose bounds and multipliers make the first guess.
+        max_rounds: after so many, the search ends with whatever it has.
 
     Returns:
         The last active set with its exact solution (feasible up to rounding, where the active set is right), and the
         rounds of each task.
     """
-    # The first guess is what one proximal step from zero, a ridge regression without bounds, pushes over a bound.
-    weight = PROXIMITY * qp.curvature()[:, None, None]
-    eye = torch.eye(qp.gram.shape[-1], dtype=qp.gram.dtype, device=qp.gram.device)
-    linear = qp.linear - qp.linear.mean(-1, keepdim=True) if qp.row_sum else qp.linear
-    start = torch.cholesky_solve(linear, torch.linalg.cholesky_ex(qp.gram + weight * eye)[0])
-    return _newton(qp, start, weight * start, torch.zeros_like(start[..., 0]), max_rounds=max_rounds)
-
-
-def polish(qp: QP, coef: Float[Tensor, "tasks n k"], *, move: bool = True) -> tuple[ActiveSet, Certificate]:
-    """The active set that coefficients close to the optimum of a flat batch in units show, with feasible coefficients.
-
-    With `move`, its exact solution takes the place of `coef` where the certified gap is smaller.
-    """
-    certificate = qp.certify(coef)
-    found, _ = _newton(qp, coef, certificate.bound_multipliers, certificate.row_multipliers, max_rounds=1)
-    exact = qp.certify(found.coef)
-    better = (exact.gap <= certificate.gap) & exact.shows_active_set() & move
-    certificate = certificate.replaced(better, exact)
-    return found._replace(coef=certificate.feasible), certificate
-
-
-def _newton(
-    qp: QP, point: Tensor, pull: Tensor, shift: Tensor, *, max_rounds: int
-) -> tuple[ActiveSet, Int[Tensor, " tasks"]]:
-    """Rounds from a point and its multipliers, those of the bounds (`pull`) and of the row sums (`shift`)."""
+    point, pull, shift = start
     diagonal = None if qp.smoothing is None else qp.smoothing.mT
     at_upper, at_lower = _held(qp, point, pull)
     rounds = torch.ones_like(point[:, 0, 0], dtype=torch.long)
@@ -71,7 +56,7 @@ def _newton(
     while True:
         free = ~(at_upper | at_lower)
         held = qp.held(at_upper, at_lower)
-        kkt = BlockKKT(qp.gram, diagonal=diagonal, free=free.mT, row_sum=qp.row_sum, regulariser=REGULARISER)
+        kkt = BlockKKT.factorise(qp.gram, diagonal=diagonal, free=free.mT, row_sum=qp.row_sum, regulariser=REGULARISER)
         right, sums = (qp.linear - qp.gram @ held).mT, -held.sum(-1)
         # Where several solutions are optimal, starting at the last point stays near the one that respects the bounds.
         moved, shift = kkt.solve(right, sums, start=(torch.where(free, point, 0).mT, shift), refinements=0)
@@ -87,6 +72,20 @@ def _newton(
         at_upper, at_lower = new_upper, new_lower
     moved, _ = kkt.solve(right, sums, start=(moved, shift), refinements=REFINEMENTS)
     return ActiveSet(moved.mT + held, at_upper, at_lower, kkt), rounds
+
+
+def polish(qp: QP, coef: Float[Tensor, "tasks n k"], *, move: bool = True) -> tuple[ActiveSet, Certificate]:
+    """The active set that coefficients close to the optimum of a flat batch in units show, with feasible coefficients.
+
+    With `move`, its exact solution takes the place of `coef` where the certified gap is smaller.
+    """
+    certificate = qp.certify(coef)
+    start = Start(coef, certificate.bound_multipliers, certificate.row_multipliers)
+    found, _ = search(qp, start, max_rounds=1)
+    exact = qp.certify(found.coef)
+    better = (exact.gap <= certificate.gap) & exact.shows_active_set() & move
+    certificate = certificate.with_tasks(better, exact.tasks(better))
+    return found._replace(coef=certificate.feasible), certificate
 
 
 def _held(qp: QP, coef: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:

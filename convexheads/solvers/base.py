@@ -14,7 +14,10 @@ from torch import Tensor
 from convexheads.errors import InputError, MissingDependencyError, SolverError, SolverWarning
 from convexheads.hyperparameters import positive
 from convexheads.precision import full_precision, working_dtype
+from convexheads.solvers.active_set import ActiveSet
+from convexheads.solvers.interior_point import Relaxed
 from convexheads.solvers.problem import QP, Certificate, Solution, Status
+from convexheads.transforms import look_at
 
 OnFailure = Literal["raise", "warn", "return"]
 
@@ -26,11 +29,13 @@ class Solved(NamedTuple):
         coef: with gradient; NaN in the tasks that could not be solved.
         iterations: of each task; None where the backend doesn't tell.
         certificate: of `coef`, where the solver has it; None otherwise.
+        found: what the gradient of `coef` is made of, where that doesn't come with it; None otherwise.
     """
 
     coef: Float[Tensor, "tasks n k"]
     iterations: Int[Tensor, " tasks"] | None = None
     certificate: Certificate | None = None
+    found: ActiveSet | Relaxed | None = None
 
 
 class Solver(ABC):
@@ -100,24 +105,36 @@ class Solver(ABC):
         batch, device = qp.linear.shape[:-2], qp.linear.device
         _check_bounds(qp)
         with full_precision(device):
-            flat = qp.flatten().map(lambda _, value: value.to(working_dtype(device)))
-            flat, broken = _without_broken_tasks(flat)
-            flat, unit, size = flat.in_units()
-            # A batch without tasks has its answer already.
-            coef, iterations, certificate = self._coefficients(flat) if len(unit) else Solved(flat.linear)
-            if certificate is None:
-                certificate = flat.detach().certify(coef.detach())
-            solution = Solution(
-                coef=torch.where(broken, torch.nan, unit)[:, None, None].mul(coef).reshape(qp.linear.shape),
-                bound_multipliers=(certificate.bound_multipliers * size[:, None, None]).reshape(qp.linear.shape),
-                row_multipliers=(certificate.row_multipliers * size[:, None]).reshape(qp.linear.shape[:-1]),
-                status=torch.where(broken, Status.FAILED, self._status(certificate)).reshape(batch),
-                gap=torch.where(broken, torch.nan, certificate.gap).reshape(batch),
-                residual=certificate.residual.reshape(batch),
-                iterations=None if iterations is None else iterations.reshape(batch),
-            )
+            dtype = working_dtype(device)
+            solution = self._solution(qp.flatten().map(lambda _, value: value.to(dtype)))
+            solution = solution.map(lambda _, value: value.reshape((*batch, *value.shape[1:])))
         complain(type(self).__name__, solution, self.tolerance, self.on_failure)
         return solution
+
+    def _solution(self, qp: QP) -> Solution:
+        """Solve a flat batch of problems in working precision, with gradient."""
+        return self._answer(qp)[0]
+
+    def _answer(self, qp: QP) -> tuple[Solution, Float[Tensor, " tasks"], ActiveSet | Relaxed | None]:
+        """As `_solution`; with the Hessian's scale in the units of the solve, and what the gradient is made of."""
+        mended, broken = _without_broken_tasks(qp)
+        units, unit, size = mended.in_units()
+        # A batch without tasks has its answer already.
+        coef, iterations, certificate, found = self._coefficients(units) if len(unit) else Solved(units.linear)
+        if certificate is None:
+            certificate = units.detach().certify(coef.detach())
+        solution = Solution(
+            coef=torch.where(broken, torch.nan, unit)[:, None, None] * coef,
+            bound_multipliers=certificate.bound_multipliers * size[:, None, None],
+            row_multipliers=certificate.row_multipliers * size[:, None],
+            status=torch.where(broken, Status.FAILED, self._status(certificate)),
+            gap=torch.where(broken, torch.nan, certificate.gap),
+            residual=certificate.residual,
+            iterations=iterations,
+        )
+        if isinstance(found, Relaxed):
+            found = found._replace(point=unit[:, None, None] * found.point)
+        return solution, unit / size, found
 
     def _status(self, certificate: Certificate) -> Int[Tensor, " tasks"]:
         tolerance = max(self.tolerance, 4096 * torch.finfo(certificate.gap.dtype).eps)
@@ -139,39 +156,50 @@ def complain(name: str, solution: Solution, tolerance: float, on_failure: OnFail
     """Raise or warn, as asked for, if a task of the solution failed."""
     if on_failure == "return":
         return
-    failed = (solution.status == Status.FAILED).nonzero().tolist()
-    if not failed:
+    failures = look_at(_failures, solution.status, solution.gap, solution.residual)
+    if not failures:
         return
-    named = "; ".join(
-        f"task {tuple(task)}: relative gap {solution.gap[tuple(task)].item():.1e}, "
-        f"residual {solution.residual[tuple(task)].item():.1e}"
-        for task in failed[:5]
-    )
     message = (
-        f"{name}: {len(failed)} of {solution.status.numel()} tasks not solved to the tolerance "
-        f"{tolerance:g} ({named}{'; ...' if len(failed) > 5 else ''}). The whole batch's solution is in "
-        "`SolverError.solution`; on_failure='warn' or 'return' carries on with it."
+        f"{name}: {len(failures)} of {solution.status.numel()} tasks not solved to the tolerance "
+        f"{tolerance:g} ({'; '.join(failures[:5])}{'; ...' if len(failures) > 5 else ''}). The whole batch's solution "
+        "is in `SolverError.solution`; on_failure='warn' or 'return' carries on with it."
     )
     if on_failure == "raise":
         raise SolverError(message, solution)
     warnings.warn(message, SolverWarning, stacklevel=3)
 
 
+def _failures(status: Tensor, gap: Tensor, residual: Tensor) -> list[str]:
+    failed = [tuple(task) for task in (status == Status.FAILED).nonzero().tolist()]
+    return [
+        f"task {task}: relative gap {gap[task].item():.1e}, residual {residual[task].item():.1e}" for task in failed
+    ]
+
+
 def _check_bounds(qp: QP) -> None:
     if qp.lower is None and qp.upper is None:
         raise InputError("QP(lower, upper)", "None for both", "at least one of them")
     if qp.lower is not None and qp.upper is not None and qp.linear.device.type == "cpu":
-        crossed = qp.lower > qp.upper
-        if crossed.any():
-            where = tuple(crossed.nonzero()[0].tolist())
-            got = f"{qp.lower[where].item():g} above {qp.upper[where].item():g} at {where}"
-            raise InputError("QP(lower, upper)", got, "lower <= upper everywhere")
+        look_at(_check_order, qp.lower, qp.upper)
+
+
+def _check_order(lower: Tensor, upper: Tensor) -> None:
+    crossed = lower > upper
+    if crossed.any():
+        where = tuple(crossed.nonzero()[0].tolist())
+        got = f"{lower[where].item():g} above {upper[where].item():g} at {where}"
+        raise InputError("QP(lower, upper)", got, "lower <= upper everywhere")
 
 
 def _without_broken_tasks(qp: QP) -> tuple[QP, Bool[Tensor, " tasks"]]:
     """A trivial problem in the place of every task with non-finite data, and which tasks those are."""
-    bad = [~torch.isfinite(v) if name not in ("lower", "upper") else torch.isnan(v) for name, v in qp.tensors().items()]
-    broken = torch.stack([b.flatten(1).any(1) if b.ndim > 1 else b for b in bad]).any(0)
+    tensors = qp.tensors()
+    none = torch.zeros_like(qp.linear[:, 0, 0], dtype=torch.bool)
+    # A look at the sums clears almost all that comes.
+    if torch.isfinite(torch.stack([v.sum() for v in tensors.values()]).sum()):
+        return qp, none
+    bad = [torch.isnan(v) if name in ("lower", "upper") else ~torch.isfinite(v) for name, v in tensors.items()]
+    broken = torch.stack([b.flatten(1).any(1) for b in bad]).any(0)
     eye = torch.eye(qp.gram.shape[-1]).to(qp.gram)
     harmless = {"gram": eye, "linear": 0.0, "lower": -1.0, "upper": 1.0, "smoothing": 1.0}
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from convexheads.errors import ConvexHeadsError
+from convexheads.transforms import differentiated_once
 
 
 def call(solve: Callable[..., Tensor], *inputs: Tensor, backend: str) -> Tensor:
@@ -47,18 +47,4 @@ class _Call(torch.autograd.Function):
         found = [next(found) if x.requires_grad else None for x in ctx.inputs]
         back = [None if g is None else g * size.view(-1, *[1] * (g.ndim - 1)) for g in found]
         # Tied to the incoming gradient, so that differentiating once more arrives at the refusal.
-        return None, None, *(None if g is None else _Refuse.apply(g, gradient, ctx.backend) for g in back)
-
-
-class _Refuse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, value: Tensor, gradient: Tensor, backend: str) -> Tensor:
-        ctx.backend = backend
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, _):
-        raise ConvexHeadsError(
-            f"second derivative: got a request for one through {ctx.backend}, wanted a solver that has it "
-            "(NativeSolver)"
-        )
+        return None, None, *(None if g is None else differentiated_once(g, gradient, ctx.backend) for g in back)

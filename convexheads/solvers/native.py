@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from convexheads.errors import InputError
+from convexheads.hyperparameters import positive
 from convexheads.solvers import active_set, implicit
+from convexheads.solvers.active_set import ActiveSet
 from convexheads.solvers.base import OnFailure, Solved, Solver
-from convexheads.solvers.interior_point import interior_point
-from convexheads.solvers.problem import QP, Certificate
+from convexheads.solvers.interior_point import Relaxed, central_path, interior_point
+from convexheads.solvers.kkt import BlockKKT
+from convexheads.solvers.problem import QP, Certificate, Solution, Status
+from convexheads.solvers.splitting import proximal_step, splitting
+from convexheads.transforms import compute
 
 _ENOUGH_ROUNDS = 12
+# Rows and columns from which on a start by splitting saves more than it costs, and how long it is.
+_WORTH_SPLITTING = 500
+_STEPS = 10
 _ENOUGH_ITERATIONS = 100
 # Both go further than the tolerance: until the active set is right, on which the gradient depends.
 _AIM = 1e-3
+# From this many entries on, no block of n x n for each class is formed.
+_LARGEST_BLOCKS = 2**28
+# Beyond that, so many times `_STEPS` of splitting, tried out by so many rounds of the search, first at this gap.
+_ENOUGH_STARTS = 60
+_FEW_ROUNDS = 3
+_WORTH_SEARCHING = 1e-3
+
 # Above this, the blocks of all classes side by side would take too much memory.
 _LARGEST_COMPILED = 2**28
 
@@ -35,6 +51,10 @@ def can_be_compiled(qp: QP) -> bool:
     tasks, n, k = qp.linear.shape
     suited = qp.linear.device.type == "cpu" and qp.linear.dtype == torch.float64
     return suited and tasks * k * n * n <= _LARGEST_COMPILED and numba_is_installed()
+
+
+Gradient = Literal["exact", "smoothed", "truncated"]
+_RELAXATION = 1e-3
 
 
 class NativeSolver(Solver):
@@ -54,7 +74,17 @@ class NativeSolver(Solver):
         max_iterations: as for every `Solver`.
         tolerance: likewise.
         on_failure: likewise.
+        gradient: which one, see docs/gradients.md. "exact", the default: that of the optimum with its active set (or,
+            with `max_iterations`, of the active set which the iterate shows). "smoothed": that of the point where
+            every slack times its multiplier is `relaxation`, which is free of the kinks at weakly active bounds.
+            "truncated", with `max_iterations` only: that of the KKT conditions at the very iterate, slacks and
+            multipliers as they are, as OptNet and so the paper have it. The last two have no second derivative.
+        relaxation: slack times multiplier for "smoothed", in units in which coefficients and multipliers are around
+            one. Default 1e-3.
         compiled: whether the search runs compiled. None, the default: where that is possible. False: never.
+
+    Raises:
+        InputError: an argument is outside its range, or `gradient` and `max_iterations` don't go together.
     """
 
     default_tolerance: ClassVar[float] = 1e-6
@@ -65,39 +95,112 @@ class NativeSolver(Solver):
         max_iterations: int | None = None,
         tolerance: float | None = None,
         on_failure: OnFailure = "raise",
+        gradient: Gradient = "exact",
+        relaxation: float = _RELAXATION,
         compiled: Literal[False] | None = None,
     ) -> None:
         super().__init__(max_iterations=max_iterations, tolerance=tolerance, on_failure=on_failure)
+        if gradient not in get_args(Gradient):
+            raise InputError("NativeSolver(gradient)", repr(gradient), f"one of {get_args(Gradient)}")
+        if (gradient == "truncated") is (max_iterations is None) and gradient != "exact":
+            wanted = "a number" if gradient == "truncated" else "None"
+            raise InputError("NativeSolver(max_iterations)", max_iterations, f"{wanted} with gradient={gradient!r}")
+        self.gradient: Gradient = gradient
+        self.relaxation = positive("NativeSolver(relaxation)", relaxation, learnable=False)
         if compiled not in (False, None):
             raise InputError("NativeSolver(compiled)", repr(compiled), "False, or None for where that is possible")
         self.compiled = compiled
 
     def __repr__(self) -> str:
-        text = super().__repr__()
-        return text if self.compiled is None else text[:-1] + (", " if text[-2] != "(" else "") + "compiled=False)"
+        shown = {"gradient": "exact", "relaxation": _RELAXATION, "compiled": None}
+        own = [f"{name}={value!r}" for name, default in shown.items() if (value := getattr(self, name)) != default]
+        text = super().__repr__()[:-1]
+        return text + (", " if own and not text.endswith("(") else "") + ", ".join(own) + ")"
+
+    def _solution(self, qp: QP) -> Solution:
+        """Solved without autograd, where values can be looked at; the gradient comes afterwards."""
+        if not len(qp.linear):
+            return super()._solution(qp)
+        like: list[tuple[Solution, ActiveSet | Relaxed]] = []
+
+        def solve(*values: Tensor) -> tuple[Tensor, ...]:
+            problem = replace(qp, **dict(zip(names, values, strict=True)))
+            batch = problem.linear.shape[:-2]
+            solution, scale, found = self._answer(problem.flatten())
+            assert found is not None
+            like.append((solution, found))
+            parts = *solution.tensors().values(), scale, *found[1:-1], *found.kkt.tensors().values()
+            return tuple(part.reshape((*batch, *part.shape[1:])) for part in parts)
+
+        names = qp.tensors()
+        parts = iter(compute(solve, *names.values()))
+        solution, found = like[-1]
+        solution = solution.map(lambda *_: next(parts))
+        scale = next(parts)
+        own = [solution.coef, *(next(parts) for _ in found[1:-1]), found.kkt.map(lambda *_: next(parts))]
+        found = type(found)._make(own)
+        return replace(solution, coef=implicit.attach(qp, found, scale))
+
+    def _answer(self, qp: QP) -> tuple[Solution, Float[Tensor, " tasks"], ActiveSet | Relaxed | None]:
+        as_ever = self.max_iterations is None and self.gradient == "exact" and self.compiled is None
+        if not (as_ever and can_be_compiled(qp)):
+            return super()._answer(qp)
+        from convexheads.solvers import compiled
+
+        solution, scale, found = compiled.solve(qp, aim=_AIM * self.tolerance, max_rounds=_ENOUGH_ROUNDS)
+        hard = solution.status != Status.CONVERGED
+        if hard.any():
+            solved, own_scale, own = super()._answer(qp.tasks(hard))
+            assert isinstance(own, ActiveSet)
+            assert isinstance(own.kkt, BlockKKT)
+            own = own._replace(kkt=compiled.CompiledKKT.like(own.kkt, ~(own.at_upper | own.at_lower)))
+            solution, found = solution.with_tasks(hard, solved), found.with_tasks(hard, own)
+            scale = scale.index_put((hard,), own_scale)
+        return solution, scale, found
 
     def _coefficients(self, qp: QP) -> Solved:
-        with torch.no_grad():
-            found, certificate, iterations = self._solve(qp.detach())
-        # What is returned is the projection that the certificate is about.
-        certificate = certificate._replace(residual=certificate.violation)
-        return Solved(implicit.attach(qp, found), iterations, certificate)
-
-    def _solve(self, qp: QP) -> tuple[active_set.ActiveSet, Certificate, Int[Tensor, " tasks"]]:
-        aim = _AIM * self.tolerance
         if self.max_iterations is not None:
-            coef, iterations = interior_point(qp, tolerance=aim, max_iterations=self.max_iterations)
-            return *active_set.polish(qp, coef, move=False), iterations
-        if self.compiled is None and can_be_compiled(qp):
-            from convexheads.solvers import compiled
-
-            found, iterations = compiled.search(qp, max_rounds=_ENOUGH_ROUNDS)
+            inside = interior_point(qp, tolerance=_AIM * self.tolerance, max_iterations=self.max_iterations)
+            found, certificate = active_set.polish(qp, inside.point, move=False)
+            iterations = inside.iterations
+            if self.gradient == "truncated":
+                found = inside.gradient_for(qp, certificate.feasible)
         else:
-            found, iterations = active_set.search(qp, max_rounds=_ENOUGH_ROUNDS)
+            found, certificate, iterations = self._optimum(qp)
+            if self.gradient == "smoothed":
+                inside = central_path(qp, complementarity=self.relaxation, max_iterations=_ENOUGH_ITERATIONS)
+                found = inside.gradient_for(qp, certificate.feasible)
+        # What is returned is the projection that the certificate is about.
+        certificate = replace(certificate, residual=certificate.violation)
+        return Solved(certificate.feasible, iterations, certificate, found)
+
+    def _optimum(self, qp: QP) -> tuple[ActiveSet, Certificate, Int[Tensor, " tasks"]]:
+        aim = _AIM * self.tolerance
+        tasks, n, k = qp.linear.shape
+        if tasks * k * n * n > _LARGEST_BLOCKS:
+            return self._by_splitting(qp, aim)
+        start = proximal_step(qp) if n * k < _WORTH_SPLITTING else next(splitting(qp, steps=_STEPS))
+        found, iterations = active_set.search(qp, start, max_rounds=_ENOUGH_ROUNDS)
         certificate = qp.certify(found.coef)
         hard = ~(certificate.within(aim) & certificate.shows_active_set())
         if hard.any():
-            coef, more = interior_point(qp.tasks(hard), tolerance=aim, max_iterations=_ENOUGH_ITERATIONS)
-            found, certificate = active_set.polish(qp, certificate.feasible.index_put((hard,), coef))
-            iterations = iterations.index_put((hard,), more)
-        return found._replace(coef=certificate.feasible), certificate, iterations
+            problem = qp.tasks(hard)
+            inside = interior_point(problem, tolerance=aim, max_iterations=_ENOUGH_ITERATIONS)
+            polished, certified = active_set.polish(problem, inside.point)
+            found, certificate = found.with_tasks(hard, polished), certificate.with_tasks(hard, certified)
+            iterations = iterations.index_put((hard,), inside.iterations)
+        return found, certificate, iterations
+
+    def _by_splitting(self, qp: QP, aim: float) -> tuple[ActiveSet, Certificate, Int[Tensor, " tasks"]]:
+        """For very many classes: splitting until a round or two of the search ends certified; nothing of k n^2."""
+        near = _WORTH_SEARCHING
+        for starts, start in enumerate(splitting(qp, steps=_STEPS), 1):
+            last = starts == _ENOUGH_STARTS
+            if not last and (qp.certify(start.coef).gap > near).any():
+                continue
+            found, rounds = active_set.search(qp, start, max_rounds=_FEW_ROUNDS)
+            certificate = qp.certify(found.coef)
+            if last or (certificate.within(aim) & certificate.shows_active_set()).all():
+                return found, certificate, starts * _STEPS + rounds
+            near /= 10
+        raise AssertionError("splitting goes on for ever")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -12,9 +11,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from convexheads.solvers import rows
+from convexheads.solvers.batch import Batch
 
 # Stretching w away from the solution takes rounding errors out of the slacks, which C would multiply.
-_STRETCHES = (1.0, 0.0, *(1 + 10.0**exponent for exponent in range(-14, 0, 2)))
+_STRETCHES = (0.0, *(1 + 10.0**exponent for exponent in range(-14, 0, 2)))
+# Weights as they are will do where that proves a relative gap so small.
+_SHARP = 1e-12
+# Of large problems, not all stretched weights are looked at together.
+_AT_ONCE = 2**23
 
 
 class DenseQP(NamedTuple):
@@ -33,7 +37,8 @@ _NOTHING = 1e-16
 _AS_GOOD_AS_FEASIBLE = 1e-6
 
 
-class Certificate(NamedTuple):
+@dataclass(frozen=True)
+class Certificate(Batch):
     """What can be proved about coefficients from the problem alone, whoever computed them."""
 
     feasible: Float[Tensor, "*batch n k"]
@@ -43,11 +48,6 @@ class Certificate(NamedTuple):
     violation: Float[Tensor, "*batch"]
     bound_multipliers: Float[Tensor, "*batch n k"]
     row_multipliers: Float[Tensor, "*batch n"]
-
-    def replaced(self, where: Bool[Tensor, " tasks"], by: Certificate) -> Certificate:
-        """Those of a flat batch, with another one's in some tasks."""
-        pairs = zip(by, self, strict=True)
-        return Certificate(*(torch.where(where.view(-1, *[1] * (new.ndim - 1)), new, old) for new, old in pairs))
 
     def shows_active_set(self) -> Bool[Tensor, "*batch"]:
         """Where the coefficients were feasible as they came: the projection of others may be optimal by chance."""
@@ -62,7 +62,7 @@ class Certificate(NamedTuple):
 
 
 @dataclass(frozen=True)
-class QP:
+class QP(Batch):
     """`min 1/2 tr(a'Ka) + <smoothing, a^2>/2 - <linear, a>` subject to `lower <= a <= upper` and `a 1 = 0`.
 
     Attributes:
@@ -82,27 +82,10 @@ class QP:
     smoothing: Float[Tensor, "*batch n k"] | None = None
     row_sum: bool = True
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The problem's data by name, without what is absent."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-    def map(self, function: Callable[[str, Tensor], Tensor]) -> QP:
-        """The same problem with `function(name, tensor)` in the place of every tensor."""
-        return replace(self, **{name: function(name, value) for name, value in self.tensors().items()})  # pyright: ignore[reportArgumentType]
-
     def flatten(self) -> QP:
         """All leading dimensions as one."""
         batch = len(self.linear.shape) - 2
         return self.map(lambda _, value: value.reshape(-1, *value.shape[batch:]))
-
-    def detach(self) -> QP:
-        """The same problem outside the graph."""
-        return self.map(lambda _, value: value.detach())
-
-    def tasks(self, chosen: slice | Bool[Tensor, " tasks"]) -> QP:
-        """The batch of the chosen tasks; of a flat problem only."""
-        return self.map(lambda _, value: value[chosen])
 
     def in_units(self) -> tuple[QP, Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
         """The equivalent problem with numbers around one, and the units of its coefficients and of its multipliers.
@@ -169,37 +152,53 @@ class QP:
         scores = self.gram @ feasible
         quadratic = (feasible * scores).sum((-2, -1))
         # Weak duality rests on a positive semi-definite Gram matrix; negative curvature beyond rounding disproves that.
-        size = self.gram.diagonal(dim1=-2, dim2=-1).abs().sum(-1) * feasible.square().sum((-2, -1))
-        indefinite = quadratic < -1e-9 * size
+        squares = self.gram.diagonal(dim1=-2, dim2=-1).abs().sum(-1) * feasible.square().sum((-2, -1))
+        indefinite = quadratic < -1e-9 * squares
         quadratic = quadratic.clamp_min(0)
 
-        stretch = torch.tensor(_STRETCHES, dtype=coef.dtype, device=coef.device).view(-1, *[1] * coef.ndim)
-        slope = self.linear - stretch * scores
-        losses, distances, shift = rows.conjugate(
-            slope, self.lower, self.upper, at=feasible, row_sum=self.row_sum, smoothing=self.smoothing
-        )
-        stretch = stretch[..., 0, 0]
-        # `P - D` itself, summed from non-negative terms: a difference of objectives would drown small gaps in rounding.
-        gap, best = (distances.clamp_min(0).sum(-1) + (stretch - 1).square() / 2 * quadratic).min(0)
-        primal = (losses.sum(-1) + stretch.square() / 2 * quadratic).gather(0, best.unsqueeze(0)).squeeze(0)
+        gap, primal, shift = self._distance(feasible, scores, quadratic, torch.ones_like(coef[..., :1, :1]))
+        if not (gap <= _SHARP * primal).all():
+            stretches = torch.tensor(_STRETCHES, dtype=coef.dtype, device=coef.device).view(-1, *[1] * coef.ndim)
+            for some in stretches.split(max(1, _AT_ONCE // max(1, coef.numel()))):
+                others, primals, _ = self._distance(feasible, scores, quadratic, some)
+                smallest, best = others.min(0)
+                better = smallest < gap
+                gap = torch.where(better, smallest, gap)
+                primal = torch.where(better, primals.gather(0, best.unsqueeze(0)).squeeze(0), primal)
 
         gap = torch.where(indefinite, torch.inf, gap)
-        size = feasible.abs().amax((-2, -1))
+        size = feasible.abs().amax((-2, -1)).clamp_min(1)
         distance = (coef - feasible).abs().amax((-2, -1))
         violation = feasible.sum(-1).abs().amax(-1) if self.row_sum else torch.zeros_like(distance)
-        tiny = torch.finfo(coef.dtype).tiny
-        pull = slope[0] - shift[0]
+        pull = self.linear - scores - shift
         if self.smoothing is not None:
             pull = pull - self.smoothing * feasible
         return Certificate(
             feasible=feasible,
             gap=gap / primal.abs().clamp_min(torch.finfo(coef.dtype).eps),
-            weight_error=(2 * gap / quadratic.clamp_min(tiny)).sqrt(),
-            residual=torch.maximum(distance, violation) / size.clamp_min(1),
-            violation=violation / size.clamp_min(1),
+            weight_error=(2 * gap / quadratic.clamp_min(torch.finfo(coef.dtype).tiny)).sqrt(),
+            residual=torch.maximum(distance, violation) / size,
+            violation=violation / size,
             bound_multipliers=pull,
-            row_multipliers=shift[0].squeeze(-1),
+            row_multipliers=shift.squeeze(-1),
         )
+
+    def _distance(
+        self, feasible: Tensor, scores: Tensor, quadratic: Tensor, stretch: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`P - D` and `P` for the weights times `stretch`, and the multipliers of the row sums."""
+        losses, distances, shift = rows.conjugate(
+            self.linear - stretch * scores,
+            self.lower,
+            self.upper,
+            at=feasible,
+            row_sum=self.row_sum,
+            smoothing=self.smoothing,
+        )
+        stretch = stretch[..., 0, 0]
+        # `P - D` itself, summed from non-negative terms: a difference of objectives would drown small gaps in rounding.
+        gap = distances.clamp_min(0).sum(-1) + (stretch - 1).square() / 2 * quadratic
+        return gap, losses.sum(-1) + stretch.square() / 2 * quadratic, shift
 
     def dense(self) -> DenseQP:
         """The general form that other solvers eat, every tensor fully expanded over the batch.
@@ -244,7 +243,7 @@ class Status(IntEnum):
 
 
 @dataclass(frozen=True)
-class Solution:
+class Solution(Batch):
     """A solver's answer for a batch of tasks.
 
     Attributes:

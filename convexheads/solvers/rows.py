@@ -13,9 +13,49 @@ from torch import Tensor
 
 def project(value: Tensor, lower: Tensor | None, upper: Tensor | None, *, row_sum: bool) -> Tensor:
     """The feasible row nearest to each row of `value`, shape `(..., k)`."""
-    if row_sum:
-        value = value - _balancing_shift(value, lower, upper, torch.ones_like(value))
-    return _clip(value, lower, upper)
+    clipped = _clip(value, lower, upper)
+    if not row_sum:
+        return clipped
+    rounding = 4 * value.shape[-1] * torch.finfo(value.dtype).eps
+    if (clipped.sum(-1).abs() <= rounding * clipped.abs().amax(-1)).all():  # as a solver's exact answers are
+        return clipped
+    return proximal(value, lower, upper, weight=torch.ones_like(value[..., :1]), smoothing=None, row_sum=True)[0]
+
+
+def proximal(
+    target: Tensor,
+    lower: Tensor | None,
+    upper: Tensor | None,
+    *,
+    weight: Tensor,
+    smoothing: Tensor | None,
+    row_sum: bool,
+    guess: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The feasible row that minimises `weight |a - target|^2 / 2 + <smoothing, a^2> / 2`.
+
+    Args:
+        target: `(..., k)`.
+        lower: bounds, `(..., k)`.
+        upper: likewise.
+        weight: positive, `(..., 1)`.
+        smoothing: non-negative, `(..., k)`; None for none.
+        row_sum: whether the rows sum to zero.
+        guess: of the multiplier, which saves time; None for none.
+
+    Returns:
+        The row, and the multiplier of `sum a = 0`, `(..., 1)` (zeros without row sums).
+    """
+    rate = None if smoothing is None else weight / (weight + smoothing)
+    if not row_sum:
+        shift = torch.zeros_like(target[..., :1])
+    elif lower is None or upper is None:
+        shift = weight * _one_sided_shift(target, lower, upper, rate, None if guess is None else guess / weight)
+    else:
+        curvature = weight.expand_as(target) if smoothing is None else weight + smoothing
+        shift = _balancing_shift(weight * target, lower, upper, curvature)
+    moved = target - shift / weight
+    return _clip(moved if rate is None else moved * rate, lower, upper), shift
 
 
 def conjugate(
@@ -66,6 +106,35 @@ def conjugate(
         distance = (best - at) * (reduced - smoothing / 2 * (reached + at))
         undecided = undecided & ~smooth
     return torch.where(undecided, 0, maximum).sum(-1), torch.where(undecided, 0, distance).sum(-1), shift
+
+
+def _one_sided_shift(
+    target: Tensor, lower: Tensor | None, upper: Tensor | None, rate: Tensor | None, guess: Tensor | None
+) -> Tensor:
+    """The s for which `clip(rate (target - s))` sums to zero, where all bounds are on one side; `(..., 1)`.
+
+    The sum is then a convex or a concave function of s, piecewise linear: Newton's method needs no sorting and ends
+    exactly. Its first step leads to one side of the root, wherever it starts, and the others stay there.
+    """
+    unbounded = target.mean(-1, keepdim=True) if rate is None else _ratio(rate * target, rate)
+    guess = unbounded if guess is None else guess
+    close = 4 * torch.finfo(target.dtype).eps * target.abs().amax(-1, keepdim=True)
+    for _ in range(target.shape[-1] + 2):
+        moved = target - guess if rate is None else rate * (target - guess)
+        row = _clip(moved, lower, upper)
+        inside = row == moved
+        step = _ratio(row, inside.to(row.dtype) if rate is None else torch.where(inside, rate, 0))
+        # Where all are at their bounds, nothing moves: something does from where they would sum to zero without bounds.
+        balanced = row.sum(-1, keepdim=True).abs() <= close
+        step = torch.where(balanced, 0, torch.where(torch.isfinite(step), step, unbounded - guess))
+        guess = guess + step
+        if (step.abs() <= close).all():
+            break
+    return guess
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return numerator.sum(-1, keepdim=True) / denominator.sum(-1, keepdim=True)
 
 
 def _balancing_shift(slope: Tensor, lower: Tensor | None, upper: Tensor | None, smoothing: Tensor) -> Tensor:

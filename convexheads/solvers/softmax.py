@@ -8,6 +8,7 @@ each example; eliminating it leaves k Choleskys of n x n and one of their sum (R
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,26 +26,32 @@ _STALLED = 3
 class Optimum(NamedTuple):
     """Coefficients that are feasible for the dual, their certified relative duality gap, and the Newton steps."""
 
-    coef: Float[Tensor, "tasks n k"]
-    gap: Float[Tensor, " tasks"]
-    steps: Int[Tensor, " tasks"]
+    coef: Float[Tensor, "*batch n k"]
+    gap: Float[Tensor, "*batch"]
+    steps: Int[Tensor, "*batch"]
 
 
+@dataclass(frozen=True)
 class SoftmaxKKT:
     """`(K + W^-1)^-1` for each task, an operator on n x k; differentiable.
 
-    Args:
-        gram: K.
-        probabilities: p, of which W is made.
+    Attributes:
+        blocks: `(D^-1 + K)^-1` of each class.
+        total: the Cholesky factor of their sum.
     """
 
-    def __init__(self, gram: Float[Tensor, "tasks n n"], probabilities: Float[Tensor, "tasks n k"]) -> None:
+    blocks: Float[Tensor, "tasks k n n"]
+    total: Float[Tensor, "tasks n n"]
+
+    @classmethod
+    def factorise(cls, gram: Float[Tensor, "tasks n n"], probabilities: Float[Tensor, "tasks n k"]) -> SoftmaxKKT:
+        """From K and the probabilities of which W is made."""
         root = probabilities.mT.sqrt().unsqueeze(-1)  # (tasks, k, n, 1)
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        block = cholesky(eye + root * gram.unsqueeze(1) * root.mT)
-        self.blocks = torch.linalg.solve_triangular(block, torch.diag_embed(root.squeeze(-1)), upper=False)
-        self.blocks = self.blocks.mT @ self.blocks
-        self.total = cholesky(self.blocks.sum(1))
+        factor = cholesky(eye + root * gram.unsqueeze(1) * root.mT)
+        half = torch.linalg.solve_triangular(factor, torch.diag_embed(root.squeeze(-1)), upper=False)
+        blocks = half.mT @ half
+        return cls(blocks, cholesky(blocks.sum(1)))
 
     def solve(self, right: Float[Tensor, "tasks n k"]) -> Float[Tensor, "tasks n k"]:
         """Apply the operator."""
@@ -65,13 +72,15 @@ def newton_step(
     # `W scores + targets - p`, whose rows sum to zero, by the entries of the wrong classes.
     wrong = (p * (margins - (p * margins).sum(-1, keepdim=True) - 1)).masked_fill(targets > 0, 0)
     right = wrong - targets * wrong.sum(-1, keepdim=True)
-    return right - SoftmaxKKT(gram, p).solve(gram @ right)
+    return right - SoftmaxKKT.factorise(gram, p).solve(gram @ right)
 
 
 def solve(
-    gram: Float[Tensor, "tasks n n"], targets: Float[Tensor, "tasks n k"], *, tolerance: float, max_steps: int
+    gram: Float[Tensor, "*batch n n"], targets: Float[Tensor, "*batch n k"], *, tolerance: float, max_steps: int
 ) -> Optimum:
     """Damped Newton on a batch of tasks, each until its gap is below `tolerance` or has stopped falling."""
+    batch, (n, k) = targets.shape[:-2], targets.shape[-2:]
+    gram, targets = gram.reshape(-1, n, n), targets.reshape(-1, n, k)
     coef = torch.zeros_like(targets)
     value = _objective(gram, targets, coef)
     best, best_gap = _feasible(targets, coef), torch.full_like(value, torch.inf)
@@ -97,7 +106,7 @@ def solve(
         done = done | (best_gap <= tolerance) | (idle >= _STALLED) | torch.isnan(gap)
         if done.all():
             break
-    return Optimum(best, best_gap, steps)
+    return Optimum(best.reshape(*batch, n, k), best_gap.reshape(batch), steps.reshape(batch))
 
 
 def attach(
@@ -154,6 +163,8 @@ def _gap(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
 class _Optimal(torch.autograd.Function):
     """`coef`, known to solve `coef = targets - softmax(gram @ coef)`, as a function of `gram` and `targets`."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
         return coef.clone()
@@ -166,27 +177,31 @@ class _Optimal(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         gram, coef = ctx.saved_tensors
         p = (gram @ coef).softmax(-1)
-        v = _Solved.apply(gram, p, gradient)
+        kkt = SoftmaxKKT.factorise(gram.detach(), p.detach())
+        v = _Solved.apply(gram, p, gradient, kkt.blocks, kkt.total)
         outer = v @ coef.mT
         return -(outer + outer.mT) / 2, gradient - gram @ v, None
 
 
 class _Solved(torch.autograd.Function):
-    """`(gram + W^-1)^-1 right`, differentiable any number of times."""
+    """`(gram + W^-1)^-1 right`, differentiable any number of times; the factors of a `SoftmaxKKT` come with it."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, gram: Tensor, p: Tensor, right: Tensor, kkt: SoftmaxKKT | None = None) -> Tensor:
-        ctx.kkt = SoftmaxKKT(gram, p) if kkt is None else kkt
-        solved = ctx.kkt.solve(right)
-        ctx.save_for_backward(gram, p, right, solved)
-        return solved
+    def forward(gram: Tensor, p: Tensor, right: Tensor, blocks: Tensor, total: Tensor) -> Tensor:
+        return SoftmaxKKT(blocks, total).solve(right)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs, output)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        gram, p, right, solved = ctx.saved_tensors
-        adjoint = _Solved.apply(gram, p, gradient, ctx.kkt)
+        gram, p, right, blocks, total, solved = ctx.saved_tensors
+        adjoint = _Solved.apply(gram, p, gradient, blocks, total)
         # What W maps to `solved` and to `adjoint`, up to a shift of rows, which it doesn't see.
         z, q = right - gram @ solved, gradient - gram @ adjoint
         outer = adjoint @ solved.mT
         inner = (p * z).sum(-1, keepdim=True), (p * q).sum(-1, keepdim=True)
-        return -(outer + outer.mT) / 2, q * z - q * inner[0] - z * inner[1], adjoint, None
+        return -(outer + outer.mT) / 2, q * z - q * inner[0] - z * inner[1], adjoint, None, None

@@ -1,0 +1,40 @@
+"""Dataclasses of tensors that all have the tasks as their leading dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+from jaxtyping import Bool
+from torch import Tensor
+
+_B = TypeVar("_B", bound="Batch")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A dataclass some of whose fields are tensors, tasks first; what else it has is the same for all tasks."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, without what is absent."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def map(self: _B, function: Callable[[str, Tensor], Tensor]) -> _B:
+        """The same with `function(name, tensor)` in the place of every tensor."""
+        changed: dict[str, Any] = {name: function(name, value) for name, value in self.tensors().items()}
+        return replace(self, **changed)
+
+    def detach(self: _B) -> _B:
+        """The same outside the graph."""
+        return self.map(lambda _, value: value.detach())
+
+    def tasks(self: _B, chosen: slice | Bool[Tensor, " tasks"]) -> _B:
+        """The chosen tasks of a flat batch."""
+        return self.map(lambda _, value: value[chosen])
+
+    def with_tasks(self: _B, chosen: Bool[Tensor, " tasks"], by: _B) -> _B:
+        """A flat batch with those of `by` in the place of the chosen tasks."""
+        new = by.tensors()
+        return self.map(lambda name, value: value.index_put((chosen,), new[name]))
