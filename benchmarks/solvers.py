@@ -5,15 +5,19 @@ python -m benchmarks.solvers
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jsonargparse
+import numpy
 import pandas
 import torch
 from learn2learn.nn import SVClassifier
@@ -25,12 +29,17 @@ from tqdm.auto import tqdm
 import convexheads as ch
 from benchmarks import report
 
-SIZES = {"5w1s": (5, 1), "5w5s": (5, 5), "5w15s": (5, 15), "20w1s": (20, 1), "20w5s": (20, 5)}
+SIZES = {"5w1s": (5, 1), "5w5s": (5, 5), "5w15s": (5, 15), "20w1s": (20, 1), "20w5s": (20, 5), "64w5s": (64, 5)}
 C = 0.1
 # qpth solves larger problems task by task, which is fastest on one thread.
 _ONE_THREAD = 150
-# Moreau, the reference, solves larger problems by an interior point, whose gradients are good to one digit there.
-_REFERENCE = 500
+# Moreau, the reference, solves larger problems by an interior point, whose own gradients are good to one digit there.
+_OWN_GRADIENTS = 500
+# And beyond this it takes minutes.
+_REFERENCE = 2500
+_SLOW = 0.3
+PRECISIONS = ["float64", "float32", "bfloat16"]
+_SETTINGS = ("sizes", "tasks", "precisions", "names", "device", "features", "queries", "repeats", "threads")
 
 
 class Contender(NamedTuple):
@@ -65,7 +74,8 @@ def contenders() -> dict[str, Contender]:
         "ridge": Contender(of(ch.RidgeHead()), exact=False),
         "native": Contender(of(ch.SVMHead(C))),
         "native in torch": Contender(of(ch.SVMHead(C, solver=ch.NativeSolver(compiled=False)))),
-        "moreau": Contender(of(ch.SVMHead(C, solver=ch.MoreauSolver()))),
+        "interior point": Contender(of(ch.SVMHead(C, solver=ch.NativeSolver(max_iterations=100)))),
+        "moreau": Contender(of(ch.SVMHead(C, solver=ch.MoreauSolver())), largest=2500),
         "qpth": Contender(of(ch.SVMHead(C, solver=ch.QpthSolver(max_iterations=15))), largest=400),
         "cvxpylayers": Contender(of(ch.SVMHead(C, solver=ch.CvxpylayersSolver(on_failure="return"))), largest=375),
         "learn2learn": Contender(looped, largest=375, exact=False),
@@ -85,46 +95,127 @@ def episode(tasks: int, ways: int, shots: int, features: int, queries: int) -> t
 def once(call: Callable[..., Tensor], support: Tensor, labels: Tensor, query: Tensor, ways: int):
     """Seconds of the forward pass and of both passes, the logits, and the gradient of the support."""
     support = support.detach().requires_grad_()
-    begin = time.perf_counter()
+    begin = _now(support)
     logits = call(support, labels, query, ways)
-    forward = time.perf_counter() - begin
+    forward = _now(support) - begin
     (gradient,) = torch.autograd.grad(logits.square().sum(), support)
-    return forward, time.perf_counter() - begin, logits.detach(), gradient
+    return forward, _now(support) - begin, logits.detach(), gradient
+
+
+def _now(value: Tensor) -> float:
+    if value.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory(run: Callable[[], object], device: str) -> float | None:
+    """Bytes that a call takes at most, beyond what is taken before; None where the system doesn't tell."""
+    gc.collect()
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak from here on
+        before = _resident("VmRSS")
+        run()
+        return max(0.0, _resident("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _resident(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+class Reference(NamedTuple):
+    """What errors are measured against.
+
+    Attributes:
+        logits: Moreau's, at a tight tolerance.
+        gradient: likewise, where its gradients are exact; None elsewhere.
+        direction: of the support, random.
+        slope: of the loss in that direction, by central differences of Moreau's logits; None where there is a gradient.
+    """
+
+    logits: Tensor
+    gradient: Tensor | None
+    direction: Tensor
+    slope: float | None
+
+    def errors(self, logits: Tensor, gradient: Tensor) -> tuple[float, float]:
+        """The largest relative errors of logits and gradient; of the latter along the direction, if need be."""
+        if self.gradient is not None:
+            return _error(logits, self.logits), _error(gradient, self.gradient)
+        assert self.slope is not None
+        # Along a random direction a slope is this large, on average.
+        size = gradient.norm() * self.direction.norm() / gradient.numel() ** 0.5
+        return _error(logits, self.logits), (abs((gradient * self.direction).sum() - self.slope) / size).item()
+
+
+def reference(data: tuple[Tensor, Tensor, Tensor], ways: int, nk: int) -> Reference:
+    """Solve with Moreau at a tight tolerance."""
+    head = ch.SVMHead(C, solver=ch.MoreauSolver(tolerance=1e-8))
+    support, labels, query = data
+    direction = torch.randn(support.shape, generator=torch.Generator().manual_seed(1), dtype=support.dtype)
+    direction = direction.to(support) * support.square().mean().sqrt()
+    if nk <= _OWN_GRADIENTS:
+        _, _, logits, gradient = once(lambda s, y, q, k: head(s, y, q, ways=k), *data, ways)
+        return Reference(logits, gradient, direction, None)
+    step = 1e-4
+    ends = [head(support + sign * step * direction, labels, query, ways=ways).square().sum() for sign in (1, -1)]
+    return Reference(
+        head(support, labels, query, ways=ways), None, direction, ((ends[0] - ends[1]) / (2 * step)).item()
+    )
 
 
 def measure(
-    *, sizes: list[str], tasks: int, features: int, queries: int, repeats: int, threads: int
+    *,
+    sizes: list[str],
+    tasks: list[int],
+    precisions: list[str],
+    names: list[str],
+    device: str,
+    features: int,
+    queries: int,
+    repeats: int,
+    threads: int,
 ) -> pandas.DataFrame:
-    """One row for each size and contender: median seconds, and the largest relative errors.
-
-    Errors are those of logits and of the support's gradient against Moreau at a tight tolerance, where that is exact.
-    """
+    """One row for each size, number of tasks, precision and contender: median seconds, errors and memory."""
     rows = []
-    for size in (bar := tqdm(sizes, unit="size")):
-        bar.set_description(size)
+    every = list(itertools.product(sizes, tasks, precisions))
+    for size, count, precision in (bar := tqdm(every, unit="case")):
+        bar.set_description(f"{size}, {count} tasks, {precision}")
         ways, shots = SIZES[size]
-        data = episode(tasks, ways, shots, features, queries)
+        exact = episode(count, ways, shots, features, queries)
+        data = tuple(part.to(device, getattr(torch, precision) if part.is_floating_point() else None) for part in exact)
         nk = ways * ways * shots
-        taking_part = {name: each for name, each in contenders().items() if nk <= each.largest}
+        taking_part = {name: own for name, own in contenders().items() if name in names and nk <= own.largest}
         forward: dict[str, list[float]] = {name: [] for name in taking_part}
         both: dict[str, list[float]] = {name: [] for name in taking_part}
         errors: dict[str, tuple[float, float]] = {}
-        reference = ch.SVMHead(C, solver=ch.MoreauSolver(tolerance=1e-8))
-        _, _, logits, gradient = once(lambda s, y, q, k, head=reference: head(s, y, q, ways=k), *data, ways)
-        for repeat in range(repeats + 1):
+        memory: dict[str, float | None] = {}
+        known = reference(exact, ways, nk) if nk <= _REFERENCE and any(c.exact for c in taking_part.values()) else None
+        for repeat in range(-2, repeats):
             for name, each in taking_part.items():
-                if repeat > 3 and nk > _ONE_THREAD and statistics.median(both[name]) > 0.3:
+                if repeat >= 3 and statistics.median(both[name]) > _SLOW:
                     continue  # three repeats of what takes long
                 torch.set_num_threads(1 if name == "qpth" and nk > _ONE_THREAD else threads)
+                if repeat == -1:
+                    memory[name] = peak_memory(partial(once, each.call, *data, ways), device)
+                    continue
                 first, second, found, slope = once(each.call, *data, ways)
-                if repeat:  # the first of each warms up
+                if repeat >= 0:  # the first of each warms up
                     forward[name].append(first)
                     both[name].append(second)
-                elif each.exact and nk <= _REFERENCE:
-                    errors[name] = _error(found, logits), _error(slope, gradient)
+                elif each.exact and known is not None:
+                    errors[name] = known.errors(found.to(exact[0]), slope.to(exact[0]))
         for name in taking_part:
-            row = {"size": size, "nk": nk, "contender": name, "forward": statistics.median(forward[name])}
-            row |= {"both": statistics.median(both[name]), "repeats": len(both[name])}
+            row = {"size": size, "tasks": count, "precision": precision, "nk": nk, "contender": name}
+            row |= {"forward": statistics.median(forward[name]), "both": statistics.median(both[name])}
+            row |= {"repeats": len(both[name]), "memory": memory[name]}
             rows.append(
                 row | dict(zip(("logits_error", "gradient_error"), errors.get(name, (None, None)), strict=True))
             )
@@ -136,19 +227,36 @@ def _error(value: Tensor, reference: Tensor) -> float:
     return ((value - reference).abs().max() / reference.abs().max()).item()
 
 
+def growth(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """How time and memory grow with n * k: exponents of power laws, of each contender with three sizes or more."""
+    found = []
+    for name, own in rows.groupby("contender", sort=False):
+        own = own.sort_values("nk").groupby("nk", as_index=False)[["both", "memory"]].median()
+        if len(own) < 3:
+            continue
+        nk = numpy.log(own["nk"])
+        found.append({"contender": name, "time": numpy.polyfit(nk, numpy.log(own["both"]), 1)[0]})
+        # Below a few megabytes, what the system counts is not what was asked for.
+        large = own[own["memory"] > 2**22]
+        if len(large) >= 3:
+            found[-1]["memory"] = numpy.polyfit(numpy.log(large["nk"]), numpy.log(large["memory"]), 1)[0]
+    return pandas.DataFrame(found, columns=["contender", "time", "memory"])
+
+
 def show(rows: pandas.DataFrame, title: str) -> Table:
     """Milliseconds of both passes with errors, and how many times the native solver's and ridge's time that is."""
     table = Table(title=title, title_justify="left")
-    columns = ("size", "", "forward, ms", "both, ms", "/ native", "/ ridge", "logits error", "gradient error")
-    for column in columns:
+    columns = ("size", "tasks", "precision", "", "forward, ms", "both, ms", "/ native", "/ ridge")
+    for column in (*columns, "logits error", "gradient error", "memory, MB"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    for size, own in rows.groupby("size", sort=False):
-        floor, native = (own[own["contender"] == name]["both"].item() for name in ("ridge", "native"))
+    for case, own in rows.groupby(["size", "tasks", "precision"], sort=False):
+        times = dict(zip(own["contender"], own["both"], strict=True))
         for row in own.to_dict("records"):
-            errors = ["" if pandas.isna(row[e]) else f"{row[e]:.0e}" for e in ("logits_error", "gradient_error")]
-            times = [f"{1e3 * row[t]:.1f}" for t in ("forward", "both")]
-            ratios = [f"{row['both'] / native:.1f}", f"{row['both'] / floor:.1f}"]
-            table.add_row(str(size), str(row["contender"]), *times, *ratios, *errors)
+            cells = [f"{1e3 * row[t]:.1f}" for t in ("forward", "both")]
+            cells += [f"{row['both'] / times[base]:.1f}" if base in times else "" for base in ("native", "ridge")]
+            cells += ["" if pandas.isna(row[e]) else f"{row[e]:.0e}" for e in ("logits_error", "gradient_error")]
+            cells.append("" if pandas.isna(row["memory"]) else f"{row['memory'] / 2**20:.0f}")
+            table.add_row(*map(str, case), str(row["contender"]), *cells)
     return table
 
 
@@ -161,7 +269,7 @@ def draw(rows: pandas.DataFrame, title: str, path: Path) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for name, own in rows.groupby("contender", sort=False):
-        own = own.sort_values("nk")
+        own = own.sort_values("nk")[own["tasks"] == own["tasks"].max()]
         left.loglog(own["nk"], 1e3 * own["both"], "o-", label=name)
         known = own.dropna(subset="gradient_error")
         right.loglog(1e3 * known["both"], known["gradient_error"].clip(lower=1e-17), "o", label=name)
@@ -181,33 +289,50 @@ def main() -> None:
         prog="python -m benchmarks.solvers", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--sizes", type=list[str], default=list(SIZES), help=f"of {', '.join(SIZES)}")
-    parser.add_argument("--tasks", type=int, default=8, help="tasks solved at once")
+    parser.add_argument("--tasks", type=list[int], default=[8], help="tasks solved at once, one or several numbers")
+    parser.add_argument("--precisions", type=list[str], default=["float64"], help=f"of {', '.join(PRECISIONS)}")
+    parser.add_argument("--names", type=list[str], default=list(contenders()), help="who takes part")
+    parser.add_argument("--device", type=Literal["cpu", "cuda"], default="cpu", help="where to solve")
     parser.add_argument("--features", type=int, default=640, help="feature dimension")
     parser.add_argument("--queries", type=int, default=15, help="query examples a class")
     parser.add_argument("--repeats", type=int, default=15, help="timed repeats, after one that warms up")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor threads")
     parser.add_argument("--output", type=Path, default=Path("runs/solvers"), help="folder for the result")
     options = parser.parse_args()
-    if unknown := set(options.sizes) - set(SIZES):
-        raise SystemExit(f"error: sizes: got {', '.join(sorted(unknown))}, wanted some of {', '.join(SIZES)}")
+    settings: dict[str, Any] = {name: options[name] for name in _SETTINGS}
+    known = {"sizes": list(SIZES), "names": list(contenders()), "precisions": PRECISIONS}
+    for name, wanted in known.items():
+        if unknown := set(settings[name]) - set(wanted):
+            raise SystemExit(f"error: {name}: got {', '.join(sorted(unknown))}, wanted some of {', '.join(wanted)}")
     torch.set_num_threads(options.threads)
-    names = ("sizes", "tasks", "features", "queries", "repeats", "threads")
-    settings: dict[str, Any] = {name: options[name] for name in names}
     rows = measure(**settings)
-    title = f"One pass of an SVM head over {options.tasks} tasks, median of {options.repeats} (3 where slow), float64"
-    table = show(rows, title)
+    title = f"One pass of an SVM head, median of {options.repeats} (3 where slow)"
+    table, exponents = show(rows, title), growth(rows)
     origin = report.provenance()
-    machine = f"{origin['machine']['processor']}, {options.threads} threads, torch {origin['versions']['torch']}"
-    note = (
-        f"C = {C}, {options.features} features, {options.queries} queries a class; {machine}. Errors: the largest, "
-        f"relative to the largest entry, against Moreau at tolerance 1e-8, up to n k = {_REFERENCE}: above that, its "
-        "own gradients are good to one digit only. qpth with the 15 iterations of the paper's code, on one thread "
-        f"above n k = {_ONE_THREAD}, where it solves task by task; learn2learn's `SVClassifier` is smoothed and in "
-        "float32; what would take minutes is left out. Made by `python -m benchmarks.solvers`."
+    machine = origin["machine"]
+    device = (
+        machine["accelerator"] if options.device == "cuda" else f"{machine['processor']}, {options.threads} threads"
     )
-    Console(width=max(100, Console().width)).print(table, note, f"All of it is in {options.output}", sep="\n")
+    fitted = "; ".join(
+        f"{row.contender} {row.time:.1f}" + ("" if pandas.isna(row.memory) else f" and {row.memory:.1f}")
+        for row in exponents.itertuples()
+    )
+    note = (
+        f"C = {C}, {options.features} features, {options.queries} queries a class; {device}, torch "
+        f"{origin['versions']['torch']}. Errors: the largest, relative to the largest entry, against Moreau at "
+        f"tolerance 1e-8; of the gradient, beyond n k = {_OWN_GRADIENTS}, where its own is good to one digit only, the "
+        f"error along a random direction against central differences; none beyond n k = {_REFERENCE}. Memory: the "
+        "peak of both passes beyond what was taken before. `interior point` is the native solver's own, alone; qpth "
+        f"has the 15 iterations of the paper's code, and one thread above n k = {_ONE_THREAD}, where it solves task by "
+        "task; learn2learn's `SVClassifier` is smoothed and in float32; what would take minutes is left out. "
+        + (f"Growth of time (and of memory) with n k, fitted exponents: {fitted}. " if fitted else "")
+        + "Made by `python -m benchmarks.solvers`."
+    )
+    Console(width=max(130, Console().width)).print(table, note, f"All of it is in {options.output}", sep="\n")
     options.output.mkdir(parents=True, exist_ok=True)
-    record = {"settings": settings, "results": json.loads(rows.to_json(orient="records") or ""), **origin}
+    results = {"results": json.loads(rows.to_json(orient="records") or "")}
+    results["growth"] = json.loads(exponents.to_json(orient="records") or "")
+    record = {"settings": settings, **results, **origin}
     (options.output / "solvers.json").write_text(json.dumps(record, indent=2) + "\n")
     report.write_markdown(table, note, options.output / "solvers.md")
     draw(rows, title, options.output / "solvers.png")

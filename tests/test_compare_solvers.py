@@ -3,25 +3,71 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pandas
 import pytest
+import torch
 
-from benchmarks import solvers
+from benchmarks import many_classes, solvers
+
+SMALL: dict[str, Any] = {"device": "cpu", "features": 12, "queries": 2, "repeats": 2, "threads": 1}
 
 
-def test_times_and_errors_of_every_contender(tmp_path: Path):
-    rows = solvers.measure(sizes=["5w1s"], tasks=2, features=12, queries=2, repeats=2, threads=1)
-    assert list(rows["contender"]) == list(solvers.contenders())
+def test_times_errors_and_memory_of_every_contender(tmp_path: Path):
+    names = list(solvers.contenders())
+    rows = solvers.measure(sizes=["5w1s"], tasks=[2], precisions=["float64"], names=names, **SMALL)
+    assert list(rows["contender"]) == names
     assert (rows["forward"] > 0).all()
     assert (rows["both"] > rows["forward"]).all()
     assert (rows["repeats"] == 2).all()
+    assert (rows["memory"].dropna() >= 0).all()
     errors = rows.set_index("contender")["gradient_error"]
     assert errors[["native", "native in torch"]].max() < 1e-8
-    assert errors[["qpth", "cvxpylayers"]].max() < 1e-2
+    assert errors[["qpth", "cvxpylayers", "interior point"]].max() < 1e-2
     assert errors[["ridge", "learn2learn"]].isna().all()
     assert solvers.show(rows, "title").row_count == len(rows)
     solvers.draw(rows, "title", tmp_path / "solvers.png")
     assert (tmp_path / "solvers.png").stat().st_size > 10_000
+
+
+def test_every_combination():
+    rows = solvers.measure(
+        sizes=["5w1s"], tasks=[1, 3], precisions=["float64", "float32"], names=["ridge", "native"], **SMALL
+    )
+    assert len(rows) == 8
+    errors = rows[rows["contender"] == "native"].groupby("precision")["gradient_error"].max()
+    assert errors["float64"] < 1e-8 < errors["float32"] < 1e-4
+
+
+def test_a_reference_where_the_peer_has_no_gradient(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(solvers, "_OWN_GRADIENTS", 0)
+    data = solvers.episode(2, 5, 3, 30, 2)
+    known = solvers.reference(data, 5, 75)
+    _, _, logits, gradient = solvers.once(solvers.contenders()["native"].call, *data, 5)
+    assert known.gradient is None
+    assert max(known.errors(logits, gradient)) < 1e-5
+    assert known.errors(logits, 1.1 * gradient)[1] > 1e-3
+
+
+def test_growth_is_the_exponent_of_a_power_law():
+    nk = [10, 100, 1000]
+    rows = [{"contender": "a", "nk": n, "both": n**1.5, "memory": 2.0**23 * n**2} for n in nk]
+    rows += [{"contender": "b", "nk": n, "both": 1.0, "memory": None} for n in nk]
+    rows += [{"contender": "c", "nk": n, "both": 1.0, "memory": 1.0} for n in nk[:2]]
+    found = solvers.growth(pandas.DataFrame(rows)).set_index("contender")
+    assert found.loc["a"].tolist() == pytest.approx([1.5, 2.0])
+    assert found.loc["b", "time"] == pytest.approx(0)
+    assert pandas.isna(found.loc["b", "memory"])
+    assert list(found.index) == ["a", "b"]
+
+
+def test_memory_is_seen():
+    def run():
+        torch.ones(64 * 2**20, dtype=torch.uint8)  # and touched
+
+    found = solvers.peak_memory(run, "cpu")
+    assert found is None or 60 * 2**20 < found < 90 * 2**20
 
 
 def test_large_problems_leave_out_what_would_take_minutes():
@@ -33,3 +79,10 @@ def test_unknown_size(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.argv", ["solvers", "--sizes", "[3w3s]"])
     with pytest.raises(SystemExit, match="error: sizes: got 3w3s, wanted some of 5w1s"):
         solvers.main()
+
+
+def test_many_classes():
+    found = many_classes.measure(ways=12, shots=2, tasks=2, features=40, repeats=2, interior_point=True)
+    assert found["gap"] < 1e-9
+    assert 0 < found["forward"] < found["both"]
+    assert found["interior point"] > 0

@@ -29,15 +29,12 @@ _STEPS = 10
 _ENOUGH_ITERATIONS = 100
 # Both go further than the tolerance: until the active set is right, on which the gradient depends.
 _AIM = 1e-3
-# From this many entries on, no block of n x n for each class is formed.
+# Blocks of n x n for each class may have so many entries together; for a task that has more, none are formed.
 _LARGEST_BLOCKS = 2**28
-# Beyond that, so many times `_STEPS` of splitting, tried out by so many rounds of the search, first at this gap.
+# For such a task, so many times `_STEPS` of splitting, tried out by so many rounds of the search, first at this gap.
 _ENOUGH_STARTS = 60
 _FEW_ROUNDS = 3
 _WORTH_SEARCHING = 1e-3
-
-# Above this, the blocks of all classes side by side would take too much memory.
-_LARGEST_COMPILED = 2**28
 
 
 @cache
@@ -50,7 +47,7 @@ def can_be_compiled(qp: QP) -> bool:
     """Whether Numba is installed, and the problem one for `solvers/compiled.py`."""
     tasks, n, k = qp.linear.shape
     suited = qp.linear.device.type == "cpu" and qp.linear.dtype == torch.float64
-    return suited and tasks * k * n * n <= _LARGEST_COMPILED and numba_is_installed()
+    return suited and tasks * k * n * n <= _LARGEST_BLOCKS and numba_is_installed()
 
 
 Gradient = Literal["exact", "smoothed", "truncated"]
@@ -67,8 +64,9 @@ class NativeSolver(Solver):
     With `max_iterations` the interior point is stopped there: the coefficients are its iterate's, made feasible, and
     the gradient is that of the problem with the active set which the iterate shows.
 
-    With Numba installed (`pip install 'convexheads[numba]'`), the active-set search runs compiled on the CPU, many
-    times faster. The first call compiles, for some ten seconds; the result is kept on disk.
+    With Numba installed (`pip install 'convexheads[numba]'`), problems on the CPU are solved compiled, many times
+    faster. The first call compiles, for some fifteen seconds; the result is kept on disk. Where a block of n x n for
+    each class would be too large, splitting (ADMM) carries on until the search ends certified.
 
     Args:
         max_iterations: as for every `Solver`.
@@ -81,7 +79,7 @@ class NativeSolver(Solver):
             multipliers as they are, as OptNet and so the paper have it. The last two have no second derivative.
         relaxation: slack times multiplier for "smoothed", in units in which coefficients and multipliers are around
             one. Default 1e-3.
-        compiled: whether the search runs compiled. None, the default: where that is possible. False: never.
+        compiled: whether problems are solved compiled. None, the default: where that is possible. False: never.
 
     Raises:
         InputError: an argument is outside its range, or `gradient` and `max_iterations` don't go together.
@@ -143,7 +141,7 @@ class NativeSolver(Solver):
 
     def _answer(self, qp: QP) -> tuple[Solution, Float[Tensor, " tasks"], ActiveSet | Relaxed | None]:
         as_ever = self.max_iterations is None and self.gradient == "exact" and self.compiled is None
-        if not (as_ever and can_be_compiled(qp)):
+        if not (as_ever and len(qp.linear) and can_be_compiled(qp)):
             return super()._answer(qp)
         from convexheads.solvers import compiled
 
@@ -176,8 +174,8 @@ class NativeSolver(Solver):
 
     def _optimum(self, qp: QP) -> tuple[ActiveSet, Certificate, Int[Tensor, " tasks"]]:
         aim = _AIM * self.tolerance
-        tasks, n, k = qp.linear.shape
-        if tasks * k * n * n > _LARGEST_BLOCKS:
+        _, n, k = qp.linear.shape
+        if k * n * n > _LARGEST_BLOCKS:
             return self._by_splitting(qp, aim)
         start = proximal_step(qp) if n * k < _WORTH_SPLITTING else next(splitting(qp, steps=_STEPS))
         found, iterations = active_set.search(qp, start, max_rounds=_ENOUGH_ROUNDS)

@@ -1,0 +1,86 @@
+"""Solve one SVM of very many classes, and say how long it took, how well it is solved and how much memory it needed.
+
+python -m benchmarks.many_classes
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import torch
+from rich.console import Console
+
+import convexheads as ch
+from benchmarks import report
+from benchmarks.solvers import C, episode, peak_memory
+
+
+def measure(*, ways: int, shots: int, tasks: int, features: int, repeats: int, interior_point: bool) -> dict[str, Any]:
+    """Seconds of the forward and the backward pass, the largest certified gap, bytes, and the interior point's time."""
+    support, labels, query = episode(tasks, ways, shots, features, 1)
+    found: dict[str, Any] = {}
+
+    def run(solver: ch.NativeSolver) -> tuple[float, float]:
+        attached = support.requires_grad_()
+        begin = time.perf_counter()
+        fitted = ch.SVMHead(C, solver=solver).fit(attached, labels, ways=ways)
+        logits = fitted(query)
+        forward = time.perf_counter() - begin
+        torch.autograd.grad(logits.square().sum(), attached)
+        assert fitted.solution is not None
+        found["gap"] = fitted.solution.gap.max().item()
+        found["iterations"] = fitted.solution.iterations.max().item()  # pyright: ignore[reportOptionalMemberAccess]
+        return forward, time.perf_counter() - begin
+
+    def best(solver: ch.NativeSolver) -> tuple[float, float]:
+        return min((run(solver) for _ in range(repeats)), key=lambda seconds: seconds[1])
+
+    solver = ch.NativeSolver(on_failure="return")
+    if repeats > 1:
+        run(solver)  # warms up
+    found["memory"] = peak_memory(lambda: found.update(zip(("forward", "both"), best(solver), strict=True)), "cpu")
+    native = dict(found)
+    if interior_point:
+        native["interior point"] = best(ch.NativeSolver(max_iterations=100))[1]
+    return native
+
+
+def main() -> None:
+    """The command line."""
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m benchmarks.many_classes", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--ways", type=int, default=1000, help="classes")
+    parser.add_argument("--shots", type=int, default=5, help="support examples a class")
+    parser.add_argument("--tasks", type=int, default=1, help="tasks solved at once")
+    parser.add_argument("--features", type=int, default=640, help="feature dimension")
+    parser.add_argument("--repeats", type=int, default=1, help="repeats, of which the fastest counts")
+    parser.add_argument("--interior-point", type=bool, default=False, help="time our own interior point too")
+    parser.add_argument("--output", type=Path, default=Path("runs/many_classes"), help="folder for the result")
+    options = parser.parse_args()
+    names = ("ways", "shots", "tasks", "features", "repeats", "interior_point")
+    settings = {name: options[name] for name in names}
+    with Console().status(f"{options.ways}-way {options.shots}-shot, minutes for a thousand ways"):
+        found = measure(**settings)
+    memory = "" if found["memory"] is None else f", {found['memory'] / 2**30:.1f} GB"
+    slower = (
+        f"; our interior point {found['interior point'] / found['both']:.0f} times as long"
+        if "interior point" in found
+        else ""
+    )
+    print(
+        f"{options.ways}-way {options.shots}-shot, {options.tasks} task(s): forward {found['forward']:.2f} s, "
+        f"both passes {found['both']:.2f} s, relative gap {found['gap']:.0e}{memory}{slower}"
+    )
+    options.output.mkdir(parents=True, exist_ok=True)
+    record = {"settings": settings, "results": found, **report.provenance()}
+    name = f"{options.ways}w{options.shots}s.json"
+    (options.output / name).write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
