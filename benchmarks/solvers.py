@@ -131,44 +131,21 @@ def _resident(name: str) -> float:
 
 
 class Reference(NamedTuple):
-    """What errors are measured against.
-
-    Attributes:
-        logits: Moreau's, at a tight tolerance.
-        gradient: likewise, where its gradients are exact; None elsewhere.
-        direction: of the support, random.
-        slope: of the loss in that direction, by central differences of Moreau's logits; None where there is a gradient.
-    """
+    """What errors are measured against: Moreau at a tight tolerance, its gradient where that is exact."""
 
     logits: Tensor
     gradient: Tensor | None
-    direction: Tensor
-    slope: float | None
 
-    def errors(self, logits: Tensor, gradient: Tensor) -> tuple[float, float]:
-        """The largest relative errors of logits and gradient; of the latter along the direction, if need be."""
-        if self.gradient is not None:
-            return _error(logits, self.logits), _error(gradient, self.gradient)
-        assert self.slope is not None
-        # Along a random direction a slope is this large, on average.
-        size = gradient.norm() * self.direction.norm() / gradient.numel() ** 0.5
-        return _error(logits, self.logits), (abs((gradient * self.direction).sum() - self.slope) / size).item()
+    def errors(self, logits: Tensor, gradient: Tensor) -> tuple[float, float | None]:
+        """The largest relative errors of logits and gradient."""
+        return _error(logits, self.logits), None if self.gradient is None else _error(gradient, self.gradient)
 
 
 def reference(data: tuple[Tensor, Tensor, Tensor], ways: int, nk: int) -> Reference:
     """Solve with Moreau at a tight tolerance."""
     head = ch.SVMHead(C, solver=ch.MoreauSolver(tolerance=1e-8))
-    support, labels, query = data
-    direction = torch.randn(support.shape, generator=torch.Generator().manual_seed(1), dtype=support.dtype)
-    direction = direction.to(support) * support.square().mean().sqrt()
-    if nk <= _OWN_GRADIENTS:
-        _, _, logits, gradient = once(lambda s, y, q, k: head(s, y, q, ways=k), *data, ways)
-        return Reference(logits, gradient, direction, None)
-    step = 1e-4
-    ends = [head(support + sign * step * direction, labels, query, ways=ways).square().sum() for sign in (1, -1)]
-    return Reference(
-        head(support, labels, query, ways=ways), None, direction, ((ends[0] - ends[1]) / (2 * step)).item()
-    )
+    _, _, logits, gradient = once(lambda s, y, q, k: head(s, y, q, ways=k), *data, ways)
+    return Reference(logits, gradient if nk <= _OWN_GRADIENTS else None)
 
 
 def measure(
@@ -190,12 +167,14 @@ def measure(
         bar.set_description(f"{size}, {count} tasks, {precision}")
         ways, shots = SIZES[size]
         exact = episode(count, ways, shots, features, queries)
-        data = tuple(part.to(device, getattr(torch, precision) if part.is_floating_point() else None) for part in exact)
+        dtype = getattr(torch, precision)
+        support, labels, query = exact
+        data = support.to(device, dtype), labels.to(device), query.to(device, dtype)
         nk = ways * ways * shots
         taking_part = {name: own for name, own in contenders().items() if name in names and nk <= own.largest}
         forward: dict[str, list[float]] = {name: [] for name in taking_part}
         both: dict[str, list[float]] = {name: [] for name in taking_part}
-        errors: dict[str, tuple[float, float]] = {}
+        errors: dict[str, tuple[float, float | None]] = {}
         memory: dict[str, float | None] = {}
         known = reference(exact, ways, nk) if nk <= _REFERENCE and any(c.exact for c in taking_part.values()) else None
         for repeat in range(-2, repeats):
@@ -249,14 +228,15 @@ def show(rows: pandas.DataFrame, title: str) -> Table:
     columns = ("size", "tasks", "precision", "", "forward, ms", "both, ms", "/ native", "/ ridge")
     for column in (*columns, "logits error", "gradient error", "memory, MB"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    for case, own in rows.groupby(["size", "tasks", "precision"], sort=False):
+    cases = ["size", "tasks", "precision"]
+    for _, own in rows.groupby(cases, sort=False):
         times = dict(zip(own["contender"], own["both"], strict=True))
         for row in own.to_dict("records"):
             cells = [f"{1e3 * row[t]:.1f}" for t in ("forward", "both")]
             cells += [f"{row['both'] / times[base]:.1f}" if base in times else "" for base in ("native", "ridge")]
             cells += ["" if pandas.isna(row[e]) else f"{row[e]:.0e}" for e in ("logits_error", "gradient_error")]
             cells.append("" if pandas.isna(row["memory"]) else f"{row['memory'] / 2**20:.0f}")
-            table.add_row(*map(str, case), str(row["contender"]), *cells)
+            table.add_row(*(str(row[case]) for case in cases), str(row["contender"]), *cells)
     return table
 
 
@@ -269,7 +249,7 @@ def draw(rows: pandas.DataFrame, title: str, path: Path) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for name, own in rows.groupby("contender", sort=False):
-        own = own.sort_values("nk")[own["tasks"] == own["tasks"].max()]
+        own = pandas.DataFrame(own[own["tasks"] == own["tasks"].max()]).sort_values("nk")
         left.loglog(own["nk"], 1e3 * own["both"], "o-", label=name)
         known = own.dropna(subset="gradient_error")
         right.loglog(1e3 * known["both"], known["gradient_error"].clip(lower=1e-17), "o", label=name)
@@ -281,6 +261,45 @@ def draw(rows: pandas.DataFrame, title: str, path: Path) -> None:
     left.legend(frameon=False)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
+
+
+def _records(frame: pandas.DataFrame) -> list[dict[str, Any]]:
+    """The rows with all their digits, and None for what is missing."""
+    rows = frame.to_dict("records")
+    return [{str(name): None if pandas.isna(value) else value for name, value in row.items()} for row in rows]
+
+
+def write(rows: pandas.DataFrame, settings: dict[str, Any], origin: dict[str, Any], output: Path) -> None:
+    """Show the results, and write them as JSON, Markdown and a picture."""
+    title = f"One pass of an SVM head, median of {settings['repeats']} (3 where slow)"
+    table, exponents = show(rows, title), growth(rows)
+    machine = origin["machine"]
+    device = (
+        machine["accelerator"]
+        if settings["device"] == "cuda"
+        else f"{machine['processor']}, {settings['threads']} threads"
+    )
+    fitted = "; ".join(
+        f"{row['contender']} {row['time']:.1f}" + ("" if pandas.isna(row["memory"]) else f" and {row['memory']:.1f}")
+        for row in exponents.to_dict("records")
+    )
+    note = (
+        f"C = {C}, {settings['features']} features, {settings['queries']} queries a class; {device}, torch "
+        f"{origin['versions']['torch']}. Errors: the largest, relative to the largest entry, against Moreau at "
+        f"tolerance 1e-8; of gradients up to n k = {_OWN_GRADIENTS}, beyond which its own are good to two digits at "
+        f"most, and of logits up to n k = {_REFERENCE}. Memory: the peak of both passes beyond what was taken before. "
+        "`interior point` is the native solver's own, alone; qpth has the 15 iterations of the paper's code, and one "
+        f"thread above n k = {_ONE_THREAD}, where it solves task by task; learn2learn's `SVClassifier` is smoothed and "
+        "in float32; what would take minutes is left out. "
+        + (f"Growth of time (and of memory) with n k, fitted exponents: {fitted}. " if fitted else "")
+        + "Made by `python -m benchmarks.solvers`."
+    )
+    Console(width=max(130, Console().width)).print(table, note, f"All of it is in {output}", sep="\n")
+    output.mkdir(parents=True, exist_ok=True)
+    record = {"settings": settings, "results": _records(rows), "growth": _records(exponents), **origin}
+    (output / "solvers.json").write_text(json.dumps(record, indent=2) + "\n")
+    report.write_markdown(table, note, output / "solvers.md")
+    draw(rows, title, output / "solvers.png")
 
 
 def main() -> None:
@@ -306,36 +325,7 @@ def main() -> None:
             raise SystemExit(f"error: {name}: got {', '.join(sorted(unknown))}, wanted some of {', '.join(wanted)}")
     torch.set_num_threads(options.threads)
     rows = measure(**settings)
-    title = f"One pass of an SVM head, median of {options.repeats} (3 where slow)"
-    table, exponents = show(rows, title), growth(rows)
-    origin = report.provenance()
-    machine = origin["machine"]
-    device = (
-        machine["accelerator"] if options.device == "cuda" else f"{machine['processor']}, {options.threads} threads"
-    )
-    fitted = "; ".join(
-        f"{row.contender} {row.time:.1f}" + ("" if pandas.isna(row.memory) else f" and {row.memory:.1f}")
-        for row in exponents.itertuples()
-    )
-    note = (
-        f"C = {C}, {options.features} features, {options.queries} queries a class; {device}, torch "
-        f"{origin['versions']['torch']}. Errors: the largest, relative to the largest entry, against Moreau at "
-        f"tolerance 1e-8; of the gradient, beyond n k = {_OWN_GRADIENTS}, where its own is good to one digit only, the "
-        f"error along a random direction against central differences; none beyond n k = {_REFERENCE}. Memory: the "
-        "peak of both passes beyond what was taken before. `interior point` is the native solver's own, alone; qpth "
-        f"has the 15 iterations of the paper's code, and one thread above n k = {_ONE_THREAD}, where it solves task by "
-        "task; learn2learn's `SVClassifier` is smoothed and in float32; what would take minutes is left out. "
-        + (f"Growth of time (and of memory) with n k, fitted exponents: {fitted}. " if fitted else "")
-        + "Made by `python -m benchmarks.solvers`."
-    )
-    Console(width=max(130, Console().width)).print(table, note, f"All of it is in {options.output}", sep="\n")
-    options.output.mkdir(parents=True, exist_ok=True)
-    results = {"results": json.loads(rows.to_json(orient="records") or "")}
-    results["growth"] = json.loads(exponents.to_json(orient="records") or "")
-    record = {"settings": settings, **results, **origin}
-    (options.output / "solvers.json").write_text(json.dumps(record, indent=2) + "\n")
-    report.write_markdown(table, note, options.output / "solvers.md")
-    draw(rows, title, options.output / "solvers.png")
+    write(rows, settings, report.provenance(), options.output)
 
 
 if __name__ == "__main__":
