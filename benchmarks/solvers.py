@@ -33,10 +33,11 @@ SIZES = {"5w1s": (5, 1), "5w5s": (5, 5), "5w15s": (5, 15), "20w1s": (20, 1), "20
 C = 0.1
 # qpth solves larger problems task by task, which is fastest on one thread.
 _ONE_THREAD = 150
-# Moreau, the reference, solves larger problems by an interior point, whose own gradients are good to one digit there.
+# Moreau, the reference, solves larger problems by an interior point: gradients are good to two digits at most there.
 _OWN_GRADIENTS = 500
 # And beyond this it takes minutes.
 _REFERENCE = 2500
+# Seconds from which on three repeats are enough.
 _SLOW = 0.3
 PRECISIONS = ["float64", "float32", "bfloat16"]
 _SETTINGS = ("sizes", "tasks", "precisions", "names", "device", "features", "queries", "repeats", "threads")
