@@ -16,7 +16,8 @@ from convexheads.errors import ConvexHeadsError
 
 _T = TypeVar("_T")
 # What torch itself asks before it takes the slow way through its rules; without it, that way is always taken.
-_is_transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+is_transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+"""Whether a transform of `torch.func` is at work here."""
 
 
 def compute(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tuple[Tensor, ...]:
@@ -26,7 +27,7 @@ def compute(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tup
         function: takes the tensors with any number of leading dimensions and returns tensors with the same ones.
         arguments: tensors with leading dimensions in common; anything else passes as it is.
     """
-    if _is_transforming():
+    if is_transforming():
         return _Computed.apply(function, *arguments)
     with torch.no_grad():
         return function(*arguments)

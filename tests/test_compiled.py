@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -98,12 +99,16 @@ def test_threads_change_nothing(seed):
     support, labels, *_ = task(8, shots=(12, 9, 11, 8, 10), d=60, seed=seed)
     qp = crammer_singer(support, labels, 0.3)
     torch.set_num_threads(1)
-    expected, *_ = solve(qp)
+    expected, _, kkt = solve(qp)
+    right, sums = torch.randn(8, 5, 50, dtype=torch.float64), torch.zeros(8, 50, dtype=torch.float64)
+    adjoint = kkt.kkt.solve(right, sums, refinements=3)
     torch.set_num_threads(3)
-    found, *_ = solve(qp)
-    tasks, n, k = qp.linear.shape
-    assert tasks * k * n**3 > compiled._WORTH_THREADS
+    with patch.object(compiled, "_WORTH_THREADS", 0), patch.object(compiled, "_pool", wraps=compiled._pool) as pool:
+        found, *_ = solve(qp)
+        again = kkt.kkt.solve(right, sums, refinements=3)
+        assert pool.call_count == 4  # two helpers each
     assert torch.equal(expected.coef, found.coef)
+    assert all(map(torch.equal, adjoint, again))
 
 
 def test_singular_and_broken_tasks_leave_their_neighbours_alone():

@@ -78,10 +78,10 @@ class MulticlassSVM(Head):
         targets = label_all(targets)
         C = value_of(self.C, gram)
         qp, slack = self.problem(gram, targets, torch.full_like(C, torch.inf) if self.squared_hinge else C)
-        smoothing = slack / (2 * C) if self.squared_hinge else torch.zeros_like(qp.linear)
-        smoothing = smoothing + value_of(self.smoothing, gram)
-        smoothed = self.squared_hinge or isinstance(self.smoothing, Learnable) or self.smoothing > 0
-        solution = self.solver.solve(replace(qp, smoothing=smoothing) if smoothed else qp)
+        if self.squared_hinge or isinstance(self.smoothing, Learnable) or self.smoothing > 0:
+            smoothing = slack / (2 * C) if self.squared_hinge else torch.zeros_like(qp.linear)
+            qp = replace(qp, smoothing=smoothing + value_of(self.smoothing, gram))
+        solution = self.solver.solve(qp)
         return Dual(self.coefficients(solution.coef, targets), solution=solution)
 
     def _settings(self) -> list[str]:

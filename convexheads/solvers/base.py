@@ -106,8 +106,12 @@ class Solver(ABC):
         _check_bounds(qp)
         with full_precision(device):
             dtype = working_dtype(device)
-            solution = self._solution(qp.flatten().map(lambda _, value: value.to(dtype)))
-            solution = solution.map(lambda _, value: value.reshape((*batch, *value.shape[1:])))
+            flat = qp.flatten()
+            if any(value.dtype != dtype for value in flat.tensors().values()):
+                flat = flat.map(lambda _, value: value.to(dtype))
+            solution = self._solution(flat)
+            if len(batch) != 1:
+                solution = solution.map(lambda _, value: value.reshape((*batch, *value.shape[1:])))
         complain(type(self).__name__, solution, self.tolerance, self.on_failure)
         return solution
 

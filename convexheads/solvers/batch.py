@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from jaxtyping import Bool
@@ -18,13 +18,14 @@ class Batch:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, without what is absent."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def map(self: _B, function: Callable[[str, Tensor], Tensor]) -> _B:
         """The same with `function(name, tensor)` in the place of every tensor."""
-        changed: dict[str, Any] = {name: function(name, value) for name, value in self.tensors().items()}
-        return replace(self, **changed)
+        values: dict[str, Any] = {
+            name: function(name, value) if isinstance(value, Tensor) else value for name, value in vars(self).items()
+        }
+        return type(self)(**values)
 
     def detach(self: _B) -> _B:
         """The same outside the graph."""

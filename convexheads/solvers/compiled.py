@@ -12,7 +12,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -26,10 +26,12 @@ from convexheads.solvers.loops import loops
 from convexheads.solvers.problem import QP, Solution, Status
 from convexheads.solvers.splitting import PROXIMITY, RELAXATION
 
-# Steps of splitting before the search. More of them cost more than the round of the search that they save.
-_STEPS = 10
-# Floating-point operations, about, from which on threads pay.
-_WORTH_THREADS = 5e5
+# Splitting goes on for so many steps at most; the search begins where so many have changed nothing of what is held.
+_STEPS = 40
+_PATIENCE = 2
+# Floating-point operations, about, from which on threads pay: those of torch's pool spin for a while after each of its
+# own operations, and are in the way.
+_WORTH_THREADS = 5e7
 
 
 def solve(qp: QP, *, aim: float, max_rounds: int) -> tuple[Solution, Float[Tensor, " tasks"], ActiveSet]:
@@ -41,15 +43,15 @@ def solve(qp: QP, *, aim: float, max_rounds: int) -> tuple[Solution, Float[Tenso
         worthless.
     """
     problem = _arrays(qp)
-    tasks, n, _ = shape = problem[1].shape
+    tasks, n, k = shape = problem[1].shape
     coef, pull, shift = np.empty(shape), np.empty(shape), np.empty((tasks, n))
     side, gaps, rounds = np.empty(shape, np.int8), np.empty((tasks, 2)), np.empty(tasks, np.int64)
     scale, proven = np.empty(tasks), np.empty(tasks, np.bool_)
     results = (coef, pull, shift, side, gaps, rounds, scale, proven)
     system = np.empty((tasks, n, n)), np.empty(shape)
     factors = _space(*shape)
-    settings = (aim, PROXIMITY, _STEPS, RELAXATION, REGULARISER, REFINEMENTS, max_rounds)
-    _run(loops()[0], shape, problem, qp.row_sum, settings, results, system, factors)
+    settings = (aim, PROXIMITY, _STEPS, _PATIENCE, RELAXATION, REGULARISER, REFINEMENTS, max_rounds)
+    _run(loops()[0], tasks, tasks * k * n**3, problem, qp.row_sum, settings, results, system, factors)
     gap, violation = torch.from_numpy(gaps).unbind(-1)
     solution = Solution(
         coef=torch.from_numpy(coef),
@@ -93,7 +95,8 @@ class CompiledKKT(KKT):
         side, factors = (~free).to(torch.int8).contiguous().numpy(), _space(*free.shape)
         smoothing = torch.zeros(free.shape, dtype=torch.float64) if kkt.diagonal is None else kkt.diagonal.mT
         gram, smoothing, row_sum = kkt.gram.contiguous(), smoothing.contiguous(), kkt.schur is not None
-        _run(loops()[1], free.shape, gram.numpy(), smoothing.numpy(), row_sum, side, REGULARISER, factors)
+        tasks, n, k = free.shape
+        _run(loops()[1], tasks, tasks * k * n**3, gram.numpy(), smoothing.numpy(), row_sum, side, REGULARISER, factors)
         return cls(gram, smoothing, *map(torch.from_numpy, factors), row_sum=row_sum)
 
     def solve(
@@ -103,22 +106,30 @@ class CompiledKKT(KKT):
         x, shift = np.zeros_like(given), np.zeros_like(total)
         factors = tuple(value.numpy() for value in (self.blocks, self.index, self.count, self.schur))
         system = self.gram.contiguous().numpy(), self.smoothing.contiguous().numpy()
-        _run(loops()[2], x.shape, system, given, total, self.row_sum, refinements, x, shift, factors)
+        tasks, n, k = x.shape
+        _run(loops()[2], tasks, 10 * tasks * k * n * n, system, given, total, self.row_sum, refinements, x, shift, factors)
         return torch.from_numpy(x).mT, torch.from_numpy(shift)
 
 
-def _run(loop: Any, shape: tuple[int, ...], *arguments: Any) -> None:
-    """Run a loop over all tasks; in threads of torch's number where that is worth it.
+def _run(loop: Any, tasks: int, operations: int, *arguments: Any) -> None:
+    """Run a loop over all tasks; in threads of torch's number where so many floating-point operations are worth it.
 
     Threads of our own and not Numba's: those of OpenMP can't be used from a forked process, such as a worker of a data
-    loader.
+    loader. Each takes the next task when it is done with one.
     """
-    tasks, n, k = shape
     threads = min(torch.get_num_threads(), tasks)
-    if threads < 2 or tasks * k * n**3 < _WORTH_THREADS:
+    if threads < 2 or operations < _WORTH_THREADS:
         return loop(0, tasks, *arguments)
-    ends = [tasks * part // threads for part in range(threads + 1)]
-    list(_pool(threads, os.getpid()).map(lambda part: loop(*part, *arguments), pairwise(ends)))
+    remaining = count()
+
+    def work() -> None:
+        while (task := next(remaining)) < tasks:
+            loop(task, task + 1, *arguments)
+
+    others = [_pool(threads - 1, os.getpid()).submit(work) for _ in range(threads - 1)]
+    work()
+    for other in others:
+        other.result()
 
 
 @cache

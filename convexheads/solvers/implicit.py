@@ -31,7 +31,7 @@ from convexheads.solvers.active_set import ActiveSet
 from convexheads.solvers.interior_point import Relaxed
 from convexheads.solvers.kkt import KKT
 from convexheads.solvers.problem import QP
-from convexheads.transforms import differentiated_once, in_front
+from convexheads.transforms import differentiated_once, in_front, is_transforming
 
 _REFINEMENTS = 3
 
@@ -100,7 +100,8 @@ class _System(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_x: Tensor, grad_shift: Tensor):
         gram, smoothing, x, scale, *factors = ctx.saved_tensors
-        u, shift = _System.apply(ctx.kkt, gram, smoothing, grad_x, None, grad_shift, None, scale, *factors)
+        solve = _System.apply if torch.is_grad_enabled() or is_transforming() else _System.forward
+        u, shift = solve(ctx.kkt, gram, smoothing, grad_x, None, grad_shift, None, scale, *factors)
         outer = u @ x.mT
         grad_smoothing = None if smoothing is None else -u * x
         # The reaction at a bound; at free entries it is never asked for.

@@ -19,18 +19,20 @@ def loops() -> tuple[Any, Any, Any]:
 
     @jit
     def cholesky(matrix, n):  # in place, lower; a failure leaves NaN
-        column = np.empty(n)
-        for p in range(n):
-            pivot = matrix[p, p]
-            root = np.sqrt(pivot) if pivot > 0 else np.nan
-            matrix[p, p] = root
-            for i in range(p + 1, n):
-                matrix[i, p] /= root
-                column[i] = matrix[i, p]
-            for i in range(p + 1, n):
-                factor = column[i]
-                for j in range(p + 1, i + 1):
-                    matrix[i, j] -= factor * column[j]
+        inverse = np.empty(n)  # of the diagonal
+        for i in range(n):
+            row = matrix[i]
+            for j in range(i):
+                other, product = matrix[j], 0.0
+                for p in range(j):
+                    product += row[p] * other[p]
+                row[j] = (row[j] - product) * inverse[j]
+            product = 0.0
+            for p in range(i):
+                product += row[p] * row[p]
+            pivot = row[i] - product
+            row[i] = np.sqrt(pivot) if pivot > 0 else np.nan
+            inverse[i] = 1 / row[i]
 
     @jit
     def cholesky_solve(factor, right, n):  # in place
@@ -165,7 +167,7 @@ def loops() -> tuple[Any, Any, Any]:
             shift += total / rate
 
     @jit
-    def split(task, row_sum, weight, steps, relaxation, coef, side):  # `splitting.py`, for a first guess
+    def split(task, row_sum, weight, steps, patience, relaxation, coef, side):  # `splitting.py`, for a first guess
         gram, linear, lower, upper, smoothing = task
         n, k = linear.shape
         inverse = gram.copy()
@@ -174,7 +176,9 @@ def loops() -> tuple[Any, Any, Any]:
         invert(inverse.reshape(n * n), n)
         right, dual, target = np.empty((n, k)), np.zeros((n, k)), np.empty(k)
         coef[:] = 0.0
+        settled, last = 0, 0.0
         for step in range(steps):
+            mark = 0.0  # of which entries are held: what changes with them
             for i in range(n):
                 average = 0.0
                 for c in range(k):
@@ -197,6 +201,12 @@ def loops() -> tuple[Any, Any, Any]:
                         coef[i, c] = min(max(value, lower[i, c]), upper[i, c])
                 for c in range(k):
                     dual[i, c] = target[c] - coef[i, c]
+                    held = (1.0 if coef[i, c] == upper[i, c] else 0.0) - (1.0 if coef[i, c] == lower[i, c] else 0.0)
+                    mark += held * (i * k + c + 1)
+            settled = settled + 1 if mark == last else 0
+            if settled == patience:
+                break
+            last = mark
         for i in range(n):
             for c in range(k):
                 side[i, c] = 1 if coef[i, c] == upper[i, c] else (-1 if coef[i, c] == lower[i, c] else 0)
@@ -338,7 +348,7 @@ def loops() -> tuple[Any, Any, Any]:
     @jit
     def solve_all(start, stop, problem, row_sum, settings, results, system, factors):
         gram, linear, lower, upper, smoothing = problem
-        aim, proximity, steps, relaxation, regulariser, refinements, max_rounds = settings
+        aim, proximity, steps, patience, relaxation, regulariser, refinements, max_rounds = settings
         coef, pull, shift, side, gaps, rounds, scales, proven = results
         scaled_gram, scaled_smoothing = system
         blocks, index, count, schur = factors
@@ -347,7 +357,7 @@ def loops() -> tuple[Any, Any, Any]:
         for t in range(start, stop):
             inner = (scaled_gram[t], inner_linear, inner_lower, inner_upper, scaled_smoothing[t])
             unit, size, curvature = units((gram[t], linear[t], lower[t], upper[t], smoothing[t]), inner)
-            split(inner, row_sum, proximity * curvature, steps, relaxation, coef[t], side[t])
+            split(inner, row_sum, proximity * curvature, steps, patience, relaxation, coef[t], side[t])
             shift[t] = 0.0
             space = (blocks[t], index[t], count[t], schur[t])
             rounds[t] = search(inner, row_sum, regulariser, refinements, max_rounds, coef[t], shift[t], side[t], space)

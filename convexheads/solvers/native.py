@@ -20,7 +20,7 @@ from convexheads.solvers.interior_point import Relaxed, central_path, interior_p
 from convexheads.solvers.kkt import BlockKKT
 from convexheads.solvers.problem import QP, Certificate, Solution, Status
 from convexheads.solvers.splitting import proximal_step, splitting
-from convexheads.transforms import compute
+from convexheads.transforms import compute, is_transforming
 
 _ENOUGH_ROUNDS = 12
 # Rows and columns from which on a start by splitting saves more than it costs, and how long it is.
@@ -119,6 +119,16 @@ class NativeSolver(Solver):
         """Solved without autograd, where values can be looked at; the gradient comes afterwards."""
         if not len(qp.linear):
             return super()._solution(qp)
+        if is_transforming():
+            solution, scale, found = self._transformed(qp)
+        else:
+            with torch.no_grad():
+                solution, scale, found = self._answer(qp)
+        assert found is not None
+        return replace(solution, coef=implicit.attach(qp, found._replace(coef=solution.coef), scale))
+
+    def _transformed(self, qp: QP) -> tuple[Solution, Float[Tensor, " tasks"], ActiveSet | Relaxed]:
+        """As `_answer`, inside the transforms of `torch.func`."""
         like: list[tuple[Solution, ActiveSet | Relaxed]] = []
 
         def solve(*values: Tensor) -> tuple[Tensor, ...]:
@@ -135,9 +145,8 @@ class NativeSolver(Solver):
         solution, found = like[-1]
         solution = solution.map(lambda *_: next(parts))
         scale = next(parts)
-        own = [solution.coef, *(next(parts) for _ in found[1:-1]), found.kkt.map(lambda *_: next(parts))]
-        found = type(found)._make(own)
-        return replace(solution, coef=implicit.attach(qp, found, scale))
+        own = [found.coef, *(next(parts) for _ in found[1:-1]), found.kkt.map(lambda *_: next(parts))]
+        return solution, scale, type(found)._make(own)
 
     def _answer(self, qp: QP) -> tuple[Solution, Float[Tensor, " tasks"], ActiveSet | Relaxed | None]:
         as_ever = self.max_iterations is None and self.gradient == "exact" and self.compiled is None

@@ -84,8 +84,8 @@ class QP(Batch):
 
     def flatten(self) -> QP:
         """All leading dimensions as one."""
-        batch = len(self.linear.shape) - 2
-        return self.map(lambda _, value: value.reshape(-1, *value.shape[batch:]))
+        batch = self.linear.ndim - 2
+        return self if batch == 1 else self.map(lambda _, value: value.reshape(-1, *value.shape[batch:]))
 
     def in_units(self) -> tuple[QP, Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
         """The equivalent problem with numbers around one, and the units of its coefficients and of its multipliers.

@@ -18,9 +18,9 @@ from convexheads.solvers import rows
 from convexheads.solvers.kkt import cholesky
 from convexheads.solvers.problem import QP
 
-RELAXATION = 1.6
+RELAXATION = 1.8
 # Weight of the proximal term, relative to the mean diagonal of the Hessian.
-PROXIMITY = 0.3
+PROXIMITY = 0.7
 
 
 class Start(NamedTuple):
