@@ -29,14 +29,16 @@ from convexheads.solvers import SOLVERS, active_set, get_solver
 solvers = pytest.mark.parametrize("name", SOLVERS)
 
 
-def known_problem(tasks: int, n: int, k: int, *, seed: int, bounds: str, smoothing: str, row_sum: bool):
+def known_problem(
+    tasks: int, n: int, k: int, *, seed: int, bounds: str, smoothing: str, row_sum: bool, rank: int | None = None
+):
     """A random QP built around a solution chosen beforehand, with strictly complementary multipliers."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
         return torch.rand(tasks, *shape, generator=generator, dtype=torch.float64)
 
-    root = torch.randn(tasks, n, n + 3, generator=generator, dtype=torch.float64)
+    root = torch.randn(tasks, n, rank or n + 3, generator=generator, dtype=torch.float64)
     gram = root @ root.mT / n
     coef = 2 * random(n, k) - 1
     if row_sum:

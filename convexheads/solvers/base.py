@@ -205,7 +205,7 @@ def _without_broken_tasks(qp: QP) -> tuple[QP, Bool[Tensor, " tasks"]]:
     bad = [torch.isnan(v) if name in ("lower", "upper") else ~torch.isfinite(v) for name, v in tensors.items()]
     broken = torch.stack([b.flatten(1).any(1) for b in bad]).any(0)
     eye = torch.eye(qp.gram.shape[-1]).to(qp.gram)
-    harmless = {"gram": eye, "linear": 0.0, "lower": -1.0, "upper": 1.0, "smoothing": 1.0}
+    harmless = {"gram": eye, "root": 0.0, "linear": 0.0, "lower": -1.0, "upper": 1.0, "smoothing": 1.0}
 
     def mend(name: str, value: Tensor) -> Tensor:
         return torch.where(broken.view(-1, *[1] * (value.ndim - 1)), harmless[name], value)

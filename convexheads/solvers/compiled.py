@@ -106,8 +106,8 @@ class CompiledKKT(KKT):
         x, shift = np.zeros_like(given), np.zeros_like(total)
         factors = tuple(value.numpy() for value in (self.blocks, self.index, self.count, self.schur))
         system = self.gram.contiguous().numpy(), self.smoothing.contiguous().numpy()
-        tasks, n, k = x.shape
-        _run(loops()[2], tasks, 10 * tasks * k * n * n, system, given, total, self.row_sum, refinements, x, shift, factors)
+        work = 10 * x.size * x.shape[1]
+        _run(loops()[2], len(x), work, system, given, total, self.row_sum, refinements, x, shift, factors)
         return torch.from_numpy(x).mT, torch.from_numpy(shift)
 
 

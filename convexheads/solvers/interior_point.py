@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from convexheads.solvers.kkt import BlockKKT
+from convexheads.solvers.kkt import BlockKKT, FactorisedKKT, LowRankKKT
 from convexheads.solvers.problem import QP
 
 _TO_BOUNDARY = 0.99
@@ -39,7 +39,7 @@ class Relaxed(NamedTuple):
     point: Float[Tensor, "tasks n k"]
     upper: Float[Tensor, "tasks n k"]
     lower: Float[Tensor, "tasks n k"]
-    kkt: BlockKKT
+    kkt: FactorisedKKT
 
 
 class Interior(NamedTuple):
@@ -54,7 +54,7 @@ class Interior(NamedTuple):
         """Coefficients with the gradient of this point."""
         stiffness = self.upper + self.lower
         diagonal = stiffness if qp.smoothing is None else stiffness + qp.smoothing
-        kkt = BlockKKT.factorise(qp.gram, diagonal=diagonal.mT, row_sum=qp.row_sum, regulariser=_REGULARISER)
+        kkt = _factorise(qp, diagonal.mT)
         return Relaxed(coef, *self[:3], kkt)
 
 
@@ -142,6 +142,7 @@ class _Barrier:
     """
 
     def __init__(self, qp: QP) -> None:
+        self.qp = qp
         self.gram, self.linear, self.row_sum = qp.gram, qp.linear.mT.contiguous(), qp.row_sum
         self.smoothing = 0.0 if qp.smoothing is None else qp.smoothing.mT
         self.sides = [(sign, bound.mT) for sign, bound in ((1.0, qp.upper), (-1.0, qp.lower)) if bound is not None]
@@ -164,7 +165,7 @@ class _Barrier:
         """
         weight = point.multiplier / point.slack
         diagonal = (self.sign.abs() * weight).sum(0) + self.smoothing
-        kkt = BlockKKT.factorise(self.gram, diagonal=diagonal, row_sum=self.row_sum, regulariser=_REGULARISER)
+        kkt = _factorise(self.qp, diagonal)
         residual = _Residual(
             stationarity=point.b @ self.gram
             + self.smoothing * point.b
@@ -196,7 +197,14 @@ class _Barrier:
         return of.get(1.0, nothing), of.get(-1.0, nothing)
 
     def _direction(
-        self, kkt: BlockKKT, point: _Point, weight: Tensor, residual: _Residual, target: Tensor, *, refinements: int
+        self,
+        kkt: FactorisedKKT,
+        point: _Point,
+        weight: Tensor,
+        residual: _Residual,
+        target: Tensor,
+        *,
+        refinements: int,
     ) -> _Point:
         """The Newton step towards zero residuals and `slack * multiplier = target`; `weight` is multiplier / slack."""
         pull = point.multiplier - target / point.slack - weight * residual.violation
@@ -204,6 +212,13 @@ class _Barrier:
         b, shift = kkt.solve(right, -residual.balance, refinements=refinements)
         slack = -residual.violation - self.sign * b
         return _Point(b, shift.unsqueeze(1), slack, target / point.slack - point.multiplier - weight * slack)
+
+
+def _factorise(qp: QP, diagonal: Float[Tensor, "tasks k n"]) -> FactorisedKKT:
+    settings: dict[str, Any] = {"diagonal": diagonal, "row_sum": qp.row_sum, "regulariser": _REGULARISER}
+    if qp.root is None:
+        return BlockKKT.factorise(qp.gram, **settings)
+    return LowRankKKT.factorise(qp.gram, qp.root, **settings)
 
 
 def _mean(products: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ a class, tied together by the row sums only:
 
     (gram + diag(diagonal_c)) x_c + shift = right_c  for every class c,     sum_c x_c = sums
 
-Eliminating the blocks leaves n x n matrices throughout: one Cholesky a class and one for the shift, never (nk)^2.
+Eliminating the blocks leaves n x n matrices throughout: one Cholesky a class and one for the shift, never (nk)^2. With
+many more examples than features, or whatever else makes the rank r of the Gram matrix small, a class costs one
+Cholesky of r x r, by the identity of Sherman, Morrison and Woodbury.
 Tensors here are class-major, `(tasks, k, n)`, so that classes are one more batch dimension.
 """
 
@@ -25,6 +27,12 @@ from convexheads.solvers.batch import Batch
 _WORTH_GATHERING = 0.75
 
 
+# A root of the Gram matrix is looked for from so many examples on, and of use up to this share of them.
+_WORTH_A_ROOT = 256
+_LOW_RANK = 0.25
+_LOOK_EVERY = 16
+
+
 class KKT(Batch, ABC):
     """A factorised KKT system. All that it consists of are tensors, tasks first."""
 
@@ -36,22 +44,70 @@ class KKT(Batch, ABC):
 
 
 @dataclass(frozen=True)
-class BlockKKT(KKT):
+class FactorisedKKT(KKT):
     """The factors of one such system for each task; a block that can't be factorised gives NaN for its task alone.
 
     Attributes:
         gram: shared by the classes.
         diagonal: added to each class's block; None for nothing.
-        inverse: of the regularised blocks.
         schur: the Cholesky factor of the system for the shift; None without row sums.
-        index: the rows that each block consists of, padded; None for all n.
-        inside: which entries take part at all, 1 or 0; by block where there is an `index`. None for all.
     """
 
     gram: Float[Tensor, "tasks n n"]
     diagonal: Float[Tensor, "tasks k n"] | None
-    inverse: Float[Tensor, "tasks k m m"]
     schur: Float[Tensor, "tasks n n"] | None
+
+    def solve(
+        self,
+        right: Float[Tensor, "tasks k n"],
+        sums: Float[Tensor, "tasks n"],
+        *,
+        refinements: int,
+        start: tuple[Float[Tensor, "tasks k n"], Float[Tensor, "tasks n"]] | None = None,
+    ) -> tuple[Float[Tensor, "tasks k n"], Float[Tensor, "tasks n"]]:
+        """Return `(x, shift)`, refined against the unregularised system.
+
+        A singular system (duplicates, n > d) has many solutions: the one closest to `start` (zero by default) is found.
+        """
+        if start is None:
+            x, shift = self._eliminate(right, sums)
+        else:
+            x, shift = start
+            refinements += 1
+        for _ in range(refinements):
+            image = x @ self.gram
+            if self.diagonal is not None:
+                image = image + self.diagonal * x
+            more, shift_more = self._eliminate(right - image - shift.unsqueeze(1), sums - x.sum(1))
+            x, shift = x + more, shift + shift_more
+        return x, shift
+
+    def _eliminate(self, right: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+        x = self._by_block(right)
+        if self.schur is None:
+            return x, torch.zeros_like(sums)
+        shift = torch.cholesky_solve((x.sum(1) - sums).unsqueeze(-1), self.schur).squeeze(-1)
+        return x - self._by_block(shift.unsqueeze(1)), shift
+
+    @abstractmethod
+    def _by_block(self, value: Tensor) -> Tensor:
+        """The blocks' inverses times the parts of `value`, zero at entries that don't take part."""
+
+
+@dataclass(frozen=True)
+class BlockKKT(FactorisedKKT):
+    """With an inverse for every block.
+
+    Attributes:
+        gram: as in `FactorisedKKT`.
+        diagonal: likewise.
+        schur: likewise.
+        inverse: of the regularised blocks.
+        index: the rows that each block consists of, padded; None for all n.
+        inside: which entries take part at all, 1 or 0; by block where there is an `index`. None for all.
+    """
+
+    inverse: Float[Tensor, "tasks k m m"]
     index: Int[Tensor, "tasks k m"] | None = None
     inside: Float[Tensor, "tasks k m"] | None = None
 
@@ -103,47 +159,14 @@ class BlockKKT(KKT):
             if free is not None:  # a row without a free entry has no equation left
                 schur = schur + torch.diag_embed((~free.any(1)).to(schur.dtype))
             schur = cholesky(schur)
-        return cls(gram, diagonal, inverse, schur, index, inside)
-
-    def solve(
-        self,
-        right: Float[Tensor, "tasks k n"],
-        sums: Float[Tensor, "tasks n"],
-        *,
-        refinements: int,
-        start: tuple[Float[Tensor, "tasks k n"], Float[Tensor, "tasks n"]] | None = None,
-    ) -> tuple[Float[Tensor, "tasks k n"], Float[Tensor, "tasks n"]]:
-        """Return `(x, shift)`, refined against the unregularised system.
-
-        A singular system (duplicates, n > d) has many solutions: the one closest to `start` (zero by default) is found.
-        """
-        if start is None:
-            x, shift = self._eliminate(right, sums)
-        else:
-            x, shift = start
-            refinements += 1
-        for _ in range(refinements):
-            image = x @ self.gram
-            if self.diagonal is not None:
-                image = image + self.diagonal * x
-            more, shift_more = self._eliminate(right - image - shift.unsqueeze(1), sums - x.sum(1))
-            x, shift = x + more, shift + shift_more
-        return x, shift
+        return cls(gram, diagonal, schur, inverse, index, inside)
 
     def with_tasks(self, chosen: Bool[Tensor, " tasks"], by: BlockKKT) -> BlockKKT:
         size = max(self.inverse.shape[-1], by.inverse.shape[-1])
         new = by._padded(size).tensors()
         return self._padded(size).map(lambda name, value: value.index_put((chosen,), new[name]))
 
-    def _eliminate(self, right: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-        x = self._by_block(right)
-        if self.schur is None:
-            return x, torch.zeros_like(sums)
-        shift = torch.cholesky_solve((x.sum(1) - sums).unsqueeze(-1), self.schur).squeeze(-1)
-        return x - self._by_block(shift.unsqueeze(1)), shift
-
     def _by_block(self, value: Tensor) -> Tensor:
-        """The blocks' inverses times the parts of `value`, zero at entries that don't take part."""
         if self.index is None:
             value = value if self.inside is None else value * self.inside
             return (self.inverse @ value.unsqueeze(-1)).squeeze(-1)
@@ -173,6 +196,72 @@ def _assemble(inverse: Tensor, index: Tensor, n: int) -> Tensor:
         place = (task, index[:, c, :, None], index[:, c, None, :])
         total[place] += inverse[:, c]
     return total
+
+
+@dataclass(frozen=True)
+class LowRankKKT(FactorisedKKT):
+    """With every block's inverse as a diagonal minus a product of r x n matrices, for a Gram matrix of small rank r.
+
+    Attributes:
+        gram: as in `FactorisedKKT`.
+        diagonal: likewise.
+        schur: likewise.
+        weight: the diagonal.
+        half: the matrices.
+    """
+
+    weight: Float[Tensor, "tasks k n"]
+    half: Float[Tensor, "tasks k r n"]
+
+    @classmethod
+    def factorise(
+        cls,
+        gram: Float[Tensor, "tasks n n"],
+        root: Float[Tensor, "tasks n r"],
+        *,
+        diagonal: Float[Tensor, "tasks k n"],
+        row_sum: bool,
+        regulariser: float,
+    ) -> LowRankKKT:
+        """Factorise; `root @ root.mT` is the Gram matrix, the rest as for `BlockKKT`."""
+        weight = 1 / (diagonal + max(regulariser, 4 * torch.finfo(gram.dtype).eps))
+        columns = root.mT.unsqueeze(1) * weight.sqrt().unsqueeze(2)
+        small = columns @ columns.mT + torch.eye(root.shape[-1], dtype=gram.dtype, device=gram.device)
+        half = torch.linalg.solve_triangular(cholesky(small), columns, upper=False) * weight.sqrt().unsqueeze(2)
+        schur = None
+        if row_sum:
+            together = half.flatten(1, 2)
+            schur = cholesky(torch.diag_embed(weight.sum(1)) - together.mT @ together)
+        return cls(gram, diagonal, schur, weight, half)
+
+    def _by_block(self, value: Tensor) -> Tensor:
+        return self.weight * value - (self.half.mT @ (self.half @ value.unsqueeze(-1))).squeeze(-1)
+
+
+def find_root(gram: Float[Tensor, "tasks n n"]) -> Float[Tensor, "tasks n r"] | None:
+    """`root` with `root @ root.mT` the Gram matrix, to rounding, where its rank is small; None otherwise.
+
+    By the Cholesky factorisation with pivoting (Higham 1990), which ends when nothing is left of the diagonal: its cost
+    is that of r columns, whatever the kernel.
+    """
+    tasks, n, _ = gram.shape
+    most = int(_LOW_RANK * n)
+    if n < _WORTH_A_ROOT:
+        return None
+    left = gram.diagonal(dim1=-2, dim2=-1).clone()
+    nothing = n * torch.finfo(gram.dtype).eps * left.amax(-1, keepdim=True)
+    root = gram.new_zeros(tasks, n, most)
+    task = torch.arange(tasks, device=gram.device)
+    for column in range(most):
+        if column and column % _LOOK_EVERY == 0 and (left <= nothing).all():
+            return root[..., :column].contiguous()
+        pivot = left.argmax(-1)
+        found = gram[task, pivot] - (root[..., :column] @ root[task, pivot, :column].unsqueeze(-1)).squeeze(-1)
+        size = left.gather(-1, pivot.unsqueeze(-1))
+        found = torch.where(size > nothing, found / size.sqrt(), 0)
+        root[..., column] = found
+        left = (left - found.square()).scatter(-1, pivot.unsqueeze(-1), 0)
+    return root if (left <= nothing).all() else None
 
 
 def cholesky(matrix: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from convexheads.solvers import active_set, implicit
 from convexheads.solvers.active_set import ActiveSet
 from convexheads.solvers.base import OnFailure, Solved, Solver
 from convexheads.solvers.interior_point import Relaxed, central_path, interior_point
-from convexheads.solvers.kkt import BlockKKT
+from convexheads.solvers.kkt import BlockKKT, find_root
 from convexheads.solvers.problem import QP, Certificate, Solution, Status
 from convexheads.solvers.splitting import proximal_step, splitting
 from convexheads.transforms import compute, is_transforming
@@ -167,6 +167,7 @@ class NativeSolver(Solver):
 
     def _coefficients(self, qp: QP) -> Solved:
         if self.max_iterations is not None:
+            qp = replace(qp, root=find_root(qp.gram))
             inside = interior_point(qp, tolerance=_AIM * self.tolerance, max_iterations=self.max_iterations)
             found, certificate = active_set.polish(qp, inside.point, move=False)
             iterations = inside.iterations
@@ -175,6 +176,7 @@ class NativeSolver(Solver):
         else:
             found, certificate, iterations = self._optimum(qp)
             if self.gradient == "smoothed":
+                qp = replace(qp, root=find_root(qp.gram))
                 inside = central_path(qp, complementarity=self.relaxation, max_iterations=_ENOUGH_ITERATIONS)
                 found = inside.gradient_for(qp, certificate.feasible)
         # What is returned is the projection that the certificate is about.
@@ -184,14 +186,19 @@ class NativeSolver(Solver):
     def _optimum(self, qp: QP) -> tuple[ActiveSet, Certificate, Int[Tensor, " tasks"]]:
         aim = _AIM * self.tolerance
         _, n, k = qp.linear.shape
-        if k * n * n > _LARGEST_BLOCKS:
-            return self._by_splitting(qp, aim)
-        start = proximal_step(qp) if n * k < _WORTH_SPLITTING else next(splitting(qp, steps=_STEPS))
-        found, iterations = active_set.search(qp, start, max_rounds=_ENOUGH_ROUNDS)
-        certificate = qp.certify(found.coef)
+        if many := k * n * n > _LARGEST_BLOCKS:
+            qp = replace(qp, root=find_root(qp.gram))
+            found, certificate, iterations = self._by_splitting(qp, aim)
+        else:
+            start = proximal_step(qp) if n * k < _WORTH_SPLITTING else next(splitting(qp, steps=_STEPS))
+            found, iterations = active_set.search(qp, start, max_rounds=_ENOUGH_ROUNDS)
+            certificate = qp.certify(found.coef)
         hard = ~(certificate.within(aim) & certificate.shows_active_set())
-        if hard.any():
+        rank = n if qp.root is None else qp.root.shape[-1]
+        if hard.any() and k * n * rank <= _LARGEST_BLOCKS:
             problem = qp.tasks(hard)
+            if not many:
+                problem = replace(problem, root=find_root(problem.gram))
             inside = interior_point(problem, tolerance=aim, max_iterations=_ENOUGH_ITERATIONS)
             polished, certified = active_set.polish(problem, inside.point)
             found, certificate = found.with_tasks(hard, polished), certificate.with_tasks(hard, certified)
@@ -201,13 +208,17 @@ class NativeSolver(Solver):
     def _by_splitting(self, qp: QP, aim: float) -> tuple[ActiveSet, Certificate, Int[Tensor, " tasks"]]:
         """For very many classes: splitting until a round or two of the search ends certified; nothing of k n^2."""
         near = _WORTH_SEARCHING
-        for starts, start in enumerate(splitting(qp, steps=_STEPS), 1):
-            last = starts == _ENOUGH_STARTS
-            if not last and (qp.certify(start.coef).gap > near).any():
+        for starts, start in zip(range(1, _ENOUGH_STARTS + 1), splitting(qp, steps=_STEPS), strict=False):
+            if starts < _ENOUGH_STARTS and (qp.certify(start.coef).gap > near).any():
                 continue
             found, rounds = active_set.search(qp, start, max_rounds=_FEW_ROUNDS)
             certificate = qp.certify(found.coef)
-            if last or (certificate.within(aim) & certificate.shows_active_set()).all():
-                return found, certificate, starts * _STEPS + rounds
+            proven = certificate.within(aim) & certificate.shows_active_set()
+            iterations = starts * _STEPS + rounds
+            if proven.all():
+                break
             near /= 10
-        raise AssertionError("splitting goes on for ever")
+        else:  # where the search leads nowhere, its start is better
+            polished, certified = active_set.polish(qp.tasks(~proven), start.coef[~proven])
+            found, certificate = found.with_tasks(~proven, polished), certificate.with_tasks(~proven, certified)
+        return found, certificate, iterations

@@ -73,6 +73,8 @@ class QP(Batch):
             no gap can be certified.
         smoothing: quadratic smoothing of the loss, entry by entry, non-negative, `(*batch, n, k)`; None for none.
         row_sum: whether every row of coefficients sums to zero.
+        root: `root @ root.mT` is `gram`, `(*batch, n, r)`; for problems with r much smaller than n, which solve faster
+            with it. The native solver looks for one by itself; None for none.
     """
 
     gram: Float[Tensor, "*batch n n"]
@@ -81,6 +83,7 @@ class QP(Batch):
     upper: Float[Tensor, "*batch n k"] | None = None
     smoothing: Float[Tensor, "*batch n k"] | None = None
     row_sum: bool = True
+    root: Float[Tensor, "*batch n r"] | None = None
 
     def flatten(self) -> QP:
         """All leading dimensions as one."""
@@ -104,6 +107,7 @@ class QP(Batch):
             unit = torch.where(torch.isfinite(unit), unit, 1)
             factor = {
                 "gram": unit / size,
+                "root": (unit / size).sqrt(),
                 "smoothing": unit / size,
                 "linear": 1 / size,
                 "lower": 1 / unit,

@@ -7,7 +7,7 @@ Marroco 1975, Gabay & Mercier 1976; over-relaxed as in Eckstein & Bertsekas 1992
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -41,11 +41,11 @@ def proximal_step(qp: QP) -> Start:
 def splitting(qp: QP, *, steps: int) -> Iterator[Start]:
     """Feasible coefficients of a flat batch of problems in units, and multipliers, after each so many steps."""
     weight = PROXIMITY * qp.curvature()[:, None, None]
-    inverse = torch.cholesky_inverse(cholesky(_plus(qp.gram, weight)))
+    solve = _resolvent(qp, weight)
     coef, dual, relaxation, shift = torch.zeros_like(qp.linear), torch.zeros_like(qp.linear), 1.0, None
     while True:
         for _ in range(steps):
-            moved = inverse @ _centred(qp.linear + weight * (coef - dual), qp.row_sum)
+            moved = solve(_centred(qp.linear + weight * (coef - dual), qp.row_sum))
             target = torch.lerp(coef, moved, relaxation) + dual
             coef, shift = rows.proximal(
                 target, qp.lower, qp.upper, weight=weight, smoothing=qp.smoothing, row_sum=qp.row_sum, guess=shift
@@ -54,6 +54,16 @@ def splitting(qp: QP, *, steps: int) -> Iterator[Start]:
         assert shift is not None
         pull = weight * dual - shift
         yield Start(coef, pull if qp.smoothing is None else pull - qp.smoothing * coef, shift.squeeze(-1))
+
+
+def _resolvent(qp: QP, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """The inverse of the Gram matrix plus `weight` on its diagonal, to be applied many times."""
+    if qp.root is None:
+        inverse = torch.cholesky_inverse(cholesky(_plus(qp.gram, weight)))
+        return lambda value: inverse @ value
+    root = qp.root
+    half = torch.linalg.solve_triangular(cholesky(_plus(root.mT @ root, weight)), root.mT, upper=False)
+    return lambda value: (value - half.mT @ (half @ value)) / weight
 
 
 def _plus(gram: Tensor, weight: Tensor) -> Tensor:
