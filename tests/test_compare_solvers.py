@@ -9,7 +9,7 @@ import pandas
 import pytest
 import torch
 
-from benchmarks import many_classes, solvers
+from benchmarks import many_classes, overhead, solvers
 
 SMALL: dict[str, Any] = {"device": "cpu", "features": 12, "queries": 2, "repeats": 2, "threads": 1}
 
@@ -83,3 +83,13 @@ def test_many_classes():
     assert found["gap"] < 1e-9
     assert 0 < found["forward"] < found["both"]
     assert found["interior point"] > 0
+
+
+def test_overhead_of_a_head_in_training_and_in_evaluation():
+    steps = overhead.training(episodes=1, queries=1, repeats=2)
+    assert set(steps) == {*overhead.HEADS, "svm / prototypes", "svm / ridge"}
+    assert min(steps.values()) > 0
+    evaluations = overhead.evaluation(episodes=20, queries=2, features=8)
+    assert set(evaluations) == set(overhead.HEADS)
+    assert min(evaluations.values()) > 0
+    assert overhead.show(steps, evaluations, "title").row_count == len(overhead.HEADS)

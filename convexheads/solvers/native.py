@@ -208,17 +208,17 @@ class NativeSolver(Solver):
     def _by_splitting(self, qp: QP, aim: float) -> tuple[ActiveSet, Certificate, Int[Tensor, " tasks"]]:
         """For very many classes: splitting until a round or two of the search ends certified; nothing of k n^2."""
         near = _WORTH_SEARCHING
-        for starts, start in zip(range(1, _ENOUGH_STARTS + 1), splitting(qp, steps=_STEPS), strict=False):
-            if starts < _ENOUGH_STARTS and (qp.certify(start.coef).gap > near).any():
+        for starts, start in enumerate(splitting(qp, steps=_STEPS), 1):
+            last = starts == _ENOUGH_STARTS
+            if not last and (qp.certify(start.coef).gap > near).any():
                 continue
             found, rounds = active_set.search(qp, start, max_rounds=_FEW_ROUNDS)
             certificate = qp.certify(found.coef)
             proven = certificate.within(aim) & certificate.shows_active_set()
-            iterations = starts * _STEPS + rounds
-            if proven.all():
-                break
+            if last and not proven.all():  # the search led nowhere: its start is better
+                polished, certified = active_set.polish(qp.tasks(~proven), start.coef[~proven])
+                found, certificate = found.with_tasks(~proven, polished), certificate.with_tasks(~proven, certified)
+            if last or proven.all():
+                return found, certificate, starts * _STEPS + rounds
             near /= 10
-        else:  # where the search leads nowhere, its start is better
-            polished, certified = active_set.polish(qp.tasks(~proven), start.coef[~proven])
-            found, certificate = found.with_tasks(~proven, polished), certificate.with_tasks(~proven, certified)
-        return found, certificate, iterations
+        raise AssertionError("splitting goes on for ever")
