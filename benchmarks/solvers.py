@@ -39,7 +39,7 @@ _OWN_GRADIENTS = 500
 _REFERENCE = 2500
 # Seconds from which on three repeats are enough.
 _SLOW = 0.3
-# And from which on the first run, which otherwise warms up, is the only one.
+# And from which on a size's first run, which otherwise warms up, is the only one.
 _VERY_SLOW = 5.0
 PRECISIONS = ["float64", "float32", "bfloat16"]
 _SETTINGS = ("sizes", "tasks", "precisions", "names", "device", "features", "queries", "repeats", "threads")
@@ -166,6 +166,8 @@ def measure(
     """One row for each size, number of tasks, precision and contender: median seconds, errors and memory."""
     rows = []
     every = list(itertools.product(sizes, tasks, precisions))
+    for name in names:  # whatever is compiled, is now
+        once(contenders()[name].call, *(value.to(device) for value in episode(1, 2, 1, 4, 1)), 2)
     for size, count, precision in (bar := tqdm(every, unit="case")):
         bar.set_description(f"{size}, {count} tasks, {precision}")
         ways, shots = SIZES[size]

@@ -69,7 +69,7 @@ def test_memory_is_seen():
 
 def test_large_problems_leave_out_what_would_take_minutes():
     slow = {name for name, each in solvers.contenders().items() if each.largest < 2000}
-    assert slow == {"qpth", "cvxpylayers", "learn2learn"}
+    assert slow == {"cvxpylayers", "learn2learn"}
 
 
 def test_unknown_size(monkeypatch: pytest.MonkeyPatch):
@@ -93,3 +93,11 @@ def test_overhead_of_a_head_in_training_and_in_evaluation():
     assert set(evaluations) == set(overhead.HEADS)
     assert min(evaluations.values()) > 0
     assert overhead.show(steps, evaluations, "title").row_count == len(overhead.HEADS)
+
+
+def test_what_takes_very_long_runs_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(solvers, "_VERY_SLOW", 0.0)
+    rows = solvers.measure(sizes=["5w1s"], tasks=[1], precisions=["float64"], names=["native"], **SMALL)
+    assert rows["repeats"].item() == 1
+    assert pandas.isna(rows["memory"].item())
+    assert rows["gradient_error"].item() < 1e-8

@@ -31,7 +31,7 @@ _STEPS = 40
 _PATIENCE = 2
 # Floating-point operations, about, from which on threads pay: those of torch's pool spin for a while after each of its
 # own operations, and are in the way.
-_WORTH_THREADS = 5e7
+_WORTH_THREADS = 1e7
 
 
 def solve(qp: QP, *, aim: float, max_rounds: int) -> tuple[Solution, Float[Tensor, " tasks"], ActiveSet]:
