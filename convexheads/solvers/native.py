@@ -29,7 +29,7 @@ _STEPS = 10
 _ENOUGH_ITERATIONS = 100
 # Both go further than the tolerance: until the active set is right, on which the gradient depends.
 _AIM = 1e-3
-# Blocks of n x n for each class may have so many entries together; for a task that has more, none are formed.
+# The matrices of all classes may have so many entries together; for a task that has more, none are formed.
 _LARGEST_BLOCKS = 2**28
 # For such a task, so many times `_STEPS` of splitting, tried out by so many rounds of the search, first at this gap.
 _ENOUGH_STARTS = 60
@@ -66,7 +66,8 @@ class NativeSolver(Solver):
 
     With Numba installed (`pip install 'convexheads[numba]'`), problems on the CPU are solved compiled, many times
     faster. The first call compiles, for some fifteen seconds; the result is kept on disk. Where a block of n x n for
-    each class would be too large, splitting (ADMM) carries on until the search ends certified.
+    each class would be too large, splitting (ADMM) carries on until the search ends certified. With many more examples
+    than features, interior point and splitting work with r x r matrices, r the rank of the Gram matrix.
 
     Args:
         max_iterations: as for every `Solver`.
@@ -206,7 +207,10 @@ class NativeSolver(Solver):
         return found, certificate, iterations
 
     def _by_splitting(self, qp: QP, aim: float) -> tuple[ActiveSet, Certificate, Int[Tensor, " tasks"]]:
-        """For very many classes: splitting until a round or two of the search ends certified; nothing of k n^2."""
+        """For very many classes: splitting until a round or two of the search ends certified; nothing of k n^2.
+
+        What is never certified comes back as splitting left it, with the active set that it shows.
+        """
         near = _WORTH_SEARCHING
         for starts, start in enumerate(splitting(qp, steps=_STEPS), 1):
             last = starts == _ENOUGH_STARTS
