@@ -48,7 +48,7 @@ def training(*, episodes: int, queries: int, repeats: int) -> dict[str, float]:
     torch.manual_seed(0)
     images = torch.randint(0, 256, (episodes, WAYS * (SHOTS + queries), 3, 32, 32), dtype=torch.uint8)
     labels = (torch.arange(images.shape[1]) % WAYS).expand(episodes, -1)
-    parts = {}
+    parts: dict[str, tuple[Conv4, ch.Head, torch.optim.Optimizer]] = {}
     for name in HEADS:
         backbone, head = Conv4(images.flatten(0, 1)), make_head(name, learn_scale=True)
         parameters = [*backbone.parameters(), *head.parameters()]

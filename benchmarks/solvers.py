@@ -167,7 +167,8 @@ def measure(
     rows = []
     every = list(itertools.product(sizes, tasks, precisions))
     for name in names:  # whatever is compiled, is now
-        once(contenders()[name].call, *(value.to(device) for value in episode(1, 2, 1, 4, 1)), 2)
+        support, labels, query = (value.to(device) for value in episode(1, 2, 1, 4, 1))
+        once(contenders()[name].call, support, labels, query, 2)
     for size, count, precision in (bar := tqdm(every, unit="case")):
         bar.set_description(f"{size}, {count} tasks, {precision}")
         ways, shots = SIZES[size]
