@@ -26,7 +26,7 @@ def test_root_is_found_where_the_rank_is_small():
     gram = gram_of(3, 256, 40)
     gram[1] *= 1e-6
     gram[2] = gram_of(256, 7)  # of another rank than its neighbours
-    root = find_root(gram)
+    root = find_root(gram, most=64)
     assert 40 <= root.shape[-1] <= 64
     for found, expected in zip(root @ root.mT, gram, strict=True):
         assert close(found, expected) < 1e-13
@@ -35,20 +35,22 @@ def test_root_is_found_where_the_rank_is_small():
 def test_root_of_any_kernel():
     """Duplicates and smooth kernels have a small rank too, whatever the number of features."""
     few = gram_of(32, 500).repeat(1, 9, 9)
-    root = find_root(few)
+    root = find_root(few, most=72)
     assert close(root @ root.mT, few) < 1e-13
     points = torch.linspace(0, 1, 300, dtype=torch.float64)
     smooth = (-(points[:, None] - points).square()).exp()
-    root = find_root(smooth.unsqueeze(0))
+    root = find_root(smooth.unsqueeze(0), most=75)
     assert root.shape[-1] <= 32
     assert close(root @ root.mT, smooth) < 1e-12
 
 
 def test_no_root_where_it_would_not_pay():
-    assert find_root(gram_of(1, 300, 76)) is None
-    assert find_root(gram_of(1, 255, 3)) is None
-    assert find_root(torch.cat([gram_of(1, 300, 4), gram_of(1, 300, 300)])) is None  # one of the batch
-    assert find_root(torch.zeros(1, 300, 300, dtype=torch.float64)).shape == (1, 300, 16)
+    assert find_root(gram_of(1, 300, 76), most=75) is None
+    assert find_root(torch.cat([gram_of(1, 300, 4), gram_of(1, 300, 300)]), most=75) is None  # one of the batch
+    assert find_root(torch.zeros(1, 300, 300, dtype=torch.float64), most=75).shape == (1, 300, 16)
+    for n, found in ((300, True), (255, False)):
+        qp = native.QP(gram_of(1, n, 3), torch.zeros(1, n, 2), upper=torch.zeros(1, n, 2))
+        assert (native._with_root(qp).root is not None) is found
 
 
 @pytest.mark.parametrize("row_sum", [True, False])
@@ -83,14 +85,13 @@ def test_system_is_that_of_the_blocks(row_sum):
 def test_interior_point_finds_the_known_solution(n, k, seed, bounds, smoothing, row_sum):
     assume(row_sum or smoothing == "all" or bounds == "both")  # otherwise no gap can be certified, see QP
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(systems, "_WORTH_A_ROOT", 1)
         patch.setattr(systems, "_LOOK_EVERY", 1)
         patch.setattr(BlockKKT, "factorise", None)
         problem, coef, _ = known_problem(
             2, n, k, seed=seed, bounds=bounds, smoothing=smoothing, row_sum=row_sum, rank=n // 4
         )
         qp, unit, _ = problem.in_units()
-        root = find_root(qp.gram)
+        root = find_root(qp.gram, most=n // 4)
         assert root is not None
         qp = type(qp)(**(vars(qp) | {"root": root}))
         found = interior_point(qp, tolerance=1e-9, max_iterations=100)
@@ -129,8 +130,8 @@ def test_every_way_through_the_solver(way, monkeypatch):
         monkeypatch.setattr(native, "_ENOUGH_ROUNDS", 1)
     if way == "splitting":  # there is room for the low-rank form only, and the search leads nowhere here
         monkeypatch.setattr(native, "_LARGEST_BLOCKS", 3 * 83 * 40)
-    monkeypatch.setattr(systems, "_WORTH_A_ROOT", 1)
-    monkeypatch.setattr(native, "find_root", lambda gram: found.append(find_root(gram)) or found[-1])
+    monkeypatch.setattr(native, "_WORTH_A_ROOT", 1)
+    monkeypatch.setattr(native, "find_root", lambda gram, most: found.append(find_root(gram, most=most)) or found[-1])
     for one, other in zip(run(), expected, strict=True):
         assert close(one, other) < 1e-7
     assert found

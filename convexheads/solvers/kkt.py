@@ -27,9 +27,7 @@ from convexheads.solvers.batch import Batch
 _WORTH_GATHERING = 0.75
 
 
-# A root of the Gram matrix is looked for from so many examples on, and of use up to this share of them.
-_WORTH_A_ROOT = 256
-_LOW_RANK = 0.25
+# Columns of a root after which it is looked whether that is all.
 _LOOK_EVERY = 16
 
 
@@ -238,16 +236,13 @@ class LowRankKKT(FactorisedKKT):
         return self.weight * value - (self.half.mT @ (self.half @ value.unsqueeze(-1))).squeeze(-1)
 
 
-def find_root(gram: Float[Tensor, "tasks n n"]) -> Float[Tensor, "tasks n r"] | None:
-    """`root` with `root @ root.mT` the Gram matrix, to rounding, where its rank is small; None otherwise.
+def find_root(gram: Float[Tensor, "tasks n n"], *, most: int) -> Float[Tensor, "tasks n r"] | None:
+    """`root` with `root @ root.mT` the Gram matrix, to rounding; None where that takes more than `most` columns.
 
     By the Cholesky factorisation with pivoting (Higham 1990), which ends when nothing is left of the diagonal: its cost
     is that of r columns, whatever the kernel.
     """
     tasks, n, _ = gram.shape
-    most = int(_LOW_RANK * n)
-    if n < _WORTH_A_ROOT:
-        return None
     left = gram.diagonal(dim1=-2, dim2=-1).clone()
     nothing = n * torch.finfo(gram.dtype).eps * left.amax(-1, keepdim=True)
     root = gram.new_zeros(tasks, n, most)

@@ -35,6 +35,9 @@ _LARGEST_BLOCKS = 2**28
 _ENOUGH_STARTS = 60
 _FEW_ROUNDS = 3
 _WORTH_SEARCHING = 1e-3
+# A root of the Gram matrix is looked for from so many examples on, and of use up to this share of them as its rank.
+_WORTH_A_ROOT = 256
+_LOW_RANK = 0.25
 
 
 @cache
@@ -168,7 +171,7 @@ class NativeSolver(Solver):
 
     def _coefficients(self, qp: QP) -> Solved:
         if self.max_iterations is not None:
-            qp = replace(qp, root=find_root(qp.gram))
+            qp = _with_root(qp)
             inside = interior_point(qp, tolerance=_AIM * self.tolerance, max_iterations=self.max_iterations)
             found, certificate = active_set.polish(qp, inside.point, move=False)
             iterations = inside.iterations
@@ -177,7 +180,7 @@ class NativeSolver(Solver):
         else:
             found, certificate, iterations = self._optimum(qp)
             if self.gradient == "smoothed":
-                qp = replace(qp, root=find_root(qp.gram))
+                qp = _with_root(qp)
                 inside = central_path(qp, complementarity=self.relaxation, max_iterations=_ENOUGH_ITERATIONS)
                 found = inside.gradient_for(qp, certificate.feasible)
         # What is returned is the projection that the certificate is about.
@@ -188,7 +191,7 @@ class NativeSolver(Solver):
         aim = _AIM * self.tolerance
         _, n, k = qp.linear.shape
         if many := k * n * n > _LARGEST_BLOCKS:
-            qp = replace(qp, root=find_root(qp.gram))
+            qp = _with_root(qp)
             found, certificate, iterations = self._by_splitting(qp, aim)
         else:
             start = proximal_step(qp) if n * k < _WORTH_SPLITTING else next(splitting(qp, steps=_STEPS))
@@ -199,7 +202,7 @@ class NativeSolver(Solver):
         if hard.any() and k * n * rank <= _LARGEST_BLOCKS:
             problem = qp.tasks(hard)
             if not many:
-                problem = replace(problem, root=find_root(problem.gram))
+                problem = _with_root(problem)
             inside = interior_point(problem, tolerance=aim, max_iterations=_ENOUGH_ITERATIONS)
             polished, certified = active_set.polish(problem, inside.point)
             found, certificate = found.with_tasks(hard, polished), certificate.with_tasks(hard, certified)
@@ -226,3 +229,8 @@ class NativeSolver(Solver):
                 return found, certificate, starts * _STEPS + rounds
             near /= 10
         raise AssertionError("splitting goes on for ever")
+
+
+def _with_root(qp: QP) -> QP:
+    n = qp.gram.shape[-1]
+    return replace(qp, root=find_root(qp.gram, most=int(_LOW_RANK * n))) if n >= _WORTH_A_ROOT else qp
