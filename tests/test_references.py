@@ -38,6 +38,7 @@ from convexheads import (
     SVMHead,
     WestonWatkinsHead,
 )
+from convexheads.solvers import softmax
 from convexheads.solvers import SOLVERS
 
 
@@ -315,3 +316,17 @@ def test_support_vector_regression_equals_svr_where_the_bias_is_zero():
     assert abs(reference.intercept_.item()) < 1e-9
     expected = torch.from_numpy(reference.predict(query.numpy()))
     assert close(SupportVectorRegressionHead(0.8, epsilon=0.2)(x, y, query), expected) < 1e-6
+
+
+def test_gap_of_coefficients_that_leave_the_right_class_nothing():
+    """Probabilities of the wrong classes that sum to one may do so with rounding errors."""
+    generator = torch.Generator().manual_seed(0)
+    wrong = torch.rand(500, 4, 6, generator=generator, dtype=torch.float64)
+    wrong = wrong / wrong.sum(-1, keepdim=True)
+    assert (wrong.sum(-1) > 1).any()
+    targets = torch.zeros(500, 4, 7, dtype=torch.float64)
+    targets[..., 0] = 1
+    coef = torch.cat([torch.ones(500, 4, 1, dtype=torch.float64), -wrong], -1)
+    gap = softmax.certified_gap(torch.eye(4, dtype=torch.float64).expand(500, 4, 4), targets, coef)
+    assert (gap > 1e-3).all()
+    assert torch.isfinite(gap).all()

@@ -153,7 +153,7 @@ def _gap(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
     p = (-coef).masked_fill(targets > 0, 0)
     logs = margins - loss.unsqueeze(-1)
     of_wrong = torch.special.xlogy(p, p) - p * logs - p + logs.exp().masked_fill(targets > 0, 0)
-    s, t = p.sum(-1), -torch.expm1(-loss)
+    s, t = p.sum(-1).clamp_max(1), -torch.expm1(-loss)  # a sum of 1 may come out larger
     of_right = torch.special.xlog1py(1 - s, -s) + (1 - s) * loss + s - t
     value = (coef * scores).sum((-2, -1)) / 2 + loss.sum(-1)
     gap = (of_wrong.sum(-1) + of_right).clamp_min(0).sum(-1)
