@@ -38,8 +38,7 @@ from convexheads import (
     SVMHead,
     WestonWatkinsHead,
 )
-from convexheads.solvers import softmax
-from convexheads.solvers import SOLVERS
+from convexheads.solvers import SOLVERS, softmax
 
 
 def primal_objective(weights: np.ndarray, x: np.ndarray, y: np.ndarray, C: float) -> float:
@@ -321,12 +320,11 @@ def test_support_vector_regression_equals_svr_where_the_bias_is_zero():
 def test_gap_of_coefficients_that_leave_the_right_class_nothing():
     """Probabilities of the wrong classes that sum to one may do so with rounding errors."""
     generator = torch.Generator().manual_seed(0)
-    wrong = torch.rand(500, 4, 6, generator=generator, dtype=torch.float64)
-    wrong = wrong / wrong.sum(-1, keepdim=True)
-    assert (wrong.sum(-1) > 1).any()
+    wrong = 3 * torch.rand(500, 4, 6, generator=generator, dtype=torch.float64)  # beyond one: made feasible by division
     targets = torch.zeros(500, 4, 7, dtype=torch.float64)
     targets[..., 0] = 1
-    coef = torch.cat([torch.ones(500, 4, 1, dtype=torch.float64), -wrong], -1)
+    coef = torch.cat([wrong.sum(-1, keepdim=True), -wrong], -1)
+    assert ((wrong / wrong.sum(-1, keepdim=True)).sum(-1) > 1).any()
     gap = softmax.certified_gap(torch.eye(4, dtype=torch.float64).expand(500, 4, 4), targets, coef)
     assert (gap > 1e-3).all()
     assert torch.isfinite(gap).all()
