@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 
 import convexheads as ch
 from benchmarks import report
+from benchmarks.backbones import Conv4
 from benchmarks.data import ImageSet, load
-from benchmarks.models import Conv4
 from convexheads.episodes import calibrate, embed, evaluate
 
 SLACK = (0.001, 0.01, 0.1, 1.0, 10.0)
@@ -172,7 +172,7 @@ def main() -> None:
     """The command line."""
     parser = jsonargparse.ArgumentParser(prog="python -m benchmarks.heads", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data-root", type=Path, required=True, help="folder of CIFAR-100, only read")
-    run = Path("runs/cifar-fs-svm-smoothed")
+    run = Path("runs/cifar-fs_conv4_svm-smoothed")
     checkpoint = run / "checkpoints" / "last.ckpt"
     parser.add_argument("--checkpoint", type=Path, default=checkpoint, help="of `python -m benchmarks.train`")
     parser.add_argument("--shots", type=tuple[int, ...], default=(1, 5, 20), help="support images a class, as in [1,5]")

@@ -1,46 +1,21 @@
-"""The backbones and heads that the benchmarks compare."""
+"""The heads that the benchmarks compare, and trained weights on disk."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import torch
-from learn2learn.vision.models import CNN4Backbone
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import convexheads as ch
+from benchmarks.backbones import make_backbone
 
 HEADS = ("svm", "ridge", "prototypes")
 """The heads that every run evaluates."""
-
-
-class Conv4(nn.Module):
-    """Four blocks of 3 x 3 convolution with 64 filters, batch normalisation, ReLU and 2 x 2 max-pooling.
-
-    Maps uint8 images (n, channels, height, width) to features (n, 64 * (height // 16) * (width // 16)): 256 of them for
-    CIFAR. The layers are learn2learn's `CNN4Backbone`; the initial weights are PyTorch's (learn2learn draws the scale
-    of the normalisation between 0 and 1, which leaves some channels all but dead). Pixels are standardised first, by
-    constants that checkpoints keep.
-
-    Args:
-        examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants.
-    """
-
-    mean: Tensor
-    deviation: Tensor
-
-    def __init__(self, examples: Tensor) -> None:
-        super().__init__()
-        deviation, mean = torch.std_mean(examples.float(), dim=(0, 2, 3), keepdim=True)
-        self.register_buffer("mean", mean)
-        self.register_buffer("deviation", deviation)
-        layers = CNN4Backbone(hidden_size=64, channels=examples.shape[1], max_pool=True)
-        for layer in layers.modules():
-            if isinstance(layer, nn.Conv2d | nn.BatchNorm2d):
-                layer.reset_parameters()
-        self.layers = layers.to(memory_format=torch.channels_last)  # a fifth faster on CPU
-
-    def forward(self, images: Tensor) -> Tensor:
-        images = images.contiguous(memory_format=torch.channels_last)
-        return self.layers((images - self.mean) / self.deviation)
 
 
 def make_head(name: str, *, learn_scale: bool = False) -> ch.Head:
@@ -65,11 +40,56 @@ def make_head(name: str, *, learn_scale: bool = False) -> ch.Head:
     raise ch.InputError("head", repr(name), f"one of {', '.join(HEADS)}, svm-smoothed")
 
 
-class Pixels(nn.Module):
-    """No backbone at all: uint8 images (n, channels, height, width) as rows of numbers from 0 to 1.
+def make_trained_backbone(settings: dict[str, Any], examples: Tensor) -> nn.Module:
+    """The backbone that a training with these settings (`benchmarks.options.Options`, by name) begins with."""
+    own = {"dropblock": settings["dropblock"]} if settings["backbone"] == "resnet12" else {}
+    return make_backbone(settings["backbone"], examples, **own)
 
-    What a head reaches on these is the level that a backbone has to beat.
+
+class Trained(NamedTuple):
+    """What `load_weights` reads.
+
+    Attributes:
+        backbone: in evaluation mode.
+        head: that it was trained through.
+        settings: of its training, by the names of `benchmarks.options.Options`.
     """
 
-    def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1) / 255
+    backbone: nn.Module
+    head: ch.Head
+    settings: dict[str, Any]
+
+
+def save_weights(module: nn.Module, settings: dict[str, Any], path: Path) -> None:
+    """Write the weights of a backbone and a head as safetensors, with the settings of their training.
+
+    The file is complete or not there at all: it is written under another name first.
+    """
+    state = {name: value.contiguous() for name, value in module.state_dict().items()}
+    part = path.with_suffix(".part")
+    save_file(state, part, metadata={"settings": json.dumps(settings)})
+    part.replace(path)
+
+
+def load_weights(path: Path) -> Trained:
+    """Read what `save_weights` wrote. Nothing is unpickled.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or its weights are those of another architecture.
+    """
+    wanted = "a complete model.safetensors of benchmarks.train"
+    try:
+        with safe_open(path, framework="pt") as file:
+            settings = json.loads((file.metadata() or {})["settings"])
+            state = {name: file.get_tensor(name) for name in list(file.keys())}
+        examples = torch.zeros(2, state["backbone.mean"].shape[1], 32, 32, dtype=torch.uint8)
+        backbone = make_trained_backbone(settings, examples)
+        head = make_head(settings["head"], learn_scale=True)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ch.InputError("weights", f"{path} ({error})", wanted) from error
+    try:
+        for name, module in (("backbone.", backbone), ("head.", head)):
+            module.load_state_dict({k.removeprefix(name): v for k, v in state.items() if k.startswith(name)})
+    except RuntimeError as error:
+        raise ch.InputError("weights", f"{path}, not those of a {settings['backbone']}", wanted) from error
+    return Trained(backbone.eval(), head.eval(), settings)

@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 
 import convexheads as ch
 from benchmarks import report
-from benchmarks.models import Conv4, make_head
+from benchmarks.backbones import Conv4
+from benchmarks.models import make_head
 
 HEADS = ("prototypes", "ridge", "svm")
 WAYS, SHOTS = 5, 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -11,6 +12,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas
 import torch
 from rich import box
 from rich.console import Console
@@ -115,6 +117,18 @@ def details(command: str, seed: int, seconds: dict[str, float], origin: dict[str
     versions = ", ".join(f"{name} {value}" for name, value in origin["versions"].items())
     lines = [f"Command: `{command}`", f"Seed: {seed}", f"Wall time: {times}", f"Machine: {device}"]
     return "\n".join(f"- {line}" for line in [*lines, f"Versions: {versions}", f"Commit: {origin['commit']}"])
+
+
+def records(frame: pandas.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a frame for JSON: with all their digits, None for what is missing, and infinity as a word."""
+
+    def plain(value: Any) -> Any:
+        if pandas.isna(value):
+            return None
+        return str(value) if value in (math.inf, -math.inf) else getattr(value, "item", lambda: value)()
+
+    rows: Any = frame.to_dict("records")
+    return [{str(name): plain(value) for name, value in row.items()} for row in rows]
 
 
 def provenance() -> dict[str, Any]:

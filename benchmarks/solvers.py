@@ -269,12 +269,6 @@ def draw(rows: pandas.DataFrame, title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _records(frame: pandas.DataFrame) -> list[dict[str, Any]]:
-    """The rows with all their digits, and None for what is missing."""
-    rows = frame.to_dict("records")
-    return [{str(name): None if pandas.isna(value) else value for name, value in row.items()} for row in rows]
-
-
 def write(rows: pandas.DataFrame, settings: dict[str, Any], origin: dict[str, Any], output: Path) -> None:
     """Show the results, and write them as JSON, Markdown and a picture."""
     title = f"One pass of an SVM head, median of {settings['repeats']} (3 where slow, one above {_VERY_SLOW:.0f} s)"
@@ -302,7 +296,7 @@ def write(rows: pandas.DataFrame, settings: dict[str, Any], origin: dict[str, An
     )
     Console(width=max(130, Console().width)).print(table, note, f"All of it is in {output}", sep="\n")
     output.mkdir(parents=True, exist_ok=True)
-    record = {"settings": settings, "results": _records(rows), "growth": _records(exponents), **origin}
+    record = {"settings": settings, "results": report.records(rows), "growth": report.records(exponents), **origin}
     (output / "solvers.json").write_text(json.dumps(record, indent=2) + "\n")
     report.write_markdown(table, note, output / "solvers.md")
     draw(rows, title, output / "solvers.png")

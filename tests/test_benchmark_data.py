@@ -1,12 +1,16 @@
-"""The benchmark's data: every form of CIFAR-100 read alike, missing data named, augmentation and episodes as stated."""
+"""The benchmark's data: every form of a data set read alike, missing, short and altered data named."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import pickle
-import random
 import shutil
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from zipfile import ZipFile
@@ -17,10 +21,11 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
-from benchmarks.data import EpisodeLoader, ImageSet, flip_and_shift, load, load_cifar_fs, load_digits, split_classes
+from benchmarks.data.__main__ import main
+from benchmarks.data.datasets import CATALOGUE, SPLITS, Entry, load, load_digits, read, split_classes
+from benchmarks.data.images import ImageSet
 from convexheads import InputError
 
-SPLITS = ("train", "val", "test")
 CLASSES = [name for split in SPLITS for name in split_classes("cifar-fs", split)]
 COUNT = 3
 
@@ -32,6 +37,10 @@ def pictures() -> dict[str, torch.Tensor]:
     return {
         name: torch.randint(256, (COUNT, 3, 32, 32), generator=generator, dtype=torch.uint8) for name in sorted(CLASSES)
     }
+
+
+def small(dataset: str, count: int = COUNT) -> Entry:
+    return replace(CATALOGUE[dataset], images_per_class=count)
 
 
 def png(image: torch.Tensor) -> bytes:
@@ -77,37 +86,67 @@ def write_torchvision(root: Path, pictures: dict[str, torch.Tensor], monkeypatch
     monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": sums["meta"]})
 
 
-def assert_holds(data: dict[str, ImageSet], pictures: dict[str, torch.Tensor]) -> None:
+def assert_holds(data: dict[str, ImageSet], pictures: dict[str, torch.Tensor], dataset: str = "cifar-fs") -> None:
     assert tuple(data) == SPLITS
     for split, images in data.items():
-        assert images.classes == split_classes("cifar-fs", split)
+        assert images.classes == split_classes(dataset, split)
         assert images.images.dtype == torch.uint8
         for label, name in enumerate(images.classes):
             torch.testing.assert_close(images.images[images.labels == label], pictures[name], rtol=0, atol=0)
         assert len(images) == COUNT * len(images.classes)
 
 
-def test_the_split_has_64_16_and_20_of_the_100_classes() -> None:
-    assert [len(split_classes("cifar-fs", split)) for split in SPLITS] == [64, 16, 20]
-    assert len(set(CLASSES)) == 100
+@pytest.mark.parametrize(
+    ("dataset", "counts"),
+    [
+        ("cifar-fs", [64, 16, 20]),
+        ("fc100", [60, 20, 20]),
+        ("miniimagenet", [64, 16, 20]),
+        ("tieredimagenet", [351, 97, 160]),
+        ("omniglot", [1028, 172, 423]),
+    ],
+)
+def test_splits_have_the_papers_numbers_of_classes_and_share_none(dataset: str, counts: list[int]) -> None:
+    splits = [split_classes(dataset, split) for split in SPLITS]
+    assert [len(split) for split in splits] == counts
+    assert len(set().union(*splits)) == sum(counts)
 
 
+def test_fc100_has_cifar_fs_classes() -> None:
+    assert {name for split in SPLITS for name in split_classes("fc100", split)} == set(CLASSES)
+
+
+@pytest.mark.parametrize("dataset", ["cifar-fs", "fc100"])
 @pytest.mark.parametrize("folder", ["", "cifar100/data", "cifarfs/cifar100/data"])
-def test_reads_a_tree_of_class_folders(tmp_path: Path, pictures: dict[str, torch.Tensor], folder: str) -> None:
+def test_reads_a_tree_of_class_folders(
+    tmp_path: Path, pictures: dict[str, torch.Tensor], folder: str, dataset: str
+) -> None:
     write_tree(tmp_path / folder, pictures)
-    assert_holds(load_cifar_fs(tmp_path, images_per_class=COUNT), pictures)
+    assert_holds(read(small(dataset), tmp_path), pictures, dataset)
 
 
-def test_reads_the_zip(tmp_path: Path, pictures: dict[str, torch.Tensor]) -> None:
+@pytest.mark.parametrize("dataset", ["cifar-fs", "fc100"])
+def test_reads_the_zip(tmp_path: Path, pictures: dict[str, torch.Tensor], dataset: str) -> None:
     write_zip(tmp_path, pictures)
-    assert_holds(load_cifar_fs(tmp_path, images_per_class=COUNT), pictures)
+    assert_holds(read(small(dataset), tmp_path), pictures, dataset)
 
 
+@pytest.mark.parametrize("dataset", ["cifar-fs", "fc100"])
 def test_reads_torchvisions_files(
-    tmp_path: Path, pictures: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pictures: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, dataset: str
 ) -> None:
     write_torchvision(tmp_path, pictures, monkeypatch)
-    assert_holds(load_cifar_fs(tmp_path, images_per_class=COUNT), pictures)
+    assert_holds(read(small(dataset), tmp_path), pictures, dataset)
+
+
+def test_reads_only_the_splits_asked_for(tmp_path: Path, pictures: dict[str, torch.Tensor]) -> None:
+    kept = split_classes("cifar-fs", "val")
+    write_tree(tmp_path, {name: pictures[name] for name in kept})
+    data = read(small("cifar-fs"), tmp_path, splits=("val",))
+    assert list(data) == ["val"]
+    assert data["val"].classes == kept
+    with pytest.raises(InputError, match="nothing of train and test, only val of cifar-fs"):
+        read(small("cifar-fs"), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["train", "test", "meta"])
@@ -123,7 +162,7 @@ def test_opens_no_altered_pickle(
 
     (tmp_path / "cifar-100-python" / name).write_bytes(pickle.dumps(Opened()))
     with pytest.raises(InputError, match="incomplete or altered"):
-        load_cifar_fs(tmp_path, images_per_class=COUNT)
+        read(small("cifar-fs"), tmp_path)
     assert not witness.exists()
 
 
@@ -134,7 +173,7 @@ def test_reads_without_writing(tmp_path: Path, pictures: dict[str, torch.Tensor]
     for path in before:  # root may write all the same, hence the comparison
         path.chmod(0o555 if path.is_dir() else 0o444)
     try:
-        load_cifar_fs(tmp_path, images_per_class=COUNT)
+        read(small("cifar-fs"), tmp_path)
     finally:
         for path in before:
             path.chmod(0o755 if path.is_dir() else 0o644)
@@ -158,12 +197,12 @@ def test_names_the_class_that_is_missing_or_short(tmp_path: Path, pictures: dict
     short = pictures | {"whale": pictures["whale"][:2]}
     write(tmp_path, short)
     with pytest.raises(InputError, match=r"2 images of class 'whale'.*wanted 3 images"):
-        load_cifar_fs(tmp_path, images_per_class=COUNT)
+        read(small("cifar-fs"), tmp_path)
     for leftover in tmp_path.iterdir():
         shutil.rmtree(leftover)
     write(tmp_path, {name: images for name, images in pictures.items() if name != "baby"})
     with pytest.raises(InputError, match="0 images of class 'baby'"):
-        load_cifar_fs(tmp_path, images_per_class=COUNT)
+        read(small("cifar-fs"), tmp_path)
 
 
 def test_names_a_broken_archive_and_a_broken_image(tmp_path: Path, pictures: dict[str, torch.Tensor]) -> None:
@@ -171,20 +210,26 @@ def test_names_a_broken_archive_and_a_broken_image(tmp_path: Path, pictures: dic
     archive = tmp_path / "cifar100" / "cifar100.zip"
     archive.write_bytes(archive.read_bytes()[:-100])
     with pytest.raises(InputError, match="download cut off"):
-        load_cifar_fs(tmp_path, images_per_class=COUNT)
+        read(small("cifar-fs"), tmp_path)
     archive.unlink()
     write_tree(tmp_path, pictures)
     (tmp_path / "baby" / "baby_1.png").write_bytes(b"no image")
     with pytest.raises(InputError, match="damaged image of class 'baby'"):
-        load_cifar_fs(tmp_path, images_per_class=COUNT)
+        read(small("cifar-fs"), tmp_path)
     (tmp_path / "baby" / "baby_1.png").write_bytes(png(torch.zeros(3, 16, 16, dtype=torch.uint8)))
     with pytest.raises(InputError, match="32 x 32"):
-        load_cifar_fs(tmp_path, images_per_class=COUNT)
+        read(small("cifar-fs"), tmp_path)
 
 
 def test_refuses_an_unknown_data_set() -> None:
     with pytest.raises(InputError, match="digits, cifar-fs"):
         load("mnist")
+
+
+@pytest.mark.parametrize("splits", [("validation",), ()])
+def test_refuses_an_unknown_split_and_none(splits: tuple[str, ...]) -> None:
+    with pytest.raises(InputError, match="train, val, test"):
+        load("digits", splits=splits)
 
 
 def test_same_classes_and_images_as_learn2learn(data_root: Path, tmp_path: Path) -> None:
@@ -197,7 +242,7 @@ def test_same_classes_and_images_as_learn2learn(data_root: Path, tmp_path: Path)
     def digest(image: np.ndarray) -> bytes:
         return hashlib.sha256(np.ascontiguousarray(image)).digest()
 
-    ours = load_cifar_fs(data_root)
+    ours = load("cifar-fs", data_root)
     with ZipFile(archive) as opened:
         opened.extractall(tmp_path / "cifarfs")
     for split, images in ours.items():
@@ -227,64 +272,359 @@ def test_digits_keep_the_unseen_classes_apart() -> None:
     torch.testing.assert_close(turned.flip(-1).rot90(-1, (-2, -1)), plain, rtol=0, atol=0)
 
 
-def test_every_image_is_flipped_and_shifted_on_its_own() -> None:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(1, 256, (200, 2, 9, 7), generator=generator, dtype=torch.uint8)
-    result = flip_and_shift(images, padding=2, generator=generator)
-    assert result.shape == images.shape
-    assert result.dtype == torch.uint8
-    seen = set()
-    for before, after in zip(images, result, strict=True):
-        matches = []
-        for flipped in (False, True):
-            frame = torch.zeros(2, 13, 11, dtype=torch.uint8)
-            frame[:, 2:-2, 2:-2] = before.flip(-1) if flipped else before
-            matches += [
-                (flipped, top, left)
-                for top in range(5)
-                for left in range(5)
-                if torch.equal(frame[:, top : top + 9, left : left + 7], after)
-            ]
-        assert len(matches) == 1
-        seen.update(matches)
-    assert len(seen) >= 45  # of 50 possible draws
+def test_digits_come_in_the_splits_asked_for() -> None:
+    assert list(load("digits")) == ["train", "test"]
+    assert list(load("digits", splits=("test",))) == ["test"]
 
 
-def make_loader(**changes: int | bool) -> EpisodeLoader:
-    images = torch.arange(60).repeat_interleave(4).reshape(60, 1, 2, 2).to(torch.uint8)
-    data = ImageSet(images, torch.arange(6).repeat(10), tuple("abcdef"))
-    return EpisodeLoader(data, **{"ways": 3, "samples": 4, "tasks": 2, "steps": 5, "seed": 0, **changes})
+def flat(index: int, number: int, size: tuple[int, int] = (84, 84)) -> bytes:
+    """An image of one colour, which tells class and number."""
+    buffer = BytesIO()
+    Image.new("RGB", size, (index % 256, index // 256, number)).save(buffer, "png")
+    return buffer.getvalue()
 
 
-def test_episodes_hold_distinct_images_of_few_classes() -> None:
-    batches = list(make_loader())
-    assert len(batches) == len(make_loader()) == 5
-    pairs = set()
-    for images, labels in batches:
-        assert images.shape == (2, 12, 1, 2, 2)
-        assert images.dtype == torch.uint8
-        for task, answers in zip(images[:, :, 0, 0, 0].long(), labels, strict=True):
-            assert len(set(task.tolist())) == 12
-            assert answers.bincount().tolist() == [4, 4, 4]
-            own = {(int(answer), int(image) % 6) for answer, image in zip(answers, task, strict=True)}
-            assert len(own) == 3  # each label stands for one class
-            pairs |= own
-    assert len(pairs) > 12  # and for another one in the next episode
+def synsets(dataset: str) -> dict[str, tuple[str, ...]]:
+    return {split: split_classes(dataset, split) for split in SPLITS}
 
 
-def test_a_resumed_loader_continues_where_it_stood() -> None:
-    whole = list(make_loader(augment=True))
-    loader = make_loader(augment=True)
-    iterator = iter(loader)
-    for _ in range(2):
-        next(iterator)
-    resumed = make_loader(augment=True)
-    resumed.load_state_dict(loader.state_dict())
-    random.seed(99)
-    torch.manual_seed(99)
-    rest = list(resumed)
-    assert len(rest) == 3
-    for (images, labels), (expected, answers) in zip(rest, whole[2:], strict=True):
-        assert torch.equal(images, expected)
-        assert torch.equal(labels, answers)
-    assert not torch.equal(next(iter(make_loader(seed=1)))[0], next(iter(make_loader()))[0])
+def write_split_folders(folder: Path, splits: dict[str, tuple[str, ...]]) -> None:
+    for split, names in splits.items():
+        write_class_folders(folder / split, {split: names})
+
+
+def write_class_folders(folder: Path, splits: dict[str, tuple[str, ...]]) -> None:
+    for names in splits.values():
+        for index, name in enumerate(names):
+            (folder / name).mkdir(parents=True)
+            for number in range(2):
+                (folder / name / f"{name}_{number}.jpg").write_bytes(flat(index, number))
+            (folder / name / "._hidden.jpg").write_bytes(b"what archivers leave behind")
+
+
+def write_lists(folder: Path, splits: dict[str, tuple[str, ...]]) -> None:
+    (folder / "images").mkdir(parents=True)
+    for split, names in splits.items():
+        rows = [(f"{name}_{number}.jpg", name) for number in (1, 0) for name in names]
+        (folder / f"{split}.csv").write_text("\n".join(["filename,label", *map(",".join, rows)]))
+        for index, name in enumerate(names):
+            for number in range(2):
+                (folder / "images" / f"{name}_{number}.jpg").write_bytes(flat(index, number))
+
+
+def write_split_zips(folder: Path, splits: dict[str, tuple[str, ...]]) -> None:
+    folder.mkdir()
+    for split, names in splits.items():
+        with ZipFile(folder / f"miniimagenet_{split}.zip", "w") as archive:
+            archive.writestr(f"miniimagenet/{split}.csv", "filename,label")
+            for index, name in enumerate(names):
+                for number in (1, 0):
+                    member = f"miniimagenet/{split}/{name}/{name}_{number}.jpg"
+                    archive.writestr(member, flat(index, number))
+
+
+Write = Callable[[Path, dict[str, tuple[str, ...]]], None]
+FORMS = [
+    ("miniimagenet", write_split_zips),
+    ("miniimagenet", write_split_folders),
+    ("miniimagenet", write_class_folders),
+    ("miniimagenet", write_lists),
+    ("tieredimagenet", write_split_folders),
+    ("tieredimagenet", write_class_folders),
+    ("tieredimagenet", write_lists),
+]
+
+
+@pytest.mark.parametrize(("dataset", "write"), FORMS)
+def test_reads_every_form_of_imagenets_subsets(tmp_path: Path, dataset: str, write: Write) -> None:
+    write(tmp_path / dataset, synsets(dataset))
+    data = read(small(dataset, 2), tmp_path)
+    assert list(data) == list(SPLITS)
+    for split, images in data.items():
+        names = split_classes(dataset, split)
+        assert images.classes == names
+        labels = torch.arange(len(names)).repeat_interleave(2)
+        assert torch.equal(images.labels, labels)
+        colours = torch.stack([labels % 256, labels // 256, torch.tensor([0, 1]).repeat(len(names))], 1)
+        assert torch.equal(images.images, colours[:, :, None, None].expand(-1, 3, 84, 84).to(torch.uint8))
+
+
+@pytest.mark.parametrize("write", [write_split_zips, write_split_folders, write_lists])
+def test_one_split_of_miniimagenet_is_enough_where_no_other_is_wanted(tmp_path: Path, write: Write) -> None:
+    write(tmp_path / "miniimagenet", {"test": split_classes("miniimagenet", "test")})
+    assert len(read(small("miniimagenet", 2), tmp_path, splits=("test",))["test"]) == 40
+    with pytest.raises(InputError, match=r"nothing of train, only test of miniimagenet(.|\n)*miniimagenet_<split>.zip"):
+        read(small("miniimagenet", 2), tmp_path, splits=("train", "test"))
+
+
+def test_forms_complete_each_other(tmp_path: Path) -> None:
+    splits = synsets("miniimagenet")
+    write_split_zips(tmp_path / "miniimagenet", {"test": splits.pop("test")})
+    write_split_folders(tmp_path / "miniimagenet", splits)
+    assert [len(images) for images in read(small("miniimagenet", 2), tmp_path).values()] == [128, 32, 40]
+
+
+def test_classes_of_tieredimagenet_may_differ_in_size_but_not_fall_short(tmp_path: Path) -> None:
+    write_class_folders(tmp_path / "tieredimagenet", synsets("tieredimagenet"))
+    name = split_classes("tieredimagenet", "val")[3]
+    extra = tmp_path / "tieredimagenet" / name / "z.JPEG"
+    extra.write_bytes(flat(7, 9))
+    images = read(small("tieredimagenet", 2), tmp_path, splits=("val",))["val"]
+    assert images.labels.bincount().tolist() == [2, 2, 2, 3] + [2] * 93
+    assert images.images[8, :, 0, 0].tolist() == [7, 0, 9]  # the last of the fourth class
+    with pytest.raises(InputError, match=r"2 images of class 'n\d+'.*wanted at least 3 images"):
+        read(small("tieredimagenet", 3), tmp_path, splits=("val",))
+    with pytest.raises(InputError, match="wanted 2 images"):
+        read(replace(small("tieredimagenet", 2), exact=True), tmp_path, splits=("val",))
+
+
+def test_resizes_what_is_larger(tmp_path: Path) -> None:
+    write_class_folders(tmp_path / "miniimagenet", synsets("miniimagenet"))
+    name = split_classes("miniimagenet", "test")[0]
+    picture = Image.effect_noise((130, 97), 90).convert("RGB")
+    picture.save(tmp_path / "miniimagenet" / name / f"{name}_0.jpg", "png")
+    found = read(small("miniimagenet", 2), tmp_path, splits=("test",))["test"].images[0]
+    expected = np.asarray(picture.resize((84, 84), Image.Resampling.BILINEAR))
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)
+
+
+def test_names_a_listed_image_that_is_missing_and_a_list_that_is_none(tmp_path: Path) -> None:
+    folder = tmp_path / "tieredimagenet"
+    write_lists(folder, synsets("tieredimagenet"))
+    name = split_classes("tieredimagenet", "test")[5]
+    (folder / "images" / f"{name}_1.jpg").unlink()
+    with pytest.raises(InputError, match=f"missing or damaged image of class '{name}'.*{name}_1.jpg"):
+        read(small("tieredimagenet", 2), tmp_path)
+    (folder / "val.csv").write_text("nothing,of,the,kind\n1,2,3,4")
+    with pytest.raises(InputError, match=r"val.csv.*columns filename and label"):
+        read(small("tieredimagenet", 2), tmp_path)
+
+
+def drawing(index: int, number: int) -> Image.Image:
+    """Ink, which is 0, in a rectangle at the top left."""
+    image = Image.new("1", (105, 105), 1)
+    image.paste(0, (0, 0, 30 + index % 60, 15 + number))
+    return image
+
+
+@pytest.fixture(scope="session")
+def characters() -> dict[str, list[bytes]]:
+    """Two drawings of every character as files."""
+    result = {}
+    for index, name in enumerate(name for names in synsets("omniglot").values() for name in names):
+        result[name] = []
+        for number in range(2):
+            drawing(index, number).save(buffer := BytesIO(), "png")
+            result[name].append(buffer.getvalue())
+    return result
+
+
+def write_omniglot_zips(root: Path, characters: dict[str, list[bytes]]) -> None:
+    (root / "omniglot").mkdir()
+    alphabets = sorted({name.split("/")[0] for name in characters})
+    for part, own in (("background", alphabets[::2]), ("evaluation", alphabets[1::2])):
+        with ZipFile(root / "omniglot" / f"images_{part}.zip", "w") as archive:
+            for name, files in characters.items():
+                if name.split("/")[0] in own:
+                    for number in (1, 0):
+                        archive.writestr(f"images_{part}/{name}/00_{number}.png", files[number])
+
+
+def extract(root: Path, folder: str) -> None:
+    for path in (root / "omniglot").glob("*.zip"):
+        with ZipFile(path) as archive:
+            archive.extractall(root / folder)
+        path.unlink()
+
+
+@pytest.mark.parametrize("folder", [None, "omniglot", "omniglot-py"])
+def test_omniglot_has_every_turn_of_a_character_as_a_class(
+    tmp_path: Path, characters: dict[str, list[bytes]], folder: str | None
+) -> None:
+    write_omniglot_zips(tmp_path, characters)
+    if folder:
+        extract(tmp_path, folder)
+    data = read(small("omniglot", 2), tmp_path)
+    assert {split: tuple(images.images.shape) for split, images in data.items()} == {
+        "train": (2 * 4112, 1, 28, 28),
+        "val": (2 * 688, 1, 28, 28),
+        "test": (2 * 1692, 1, 28, 28),
+    }
+    for split, images in data.items():
+        names = split_classes("omniglot", split)
+        assert len(set(images.classes)) == 4 * len(names)
+        assert images.labels.bincount().tolist() == [2] * 4 * len(names)
+    first = split_classes("omniglot", "val")[7]
+    images = data["val"]
+    index, number = 1028 + 7, 1
+    plain = images.images[images.labels == images.classes.index(f"{first}, 0 degrees")]
+    reduced = drawing(index, number).convert("L").resize((28, 28), Image.Resampling.LANCZOS)
+    assert np.array_equal(255 - plain[number, 0].numpy(), np.asarray(reduced))
+    assert plain[:, 0, 1, 1].min() > 250  # ink
+    assert plain[:, 0, 20, 25].max() == 0
+    for turns in range(4):
+        turned = images.images[images.labels == images.classes.index(f"{first}, {90 * turns} degrees")]
+        assert torch.equal(turned, plain.rot90(turns, (-2, -1)))
+
+
+def test_names_the_short_character(tmp_path: Path, characters: dict[str, list[bytes]]) -> None:
+    write_omniglot_zips(tmp_path, characters)
+    extract(tmp_path, "omniglot")
+    next((tmp_path / "omniglot").glob("*/Greek/character03/00_0.png")).unlink()
+    with pytest.raises(InputError, match=r"1 images of class 'Greek/character03' in .*omniglot"):
+        read(small("omniglot", 2), tmp_path)
+
+
+def digest_of(images: torch.Tensor) -> str:
+    """The SHA-256 of the sorted SHA-256 digests of images (n, 3, height, width), bytes by row, column, channel."""
+    digests = [hashlib.sha256(image.permute(1, 2, 0).numpy().tobytes()).digest() for image in images]
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+@pytest.fixture
+def small_cifar(tmp_path: Path, pictures: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes the command believe that `pictures` were CIFAR-100; a folder for them."""
+    known = tmp_path / "known.sha256"
+    known.write_text("".join(f"{name} {digest_of(images)}\n" for name, images in pictures.items()))
+    for dataset in ("cifar-fs", "fc100"):
+        monkeypatch.setitem(CATALOGUE, dataset, replace(small(dataset), checksums=str(known)))
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+def verify(*arguments: str | Path) -> str:
+    """What the command says is wrong; empty if it ends well."""
+    try:
+        main(["verify", *map(str, arguments)])
+    except SystemExit as stop:
+        return str(stop.code)
+    return ""
+
+
+@pytest.mark.parametrize("dataset", ["cifar-fs", "fc100"])
+@pytest.mark.parametrize("form", ["zip", "folders", "torchvision"])
+def test_the_right_pixels_verify_in_every_form(
+    small_cifar: Path,
+    pictures: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    dataset: str,
+    form: str,
+) -> None:
+    if form == "torchvision":
+        write_torchvision(small_cifar, pictures, monkeypatch)
+    else:
+        (write_zip if form == "zip" else write_tree)(small_cifar, pictures)
+    monkeypatch.setenv("CONVEXHEADS_DATA", str(small_cifar))
+    assert verify(dataset) == ""
+    out = capsys.readouterr().out
+    assert "Complete and right" in out
+    assert "20 of 20" in out
+    assert "20 ok" in out
+
+
+def test_verify_names_what_is_altered_short_damaged_or_of_the_wrong_size(
+    small_cifar: Path, pictures: dict[str, torch.Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    altered = pictures["whale"].clone()
+    altered[2, 1, 30, 30] ^= 1
+    write_tree(small_cifar, pictures | {"whale": altered, "bear": pictures["bear"][:2]})
+    (small_cifar / "baby" / "baby_1.png").write_bytes(b"no image")
+    (small_cifar / "rose" / "rose_0.png").write_bytes(png(torch.zeros(3, 16, 20, dtype=torch.uint8)))
+    faults = verify("cifar-fs", "--data-root", small_cifar)
+    for message in (
+        "the pixels of 'whale' differ",
+        "2 images of class 'bear', wanted 3",
+        "damaged image of class 'baby'",
+        "a 20 x 16 image of class 'rose', wanted 32 x 32",
+    ):
+        assert faults.count(message) == 1
+    assert faults.count("differ") == 1
+    assert "Complete" not in capsys.readouterr().out
+
+
+def test_verify_finds_images_exchanged_between_classes(small_cifar: Path, pictures: dict[str, torch.Tensor]) -> None:
+    write_tree(small_cifar, pictures | {"bear": pictures["whale"], "whale": pictures["bear"]})
+    faults = verify("fc100", "--data-root", small_cifar)
+    assert "'bear' differ" in faults
+    assert "'whale' differ" in faults
+
+
+def test_verify_says_which_splits_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(CATALOGUE, "miniimagenet", small("miniimagenet", 2))
+    write_split_zips(tmp_path / "miniimagenet", {"test": split_classes("miniimagenet", "test")})
+    assert "nothing of train and val; there is test" in verify("miniimagenet", "--data-root", tmp_path)
+    assert verify("miniimagenet", "--data-root", tmp_path, "--splits", "[test]") == ""
+    assert "none known" in capsys.readouterr().out
+    assert "train, val, test" in verify("miniimagenet", "--data-root", tmp_path, "--splits", "[]")
+
+
+def test_verify_finds_a_drawing_moved_to_another_character(
+    tmp_path: Path, characters: dict[str, list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The alphabet as a whole holds the same drawings."""
+    from benchmarks.data.__main__ import survey
+    from benchmarks.data.datasets import look
+
+    write_omniglot_zips(tmp_path, characters)
+    entry, known = small("omniglot", 2), tmp_path / "known.sha256"
+    digests = {k: v for s in SPLITS for k, v in survey(entry, look(entry, tmp_path), s).digests.items()}
+    known.write_text("".join(f"{group} {digest}\n" for group, digest in digests.items()))
+    monkeypatch.setitem(CATALOGUE, "omniglot", replace(entry, checksums=str(known)))
+    assert verify("omniglot", "--data-root", tmp_path) == ""
+    extract(tmp_path, "omniglot")
+    assert verify("omniglot", "--data-root", tmp_path) == ""
+    (one,) = (tmp_path / "omniglot").glob("*/Greek/character03/00_0.png")
+    other = one.parent.parent / "character04" / one.name
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+    faults = verify("omniglot", "--data-root", tmp_path)
+    assert "'train/Greek' differ" in faults
+    assert faults.count("differ") == 1
+
+
+def test_the_program_exits_with_1_where_nothing_is_found_and_lists_the_layouts(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.data", "verify", "omniglot", "--data-root", str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "nothing usable" in done.stderr
+    assert "omniglot/images_background.zip" in done.stderr
+
+
+def test_list_shows_every_data_set_and_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["list"])
+    out = capsys.readouterr().out
+    for entry in CATALOGUE.values():
+        assert f" {entry.name} " in out
+        assert entry.layouts in out
+
+
+@pytest.mark.parametrize(
+    ("dataset", "file", "splits"),
+    [
+        ("cifar-fs", "cifar100/cifar100.zip", "[train,val,test]"),
+        ("fc100", "cifar100/cifar100.zip", "[train,val,test]"),
+        ("omniglot", "omniglot/images_evaluation.zip", "[train,val,test]"),
+        ("miniimagenet", "miniimagenet/miniimagenet_test.zip", "[test]"),
+    ],
+)
+def test_the_real_data_verifies(data_root: Path, dataset: str, file: str, splits: str) -> None:
+    if not (data_root / file).is_file():
+        pytest.skip(f"needs {file} below CONVEXHEADS_DATA")
+    assert verify(dataset, "--data-root", data_root, "--splits", splits) == ""
+
+
+def test_the_splits_of_cifar_are_those_of_the_real_datas_table(data_root: Path) -> None:
+    if not (table := data_root / "cifar100" / "classes.csv").is_file():
+        pytest.skip("needs cifar100/classes.csv below CONVEXHEADS_DATA")
+    with table.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    for dataset, column in (("cifar-fs", "cifarfs_split"), ("fc100", "fc100_split")):
+        for split in SPLITS:
+            assert set(split_classes(dataset, split)) == {row["class"] for row in rows if row[column] == split}
+    superclasses = [{row["superclass"] for row in rows if row["fc100_split"] == split} for split in SPLITS]
+    assert [len(names) for names in superclasses] == [12, 4, 4]
+    assert len(set().union(*superclasses)) == 20

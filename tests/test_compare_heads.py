@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks import heads
+from benchmarks.backbones import Conv4
 from benchmarks.data import ImageSet
-from benchmarks.models import Conv4
 from convexheads import InputError, RidgeHead, embed, evaluate
 
 

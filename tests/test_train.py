@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +17,9 @@ import yaml
 from PIL import Image
 
 import convexheads as ch
-from benchmarks import models, train
+from benchmarks import backbones, models, train
+from benchmarks.data import EpisodeLoader, ImageSet
+from convexheads.integrations.lightning import EpisodicModule
 
 SHORT = [
     "--steps",
@@ -187,7 +194,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_backbone_standardises_pixels_and_gives_256_features() -> None:
     images = torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8)
-    backbone = models.Conv4(images)
+    backbone = backbones.Conv4(images)
     assert backbone(images).shape == (50, 256)
     assert backbone.mean.flatten().tolist() == pytest.approx(images.double().mean((0, 2, 3)).tolist())
     assert {"mean", "deviation"} < backbone.state_dict().keys()
@@ -196,3 +203,144 @@ def test_backbone_standardises_pixels_and_gives_256_features() -> None:
 def test_refuses_an_unknown_head() -> None:
     with pytest.raises(ch.InputError, match="svm, ridge, prototypes"):
         models.make_head("forest")
+
+
+def run_as_a_command(*arguments: str, script: str = "-m benchmarks.train") -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parent.parent
+    command = [sys.executable, *script.split(), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=root, env=environment)
+
+
+def test_two_processes_train_as_one_with_all_episodes(tmp_path: Path) -> None:
+    """By gloo on the CPU, from the command line; 4 episodes a step, of which each of two processes has 2."""
+    for processes in ("1", "2"):
+        done = run_as_a_command(
+            *["--steps", "3", "--tasks", "4", "--test-episodes", "10", "--device", "cpu", "--threads", "1"],
+            *["--processes", processes, "--output", str(tmp_path / processes)],
+            script="tests/two_processes.py",
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
+    for name, value in one.items():  # the logits' scale is in float32
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-8)
+    results = [json.loads((tmp_path / name / "result.json").read_text())["results"] for name in ("1", "2")]
+    assert [row["accuracy"] for row in results[0]] == pytest.approx([row["accuracy"] for row in results[1]], abs=0.01)
+
+
+def test_killed_at_any_moment_it_resumes_to_the_same_weights(finished: Path, tmp_path: Path) -> None:
+    arguments = [*SHORT[:-6], "--checkpoint-every", "1", "--device", "cpu", "--threads", "1", "--output", str(tmp_path)]
+    root = Path(__file__).parent.parent
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.train", *arguments],
+        cwd=root,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not checkpoint.is_file() and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "result.json").exists()
+    done = run_as_a_command(*arguments, "--resume")
+    assert done.returncode == 0, done.stderr
+    expected, found = weights(finished), weights(tmp_path)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_a_damaged_checkpoint_is_named_and_left_alone(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-5000])
+    with pytest.raises(SystemExit, match=r"resume: got .*last\.ckpt, damaged.*wanted a complete checkpoint"):
+        train.main([*SHORT, "--output", str(tmp_path / "run"), "--resume"])
+
+
+@pytest.fixture
+def with_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digits, two of whose unseen classes validate."""
+    data = train.load("digits")
+    unseen = data["test"]
+    parts = {"train": data["train"], "test": unseen, "val": ImageSet(unseen.images, unseen.labels, unseen.classes)}
+    monkeypatch.setattr(train, "load", lambda *_, **__: dict(parts))
+
+
+@pytest.mark.usefixtures("with_validation")
+def test_the_best_weights_on_validation_classes_are_kept(tmp_path: Path) -> None:
+    options = ["--validate-every", "2", "--validation-episodes", "20", "--learning-rate", "1"]
+    train.main([*SHORT, *options, "--output", str(tmp_path)])
+    with (tmp_path / "metrics.csv").open() as file:
+        accuracies = {int(row["step"]): row["val_accuracy"] for row in csv.DictReader(file) if row["val_accuracy"]}
+    assert list(accuracies) == [1, 3, 5]
+    best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["global_step"] - 1 == max(accuracies, key=lambda step: float(accuracies[step]))
+    saved = models.load_weights(tmp_path / "model.safetensors")
+    for name, value in saved.backbone.state_dict().items():
+        assert torch.equal(value, best["state_dict"][f"backbone.{name}"]), name
+
+
+@pytest.mark.usefixtures("with_validation")
+def test_trainval_trains_on_validation_classes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(train, "EpisodeLoader", lambda data, **kw: seen.append(data) or EpisodeLoader(data, **kw))
+    train.main([*SHORT, "--trainval", "--output", str(tmp_path)])
+    assert len(seen[0].classes) == 45
+    assert not (tmp_path / "checkpoints" / "best.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("paper", [1, 1, 0.06, 0.06, 0.012, 0.0024]),
+        ("cosine", [1, 0.9330127, 0.75, 0.5, 0.25, 0.0669873]),
+        ("constant", [1.0] * 6),
+    ],
+)
+def test_schedules(schedule: str, expected: list[float]) -> None:
+    module = EpisodicModule(torch.nn.Linear(2, 2), ch.RidgeHead(), ways=2, shots=1, steps=6, schedule=schedule)
+    found = module.configure_optimizers()
+    optimizer, scheduler = found["optimizer"], found["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"] / 0.1)
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx(expected)
+
+
+def test_label_smoothing_and_what_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    samples, labels = torch.randn(2, 8, 5), torch.arange(8).expand(2, -1) % 2
+    logged = {}
+    for smoothing in (0.0, 0.2):
+        module = EpisodicModule(torch.nn.Identity(), ch.SVMHead(), ways=2, shots=2, steps=1, label_smoothing=smoothing)
+        monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
+        loss = module.training_step((samples, labels), 0)
+        episode = ch.split_task(samples, labels, shots=2)
+        logits = module.head(episode.support, episode.support_labels, episode.query)
+        expected = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), episode.query_labels.flatten(), label_smoothing=smoothing
+        )
+        assert loss.item() == pytest.approx(expected.item())
+    assert logged["certified"] == 1
+    assert logged["iterations"] >= 1
+    for wrong in ({"schedule": "linear"}, {"label_smoothing": 1.0}):
+        with pytest.raises(ch.InputError, match=next(iter(wrong))):
+            EpisodicModule(torch.nn.Identity(), ch.SVMHead(), ways=2, shots=2, steps=1, **wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["ridge", "svm"])
+def test_the_papers_own_recipe_runs(data_root: Path, tmp_path: Path, head: str) -> None:
+    """A few steps of Table 2's ResNet-12, on the CPU; saved, resumed and evaluated."""
+    config = Path(train.__file__).parent / "configs" / "table2" / f"cifar-fs_resnet12_{head}.yaml"
+    arguments = ["--config", str(config), "--data-root", str(data_root), "--output", str(tmp_path), "--device", "cpu"]
+    short = ["--steps", "2", "--tasks", "1", "--validate-every", "2", "--validation-episodes", "4"]
+    train.main([*arguments, *short, "--test-episodes", "4", "--checkpoint-every", "1"])
+    trained = models.load_weights(tmp_path / "model.safetensors")
+    assert trained.backbone(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 2560)
+    assert trained.settings["augment"] == "flip-crop-jitter"
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert f"--backbone resnet12 {'' if head == 'svm' else '--head ridge '}" in result["command"]

@@ -1,0 +1,240 @@
+"""The networks of the paper: from uint8 images (n, channels, height, width) to features (n, d).
+
+Pixels are standardised first, by constants of example images, which checkpoints keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from learn2learn.vision.models import CNN4Backbone, WRN28Backbone
+from torch import Tensor, nn
+from torch.nn import functional
+
+from convexheads.errors import InputError
+
+SLOPE = 0.1
+"""Of leaky ReLUs, Section 4.1."""
+
+
+class Backbone(nn.Module):
+    """Standardises pixels, applies `layers`, which a subclass sets, and flattens.
+
+    Args:
+        examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    layers: nn.Module
+
+    def __init__(self, examples: Tensor) -> None:
+        super().__init__()
+        deviation, mean = torch.std_mean(examples.float(), dim=(0, 2, 3), keepdim=True)
+        self.register_buffer("mean", mean)
+        self.register_buffer("deviation", deviation)
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.contiguous(memory_format=torch.channels_last)  # a fifth faster on CPU
+        return self.layers((images - self.mean) / self.deviation).flatten(1)
+
+
+class Conv4(Backbone):
+    """Four blocks of 3 x 3 convolution with 64 filters, batch normalisation, ReLU and 2 x 2 max-pooling.
+
+    256 features of 32 x 32 images, 1,600 of 84 x 84. The layers are learn2learn's `CNN4Backbone`; the initial weights
+    are PyTorch's (learn2learn draws the scale of the normalisation between 0 and 1, which leaves some channels all but
+    dead).
+
+    Args:
+        examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants.
+    """
+
+    def __init__(self, examples: Tensor) -> None:
+        super().__init__(examples)
+        layers = CNN4Backbone(hidden_size=64, channels=examples.shape[1], max_pool=True)
+        for layer in layers.modules():
+            if isinstance(layer, nn.Conv2d | nn.BatchNorm2d):
+                layer.reset_parameters()
+        self.layers = layers.to(memory_format=torch.channels_last)
+
+
+class R2D2Network(Backbone):
+    """The network of R2D2 (Bertinetto et al. 2019): 96, 192, 384 and 512 filters, outputs of the last two blocks.
+
+    Blocks of 3 x 3 convolution, batch normalisation, 2 x 2 max-pooling, leaky ReLU, in this order; as in the code of
+    Lee et al. with dropout of 0.1 and 0.3 in the last two, and without the very last activation, which they needed to
+    come to R2D2's accuracy. 8,192 features of 32 x 32 images, 51,200 of 84 x 84.
+
+    Args:
+        examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants.
+    """
+
+    def __init__(self, examples: Tensor) -> None:
+        super().__init__(examples)
+        widths = (examples.shape[1], 96, 192, 384, 512)
+        dropout = (0.0, 0.0, 0.1, 0.3)
+        blocks = [
+            nn.Sequential(
+                nn.Conv2d(before, after, 3, padding=1),
+                nn.BatchNorm2d(after),
+                nn.MaxPool2d(2),
+                nn.LeakyReLU(SLOPE) if after < 512 else nn.Identity(),
+                nn.Dropout(share),
+            )
+            for before, after, share in zip(widths[:-1], widths[1:], dropout, strict=True)
+        ]
+        self.layers = _LastTwo(*blocks)
+
+
+class _LastTwo(nn.Sequential):
+    """The flat outputs of the last two modules, one beside the other."""
+
+    def forward(self, value: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        *first, last = self
+        for module in first:
+            value = module(value)
+        return torch.cat([value.flatten(1), last(value).flatten(1)], 1)
+
+
+class ResNet12(Backbone):
+    """Four residual blocks of 64, 160, 320 and 640 filters, each of three 3 x 3 convolutions (Section 4.1).
+
+    Each ends with 2 x 2 max-pooling and DropBlock; there is no global average pooling: 2,560 features of 32 x 32
+    images, 16,000 of 84 x 84. Initial weights are Kaiming's, as in the published code. learn2learn's `ResNet12Backbone`
+    counts the steps of DropBlock in a plain integer, which checkpoints lose, hence layers of our own.
+
+    Args:
+        examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants;
+            blocks of 5 x 5 are dropped for images of 84 x 84, of 2 x 2 for smaller ones.
+        dropblock: "paper": one unit in ten dropped after every block, single ones (dropout) after the first two.
+            "official": as in the published code, whose share grows from nothing to one in ten over 40,000 steps in the
+            last two; there too the counter is lost on resumption, and stays at zero with several GPUs. "none".
+        average_pool: 640 features, the means over positions.
+
+    Raises:
+        InputError: no such variant of DropBlock.
+    """
+
+    def __init__(self, examples: Tensor, *, dropblock: str = "paper", average_pool: bool = False) -> None:
+        super().__init__(examples)
+        if dropblock not in ("paper", "official", "none"):
+            raise InputError("dropblock", repr(dropblock), "one of paper, official, none")
+        size = 5 if min(examples.shape[-2:]) >= 84 else 2
+        blocks: list[nn.Module] = []
+        for before, after, block_size in zip(
+            (examples.shape[1], 64, 160, 320), (64, 160, 320, 640), (1, 1, size, size), strict=True
+        ):
+            drop: nn.Module = nn.Identity()
+            if dropblock != "none":
+                drop = nn.Dropout(0.1) if block_size == 1 else DropBlock(block_size, grow=dropblock == "official")
+            blocks += [_Residual(before, after), nn.MaxPool2d(2), drop]
+        self.layers = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1) if average_pool else nn.Identity())
+        for module in self.layers.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, SLOPE, mode="fan_out", nonlinearity="leaky_relu")
+
+
+class _Residual(nn.Module):
+    """Three convolutions, and a fourth around them."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for channels in (before, after, after):
+            layers += [nn.Conv2d(channels, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.LeakyReLU(SLOPE)]
+        self.through = nn.Sequential(*layers[:-1])
+        self.around = nn.Sequential(nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after))
+        self.activation = layers[-1]
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.activation(self.through(value) + self.around(value))
+
+
+class DropBlock(nn.Module):
+    """Drops square blocks of each channel in training (Ghiasi et al. 2018), one unit in ten.
+
+    torchvision's takes odd sizes only. As there, what is left is scaled so that the mean stays.
+
+    Args:
+        size: height and width of a block; on smaller maps, theirs.
+        grow: whether the share grows from nothing over 40,000 steps, as in the published code.
+    """
+
+    steps: Tensor
+    share, growth = 0.1, 40_000
+
+    def __init__(self, size: int, *, grow: bool) -> None:
+        super().__init__()
+        self.size, self.grow = size, grow
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # of training; checkpoints keep it
+
+    def forward(self, value: Tensor) -> Tensor:
+        if not self.training:
+            return value
+        self.steps += 1
+        share = self.share * min(1.0, self.steps.item() / self.growth) if self.grow else self.share
+        size, (height, width) = min(self.size, *value.shape[-2:]), value.shape[-2:]
+        places = height - size + 1, width - size + 1
+        rate = share * height * width / (size**2 * places[0] * places[1])
+        corners = (torch.rand(*value.shape[:2], *places, device=value.device) < rate).to(value.dtype)
+        kept = 1 - functional.max_pool2d(functional.pad(corners, [size - 1] * 4), size, stride=1)
+        return value * kept * (kept.numel() / kept.sum().clamp_min(1))
+
+    def extra_repr(self) -> str:
+        return f"{self.size}, grow={self.grow}"
+
+
+class WRN28(Backbone):
+    """The wide residual network WRN-28-10 (Zagoruyko & Komodakis 2016), learn2learn's: 640 features.
+
+    Args:
+        examples: uint8 images (m, 3, 84, 84) whose mean and deviation by channel are the constants.
+
+    Raises:
+        InputError: images of another size, for which learn2learn's pooling is not made.
+    """
+
+    def __init__(self, examples: Tensor) -> None:
+        super().__init__(examples)
+        if examples.shape[1:] != (3, 84, 84):
+            raise InputError("backbone", f"wrn28 for images of {tuple(examples.shape[1:])}", "(3, 84, 84)")
+        self.layers = WRN28Backbone()
+
+
+class Pixels(nn.Module):
+    """No backbone at all: uint8 images (n, channels, height, width) as rows of numbers from 0 to 1.
+
+    What a head reaches on these is the level that a backbone has to beat.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1) / 255
+
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "conv4": Conv4,
+    "r2d2": R2D2Network,
+    "resnet12": ResNet12,
+    "wrn28": WRN28,
+}
+
+
+def make_backbone(name: str, examples: Tensor, **settings: object) -> nn.Module:
+    """The backbone of that name.
+
+    Args:
+        name: one of `BACKBONES`.
+        examples: uint8 images (m, channels, height, width) whose mean and deviation by channel standardise pixels.
+        settings: further arguments of its class.
+
+    Raises:
+        InputError: no such backbone, or no such setting of it.
+    """
+    if name not in BACKBONES:
+        raise InputError("backbone", repr(name), f"one of {', '.join(BACKBONES)}")
+    try:
+        return BACKBONES[name](examples, **settings)
+    except TypeError as error:
+        raise InputError("backbone", f"{name} with {settings}", "settings that it has") from error

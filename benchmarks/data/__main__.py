@@ -1,0 +1,197 @@
+"""List the data sets, or verify a copy of one: classes, numbers of images, sizes and checksums.
+
+python -m benchmarks.data list
+python -m benchmarks.data verify cifar-fs --data-root DIR
+python -m benchmarks.data verify miniimagenet --splits '[test]' --data-root DIR
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+import jsonargparse
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from benchmarks.data.datasets import CATALOGUE, LISTS, SPLITS, Entry, check_splits, look, present, split_classes
+from benchmarks.data.sources import Source, open_image
+from convexheads.errors import InputError
+
+FAULTS_SHOWN = 20
+
+
+@dataclass
+class Survey:
+    """What a split holds.
+
+    Attributes:
+        wanted: how many classes it should have.
+        counts: images of each class that is there.
+        sizes: how many images there are of each width and height, as stored.
+        digests: checksum of each sound group of classes; see `survey`.
+        faults: what is missing or damaged.
+    """
+
+    wanted: int
+    counts: dict[str, int] = field(default_factory=dict)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    digests: dict[str, str] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+
+def survey(entry: Entry, source: Source, split: str, *, progress: bool = False) -> Survey:
+    """Decode every image of a split and take its checksums.
+
+    An image's digest is the SHA-256 of its pixels as stored, before any change of size: bytes in the order height,
+    width, channel. That of a group of classes is the SHA-256 of the digests of each class's images, sorted, one class
+    after another. So neither the kind of file nor the order of images matters. A CIFAR class is a group of its own; an
+    alphabet's characters are one group, as far as they belong to the split.
+    """
+    classes = split_classes(entry.name, split)
+    result, groups, unsound = Survey(len(classes)), defaultdict(hashlib.sha256), set()
+    for name in tqdm(sorted(classes), desc=f"{entry.name}, {split}", unit="class", disable=not progress, leave=False):
+        alphabet, slash, _ = name.partition("/")
+        group, digests, faults = f"{split}/{alphabet}" if slash else name, [], []
+        files = source.images.get(name, [])
+        if files:
+            result.counts[name] = len(files)
+        if not entry.complete(len(files)):
+            least = "" if entry.exact else "at least "
+            faults.append(f"{split}: {len(files)} images of class {name!r}, wanted {least}{entry.images_per_class}")
+        for file in files:
+            try:
+                image = open_image(name, file, entry.mode)
+            except InputError as error:
+                faults.append(f"{split}: {error}")
+                continue
+            result.sizes[image.size] += 1
+            if entry.resampling is None and image.size != (entry.size, entry.size):
+                size = f"{image.width} x {image.height}"
+                faults.append(f"{split}: a {size} image of class {name!r}, wanted {entry.size} x {entry.size}")
+            digests.append(hashlib.sha256(image.tobytes()).digest())
+        groups[group].update(b"".join(sorted(digests)))
+        if faults:
+            unsound.add(group)
+        result.faults += faults
+    result.digests = {group: digest.hexdigest() for group, digest in groups.items() if group not in unsound}
+    return result
+
+
+def known_digests(entry: Entry) -> dict[str, str]:
+    """The checksums that we have of a data set, by group of classes; none where copies differ."""
+    if entry.checksums is None:
+        return {}
+    return dict(line.split() for line in (LISTS / entry.checksums).read_text(encoding="utf-8").splitlines())
+
+
+def verify(
+    entry: Entry, root: Path | None, *, splits: Sequence[str] = SPLITS, progress: bool = False
+) -> tuple[Table, list[str]]:
+    """A table of what the splits hold, and all that is missing or wrong.
+
+    Raises:
+        InputError: no split or an unknown one, or there is nothing usable below `root`.
+    """
+    check_splits(splits)
+    source, known, faults = look(entry, root), known_digests(entry), []
+    there = present(entry, source)
+    table = Table(title=f"{entry.name} in {root}", title_justify="left")
+    for column in ("split", "classes", "images", "size", "checksums"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for split in splits:
+        if split not in there:
+            table.add_row(split, f"0 of {len(split_classes(entry.name, split))}", "0", "", "")
+            continue
+        result = survey(entry, source, split, progress=progress)
+        wrong = [group for group, digest in result.digests.items() if known and known.get(group) != digest]
+        sound = f"{len(result.digests) - len(wrong)} ok" + (f", {len(wrong)} differ" if wrong else "")
+        table.add_row(
+            split,
+            f"{len(result.counts)} of {result.wanted}",
+            f"{sum(result.counts.values()):,}",
+            _sizes(entry, result.sizes),
+            sound if known else "none known",
+        )
+        faults += result.faults
+        faults += [f"{split}: the pixels of {group!r} differ from the known ones" for group in wrong]
+    if missing := [split for split in splits if split not in there]:
+        faults.append(f"nothing of {' and '.join(missing)}; there is {' and '.join(there) or 'no split'}")
+    for first, second in combinations(SPLITS, 2):
+        if shared := set(split_classes(entry.name, first)) & set(split_classes(entry.name, second)):
+            faults.append(f"{first} and {second} share the classes {', '.join(sorted(shared))}")
+    return table, faults
+
+
+def _sizes(entry: Entry, sizes: Counter[tuple[int, int]]) -> str:
+    stored = " x ".join(map(str, *sizes)) if len(sizes) == 1 else f"{len(sizes)} sizes"
+    resized = entry.resampling is not None and set(sizes) != {(entry.size, entry.size)}
+    return f"{stored}, made {entry.size} x {entry.size}" if resized else stored
+
+
+def listing() -> tuple[Table, str]:
+    """A table of all data sets, and what to put where for each."""
+    table = Table("data set", "classes", "images a class", "size", "checksums", title="Data sets", title_justify="left")
+    table.add_row("digits", "40, 0, 5", "174 or more", "32 x 32", "comes with scikit-learn")
+    for entry in CATALOGUE.values():
+        table.add_row(
+            entry.name,
+            ", ".join(str(len(split_classes(entry.name, split))) for split in SPLITS)
+            + (", each in 4 turns" if entry.finish else ""),
+            f"{entry.images_per_class}{'' if entry.exact else ' or more'}",
+            f"{entry.size} x {entry.size}",
+            "known" if entry.checksums else "none known",
+        )
+    return table, "\n\n".join(dict.fromkeys(entry.layouts for entry in CATALOGUE.values()))
+
+
+def _parser() -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(prog="python -m benchmarks.data", description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subcommands(dest="command")
+    text = "list the data sets and what to put where"
+    commands.add_subcommand("list", jsonargparse.ArgumentParser(description=text), help=text)
+    text = "check that a copy of a data set is whole: exit status 0 if so, else 1"
+    command = jsonargparse.ArgumentParser(description=text)
+    commands.add_subcommand("verify", command, help=text)
+    command.add_argument("dataset", type=Literal[tuple(CATALOGUE)], help="the data set")
+    text = "folder of the data, only read; else variable CONVEXHEADS_DATA"
+    command.add_argument("--data-root", type=Path | None, default=None, help=text)
+    text = "the splits that should be there, as in '[test]'"
+    command.add_argument("--splits", type=tuple[Literal[SPLITS], ...], default=SPLITS, help=text)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; raises SystemExit with a status other than 0 unless all is right."""
+    options, console = _parser().parse_args(arguments), Console()
+    if options.command == "list":
+        table, layouts = listing()
+        console.print(table)
+        console.print(layouts, markup=False, highlight=False, soft_wrap=True)
+        return
+    chosen = options.verify
+    entry, root = CATALOGUE[chosen.dataset], chosen.data_root or os.environ.get("CONVEXHEADS_DATA")
+    try:
+        root = Path(root).expanduser() if root else None
+        table, faults = verify(entry, root, splits=chosen.splits, progress=True)
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from error
+    console.print(table)
+    if not entry.checksums:
+        console.print("No checksums: copies of this data set differ in how its images were resized.", soft_wrap=True)
+    if faults:
+        more = [f"and {len(faults) - FAULTS_SHOWN:,} more"] if len(faults) > FAULTS_SHOWN else []
+        hint = "What to put where: python -m benchmarks.data list"
+        raise SystemExit("\n".join(["Missing or wrong:", *faults[:FAULTS_SHOWN], *more, hint]))
+    console.print("Complete and right.")
+
+
+if __name__ == "__main__":
+    main()

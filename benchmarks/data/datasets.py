@@ -1,0 +1,312 @@
+"""The data sets: which classes each split has, where their images are found, and what to say when they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL.Image import Resampling
+from torch import Tensor
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from benchmarks.data.images import ImageSet
+from benchmarks.data.sources import (
+    Form,
+    Read,
+    Source,
+    archives,
+    class_folders,
+    csv_lists,
+    find,
+    open_image,
+    torchvision_cifar,
+)
+from convexheads.errors import InputError
+
+SPLITS = ("train", "val", "test")
+LISTS = Path(__file__).parent.parent / "splits"
+TURNS = tuple(f"{degrees} degrees" for degrees in (0, 90, 180, 270))
+CIFAR_LAYOUTS = """CIFAR-100 in one of these forms below the data root:
+  cifar100/cifar100.zip                  one PNG an image, named cifar100/data/<class>/<image>.png
+  cifar-100-python/                      as torchvision.datasets.CIFAR100(root, download=True) leaves it
+  <class>/<image>.png                    a folder a class, 600 images each; also below cifar100/data/
+                                         or, as learn2learn has it, below cifarfs/cifar100/data/"""
+FOLDERS_AND_LISTS = """
+  <split>/<synset>/<image>.jpg           a folder a class, <split> train, val or test; also <synset>/<image>.jpg
+  <split>.csv and images/<filename>      lists with the columns filename,label, and the images that they name"""
+MINI_LAYOUTS = f"""\
+miniImageNet, or the splits that are needed, in one of these forms below miniimagenet/ in the data root:
+  miniimagenet_<split>.zip               one JPEG an image, named miniimagenet/<split>/<synset>/<image>.jpg\
+{FOLDERS_AND_LISTS}"""
+TIERED_LAYOUTS = f"""\
+tieredImageNet, or the splits that are needed, in one of these forms below tieredimagenet/ in the data root:\
+{FOLDERS_AND_LISTS}"""
+OMNIGLOT_PLACES = [
+    f"{folder}/images_{part}" for folder in ("omniglot", "omniglot-py") for part in ("background", "evaluation")
+]
+OMNIGLOT_LAYOUTS = """Omniglot's background and evaluation sets in one of these forms below the data root:
+  omniglot/images_background.zip         and omniglot/images_evaluation.zip, the authors' files
+  omniglot/images_background/<alphabet>/characterNN/<image>.png
+                                         and images_evaluation/ beside it: the same, extracted
+  omniglot-py/                           in place of omniglot/, as torchvision.datasets.Omniglot leaves it"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What there is to know about a data set that is read from files.
+
+    Attributes:
+        name: by which it is asked for, and the folder of its lists of classes.
+        channels: 1 or 3.
+        size: height and width of the images as they are returned.
+        images_per_class: how many a complete class has.
+        layouts: what to put where, for people.
+        forms: ways to find the images, the preferred one first.
+        exact: whether every class has just `images_per_class`, or at least as many.
+        resampling: filter that brings images to `size`; None where they must have it.
+        checksums: name of the file of checksums beside the lists, if the pixels are the same in every copy.
+        finish: what remains to be done to a split once it is read.
+    """
+
+    name: str
+    channels: Literal[1, 3]
+    size: int
+    images_per_class: int
+    layouts: str
+    forms: tuple[Form, ...]
+    exact: bool = True
+    resampling: Resampling | None = None
+    checksums: str | None = None
+    finish: Callable[[ImageSet], ImageSet] | None = None
+
+    @property
+    def mode(self) -> Literal["L", "RGB"]:
+        """Pillow's name for the kind of pixel."""
+        return "L" if self.channels == 1 else "RGB"
+
+    def complete(self, count: int) -> bool:
+        """Whether a class may have that many images."""
+        return count == self.images_per_class if self.exact else count >= self.images_per_class
+
+
+def every_turn(data: ImageSet) -> ImageSet:
+    """White ink on black paper, each character turned by every multiple of 90 degrees as a class of its own.
+
+    Args:
+        data: images (n, 1, height, width), black ink on white paper, of c classes.
+
+    Returns:
+        Images (4 n, 1, height, width) of 4 c classes, those not turned in front.
+
+    Source: Santoro et al., "Meta-Learning with Memory-Augmented Neural Networks" (ICML 2016).
+    """
+    ink, classes = 255 - data.images, data.classes
+    return ImageSet(
+        torch.cat([ink.rot90(turns, (-2, -1)) for turns in range(4)]),
+        torch.cat([data.labels + turns * len(classes) for turns in range(4)]),
+        tuple(f"{name}, {turn}" for turn in TURNS for name in classes),
+    )
+
+
+_cifar = partial(
+    Entry,
+    channels=3,
+    size=32,
+    images_per_class=600,
+    layouts=CIFAR_LAYOUTS,
+    forms=(
+        partial(archives, ["cifar100/cifar100.zip"]),
+        torchvision_cifar,
+        partial(class_folders, ["", "cifar100/data", "cifarfs/cifar100/data"]),
+    ),
+    checksums="cifar100.sha256",
+)
+_entries = (
+    # Bertinetto et al., "Meta-learning with differentiable closed-form solvers" (ICLR 2019): classes split at random
+    _cifar("cifar-fs"),
+    # Oreshkin et al., "TADAM" (NeurIPS 2018): split by superclass
+    _cifar("fc100"),
+    # Vinyals et al., "Matching Networks for One Shot Learning" (NeurIPS 2016), with Ravi and Larochelle's split
+    Entry(
+        "miniimagenet",
+        channels=3,
+        size=84,
+        images_per_class=600,
+        layouts=MINI_LAYOUTS,
+        forms=(
+            partial(archives, [f"miniimagenet/miniimagenet_{split}.zip" for split in SPLITS]),
+            partial(class_folders, ["miniimagenet/{split}", "miniimagenet"]),
+            partial(csv_lists, "miniimagenet"),
+        ),
+        resampling=Resampling.BILINEAR,
+    ),
+    # Ren et al., "Meta-Learning for Semi-Supervised Few-Shot Classification" (ICLR 2018)
+    Entry(
+        "tieredimagenet",
+        channels=3,
+        size=84,
+        images_per_class=30,
+        exact=False,
+        layouts=TIERED_LAYOUTS,
+        forms=(
+            partial(class_folders, ["tieredimagenet/{split}", "tieredimagenet"]),
+            partial(csv_lists, "tieredimagenet"),
+        ),
+        resampling=Resampling.BILINEAR,
+    ),
+    # Lake et al., "Human-level concept learning through probabilistic program induction" (Science 350, 2015), with
+    # the split of Vinyals et al. 2016
+    Entry(
+        "omniglot",
+        channels=1,
+        size=28,
+        images_per_class=20,
+        layouts=OMNIGLOT_LAYOUTS,
+        forms=(
+            partial(archives, [f"{place}.zip" for place in OMNIGLOT_PLACES]),
+            partial(class_folders, OMNIGLOT_PLACES),
+        ),
+        resampling=Resampling.LANCZOS,
+        checksums="omniglot.sha256",
+        finish=every_turn,
+    ),
+)
+CATALOGUE = {entry.name: entry for entry in _entries}
+"""The data sets that are read from files, by name."""
+DATASETS = ("digits", *CATALOGUE)
+
+
+def load(
+    dataset: str, root: Path | None = None, *, splits: Sequence[str] = SPLITS, progress: bool = False
+) -> dict[str, ImageSet]:
+    """Read splits of a data set, no two of which share a class.
+
+    Args:
+        dataset: "digits" (comes with scikit-learn and has no validation classes) or a name in `CATALOGUE`.
+        root: folder that holds the data; only read, never written to. Digits need none.
+        splits: which of "train", "val" and "test" to read; the others need not be there.
+        progress: show a progress bar on the terminal.
+
+    Raises:
+        InputError: the data set or a split is unknown, no split is wanted, or `root` does not hold a split completely.
+    """
+    check_splits(splits)
+    if dataset == "digits":
+        digits = load_digits()
+        return {split: digits[split] for split in splits if split in digits}
+    if dataset not in CATALOGUE:
+        raise InputError("dataset", repr(dataset), f"one of {', '.join(DATASETS)}")
+    return read(CATALOGUE[dataset], root, splits=splits, progress=progress)
+
+
+def read(
+    entry: Entry, root: Path | None, *, splits: Sequence[str] = SPLITS, progress: bool = False
+) -> dict[str, ImageSet]:
+    """As `load`, of a data set that is read from files.
+
+    Raises:
+        InputError: nothing usable below `root`, a split is missing, or a class of it is missing or incomplete.
+    """
+    source = look(entry, root)
+    there = present(entry, source)
+    if there and (missing := [split for split in splits if split not in there]):
+        got = f"nothing of {' and '.join(missing)}, only {' and '.join(there)} of {entry.name}, in {root}"
+        raise InputError("data root", got, entry.layouts)
+    for name in (name for split in splits for name in split_classes(entry.name, split)):
+        if not entry.complete(count := len(source.images.get(name, ()))):
+            got = f"{count} images of class {name!r} in {' and '.join(map(str, source.places))}"
+            least = "" if entry.exact else "at least "
+            raise InputError("data root", got, f"{least}{entry.images_per_class} images of every class")
+    total = sum(len(split_classes(entry.name, split)) for split in splits)
+    with tqdm(total=total, desc=f"reading {entry.name}", unit="class", disable=not progress) as bar:
+        return {split: _read_split(entry, source, split_classes(entry.name, split), bar) for split in splits}
+
+
+def check_splits(splits: Sequence[str]) -> None:
+    """Refuse splits that there are not, and none at all.
+
+    Raises:
+        InputError: in either case.
+    """
+    if not splits or set(splits) - set(SPLITS):
+        raise InputError("splits", list(splits), f"some of {', '.join(SPLITS)}")
+
+
+def look(entry: Entry, root: Path | None) -> Source:
+    """Find a data set's images, complete or not.
+
+    Raises:
+        InputError: there is nothing usable below `root`.
+    """
+    if root is None:
+        raise InputError("data root", "none (neither --data-root nor CONVEXHEADS_DATA is set)", entry.layouts)
+    source = find(entry.forms, root, {split: split_classes(entry.name, split) for split in SPLITS})
+    if not source.places:
+        got = f"{root} ({'nothing usable' if root.is_dir() else 'no such folder'})"
+        raise InputError("data root", got, entry.layouts)
+    return source
+
+
+def present(entry: Entry, source: Source) -> list[str]:
+    """The splits of which there is at least one image."""
+    return [split for split in SPLITS if any(source.images.get(name) for name in split_classes(entry.name, split))]
+
+
+def split_classes(dataset: str, split: str) -> tuple[str, ...]:
+    """The class names of a split, in the order of their labels."""
+    return tuple((LISTS / dataset / f"{split}.txt").read_text(encoding="utf-8").split())
+
+
+def _read_split(entry: Entry, source: Source, classes: tuple[str, ...], bar: tqdm) -> ImageSet:
+    counts = torch.tensor([len(source.images[name]) for name in classes])
+    images = torch.empty(int(counts.sum()), entry.channels, entry.size, entry.size, dtype=torch.uint8)
+    for name, own in zip(classes, images.split(counts.tolist()), strict=True):
+        for place, file in zip(own, source.images[name], strict=True):
+            place.copy_(_pixels(entry, name, file))
+        bar.update()
+    data = ImageSet(images, torch.arange(len(classes)).repeat_interleave(counts), classes)
+    return entry.finish(data) if entry.finish else data
+
+
+def _pixels(entry: Entry, name: str, file: Read) -> Tensor:
+    image, size = open_image(name, file, entry.mode), (entry.size, entry.size)
+    if image.size != size:
+        if entry.resampling is None:
+            got = f"an image of class {name!r} that is {image.width} x {image.height}"
+            raise InputError("data root", got, f"{entry.size} x {entry.size} for all of {entry.name}")
+        image = image.resize(size, entry.resampling)
+    return torch.from_numpy(np.array(image).reshape(*size, entry.channels)).permute(2, 0, 1)
+
+
+def load_digits() -> dict[str, ImageSet]:
+    """scikit-learn's 1,797 handwritten digits: 0 to 4 to train, 5 to 9 to test.
+
+    Five classes are too few to learn from how classes differ: a backbone trained on them is worse on the others than
+    its initial weights. So every digit, turned by a multiple of 90 degrees or mirrored, counts as a training class of
+    its own, 40 in all, after the rotated characters of Santoro et al., "Meta-Learning with Memory-Augmented Neural
+    Networks" (ICML 2016). The 8 x 8 images are enlarged to CIFAR's 32 x 32.
+    """
+    from sklearn import datasets  # slow to import, and needed here only
+
+    pixels, digits = datasets.load_digits(return_X_y=True)
+    grey = torch.from_numpy(pixels).reshape(-1, 1, 8, 8) * (255 / 16)
+    images = functional.interpolate(grey, size=(32, 32), mode="bilinear").round().to(torch.uint8)
+    labels = torch.from_numpy(digits).long()
+    train = labels < 5
+    turned = [images[train].rot90(turns, (-2, -1)) for turns in range(4)]
+    views = turned + [view.flip(-1) for view in turned]
+    names = [f"{turn}{mirrored}" for mirrored in ("", ", mirrored") for turn in TURNS]
+    return {
+        "train": ImageSet(
+            torch.cat(views),
+            torch.cat([labels[train] + 5 * view for view in range(len(views))]),
+            tuple(f"{digit}, {name}" for name in names for digit in range(5)),
+        ),
+        "test": ImageSet(images[~train], labels[~train] - 5, tuple("56789")),
+    }

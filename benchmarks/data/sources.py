@@ -1,0 +1,164 @@
+"""Where images may lie below the data root: in archives, class folders, beside lists, or in torchvision's files.
+
+Nothing is decoded before it is asked for, and no foreign file is unpickled.
+"""
+
+from __future__ import annotations
+
+import csv
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Literal, NamedTuple
+from zipfile import BadZipFile, ZipFile
+
+from PIL import Image
+from torchvision.datasets import CIFAR100
+
+from convexheads.errors import InputError
+
+Read = Callable[[], Image.Image]
+"""Opens one image."""
+Splits = Mapping[str, Sequence[str]]
+"""The class names wanted of each split."""
+
+
+class Source(NamedTuple):
+    """What was found: the archives, folders and lists that there are, and each class's images in order of file names.
+
+    A class with no image may be absent.
+    """
+
+    places: list[Path]
+    images: dict[str, list[Read]]
+
+
+Form = Callable[[Path, Splits], Source]
+"""Looks below a data root for images of the wanted classes."""
+
+
+def find(forms: Iterable[Form], root: Path, splits: Splits) -> Source:
+    """The images of the wanted classes, each class from the first form that has it.
+
+    Raises:
+        InputError: an archive, a list or torchvision's files are damaged.
+    """
+    places, images = [], {}
+    for form in forms:
+        rest = {split: [name for name in names if not images.get(name)] for split, names in splits.items()}
+        if any(rest.values()):
+            source = form(root, rest)
+            places += source.places
+            images |= source.images
+    return Source(places, images)
+
+
+def open_image(name: str, read: Read, mode: Literal["L", "RGB"]) -> Image.Image:
+    """Decode an image of the class of that name.
+
+    Raises:
+        InputError: its file is missing or damaged.
+    """
+    try:
+        return read().convert(mode)
+    except (OSError, SyntaxError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+        raise InputError(
+            "data root", f"a missing or damaged image of class {name!r}: {error}", "whole files"
+        ) from error
+
+
+def archives(names: Sequence[str], root: Path, splits: Splits) -> Source:
+    """Zip files, whose members' paths end in <class>/<file>; the first one that has a class counts.
+
+    Raises:
+        InputError: one is no complete zip file.
+    """
+    wanted = {name for names in splits.values() for name in names}
+    depth = 1 + next(iter(wanted)).count("/")
+    paths = [path for path in (root / name for name in names) if path.is_file()]
+    images = {}
+    for path in paths:
+        try:
+            archive = ZipFile(path)
+        except BadZipFile as error:
+            wish = "a complete one (was the download cut off?)"
+            raise InputError("data root", f"{path}, no zip file", wish) from error
+        found = defaultdict(list)
+        for member in sorted(archive.namelist()):
+            *folders, file = member.split("/")
+            if _is_image(file) and (name := "/".join(folders[-depth:])) in wanted:
+                found[name].append(partial(_decode, partial(archive.read, member)))
+        images = found | images
+    return Source(paths, images)
+
+
+def class_folders(parents: Sequence[str], root: Path, splits: Splits) -> Source:
+    """A folder a class; `{split}` stands for the split in the folders above; the first that has a class counts."""
+    places, images = {}, {}
+    for split, names in splits.items():
+        folders = [root / parent.format(split=split) for parent in parents]
+        for name in names:
+            folder = next((folder for folder in folders if (folder / name).is_dir()), None)
+            if folder is not None:
+                files = sorted(path for path in (folder / name).iterdir() if _is_image(path.name))
+                places[folder] = None
+                images[name] = [partial(_decode, path.read_bytes) for path in files]
+    return Source(list(places), images)
+
+
+def csv_lists(parent: str, root: Path, splits: Splits) -> Source:
+    """A list a split, <split>.csv with the columns filename and label, beside a folder `images`.
+
+    A class whose images are all absent counts as not found, so that the lists may name more than there is.
+
+    Raises:
+        InputError: a list can't be read.
+    """
+    places, images = [], {}
+    for split, names in splits.items():
+        if not (path := root / parent / f"{split}.csv").is_file():
+            continue
+        listed = defaultdict(list)
+        try:
+            with path.open(encoding="utf-8", newline="") as lines:
+                for row in csv.DictReader(lines):
+                    listed[row["label"]].append(root / parent / "images" / row["filename"])
+        except (KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
+            raise InputError("data root", f"{path}, which can't be read", "columns filename and label") from error
+        for name in names:
+            if any(file.is_file() for file in listed[name]):
+                images[name] = [partial(_decode, file.read_bytes) for file in sorted(listed[name])]
+                places += [path] if path not in places else []
+    return Source(places, images)
+
+
+def torchvision_cifar(root: Path, splits: Splits) -> Source:
+    """The pickles that torchvision.datasets.CIFAR100 leaves in cifar-100-python, in their own order.
+
+    Raises:
+        InputError: they are not the published files.
+    """
+    if not (folder := root / "cifar-100-python").is_dir():
+        return Source([], {})
+    try:  # torchvision compares the files' md5 with the published one before it unpickles them
+        parts = [CIFAR100(root, train=train, download=False) for train in (True, False)]
+    except RuntimeError as error:
+        raise InputError("data root", f"{folder}, incomplete or altered", "torchvision's download, whole") from error
+    wanted = {name for names in splits.values() for name in names}
+    images = defaultdict(list)
+    for part in parts:
+        for pixels, label in zip(part.data, part.targets, strict=True):
+            if (name := part.classes[label]) in wanted:
+                images[name].append(partial(Image.fromarray, pixels))
+    return Source([folder], images)
+
+
+def _decode(read: Callable[[], bytes]) -> Image.Image:
+    return Image.open(BytesIO(read()))
+
+
+def _is_image(file: str) -> bool:
+    return file.lower().endswith((".png", ".jpg", ".jpeg")) and not file.startswith(".")

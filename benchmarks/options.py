@@ -1,0 +1,167 @@
+"""The options of a training run, from the command line or from a configuration file."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import jsonargparse
+import yaml
+
+from convexheads.errors import InputError
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a run, each with the text that `--help` shows."""
+
+    dataset: Annotated[
+        Literal["digits", "cifar-fs", "fc100", "miniimagenet", "tieredimagenet", "omniglot"],
+        "digits need nothing, the others DATA_ROOT",
+    ] = "digits"
+    data_root: Annotated[Path | None, "folder of the data, only read; else variable CONVEXHEADS_DATA"] = None
+    backbone: Annotated[Literal["conv4", "r2d2", "resnet12", "wrn28"], "network to train"] = "conv4"
+    dropblock: Annotated[Literal["paper", "official", "none"], "of resnet12, see benchmarks/backbones.py"] = "paper"
+    head: Annotated[
+        Literal["svm", "svm-smoothed", "ridge", "prototypes"],
+        "head to train through; svm, ridge and prototypes are evaluated in any case",
+    ] = "svm"
+    steps: Annotated[int | None, "training steps; unless given 60 for digits, 5000 for the others"] = None
+    tasks: Annotated[int, "episodes of a training step"] = 8
+    ways: Annotated[int, "classes of an episode, in training and in evaluation"] = 5
+    shots: Annotated[int, "support images a class in training and validation"] = 5
+    queries: Annotated[int, "query images a class in training"] = 6
+    learning_rate: Annotated[float, "of SGD with Nesterov momentum 0.9, at the start"] = 0.1
+    schedule: Annotated[Literal["cosine", "paper", "constant"], "how the learning rate falls"] = "cosine"
+    weight_decay: Annotated[float, "of SGD"] = 5e-4
+    label_smoothing: Annotated[float, "of the cross-entropy"] = 0.0
+    augment: Annotated[
+        Literal["none", "flip-crop", "flip-crop-jitter"] | None, "of training images; unless given none for digits"
+    ] = None
+    trainval: Annotated[bool, "train on the validation classes too, and take the last weights"] = False
+    validate_every: Annotated[int, "training steps between validations, the best of which chooses the weights"] = 500
+    validation_episodes: Annotated[int, "episodes of a validation"] = 500
+    validation_shots: Annotated[int, "support images a class in validation"] = 5
+    checkpoint_every: Annotated[int, "training steps between checkpoints"] = 100
+    test_shots: Annotated[tuple[int, ...], "support images a class in evaluation, as in [1,5]"] = (1, 5)
+    test_queries: Annotated[int, "query images a class in evaluation and validation"] = 15
+    test_episodes: Annotated[int, "episodes of the evaluation, the same ones for every head"] = 2000
+    seed: Annotated[int, "of the weights and of every draw"] = 0
+    threads: Annotated[int | None, "processor threads; PyTorch's choice unless given"] = None
+    device: Annotated[Literal["auto", "cpu", "cuda"], "where to compute"] = "auto"
+    processes: Annotated[int, "processes that share every training step, one a device"] = 1
+    output: Annotated[Path | None, "folder for checkpoints and results; runs/DATASET-HEAD unless given"] = None
+    resume: Annotated[bool, "continue the unfinished run in the output folder"] = False
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                if name in ("seed", "weight_decay", "label_smoothing"):
+                    if number < 0:
+                        raise InputError(name, number, "0 or more")
+                elif isinstance(number, int | float) and not isinstance(number, bool) and number <= 0:
+                    raise InputError(name, number, "more than 0")
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps or (60 if self.dataset == "digits" else 5000)
+
+    @property
+    def augmentation(self) -> str:
+        return self.augment or ("none" if self.dataset == "digits" else "flip-crop")
+
+    @property
+    def root(self) -> Path | None:
+        root = self.data_root or os.environ.get("CONVEXHEADS_DATA")
+        return Path(root).expanduser() if root else None
+
+    @property
+    def folder(self) -> Path:
+        return self.output or Path("runs") / f"{self.dataset}_{self.backbone}_{self.head}"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    def record(self) -> dict[str, Any]:
+        """What shapes the result, ready for YAML: no path of this machine, nothing of the resumption."""
+        record = asdict(self) | {"steps": self.total_steps, "augment": self.augmentation}
+        for name in ("data_root", "output", "resume", "threads", "device", "processes"):
+            del record[name]
+        return record | {"test_shots": list(self.test_shots)}
+
+    def record_of_dataset(self) -> dict[str, Any]:
+        """What goes without saying once the data set is known."""
+        return {name: self.record()[name] for name in ("dataset", "steps", "augment")}
+
+    def command(self) -> str:
+        """The command that repeats the run, with DIR for the folder of the data."""
+        words = ["python", "-m", "benchmarks.train"]
+        if self.dataset != "digits":
+            words += ["--dataset", self.dataset, "--data-root", "DIR"]
+        plain = Options().record() | replace(self, steps=None, augment=None).record_of_dataset()
+        for name, value in self.record().items():
+            if value != plain[name]:
+                words += ["--" + name.replace("_", "-"), str(value).replace(" ", "")]
+        return shlex.join(words)
+
+    @classmethod
+    def read(cls, path: Path, **changes: Any) -> Options:
+        """Read a configuration file.
+
+        Raises:
+            InputError: it can't be read, or names an option that there is not.
+        """
+        return cls(**_typed(read_settings(path)), **changes)
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str] | None, *, prog: str, description: str) -> Options:
+        """Read the command line; what stands there has precedence over configuration files.
+
+        Raises:
+            InputError: a number out of range, or an unusable configuration file.
+        """
+        parser = jsonargparse.ArgumentParser(prog=prog, description=description)
+        text = "read options from a YAML file, such as one of benchmarks/configs or a run's config.yaml"
+        parser.add_argument("--config", type=Path | None, help=text)
+        kinds, annotated = get_type_hints(cls), get_type_hints(cls, include_extras=True)
+        for each in fields(cls):
+            kind: dict[str, Any] = {"type": kinds[each.name]}
+            if kinds[each.name] is bool:
+                kind = {"action": "store_true"}
+            (text,) = annotated[each.name].__metadata__
+            parser.add_argument("--" + each.name.replace("_", "-"), default=each.default, help=text, **kind)
+        if config := parser.parse_args(arguments).config:
+            parser.set_defaults(_typed(read_settings(config)))
+        values = parser.parse_args(arguments)
+        return cls(**{each.name: values[each.name] for each in fields(cls)})
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The options that a configuration file sets: those of its `parts`, file by file, and then its own.
+
+    Raises:
+        InputError: it can't be read, or names an option that there is not.
+    """
+    try:
+        own = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError("config", f"{path}: {error}", "a YAML file of options") from error
+    if not isinstance(own, dict):
+        raise InputError("config", f"{path}, which holds a {type(own).__name__}", "a YAML file of options by name")
+    settings: dict[str, Any] = {}
+    for part in own.pop("parts", []):
+        settings |= read_settings(path.parent / part)
+    if unknown := sorted(own.keys() - {each.name for each in fields(Options)}):
+        raise InputError(
+            "config", f"{path} with {', '.join(map(str, unknown))}", "options of `--help`, with underscores"
+        )
+    return settings | own
+
+
+def _typed(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}

@@ -1,0 +1,30 @@
+"""Table 1 of the paper: miniImageNet and tieredImageNet, published values and ours.
+
+python -m benchmarks.table1 --data-root DIR --scale paper --train    # ResNet-12, as in the paper: needs GPUs
+"""
+
+from __future__ import annotations
+
+from benchmarks.tables import Row, Table, main
+
+DATASETS = ("miniimagenet", "tieredimagenet")
+CELLS = [(dataset, shots) for dataset in DATASETS for shots in (1, 5)]
+
+TABLE = Table(
+    "table1",
+    "Table 1: 5-way accuracy on miniImageNet and tieredImageNet",
+    DATASETS,
+    {
+        "paper": [
+            Row(name, "ResNet-12", {(data, shots): f"table1/{data}_resnet12_{head}" for data, shots in CELLS})
+            for head, name in (
+                ("ridge", "MetaOptNet-RR"),
+                ("svm", "MetaOptNet-SVM"),
+                ("svm-trainval", "MetaOptNet-SVM-trainval"),
+            )
+        ],
+    },
+)
+
+if __name__ == "__main__":
+    main(TABLE, (__doc__ or "").partition("\n")[0])

@@ -1,0 +1,28 @@
+"""`python tests/two_processes.py ARGUMENTS`: benchmarks.train with a backbone without batch statistics.
+
+A script of its own, because Lightning starts the other processes by running the same command again.
+"""
+
+import sys
+
+import torch
+from torch import nn
+
+from benchmarks import train
+from benchmarks.backbones import Pixels
+
+
+class Linear(nn.Module):
+    """Sixteen features of the pixels, in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32 * 32, 16, dtype=torch.float64)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layer(Pixels()(images).double())
+
+
+if __name__ == "__main__":
+    train.make_trained_backbone = lambda settings, examples: Linear()
+    train.main(sys.argv[1:])
