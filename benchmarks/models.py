@@ -1,9 +1,14 @@
-"""The backbones and heads that the benchmarks compare."""
+"""The backbones and heads that the benchmarks compare, and their weights on disk."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import torch
 from learn2learn.vision.models import CNN4Backbone
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import convexheads as ch
@@ -73,3 +78,19 @@ class Pixels(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return images.flatten(1) / 255
+
+
+def make_backbone(name: str, examples: Tensor) -> nn.Module:
+    assert name == "conv4"
+    return Conv4(examples)
+
+
+def save_weights(module: nn.Module, settings: dict[str, Any], path: Path) -> None:
+    """Write the weights of a backbone and a head as safetensors, with the settings of their training.
+
+    The file is complete or not there at all: it is written under another name first.
+    """
+    state = {name: value.contiguous() for name, value in module.state_dict().items()}
+    part = path.with_suffix(".part")
+    save_file(state, part, metadata={"settings": json.dumps(settings)})
+    part.replace(path)

@@ -1,7 +1,7 @@
-"""Meta-train a Conv-4 backbone through a head, then evaluate every head on unseen classes.
+"""Meta-train a backbone through a head, then evaluate every head on unseen classes.
 
-python -m benchmarks.train                                          # scikit-learn's digits: minutes on two cores
-python -m benchmarks.train --dataset cifar-fs --data-root DIR       # real images, hours on two cores
+python -m benchmarks.train                                                       # scikit-learn's digits: minutes
+python -m benchmarks.train --config benchmarks/configs/conv4/cifar-fs_ridge.yaml --data-root DIR
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import shlex
 import shutil
 import time
@@ -24,15 +25,16 @@ import pandas
 import pytorch_lightning as pl
 import torch
 import yaml
-from pytorch_lightning.callbacks import ModelCheckpoint, Timer, TQDMProgressBar
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.callbacks import ModelCheckpoint, Timer
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 from torch import nn
 
 import convexheads as ch
 from benchmarks import report
-from benchmarks.data import EpisodeLoader, ImageSet, load
-from benchmarks.models import HEADS, Conv4, Pixels, make_head
+from benchmarks.callbacks import ProgressBar, StepSeeds, Validation
+from benchmarks.data import AUGMENTATIONS, DATASETS, EpisodeLoader, ImageSet, join, load
+from benchmarks.models import HEADS, Pixels, make_backbone, make_head, save_weights
 from convexheads.episodes import embed, evaluate
 from convexheads.integrations.lightning import EpisodicModule
 
@@ -46,21 +48,27 @@ LIGHTNING_NOISE = (
 class Options:
     """The options of a run, each with the text that `--help` shows."""
 
-    dataset: Annotated[Literal["digits", "cifar-fs"], "digits need nothing, cifar-fs needs DATA_ROOT"] = "digits"
+    dataset: Annotated[Literal[DATASETS], "digits need nothing, the others DATA_ROOT"] = "digits"
     data_root: Annotated[Path | None, "folder of the data, only read; else variable CONVEXHEADS_DATA"] = None
+    backbone: Annotated[Literal["conv4", "r2d2", "resnet12", "wrn28"], "network to train"] = "conv4"
     head: Annotated[
         Literal["svm", "svm-smoothed", "ridge", "prototypes"],
         "head to train through; svm, ridge and prototypes are evaluated in any case",
     ] = "svm"
-    steps: Annotated[int | None, "training steps; unless given 2000 for cifar-fs, 60 for digits"] = None
+    steps: Annotated[int | None, "training steps; unless given 60 for digits, 5000 for the others"] = None
     tasks: Annotated[int, "episodes of a training step"] = 8
     ways: Annotated[int, "classes of an episode, in training and in evaluation"] = 5
     shots: Annotated[int, "support images a class in training and validation"] = 5
     queries: Annotated[int, "query images a class in training"] = 6
-    learning_rate: Annotated[float, "of SGD with Nesterov momentum 0.9; falls to zero along one cosine"] = 0.1
+    learning_rate: Annotated[float, "of SGD with Nesterov momentum 0.9, at the start"] = 0.1
+    schedule: Annotated[Literal["cosine", "paper", "constant"], "how the learning rate falls"] = "cosine"
     weight_decay: Annotated[float, "of SGD"] = 5e-4
-    validate_every: Annotated[int, "training steps between validations, where there are classes for that"] = 500
-    validation_episodes: Annotated[int, "episodes of a validation"] = 300
+    label_smoothing: Annotated[float, "of the cross-entropy"] = 0.0
+    augment: Annotated[Literal[AUGMENTATIONS] | None, "of training images; unless given none for digits"] = None
+    trainval: Annotated[bool, "train on the validation classes too, and take the last weights"] = False
+    validate_every: Annotated[int, "training steps between validations, the best of which chooses the weights"] = 500
+    validation_episodes: Annotated[int, "episodes of a validation"] = 500
+    validation_shots: Annotated[int, "support images a class in validation"] = 5
     checkpoint_every: Annotated[int, "training steps between checkpoints"] = 100
     test_shots: Annotated[tuple[int, ...], "support images a class in evaluation, as in [1,5]"] = (1, 5)
     test_queries: Annotated[int, "query images a class in evaluation and validation"] = 15
@@ -68,13 +76,14 @@ class Options:
     seed: Annotated[int, "of the weights and of every draw"] = 0
     threads: Annotated[int | None, "processor threads; PyTorch's choice unless given"] = None
     device: Annotated[Literal["auto", "cpu", "cuda"], "where to compute"] = "auto"
+    processes: Annotated[int, "processes that share every training step, one a device"] = 1
     output: Annotated[Path | None, "folder for checkpoints and results; runs/DATASET-HEAD unless given"] = None
     resume: Annotated[bool, "continue the unfinished run in the output folder"] = False
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             for number in value if isinstance(value, tuple) else (value,):
-                if name in ("seed", "weight_decay"):
+                if name in ("seed", "weight_decay", "label_smoothing"):
                     if number < 0:
                         raise ch.InputError(name, number, "0 or more")
                 elif isinstance(number, int | float) and not isinstance(number, bool) and number <= 0:
@@ -82,7 +91,11 @@ class Options:
 
     @property
     def total_steps(self) -> int:
-        return self.steps or {"digits": 60, "cifar-fs": 2000}[self.dataset]
+        return self.steps or (60 if self.dataset == "digits" else 5000)
+
+    @property
+    def augmentation(self) -> str:
+        return self.augment or ("none" if self.dataset == "digits" else "flip-crop")
 
     @property
     def root(self) -> Path | None:
@@ -91,7 +104,7 @@ class Options:
 
     @property
     def folder(self) -> Path:
-        return self.output or Path("runs") / f"{self.dataset}-{self.head}"
+        return self.output or Path("runs") / f"{self.dataset}_{self.backbone}_{self.head}"
 
     @property
     def checkpoint(self) -> Path:
@@ -99,100 +112,90 @@ class Options:
 
     def record(self) -> dict[str, Any]:
         """What shapes the result, ready for YAML: no path of this machine, nothing of the resumption."""
-        record = asdict(self) | {"steps": self.total_steps}
-        for name in ("data_root", "output", "resume", "threads", "device"):
+        record = asdict(self) | {"steps": self.total_steps, "augment": self.augmentation}
+        for name in ("data_root", "output", "resume", "threads", "device", "processes"):
             del record[name]
         return record | {"test_shots": list(self.test_shots)}
+
+    def record_of_dataset(self) -> dict[str, Any]:
+        """What goes without saying once the data set is known."""
+        return {name: self.record()[name] for name in ("dataset", "steps", "augment")}
 
     def command(self) -> str:
         """The command that repeats the run, with DIR for the folder of the data."""
         words = ["python", "-m", "benchmarks.train"]
         if self.dataset != "digits":
             words += ["--dataset", self.dataset, "--data-root", "DIR"]
-        plain = Options().record() | {"dataset": self.dataset, "steps": replace(self, steps=None).total_steps}
+        plain = Options().record() | replace(self, steps=None, augment=None).record_of_dataset()
         for name, value in self.record().items():
             if value != plain[name]:
                 words += ["--" + name.replace("_", "-"), str(value).replace(" ", "")]
         return shlex.join(words)
 
 
-class Validation(pl.Callback):
-    """Logs the accuracy on validation classes, 0 to 1, every so many steps."""
+class Episodes(pl.LightningDataModule):
+    """The training episodes of a run, shared out among its processes."""
 
     def __init__(self, data: ImageSet, options: Options) -> None:
+        super().__init__()
         self.data, self.options = data, options
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
-        assert isinstance(pl_module, EpisodicModule)
-        if trainer.global_step % self.options.validate_every:
-            return
-        result = evaluate(
-            pl_module.head,
-            embed(pl_module.backbone, self.data.images.to(pl_module.device), progress=False),
-            self.data.labels.to(pl_module.device),
+    def train_dataloader(self) -> EpisodeLoader:
+        assert self.trainer is not None
+        return EpisodeLoader(
+            self.data,
             ways=self.options.ways,
-            shots=self.options.shots,
-            queries=self.options.test_queries,
-            episodes=self.options.validation_episodes,
+            samples=self.options.shots + self.options.queries,
+            tasks=self.options.tasks,
+            steps=self.options.total_steps,
             seed=self.options.seed,
-            progress=False,
+            augment=self.options.augmentation,
+            rank=self.trainer.global_rank,
+            processes=self.trainer.world_size,
         )
-        assert trainer.logger is not None
-        metrics = {"val_accuracy": result.mean, "val_interval": result.interval}
-        trainer.logger.log_metrics(metrics, step=trainer.global_step - 1)  # Lightning counts a step's metrics from 0
-
-
-class ProgressBar(TQDMProgressBar):
-    """Lightning's bar without the words that say nothing in a training of one pass."""
-
-    def on_train_start(self, *arguments: Any) -> None:
-        super().on_train_start(*arguments)
-        self.on_train_epoch_start(*arguments)  # Lightning leaves that out when it resumes
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        super().on_train_epoch_start(trainer)
-        self.train_progress_bar.set_description("meta-training")
-
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
 def train(options: Options, data: dict[str, ImageSet], module: EpisodicModule) -> float:
-    """Train the module's backbone and head; returns the seconds that took, over all resumptions."""
+    """Train the module's backbone and head; returns the seconds that took, over all resumptions.
+
+    Where there are validation classes, the module ends with the weights that were best on them.
+    """
     output = options.folder
-    loader = EpisodeLoader(
-        data["train"],
-        ways=options.ways,
-        samples=options.shots + options.queries,
-        tasks=options.tasks,
-        steps=options.total_steps,
-        seed=options.seed,
-        augment=options.dataset != "digits",
-    )
     timer = Timer()
-    checkpoints = ModelCheckpoint(
-        str(options.checkpoint.parent),  # checkpoints keep it: a Path would make them pickles that need trust
-        filename="last",
-        every_n_train_steps=options.checkpoint_every,
-        enable_version_counter=False,
-    )
-    validation = [Validation(data["val"], options)] if "val" in data else []
+    settings: dict[str, Any] = {"dirpath": str(options.checkpoint.parent), "enable_version_counter": False}
+    last = ModelCheckpoint(filename="last", every_n_train_steps=options.checkpoint_every, **settings)
+    callbacks = [timer, StepSeeds(options.seed), ProgressBar(refresh_rate=5), last]
+    best = None
+    if "val" in data:
+        best = ModelCheckpoint(
+            filename="best",
+            monitor="val_accuracy",
+            mode="max",
+            save_weights_only=True,
+            every_n_train_steps=options.validate_every,
+            **settings,
+        )
+        callbacks += [Validation(data["val"], options), best]
     trainer = pl.Trainer(
         max_epochs=1,
         accelerator="gpu" if options.device == "cuda" else options.device,
-        devices=1,
-        logger=CSVLogger(output, flush_logs_every_n_steps=10),
+        devices=options.processes,
+        strategy="ddp" if options.processes > 1 else "auto",
+        logger=[CSVLogger(output, flush_logs_every_n_steps=10), TensorBoardLogger(output, name="tensorboard")],
         log_every_n_steps=min(10, options.total_steps),
-        callbacks=[timer, checkpoints, ProgressBar(refresh_rate=5), *validation],
+        callbacks=callbacks,
         enable_model_summary=False,
     )
     with warnings.catch_warnings():
         for message in LIGHTNING_NOISE:
             warnings.filterwarnings("ignore", message)
-        trainer.fit(module, loader, ckpt_path=options.checkpoint if options.resume else None)
+        trainer.fit(module, Episodes(data["train"], options), ckpt_path=options.checkpoint if options.resume else None)
     trainer.save_checkpoint(options.checkpoint)
     logs = [pandas.read_csv(path) for path in sorted(output.glob("lightning_logs/*/metrics.csv"), key=_log_number)]
     pandas.concat(logs).drop(columns="epoch").groupby("step").last().to_csv(output / "metrics.csv")
+    if best is not None and best.best_model_path:
+        weights = torch.load(best.best_model_path, weights_only=True, map_location="cpu")
+        module.load_state_dict(weights["state_dict"])
     return timer.time_elapsed("train")
 
 
@@ -232,19 +235,24 @@ def run(options: Options) -> list[report.Row]:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     prepare(options)
     data = load(options.dataset, options.root, progress=True)
+    if options.trainval and "val" in data:
+        data["train"] = join(data["train"], data.pop("val"))
     pl.seed_everything(options.seed, verbose=False)
     head = make_head(options.head, learn_scale=True)
     module = EpisodicModule(
-        Conv4(data["train"].images),
+        make_backbone(options.backbone, data["train"].images),
         head,
         ways=options.ways,
         shots=options.shots,
         steps=options.total_steps,
         learning_rate=options.learning_rate,
+        schedule=options.schedule,
         weight_decay=options.weight_decay,
+        label_smoothing=options.label_smoothing,
     )
     backbones = {"meta-trained": module.backbone, "untrained": deepcopy(module.backbone), "none: pixels": Pixels()}
     training = train(options, data, module)
+    save_weights(module, options.record(), options.folder / "model.safetensors")
     begin = time.perf_counter()
     rows = test(options, data["test"], backbones)
     now = time.perf_counter()
@@ -259,6 +267,10 @@ def prepare(options: Options) -> None:
     if options.resume:
         if not options.checkpoint.is_file() or not config.is_file():
             raise ch.InputError("resume", f"{folder} without a checkpoint", "a folder that an earlier run wrote to")
+        try:
+            torch.load(options.checkpoint, weights_only=True, map_location="cpu")
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise ch.InputError("resume", f"{options.checkpoint}, damaged: {error}", "a complete checkpoint") from error
         saved, record = yaml.safe_load(config.read_text()), options.record()
         if changed := sorted(name for name in record if record[name] != saved.get(name)):
             raise ch.InputError("resume", f"another value of {', '.join(changed)}", f"the options of {config}")
@@ -266,16 +278,16 @@ def prepare(options: Options) -> None:
     if options.checkpoint.is_file():
         if not (folder / "result.json").is_file():
             raise ch.InputError("output", f"{folder}, which holds an unfinished run", "--resume, or another --output")
-        options.checkpoint.unlink()
         (folder / "result.json").unlink()
-        shutil.rmtree(folder / "lightning_logs", ignore_errors=True)
+        for logs in ("lightning_logs", "tensorboard", "checkpoints"):
+            shutil.rmtree(folder / logs, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     config.write_text(f"# {options.command()}\n{yaml.safe_dump(options.record(), sort_keys=False)}")
 
 
 def write(options: Options, rows: list[report.Row], seconds: dict[str, float], provenance: dict[str, Any]) -> None:
     """Write the result as JSON, table and picture, and show the table."""
-    title = f"{options.dataset}: {options.ways}-way, Conv-4 meta-trained through {options.head}"
+    title = f"{options.dataset}: {options.ways}-way, {options.backbone} meta-trained through {options.head}"
     note = (
         f"Mean over {options.test_episodes:,} episodes of unseen classes, the same for every line, "
         f"± half the 95 % confidence interval."

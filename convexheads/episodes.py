@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -126,6 +127,7 @@ def evaluate(
     episodes: int = 2000,
     batch_size: int = 50,
     seed: int = 0,
+    part: tuple[int, int] = (0, 1),
     progress: bool = True,
 ) -> Evaluation:
     """Accuracy of a head over random episodes of cached features.
@@ -143,6 +145,8 @@ def evaluate(
         episodes: how many.
         batch_size: episodes solved at once; changes the speed only.
         seed: of the draw.
+        part: `(rank, processes)`: every `processes`-th of the episodes, from the one of that rank on, where several
+            processes share the work.
         progress: show a bar (where tqdm is installed).
 
     Raises:
@@ -150,7 +154,7 @@ def evaluate(
         SolverError: an episode could not be solved and the head's solver has `on_failure="raise"`.
     """
     accuracies, confidences, correct, gaps, converged = [], [], [], [], []
-    episodes_of = _Episodes(features, labels, ways, shots, queries, episodes, batch_size, seed)
+    episodes_of = _Episodes(features, labels, ways, shots, queries, episodes, batch_size, seed, part)
     for fitted, logits, truth in episodes_of.fits(head, f"{ways}-way {shots}-shot", progress):
         confidence, guess = logits.double().softmax(-1).max(-1)
         correct.append(guess == truth)
@@ -289,12 +293,16 @@ class _Episodes:
     episodes: int
     batch_size: int
     seed: int
+    part: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
         for name in ("ways", "shots", "queries", "episodes", "batch_size"):
             size = getattr(self, name)
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise InputError(name, repr(size), "an integer of at least 1")
+        rank, processes = self.part
+        if not 0 <= rank < min(processes, self.episodes):
+            raise InputError("part", repr(self.part), f"(rank, processes) with rank < processes <= {self.episodes}")
         for name, value, kind in (("features", self.features, "floating-point"), ("labels", self.labels, "integer")):
             right = isinstance(value, Tensor) and value.is_floating_point() == (kind == "floating-point")
             if not right:
@@ -310,10 +318,12 @@ class _Episodes:
         if not isinstance(head, Head):
             raise InputError("head", type(head).__name__, "a classification head")
         device, ways, shots = self.features.device, self.ways, self.shots
+        rank, processes = self.part
         draws = _draw(self.labels, ways, shots + self.queries, self.episodes, self.seed)
+        draws = islice(draws, rank, None, processes)
         fit_labels = torch.arange(ways, device=device).repeat_interleave(shots)
         truth = torch.arange(ways, device=device).repeat_interleave(self.queries)
-        with torch.no_grad(), _bar(self.episodes, title, progress) as bar:
+        with torch.no_grad(), _bar(len(range(rank, self.episodes, processes)), title, progress) as bar:
             while batch := [draw for _, draw in zip(range(self.batch_size), draws, strict=False)]:
                 chosen = self.features[torch.stack(batch).to(device)]
                 support, query = chosen[:, :, :shots].flatten(1, 2), chosen[:, :, shots:].flatten(1, 2)

@@ -1,11 +1,9 @@
-"""Few-shot image data held in memory as uint8 tensors, and training episodes drawn from it with learn2learn."""
+"""The data sets: which classes each split has, where their images are found, and what to say when they are not."""
 
 from __future__ import annotations
 
-import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -13,18 +11,16 @@ from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
-from learn2learn.data import MetaDataset, Taskset
-from learn2learn.data.transforms import ConsecutiveLabels, FusedNWaysKShots, LoadData, RemapLabels
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR100
 from tqdm.auto import tqdm
 
+from benchmarks.data.images import ImageSet
 from convexheads.errors import InputError
 
-DATASETS = ("digits", "cifar-fs")
+DATASETS = ("digits", "cifar-fs", "fc100")
 VIEWS = tuple(f"{turn} degrees{mirrored}" for mirrored in ("", ", mirrored") for turn in (0, 90, 180, 270))
 CIFAR_FOLDERS = ("", "cifar100/data", "cifarfs/cifar100/data")
 CIFAR_LAYOUTS = """CIFAR-100 in one of these forms below the data root:
@@ -34,32 +30,11 @@ CIFAR_LAYOUTS = """CIFAR-100 in one of these forms below the data root:
                                          or, as learn2learn has it, below cifarfs/cifar100/data/"""
 
 
-@dataclass(frozen=True, eq=False)
-class ImageSet(Dataset[tuple[Tensor, int]]):
-    """The images of one split, in memory.
-
-    Attributes:
-        images: uint8 of shape (n, channels, height, width), 0 black to 255.
-        labels: int64 of shape (n,), indices into `classes`.
-        classes: the names of the split's classes.
-    """
-
-    images: Tensor
-    labels: Tensor
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], int(self.labels[index])
-
-
 def load(dataset: str, root: Path | None = None, *, progress: bool = False) -> dict[str, ImageSet]:
     """Read a data set's splits: "train", "test" and, where there is one, "val"; no two share a class.
 
     Args:
-        dataset: "digits" (comes with scikit-learn) or "cifar-fs" (needs `root`).
+        dataset: "digits" (comes with scikit-learn), "cifar-fs" or "fc100" (which need `root`).
         root: folder that holds the data; only read, never written to.
         progress: show a progress bar on the terminal.
 
@@ -68,8 +43,8 @@ def load(dataset: str, root: Path | None = None, *, progress: bool = False) -> d
     """
     if dataset == "digits":
         return load_digits()
-    if dataset == "cifar-fs":
-        return load_cifar_fs(root, progress=progress)
+    if dataset in ("cifar-fs", "fc100"):
+        return load_cifar(dataset, root, progress=progress)
     raise InputError("dataset", repr(dataset), f"one of {', '.join(DATASETS)}")
 
 
@@ -100,12 +75,15 @@ def load_digits() -> dict[str, ImageSet]:
     }
 
 
-def load_cifar_fs(root: Path | None, *, images_per_class: int = 600, progress: bool = False) -> dict[str, ImageSet]:
-    """CIFAR-FS: the 100 classes of CIFAR-100, 64 to train, 16 to validate and 20 to test.
+def load_cifar(
+    dataset: str, root: Path | None, *, images_per_class: int = 600, progress: bool = False
+) -> dict[str, ImageSet]:
+    """The 100 classes of CIFAR-100, split as CIFAR-FS (64, 16, 20 at random) or FC100 (60, 20, 20 by superclass).
 
     Within a class, images stand in the order of their file names, or in torchvision's where its files are read.
 
     Args:
+        dataset: "cifar-fs" or "fc100".
         root: folder that holds CIFAR-100 in one of the forms that an error lists; only read.
         images_per_class: how many a complete class has.
         progress: show a progress bar on the terminal.
@@ -113,9 +91,10 @@ def load_cifar_fs(root: Path | None, *, images_per_class: int = 600, progress: b
     Raises:
         InputError: nothing usable below `root`, or a class is missing or incomplete.
 
-    Source: Bertinetto et al., "Meta-learning with differentiable closed-form solvers" (ICLR 2019).
+    Source: Bertinetto et al., "Meta-learning with differentiable closed-form solvers" (ICLR 2019); Oreshkin et al.,
+    "TADAM: Task dependent adaptive metric for improved few-shot learning" (NeurIPS 2018).
     """
-    splits = {split: split_classes("cifar-fs", split) for split in ("train", "val", "test")}
+    splits = {split: split_classes(dataset, split) for split in ("train", "val", "test")}
     classes = [name for names in splits.values() for name in names]
     origin, found = _find_cifar(root, classes)
     for name in classes:
@@ -127,7 +106,7 @@ def load_cifar_fs(root: Path | None, *, images_per_class: int = 600, progress: b
             )
     images = {
         name: _decode(name, found[name])
-        for name in tqdm(classes, desc="reading CIFAR-FS", unit="class", disable=not progress)
+        for name in tqdm(classes, desc=f"reading {dataset}", unit="class", disable=not progress)
     }
     return {
         split: ImageSet(
@@ -141,7 +120,7 @@ def load_cifar_fs(root: Path | None, *, images_per_class: int = 600, progress: b
 
 def split_classes(dataset: str, split: str) -> tuple[str, ...]:
     """The class names of a split, in the order of their labels."""
-    return tuple((Path(__file__).parent / "splits" / dataset / f"{split}.txt").read_text().split())
+    return tuple((Path(__file__).parent.parent / "splits" / dataset / f"{split}.txt").read_text().split())
 
 
 Source = Mapping[str, Tensor | Sequence[Callable[[], bytes]]]
@@ -191,77 +170,3 @@ def _decode(name: str, source: Tensor | Sequence[Callable[[], bytes]]) -> Tensor
         return torch.from_numpy(pixels.reshape(-1, 32, 32, 3)).permute(0, 3, 1, 2).contiguous()
     except (OSError, SyntaxError, ValueError, BadZipFile) as error:
         raise InputError("data root", f"a damaged image of class {name!r}: {error}", "32 x 32 PNG images") from error
-
-
-class EpisodeLoader:
-    """A batch of episodes for every training step, drawn by a learn2learn `Taskset`.
-
-    What a step gets depends on the seed and the step alone, and `state_dict` holds the position (Lightning keeps it in
-    its checkpoints), so that a resumed training sees what an uninterrupted one would have seen.
-    Yields images, uint8 (tasks, ways * samples, channels, height, width), and labels, int64 (tasks, ways * samples).
-
-    Args:
-        data: the classes and images to draw from.
-        ways: classes of an episode.
-        samples: images a class, support and query together.
-        tasks: episodes of a step.
-        steps: how many batches there are.
-        seed: of all the draws.
-        augment: flip and shift images, see `flip_and_shift`.
-    """
-
-    def __init__(
-        self, data: ImageSet, *, ways: int, samples: int, tasks: int, steps: int, seed: int, augment: bool = False
-    ) -> None:
-        indices = {label: (data.labels == label).nonzero().flatten().tolist() for label in range(len(data.classes))}
-        source = MetaDataset(data, labels_to_indices=indices)
-        self.taskset = Taskset(
-            source,
-            [
-                FusedNWaysKShots(source, n=ways, k=samples),  # NWays and KShots at once, and faster
-                LoadData(source),
-                RemapLabels(source),
-                ConsecutiveLabels(source),
-            ],
-        )
-        self.tasks, self.steps, self.seed, self.augment = tasks, steps, seed, augment
-        self.step = 0
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        while self.step < self.steps:
-            random.seed(f"{self.seed}/{self.step}")  # learn2learn draws from Python's global generator
-            tasks = [self.taskset.sample() for _ in range(self.tasks)]
-            images, labels = (torch.stack(parts) for parts in zip(*tasks, strict=True))
-            if self.augment:
-                generator = torch.Generator().manual_seed(random.getrandbits(63))
-                images = flip_and_shift(images.flatten(0, 1), generator=generator).unflatten(0, labels.shape)
-            self.step += 1
-            yield images, labels
-
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
-
-
-def flip_and_shift(images: Tensor, *, padding: int = 4, generator: torch.Generator | None = None) -> Tensor:
-    """Flip every other image left to right and cut each anew from a frame of zeros: a fresh draw for every image.
-
-    Args:
-        images: (n, channels, height, width), any dtype.
-        padding: width of the frame, in pixels; no image moves further than that.
-        generator: of the draws.
-
-    Returns:
-        Images of the same shape and dtype.
-    """
-    n, _, height, width = images.shape
-    flip = torch.rand(n, generator=generator) < 0.5
-    top, left = torch.randint(2 * padding + 1, (2, n), generator=generator)
-    images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-    windows = functional.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
-    return windows[torch.arange(n), :, top, left]
