@@ -70,16 +70,16 @@ class Table:
 
 
 def published(name: str) -> pandas.DataFrame:
-    """The published accuracies of a table, in per cent, a line for each."""
-    return pandas.read_csv(HERE / "published" / f"{name}.csv", keep_default_na=False)
+    """The published accuracies of a table, in per cent, a line for each; and as they are printed there (`text`)."""
+    rows = pandas.read_csv(HERE / "published" / f"{name}.csv", keep_default_na=False, dtype=str)
+    rows["text"] = rows["accuracy"] + " ± " + rows["interval"]
+    return rows.astype({"shots": int, "accuracy": float, "interval": float})
 
 
-def find_weights(configuration: str, options: Options) -> Path | None:
+def find_weights(configuration: str) -> Path | None:
     """The weights of a finished training with that configuration: the committed ones, else those below `runs/`."""
-    for folder in (HERE / "results" / run_name(configuration), options.folder):
-        if (folder / "model.safetensors").is_file():
-            return folder / "model.safetensors"
-    return None
+    folders = (parent / run_name(configuration) for parent in (HERE / "results", Path("runs")))
+    return next((file for folder in folders if (file := folder / "model.safetensors").is_file()), None)
 
 
 def run_name(configuration: str) -> str:
@@ -112,12 +112,7 @@ def evaluate(
 
 
 def _trained(configuration: str, root: Path | None, train: bool) -> tuple[Trained, Path]:
-    options = replace(
-        Options.read(HERE / "configs" / f"{configuration}.yaml"),
-        data_root=root,
-        output=Path("runs") / run_name(configuration),
-    )
-    weights = find_weights(configuration, options)
+    weights = find_weights(configuration)
     if weights is None:
         if not train:
             command = f"python -m benchmarks.train --config benchmarks/configs/{configuration}.yaml --data-root DIR"
@@ -126,6 +121,8 @@ def _trained(configuration: str, root: Path | None, train: bool) -> tuple[Traine
             )
         from benchmarks.train import run
 
+        options = Options.read(HERE / "configs" / f"{configuration}.yaml", data_root=root)
+        options = replace(options, output=Path("runs") / run_name(configuration))
         run(replace(options, resume=options.checkpoint.is_file()))
         weights = options.folder / "model.safetensors"
     return load_weights(weights), weights
@@ -144,10 +141,18 @@ def _features(weights: Path, dataset: str, root: Path | None) -> Tensor:
 def measure(
     rows: Sequence[Row], *, root: Path | None, train: bool, episodes: int, queries: int, seed: int
 ) -> pandas.DataFrame:
-    """One line for each cell of ours: accuracy, interval, and the paired difference from the backbone's first row."""
+    """One line for each cell of ours: accuracy, interval, and the paired difference from the backbone's first row.
+
+    Without `train`, what has no weights yet is left out.
+
+    Raises:
+        InputError: nothing has weights and `train` is false, or the data is missing.
+    """
     found: list[dict[str, Any]] = []
     reference: dict[tuple[str, str, int], Tensor] = {}
     jobs = [(row, dataset, shots) for row in rows for dataset, shots in row.configurations]
+    there = [job for job in jobs if train or find_weights(job[0].configurations[job[1:]])]
+    jobs = there or jobs[:1]  # whose error says what to do
     for row, dataset, shots in (bar := tqdm(jobs, unit="cell")):
         bar.set_description(f"{row.model}, {dataset}, {shots}-shot")
         settings = {"episodes": episodes, "queries": queries, "seed": seed}
@@ -166,6 +171,7 @@ def measure(
                 "difference": difference.mean().item(),
                 "difference interval": 1.96 * difference.std().item() / math.sqrt(len(difference)),
                 "largest gap": None if result.gaps is None else result.gaps.max().item(),
+                "text": f"{100 * result.mean:.2f} ± {100 * result.interval:.2f}",
                 "configuration": configuration,
                 "training episodes": trained["steps"] * trained["tasks"],
                 "training seed": trained["seed"],
@@ -183,20 +189,16 @@ def show(table: Table, ours: pandas.DataFrame, scale: Scale) -> RichTable:
     columns = [(dataset, shots) for dataset in table.datasets for shots in (1, 5)]
     for dataset, shots in columns:
         result.add_column(f"{TITLES[dataset]} {shots}-shot, %", justify="right")
-    theirs = published(table.name)
-    for frame, by in ((theirs, "published"), (ours, "ours")):
-        for model, backbone in dict.fromkeys(zip(frame["model"], frame["backbone"], strict=True)):
-            own = [row for row in report.records(frame) if (row["model"], row["backbone"]) == (model, backbone)]
+    rows = {"published": report.records(published(table.name)), "ours": report.records(ours)}
+    methods = {by: dict.fromkeys((row["model"], row["backbone"]) for row in own) for by, own in rows.items()}
+    methods["published"] |= methods["ours"]
+    for by, absent in (("published", "n/a"), ("ours", "not trained")):
+        for model, backbone in methods[by]:
+            own = [row for row in rows[by] if (row["model"], row["backbone"]) == (model, backbone)]
             cells = {(row["dataset"], row["shots"]): row for row in own}
-            result.add_row(model, backbone, by, *(_cell(cells.get(column)) for column in columns))
+            texts = (cells[column]["text"] if column in cells else absent for column in columns)
+            result.add_row(model, backbone, by, *texts)
     return result
-
-
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "n/a"
-    digits = 1 if isinstance(row["interval"], float) and "configuration" not in row else 2
-    return f"{row['accuracy']:.{digits}f} ± {row['interval']:.{digits}f}"
 
 
 def draw(table: Table, ours: pandas.DataFrame, path: Path) -> None:
@@ -264,7 +266,9 @@ def write(table: Table, ours: pandas.DataFrame, scale: Scale, output: Path) -> N
 def main(table: Table, description: str, arguments: Sequence[str] | None = None) -> None:
     """The command line of a table."""
     parser = jsonargparse.ArgumentParser(prog=f"python -m benchmarks.{table.name}", description=description)
-    parser.add_argument("--scale", type=Scale, default="laptop", help="paper: its own networks; laptop: Conv-4")
+    scales = tuple(table.rows)
+    text = "paper: its own networks; laptop: Conv-4"
+    parser.add_argument("--scale", type=Literal[scales], default=scales[-1], help=text)
     parser.add_argument("--data-root", type=Path | None, help="folder of the data; else variable CONVEXHEADS_DATA")
     parser.add_argument("--train", action="store_true", help="train what has no weights yet; hours, or days")
     parser.add_argument("--episodes", type=int, default=10_000, help="test episodes")

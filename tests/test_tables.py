@@ -100,6 +100,12 @@ def test_trains_what_is_missing_and_writes_the_same_table_again(small: Table, tm
     tables.main(small, "", [*arguments, "--train"])
     files = {path.name: path.read_bytes() for path in (tmp_path / "result").iterdir()}
     assert set(files) == {"small.md", "small.csv", "small.json", "small.png"}
+    # What has no weights is left out, and said to be.
+    moved = tmp_path / "runs" / "small_digits_ridge"
+    moved.rename(tmp_path / "moved")
+    tables.main(small, "", [*arguments[:2], "--output", "part"])
+    assert set(pandas.read_csv(tmp_path / "part" / "small.csv")["model"]) == {"Prototypes"}
+    (tmp_path / "moved").rename(moved)
     # Committed weights are found first, and give the same table.
     (tmp_path / "results").mkdir()
     for run in (tmp_path / "runs").iterdir():
@@ -113,6 +119,7 @@ def test_trains_what_is_missing_and_writes_the_same_table_again(small: Table, tm
     row = {tuple(cell.strip() for cell in line.split("|")[1:4]): line for line in lines if line.startswith("| ")}
     assert "61.5 ± 0.7" in row["Ridge", "Conv", "published"]
     assert "n/a" in row["Ridge", "Conv", "published"]
+    assert row["Prototypes", "Conv", "published"].count("n/a") == 2
     frame = pandas.read_csv(tmp_path / "result" / "small.csv")
     own = frame[frame["model"] == "Ridge"].iloc[0]
     assert f"{own['accuracy']:.2f} ± {own['interval']:.2f}" in row["Ridge", "Conv", "ours"]
