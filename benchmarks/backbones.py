@@ -6,6 +6,7 @@ Pixels are standardised first, by constants of example images, which checkpoints
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from learn2learn.vision.models import CNN4Backbone, WRN28Backbone
@@ -65,7 +66,8 @@ class R2D2Network(Backbone):
 
     Blocks of 3 x 3 convolution, batch normalisation, 2 x 2 max-pooling, leaky ReLU, in this order; as in the code of
     Lee et al. with dropout of 0.1 and 0.3 in the last two, and without the very last activation, which they needed to
-    come to R2D2's accuracy. 8,192 features of 32 x 32 images, 51,200 of 84 x 84.
+    come to R2D2's accuracy. 8,192 features of 32 x 32 images, 51,200 of 84 x 84. The code of Bertinetto et al. has that
+    activation and one rate of dropout in both blocks, and pools both outputs with stride 1 instead: 8,064 and 72,576.
 
     Args:
         examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants.
@@ -83,7 +85,7 @@ class R2D2Network(Backbone):
                 nn.LeakyReLU(SLOPE) if after < 512 else nn.Identity(),
                 nn.Dropout(share),
             )
-            for before, after, share in zip(widths[:-1], widths[1:], dropout, strict=True)
+            for (before, after), share in zip(pairwise(widths), dropout, strict=True)
         ]
         self.layers = _LastTwo(*blocks)
 
@@ -103,37 +105,51 @@ class ResNet12(Backbone):
 
     Each ends with 2 x 2 max-pooling and DropBlock; there is no global average pooling: 2,560 features of 32 x 32
     images, 16,000 of 84 x 84. Initial weights are Kaiming's, as in the published code. learn2learn's `ResNet12Backbone`
-    counts the steps of DropBlock in a plain integer, which checkpoints lose, hence layers of our own.
+    computes the same in evaluation, but counts the steps of DropBlock in a plain integer, which checkpoints lose, hence
+    layers of our own.
 
     Args:
-        examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants;
-            blocks of 5 x 5 are dropped for images of 84 x 84, of 2 x 2 for smaller ones.
+        examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants.
         dropblock: "paper": one unit in ten dropped after every block, single ones (dropout) after the first two.
-            "official": as in the published code, whose share grows from nothing to one in ten over 40,000 steps in the
-            last two; there too the counter is lost on resumption, and stays at zero with several GPUs. "none".
+            "official": as in the published code, whose share grows from nothing to one in ten in the last two, over
+            40,000 forward passes in training. The published counter is at fault: it counts evaluation too, is lost on
+            resumption and stays at zero with several GPUs. It gets two passes a training step, support and query images
+            apart; passed together they get to the full share after 40,000 steps, not 20,000. "none".
+        block_size: of what is dropped after the last two; by default 5, as for the derivatives of ImageNet, for images
+            of 84 x 84, and 2, as for those of CIFAR, for smaller ones.
         average_pool: 640 features, the means over positions.
 
     Raises:
-        InputError: no such variant of DropBlock.
+        InputError: no such variant of DropBlock, or blocks of nothing.
     """
 
-    def __init__(self, examples: Tensor, *, dropblock: str = "paper", average_pool: bool = False) -> None:
+    def __init__(
+        self,
+        examples: Tensor,
+        *,
+        dropblock: str = "paper",
+        block_size: int | None = None,
+        average_pool: bool = False,
+    ) -> None:
         super().__init__(examples)
         if dropblock not in ("paper", "official", "none"):
             raise InputError("dropblock", repr(dropblock), "one of paper, official, none")
-        size = 5 if min(examples.shape[-2:]) >= 84 else 2
+        if block_size is None:
+            block_size = 5 if min(examples.shape[-2:]) >= 84 else 2
+        if block_size < 1:
+            raise InputError("block_size", block_size, "1 or more")
+        widths = (examples.shape[1], 64, 160, 320, 640)
         blocks: list[nn.Module] = []
-        for before, after, block_size in zip(
-            (examples.shape[1], 64, 160, 320), (64, 160, 320, 640), (1, 1, size, size), strict=True
-        ):
+        for number, (before, after) in enumerate(pairwise(widths)):
             drop: nn.Module = nn.Identity()
             if dropblock != "none":
-                drop = nn.Dropout(0.1) if block_size == 1 else DropBlock(block_size, grow=dropblock == "official")
+                drop = nn.Dropout(0.1) if number < 2 else DropBlock(block_size, grow=dropblock == "official")
             blocks += [_Residual(before, after), nn.MaxPool2d(2), drop]
         self.layers = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1) if average_pool else nn.Identity())
         for module in self.layers.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, SLOPE, mode="fan_out", nonlinearity="leaky_relu")
+                # of a slope of 0, not 0.1: so does the published code
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
 
 
 class _Residual(nn.Module):
@@ -155,11 +171,12 @@ class _Residual(nn.Module):
 class DropBlock(nn.Module):
     """Drops square blocks of each channel in training (Ghiasi et al. 2018), one unit in ten.
 
-    torchvision's takes odd sizes only. As there, what is left is scaled so that the mean stays.
+    `torchvision.ops.DropBlock2d` takes odd sizes only; for these it is equal in distribution. As there, what is left is
+    scaled by its share of the whole batch, so that the mean stays, and blocks that overlap drop a little less.
 
     Args:
         size: height and width of a block; on smaller maps, theirs.
-        grow: whether the share grows from nothing over 40,000 steps, as in the published code.
+        grow: whether the share grows from nothing over 40,000 forward passes in training, as in the published code.
     """
 
     steps: Tensor
@@ -174,33 +191,43 @@ class DropBlock(nn.Module):
         if not self.training:
             return value
         self.steps += 1
-        share = self.share * min(1.0, self.steps.item() / self.growth) if self.grow else self.share
+        share = self.share * (self.steps / self.growth).clamp(max=1) if self.grow else self.share
         size, (height, width) = min(self.size, *value.shape[-2:]), value.shape[-2:]
         places = height - size + 1, width - size + 1
         rate = share * height * width / (size**2 * places[0] * places[1])
         corners = (torch.rand(*value.shape[:2], *places, device=value.device) < rate).to(value.dtype)
         kept = 1 - functional.max_pool2d(functional.pad(corners, [size - 1] * 4), size, stride=1)
-        return value * kept * (kept.numel() / kept.sum().clamp_min(1))
+        # in single precision: a sum of this many ones is infinite in half
+        return value * (kept / kept.mean(dtype=torch.float32).clamp_min(1e-6))
 
     def extra_repr(self) -> str:
         return f"{self.size}, grow={self.grow}"
 
 
 class WRN28(Backbone):
-    """The wide residual network WRN-28-10 (Zagoruyko & Komodakis 2016), learn2learn's: 640 features.
+    """The wide residual network WRN-28-10 (Zagoruyko & Komodakis 2016): 640 features, the means over positions.
+
+    learn2learn's `WRN28Backbone`, whose last pooling is for images of 84 x 84 and whose first convolution is for three
+    channels, made fit for any. As there, convolutions have biases, weights begin as PyTorch's, and the statistics of
+    the last normalisation have a momentum of 0.9: they are all but those of the last batch.
 
     Args:
-        examples: uint8 images (m, 3, 84, 84) whose mean and deviation by channel are the constants.
-
-    Raises:
-        InputError: images of another size, for which learn2learn's pooling is not made.
+        examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants.
     """
 
     def __init__(self, examples: Tensor) -> None:
         super().__init__(examples)
-        if examples.shape[1:] != (3, 84, 84):
-            raise InputError("backbone", f"wrn28 for images of {tuple(examples.shape[1:])}", "(3, 84, 84)")
-        self.layers = WRN28Backbone()
+        self.layers = _WideResNet()
+        self.layers.conv1 = nn.Conv2d(examples.shape[1], 16, 3, padding=1)
+
+
+class _WideResNet(WRN28Backbone):
+    """With a mean over all positions, as many as there are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.conv1, self.layer1, self.layer2, self.layer3, self.bn1):
+            x = layer(x)
+        return functional.relu(x).mean((2, 3))
 
 
 class Pixels(nn.Module):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
-from learn2learn.vision.models import CNN4Backbone, ResNet12Backbone
+from learn2learn.vision.models import CNN4Backbone, ResNet12Backbone, WRN28Backbone
 from torch import nn
+from torchvision.ops import DropBlock2d
 
-from benchmarks.backbones import BACKBONES, DropBlock, ResNet12, make_backbone
+from benchmarks.backbones import BACKBONES, WRN28, Conv4, DropBlock, ResNet12, make_backbone
 from convexheads import InputError
 
 
@@ -29,6 +32,7 @@ def parameters(module: nn.Module) -> int:
         ("r2d2", 32, 384 * 16 + 512 * 4),
         ("r2d2", 84, 384 * 100 + 512 * 25),
         ("wrn28", 84, 640),
+        ("wrn28", 32, 640),
     ],
 )
 def test_feature_sizes(name: str, size: int, features: int) -> None:
@@ -41,12 +45,58 @@ def test_feature_sizes(name: str, size: int, features: int) -> None:
     assert {"mean", "deviation"} < backbone.state_dict().keys()
 
 
+@pytest.mark.parametrize("size", [32, 84])
+def test_average_pooling_is_the_mean_over_positions(size: int) -> None:
+    images = pictures(2, size)
+    backbone, pooled = ResNet12(images).eval(), ResNet12(images, average_pool=True).eval()
+    pooled.load_state_dict(backbone.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(pooled(images), backbone(images).unflatten(1, (640, -1)).mean(2))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_any_channels(name: str, channels: int) -> None:
+    images = pictures(2, 32)[:, :channels]
+    assert make_backbone(name, images).eval()(images).ndim == 2
+
+
 def test_as_many_parameters_as_learn2learns() -> None:
-    assert parameters(make_backbone("conv4", pictures(2, 32))) == parameters(
-        CNN4Backbone(hidden_size=64, channels=3, max_pool=True)
-    )
-    ours = parameters(make_backbone("resnet12", pictures(2, 32)))
-    assert ours == parameters(ResNet12Backbone(avg_pool=False))
+    images = pictures(2, 32)
+    conv4 = CNN4Backbone(hidden_size=64, channels=3, max_pool=True)
+    assert parameters(make_backbone("conv4", images)) == parameters(conv4) == 113_088
+    assert parameters(make_backbone("resnet12", images)) == parameters(ResNet12Backbone(avg_pool=False)) == 12_424_320
+    assert parameters(make_backbone("wrn28", images)) == parameters(WRN28Backbone())
+    widths = (3, 96, 192, 384, 512)  # weights and biases of convolutions, scales and offsets of normalisations
+    by_hand = sum(9 * before * after + 3 * after for before, after in pairwise(widths))
+    assert parameters(make_backbone("r2d2", images)) == by_hand
+
+
+def test_names_in_the_state_of_conv4() -> None:
+    """Weights on disk are kept by these."""
+    normalisation = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    parts = [f"normalize.{name}" for name in normalisation] + ["conv.weight", "conv.bias"]
+    wanted = {"mean", "deviation"} | {f"layers.{number}.{part}" for number in range(4) for part in parts}
+    assert Conv4(pictures(2, 32)).state_dict().keys() == wanted
+
+
+def test_pixels_are_standardised_by_the_examples() -> None:
+    images = pictures(8, 32)
+    backbone = Conv4(images)
+    backbone.layers = nn.Identity()
+    values = backbone(images).unflatten(1, (3, 32, 32))
+    torch.testing.assert_close(values.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(values.std((0, 2, 3)), torch.ones(3))
+    torch.testing.assert_close(values[0, 1] * backbone.deviation[0, 1] + backbone.mean[0, 1], images[0, 1].float())
+
+
+def test_initial_weights_of_resnet12_are_those_of_the_published_code() -> None:
+    """Of variance 2 over the outputs' connections: as for a slope of 0. So has learn2learn, which took over that code."""
+    ours, theirs = ResNet12(pictures(2, 32)), ResNet12Backbone()
+    for network in (ours, theirs):
+        weight = [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)][-2]
+        assert weight.shape == (640, 640, 3, 3)
+        assert weight.std().item() == pytest.approx((2 / (640 * 9)) ** 0.5, rel=2e-3)
 
 
 def test_resnet12_computes_what_learn2learns_does() -> None:
@@ -67,7 +117,15 @@ def test_resnet12_computes_what_learn2learns_does() -> None:
     torch.testing.assert_close(found, expected.flatten(1), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["conv4", "r2d2", "resnet12"])
+def test_wrn28_computes_what_learn2learns_does() -> None:
+    images = pictures(1, 84)
+    ours, theirs = WRN28(pictures(2, 84)).eval(), WRN28Backbone().eval()
+    ours.layers.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs((images - ours.mean) / ours.deviation), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
 def test_gradients_reach_every_parameter(name: str) -> None:
     images = pictures(4, 32)
     backbone = make_backbone(name, images)
@@ -91,6 +149,22 @@ def test_dropblock_drops_blocks_and_keeps_the_mean() -> None:
     assert torch.equal(layer.eval()(value), value)
 
 
+def test_dropblock_drops_as_much_as_torchvisions() -> None:
+    """Which takes odd sizes only."""
+    value = torch.ones(16, 64, 20, 20)
+    ours, theirs = (
+        (layer(value) == 0).double().mean().item() for layer in (DropBlock(5, grow=False), DropBlock2d(0.1, 5))
+    )
+    assert ours == pytest.approx(theirs, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dropblock_in_other_precisions(dtype: torch.dtype) -> None:
+    dropped = DropBlock(2, grow=False)(torch.ones(8, 64, 16, 16, dtype=dtype))
+    assert dropped.dtype == dtype
+    assert dropped.double().mean() == pytest.approx(1, abs=0.01)
+
+
 def test_the_official_share_grows_with_training_steps_alone() -> None:
     layer, value = DropBlock(2, grow=True), torch.ones(4, 8, 16, 16)
     assert (layer(value) == 0).double().mean() < 1e-3
@@ -100,6 +174,30 @@ def test_the_official_share_grows_with_training_steps_alone() -> None:
     assert (layer.train()(value) == 0).double().mean() == pytest.approx(0.05, abs=0.02)
     layer.load_state_dict({"steps": torch.tensor(400_000)})
     assert (layer(value) == 0).double().mean() == pytest.approx(0.1, abs=0.03)
+
+
+def test_the_official_share_goes_on_from_a_checkpoint() -> None:
+    images = pictures(4, 32)
+    backbone, resumed = (make_backbone("resnet12", images, dropblock="official") for _ in range(2))
+    for name, buffer in backbone.named_buffers():
+        if name.endswith("steps"):
+            buffer.fill_(30_000)
+    backbone(images)
+    resumed.load_state_dict(backbone.state_dict())
+    assert [int(value) for name, value in resumed.named_buffers() if name.endswith("steps")] == [30_001, 30_001]
+    outputs = []
+    for network in (backbone, resumed):
+        torch.manual_seed(1)
+        outputs.append(network(images))
+    assert torch.equal(*outputs)
+
+
+def test_dropout_of_r2d2_in_training_only() -> None:
+    images = pictures(4, 32)
+    backbone = make_backbone("r2d2", images)
+    assert not torch.equal(backbone(images), backbone(images))
+    backbone.eval()
+    assert torch.equal(backbone(images), backbone(images))
 
 
 @pytest.mark.parametrize("dropblock", ["paper", "official", "none"])
@@ -114,6 +212,15 @@ def test_random_in_training_only(dropblock: str) -> None:
     assert sizes == ([] if dropblock == "none" else [2, 2])
 
 
+def test_the_size_of_blocks_follows_from_that_of_images_unless_given() -> None:
+    def sizes(images: torch.Tensor, **settings: int) -> list[int]:
+        return [layer.size for layer in ResNet12(images, **settings).modules() if isinstance(layer, DropBlock)]
+
+    assert sizes(pictures(2, 84)) == [5, 5]
+    assert sizes(pictures(2, 32), block_size=3) == [3, 3]
+    assert sizes(pictures(2, 32), block_size=1) == [1, 1]
+
+
 def test_refuses_what_there_is_not() -> None:
     images = pictures(2, 32)
     with pytest.raises(InputError, match=f"wanted one of {', '.join(BACKBONES)}"):
@@ -122,5 +229,5 @@ def test_refuses_what_there_is_not() -> None:
         make_backbone("conv4", images, dropblock="paper")
     with pytest.raises(InputError, match="wanted one of paper, official, none"):
         make_backbone("resnet12", images, dropblock="some")
-    with pytest.raises(InputError, match=r"images of \(3, 32, 32\), wanted \(3, 84, 84\)"):
-        make_backbone("wrn28", images)
+    with pytest.raises(InputError, match="block_size: got 0"):
+        make_backbone("resnet12", images, block_size=0)

@@ -248,3 +248,16 @@ def test_evaluates_on_cuda(cuda):
     there = evaluate(SVMHead(), features.to(cuda), labels.to(cuda), shots=1, episodes=50, progress=False)
     here = evaluate(SVMHead(), features, labels, shots=1, episodes=50, progress=False)
     assert torch.equal(there.accuracies, here.accuracies)
+
+
+def test_processes_share_an_evaluation():
+    features, labels = clusters()
+    settings = {"ways": 4, "shots": 2, "queries": 3, "episodes": 11, "batch_size": 2, "progress": False}
+    whole = evaluate(RidgeHead(), features, labels, **settings)
+    parts = [evaluate(RidgeHead(), features, labels, part=(rank, 3), **settings) for rank in range(3)]
+    assert [part.episodes for part in parts] == [4, 4, 3]
+    for rank, part in enumerate(parts):
+        assert torch.equal(part.accuracies, whole.accuracies[rank::3])
+    for part in ((3, 3), (-1, 2), (11, 12)):
+        with pytest.raises(InputError, match=r"part: got .*wanted \(rank, processes\)"):
+            evaluate(RidgeHead(), features, labels, part=part, **settings)
