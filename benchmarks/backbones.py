@@ -197,8 +197,7 @@ class DropBlock(nn.Module):
         rate = share * height * width / (size**2 * places[0] * places[1])
         corners = (torch.rand(*value.shape[:2], *places, device=value.device) < rate).to(value.dtype)
         kept = 1 - functional.max_pool2d(functional.pad(corners, [size - 1] * 4), size, stride=1)
-        # in single precision: a sum of this many ones is infinite in half
-        return value * (kept / kept.mean(dtype=torch.float32).clamp_min(1e-6))
+        return value * (kept / kept.mean().clamp_min(1e-6))  # not by a sum, which half precision can't hold
 
     def extra_repr(self) -> str:
         return f"{self.size}, grow={self.grow}"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import convexheads as ch
 from benchmarks.backbones import make_backbone
+from benchmarks.data.datasets import CATALOGUE
 
 HEADS = ("svm", "ridge", "prototypes")
 """The heads that every run evaluates."""
@@ -82,7 +83,8 @@ def load_weights(path: Path) -> Trained:
         with safe_open(path, framework="pt") as file:
             settings = json.loads((file.metadata() or {})["settings"])
             state = {name: file.get_tensor(name) for name in list(file.keys())}
-        examples = torch.zeros(2, state["backbone.mean"].shape[1], 32, 32, dtype=torch.uint8)
+        size = CATALOGUE[dataset].size if (dataset := settings["dataset"]) in CATALOGUE else 32
+        examples = torch.zeros(2, state["backbone.mean"].shape[1], size, size, dtype=torch.uint8)
         backbone = make_trained_backbone(settings, examples)
         head = make_head(settings["head"], learn_scale=True)
     except (OSError, SafetensorError, KeyError, ValueError) as error:

@@ -357,6 +357,16 @@ def test_one_split_of_miniimagenet_is_enough_where_no_other_is_wanted(tmp_path: 
         read(small("miniimagenet", 2), tmp_path, splits=("train", "test"))
 
 
+def test_lists_may_name_splits_that_have_no_images(tmp_path: Path) -> None:
+    write_lists(tmp_path / "miniimagenet", synsets("miniimagenet"))
+    for split in ("train", "val"):
+        for name in split_classes("miniimagenet", split):
+            for number in range(2):
+                (tmp_path / "miniimagenet" / "images" / f"{name}_{number}.jpg").unlink()
+    with pytest.raises(InputError, match="nothing of train and val, only test of miniimagenet"):
+        read(small("miniimagenet", 2), tmp_path)
+
+
 def test_forms_complete_each_other(tmp_path: Path) -> None:
     splits = synsets("miniimagenet")
     write_split_zips(tmp_path / "miniimagenet", {"test": splits.pop("test")})
