@@ -136,12 +136,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except ch.InputError as error:
         raise SystemExit(f"error: {error}") from error
+    budget = trained.settings["steps"] * trained.settings["tasks"]
+    network = f"{trained.settings['dataset']}, {trained.settings['backbone']}"
     rows = measure(features, labels, **settings)
     origin = report.provenance()
-    title = f"Figure 3: the SVM's accuracy against its solver's iterations, {trained['dataset']}, {trained['backbone']}"
+    title = f"Figure 3: the SVM's accuracy against its solver's iterations, {network}"
     note = (
         f"Mean over {options.episodes:,} episodes of unseen classes, the same ones everywhere, ± half the 95 % "
-        f"confidence interval; C = 0.1. Weights: {options.configuration}, {trained['steps'] * trained['tasks']:,} "
+        f"confidence interval; C = 0.1. Weights: {options.configuration}, {budget:,} "
         f"training episodes. Times: {origin['machine']['processor']}, {torch.get_num_threads()} threads, 50 episodes "
         "at once. Made by `python -m benchmarks.figure3 --data-root DIR`."
     )

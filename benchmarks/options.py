@@ -33,7 +33,7 @@ class Options:
     steps: Annotated[int | None, "training steps; unless given 60 for digits, 5000 for the others"] = None
     tasks: Annotated[int, "episodes of a training step"] = 8
     ways: Annotated[int, "classes of an episode, in training and in evaluation"] = 5
-    shots: Annotated[int, "support images a class in training and validation"] = 5
+    shots: Annotated[int, "support images a class in training"] = 5
     queries: Annotated[int, "query images a class in training"] = 6
     learning_rate: Annotated[float, "of SGD with Nesterov momentum 0.9, at the start"] = 0.1
     schedule: Annotated[Literal["cosine", "paper", "constant"], "how the learning rate falls"] = "cosine"
@@ -54,7 +54,7 @@ class Options:
     threads: Annotated[int | None, "processor threads; PyTorch's choice unless given"] = None
     device: Annotated[Literal["auto", "cpu", "cuda"], "where to compute"] = "auto"
     processes: Annotated[int, "processes that share every training step, one a device"] = 1
-    output: Annotated[Path | None, "folder for checkpoints and results; runs/DATASET-HEAD unless given"] = None
+    output: Annotated[Path | None, "folder for checkpoints and results; runs/DATASET_BACKBONE_HEAD unless given"] = None
     resume: Annotated[bool, "continue the unfinished run in the output folder"] = False
 
     def __post_init__(self) -> None:

@@ -87,15 +87,15 @@ def run_name(configuration: str) -> str:
     return configuration.replace("/", "_")
 
 
-def features(configuration: str, *, root: Path | None, train: bool) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Features and labels of a data set's test classes by the backbone of that configuration, and its settings.
+def features(configuration: str, *, root: Path | None, train: bool) -> tuple[Tensor, Tensor, Trained]:
+    """Features and labels of a data set's test classes by the backbone of that configuration, and its weights.
 
     Raises:
         InputError: there are no weights and `train` is false, or the data is missing.
     """
     trained, path = _trained(configuration, root, train)
     data = _test_classes(trained.settings["dataset"], root)
-    return _features(path, trained.settings["dataset"], root), data.labels, trained.settings
+    return _features(path, trained.settings["dataset"], root), data.labels, trained
 
 
 def evaluate(
@@ -107,8 +107,7 @@ def evaluate(
         InputError: there are no weights and `train` is false, or the data is missing.
     """
     found, labels, trained = features(configuration, root=root, train=train)
-    head = _trained(configuration, root, train)[0].head
-    return ch.evaluate(head, found, labels, ways=5, shots=shots, **settings), trained
+    return ch.evaluate(trained.head, found, labels, ways=5, shots=shots, **settings), trained.settings
 
 
 def _trained(configuration: str, root: Path | None, train: bool) -> tuple[Trained, Path]:

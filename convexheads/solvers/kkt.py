@@ -25,8 +25,6 @@ from convexheads.solvers.batch import Batch
 
 # Blocks are made smaller where the rows in them are at most this share of all.
 _WORTH_GATHERING = 0.75
-
-
 # Columns of a root after which it is looked whether that is all.
 _LOOK_EVERY = 16
 
