@@ -53,6 +53,9 @@ class Options:
     seed: Annotated[int, "of the weights and of every draw"] = 0
     threads: Annotated[int | None, "processor threads; PyTorch's choice unless given"] = None
     device: Annotated[Literal["auto", "cpu", "cuda"], "where to compute"] = "auto"
+    precision: Annotated[
+        Literal["float32", "bfloat16"], "of the backbone in training, the latter by autocast; heads solve in float64"
+    ] = "float32"
     processes: Annotated[int, "processes that share every training step, one a device"] = 1
     output: Annotated[Path | None, "folder for checkpoints and results; runs/DATASET_BACKBONE_HEAD unless given"] = None
     resume: Annotated[bool, "continue the unfinished run in the output folder"] = False

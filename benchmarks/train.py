@@ -90,6 +90,7 @@ def train(options: Options, data: dict[str, ImageSet], module: EpisodicModule) -
         max_epochs=1,
         accelerator="gpu" if options.device == "cuda" else options.device,
         devices=options.processes,
+        precision="bf16-mixed" if options.precision == "bfloat16" else "32-true",
         strategy="ddp" if options.processes > 1 else "auto",
         sync_batchnorm=options.processes > 1 and options.device != "cpu" and torch.cuda.is_available(),
         logger=[CSVLogger(output, flush_logs_every_n_steps=10), TensorBoardLogger(output, name="tensorboard")],

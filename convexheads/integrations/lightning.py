@@ -103,6 +103,8 @@ class EpisodicModule(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         samples, labels = batch
         features = self(samples.flatten(0, labels.ndim - 1)).unflatten(0, labels.shape)
+        if features.dtype.itemsize < 4:
+            features = features.float()  # of a trainer with mixed precision: logits are as precise as features
         episode = split_task(features, labels, shots=self.shots)
         fitted = self.head.fit(episode.support, episode.support_labels, ways=self.ways)
         logits, targets = fitted(episode.query).flatten(0, -2), episode.query_labels.flatten()
