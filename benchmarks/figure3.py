@@ -122,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--configuration", default="conv4/cifar-fs_svm", help="of the weights, below benchmarks/configs"
     )
+    parser.add_argument("--dataset", default="cifar-fs", help="whose test classes are evaluated")
     parser.add_argument("--data-root", type=Path | None, help="folder of the data; else variable CONVEXHEADS_DATA")
     parser.add_argument("--shots", type=list[int], default=[1, 5], help="support images a class")
     parser.add_argument("--iterations", type=list[int], default=list(ITERATIONS), help="where the solvers are stopped")
@@ -131,13 +132,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     settings: dict[str, Any] = {name: options[name] for name in ("shots", "iterations", "episodes", "seed")}
     try:
-        features, labels, trained = tables.features(
-            options.configuration, root=Options(data_root=options.data_root).root, train=False
-        )
+        root = Options(data_root=options.data_root).root
+        features, labels, trained = tables.features(options.configuration, options.dataset, root=root, train=False)
     except ch.InputError as error:
         raise SystemExit(f"error: {error}") from error
     budget = trained.settings["steps"] * trained.settings["tasks"]
-    network = f"{trained.settings['dataset']}, {trained.settings['backbone']}"
+    network = f"{options.dataset}, {trained.settings['backbone']}"
     rows = measure(features, labels, **settings)
     origin = report.provenance()
     title = f"Figure 3: the SVM's accuracy against its solver's iterations, {network}"

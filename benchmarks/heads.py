@@ -1,7 +1,7 @@
 """Compare all heads on the features of a trained Conv-4: accuracy, calibration, time, certificates.
 
-python -m benchmarks.train --dataset cifar-fs --data-root DIR --head svm-smoothed   # once, for the features
-python -m benchmarks.heads --data-root DIR
+python -m benchmarks.heads --data-root DIR                        # with weights that come with the package
+python -m benchmarks.heads --data-root DIR --weights runs/FOLDER  # with those of a `python -m benchmarks.train`
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from tqdm.auto import tqdm
 
 import convexheads as ch
 from benchmarks import report
-from benchmarks.backbones import Conv4
 from benchmarks.data import ImageSet, load
 from convexheads.episodes import calibrate, embed, evaluate
 
@@ -56,26 +55,14 @@ FAMILIES: dict[str, tuple[Callable[[float], ch.Head], tuple[float, ...]]] = {
 """Each head with the one hyper-parameter that is chosen on validation classes, and the values to choose from."""
 
 
-def features(data: dict[str, ImageSet], checkpoint: Path, cache: Path) -> dict[str, Tensor]:
-    """The trained backbone's features of each part of the data, kept in `cache` as long as the checkpoint is the same.
+def features(data: dict[str, ImageSet], weights: str) -> dict[str, Tensor]:
+    """The features of the validation and the test classes, by a trained backbone.
 
     Raises:
-        InputError: there is no such checkpoint.
+        InputError: there are no such weights.
     """
-    if not checkpoint.is_file():
-        train = "python -m benchmarks.train --dataset cifar-fs --data-root DIR --head svm-smoothed"
-        raise ch.InputError("checkpoint", f"{checkpoint}, which is no file", f"what this leaves behind: {train}")
-    stamp = checkpoint.stat().st_mtime_ns
-    if cache.is_file() and (kept := torch.load(cache, weights_only=True))["stamp"] == stamp:
-        return kept["features"]
-    weights = torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"]
-    backbone = Conv4(data["train"].images)
-    prefix = "backbone."
-    backbone.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-    found = {part: embed(backbone, data[part].images) for part in ("val", "test")}
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"stamp": stamp, "features": found}, cache)
-    return found
+    backbone = ch.load_pretrained(weights).backbone
+    return {part: embed(backbone, data[part].images) for part in ("val", "test")}
 
 
 def compare(
@@ -172,22 +159,22 @@ def main() -> None:
     """The command line."""
     parser = jsonargparse.ArgumentParser(prog="python -m benchmarks.heads", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data-root", type=Path, required=True, help="folder of CIFAR-100, only read")
-    run = Path("runs/cifar-fs_conv4_svm-smoothed")
-    checkpoint = run / "checkpoints" / "last.ckpt"
-    parser.add_argument("--checkpoint", type=Path, default=checkpoint, help="of `python -m benchmarks.train`")
+    text = "of a Conv-4 trained on CIFAR-FS: a name, folder or file that `convexheads.load_pretrained` knows"
+    parser.add_argument("--weights", default="conv4-cifar-fs-ridge", help=text)
     parser.add_argument("--shots", type=tuple[int, ...], default=(1, 5, 20), help="support images a class, as in [1,5]")
     parser.add_argument("--episodes", type=int, default=2000, help="test episodes, the same for all heads")
     parser.add_argument("--validation-episodes", type=int, default=300, help="to choose and to calibrate on")
     parser.add_argument("--seed", type=int, default=0, help="of the episodes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor threads")
-    parser.add_argument("--output", type=Path, default=Path("runs/heads"), help="folder for features and results")
+    parser.add_argument("--output", type=Path, default=Path("runs/heads"), help="folder for the result")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     try:
         data = load("cifar-fs", options.data_root, progress=True)
-        found = features(data, options.checkpoint, options.output / "features.pt")
+        found = features(data, options.weights)
     except ch.InputError as error:
         raise SystemExit(f"error: {error}") from error
+    options.output.mkdir(parents=True, exist_ok=True)
     settings = {name: options[name] for name in ("shots", "episodes", "validation_episodes", "seed")}
     rows = compare(data, found, **settings)
     title = "All heads on one Conv-4's features of CIFAR-FS's 20 test classes, 5-way"
@@ -195,6 +182,7 @@ def main() -> None:
     origin = report.provenance()
     machine = f"{origin['machine']['processor']}, {options.threads} threads, torch {origin['versions']['torch']}"
     note = (
+        f"Features: {options.weights}. "
         f"Mean over {options.episodes:,} episodes, the same for all heads, ± half the 95 % confidence interval; the "
         "difference to the first head is paired. Chosen: C of SVMs, lambda, shrinkage or beta of the others, by "
         f"accuracy over {options.validation_episodes} episodes of validation classes; the temperature is fitted on "
@@ -202,7 +190,12 @@ def main() -> None:
         f"queries, in batches of 50; {machine}. Made by `python -m benchmarks.heads`."
     )
     Console().print(table, note, f"All of it is in {options.output}", sep="\n")
-    record = {"settings": settings, "results": json.loads(rows.to_json(orient="records") or ""), **origin}
+    record = {
+        "weights": options.weights,
+        "settings": settings,
+        "results": json.loads(rows.to_json(orient="records") or ""),
+        **origin,
+    }
     (options.output / "heads.json").write_text(json.dumps(record, indent=2) + "\n")
     report.write_markdown(table, note, options.output / "heads.md")
     draw(rows, title, options.output / "heads.png")

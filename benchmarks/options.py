@@ -25,7 +25,7 @@ class Options:
     ] = "digits"
     data_root: Annotated[Path | None, "folder of the data, only read; else variable CONVEXHEADS_DATA"] = None
     backbone: Annotated[Literal["conv4", "r2d2", "resnet12", "wrn28"], "network to train"] = "conv4"
-    dropblock: Annotated[Literal["paper", "official", "none"], "of resnet12, see benchmarks/backbones.py"] = "paper"
+    dropblock: Annotated[Literal["paper", "official", "none"], "of resnet12, see convexheads/backbones.py"] = "paper"
     head: Annotated[
         Literal["svm", "svm-smoothed", "ridge", "prototypes"],
         "head to train through; svm, ridge and prototypes are evaluated in any case",

@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 
 import convexheads as ch
 from benchmarks import report
-from benchmarks.backbones import Conv4
-from benchmarks.models import make_head
+from convexheads.backbones import Conv4
+from convexheads.pretrained import make_head
 
 HEADS = ("prototypes", "ridge", "svm")
 WAYS, SHOTS = 5, 5
@@ -51,7 +51,7 @@ def training(*, episodes: int, queries: int, repeats: int) -> dict[str, float]:
     labels = (torch.arange(images.shape[1]) % WAYS).expand(episodes, -1)
     parts: dict[str, tuple[Conv4, ch.Head, torch.optim.Optimizer]] = {}
     for name in HEADS:
-        backbone, head = Conv4(images.flatten(0, 1)), make_head(name, learn_scale=True)
+        backbone, head = Conv4(images.flatten(0, 1)), make_head(name)
         parameters = [*backbone.parameters(), *head.parameters()]
         parts[name] = backbone, head, torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, nesterov=True)
     seconds: dict[str, list[float]] = {name: [] for name in HEADS}

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from copy import copy
 from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
 from pathlib import Path
@@ -62,13 +63,20 @@ def table(rows: Sequence[Row], title: str) -> Table:
 
 def write_markdown(result: Table, note: str, path: Path) -> None:
     """Write the table, and a note below it, as Markdown."""
-    title, result.title, result.box = result.title, None, box.MARKDOWN
+    body = (
+        f"<!-- --8<-- [start:table] -->\n{markdown(result)}\n<!-- --8<-- [end:table] -->"  # for pages that include it
+    )
+    path.write_text(f"# {result.title}\n\n{body}\n\n{note}\n", encoding="utf-8")
+
+
+def markdown(result: Table) -> str:
+    """The table in Markdown, without its title."""
+    plain = copy(result)
+    plain.title, plain.box = None, box.MARKDOWN
     text = StringIO()
-    Console(file=text, width=200).print(result)
+    Console(file=text, width=300).print(plain)
     lines = [line.rstrip() for line in text.getvalue().splitlines()]
-    body = "\n".join(line for line in lines if line)
-    body = f"<!-- --8<-- [start:table] -->\n{body}\n<!-- --8<-- [end:table] -->"  # for pages that include it
-    path.write_text(f"# {title}\n\n{body}\n\n{note}\n", encoding="utf-8")
+    return "\n".join(line for line in lines if line)
 
 
 def draw(rows: Sequence[Row], title: str, ways: int, path: Path) -> None:

@@ -6,11 +6,10 @@ python -m benchmarks.table2 --data-root DIR --scale paper --train    # ResNet-12
 
 from __future__ import annotations
 
-from benchmarks.tables import Row, Table, main
+from benchmarks.tables import HEADS, Row, Table, main
 
 DATASETS = ("cifar-fs", "fc100")
 CELLS = [(dataset, shots) for dataset in DATASETS for shots in (1, 5)]
-NAMES = {"prototypes": "Prototypical Networks", "ridge": "MetaOptNet-RR", "svm": "MetaOptNet-SVM"}
 
 TABLE = Table(
     "table2",
@@ -34,7 +33,7 @@ TABLE = Table(
         ],
         "laptop": [
             Row(name, "64-64-64-64", {(data, shots): f"conv4/{data}_{head}" for data, shots in CELLS})
-            for head, name in NAMES.items()
+            for head, name in HEADS.items()
         ],
     },
 )

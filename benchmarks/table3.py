@@ -1,6 +1,7 @@
-"""Table 3 of the paper, its times: what an episode of miniImageNet's size costs with each head on each backbone.
+"""Table 3 of the paper: accuracy and time of each head on each backbone, published values and ours.
 
-python -m benchmarks.table3                     # Conv-4 and ResNet-12 on 84 x 84 images, one episode at a time
+python -m benchmarks.table3                                # times: 84 x 84 images, one episode at a time
+python -m benchmarks.table3 --data-root DIR --train        # accuracies too, at the paper's scale: needs GPUs
 """
 
 from __future__ import annotations
@@ -16,19 +17,43 @@ import jsonargparse
 import pandas
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import convexheads as ch
-from benchmarks import report
-from benchmarks.backbones import make_backbone
-from benchmarks.models import make_head
-from benchmarks.tables import HERE
+from benchmarks import report, tables
+from benchmarks.options import Options
+from benchmarks.tables import HEADS, HERE, Row, Table
+from convexheads.backbones import make_backbone
+from convexheads.pretrained import make_head
 
 BACKBONES = {"conv4": "64-64-64-64", "resnet12": "ResNet-12"}
-MODELS = {"prototypes": "Prototypical Networks", "ridge": "MetaOptNet-RR", "svm": "MetaOptNet-SVM"}
-WAYS = 5
+DATASETS = ("miniimagenet", "tieredimagenet")
+
+
+def configuration(dataset: str, backbone: str, head: str, shots: int) -> str:
+    """That of a cell: prototypes are trained for each number of shots; some cells are Table 1's too."""
+    if head == "prototypes":
+        return f"table3/{dataset}_{backbone}_prototypes-{shots}-shot"
+    return f"table{1 if backbone == 'resnet12' else 3}/{dataset}_{backbone}_{head}"
+
+
+TABLE = Table(
+    "table3",
+    "Table 3: 5-way accuracy, and milliseconds of the forward pass of an episode",
+    DATASETS,
+    {
+        "paper": [
+            Row(
+                name,
+                network,
+                {(data, shots): configuration(data, backbone, head, shots) for data in DATASETS for shots in (1, 5)},
+            )
+            for backbone, network in BACKBONES.items()
+            for head, name in HEADS.items()
+        ]
+    },
+)
 
 
 def measure(
@@ -37,12 +62,14 @@ def measure(
     """Median milliseconds of the forward pass of one episode, and of the head's share of it; heads in turn."""
     rows = []
     for name in backbones:
-        images = torch.randint(256, (WAYS * (max(shots) + queries), 3, size, size), dtype=torch.uint8, device=device)
+        images = torch.randint(
+            256, (TABLE.ways * (max(shots) + queries), 3, size, size), dtype=torch.uint8, device=device
+        )
         backbone = make_backbone(name, images.cpu()).eval().to(device)
-        heads = {head: make_head(head) for head in MODELS}
+        heads = {head: make_head(head) for head in HEADS}
         for n in shots:
-            labels = torch.arange(WAYS, device=device).repeat_interleave(n)
-            batch = images[: WAYS * (n + queries)]
+            labels = torch.arange(TABLE.ways, device=device).repeat_interleave(n)
+            batch = images[: TABLE.ways * (n + queries)]
             seconds: dict[str, list[tuple[float, float]]] = {head: [] for head in heads}
             for repeat in tqdm(range(-1, repeats), desc=f"{BACKBONES[name]}, {n}-shot", leave=False):
                 for head, module in heads.items():
@@ -51,7 +78,7 @@ def measure(
                         seconds[head].append(taken)
             for head, taken in seconds.items():
                 whole, own = (1e3 * statistics.median(part) for part in zip(*taken, strict=True))
-                row = {"model": MODELS[head], "backbone": BACKBONES[name], "shots": n}
+                row = {"model": HEADS[head], "backbone": BACKBONES[name], "shots": n}
                 rows.append(row | {"milliseconds": whole, "head milliseconds": own})
     return pandas.DataFrame(rows)
 
@@ -61,7 +88,7 @@ def _once(backbone: torch.nn.Module, head: ch.Head, images: Tensor, labels: Tens
     begin = _now(images)
     features = backbone(images)
     middle = _now(images)
-    head(features[: len(labels)], labels, features[len(labels) :], ways=WAYS)
+    head(features[: len(labels)], labels, features[len(labels) :], ways=TABLE.ways)
     end = _now(images)
     return end - begin, end - middle
 
@@ -72,26 +99,17 @@ def _now(value: Tensor) -> float:
     return time.perf_counter()
 
 
-def show(rows: pandas.DataFrame, title: str) -> Table:
-    """Published and ours, a line for each model and backbone."""
-    published = pandas.read_csv(HERE / "published" / "table3_times.csv").set_index(["model", "backbone", "shots"])
-    table = Table(title=title, title_justify="left")
-    shots = list(dict.fromkeys(rows["shots"]))
-    for column in ("model", "backbone"):
-        table.add_column(column)
-    for n in shots:
-        for column in ("published", "ours", "of that the head"):
-            table.add_column(f"{n}-shot {column}, ms", justify="right")
-    ours = {(row["model"], row["backbone"], row["shots"]): row for row in report.records(rows)}
-    for model, backbone in dict.fromkeys((key[0], key[1]) for key in ours):
-        cells = []
-        for n in shots:
-            row = ours[model, backbone, n]
-            known = (model, backbone, n) in published.index
-            cells += [f"{published.loc[(model, backbone, n), 'milliseconds']:.0f}" if known else "n/a"]
-            cells += [f"{row['milliseconds']:.1f}", f"{row['head milliseconds']:.2f}"]
-        table.add_row(model, backbone, *cells)
-    return table
+def times(rows: pandas.DataFrame) -> dict[str, dict[tuple[str, str, str], str]]:
+    """Published and ours as columns: by header, the texts by "published" or "ours", model and backbone."""
+    found: dict[str, dict[tuple[str, str, str], str]] = {}
+    for row in report.records(pandas.read_csv(HERE / "published" / "table3_times.csv")):
+        own = found.setdefault(f"{row['shots']}-shot, ms", {})
+        own["published", row["model"], row["backbone"]] = f"{row['milliseconds']:.0f} ± {row['interval']:g}"
+    for row in report.records(rows):
+        own = found.setdefault(f"{row['shots']}-shot, ms", {})
+        text = f"{row['milliseconds']:.1f} (head {row['head milliseconds']:.2f})"
+        own["ours", row["model"], row["backbone"]] = text
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -99,38 +117,57 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = jsonargparse.ArgumentParser(
         prog="python -m benchmarks.table3", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--backbones", type=list[str], default=list(BACKBONES), help=f"of {', '.join(BACKBONES)}")
-    parser.add_argument("--shots", type=list[int], default=[1, 5], help="support images a class")
+    parser.add_argument(
+        "--backbones", type=list[str], default=list(BACKBONES), help=f"timed, of {', '.join(BACKBONES)}"
+    )
+    parser.add_argument("--shots", type=list[int], default=[1, 5], help="timed support images a class")
     parser.add_argument("--queries", type=int, default=15, help="query images a class")
-    parser.add_argument("--size", type=int, default=84, help="height and width of the images")
+    parser.add_argument("--size", type=int, default=84, help="height and width of the timed images")
     parser.add_argument("--repeats", type=int, default=15, help="timed episodes of each head")
-    parser.add_argument("--device", type=Literal["cpu", "cuda"], default="cpu", help="where to compute")
+    parser.add_argument("--device", type=Literal["cpu", "cuda"], default="cpu", help="where to time")
+    parser.add_argument("--data-root", type=Path | None, help="folder of the data; else variable CONVEXHEADS_DATA")
+    parser.add_argument("--train", action="store_true", help="train what has no weights yet: days")
+    parser.add_argument("--episodes", type=int, default=10_000, help="test episodes of the accuracies")
+    parser.add_argument("--seed", type=int, default=0, help="of the test episodes")
     parser.add_argument("--output", type=Path, default=Path("runs/table3"), help="folder for the result")
     options = parser.parse_args(arguments)
     if unknown := set(options.backbones) - set(BACKBONES):
         raise SystemExit(f"error: backbones: got {', '.join(sorted(unknown))}, wanted some of {', '.join(BACKBONES)}")
     names = ("backbones", "shots", "queries", "size", "repeats", "device")
     settings: dict[str, Any] = {name: options[name] for name in names}
+    try:
+        accuracies = tables.measure(
+            TABLE,
+            "paper",
+            root=Options(data_root=options.data_root).root,
+            **{name: options[name] for name in ("train", "episodes", "queries", "seed")},
+        )
+    except ch.InputError as error:
+        raise SystemExit(f"error: {error}") from error
     rows = measure(**settings)
     origin = report.provenance()
     machine = origin["machine"]
     where = (
         machine["accelerator"] if options.device == "cuda" else f"{machine['processor']}, {machine['threads']} threads"
     )
-    title = "Table 3: milliseconds of the forward pass of an episode"
     note = (
-        f"Ours: {where}; one episode at a time, {options.queries} queries a class, {options.size} x {options.size} "
-        f"pixels, medians of {options.repeats}, the heads in turn; untrained weights, on which times don't depend. "
-        "Published: on a GPU of 2019, so only the differences between heads compare. "
+        f"Our times: {where}; one episode at a time, {options.queries} queries a class, {options.size} x "
+        f"{options.size} pixels, medians of {options.repeats}, the heads in turn; untrained weights, on which times "
+        "don't depend; the head's share in brackets. Published times: on a GPU of 2019, so only the differences "
+        "between heads compare. "
+        f"{tables.describe_published(TABLE) if accuracies.empty else tables.describe(TABLE, accuracies)} "
         f"torch {origin['versions']['torch']}. Made by `python -m benchmarks.table3`."
     )
-    table = show(rows, title)
-    Console(width=max(130, Console().width)).print(table, note, f"All of it is in {options.output}", sep="\n")
+    table = tables.show(TABLE, accuracies, "paper", times(rows))
+    Console(width=max(170, Console().width)).print(table, note, f"All of it is in {options.output}", sep="\n")
     options.output.mkdir(parents=True, exist_ok=True)
-    rows.to_csv(options.output / "table3.csv", index=False)
-    record = {"settings": settings, "results": report.records(rows), **origin}
+    rows.to_csv(options.output / "table3_times.csv", index=False)
+    record = {"settings": settings, "results": report.records(accuracies), "times": report.records(rows), **origin}
     (options.output / "table3.json").write_text(json.dumps(record, indent=2) + "\n")
     report.write_markdown(table, note, options.output / "table3.md")
+    if not accuracies.empty:
+        accuracies.to_csv(options.output / "table3.csv", index=False)
+        TABLE.draw(TABLE, accuracies, options.output / "table3.png")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 """What the scripts of the paper's tables have in common: published values, ours beside them, and how ours come about.
 
-A table is a list of cells. Those with a configuration are measured: its weights are taken from `benchmarks/results/`,
-or from where a training left them, or trained; then all heads of a data set see the same episodes.
+A table is a list of cells. Those with a configuration are measured: its weights are taken from those that come with the
+package or from `benchmarks/results/`, or from where a training left them, or trained; then all heads of a data set see
+the same episodes. Figures that are such cells, drawn otherwise, are tables too.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,13 +21,14 @@ import pandas
 from rich.console import Console
 from rich.table import Table as RichTable
 from torch import Tensor
+from torchvision.transforms.v2.functional import resize
 from tqdm.auto import tqdm
 
 import convexheads as ch
 from benchmarks import report
 from benchmarks.data import ImageSet, load
-from benchmarks.models import Trained, load_weights
 from benchmarks.options import Options
+from convexheads.pretrained import ZOO
 
 HERE = Path(__file__).parent
 TITLES = {
@@ -33,7 +36,11 @@ TITLES = {
     "fc100": "FC100",
     "miniimagenet": "miniImageNet",
     "tieredimagenet": "tieredImageNet",
+    "omniglot": "Omniglot",
 }
+HEADS = {"prototypes": "Prototypical Networks", "ridge": "MetaOptNet-RR", "svm": "MetaOptNet-SVM"}
+"""By the names of `convexheads.pretrained`, those of the paper."""
+
 Scale = Literal["paper", "laptop"]
 
 
@@ -44,7 +51,8 @@ class Row:
     Attributes:
         model: its name, as in the published table where that has it.
         backbone: likewise.
-        configurations: by data set and test shots, the configuration below `benchmarks/configs` without its ending.
+        configurations: by data set and shots of the test, the configuration below `benchmarks/configs`, without its
+            ending, that the weights were trained with (on whichever data set).
     """
 
     model: str
@@ -52,155 +60,21 @@ class Row:
     configurations: dict[tuple[str, int], str]
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of the paper.
-
-    Attributes:
-        name: such as "table2", which also names the file of published values.
-        title: what stands above it.
-        datasets: its columns, each with 1 and 5 shots.
-        rows: ours, by scale. Differences are paired with those of the first row of a backbone.
-    """
-
-    name: str
-    title: str
-    datasets: tuple[str, ...]
-    rows: dict[Scale, list[Row]]
-
-
 def published(name: str) -> pandas.DataFrame:
-    """The published accuracies of a table, in per cent, a line for each; and as they are printed there (`text`)."""
-    rows = pandas.read_csv(HERE / "published" / f"{name}.csv", keep_default_na=False, dtype=str)
-    rows["text"] = rows["accuracy"] + " ± " + rows["interval"]
+    """The published accuracies of a table, in per cent, a line for each; and as they are printed there (`text`).
+
+    None where the paper has a picture only.
+    """
+    file = HERE / "published" / f"{name}.csv"
+    source = file if file.is_file() else StringIO("model,backbone,dataset,shots,accuracy,interval,note")
+    rows = pandas.read_csv(source, keep_default_na=False, dtype=str)
+    interval = (" ± " + rows["interval"]).where(rows["interval"] != "", "")
+    rows["text"] = rows["accuracy"] + interval
+    rows["interval"] = pandas.to_numeric(rows["interval"])
     return rows.astype({"shots": int, "accuracy": float, "interval": float})
 
 
-def find_weights(configuration: str) -> Path | None:
-    """The weights of a finished training with that configuration: the committed ones, else those below `runs/`."""
-    folders = (parent / run_name(configuration) for parent in (HERE / "results", Path("runs")))
-    return next((file for folder in folders if (file := folder / "model.safetensors").is_file()), None)
-
-
-def run_name(configuration: str) -> str:
-    """The folder that a configuration's results are in."""
-    return configuration.replace("/", "_")
-
-
-def features(configuration: str, *, root: Path | None, train: bool) -> tuple[Tensor, Tensor, Trained]:
-    """Features and labels of a data set's test classes by the backbone of that configuration, and its weights.
-
-    Raises:
-        InputError: there are no weights and `train` is false, or the data is missing.
-    """
-    trained, path = _trained(configuration, root, train)
-    data = _test_classes(trained.settings["dataset"], root)
-    return _features(path, trained.settings["dataset"], root), data.labels, trained
-
-
-def evaluate(
-    configuration: str, shots: int, *, root: Path | None, train: bool, **settings: Any
-) -> tuple[ch.Evaluation, dict[str, Any]]:
-    """Accuracies of a trained backbone with the head that it was trained through, and what it was trained with.
-
-    Raises:
-        InputError: there are no weights and `train` is false, or the data is missing.
-    """
-    found, labels, trained = features(configuration, root=root, train=train)
-    return ch.evaluate(trained.head, found, labels, ways=5, shots=shots, **settings), trained.settings
-
-
-def _trained(configuration: str, root: Path | None, train: bool) -> tuple[Trained, Path]:
-    weights = find_weights(configuration)
-    if weights is None:
-        if not train:
-            command = f"python -m benchmarks.train --config benchmarks/configs/{configuration}.yaml --data-root DIR"
-            raise ch.InputError(
-                "weights", f"none of {configuration}", f"--train, or what this leaves behind: {command}"
-            )
-        from benchmarks.train import run
-
-        options = Options.read(HERE / "configs" / f"{configuration}.yaml", data_root=root)
-        options = replace(options, output=Path("runs") / run_name(configuration))
-        run(replace(options, resume=options.checkpoint.is_file()))
-        weights = options.folder / "model.safetensors"
-    return load_weights(weights), weights
-
-
-@cache
-def _test_classes(dataset: str, root: Path | None) -> ImageSet:
-    return load(dataset, root, splits=("test",), progress=True)["test"]
-
-
-@cache
-def _features(weights: Path, dataset: str, root: Path | None) -> Tensor:
-    return ch.embed(load_weights(weights).backbone, _test_classes(dataset, root).images)
-
-
-def measure(
-    rows: Sequence[Row], *, root: Path | None, train: bool, episodes: int, queries: int, seed: int
-) -> pandas.DataFrame:
-    """One line for each cell of ours: accuracy, interval, and the paired difference from the backbone's first row.
-
-    Without `train`, what has no weights yet is left out.
-
-    Raises:
-        InputError: nothing has weights and `train` is false, or the data is missing.
-    """
-    found: list[dict[str, Any]] = []
-    reference: dict[tuple[str, str, int], Tensor] = {}
-    jobs = [(row, dataset, shots) for row in rows for dataset, shots in row.configurations]
-    there = [job for job in jobs if train or find_weights(job[0].configurations[job[1:]])]
-    jobs = there or jobs[:1]  # whose error says what to do
-    for row, dataset, shots in (bar := tqdm(jobs, unit="cell")):
-        bar.set_description(f"{row.model}, {dataset}, {shots}-shot")
-        settings = {"episodes": episodes, "queries": queries, "seed": seed}
-        configuration = row.configurations[dataset, shots]
-        result, trained = evaluate(configuration, shots, root=root, train=train, **settings)
-        first = reference.setdefault((row.backbone, dataset, shots), result.accuracies)
-        difference = 100 * (result.accuracies - first)
-        found.append(
-            {
-                "model": row.model,
-                "backbone": row.backbone,
-                "dataset": dataset,
-                "shots": shots,
-                "accuracy": 100 * result.mean,
-                "interval": 100 * result.interval,
-                "difference": difference.mean().item(),
-                "difference interval": 1.96 * difference.std().item() / math.sqrt(len(difference)),
-                "largest gap": None if result.gaps is None else result.gaps.max().item(),
-                "text": f"{100 * result.mean:.2f} ± {100 * result.interval:.2f}",
-                "configuration": configuration,
-                "training episodes": trained["steps"] * trained["tasks"],
-                "training seed": trained["seed"],
-                **settings,
-            }
-        )
-    return pandas.DataFrame(found)
-
-
-def show(table: Table, ours: pandas.DataFrame, scale: Scale) -> RichTable:
-    """Published and ours in one table; n/a where nothing was published for that very backbone."""
-    result = RichTable(title=f"{table.title}, {scale} scale", title_justify="left")
-    for column in ("model", "backbone", "by"):
-        result.add_column(column)
-    columns = [(dataset, shots) for dataset in table.datasets for shots in (1, 5)]
-    for dataset, shots in columns:
-        result.add_column(f"{TITLES[dataset]} {shots}-shot, %", justify="right")
-    rows = {"published": report.records(published(table.name)), "ours": report.records(ours)}
-    methods = {by: dict.fromkeys((row["model"], row["backbone"]) for row in own) for by, own in rows.items()}
-    methods["published"] |= methods["ours"]
-    for by, absent in (("published", "n/a"), ("ours", "not trained")):
-        for model, backbone in methods[by]:
-            own = [row for row in rows[by] if (row["model"], row["backbone"]) == (model, backbone)]
-            cells = {(row["dataset"], row["shots"]): row for row in own}
-            texts = (cells[column]["text"] if column in cells else absent for column in columns)
-            result.add_row(model, backbone, by, *texts)
-    return result
-
-
-def draw(table: Table, ours: pandas.DataFrame, path: Path) -> None:
+def bars(table: Table, ours: pandas.DataFrame, path: Path) -> None:
     """Ours as bars with their intervals, published values of the same model and backbone as diamonds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -222,7 +96,7 @@ def draw(table: Table, ours: pandas.DataFrame, path: Path) -> None:
         marks = [(at, theirs.loc[key, "accuracy"]) for at, key in zip(place, keys, strict=True) if key in theirs.index]
         if marks:
             axes.plot(*zip(*marks, strict=True), "kD", markersize=5, label="published" if not number else None)
-    axes.axhline(20, color="grey", linestyle="--", linewidth=1, label="chance")
+    axes.axhline(100 / table.ways, color="grey", linestyle="--", linewidth=1, label="chance")
     axes.set_xticks(range(len(columns)), [f"{TITLES[dataset]}\n{shots}-shot" for dataset, shots in columns])
     axes.set_ylabel("accuracy on unseen classes, %")
     axes.spines[["top", "right"]].set_visible(False)
@@ -230,36 +104,243 @@ def draw(table: Table, ours: pandas.DataFrame, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+@dataclass(frozen=True)
+class Table:
+    """A table of the paper, or a figure.
+
+    Attributes:
+        name: such as "table2", which also names the file of published values, where there are any.
+        title: what stands above it.
+        datasets: its columns, each with 1 and 5 shots.
+        rows: ours, by scale. Differences are paired with those of the first row of a backbone.
+        ways: classes of an episode.
+        draw: draws ours.
+    """
+
+    name: str
+    title: str
+    datasets: tuple[str, ...]
+    rows: dict[Scale, list[Row]]
+    ways: int = 5
+    draw: Callable[[Table, pandas.DataFrame, Path], None] = bars
+
+    @property
+    def columns(self) -> list[tuple[str, int]]:
+        """Data set and shots of each."""
+        return [(dataset, shots) for dataset in self.datasets for shots in (1, 5)]
+
+
+def find_weights(configuration: str) -> Path | None:
+    """The weights of a finished training with that configuration: the committed ones, else those below `runs/`."""
+    name = run_name(configuration)
+    files = [ZOO / f"{name.replace('_', '-')}.safetensors"]
+    files += [parent / name / "model.safetensors" for parent in (HERE / "results", Path("runs"))]
+    return next((file for file in files if file.is_file()), None)
+
+
+def run_name(configuration: str) -> str:
+    """The folder that a configuration's results are in."""
+    return configuration.replace("/", "_")
+
+
+def features(
+    configuration: str, dataset: str, *, root: Path | None, train: bool
+) -> tuple[Tensor, Tensor, ch.Pretrained]:
+    """Features and labels of a data set's test classes by the backbone of that configuration, and its weights.
+
+    Images of another size than the backbone was trained on are brought to that.
+
+    Raises:
+        InputError: there are no weights and `train` is false, or the data is missing.
+    """
+    path = _weights(configuration, root, train)
+    data = _test_classes(dataset, root)
+    return _features(path, dataset, root), data.labels, ch.load_pretrained(path)
+
+
+def evaluate(
+    configuration: str, dataset: str, shots: int, *, root: Path | None, train: bool, **settings: Any
+) -> tuple[ch.Evaluation, dict[str, Any]]:
+    """Accuracies of a trained backbone with the head that it was trained through, and what it was trained with.
+
+    Raises:
+        InputError: there are no weights and `train` is false, or the data is missing.
+    """
+    found, labels, trained = features(configuration, dataset, root=root, train=train)
+    return ch.evaluate(trained.head, found, labels, shots=shots, **settings), trained.settings
+
+
+def _weights(configuration: str, root: Path | None, train: bool) -> Path:
+    if weights := find_weights(configuration):
+        return weights
+    if not train:
+        command = f"python -m benchmarks.train --config benchmarks/configs/{configuration}.yaml --data-root DIR"
+        raise ch.InputError("weights", f"none of {configuration}", f"--train, or what this leaves behind: {command}")
+    from benchmarks.train import run
+
+    options = Options.read(HERE / "configs" / f"{configuration}.yaml", data_root=root)
+    options = replace(options, output=Path("runs") / run_name(configuration))
+    run(replace(options, resume=options.checkpoint.is_file()))
+    return options.folder / "model.safetensors"
+
+
+@cache
+def _test_classes(dataset: str, root: Path | None) -> ImageSet:
+    return load(dataset, root, splits=("test",), progress=True)["test"]
+
+
+@cache
+def _features(weights: Path, dataset: str, root: Path | None) -> Tensor:
+    trained, images = ch.load_pretrained(weights), _test_classes(dataset, root).images
+    if images.shape[-1] != (size := trained.settings["image_size"]):
+        images = resize(images, [size, size])
+    return ch.embed(trained.backbone, images)
+
+
+def measure(
+    table: Table, scale: Scale, *, root: Path | None, train: bool, episodes: int, queries: int, seed: int
+) -> pandas.DataFrame:
+    """One line for each cell of ours: accuracy, interval, and the paired difference from the backbone's first row.
+
+    Without `train`, what has no weights yet is left out.
+
+    Raises:
+        InputError: the data is missing.
+    """
+    found: list[dict[str, Any]] = []
+    reference: dict[tuple[str, str, int], Tensor] = {}
+    jobs = [(row, dataset, shots) for row in table.rows[scale] for dataset, shots in row.configurations]
+    jobs = [job for job in jobs if train or find_weights(job[0].configurations[job[1:]])]
+    for row, dataset, shots in (bar := tqdm(jobs, unit="cell", disable=not jobs)):
+        bar.set_description(f"{row.model}, {dataset}, {shots}-shot")
+        settings = {"ways": table.ways, "episodes": episodes, "queries": queries, "seed": seed}
+        configuration = row.configurations[dataset, shots]
+        result, trained = evaluate(configuration, dataset, shots, root=root, train=train, **settings)
+        first = reference.setdefault((row.backbone, dataset, shots), result.accuracies)
+        difference = 100 * (result.accuracies - first)
+        found.append(
+            {
+                "model": row.model,
+                "backbone": row.backbone,
+                "dataset": dataset,
+                "shots": shots,
+                "accuracy": 100 * result.mean,
+                "interval": 100 * result.interval,
+                "difference": difference.mean().item(),
+                "difference interval": 1.96 * difference.std().item() / math.sqrt(len(difference)),
+                "largest gap": None if result.gaps is None else result.gaps.max().item(),
+                "text": f"{100 * result.mean:.2f} ± {100 * result.interval:.2f}",
+                "configuration": configuration,
+                "trained on": trained["dataset"],
+                "training shots": trained["shots"],
+                "training episodes": trained["steps"] * trained["tasks"],
+                "training seed": trained["seed"],
+                **settings,
+            }
+        )
+    return pandas.DataFrame(found)
+
+
+def show(
+    table: Table, ours: pandas.DataFrame, scale: Scale, more: dict[str, dict[tuple[str, str, str], str]] | None = None
+) -> RichTable:
+    """Published and ours in one table; n/a where nothing was published for that very backbone.
+
+    `more` are further columns, whose texts stand in rows of "published" or "ours", model and backbone.
+    """
+    result = RichTable(title=f"{table.title}, {scale} scale", title_justify="left")
+    for column in ("model", "backbone", "by"):
+        result.add_column(column)
+    for dataset, shots in table.columns:
+        result.add_column(f"{TITLES[dataset]} {shots}-shot, %", justify="right")
+    for header in more or {}:
+        result.add_column(header, justify="right")
+    texts = {
+        (by, row["model"], row["backbone"], row["dataset"], row["shots"]): row["text"]
+        for by, frame in (("published", published(table.name)), ("ours", ours))
+        for row in report.records(frame)
+    }
+    own = [(row.model, row.backbone) for row in table.rows[scale]]
+    theirs = list(dict.fromkeys([key[1:3] for key in texts if key[0] == "published"] + own))
+    rows = [("published", "n/a", theirs)] if any(key[0] == "published" for key in texts) else []
+    for by, absent, methods in [*rows, ("ours", "not trained", own)]:
+        for model, backbone in methods:
+            there = {column for row in table.rows[scale] if row.model == model for column in row.configurations}
+            cells = (
+                texts.get((by, model, backbone, *column), absent if by == "published" or column in there else "")
+                for column in table.columns
+            )
+            result.add_row(
+                model,
+                backbone,
+                by,
+                *cells,
+                *((more or {})[name].get((by, model, backbone), "n/a") for name in more or {}),
+            )
+    return result
+
+
+def differences(table: Table, ours: pandas.DataFrame) -> RichTable:
+    """What each of ours has more than the first of its backbone, paired by episode."""
+    result = RichTable(title="Ours minus the first of them, in points, paired by episode", title_justify="left")
+    columns = [column for column in table.columns if column in set(zip(ours["dataset"], ours["shots"], strict=True))]
+    result.add_column("model")
+    for dataset, shots in columns:
+        result.add_column(f"{TITLES[dataset]} {shots}-shot", justify="right")
+    for model, own in ours.groupby("model", sort=False):
+        cells = {
+            (row["dataset"], row["shots"]): f"{row['difference']:+.2f} ± {row['difference interval']:.2f}"
+            for row in report.records(own)
+            if row["difference interval"]
+        }
+        if cells:
+            result.add_row(str(model), *(cells.get(column, "") for column in columns))
+    return result
+
+
 def write(table: Table, ours: pandas.DataFrame, scale: Scale, output: Path) -> None:
     """Show the table, and write it as Markdown, CSV, JSON and picture."""
-    shown = show(table, ours, scale)
+    shown, paired = show(table, ours, scale), differences(table, ours)
     origin = report.provenance()
-    budgets = "; ".join(
-        dict.fromkeys(
-            f"{row['model']} on {TITLES[row['dataset']]} {row['training episodes']:,}" for row in report.records(ours)
-        )
-    )
-    paired = "; ".join(
-        f"{row['model']} on {TITLES[row['dataset']]} {row['shots']}-shot {row['difference']:+.2f} ± "
-        f"{row['difference interval']:.2f}"
-        for row in report.records(ours)
-        if row["difference interval"]
-    )
     note = (
-        f"Ours: mean over {ours['episodes'].iloc[0]:,} episodes of unseen classes, {ours['queries'].iloc[0]} queries a "
-        f"class, seed {ours['seed'].iloc[0]}, the same ones for all heads, ± half the 95 % confidence interval; one "
-        f"training each, seed {ours['training seed'].iloc[0]}. Training episodes: {budgets}. Differences from the "
-        f"first of ours, paired by episode, in points: {paired or 'none'}. Published: as in the paper; n/a where it "
-        f"has no value for that backbone. torch {origin['versions']['torch']}. Made by "
+        f"{describe(table, ours)} torch {origin['versions']['torch']}. Made by "
         f"`python -m benchmarks.{table.name} --scale {scale} --data-root DIR`."
     )
-    Console(width=max(150, Console().width)).print(shown, note, f"All of it is in {output}", sep="\n")
+    Console(width=max(150, Console().width)).print(shown, note, paired, f"All of it is in {output}", sep="\n")
     output.mkdir(parents=True, exist_ok=True)
     ours.to_csv(output / f"{table.name}.csv", index=False)
     record = {"scale": scale, "results": report.records(ours), **origin}
     (output / f"{table.name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    note += f"\n\n## {paired.title}\n\n{report.markdown(paired)}" if paired.row_count else ""
     report.write_markdown(shown, note, output / f"{table.name}.md")
-    draw(table, ours, output / f"{table.name}.png")
+    table.draw(table, ours, output / f"{table.name}.png")
+
+
+def describe(table: Table, ours: pandas.DataFrame) -> str:
+    """How ours came about, and what is to be known of the published values."""
+    budgets: dict[str, list[str]] = {}
+    for row in report.records(ours):
+        own = budgets.setdefault(f"{row['training episodes']:,}", [])
+        if (name := f"{row['model']} on {TITLES[row['trained on']]}") not in own:
+            own.append(name)
+    trained = "; ".join(f"{count}: {', '.join(names)}" for count, names in budgets.items())
+    if len(budgets) == 1:
+        (trained,) = budgets
+    return (
+        f"Ours: mean over {ours['episodes'].iloc[0]:,} episodes of unseen classes, {ours['queries'].iloc[0]} queries a "
+        f"class, seed {ours['seed'].iloc[0]}, the same ones for all heads, ± half the 95 % confidence interval; one "
+        f"training each, seed {ours['training seed'].iloc[0]}. Training episodes: {trained}. "
+        f"{describe_published(table)}"
+    )
+
+
+def describe_published(table: Table) -> str:
+    """What is to be known of the published values."""
+    theirs = published(table.name)
+    if theirs.empty:
+        return "Nothing is published as a number."
+    notes = [f"{', '.join(dict.fromkeys(own['model']))}: {note}" for note, own in theirs.groupby("note") if note]
+    return "; ".join(["Published: as printed there; n/a where there is no value for that backbone", *notes]) + "."
 
 
 def main(table: Table, description: str, arguments: Sequence[str] | None = None) -> None:
@@ -279,7 +360,10 @@ def main(table: Table, description: str, arguments: Sequence[str] | None = None)
     options = parser.parse_args(arguments)
     settings = {name: options[name] for name in ("train", "episodes", "queries", "seed")}
     try:
-        ours = measure(table.rows[options.scale], root=Options(data_root=options.data_root).root, **settings)
+        ours = measure(table, options.scale, root=Options(data_root=options.data_root).root, **settings)
+        if ours.empty:
+            first = next(iter(table.rows[options.scale][0].configurations.values()))
+            _weights(first, None, train=False)  # whose error says what to do
     except ch.InputError as error:
         raise SystemExit(f"error: {error}") from error
     write(table, ours, options.scale, options.output or Path("runs") / f"{table.name}-{options.scale}")

@@ -25,22 +25,34 @@ import yaml
 from pytorch_lightning.callbacks import ModelCheckpoint, Timer
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 import convexheads as ch
 from benchmarks import report
-from benchmarks.backbones import Pixels
 from benchmarks.callbacks import ProgressBar, StepSeeds, Validation
 from benchmarks.data import EpisodeLoader, ImageSet, join, load
-from benchmarks.models import HEADS, make_head, make_trained_backbone, save_weights
 from benchmarks.options import Options
 from convexheads.episodes import embed, evaluate
 from convexheads.integrations.lightning import EpisodicModule
+from convexheads.pretrained import make_head, make_untrained, save_pretrained
+
+HEADS = ("svm", "ridge", "prototypes")
+"""The heads that every run evaluates."""
 
 LIGHTNING_NOISE = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # its own call into PyTorch
     r"Checkpoint directory .* exists and is not empty",  # as it should when resuming
 )
+
+
+class Pixels(nn.Module):
+    """No backbone at all: uint8 images (n, channels, height, width) as rows of numbers from 0 to 1.
+
+    What a head reaches on these is the level that a backbone has to beat.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1) / 255
 
 
 class Episodes(pl.LightningDataModule):
@@ -154,10 +166,9 @@ def run(options: Options) -> list[report.Row]:
     if options.trainval and "val" in data:
         data["train"] = join(data["train"], data.pop("val"))
     pl.seed_everything(options.seed, verbose=False)
-    head = make_head(options.head, learn_scale=True)
+    images = data["train"].images
     module = EpisodicModule(
-        make_trained_backbone(options.record(), data["train"].images),
-        head,
+        *make_untrained(options.record(), images),
         ways=options.ways,
         shots=options.shots,
         steps=options.total_steps,
@@ -170,7 +181,8 @@ def run(options: Options) -> list[report.Row]:
     training = train(options, data, module)
     if not first:
         return []  # the first process does the rest
-    save_weights(module, options.record(), options.folder / "model.safetensors")
+    settings = options.record() | {"image_size": images.shape[-1]}
+    save_pretrained(options.folder / "model.safetensors", module.backbone, module.head, settings)
     begin = time.perf_counter()
     rows = test(options, data["test"], backbones)
     now = time.perf_counter()

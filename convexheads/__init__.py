@@ -33,6 +33,7 @@ from convexheads.heads import (
 from convexheads.hyperparameters import Learnable
 from convexheads.kernels import RBF, Constant, Cosine, Kernel, Linear, Polynomial, Product, Sum
 from convexheads.presets import metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
+from convexheads.pretrained import Pretrained, load_pretrained
 from convexheads.solvers import QP, CvxpylayersSolver, MoreauSolver, NativeSolver, QpthSolver, Solution, Solver, Status
 
 __version__ = version("convexheads")
@@ -67,6 +68,7 @@ __all__ = [
     "NativeSolver",
     "OneVsRestHead",
     "Polynomial",
+    "Pretrained",
     "Product",
     "PrototypeHead",
     "QpthSolver",
@@ -86,6 +88,7 @@ __all__ = [
     "calibrate",
     "embed",
     "evaluate",
+    "load_pretrained",
     "metaoptnet_ridge",
     "metaoptnet_svm",
     "protonet",

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional
 from torchvision.ops import DropBlock2d
 
-from benchmarks.backbones import BACKBONES, WRN28, Conv4, DropBlock, ResNet12, make_backbone
 from convexheads import InputError
+from convexheads.backbones import BACKBONES, WRN28, Conv4, DropBlock, ResNet12, make_backbone
 
 
 def pictures(n: int, size: int) -> torch.Tensor:
@@ -118,6 +118,20 @@ def test_resnet12_computes_what_learn2learns_does() -> None:
     torch.testing.assert_close(found, expected.flatten(1), rtol=1e-4, atol=1e-4)
 
 
+def test_conv4_computes_what_learn2learns_does() -> None:
+    """With its weights, which have the same names."""
+    images = pictures(4, 32)
+    ours, theirs = Conv4(images).eval(), CNN4Backbone(hidden_size=64, channels=3, max_pool=True).eval()
+    for layer in theirs.modules():  # statistics that are not trivial
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+    ours.layers.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        expected = theirs((images - ours.mean) / ours.deviation)
+        torch.testing.assert_close(ours(images), expected.flatten(1), rtol=1e-4, atol=1e-4)
+
+
 def test_r2d2_computes_what_is_described() -> None:
     images = pictures(2, 84)
     backbone = make_backbone("r2d2", images).eval()
@@ -134,7 +148,10 @@ def test_r2d2_computes_what_is_described() -> None:
 def test_wrn28_computes_what_learn2learns_does() -> None:
     images = pictures(1, 84)
     ours, theirs = WRN28(pictures(2, 84)).eval(), WRN28Backbone().eval()
-    ours.layers.load_state_dict(theirs.state_dict())
+    state, names = theirs.state_dict(), ("conv1", "layer1", "layer2", "layer3", "bn1")
+    for name, layer in zip(names, ours.layers, strict=False):
+        own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+        layer.load_state_dict(own)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs((images - ours.mean) / ours.deviation), rtol=1e-4, atol=1e-4)
 

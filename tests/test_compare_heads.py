@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from benchmarks import heads
-from benchmarks.backbones import Conv4
 from benchmarks.data import ImageSet
-from convexheads import InputError, RidgeHead, embed, evaluate
+from convexheads import RidgeHead, embed, evaluate
+from convexheads.backbones import Conv4
+from convexheads.pretrained import make_head, save_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -26,27 +27,13 @@ def data() -> dict[str, ImageSet]:
     return parts
 
 
-@pytest.fixture(scope="module")
-def backbone(data) -> Conv4:
-    torch.manual_seed(0)
-    return Conv4(data["train"].images)
-
-
-def test_features_are_the_checkpoints_and_are_kept(data, backbone, tmp_path: Path):
-    weights = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
-    checkpoint, cache = tmp_path / "last.ckpt", tmp_path / "kept" / "features.pt"
-    torch.save({"state_dict": weights | {"head.scale.log_value": torch.zeros(())}}, checkpoint)
-    found = heads.features(data, checkpoint, cache)
-    torch.testing.assert_close(found["test"], embed(backbone, data["test"].images, progress=False))
+def test_features_are_those_of_the_weights(data, tmp_path: Path):
+    backbone = Conv4(data["train"].images).eval()
+    settings = {"backbone": "conv4", "head": "svm", "image_size": 16}
+    save_pretrained(tmp_path / "own.safetensors", backbone, make_head("svm"), settings)
+    found = heads.features(data, str(tmp_path / "own.safetensors"))
     assert set(found) == {"val", "test"}
-    stamp = cache.stat().st_mtime_ns
-    assert torch.equal(heads.features(data, checkpoint, cache)["val"], found["val"])
-    assert cache.stat().st_mtime_ns == stamp
-
-
-def test_missing_checkpoint_says_how_to_make_one(data, tmp_path: Path):
-    with pytest.raises(InputError, match=r"checkpoint: got .*no file, wanted .*python -m benchmarks\.train"):
-        heads.features(data, tmp_path / "none.ckpt", tmp_path / "features.pt")
+    torch.testing.assert_close(found["test"], embed(backbone, data["test"].images, progress=False))
 
 
 def test_every_head_is_compared_on_the_same_episodes(data, tmp_path: Path):

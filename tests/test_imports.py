@@ -8,7 +8,7 @@ import textwrap
 
 OPTIONAL = (
     "qpth", "cvxpy", "cvxpylayers", "moreau", "learn2learn", "pytorch_lightning", "torchmetrics", "torchvision", "sklearn",
-    "matplotlib", "pandas", "numba", "tqdm", "rich", "scipy", "yaml",
+    "matplotlib", "pandas", "numba", "tqdm", "rich", "safetensors", "scipy", "yaml",
 )  # fmt: skip
 
 
@@ -55,6 +55,10 @@ def test_everything_else_works_without_optional_packages():
             import convexheads.integrations.lightning
         except ch.MissingDependencyError as error:
             print(error)
+        try:
+            ch.load_pretrained("conv4-cifar-fs-svm")
+        except ch.MissingDependencyError as error:
+            print(error)
     """
     lines = run(script).splitlines()
     assert lines[0].endswith("(20 episodes)")
@@ -63,6 +67,7 @@ def test_everything_else_works_without_optional_packages():
         "'convexheads[cvxpylayers]'",
         "'convexheads[moreau]'",
         "'convexheads[lightning]'",
+        "'convexheads[pretrained]'",
     ]
 
 

@@ -13,16 +13,17 @@ import pandas
 import pytest
 import torch
 from learn2learn.nn import SVClassifier
+from PIL import Image
 
-from benchmarks import figure3, table3, tables
-from benchmarks.backbones import Pixels
-from benchmarks.data import AUGMENTATIONS, DATASETS, load, taskset
-from benchmarks.models import load_weights
+from benchmarks import figure2, figure3, report, table3, tables
+from benchmarks.data import AUGMENTATIONS, DATASETS, ImageSet, load, taskset
 from benchmarks.options import Options, read_settings
 from benchmarks.tables import Row, Table
-from convexheads import InputError, SVMHead, embed, evaluate, split_task
+from benchmarks.train import Pixels
+from convexheads import InputError, SVMHead, embed, evaluate, load_pretrained, split_task
 
-TABLES = {name: import_module(f"benchmarks.{name}").TABLE for name in ("table1", "table2")}
+SCRIPTS = ("table1", "table2", "table3", "table4", "figure2", "omniglot")
+TABLES = {name: import_module(f"benchmarks.{name}").TABLE for name in SCRIPTS}
 CONFIGURATIONS = sorted((Path(tables.__file__).parent / "configs").glob("*/*.yaml"))
 
 
@@ -34,12 +35,14 @@ CONFIGURATIONS = sorted((Path(tables.__file__).parent / "configs").glob("*/*.yam
         ("table2", "Prototypical Networks", "64-64-64-64", "fc100", 5, (48.6, 0.6)),
         ("table2", "MetaOptNet-SVM-trainval", "ResNet-12", "cifar-fs", 5, (85.0, 0.5)),
         ("table3", "MetaOptNet-RR", "64-64-64-64", "tieredimagenet", 5, (72.11, 0.59)),
+        ("table4", "augmentation, weight decay", "ResNet-12", "miniimagenet", 5, (76.61, None)),
+        ("omniglot", "Prototypical Networks", "64-64-64-64", "omniglot", 1, (96.0, None)),
     ],
 )
 def test_published_values_are_the_papers(table, model, backbone, dataset, shots, expected) -> None:
     rows = tables.published(table)
     own = rows.query("model == @model and backbone == @backbone and dataset == @dataset and shots == @shots")
-    assert [tuple(pair) for pair in own[["accuracy", "interval"]].to_numpy()] == [expected]
+    assert [(row["accuracy"], row["interval"]) for row in report.records(own)] == [expected]
     assert not rows.duplicated(["model", "backbone", "dataset", "shots"]).any()
 
 
@@ -65,8 +68,9 @@ def test_every_cell_has_its_configuration(table: Table) -> None:
         for row in rows:
             for (dataset, shots), name in row.configurations.items():
                 options = Options.read(tables.HERE / "configs" / f"{name}.yaml")
-                assert options.dataset == dataset
+                assert options.dataset == dataset or row.model.endswith("across domains")
                 assert dataset in table.datasets
+                assert options.ways == table.ways
                 assert shots in options.test_shots
 
 
@@ -79,7 +83,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Table:
         file.write_text(f"dataset: digits\nhead: {head}\nsteps: 2\ntasks: 2\ntest_episodes: 10\n")
     (tmp_path / "published").mkdir()
     (tmp_path / "published" / "small.csv").write_text(
-        "model,backbone,dataset,shots,accuracy,interval,note\nRidge,Conv,digits,1,61.5,0.7,\nOther,Big,digits,5,99.0,0.1,\n"
+        "model,backbone,dataset,shots,accuracy,interval,note\nRidge,Conv,digits,1,61.5,0.7,\nOther,Big,digits,5,99.0,0.1,on more data\n"
     )
     monkeypatch.setattr(tables, "HERE", tmp_path)
     monkeypatch.setitem(tables.TITLES, "digits", "Digits")
@@ -120,15 +124,17 @@ def test_trains_what_is_missing_and_writes_the_same_table_again(small: Table, tm
     assert "61.5 ± 0.7" in row["Ridge", "Conv", "published"]
     assert "n/a" in row["Ridge", "Conv", "published"]
     assert row["Prototypes", "Conv", "published"].count("n/a") == 2
+    assert "Other: on more data" in files["small.md"].decode()
     frame = pandas.read_csv(tmp_path / "result" / "small.csv")
     own = frame[frame["model"] == "Ridge"].iloc[0]
     assert f"{own['accuracy']:.2f} ± {own['interval']:.2f}" in row["Ridge", "Conv", "ours"]
     assert (frame["training episodes"] == 4).all()
+    assert any(f"{own['difference']:+.2f} ± {own['difference interval']:.2f}" in line for line in lines[-3:])
     # paired: what the differences of the episodes' accuracies say
     data = load("digits")["test"]
     accuracies = []
     for head in ("prototypes", "ridge"):
-        trained = load_weights(tmp_path / "results" / f"small_digits_{head}" / "model.safetensors")
+        trained = load_pretrained(tmp_path / "results" / f"small_digits_{head}")
         features = embed(trained.backbone, data.images, progress=False)
         accuracies.append(
             evaluate(trained.head, features, data.labels, shots=1, episodes=30, progress=False).accuracies
@@ -139,20 +145,6 @@ def test_trains_what_is_missing_and_writes_the_same_table_again(small: Table, tm
     record = json.loads(files["small.json"])
     assert len(record["results"]) == 4
     assert record["versions"]["torch"]
-
-
-def test_damaged_weights_are_named(tmp_path: Path, small: Table) -> None:
-    path = tmp_path / "model.safetensors"
-    with pytest.raises(InputError, match=r"weights: got .*model\.safetensors"):
-        load_weights(path)
-    tables.evaluate("small/digits_ridge", 1, root=None, train=True, episodes=5, progress=False)
-    whole = (tmp_path / "runs" / "small_digits_ridge" / "model.safetensors").read_bytes()
-    for damaged in (whole[:-1000], whole[:100], b"", b"no weights"):
-        path.write_bytes(damaged)
-        with pytest.raises(InputError, match=r"wanted a complete model\.safetensors"):
-            load_weights(path)
-    path.write_bytes(whole)
-    assert load_weights(path).settings["head"] == "ridge"
 
 
 def test_agrees_with_learn2learns_tasks_and_classifier() -> None:
@@ -215,9 +207,63 @@ def test_figure3_sweeps_the_iterations_of_both_solvers(tmp_path: Path) -> None:
     assert (tmp_path / "figure3.png").stat().st_size > 10_000
 
 
-def test_table3_times_every_head_on_every_backbone() -> None:
-    rows = table3.measure(backbones=["conv4", "resnet12"], shots=[1, 2], queries=1, size=32, repeats=2, device="cpu")
-    assert len(rows) == 2 * 2 * len(table3.MODELS)
+def test_table3_shows_times_beside_accuracies(tmp_path: Path) -> None:
+    rows = table3.measure(backbones=["conv4", "resnet12"], shots=[1, 5], queries=1, size=32, repeats=2, device="cpu")
+    assert len(rows) == 2 * 2 * len(tables.HEADS)
     assert (rows["milliseconds"] > rows["head milliseconds"]).all()
     assert (rows["head milliseconds"] > 0).all()
-    assert table3.show(rows, "title").row_count == 6
+    shown = tables.show(table3.TABLE, pandas.DataFrame(), "paper", table3.times(rows))
+    lines = {tuple(c.strip() for c in line.split("|")[1:4]): line for line in report.markdown(shown).splitlines()}
+    assert "69.51 ± 0.48" in lines["MetaOptNet-RR", "64-64-64-64", "published"]
+    assert "20 ± 0.03" in lines["MetaOptNet-RR", "64-64-64-64", "published"]
+    line = lines["MetaOptNet-SVM", "ResNet-12", "ours"]
+    assert line.count("not trained") == 4
+    own = rows.query("model == 'MetaOptNet-SVM' and backbone == 'ResNet-12'")
+    for row in report.records(own):
+        assert f"{row['milliseconds']:.1f} (head {row['head milliseconds']:.2f})" in line
+
+
+def test_figure2_draws_a_curve_for_each_head_and_number_of_shots(tmp_path: Path) -> None:
+    rows = [
+        {"model": row.model, "dataset": dataset, "shots": shots, "accuracy": 50.0 + n, "interval": 0.5}
+        | {"training shots": figure2.TRAINING_SHOTS[n % 4]}
+        for n, row in enumerate(figure2.TABLE.rows["laptop"])
+        for dataset, shots in row.configurations
+    ]
+    figure2.curves(figure2.TABLE, pandas.DataFrame(rows), tmp_path / "figure2.png")
+    with Image.open(tmp_path / "figure2.png") as picture:
+        width, height = picture.size
+    assert width > height  # two panels
+    labels = {text for row in figure2.TABLE.rows["paper"] for text in row.configurations.values()}
+    assert len(labels) == 4 * 2 * 4
+
+
+def test_images_of_another_size_are_brought_to_that_of_the_training(
+    small: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Across domains: the backbone sees what it was trained on, and the number of ways is the table's."""
+    tables.evaluate("small/digits_ridge", "digits", 1, root=None, train=True, episodes=5, progress=False)
+    data = load("digits")["test"]
+    larger = data.images.repeat_interleave(3, -1).repeat_interleave(3, -2)
+    sizes, embed_ = [], tables.ch.embed
+    monkeypatch.setattr(tables, "load", lambda *_, **__: {"test": ImageSet(larger, data.labels, data.classes)})
+    monkeypatch.setattr(tables.ch, "embed", lambda net, images: sizes.append(images.shape[-1]) or embed_(net, images))
+    tables._test_classes.cache_clear()
+    tables._features.cache_clear()
+    settings = {"episodes": 40, "progress": False}
+    found, _ = tables.evaluate("small/digits_ridge", "other", 1, root=None, train=False, ways=3, **settings)
+    assert sizes == [data.images.shape[-1]]
+    same, _ = tables.evaluate("small/digits_ridge", "other", 1, root=None, train=False, ways=5, **settings)
+    assert same.mean < found.mean  # of five classes it is harder
+
+
+@pytest.mark.parametrize("shots", [1, 5])
+def test_the_committed_table_comes_out_again(data_root: Path, shots: int) -> None:
+    """From the weights that come with the package, on real images, to the last digit that is printed."""
+    committed = pandas.read_csv(tables.HERE / "results" / "table2-laptop" / "table2.csv")
+    own = committed.query("model == 'MetaOptNet-RR' and dataset == 'cifar-fs' and shots == @shots").iloc[0]
+    settings = {name: int(own[name]) for name in ("episodes", "queries", "seed")}
+    result, _ = tables.evaluate(
+        own["configuration"], "cifar-fs", shots, root=data_root, train=False, progress=False, **settings
+    )
+    assert f"{100 * result.mean:.2f} ± {100 * result.interval:.2f}" == own["text"]

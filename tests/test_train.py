@@ -17,9 +17,11 @@ import yaml
 from PIL import Image
 
 import convexheads as ch
-from benchmarks import backbones, models, train
+from benchmarks import train
 from benchmarks.data import EpisodeLoader, ImageSet
+from convexheads.backbones import Conv4
 from convexheads.integrations.lightning import EpisodicModule
+from convexheads.pretrained import make_head
 
 SHORT = [
     "--steps",
@@ -52,7 +54,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_result_is_complete(finished: Path) -> None:
     result = json.loads((finished / "result.json").read_text())
     assert {(row["backbone"], row["head"], row["shots"]) for row in result["results"]} == {
-        *(("meta-trained", head, shots) for head in models.HEADS for shots in (1, 5)),
+        *(("meta-trained", head, shots) for head in train.HEADS for shots in (1, 5)),
         *((backbone, "svm", shots) for backbone in ("untrained", "none: pixels") for shots in (1, 5)),
     }
     for row in result["results"]:
@@ -194,7 +196,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_backbone_standardises_pixels_and_gives_256_features() -> None:
     images = torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8)
-    backbone = backbones.Conv4(images)
+    backbone = Conv4(images)
     assert backbone(images).shape == (50, 256)
     assert backbone.mean.flatten().tolist() == pytest.approx(images.double().mean((0, 2, 3)).tolist())
     assert {"mean", "deviation"} < backbone.state_dict().keys()
@@ -202,7 +204,7 @@ def test_backbone_standardises_pixels_and_gives_256_features() -> None:
 
 def test_refuses_an_unknown_head() -> None:
     with pytest.raises(ch.InputError, match="svm, ridge, prototypes"):
-        models.make_head("forest")
+        make_head("forest")
 
 
 def run_as_a_command(*arguments: str, script: str = "-m benchmarks.train") -> subprocess.CompletedProcess[str]:
@@ -276,7 +278,7 @@ def test_the_best_weights_on_validation_classes_are_kept(tmp_path: Path) -> None
     assert list(accuracies) == [1, 3, 5]
     best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
     assert best["global_step"] - 1 == max(accuracies, key=lambda step: float(accuracies[step]))
-    saved = models.load_weights(tmp_path / "model.safetensors")
+    saved = ch.load_pretrained(tmp_path)
     for name, value in saved.backbone.state_dict().items():
         assert torch.equal(value, best["state_dict"][f"backbone.{name}"]), name
 
@@ -339,7 +341,7 @@ def test_the_papers_own_recipe_runs(data_root: Path, tmp_path: Path, head: str) 
     arguments = ["--config", str(config), "--data-root", str(data_root), "--output", str(tmp_path), "--device", "cpu"]
     short = ["--steps", "2", "--tasks", "1", "--validate-every", "2", "--validation-episodes", "4"]
     train.main([*arguments, *short, "--test-episodes", "4", "--checkpoint-every", "1"])
-    trained = models.load_weights(tmp_path / "model.safetensors")
+    trained = ch.load_pretrained(tmp_path)
     assert trained.backbone(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 2560)
     assert trained.settings["augment"] == "flip-crop-jitter"
     result = json.loads((tmp_path / "result.json").read_text())

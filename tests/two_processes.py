@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks import train
-from benchmarks.backbones import Pixels
+from convexheads.pretrained import make_head
 
 
 class Linear(nn.Module):
@@ -20,9 +20,9 @@ class Linear(nn.Module):
         self.layer = nn.Linear(32 * 32, 16, dtype=torch.float64)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.layer(Pixels()(images).double())
+        return self.layer(train.Pixels()(images).double())
 
 
 if __name__ == "__main__":
-    train.make_trained_backbone = lambda settings, examples: Linear()
+    train.make_untrained = lambda settings, examples: (Linear(), make_head(settings["head"]))
     train.main(sys.argv[1:])

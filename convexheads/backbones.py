@@ -5,15 +5,15 @@ Pixels are standardised first, by constants of example images, which checkpoints
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
 
 import torch
-from learn2learn.vision.models import CNN4Backbone, WRN28Backbone
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convexheads.errors import InputError
+from convexheads.errors import InputError, MissingDependencyError
 
 SLOPE = 0.1
 """Of leaky ReLUs, Section 4.1."""
@@ -44,9 +44,9 @@ class Backbone(nn.Module):
 class Conv4(Backbone):
     """Four blocks of 3 x 3 convolution with 64 filters, batch normalisation, ReLU and 2 x 2 max-pooling.
 
-    256 features of 32 x 32 images, 1,600 of 84 x 84. The layers are learn2learn's `CNN4Backbone`; the initial weights
-    are PyTorch's (learn2learn draws the scale of the normalisation between 0 and 1, which leaves some channels all but
-    dead).
+    256 features of 32 x 32 images, 1,600 of 84 x 84. The layers and their names are those of learn2learn's
+    `CNN4Backbone`; the initial weights are PyTorch's (learn2learn draws the scale of the normalisation between 0 and 1,
+    which leaves some channels all but dead).
 
     Args:
         examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants.
@@ -54,11 +54,18 @@ class Conv4(Backbone):
 
     def __init__(self, examples: Tensor) -> None:
         super().__init__(examples)
-        layers = CNN4Backbone(hidden_size=64, channels=examples.shape[1], max_pool=True)
-        for layer in layers.modules():
-            if isinstance(layer, nn.Conv2d | nn.BatchNorm2d):
-                layer.reset_parameters()
-        self.layers = layers.to(memory_format=torch.channels_last)
+        blocks = [
+            nn.Sequential(
+                OrderedDict(
+                    conv=nn.Conv2d(before, 64, 3, padding=1),
+                    normalize=nn.BatchNorm2d(64),
+                    relu=nn.ReLU(),
+                    pool=nn.MaxPool2d(2),
+                )
+            )
+            for before in (examples.shape[1], 64, 64, 64)
+        ]
+        self.layers = nn.Sequential(*blocks).to(memory_format=torch.channels_last)
 
 
 class R2D2Network(Backbone):
@@ -206,37 +213,28 @@ class DropBlock(nn.Module):
 class WRN28(Backbone):
     """The wide residual network WRN-28-10 (Zagoruyko & Komodakis 2016): 640 features, the means over positions.
 
-    learn2learn's `WRN28Backbone`, whose last pooling is for images of 84 x 84 and whose first convolution is for three
-    channels, made fit for any. As there, convolutions have biases, weights begin as PyTorch's, and the statistics of
-    the last normalisation have a momentum of 0.9: they are all but those of the last batch.
+    The layers of learn2learn's `WRN28Backbone`, whose last pooling is for images of 84 x 84 and whose first convolution
+    is for three channels, made fit for any; it needs that package. As there, convolutions have biases, weights begin as
+    PyTorch's, and the statistics of the last normalisation have a momentum of 0.9: they are all but those of the last
+    batch.
 
     Args:
         examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants.
+
+    Raises:
+        MissingDependencyError: learn2learn is not installed.
     """
 
     def __init__(self, examples: Tensor) -> None:
         super().__init__(examples)
-        self.layers = _WideResNet()
-        self.layers.conv1 = nn.Conv2d(examples.shape[1], 16, 3, padding=1)
-
-
-class _WideResNet(WRN28Backbone):
-    """With a mean over all positions, as many as there are."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (self.conv1, self.layer1, self.layer2, self.layer3, self.bn1):
-            x = layer(x)
-        return functional.relu(x).mean((2, 3))
-
-
-class Pixels(nn.Module):
-    """No backbone at all: uint8 images (n, channels, height, width) as rows of numbers from 0 to 1.
-
-    What a head reaches on these is the level that a backbone has to beat.
-    """
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1) / 255
+        try:
+            from learn2learn.vision.models import WRN28Backbone
+        except ImportError as error:
+            raise MissingDependencyError("learn2learn", "learn2learn", "WRN28") from error
+        network = WRN28Backbone()
+        first = nn.Conv2d(examples.shape[1], 16, 3, padding=1)
+        last = nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+        self.layers = nn.Sequential(first, network.layer1, network.layer2, network.layer3, network.bn1, *last)
 
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {

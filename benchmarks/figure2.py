@@ -1,0 +1,74 @@
+"""Figure 2 of the paper: accuracy against the shots of the training, for the SVM and for prototypes.
+
+python -m benchmarks.figure2 --data-root DIR                          # Conv-4, trained for a short time
+python -m benchmarks.figure2 --data-root DIR --scale paper --train    # ResNet-12, as in the paper: needs GPUs
+
+The paper has a picture only, no numbers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas
+
+from benchmarks.tables import TITLES, Row, Scale, Table, main
+
+TRAINING_SHOTS = (1, 5, 10, 15)
+DATASETS = ("miniimagenet", "tieredimagenet", "cifar-fs", "fc100")
+HEADS = {"svm": "MetaOptNet-SVM", "prototypes": "Prototypical Networks"}
+
+
+def curves(table: Table, ours: pandas.DataFrame, path: Path) -> None:
+    """Accuracy against training shots: a panel for each data set, a line for each head and number of test shots."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = list(ours.groupby("dataset", sort=False))
+    figure = Figure(figsize=(4.6 * len(panels), 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (dataset, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        found = found.assign(head=[str(model).partition(",")[0] for model in found["model"]])
+        for head, shots in dict.fromkeys(zip(found["head"], found["shots"], strict=True)):
+            own = found.query("head == @head and shots == @shots").sort_values(by="training shots")
+            color = f"C{list(HEADS.values()).index(head)}"
+            style = {1: "--", 5: "-"}[shots]
+            axes.errorbar(
+                own["training shots"],
+                own["accuracy"],
+                own["interval"],
+                color=color,
+                linestyle=style,
+                marker="o",
+                capsize=3,
+                label=f"{head}, {shots}-shot",
+            )
+        axes.set(xlabel="shots of the training", ylabel="accuracy on unseen classes, %", xticks=TRAINING_SHOTS)
+        axes.set_title(f"{TITLES[str(dataset)]}, {table.ways}-way")
+        axes.spines[["top", "right"]].set_visible(False)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def rows(datasets: tuple[str, ...], backbone: str, network: str) -> list[Row]:
+    """A row for each head and number of training shots."""
+    return [
+        Row(
+            f"{name}, {n}-shot training",
+            backbone,
+            {(data, shots): f"figure2/{data}_{network}_{head}-{n}-shot" for data in datasets for shots in (1, 5)},
+        )
+        for head, name in HEADS.items()
+        for n in TRAINING_SHOTS
+    ]
+
+
+SCALES: dict[Scale, list[Row]] = {
+    "paper": rows(DATASETS, "ResNet-12", "resnet12"),
+    "laptop": rows(("cifar-fs", "fc100"), "64-64-64-64", "conv4"),
+}
+TABLE = Table("figure2", "Figure 2: 5-way accuracy by the shots of the training", DATASETS, SCALES, draw=curves)
+
+if __name__ == "__main__":
+    main(TABLE, (__doc__ or "").partition("\n")[0])

@@ -1,0 +1,24 @@
+"""Omniglot, 20-way: Conv-4 through each head, beside prototypes as published.
+
+python -m benchmarks.omniglot --data-root DIR      # from weights that come with the package: minutes
+"""
+
+from __future__ import annotations
+
+from benchmarks.tables import HEADS, Row, Table, main
+
+TABLE = Table(
+    "omniglot",
+    "Omniglot: 20-way accuracy",
+    ("omniglot",),
+    {
+        "laptop": [
+            Row(name, "64-64-64-64", {("omniglot", shots): f"conv4/omniglot_{head}" for shots in (1, 5)})
+            for head, name in HEADS.items()
+        ]
+    },
+    ways=20,
+)
+
+if __name__ == "__main__":
+    main(TABLE, (__doc__ or "").partition("\n")[0])

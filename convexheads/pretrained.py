@@ -1,0 +1,161 @@
+"""Backbones that were meta-trained through a head, kept as safetensors: nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from convexheads.backbones import make_backbone
+from convexheads.errors import InputError, MissingDependencyError
+from convexheads.heads import Head, SVMHead
+from convexheads.hyperparameters import Learnable
+from convexheads.kernels import Linear
+from convexheads.presets import metaoptnet_ridge, metaoptnet_svm, protonet
+
+ZOO = Path(__file__).parent / "weights"
+"""The weights that come with the package."""
+
+
+def _svm_smoothed() -> SVMHead:
+    # Smoothing counts relative to the Gram matrix, whose diagonal the kernel brings to about 1.
+    return SVMHead(C=1.0, smoothing=1.0, kernel=Linear(normalize=True), scale=Learnable(1.0))
+
+
+HEADS: dict[str, Callable[[], Head]] = {
+    "svm": metaoptnet_svm,
+    "ridge": metaoptnet_ridge,
+    "prototypes": protonet,
+    "svm-smoothed": _svm_smoothed,
+}
+
+
+def make_head(name: str) -> Head:
+    """A head to train a backbone through, with a learnable scale of its logits.
+
+    Args:
+        name: "svm", "ridge" and "prototypes" are `metaoptnet_svm`, `metaoptnet_ridge` and `protonet`. "svm-smoothed"
+            smooths the hinge loss, as the authors' published code does, strongly enough to matter: features learn
+            faster through it.
+
+    Raises:
+        InputError: no such head.
+    """
+    if name not in HEADS:
+        raise InputError("head", repr(name), f"one of {', '.join(HEADS)}")
+    return HEADS[name]()
+
+
+class Pretrained(NamedTuple):
+    """A backbone and the head that it was meta-trained through.
+
+    Attributes:
+        backbone: from uint8 images (n, channels, height, width) to features (n, d); in evaluation mode.
+        head: with the scale that it learned.
+        settings: of the training: data set, steps, shots, seed and so on, as `benchmarks.train --help` has them.
+    """
+
+    backbone: nn.Module
+    head: Head
+    settings: dict[str, Any]
+
+
+def make_untrained(settings: dict[str, Any], examples: Tensor) -> tuple[nn.Module, Head]:
+    """The backbone and the head that a training with these settings begins with.
+
+    Args:
+        settings: "backbone" and "head" by name; and, for "resnet12", "dropblock".
+        examples: uint8 images (m, channels, height, width) whose mean and deviation by channel standardise pixels.
+
+    Raises:
+        InputError: no such backbone, head or variant.
+    """
+    own = {"dropblock": settings["dropblock"]} if settings["backbone"] == "resnet12" else {}
+    return make_backbone(settings["backbone"], examples, **own), make_head(settings["head"])
+
+
+def load_pretrained(name: str | Path) -> Pretrained:
+    """Load a meta-trained backbone and its head, on the CPU. Nothing is downloaded, nothing unpickled.
+
+    Args:
+        name: of weights that come with the package, such as "conv4-cifar-fs-svm" (architecture, data set, head); or a
+            folder that `benchmarks.train` left behind; or a file that `save_pretrained` wrote.
+
+    Raises:
+        InputError: there are no such weights, they are damaged, or they are those of another architecture.
+        MissingDependencyError: safetensors is not installed.
+
+    Example:
+        `backbone, head, _ = load_pretrained("conv4-cifar-fs-svm")`, then
+        `head(backbone(support_images), labels, backbone(query_images))` with 32 x 32 images.
+    """
+    safetensors = _safetensors("load_pretrained")
+    path = next(
+        (
+            path
+            for path in (ZOO / f"{name}.safetensors", Path(name) / "model.safetensors", Path(name))
+            if path.is_file()
+        ),
+        None,
+    )
+    if path is None:
+        there = ", ".join(sorted(path.stem for path in ZOO.glob("*.safetensors")))
+        raise InputError("name", repr(str(name)), f"a file or folder of trained weights, or one of {there}")
+    wanted = "a complete file of `save_pretrained`"
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            settings = json.loads((file.metadata() or {})["settings"])
+            state = {name: file.get_tensor(name) for name in list(file.keys())}
+        channels, size = state["backbone.mean"].shape[1], settings["image_size"]
+        modules = make_untrained(settings, torch.zeros(2, channels, size, size, dtype=torch.uint8))
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError("name", f"{path} ({error})", wanted) from error
+    try:
+        for prefix, module in zip(("backbone.", "head."), modules, strict=True):
+            own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            module.load_state_dict(own)
+    except RuntimeError as error:
+        raise InputError("name", f"{path}, not the weights of a {settings['backbone']}", wanted) from error
+    backbone, head = modules
+    return Pretrained(backbone.eval(), head.eval(), settings)
+
+
+def save_pretrained(path: Path, backbone: nn.Module, head: Head, settings: dict[str, Any]) -> None:
+    """Write weights for `load_pretrained`.
+
+    The file is complete or not there at all: it is written under another name first.
+
+    Args:
+        path: of the file.
+        backbone: one of `convexheads.backbones`.
+        head: one of `make_head`.
+        settings: "backbone" and "head", their names, and "image_size", pixels; whatever else is worth knowing about
+            the training, as JSON has it.
+
+    Raises:
+        MissingDependencyError: safetensors is not installed.
+    """
+    safetensors = _safetensors("save_pretrained")
+    state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+    state |= {f"head.{name}": value for name, value in head.state_dict().items()}
+    part = path.with_suffix(".part")
+    content = safetensors.torch.save(
+        {name: value.contiguous() for name, value in state.items()}, {"settings": json.dumps(settings)}
+    )
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _safetensors(needed_by: str) -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise MissingDependencyError("safetensors", "pretrained", needed_by) from error
+    return safetensors

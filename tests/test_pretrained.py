@@ -1,0 +1,129 @@
+"""Weights that come with the package, and those of one's own: complete, harmless, and those of the right network."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from convexheads import InputError, embed, evaluate, load_pretrained
+from convexheads.pretrained import HEADS, ZOO, make_head, make_untrained, save_pretrained
+
+NAMES = sorted(path.stem for path in ZOO.glob("*.safetensors"))
+
+
+def settings(backbone: str = "conv4", head: str = "svm", **more: object) -> dict[str, object]:
+    return {"backbone": backbone, "head": head, "image_size": 32, "dropblock": "none"} | more
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_comes_with_the_package(name: str) -> None:
+    trained = load_pretrained(name)
+    assert name == f"{trained.settings['backbone']}-{trained.settings['dataset']}-{trained.settings['head']}"
+    assert not trained.backbone.training
+    assert (ZOO / f"{name}.safetensors").stat().st_size < 1_000_000
+    size, channels = trained.settings["image_size"], trained.backbone.mean.shape[1]
+    images = torch.randint(256, (10, channels, size, size), dtype=torch.uint8)
+    features = trained.backbone(images)
+    logits = trained.head(features, torch.arange(10) % 5, features)
+    assert logits.shape == (10, 5)
+    assert {type(make_head(trained.settings["head"]))} == {type(trained.head)}
+    assert trained.head.scale.value.item() != 1  # it was learned
+
+
+def test_there_are_some() -> None:
+    assert {"conv4-cifar-fs-ridge", "conv4-cifar-fs-svm"} <= set(NAMES)
+
+
+def test_they_are_trained(data_root: Path) -> None:
+    """Far above the same network before its training, on unseen classes of real images."""
+    from benchmarks.data import load
+
+    data = load("cifar-fs", data_root, splits=("test",))["test"]
+    trained = load_pretrained("conv4-cifar-fs-ridge")
+    untrained, head = make_untrained(trained.settings, data.images[:500])
+    options = {"shots": 5, "episodes": 200, "progress": False}
+    means = [
+        evaluate(head, embed(backbone, data.images, progress=False), data.labels, **options).mean
+        for backbone in (trained.backbone, untrained)
+    ]
+    assert means[0] > 0.74
+    assert means[0] > means[1] + 0.2
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("backbone", ["conv4", "r2d2", "resnet12"])
+def test_what_is_saved_comes_back(tmp_path: Path, backbone: str, head: str) -> None:
+    examples = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    network, own = make_untrained(settings(backbone, head), examples)
+    network(examples)  # statistics
+    with torch.no_grad():
+        own.scale.log_value.fill_(0.5)
+    save_pretrained(tmp_path / "model.safetensors", network, own, settings(backbone, head, note="mine"))
+    for place in (tmp_path, str(tmp_path), tmp_path / "model.safetensors"):
+        trained = load_pretrained(place)
+        assert trained.settings == settings(backbone, head, note="mine")
+        for before, after in ((network, trained.backbone), (own, trained.head)):
+            assert before.state_dict().keys() == after.state_dict().keys()
+            for key, value in before.state_dict().items():
+                assert torch.equal(value, after.state_dict()[key])
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_unknown_names_list_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"name: got 'conv4-mnist-svm', wanted .*conv4-cifar-fs-ridge, conv4-cifar-fs-svm"
+    ):
+        load_pretrained("conv4-mnist-svm")
+    with pytest.raises(InputError, match="wanted a file or folder of trained weights"):
+        load_pretrained(tmp_path)
+    with pytest.raises(InputError, match="head: got 'forest', wanted one of svm, ridge, prototypes"):
+        make_head("forest")
+
+
+def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
+    examples = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    path, whole = tmp_path / "own.safetensors", tmp_path / "whole.safetensors"
+    save_pretrained(whole, *make_untrained(settings(), examples), settings())
+    content = whole.read_bytes()
+    malicious = pickle.dumps({"settings": settings()})
+    for damaged in (content[:-1000], content[:100], b"", b"no weights", malicious):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"name: got .*own\.safetensors.*wanted a complete file"):
+            load_pretrained(path)
+    save_file({"layer.weight": torch.zeros(3)}, path)  # without settings
+    with pytest.raises(InputError, match="wanted a complete file"):
+        load_pretrained(path)
+    for wrong in (settings(backbone="vgg"), settings(head="forest"), {"backbone": "conv4", "head": "svm"}, "conv4"):
+        save_file({"backbone.mean": torch.zeros(1, 3, 1, 1)}, path, {"settings": json.dumps(wrong)})
+        with pytest.raises(InputError, match="wanted a complete file"):
+            load_pretrained(path)
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
+    examples = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    save_pretrained(tmp_path / "own.safetensors", *make_untrained(settings(), examples), settings("r2d2"))
+    with pytest.raises(InputError, match=r"own\.safetensors, not the weights of a r2d2"):
+        load_pretrained(tmp_path / "own.safetensors")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    path = tmp_path / "own.safetensors"
+    save_pretrained(path, *make_untrained(settings(), examples), settings())
+    before = path.read_bytes()
+
+    def full(self: Path, content: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(content[:1000])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_pretrained(path, *make_untrained(settings(), examples), settings())
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["own.safetensors"]
