@@ -6,6 +6,7 @@ python -m benchmarks.train --config benchmarks/configs/conv4/cifar-fs_ridge.yaml
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -38,6 +39,9 @@ from convexheads.pretrained import make_head, make_untrained, save_pretrained
 
 HEADS = ("svm", "ridge", "prototypes")
 """The heads that every run evaluates."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says when a disk, a quota or a file is full."""
 
 LIGHTNING_NOISE = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # its own call into PyTorch
@@ -241,7 +245,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; see `Options`."""
     description, _, _ = (__doc__ or "").partition("\n")
     try:
-        run(Options.parse(arguments, prog="python -m benchmarks.train", description=description))
+        options = Options.parse(arguments, prog="python -m benchmarks.train", description=description)
+        try:
+            run(options)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            hope = "; the last checkpoint is whole, --resume continues from it" if options.checkpoint.is_file() else ""
+            got = f"{options.folder} ({error.strerror})"
+            raise ch.InputError("output", got, f"room to write{hope}") from error
     except ch.InputError as error:
         raise SystemExit(f"error: {error}") from error
 

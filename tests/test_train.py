@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -250,6 +251,66 @@ def test_killed_at_any_moment_it_resumes_to_the_same_weights(finished: Path, tmp
     expected, found = weights(finished), weights(tmp_path)
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file may grow beyond 300 kB from the second checkpoint on, as if there were no more room."""
+    arguments, save = [*SHORT, "--output", str(tmp_path)], train.pl.Trainer.save_checkpoint
+    limits, saves = resource.getrlimit(resource.RLIMIT_FSIZE), []
+
+    def fill_up(self, path, *rest, **more):
+        saves.append(path)
+        if len(saves) == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+        save(self, path, *rest, **more)
+
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    with monkeypatch.context() as patch:
+        patch.setattr(train.pl.Trainer, "save_checkpoint", fill_up)
+        try:
+            with pytest.raises(SystemExit, match=r"output: got .*too large.*the last checkpoint is whole, --resume"):
+                train.main(arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["last.ckpt"]
+    train.main([*arguments, "--resume"])
+    expected, found = weights(finished), weights(tmp_path)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_a_full_disk_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.pl.Trainer, "save_checkpoint", full)
+    with pytest.raises(SystemExit, match=r"\(No space left on device\), wanted room to write$"):
+        train.main([*SHORT, "--output", str(tmp_path)])
+
+
+def test_in_bfloat16_the_backbone_is_cast_and_the_head_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes, forward, fit = {"backbone": [], "head": []}, Conv4.forward, ch.SVMHead.fit
+
+    def watched_forward(self, images):
+        features = forward(self, images)
+        dtypes["backbone"] += [features.dtype] if self.training else []
+        return features
+
+    def watched_fit(self, support, *rest, **more):
+        dtypes["head"].append(support.dtype)
+        return fit(self, support, *rest, **more)
+
+    monkeypatch.setattr(Conv4, "forward", watched_forward)
+    monkeypatch.setattr(ch.SVMHead, "fit", watched_fit)
+    train.main([*SHORT, "--precision", "bfloat16", "--output", str(tmp_path)])
+    assert dtypes["backbone"] == [torch.bfloat16] * 6
+    assert set(dtypes["head"]) == {torch.float32}
+    trained = ch.load_pretrained(tmp_path)
+    assert trained.settings["precision"] == "bfloat16"
+    assert {value.dtype for value in trained.backbone.parameters()} == {torch.float32}
 
 
 def test_a_damaged_checkpoint_is_named_and_left_alone(finished: Path, tmp_path: Path) -> None:
