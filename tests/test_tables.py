@@ -212,12 +212,14 @@ def test_table3_shows_times_beside_accuracies(tmp_path: Path) -> None:
     assert len(rows) == 2 * 2 * len(tables.HEADS)
     assert (rows["milliseconds"] > rows["head milliseconds"]).all()
     assert (rows["head milliseconds"] > 0).all()
-    shown = tables.show(table3.TABLE, pandas.DataFrame(), "paper", table3.times(rows))
+    shown = tables.show(table3.TABLE, pandas.DataFrame(), "paper", table3.times(rows, "paper"))
     lines = {tuple(c.strip() for c in line.split("|")[1:4]): line for line in report.markdown(shown).splitlines()}
     assert "69.51 ± 0.48" in lines["MetaOptNet-RR", "64-64-64-64", "published"]
     assert "20 ± 0.03" in lines["MetaOptNet-RR", "64-64-64-64", "published"]
     line = lines["MetaOptNet-SVM", "ResNet-12", "ours"]
     assert line.count("not trained") == 4
+    across = table3.times(rows, "laptop")["1-shot, ms"]
+    assert across["ours", "MetaOptNet-RR, across domains", "64-64-64-64"] in report.markdown(shown)
     own = rows.query("model == 'MetaOptNet-SVM' and backbone == 'ResNet-12'")
     for row in report.records(own):
         assert f"{row['milliseconds']:.1f} (head {row['head milliseconds']:.2f})" in line
