@@ -54,7 +54,7 @@ def measure(
     """
     rows: list[dict[str, Any]] = []
     settings: dict[str, Any] = {"episodes": episodes, "seed": seed, "progress": False}
-    warm_up = settings | {"episodes": min(episodes, 50)}  # compiles what is compiled
+    warm_up: dict[str, Any] = settings | {"episodes": min(episodes, 50)}  # compiles what is compiled
     optimum: dict[int, Tensor] = {}
     jobs = [(n, count) for n in shots for count in (math.inf, *iterations)]
     for n, count in (bar := tqdm(jobs, unit="point")):
