@@ -26,7 +26,7 @@ TABLE = Table(
         ],
         "laptop": [
             Row(
-                f"{name}, across domains",
+                f"{name}, cross-domain from CIFAR-FS",
                 "64-64-64-64",
                 {("miniimagenet", shots): f"conv4/cifar-fs_{head}" for shots in (1, 5)},
             )

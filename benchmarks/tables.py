@@ -100,7 +100,8 @@ def bars(table: Table, ours: pandas.DataFrame, path: Path) -> None:
     axes.set_xticks(range(len(columns)), [f"{TITLES[dataset]}\n{shots}-shot" for dataset, shots in columns])
     axes.set_ylabel("accuracy on unseen classes, %")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    longest = max(len(model) for model, _ in names)
+    figure.legend(loc="outside lower center", ncols=1 if longest > 25 else 2, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 

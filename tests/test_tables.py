@@ -68,7 +68,7 @@ def test_every_cell_has_its_configuration(table: Table) -> None:
         for row in rows:
             for (dataset, shots), name in row.configurations.items():
                 options = Options.read(tables.HERE / "configs" / f"{name}.yaml")
-                assert options.dataset == dataset or row.model.endswith("across domains")
+                assert options.dataset == dataset or row.model.endswith("cross-domain from CIFAR-FS")
                 assert dataset in table.datasets
                 assert options.ways == table.ways
                 assert shots in options.test_shots
@@ -219,7 +219,7 @@ def test_table3_shows_times_beside_accuracies(tmp_path: Path) -> None:
     line = lines["MetaOptNet-SVM", "ResNet-12", "ours"]
     assert line.count("not trained") == 4
     across = table3.times(rows, "laptop")["1-shot, ms"]
-    assert across["ours", "MetaOptNet-RR, across domains", "64-64-64-64"] in report.markdown(shown)
+    assert across["ours", "MetaOptNet-RR, cross-domain from CIFAR-FS", "64-64-64-64"] in report.markdown(shown)
     own = rows.query("model == 'MetaOptNet-SVM' and backbone == 'ResNet-12'")
     for row in report.records(own):
         assert f"{row['milliseconds']:.1f} (head {row['head milliseconds']:.2f})" in line
