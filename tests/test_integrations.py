@@ -1,0 +1,260 @@
+"""Each adapter with the real package: the same answers, and a few steps of its own training loop."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from importlib import metadata
+
+import learn2learn as l2l
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from easyfsl.methods import PrototypicalNetworks
+from easyfsl.utils import evaluate as easyfsl_evaluate
+from learn2learn.algorithms import LightningMetaOptNet, LightningPrototypicalNetworks
+from learn2learn.nn import PrototypicalClassifier, SVClassifier
+from sklearn.datasets import load_digits
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
+from sklearn.utils.estimator_checks import parametrize_with_checks
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from convexheads import (
+    RBF,
+    InputError,
+    Learnable,
+    LogisticHead,
+    MissingDependencyError,
+    PrototypeHead,
+    RidgeHead,
+    SVMHead,
+)
+from convexheads.integrations import easyfsl, learn2learn, require, sklearn
+
+
+def task(ways: int = 4, shots: int = 3, queries: int = 5, d: int = 12, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(ways, d, generator=generator, dtype=torch.float64)
+    labels = torch.arange(ways)
+    support, query = (
+        (centres.repeat_interleave(n, 0) + torch.randn(ways * n, d, generator=generator)).requires_grad_()
+        for n in (shots, queries)
+    )
+    return support, labels.repeat_interleave(shots), query, labels.repeat_interleave(queries)
+
+
+@pytest.fixture
+def float64():
+    """The precision of what learn2learn allocates."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("ways", [None, 4])
+def test_in_the_place_of_learn2learns_svm(ways: int | None, float64: None) -> None:
+    """Which learn2learn smooths by 1; gradients too."""
+    support, labels, query, _ = task()
+    theirs, ours = SVClassifier(C_reg=0.1, max_iters=50), learn2learn.HeadClassifier(SVMHead(C=0.1, smoothing=1.0))
+    logits, grads = [], []
+    for classifier in (theirs, ours):
+        classifier.fit_(support, labels, ways)
+        logits.append(classifier(query))
+        grads.append(torch.autograd.grad(logits[-1].log_softmax(-1)[:, 0].sum(), (support, query)))
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-6)
+    for mine, other in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_in_the_place_of_learn2learns_prototypes() -> None:
+    support, labels, query, _ = task()
+    labels = 10 * labels + 3  # which learn2learn renumbers
+    theirs, ours = PrototypicalClassifier(support, labels), learn2learn.HeadClassifier(PrototypeHead(), support, labels)
+    torch.testing.assert_close(ours(query).log_softmax(-1), theirs(query).log_softmax(-1))
+
+
+def test_several_tasks_at_once_in_learn2learns_protocol() -> None:
+    tasks = [task(seed=seed) for seed in range(3)]
+    support, labels, query = (torch.stack([one[part] for one in tasks]) for part in range(3))
+    classifier = learn2learn.HeadClassifier(RidgeHead(), support, labels)
+    for number, (one, own, queries, _) in enumerate(tasks):
+        single = learn2learn.HeadClassifier(RidgeHead(), one, own)
+        torch.testing.assert_close(classifier(query)[number], single(queries))
+
+
+def test_learn2learns_protocol_says_what_is_missing() -> None:
+    support, labels, query, _ = task()
+    with pytest.raises(InputError, match=r"a query before any support, wanted a call of fit_"):
+        learn2learn.HeadClassifier(SVMHead())(query)
+    with pytest.raises(InputError, match="labels: got None"):
+        learn2learn.HeadClassifier(SVMHead(), support)
+    with pytest.raises(InputError, match="labels"):
+        learn2learn.HeadClassifier(SVMHead()).fit_(support, labels, ways=2)
+
+
+class Batches(pl.LightningDataModule):
+    """Tasks of clusters, one a batch, as learn2learn's EpisodicBatcher gives them."""
+
+    def train_dataloader(self) -> DataLoader:
+        tasks = [task(shots=3, queries=5, seed=seed) for seed in range(6)]
+        pairs = [(torch.cat([s, q]).detach().float(), torch.cat([a, b])) for s, a, q, b in tasks]
+        return DataLoader(pairs, batch_size=1)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("module", [LightningPrototypicalNetworks, LightningMetaOptNet])
+def test_learn2learns_lightning_modules_train_with_it(module: type[LightningPrototypicalNetworks]) -> None:
+    torch.manual_seed(0)
+    network = nn.Linear(12, 8)
+    trained = module(network, train_ways=4, train_shots=3, train_queries=5, lr=0.01)
+    trained.classifier = learn2learn.HeadClassifier(SVMHead(C=0.1, scale=Learnable(1.0)))
+    before = {name: value.clone() for name, value in trained.state_dict().items()}
+    settings = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(max_epochs=2, accelerator="cpu", logger=False, **settings)
+    trainer.fit(trained, Batches())
+    assert trainer.callback_metrics["train_accuracy"] > 0.5
+    changed = {name for name, value in trained.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"features.weight", "features.bias", "classifier.head.scale.log_value"}
+
+
+def test_a_head_in_the_inner_loop_of_maml() -> None:
+    """The features adapt through the head's fit, and the outer gradient goes through that: as central differences say."""
+    support, labels, query, query_labels = task(ways=3, shots=4, d=5)
+    first, second = support[::2].detach(), support[1::2].detach()
+    network = nn.Linear(5, 4, dtype=torch.float64)
+    head = SVMHead(C=0.1)
+
+    def outer(weight: torch.Tensor) -> torch.Tensor:
+        model = nn.Linear(5, 4, dtype=torch.float64)
+        model.load_state_dict(network.state_dict())
+        maml = l2l.algorithms.MAML(model, lr=0.1, first_order=False)
+        maml.module.weight.data = weight.detach()
+        learner = maml.clone()
+        inner = head(learner(first), labels[::2], learner(second), ways=3)
+        learner.adapt(functional.cross_entropy(inner, labels[1::2]))
+        logits = head(learner(support.detach()), labels, learner(query.detach()), ways=3)
+        loss = functional.cross_entropy(logits, query_labels)
+        (gradient,) = torch.autograd.grad(loss, maml.module.weight)
+        return torch.stack([loss.detach(), (gradient * direction).sum()])
+
+    torch.manual_seed(0)
+    direction = torch.randn(4, 5, dtype=torch.float64)
+    weight, step = network.weight.detach(), 1e-5
+    _, found = outer(weight)
+    up, down = (outer(weight + sign * step * direction)[0] for sign in (1, -1))
+    assert found.item() == pytest.approx(((up - down) / (2 * step)).item(), rel=1e-5)
+
+
+class Clusters(TensorDataset):
+    """Features with the labels that easyfsl's sampler asks for."""
+
+    def get_labels(self) -> list[int]:
+        return self.tensors[1].tolist()
+
+    def __getitem__(self, index):
+        sample, label = super().__getitem__(index)
+        return sample, int(label)
+
+
+@pytest.fixture
+def clusters() -> Clusters:
+    support, labels, query, query_labels = task(ways=8, shots=5, queries=15)
+    return Clusters(torch.cat([support, query]).detach().float(), torch.cat([labels, query_labels]))
+
+
+def test_with_easyfsls_sampler_and_evaluation(clusters: Clusters) -> None:
+    sampler = easyfsl.TaskSampler(clusters, n_way=5, n_shot=3, n_query=5, n_tasks=20)
+    loader = DataLoader(clusters, batch_sampler=sampler, collate_fn=sampler.episodic_collate_fn)
+    random.seed(0)
+    tasks = list(loader)
+    accuracy = easyfsl_evaluate(easyfsl.HeadClassifier(SVMHead(C=0.1)), tasks, device="cpu", use_tqdm=False)
+    assert accuracy > 0.7  # chance is 0.2
+    # squared distances to prototypes order classes as easyfsl's distances do
+    ours = easyfsl_evaluate(easyfsl.HeadClassifier(PrototypeHead()), tasks, device="cpu", use_tqdm=False)
+    assert ours == easyfsl_evaluate(PrototypicalNetworks(), tasks, device="cpu", use_tqdm=False)
+
+
+def test_easyfsls_settings_and_gradients() -> None:
+    support, labels, query, _ = task()
+    backbone = nn.Linear(12, 6, dtype=torch.float64)
+    centre = torch.randn(6, dtype=torch.float64)
+    settings = {"feature_centering": centre, "feature_normalization": 2.0, "use_softmax": True}
+    classifier = easyfsl.HeadClassifier(LogisticHead(0.1), backbone, **settings)
+    classifier.process_support_set(support, labels)
+    found = classifier(query)
+    features = [functional.normalize(backbone(images) - centre) for images in (support, query)]
+    torch.testing.assert_close(found, LogisticHead(0.1)(features[0], labels, features[1]).softmax(-1))
+    found[:, 0].sum().backward()
+    assert backbone.weight.grad.abs().max() > 0
+    assert not classifier.is_transductive()
+
+
+def test_easyfsls_protocol_says_what_is_missing() -> None:
+    support, labels, query, _ = task()
+    with pytest.raises(InputError, match="wanted a call of process_support_set first"):
+        easyfsl.HeadClassifier(SVMHead())(query)
+    with pytest.raises(InputError, match=r"support_labels: got classes \[1, 2, 3, 4\], wanted 0 to k - 1"):
+        easyfsl.HeadClassifier(SVMHead()).process_support_set(support, labels + 1)
+
+
+@parametrize_with_checks([sklearn.HeadClassifier(), sklearn.HeadClassifier(LogisticHead(1.0, kernel=RBF(1.0)))])
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
+def test_all_of_scikit_learns_checks(estimator, check) -> None:
+    check(estimator)
+
+
+def test_on_arrays_it_is_scikit_learns_crammer_singer_svm() -> None:
+    X, y = load_digits(return_X_y=True)
+    X, y = X[:300] / 16, np.array([f"digit {label}" for label in y[:300]])
+    ours = sklearn.HeadClassifier(SVMHead(C=0.5)).fit(X, y)
+    theirs = LinearSVC(C=0.5, multi_class="crammer_singer", fit_intercept=False, tol=1e-8, max_iter=10**6).fit(X, y)
+    assert ours.classes_.tolist() == theirs.classes_.tolist()
+    difference = ours.decision_function(X) - theirs.decision_function(X)
+    assert np.abs(difference).max() < 1e-3
+    assert (ours.predict(X) == theirs.predict(X)).mean() > 0.99
+    assert ours.fitted_.solution.gap < 1e-6
+
+
+def test_in_pipelines_searches_and_cross_validation() -> None:
+    X, y = load_digits(return_X_y=True)
+    X, y = X[:200], y[:200]
+    grid = {"headclassifier__head": [SVMHead(C) for C in (1e-6, 0.01)]}
+    search = GridSearchCV(make_pipeline(StandardScaler(), sklearn.HeadClassifier()), grid, cv=3).fit(X, y)
+    assert search.best_params_["headclassifier__head"].C == 0.01
+    assert cross_val_score(search.best_estimator_, X, y, cv=3).mean() > 0.85
+    again = pickle.loads(pickle.dumps(search.best_estimator_))
+    np.testing.assert_array_equal(again.predict_proba(X), search.predict_proba(X))
+    np.testing.assert_allclose(search.predict_proba(X).sum(1), 1)
+
+
+def test_two_classes_have_one_decision() -> None:
+    X, y = load_digits(n_class=2, return_X_y=True)
+    classifier = sklearn.HeadClassifier(RidgeHead()).fit(X, y.astype(str))
+    decision = classifier.decision_function(X)
+    assert decision.shape == (len(X),)
+    assert ((decision > 0) == (classifier.predict(X) == "1")).all()
+    with pytest.raises(ValueError, match="two classes at least; y holds one class only: '0'"):
+        classifier.fit(X[y == 0], y[y == 0].astype(str))
+
+
+def test_versions_that_are_not_supported_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"easyfsl": "1.2.0"}
+    monkeypatch.setattr("convexheads.integrations.version", lambda name: versions[name])
+    with pytest.raises(MissingDependencyError, match=r"easyfsl>=1\.5,<2, not 1\.2\.0'.*convexheads\[easyfsl\]"):
+        require("easyfsl", "1.5", "2", extra="easyfsl", needed_by="it")
+    for supported in ("1.5", "1.5.0", "1.10.2rc1"):
+        versions["easyfsl"] = supported
+        require("easyfsl", "1.5", "2", extra="easyfsl", needed_by="it")
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("convexheads.integrations.version", missing)
+    with pytest.raises(MissingDependencyError, match=r"it needs the package 'easyfsl': pip install"):
+        require("easyfsl", "1.5", "2", extra="easyfsl", needed_by="it")
