@@ -1,0 +1,68 @@
+"""The command `convexheads`: few-shot classification of files.
+
+convexheads fit DIR --features text          # a folder for each class, with a few files in each
+convexheads predict classifier.safetensors FILES
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from convexheads import ConvexHeadsError
+from convexheads.integrations.folder import FEATURES, HEADS, FewShotClassifier
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    description, _, _ = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(prog="convexheads", description=description)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    fit = commands.add_parser("fit", help="fit a classifier on a folder of folders", description="Fit a classifier.")
+    fit.add_argument("folder", type=Path, help="holds a folder for each class, with a few files in each")
+    text = f"{', '.join(FEATURES)}, a name of load_pretrained for images, or MODULE:FUNCTION (default: text)"
+    fit.add_argument("--features", default="text", help=text)
+    fit.add_argument("--head", default="logistic", choices=HEADS, help="(default: logistic)")
+    text = "file to write (default: classifier.safetensors)"
+    fit.add_argument("--output", type=Path, default=Path("classifier.safetensors"), help=text)
+
+    text = "classify files: a line of CSV for each, with the probability of every class"
+    predict = commands.add_parser("predict", help=text, description=text.capitalize())
+    predict.add_argument("classifier", type=Path, help="what `convexheads fit` wrote")
+    predict.add_argument("files", type=Path, nargs="+", help="to classify; of a folder, all its files")
+    predict.add_argument("--output", type=Path, help="file to write (default: the terminal)")
+
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "fit":
+            classifier = FewShotClassifier.from_folder(options.folder, features=options.features, head=options.head)
+            classifier.save(options.output)
+            hint = "" if classifier.calibrated else " (a class has one file only: probabilities are not calibrated)"
+            print(f"{options.output}: {len(classifier.classes)} classes, {', '.join(classifier.classes)}{hint}")
+        else:
+            _predict(FewShotClassifier.load(options.classifier), options.files, options.output)
+    except ConvexHeadsError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def _predict(classifier: FewShotClassifier, places: Sequence[Path], output: Path | None) -> None:
+    files = [file for place in places for file in (_files(place) if place.is_dir() else [place])]
+    predictions = classifier.predict(files)
+    with output.open("w", newline="") if output else nullcontext(sys.stdout) as target:
+        writer = csv.writer(target)
+        writer.writerow(["file", "label", *classifier.classes])
+        for path, label, probabilities in predictions:
+            writer.writerow([path, label, *(f"{value:.4f}" for value in probabilities.values())])
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+
+
+if __name__ == "__main__":
+    main()

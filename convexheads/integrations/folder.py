@@ -1,0 +1,294 @@
+"""Few-shot classification of files: a folder for each class in, a saved classifier out.
+
+Features are frozen: those of a text encoder, of a pretrained backbone, or of a function of one's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from convexheads.episodes import calibrate, embed
+from convexheads.errors import InputError, MissingDependencyError
+from convexheads.heads import Head, LinearDiscriminantHead, LogisticHead, PrototypeHead, RidgeHead, SVMHead
+from convexheads.pretrained import ZOO, load_pretrained
+
+HEADS: dict[str, Callable[[], Head]] = {
+    "logistic": lambda: LogisticHead(regularization=0.1),
+    "svm": lambda: SVMHead(C=10.0),
+    "ridge": lambda: RidgeHead(regularization=0.1),
+    "prototypes": lambda: PrototypeHead(),
+    "discriminant": lambda: LinearDiscriminantHead(shrinkage=0.5, variance=0.01),
+}
+"""By name; for features of length one."""
+
+T = TypeVar("T")
+
+Features = Callable[[Sequence[Path]], Tensor]
+"""From files to one row of features for each, floating-point `(n, d)`."""
+
+
+class Prediction(NamedTuple):
+    """What a file is taken for.
+
+    Attributes:
+        path: of the file.
+        label: the likeliest class.
+        probabilities: of every class, by name.
+    """
+
+    path: Path
+    label: str
+    probabilities: dict[str, float]
+
+
+class FewShotClassifier:
+    """A head fitted on the features of a few files of each class.
+
+    Make one with `from_folder` or `load`.
+
+    Attributes:
+        classes: their names, sorted.
+        features: by what name the features are known (see `from_folder`).
+        head: likewise.
+        calibrated: whether probabilities are calibrated, which takes two files of every class.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        features: str,
+        head: str,
+        *,
+        support: Tensor,
+        labels: Tensor,
+        scale: float | None = None,
+    ) -> None:
+        self.classes, self.features, self.head, self.scale = tuple(classes), features, head, scale
+        self._support, self._labels, self._embed = support, labels, find_features(features)
+        fitted = make_head(head)
+        if scale is not None:
+            fitted.scale = scale
+        with torch.no_grad():
+            self._fitted = fitted.fit(support, labels, ways=len(self.classes))
+
+    @property
+    def calibrated(self) -> bool:
+        return self.scale is not None
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, *, features: str, head: str = "logistic") -> FewShotClassifier:
+        """Fit on a folder that holds a folder of files for each class; one file of each is enough.
+
+        Features are brought to length one. With two files of each class or more, the probabilities are calibrated:
+        the head is fitted on all but one file of each class, many times over, and its scale is the one that makes the
+        left-out files likeliest.
+
+        Args:
+            folder: whose subfolders are the classes. Names that begin with a dot are passed over.
+            features: "text", the encoder that the package wordllama ships, for text files in UTF-8; a name or a file of
+                `load_pretrained`, for images; "npy", a vector in each file; or "MODULE:FUNCTION", from a list of
+                paths to features `(n, d)`.
+            head: one of `HEADS`: "logistic" (default), "svm", "ridge", "prototypes", "discriminant".
+
+        Raises:
+            InputError: the folder is none or has fewer than two classes, a class has no file, a file is unusable, or
+                features or head are unknown. The message says which.
+            MissingDependencyError: what the features need is not installed.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise InputError("folder", folder, "a folder that holds a folder for each class")
+        files = {part.name: _files(part) for part in sorted(folder.iterdir()) if part.is_dir() and part.name[0] != "."}
+        if len(files) < 2:
+            raise InputError(
+                "folder", f"{folder} with {len(files)} folders in it", "one for each of two classes or more"
+            )
+        if empty := [name for name, own in files.items() if not own]:
+            raise InputError("folder", f"class {empty[0]!r} without any file", "one file at least of each class")
+        make_head(head)  # before the work
+        support = _features(find_features(features), [path for own in files.values() for path in own])
+        counts = torch.tensor([len(own) for own in files.values()])
+        labels = torch.arange(len(files)).repeat_interleave(counts)
+        scale = None
+        if (shots := int(counts.min()) - 1) > 0:
+            settings = {"ways": len(files), "shots": shots, "queries": 1, "progress": False}
+            scale = calibrate(make_head(head), support, labels, **settings).scale
+        return cls(tuple(files), features, head, support=support, labels=labels, scale=scale)
+
+    def predict(self, paths: Sequence[str | Path]) -> list[Prediction]:
+        """Classify files.
+
+        Args:
+            paths: of the files.
+
+        Raises:
+            InputError: a file is missing or unusable; the message names it.
+        """
+        files = [Path(path) for path in paths]
+        if not files:
+            return []
+        with torch.no_grad():
+            probabilities = self._fitted.probabilities(_features(self._embed, files).to(self._support.dtype)).tolist()
+        rows = [dict(zip(self.classes, row, strict=True)) for row in probabilities]
+        return [Prediction(path, max(row, key=row.__getitem__), row) for path, row in zip(files, rows, strict=True)]
+
+    def save(self, path: str | Path) -> None:
+        """Write the classifier as safetensors: the features of the support, not the files.
+
+        The file is complete or not there at all: it is written under another name first.
+        """
+        settings = {"classes": self.classes, "features": self.features, "head": self.head, "scale": self.scale}
+        tensors = {"support": self._support.contiguous(), "labels": self._labels}
+        content = _safetensors().torch.save(tensors, {"classifier": json.dumps(settings)})
+        part = Path(path).with_suffix(".part")
+        try:
+            part.write_bytes(content)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> FewShotClassifier:
+        """Read what `save` wrote. Nothing is unpickled; a function of one's own is imported by its name.
+
+        Raises:
+            InputError: there is no such file, or it is damaged.
+        """
+        safetensors = _safetensors()
+        try:
+            with safetensors.safe_open(Path(path), framework="pt") as file:
+                settings = json.loads((file.metadata() or {})["classifier"])
+                support, labels = file.get_tensor("support"), file.get_tensor("labels")
+            names = {name: settings[name] for name in ("classes", "features", "head", "scale")}
+        except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                "classifier", f"{path} ({error})", "a complete file of `FewShotClassifier.save`"
+            ) from error
+        return cls(**names, support=support, labels=labels)
+
+
+def make_head(name: str) -> Head:
+    """The head of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in HEADS:
+        raise InputError("head", repr(name), f"one of {', '.join(HEADS)}")
+    return HEADS[name]()
+
+
+def find_features(name: str) -> Features:
+    """The features of that name, as `FewShotClassifier.from_folder` knows them.
+
+    Raises:
+        InputError: there are none.
+        MissingDependencyError: what they need is not installed.
+    """
+    if name in FEATURES:
+        return FEATURES[name]()
+    if (ZOO / f"{name}.safetensors").is_file() or Path(name).exists():
+        return _backbone(name)
+    module, _, function = name.partition(":")
+    if not function:
+        zoo = ", ".join(sorted(path.stem for path in ZOO.glob("*.safetensors")))
+        raise InputError("features", repr(name), f"one of {', '.join(FEATURES)}, {zoo}, or MODULE:FUNCTION")
+    try:
+        return getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InputError("features", f"{name!r} ({error})", "a function of a module that can be imported") from error
+
+
+def _text() -> Features:
+    try:
+        import wordllama
+    except ImportError as error:
+        raise MissingDependencyError("wordllama", "text", "the features 'text'") from error
+
+    class Packaged(wordllama.WordLlama):
+        """The model that the package holds: nothing is downloaded."""
+
+        @staticmethod
+        def get_cache_dir(is_tokenizer_config: bool = False) -> Path:
+            return Path(wordllama.__file__).parent / ("tokenizers" if is_tokenizer_config else "weights")
+
+    model = Packaged.load(disable_download=True)
+
+    def text(paths: Sequence[Path]) -> Tensor:
+        documents = [_read(path, lambda path: path.read_text(encoding="utf-8")) for path in paths]
+        return torch.from_numpy(model.embed(documents, norm=True))
+
+    return text
+
+
+def _npy() -> Features:
+    import numpy as np
+
+    def vector(path: Path) -> Tensor:
+        return torch.from_numpy(np.load(path, allow_pickle=False)).flatten()
+
+    def npy(paths: Sequence[Path]) -> Tensor:
+        rows = [_read(path, vector) for path in paths]
+        for path, row in zip(paths, rows, strict=True):
+            if row.shape != rows[0].shape:
+                raise InputError("file", f"{path} with {len(row)} values", f"{len(rows[0])}, as in {paths[0]}")
+        return torch.stack(rows)
+
+    return npy
+
+
+def _backbone(name: str) -> Features:
+    try:
+        import numpy as np
+        from PIL import Image
+    except ImportError as error:
+        raise MissingDependencyError("pillow", "images", f"the features {name!r}") from error
+    trained = load_pretrained(name)
+    size, mode = trained.settings["image_size"], "L" if trained.backbone.mean.shape[1] == 1 else "RGB"
+
+    def image(path: Path) -> Tensor:
+        with Image.open(path) as picture:
+            pixels = np.array(picture.convert(mode).resize((size, size), Image.Resampling.BICUBIC))
+        return torch.from_numpy(pixels).reshape(size, size, -1).permute(2, 0, 1)
+
+    return lambda paths: embed(trained.backbone, torch.stack([_read(path, image) for path in paths]), progress=False)
+
+
+FEATURES: Mapping[str, Callable[[], Features]] = {"text": _text, "npy": _npy}
+
+
+def _read(path: Path, read: Callable[[Path], T]) -> T:
+    try:
+        return read(path)
+    except (OSError, ValueError) as error:
+        raise InputError("file", f"{path} ({error})", "one that can be read") from error
+
+
+def _features(embed: Features, paths: Sequence[Path]) -> Tensor:
+    if missing := [path for path in paths if not path.is_file()]:
+        raise InputError("file", f"{missing[0]}, which is no file", "a file")
+    found = embed(paths)
+    if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim != 2 or len(found) != len(paths):
+        got = f"shape {tuple(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
+        raise InputError("features", got, f"a row of floating-point values for each of {len(paths)} files")
+    return functional.normalize(found.double(), dim=-1)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != ".")
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise MissingDependencyError("safetensors", "pretrained", "FewShotClassifier") from error
+    return safetensors

@@ -1,0 +1,182 @@
+"""A folder for each class in, a saved classifier out: on real text and images, from Python and as a command."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import inspect
+import io
+import math
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+from torch.nn import functional
+
+from convexheads import InputError, LogisticHead
+from convexheads.__main__ import main
+from convexheads.integrations.folder import HEADS, FewShotClassifier
+
+
+def docstrings(module: str, count: int) -> list[str]:
+    """The documentation of the first functions and classes of a module: real text that comes with a dependency."""
+    members = inspect.getmembers(importlib.import_module(module), lambda member: callable(member))
+    texts = [inspect.getdoc(member) or "" for _, member in members]
+    return [text for text in texts if len(text) > 200][:count]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six docstrings of each of four libraries to fit on, ten to predict."""
+    root = tmp_path_factory.mktemp("texts")
+    for module in ("numpy.linalg", "pandas", "torch.optim", "sklearn.metrics"):
+        for number, text in enumerate(docstrings(module, 16)):
+            folder = root / ("train" if number < 6 else "test") / module
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    return root
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_text_is_told_apart_after_a_few_examples(texts: Path, head: str) -> None:
+    classifier = FewShotClassifier.from_folder(texts / "train", features="text", head=head)
+    assert classifier.classes == ("numpy.linalg", "pandas", "sklearn.metrics", "torch.optim")
+    files = sorted((texts / "test").rglob("*.txt"))
+    predictions = classifier.predict(files)
+    right = [prediction.label == prediction.path.parent.name for prediction in predictions]
+    assert sum(right) / len(right) > 0.85  # chance is 0.25
+    for path, label, probabilities in predictions:
+        assert path in files
+        assert sum(probabilities.values()) == pytest.approx(1)
+        assert label == max(probabilities, key=lambda name: probabilities[name])
+    assert classifier.calibrated
+    loss = -sum(math.log(p.probabilities[p.path.parent.name]) for p in predictions) / len(predictions)
+    assert loss < math.log(4) / 2
+
+
+def test_saved_and_loaded_it_predicts_the_same(texts: Path, tmp_path: Path) -> None:
+    classifier = FewShotClassifier.from_folder(texts / "train", features="text", head="svm")
+    classifier.save(tmp_path / "own.safetensors")
+    files = sorted((texts / "test").rglob("*.txt"))
+    assert FewShotClassifier.load(tmp_path / "own.safetensors").predict(files) == classifier.predict(files)
+    assert [path.name for path in tmp_path.iterdir()] == ["own.safetensors"]
+
+
+def test_the_head_sees_features_of_length_one(tmp_path: Path) -> None:
+    rows = torch.tensor([[1.0, 2.0], [2.0, 1.0], [3.0, 5.0]])
+    for name, row in zip("abc", rows, strict=True):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        np.save(tmp_path / "train" / name / "x.npy", row.numpy())
+    classifier = FewShotClassifier.from_folder(tmp_path / "train", features="npy")
+    assert not classifier.calibrated
+    query = tmp_path / "train" / "b" / "x.npy"
+    (prediction,) = classifier.predict([query])
+    unit = functional.normalize(rows.double(), dim=-1)
+    expected = LogisticHead(0.1)(unit, torch.arange(3), unit[1:2]).softmax(-1)
+    assert list(prediction.probabilities.values()) == pytest.approx(expected[0].tolist())
+    assert classifier.predict([]) == []
+
+
+def test_images_by_a_pretrained_backbone(tmp_path: Path) -> None:
+    digits = load_digits(n_class=4)
+    for number, (pixels, label) in enumerate(zip(digits.images[:120], digits.target[:120], strict=True)):
+        folder = tmp_path / ("train" if number < 60 else "test") / f"digit {label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 15).astype(np.uint8)).save(folder / f"{number}.png")
+    classifier = FewShotClassifier.from_folder(tmp_path / "train", features="conv4-cifar-fs-ridge")
+    predictions = classifier.predict(sorted((tmp_path / "test").rglob("*.png")))
+    right = [prediction.label == prediction.path.parent.name for prediction in predictions]
+    assert sum(right) / len(right) > 0.9
+
+
+def test_as_a_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    classifier = tmp_path / "own.safetensors"
+    main(["fit", str(texts / "train"), "--output", str(classifier)])
+    assert "own.safetensors: 4 classes, numpy.linalg, pandas, sklearn.metrics, torch.optim\n" in capsys.readouterr().out
+    main(["predict", str(classifier), str(texts / "test")])
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    main(["predict", str(classifier), *(row["file"] for row in rows), "--output", str(tmp_path / "out.csv")])
+    with (tmp_path / "out.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == rows
+    predictions = FewShotClassifier.load(classifier).predict([row["file"] for row in rows])
+    assert [row["label"] for row in rows] == [prediction.label for prediction in predictions]
+    assert len(rows) == len(list((texts / "test").rglob("*.txt")))
+    one = dict.fromkeys(("a", "b"))
+    for name in one:
+        (tmp_path / "one" / name).mkdir(parents=True)
+        (tmp_path / "one" / name / "x.txt").write_text(name)
+    main(["fit", str(tmp_path / "one"), "--output", str(classifier)])
+    assert "probabilities are not calibrated" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "{0}/nowhere"], "folder: got .*nowhere, wanted a folder that holds"),
+        (["fit", "{0}/train/pandas"], "with 0 folders in it, wanted one for each of two classes"),
+        (
+            ["fit", "{0}/train", "--features", "vgg"],
+            "features: got 'vgg', wanted one of text, npy, conv4-cifar-fs-ridge",
+        ),
+        (["fit", "{0}/train", "--features", "nowhere:f"], "wanted a function of a module that can be imported"),
+        (["fit", "{0}/train", "--features", "npy"], r"file: got .*0\.txt \(.*wanted one that can be read"),
+        (["predict", "{0}/nowhere", "x.txt"], "classifier: got .*nowhere"),
+    ],
+)
+def test_errors_say_what_is_wrong(texts: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main([argument.format(texts) for argument in arguments])
+
+
+def test_unusable_files_are_named(texts: Path, tmp_path: Path) -> None:
+    classifier = FewShotClassifier.from_folder(texts / "train", features="text")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(InputError, match=r"file: got .*latin\.txt"):
+        classifier.predict([tmp_path / "latin.txt"])
+    with pytest.raises(InputError, match=r"missing\.txt, which is no file"):
+        classifier.predict([tmp_path / "missing.txt"])
+    (tmp_path / "classes" / "a").mkdir(parents=True)
+    (tmp_path / "classes" / "b").mkdir()
+    (tmp_path / "classes" / "a" / "x.npy").write_bytes(pickle.dumps([1.0]))
+    with pytest.raises(InputError, match="class 'b' without any file"):
+        FewShotClassifier.from_folder(tmp_path / "classes", features="npy")
+    (tmp_path / "classes" / "b" / "x.npy").write_bytes(pickle.dumps([1.0]))
+    with pytest.raises(InputError, match=r"file: got .*a/x\.npy"):  # nothing is unpickled
+        FewShotClassifier.from_folder(tmp_path / "classes", features="npy")
+    np.save(tmp_path / "classes" / "a" / "x.npy", np.zeros(3))
+    np.save(tmp_path / "classes" / "b" / "x.npy", np.zeros(4))
+    with pytest.raises(InputError, match=r"b/x\.npy with 4 values, wanted 3, as in"):
+        FewShotClassifier.from_folder(tmp_path / "classes", features="npy")
+    with pytest.raises(InputError, match="head: got 'forest'"):
+        FewShotClassifier.from_folder(tmp_path / "classes", features="npy", head="forest")
+
+
+def test_features_of_ones_own(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\ndef f(paths):\n    return torch.stack([torch.tensor([1.0, p.stat().st_size]) for p in paths])\n"
+        "\ndef g(paths):\n    return [1.0 for path in paths]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    classifier = FewShotClassifier.from_folder(texts / "train", features="mine:f")
+    assert classifier.predict(sorted((texts / "train" / "pandas").iterdir()))
+    with pytest.raises(InputError, match="features: got list, wanted a row of floating-point values for each of 24"):
+        FewShotClassifier.from_folder(texts / "train", features="mine:g")
+
+
+def test_damaged_classifiers_are_refused(texts: Path, tmp_path: Path) -> None:
+    path = tmp_path / "own.safetensors"
+    FewShotClassifier.from_folder(texts / "train", features="text").save(path)
+    content = path.read_bytes()
+    for damaged in (content[:-100], b"", pickle.dumps({})):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"classifier: got .*own\.safetensors"):
+            FewShotClassifier.load(path)
+    path.unlink()
+    save_file({"support": torch.zeros(2, 2)}, path)
+    with pytest.raises(InputError, match="wanted a complete file"):
+        FewShotClassifier.load(path)
