@@ -31,10 +31,10 @@ from torch import Tensor, nn
 import convexheads as ch
 from benchmarks import report
 from benchmarks.callbacks import ProgressBar, StepSeeds, Validation
-from benchmarks.data import EpisodeLoader, ImageSet, join, load
+from benchmarks.data import ImageSet, augmentation, join, load
 from benchmarks.options import Options
 from convexheads.episodes import embed, evaluate
-from convexheads.integrations.lightning import EpisodicModule
+from convexheads.integrations.lightning import EpisodicDataModule, EpisodicModule
 from convexheads.pretrained import make_head, make_untrained, save_pretrained
 
 HEADS = ("svm", "ridge", "prototypes")
@@ -45,6 +45,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 LIGHTNING_NOISE = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # its own call into PyTorch
+    r"You defined a `validation_step` but have no `val_dataloader`",  # `Validation` has its own way
     r"Checkpoint directory .* exists and is not empty",  # as it should when resuming
 )
 
@@ -59,26 +60,19 @@ class Pixels(nn.Module):
         return images.flatten(1) / 255
 
 
-class Episodes(pl.LightningDataModule):
+def episodes(data: ImageSet, options: Options) -> EpisodicDataModule:
     """The training episodes of a run, shared out among its processes."""
-
-    def __init__(self, data: ImageSet, options: Options) -> None:
-        super().__init__()
-        self.data, self.options = data, options
-
-    def train_dataloader(self) -> EpisodeLoader:
-        assert self.trainer is not None
-        return EpisodeLoader(
-            self.data,
-            ways=self.options.ways,
-            samples=self.options.shots + self.options.queries,
-            tasks=self.options.tasks,
-            steps=self.options.total_steps,
-            seed=self.options.seed,
-            augment=self.options.augmentation,
-            rank=self.trainer.global_rank,
-            processes=self.trainer.world_size,
-        )
+    return EpisodicDataModule(
+        (data.images, data.labels),
+        ways=options.ways,
+        shots=options.shots,
+        queries=options.queries,
+        tasks=options.tasks,
+        steps=options.total_steps,
+        seed=options.seed,
+        augment=augmentation(options.augmentation, (data.images.shape[-2], data.images.shape[-1])),
+        classes=data.classes,
+    )
 
 
 def train(options: Options, data: dict[str, ImageSet], module: EpisodicModule) -> float:
@@ -117,7 +111,7 @@ def train(options: Options, data: dict[str, ImageSet], module: EpisodicModule) -
     with warnings.catch_warnings():
         for message in LIGHTNING_NOISE:
             warnings.filterwarnings("ignore", message)
-        trainer.fit(module, Episodes(data["train"], options), ckpt_path=options.checkpoint if options.resume else None)
+        trainer.fit(module, episodes(data["train"], options), ckpt_path=options.checkpoint if options.resume else None)
     trainer.save_checkpoint(options.checkpoint)
     if not trainer.is_global_zero:
         return timer.time_elapsed("train")

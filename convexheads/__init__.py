@@ -32,6 +32,7 @@ from convexheads.heads import (
 )
 from convexheads.hyperparameters import Learnable
 from convexheads.kernels import RBF, Constant, Cosine, Kernel, Linear, Polynomial, Product, Sum
+from convexheads.loader import EpisodeLoader
 from convexheads.presets import metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
 from convexheads.pretrained import Pretrained, load_pretrained
 from convexheads.solvers import QP, CvxpylayersSolver, MoreauSolver, NativeSolver, QpthSolver, Solution, Solver, Status
@@ -49,6 +50,7 @@ __all__ = [
     "CvxpylayersSolver",
     "Dual",
     "Episode",
+    "EpisodeLoader",
     "Evaluation",
     "Fitted",
     "FittedGaussianProcess",

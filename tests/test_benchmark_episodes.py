@@ -9,10 +9,10 @@ import pytest
 import torch
 from scipy.stats import chi2_contingency
 
-from benchmarks.data import AUGMENTATIONS, EpisodeLoader, ImageSet, taskset
+from benchmarks.data import AUGMENTATIONS, ImageSet, taskset
 from benchmarks.data.episodes import augmentation
 from benchmarks.data.images import join
-from convexheads import InputError
+from convexheads import EpisodeLoader, InputError
 
 
 def images(classes: int = 6, each: int = 10) -> ImageSet:
@@ -22,9 +22,10 @@ def images(classes: int = 6, each: int = 10) -> ImageSet:
     return ImageSet(pixels, torch.arange(count) % classes, tuple("abcdefghij"[:classes]))
 
 
-def loader(**changes) -> EpisodeLoader:
-    settings = {"ways": 3, "samples": 4, "tasks": 4, "steps": 5, "seed": 0} | changes
-    return EpisodeLoader(images(), **settings)
+def loader(augment: str = "none", **changes) -> EpisodeLoader:
+    data, settings = images(), {"ways": 3, "shots": 1, "queries": 3, "tasks": 4, "steps": 5, "seed": 0} | changes
+    transform = augmentation(augment, (16, 16))
+    return EpisodeLoader(data.images, data.labels, augment=transform, classes=data.classes, **settings)
 
 
 def test_episodes_hold_distinct_images_of_few_classes() -> None:
@@ -64,6 +65,14 @@ def test_a_resumed_loader_continues_where_it_stood(augment: str) -> None:
     assert not torch.equal(next(iter(loader(seed=1)))[0], next(iter(loader()))[0])
 
 
+def test_every_pass_has_other_episodes_unless_they_are_fixed() -> None:
+    for fixed in (False, True):
+        own = loader(fixed=fixed)
+        passes = [torch.stack([pixels for pixels, _ in own]) for _ in range(2)]
+        assert len(passes[0]) == len(passes[1]) == 5
+        assert torch.equal(*passes) is fixed
+
+
 def test_processes_share_the_episodes_of_a_step() -> None:
     whole = list(loader(augment="flip-crop"))
     parts = [list(loader(augment="flip-crop", rank=rank, processes=2)) for rank in (0, 1)]
@@ -76,7 +85,7 @@ def test_processes_share_the_episodes_of_a_step() -> None:
 def test_same_distribution_as_learn2learns_tasksets() -> None:
     data = join(images(4, 8), images(2, 13))  # classes of different sizes
     ours, theirs = Counter(), Counter()
-    for pixels, labels in EpisodeLoader(data, ways=3, samples=4, tasks=8, steps=150, seed=1):
+    for pixels, labels in EpisodeLoader(data.images, data.labels, ways=3, shots=1, queries=3, steps=150, seed=1):
         classes = [
             frozenset(zip(task[:, 0, 0, 0].tolist(), own.tolist(), strict=True))
             for task, own in zip(pixels, labels, strict=True)
@@ -128,8 +137,9 @@ def test_jitter_changes_colours_too() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"steps": 0}, "steps: got 0, wanted an integer of at least 1"),
         ({"ways": 7}, "ways: got 7, wanted at most the 6 classes"),
-        ({"samples": 11}, "10 images of class 'a', wanted 11"),
+        ({"queries": 10}, "10 samples of class 'a', wanted 11"),
         ({"processes": 3}, "tasks: got 4, wanted a multiple of the 3 processes"),
         ({"augment": "blur"}, "augment: got 'blur', wanted one of none, flip-crop"),
     ],

@@ -247,14 +247,14 @@ def test_versions_that_are_not_supported_are_named(monkeypatch: pytest.MonkeyPat
     versions = {"easyfsl": "1.2.0"}
     monkeypatch.setattr("convexheads.integrations.version", lambda name: versions[name])
     with pytest.raises(MissingDependencyError, match=r"easyfsl>=1\.5,<2, not 1\.2\.0'.*convexheads\[easyfsl\]"):
-        require("easyfsl", "1.5", "2", extra="easyfsl", needed_by="it")
+        require("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="it")
     for supported in ("1.5", "1.5.0", "1.10.2rc1"):
         versions["easyfsl"] = supported
-        require("easyfsl", "1.5", "2", extra="easyfsl", needed_by="it")
+        require("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="it")
 
     def missing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr("convexheads.integrations.version", missing)
     with pytest.raises(MissingDependencyError, match=r"it needs the package 'easyfsl': pip install"):
-        require("easyfsl", "1.5", "2", extra="easyfsl", needed_by="it")
+        require("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="it")

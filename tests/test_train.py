@@ -19,7 +19,7 @@ from PIL import Image
 
 import convexheads as ch
 from benchmarks import train
-from benchmarks.data import EpisodeLoader, ImageSet
+from benchmarks.data import ImageSet
 from convexheads.backbones import Conv4
 from convexheads.integrations.lightning import EpisodicModule
 from convexheads.pretrained import make_head
@@ -347,7 +347,8 @@ def test_the_best_weights_on_validation_classes_are_kept(tmp_path: Path) -> None
 @pytest.mark.usefixtures("with_validation")
 def test_trainval_trains_on_validation_classes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(train, "EpisodeLoader", lambda data, **kw: seen.append(data) or EpisodeLoader(data, **kw))
+    episodes = train.episodes
+    monkeypatch.setattr(train, "episodes", lambda data, options: seen.append(data) or episodes(data, options))
     train.main([*SHORT, "--trainval", "--output", str(tmp_path)])
     assert len(seen[0].classes) == 45
     assert not (tmp_path / "checkpoints" / "best.ckpt").exists()

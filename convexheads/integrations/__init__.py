@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+from importlib import util
 from importlib.metadata import PackageNotFoundError, version
 
 from convexheads.errors import MissingDependencyError
 
 
-def require(package: str, least: str, below: str, *, extra: str, needed_by: str) -> None:
+def require(module: str, package: str, least: str, below: str, *, extra: str, needed_by: str) -> None:
     """Raise `MissingDependencyError` unless a version of a package is installed from `least` on and before `below`."""
     try:
-        found = version(package)
-    except PackageNotFoundError as error:
-        raise MissingDependencyError(package, extra, needed_by) from error
+        found = version(package) if util.find_spec(module) else None
+    except PackageNotFoundError:
+        found = None
+    if found is None:
+        raise MissingDependencyError(package, extra, needed_by)
     if not _numbers(least) <= _numbers(found) < _numbers(below):
         raise MissingDependencyError(f"{package}>={least},<{below}, not {found}", extra, needed_by)
 

@@ -11,7 +11,7 @@ from convexheads.errors import InputError
 from convexheads.heads import Fitted, Head
 from convexheads.integrations import require
 
-require("easyfsl", "1.5", "2", extra="easyfsl", needed_by="convexheads.integrations.easyfsl")
+require("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="convexheads.integrations.easyfsl")
 
 import easyfsl.samplers  # noqa: E402
 from easyfsl.methods import FewShotClassifier  # noqa: E402

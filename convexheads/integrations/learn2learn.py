@@ -11,7 +11,9 @@ from convexheads.errors import InputError
 from convexheads.heads import Fitted, Head
 from convexheads.integrations import require
 
-require("learn2learn", "0.2", "0.3", extra="learn2learn", needed_by="convexheads.integrations.learn2learn")
+require(
+    "learn2learn", "learn2learn", "0.2", "0.3", extra="learn2learn", needed_by="convexheads.integrations.learn2learn"
+)
 
 
 class HeadClassifier(nn.Module):

@@ -1,4 +1,4 @@
-"""Meta-training with PyTorch Lightning: a backbone and a head, trained on episodes.
+"""Meta-training with PyTorch Lightning 2: a backbone and a head, trained on episodes.
 
 Needs the package `pytorch_lightning`, whose classes are not those of `lightning.pytorch`: learn2learn builds on it too.
 """
@@ -6,21 +6,33 @@ Needs the package `pytorch_lightning`, whose classes are not those of `lightning
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn, optim
 from torch.nn import functional
 
 from convexheads.episodes import split_task
-from convexheads.errors import InputError, MissingDependencyError
+from convexheads.errors import InputError
 from convexheads.heads.base import Head
+from convexheads.integrations import require
+from convexheads.loader import EpisodeLoader
 
-try:
-    import pytorch_lightning as pl
-    from torchmetrics.functional.classification import multiclass_accuracy
-except ImportError as error:
-    raise MissingDependencyError("pytorch_lightning", "lightning", "EpisodicModule") from error
+require(
+    "pytorch_lightning",
+    "pytorch-lightning",
+    "2",
+    "3",
+    extra="lightning",
+    needed_by="convexheads.integrations.lightning",
+)
+require("torchmetrics", "torchmetrics", "1", "2", extra="lightning", needed_by="convexheads.integrations.lightning")
+
+import pytorch_lightning as pl  # noqa: E402
+from torchmetrics.functional.classification import multiclass_accuracy  # noqa: E402
 
 
 def _paper(progress: float) -> float:
@@ -48,8 +60,8 @@ class EpisodicModule(pl.LightningModule):
 
     Logs "loss" and "accuracy" (0 to 1) of the queries and, where the head solves iteratively, "gap", the largest
     relative duality gap that its solutions certify, "certified", the share of tasks whose gap is within the solver's
-    tolerance, and "iterations", the mean over tasks, where the solver tells. To validate or test, embed the images once
-    and use `convexheads.episodes.evaluate`.
+    tolerance, and "iterations", the mean over tasks, where the solver tells. Validation and test batches are episodes
+    too; to evaluate on thousands of them, embed the images once and use `convexheads.episodes.evaluate`.
 
     Args:
         backbone: maps samples (m, *sample) to features (m, d).
@@ -101,6 +113,25 @@ class EpisodicModule(pl.LightningModule):
         return self.backbone(samples)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        loss, metrics, tasks = self._episodes(batch)
+        self.log_dict(metrics, prog_bar=True, batch_size=tasks)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Logs "val_loss" and "val_accuracy"; Lightning has the backbone in evaluation mode."""
+        self._log_evaluation("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Logs "test_loss" and "test_accuracy"; Lightning has the backbone in evaluation mode."""
+        self._log_evaluation("test", batch)
+
+    def _log_evaluation(self, part: str, batch: tuple[Tensor, Tensor]) -> None:
+        _, metrics, tasks = self._episodes(batch)
+        values = {f"{part}_{name}": metrics[name] for name in ("loss", "accuracy")}
+        self.log_dict(values, prog_bar=True, batch_size=tasks, sync_dist=True)
+
+    def _episodes(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor], int]:
+        """The loss, what is logged, and the number of episodes."""
         samples, labels = batch
         features = self(samples.flatten(0, labels.ndim - 1)).unflatten(0, labels.shape)
         if features.dtype.itemsize < 4:
@@ -115,9 +146,7 @@ class EpisodicModule(pl.LightningModule):
             metrics["certified"] = fitted.solution.converged.float().mean()
             if fitted.solution.iterations is not None:
                 metrics["iterations"] = fitted.solution.iterations.float().mean()
-        tasks = labels.shape[:-1].numel()
-        self.log_dict(metrics, prog_bar=True, batch_size=tasks)
-        return loss
+        return loss, metrics, labels.shape[:-1].numel()
 
     def configure_optimizers(self) -> Any:
         optimizer = optim.SGD(
@@ -131,3 +160,82 @@ class EpisodicModule(pl.LightningModule):
         factor = SCHEDULES[self.schedule]
         schedule = optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step / self.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class EpisodicDataModule(pl.LightningDataModule):
+    """Episodes for `EpisodicModule`, drawn by `EpisodeLoader` from samples in memory and shared out among processes.
+
+    Each part is samples `(n, *sample)` and labels `(n,)`, or a file that `torch.save((samples, labels), path)` wrote,
+    which is read without unpickling anything else (for `LightningCLI`, say).
+
+    Args:
+        train: the part to train on.
+        val: the part to validate on, whose classes are others; None (default) for none.
+        test: the part to test on; None (default) for none.
+        ways: classes of an episode. Default 5.
+        shots: support samples a class; what `EpisodicModule` has. Default 5.
+        queries: query samples a class. Default 15.
+        tasks: episodes of a step, over all processes. Default 8.
+        steps: training steps of an epoch. Default 1,000.
+        val_steps: steps of a validation, the same episodes every time; and of a test. Default 25.
+        seed: of all the draws. Default 0.
+        augment: a random transform of a training sample; None (default) for none.
+        classes: names of the training classes for error messages; None (default): their labels.
+
+    Raises:
+        InputError: see `EpisodeLoader`; or a file that can't be read.
+    """
+
+    def __init__(
+        self,
+        train: tuple[Tensor, Tensor] | str,
+        val: tuple[Tensor, Tensor] | str | None = None,
+        test: tuple[Tensor, Tensor] | str | None = None,
+        *,
+        ways: int = 5,
+        shots: int = 5,
+        queries: int = 15,
+        tasks: int = 8,
+        steps: int = 1000,
+        val_steps: int = 25,
+        seed: int = 0,
+        augment: Callable[[Tensor], Tensor] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.parts = {name: _read(name, part) for name, part in (("train", train), ("val", val), ("test", test))}
+        self.sizes: dict[str, Any] = {"ways": ways, "shots": shots, "queries": queries, "tasks": tasks, "seed": seed}
+        self.steps, self.augment, self.classes = steps, augment, classes
+        self._step, self._train = 0, None
+        for name in ("val", "test"):  # Lightning goes by whether there is such a method
+            if self.parts[name] is not None:
+                setattr(self, f"{name}_dataloader", partial(self._loader, name, steps=val_steps, fixed=True))
+
+    def train_dataloader(self) -> EpisodeLoader:
+        self._train = self._loader("train", steps=self.steps, augment=self.augment, classes=self.classes)
+        self._train.load_state_dict({"step": self._step})
+        return self._train
+
+    def state_dict(self) -> dict[str, int]:
+        """The position of the training episodes: Lightning restores that of a loader within an epoch only."""
+        return {"step": self._step if self._train is None else self._train.step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._step = state_dict["step"]
+
+    def _loader(self, name: str, **settings: Any) -> EpisodeLoader:
+        part, trainer = self.parts[name], self.trainer
+        assert part is not None
+        share = {} if trainer is None else {"rank": trainer.global_rank, "processes": trainer.world_size}
+        return EpisodeLoader(*part, **self.sizes, **settings, **share)
+
+
+def _read(name: str, part: tuple[Tensor, Tensor] | str | None) -> tuple[Tensor, Tensor] | None:
+    if not isinstance(part, str):
+        return part
+    wanted = "a file of torch.save((samples, labels), path)"
+    try:
+        samples, labels = torch.load(part, weights_only=True)
+    except (OSError, RuntimeError, EOFError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise InputError(name, f"{part} ({error})", wanted) from error
+    return samples, labels

@@ -13,7 +13,7 @@ from convexheads.errors import InputError
 from convexheads.heads import Head, SVMHead
 from convexheads.integrations import require
 
-require("scikit-learn", "1.6", "2", extra="sklearn", needed_by="convexheads.integrations.sklearn")
+require("sklearn", "scikit-learn", "1.6", "2", extra="sklearn", needed_by="convexheads.integrations.sklearn")
 
 from sklearn.base import BaseEstimator, ClassifierMixin  # noqa: E402
 from sklearn.utils.multiclass import check_classification_targets  # noqa: E402

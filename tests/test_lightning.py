@@ -1,0 +1,166 @@
+"""`EpisodicModule` and `EpisodicDataModule` in Lightning's trainer, its command line and its callbacks."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.cli import LightningCLI
+from torch import nn
+
+from convexheads import InputError, Learnable, PrototypeHead, RidgeHead, SVMHead, split_task
+from convexheads.integrations.lightning import EpisodicDataModule, EpisodicModule
+
+pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+
+
+def clusters(classes: int, d: int = 6, each: int = 20, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, d, generator=generator)
+    labels = torch.arange(classes).repeat(each)
+    return centres[labels] + 0.5 * torch.randn(len(labels), d, generator=generator), labels
+
+
+def data(**changes) -> EpisodicDataModule:
+    settings = {"ways": 3, "shots": 2, "queries": 4, "tasks": 2, "steps": 4, "val_steps": 3} | changes
+    return EpisodicDataModule(clusters(8), clusters(5, seed=1), clusters(4, seed=2), **settings)
+
+
+def module(backbone: nn.Module | None = None, **changes) -> EpisodicModule:
+    settings = {"ways": 3, "shots": 2, "steps": 8} | changes
+    return EpisodicModule(backbone or nn.Linear(6, 5), SVMHead(C=0.1, scale=Learnable(1.0)), **settings)
+
+
+def test_validates_and_tests_in_evaluation_mode() -> None:
+    """learn2learn's modules have the backbone in training mode there: statistics of the test batch leak in."""
+    seen = set()
+
+    class Backbone(nn.Sequential):
+        def forward(self, samples: torch.Tensor) -> torch.Tensor:
+            seen.add((trainer.state.fn.value, trainer.validating or trainer.sanity_checking, self.training))
+            return super().forward(samples)
+
+    trainer = pl.Trainer(max_epochs=2, enable_checkpointing=False, num_sanity_val_steps=0, **QUIET)
+    network = module(Backbone(nn.Linear(6, 5), nn.BatchNorm1d(5)))
+    trainer.fit(network, data())
+    validated = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    before = {name: value.clone() for name, value in network.backbone.state_dict().items()}
+    (tested,) = trainer.test(network, data(), verbose=False)
+    assert {(fn, validating) for fn, validating, training in seen if training} == {("fit", False)}
+    assert ("fit", True, False) in seen
+    assert ("test", False, False) in seen
+    for name, value in network.backbone.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert {"loss", "accuracy", "certified", "val_loss", "val_accuracy"} <= validated.keys()
+    assert set(tested) == {"test_loss", "test_accuracy"}
+
+    # the accuracy is the mean over the very episodes of the loader
+    network.backbone.eval()
+    accuracies = []
+    with torch.no_grad():
+        for samples, labels in data().test_dataloader():
+            episode = split_task(network.backbone(samples.flatten(0, 1)).unflatten(0, labels.shape), labels, shots=2)
+            guess = network.head(*episode[:3], ways=3).argmax(-1)
+            accuracies.append((guess == episode.query_labels).double().mean())
+    assert tested["test_accuracy"] == pytest.approx(torch.stack(accuracies).mean().item())
+
+
+def test_callbacks_go_by_what_is_logged(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="val_accuracy", mode="max")
+    stop = EarlyStopping("val_loss", patience=1, min_delta=1e9)  # no improvement is large enough
+    trainer = pl.Trainer(max_epochs=9, callbacks=[best, stop], **QUIET)
+    trainer.fit(module(), data())
+    assert trainer.current_epoch == 2
+    assert best.best_model_score is not None
+    assert torch.load(best.best_model_path, weights_only=True)["state_dict"].keys() == module().state_dict().keys()
+
+
+def test_a_resumed_training_sees_the_episodes_that_were_left(tmp_path: Path) -> None:
+    def train(epochs: int, **settings) -> dict[str, torch.Tensor]:
+        pl.seed_everything(0, verbose=False)
+        own, trainer = module(), pl.Trainer(max_epochs=epochs, enable_checkpointing=False, **QUIET)
+        trainer.fit(own, data(), **settings)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return own.state_dict()
+
+    whole = train(2)
+    train(1)
+    resumed = train(2, ckpt_path=tmp_path / "1.ckpt", weights_only=True)
+    for name, value in whole.items():
+        assert torch.equal(resumed[name], value)
+
+
+def test_without_validation_there_is_none() -> None:
+    own = EpisodicDataModule(clusters(8), ways=3, shots=2, queries=4, tasks=2, steps=2)
+    trainer = pl.Trainer(max_epochs=1, enable_checkpointing=False, **QUIET)
+    with pytest.warns(UserWarning, match="have no `val_dataloader`"):
+        trainer.fit(module(), own)
+    assert "val_loss" not in trainer.callback_metrics
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
+)
+def test_on_lightnings_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    torch.save(clusters(8), tmp_path / "train.pt")
+    torch.save(clusters(5, seed=1), tmp_path / "val.pt")
+    arguments = ["fit", f"--data.train={tmp_path / 'train.pt'}", f"--data.val={tmp_path / 'val.pt'}"]
+    arguments += ["--data.ways=3", "--data.shots=2", "--data.queries=4", "--data.steps=4", "--data.val_steps=2"]
+    arguments += ["--model.ways=3", "--model.shots=2", "--model.steps=4", "--model.backbone=torch.nn.Linear"]
+    arguments += ["--model.backbone.in_features=6", "--model.backbone.out_features=5"]
+    arguments += ["--model.head=convexheads.RidgeHead", "--model.head.regularization=3.5", "--trainer.max_epochs=1"]
+    arguments += [f"--trainer.{name}={str(value).lower()}" for name, value in QUIET.items()]
+    arguments += ["--trainer.enable_checkpointing=false"]
+    cli = LightningCLI(EpisodicModule, EpisodicDataModule, args=arguments, save_config_callback=None)
+    assert isinstance(cli.model.head, RidgeHead)
+    assert cli.model.head.regularization == 3.5
+    assert cli.trainer.global_step == 4
+    assert 0 < cli.trainer.callback_metrics["val_accuracy"] <= 1
+
+
+def test_two_processes_share_the_episodes(tmp_path: Path) -> None:
+    """With `strategy="ddp"`, by gloo on the CPU: the weights of one process that has them all."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch, pytorch_lightning as pl\n"
+        "sys.path.insert(0, sys.argv[2])\n"
+        "from test_lightning import QUIET, data, module\n"
+        "pl.seed_everything(0, verbose=False)\n"
+        "processes = int(sys.argv[1])\n"
+        "own = module(torch.nn.Linear(6, 5, dtype=torch.float64).float())\n"
+        "trainer = pl.Trainer(max_epochs=1, devices=processes, strategy='ddp', enable_checkpointing=False, **QUIET)\n"
+        "trainer.fit(own, data())\n"
+        "if trainer.is_global_zero:\n"
+        "    torch.save((own.state_dict(), trainer.callback_metrics['val_accuracy']), sys.argv[3])\n"
+    )
+    tests, found = Path(__file__).parent, []
+    for processes in ("1", "2"):
+        command = [sys.executable, str(script), processes, str(tests), str(tmp_path / processes)]
+        environment = os.environ | {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+        assert done.returncode == 0, done.stderr
+        found.append(torch.load(tmp_path / processes, weights_only=True))
+    for name, value in found[0][0].items():
+        torch.testing.assert_close(found[1][0][name], value, rtol=1e-4, atol=1e-6)
+    assert found[0][1].item() == pytest.approx(found[1][1].item())
+
+
+def test_unusable_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "train.pt"
+    with pytest.raises(InputError, match=r"train: got .*train\.pt"):
+        EpisodicDataModule(str(path))
+    path.write_bytes(pickle.dumps(PrototypeHead, protocol=2))
+    with pytest.raises(InputError, match=r"wanted a file of torch.save"):
+        EpisodicDataModule(str(path))
+    with pytest.raises(InputError, match="ways: got 9, wanted at most the 8 classes"):
+        data(ways=9).train_dataloader()
