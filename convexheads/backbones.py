@@ -237,7 +237,7 @@ class WRN28(Backbone):
         self.layers = nn.Sequential(first, network.layer1, network.layer2, network.layer3, network.bn1, *last)
 
 
-BACKBONES: dict[str, Callable[..., nn.Module]] = {
+BACKBONES: dict[str, Callable[..., Backbone]] = {
     "conv4": Conv4,
     "r2d2": R2D2Network,
     "resnet12": ResNet12,
@@ -245,7 +245,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def make_backbone(name: str, examples: Tensor, **settings: object) -> nn.Module:
+def make_backbone(name: str, examples: Tensor, **settings: object) -> Backbone:
     """The backbone of that name.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from convexheads.backbones import make_backbone
+from convexheads.backbones import Backbone, make_backbone
 from convexheads.errors import InputError, MissingDependencyError
 from convexheads.heads import Head, SVMHead
 from convexheads.hyperparameters import Learnable
@@ -59,12 +59,12 @@ class Pretrained(NamedTuple):
         settings: of the training: data set, steps, shots, seed and so on, as `benchmarks.train --help` has them.
     """
 
-    backbone: nn.Module
+    backbone: Backbone
     head: Head
     settings: dict[str, Any]
 
 
-def make_untrained(settings: dict[str, Any], examples: Tensor) -> tuple[nn.Module, Head]:
+def make_untrained(settings: dict[str, Any], examples: Tensor) -> tuple[Backbone, Head]:
     """The backbone and the head that a training with these settings begins with.
 
     Args:

@@ -120,7 +120,8 @@ class FewShotClassifier:
         scale = None
         if (shots := int(counts.min()) - 1) > 0:
             settings = {"ways": len(files), "shots": shots, "queries": 1, "progress": False}
-            scale = calibrate(make_head(head), support, labels, **settings).scale
+            calibrated = calibrate(make_head(head), support, labels, **settings).scale
+            scale = calibrated if isinstance(calibrated, float) else None
         return cls(tuple(files), features, head, support=support, labels=labels, scale=scale)
 
     def predict(self, paths: Sequence[str | Path]) -> list[Prediction]:

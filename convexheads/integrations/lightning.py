@@ -226,7 +226,7 @@ class EpisodicDataModule(pl.LightningDataModule):
     def _loader(self, name: str, **settings: Any) -> EpisodeLoader:
         part, trainer = self.parts[name], self.trainer
         assert part is not None
-        share = {} if trainer is None else {"rank": trainer.global_rank, "processes": trainer.world_size}
+        share: dict[str, Any] = {} if trainer is None else {"rank": trainer.global_rank, "processes": trainer.world_size}
         return EpisodeLoader(*part, **self.sizes, **settings, **share)
 
 
