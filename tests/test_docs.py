@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,20 @@ def test_python_blocks_run(page):
     script = "\n".join(blocks)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "processes"), [("plain_pytorch", 1), ("plain_pytorch", 2), ("learn2learn_protonet", 1)]
+)
+def test_examples_run(name, processes):
+    script = str(ROOT / "docs" / "examples" / f"{name}.py")
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    accuracy = float(done.stdout.partition("unseen digits: ")[2].split()[0])
+    assert 60 < accuracy < 100  # chance is 33
 
 
 def test_there_are_pages_with_code():

@@ -226,8 +226,9 @@ class EpisodicDataModule(pl.LightningDataModule):
     def _loader(self, name: str, **settings: Any) -> EpisodeLoader:
         part, trainer = self.parts[name], self.trainer
         assert part is not None
-        share: dict[str, Any] = {} if trainer is None else {"rank": trainer.global_rank, "processes": trainer.world_size}
-        return EpisodeLoader(*part, **self.sizes, **settings, **share)
+        if trainer is not None:
+            settings |= {"rank": trainer.global_rank, "processes": trainer.world_size}
+        return EpisodeLoader(*part, **self.sizes, **settings)
 
 
 def _read(name: str, part: tuple[Tensor, Tensor] | str | None) -> tuple[Tensor, Tensor] | None:
