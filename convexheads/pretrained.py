@@ -78,6 +78,11 @@ def make_untrained(settings: dict[str, Any], examples: Tensor) -> tuple[Backbone
     return make_backbone(settings["backbone"], examples, **own), make_head(settings["head"])
 
 
+def names() -> list[str]:
+    """The names of the weights that come with the package, for `load_pretrained`."""
+    return sorted(path.stem for path in ZOO.glob("*.safetensors"))
+
+
 def load_pretrained(name: str | Path) -> Pretrained:
     """Load a meta-trained backbone and its head, on the CPU. Nothing is downloaded, nothing unpickled.
 
@@ -103,8 +108,8 @@ def load_pretrained(name: str | Path) -> Pretrained:
         None,
     )
     if path is None:
-        there = ", ".join(sorted(path.stem for path in ZOO.glob("*.safetensors")))
-        raise InputError("name", repr(str(name)), f"a file or folder of trained weights, or one of {there}")
+        wanted = f"a file or folder of trained weights, or one of {', '.join(names())}"
+        raise InputError("name", repr(str(name)), wanted)
     wanted = "a complete file of `save_pretrained`"
     try:
         with safetensors.safe_open(path, framework="pt") as file:

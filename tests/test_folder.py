@@ -121,7 +121,7 @@ def test_as_a_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["fit", "{0}/train/pandas"], "with 0 folders in it, wanted one for each of two classes"),
         (
             ["fit", "{0}/train", "--features", "vgg"],
-            "features: got 'vgg', wanted one of text, npy, conv4-cifar-fs-ridge",
+            "features: got 'vgg', wanted one of text, npy, conv4-cifar-fs-prototypes",
         ),
         (["fit", "{0}/train", "--features", "nowhere:f"], "wanted a function of a module that can be imported"),
         (["fit", "{0}/train", "--features", "npy"], r"file: got .*0\.txt \(.*wanted one that can be read"),

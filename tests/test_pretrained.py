@@ -11,16 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from convexheads import InputError, embed, evaluate, load_pretrained
-from convexheads.pretrained import HEADS, ZOO, make_head, make_untrained, save_pretrained
-
-NAMES = sorted(path.stem for path in ZOO.glob("*.safetensors"))
+from convexheads.pretrained import HEADS, ZOO, make_head, make_untrained, names, save_pretrained
 
 
 def settings(backbone: str = "conv4", head: str = "svm", **more: object) -> dict[str, object]:
     return {"backbone": backbone, "head": head, "image_size": 32, "dropblock": "none"} | more
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names())
 def test_what_comes_with_the_package(name: str) -> None:
     trained = load_pretrained(name)
     assert name == f"{trained.settings['backbone']}-{trained.settings['dataset']}-{trained.settings['head']}"
@@ -36,7 +34,7 @@ def test_what_comes_with_the_package(name: str) -> None:
 
 
 def test_there_are_some() -> None:
-    assert {"conv4-cifar-fs-ridge", "conv4-cifar-fs-svm"} <= set(NAMES)
+    assert {"conv4-cifar-fs-ridge", "conv4-cifar-fs-svm"} <= set(names())
 
 
 def test_they_are_trained(data_root: Path) -> None:

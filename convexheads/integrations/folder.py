@@ -18,7 +18,7 @@ from torch.nn import functional
 from convexheads.episodes import calibrate, embed
 from convexheads.errors import InputError, MissingDependencyError
 from convexheads.heads import Head, LinearDiscriminantHead, LogisticHead, PrototypeHead, RidgeHead, SVMHead
-from convexheads.pretrained import ZOO, load_pretrained
+from convexheads.pretrained import load_pretrained, names
 
 HEADS: dict[str, Callable[[], Head]] = {
     "logistic": lambda: LogisticHead(regularization=0.1),
@@ -168,12 +168,12 @@ class FewShotClassifier:
             with safetensors.safe_open(Path(path), framework="pt") as file:
                 settings = json.loads((file.metadata() or {})["classifier"])
                 support, labels = file.get_tensor("support"), file.get_tensor("labels")
-            names = {name: settings[name] for name in ("classes", "features", "head", "scale")}
+            values = {name: settings[name] for name in ("classes", "features", "head", "scale")}
         except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 "classifier", f"{path} ({error})", "a complete file of `FewShotClassifier.save`"
             ) from error
-        return cls(**names, support=support, labels=labels)
+        return cls(**values, support=support, labels=labels)
 
 
 def make_head(name: str) -> Head:
@@ -196,12 +196,11 @@ def find_features(name: str) -> Features:
     """
     if name in FEATURES:
         return FEATURES[name]()
-    if (ZOO / f"{name}.safetensors").is_file() or Path(name).exists():
+    if name in names() or Path(name).exists():
         return _backbone(name)
     module, _, function = name.partition(":")
     if not function:
-        zoo = ", ".join(sorted(path.stem for path in ZOO.glob("*.safetensors")))
-        raise InputError("features", repr(name), f"one of {', '.join(FEATURES)}, {zoo}, or MODULE:FUNCTION")
+        raise InputError("features", repr(name), f"one of {', '.join([*FEATURES, *names()])}, or MODULE:FUNCTION")
     try:
         return getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:
