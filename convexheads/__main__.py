@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from convexheads import ConvexHeadsError
+from convexheads import ConvexHeadsError, InputError
 from convexheads.integrations.folder import FEATURES, HEADS, FewShotClassifier
+from convexheads.pretrained import names
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,20 +26,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     fit = commands.add_parser("fit", help="fit a classifier on a folder of folders", description="Fit a classifier.")
     fit.add_argument("folder", type=Path, help="holds a folder for each class, with a few files in each")
-    text = f"{', '.join(FEATURES)}, a name of load_pretrained for images, or MODULE:FUNCTION (default: text)"
+    text = f"{', '.join(FEATURES)}; for images {', '.join(names())}; or MODULE:FUNCTION, of yours (default: text)"
     fit.add_argument("--features", default="text", help=text)
     fit.add_argument("--head", default="logistic", choices=HEADS, help="(default: logistic)")
     text = "file to write (default: classifier.safetensors)"
     fit.add_argument("--output", type=Path, default=Path("classifier.safetensors"), help=text)
 
     text = "classify files: a line of CSV for each, with the probability of every class"
-    predict = commands.add_parser("predict", help=text, description=text.capitalize())
+    predict = commands.add_parser("predict", help=text, description=f"C{text[1:]}.")
     predict.add_argument("classifier", type=Path, help="what `convexheads fit` wrote")
     predict.add_argument("files", type=Path, nargs="+", help="to classify; of a folder, all its files")
     predict.add_argument("--output", type=Path, help="file to write (default: the terminal)")
 
     options = parser.parse_args(arguments)
+    sys.path.insert(0, "")  # for MODULE:FUNCTION of the current folder
     try:
+        if options.output is not None and (options.output.is_dir() or not options.output.parent.is_dir()):
+            raise InputError("output", options.output, "a file in a folder that exists")
         if options.command == "fit":
             classifier = FewShotClassifier.from_folder(options.folder, features=options.features, head=options.head)
             classifier.save(options.output)
@@ -46,12 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{options.output}: {len(classifier.classes)} classes, {', '.join(classifier.classes)}{hint}")
         else:
             _predict(FewShotClassifier.load(options.classifier), options.files, options.output)
-    except ConvexHeadsError as error:
+    except (ConvexHeadsError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
 def _predict(classifier: FewShotClassifier, places: Sequence[Path], output: Path | None) -> None:
     files = [file for place in places for file in (_files(place) if place.is_dir() else [place])]
+    if not files:
+        raise InputError("files", f"no file in {', '.join(map(str, places))}", "one at least")
     predictions = classifier.predict(files)
     with output.open("w", newline="") if output else nullcontext(sys.stdout) as target:
         writer = csv.writer(target)

@@ -24,6 +24,9 @@ class Backbone(nn.Module):
 
     Args:
         examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants.
+
+    Raises:
+        InputError: on a call with images that are not uint8, or not of that many channels.
     """
 
     mean: Tensor
@@ -37,6 +40,10 @@ class Backbone(nn.Module):
         self.register_buffer("deviation", deviation)
 
     def forward(self, images: Tensor) -> Tensor:
+        channels = self.mean.shape[1]
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != channels:
+            got = f"shape {tuple(images.shape)} of {images.dtype}"
+            raise InputError("images", got, f"(n, {channels}, height, width) of torch.uint8, from 0 to 255")
         images = images.contiguous(memory_format=torch.channels_last)  # a fifth faster on CPU
         return self.layers((images - self.mean) / self.deviation).flatten(1)
 

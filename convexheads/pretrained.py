@@ -74,7 +74,9 @@ def make_untrained(settings: dict[str, Any], examples: Tensor) -> tuple[Backbone
     Raises:
         InputError: no such backbone, head or variant.
     """
-    own = {"dropblock": settings["dropblock"]} if settings["backbone"] == "resnet12" else {}
+    if missing := {"backbone", "head"} - settings.keys():
+        raise InputError("settings", f"no {' and no '.join(sorted(missing))}", "the names of a backbone and of a head")
+    own = {"dropblock": settings.get("dropblock", "paper")} if settings["backbone"] == "resnet12" else {}
     return make_backbone(settings["backbone"], examples, **own), make_head(settings["head"])
 
 
@@ -147,7 +149,7 @@ def save_pretrained(path: Path, backbone: nn.Module, head: Head, settings: dict[
     safetensors = _safetensors("save_pretrained")
     state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
     state |= {f"head.{name}": value for name, value in head.state_dict().items()}
-    part = path.with_suffix(".part")
+    part = path.with_name(f".{path.name}.part")
     content = safetensors.torch.save(
         {name: value.contiguous() for name, value in state.items()}, {"settings": json.dumps(settings)}
     )

@@ -106,6 +106,9 @@ def test_as_a_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     predictions = FewShotClassifier.load(classifier).predict([row["file"] for row in rows])
     assert [row["label"] for row in rows] == [prediction.label for prediction in predictions]
     assert len(rows) == len(list((texts / "test").rglob("*.txt")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match=r"files: got no file in .*empty"):
+        main(["predict", str(classifier), str(tmp_path / "empty")])
     one = dict.fromkeys(("a", "b"))
     for name in one:
         (tmp_path / "one" / name).mkdir(parents=True)
@@ -125,6 +128,8 @@ def test_as_a_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         ),
         (["fit", "{0}/train", "--features", "nowhere:f"], "wanted a function of a module that can be imported"),
         (["fit", "{0}/train", "--features", "npy"], r"file: got .*0\.txt \(.*wanted one that can be read"),
+        (["fit", "{0}/train", "--output", "{0}/nowhere/x"], "output: got .*nowhere/x, wanted a file in a folder"),
+        (["fit", "{0}/train", "--output", "{0}/train"], "output: got .*train, wanted a file in a folder"),
         (["predict", "{0}/nowhere", "x.txt"], "classifier: got .*nowhere"),
     ],
 )
@@ -138,6 +143,9 @@ def test_unusable_files_are_named(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     with pytest.raises(InputError, match=r"file: got .*latin\.txt"):
         classifier.predict([tmp_path / "latin.txt"])
+    (tmp_path / "empty.txt").write_text(" ")
+    with pytest.raises(InputError, match=r"file: got .*empty\.txt without any text"):
+        classifier.predict([tmp_path / "empty.txt"])
     with pytest.raises(InputError, match=r"missing\.txt, which is no file"):
         classifier.predict([tmp_path / "missing.txt"])
     (tmp_path / "classes" / "a").mkdir(parents=True)
@@ -148,7 +156,12 @@ def test_unusable_files_are_named(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "classes" / "b" / "x.npy").write_bytes(pickle.dumps([1.0]))
     with pytest.raises(InputError, match=r"file: got .*a/x\.npy"):  # nothing is unpickled
         FewShotClassifier.from_folder(tmp_path / "classes", features="npy")
-    np.save(tmp_path / "classes" / "a" / "x.npy", np.zeros(3))
+    np.save(tmp_path / "classes" / "a" / "x.npy", np.ones(3))
+    np.save(tmp_path / "classes" / "b" / "x.npy", np.zeros(3))
+    with pytest.raises(
+        InputError, match=r"file: got .*b/x\.npy, with unusable features, wanted finite ones, not all zero"
+    ):
+        FewShotClassifier.from_folder(tmp_path / "classes", features="npy")
     np.save(tmp_path / "classes" / "b" / "x.npy", np.zeros(4))
     with pytest.raises(InputError, match=r"b/x\.npy with 4 values, wanted 3, as in"):
         FewShotClassifier.from_folder(tmp_path / "classes", features="npy")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import random
+import subprocess
+import sys
 from importlib import metadata
 
 import learn2learn as l2l
@@ -258,3 +260,18 @@ def test_versions_that_are_not_supported_are_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("convexheads.integrations.version", missing)
     with pytest.raises(MissingDependencyError, match=r"it needs the package 'easyfsl': pip install"):
         require("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="it")
+
+
+def test_what_is_no_head_is_refused() -> None:
+    """In an interpreter of its own, without the tests' type checks."""
+    script = """
+from convexheads import InputError, SVMHead
+from convexheads.integrations import easyfsl, learn2learn
+for adapter in (learn2learn.HeadClassifier, easyfsl.HeadClassifier):
+    try:
+        adapter(SVMHead)
+    except InputError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.count("wanted a classification head of convexheads, such as SVMHead(C=0.1)") == 2

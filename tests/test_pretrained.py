@@ -102,6 +102,20 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
             load_pretrained(path)
 
 
+def test_images_that_are_not_uint8_are_refused() -> None:
+    """Those from 0 to 1, say, would give other features without a word."""
+    backbone = load_pretrained("conv4-cifar-fs-svm").backbone
+    for wrong in (
+        torch.rand(2, 3, 32, 32),
+        torch.zeros(2, 1, 32, 32, dtype=torch.uint8),
+        torch.zeros(3, 32, 32).byte(),
+    ):
+        with pytest.raises(InputError, match=r"images: got shape .*wanted \(n, 3, height, width\) of torch.uint8"):
+            backbone(wrong)
+    with pytest.raises(InputError, match="settings: got no head, wanted the names"):
+        make_untrained({"backbone": "conv4"}, torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+
+
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     examples = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
     save_pretrained(tmp_path / "own.safetensors", *make_untrained(settings(), examples), settings("r2d2"))

@@ -25,13 +25,18 @@ class HeadClassifier(FewShotClassifier):
     error.
 
     Args:
-        head: any head.
+        head: any classification head.
         backbone: from images `(n, *image)` to features `(n, d)`; None (default): the images are features already.
         settings: easyfsl's further ones: `use_softmax`, `feature_centering`, `feature_normalization`.
+
+    Raises:
+        InputError: no head.
     """
 
     def __init__(self, head: Head, backbone: nn.Module | None = None, **settings: Any) -> None:
         super().__init__(backbone=backbone, **settings)
+        if not isinstance(head, Head):
+            raise InputError("head", repr(head), "a classification head of convexheads, such as SVMHead(C=0.1)")
         self.head = head
         self.fitted: Fitted | None = None
 

@@ -149,7 +149,8 @@ class FewShotClassifier:
         settings = {"classes": self.classes, "features": self.features, "head": self.head, "scale": self.scale}
         tensors = {"support": self._support.contiguous(), "labels": self._labels}
         content = _safetensors().torch.save(tensors, {"classifier": json.dumps(settings)})
-        part = Path(path).with_suffix(".part")
+        path = Path(path)
+        part = path.with_name(f".{path.name}.part")
         try:
             part.write_bytes(content)
             part.replace(path)
@@ -213,18 +214,22 @@ def _text() -> Features:
     except ImportError as error:
         raise MissingDependencyError("wordllama", "text", "the features 'text'") from error
 
+    (own,) = map(Path, wordllama.__path__)
+
     class Packaged(wordllama.WordLlama):
-        """The model that the package holds: nothing is downloaded."""
+        """The model that the package holds: nothing is downloaded. Before version 0.4 it looked elsewhere."""
 
         @staticmethod
         def get_cache_dir(is_tokenizer_config: bool = False) -> Path:
-            return Path(wordllama.__file__).parent / ("tokenizers" if is_tokenizer_config else "weights")
+            return own / ("tokenizers" if is_tokenizer_config else "weights")
 
-    model = Packaged.load(disable_download=True)
+    model = Packaged.load(cache_dir=own, disable_download=True)
 
     def text(paths: Sequence[Path]) -> Tensor:
         documents = [_read(path, lambda path: path.read_text(encoding="utf-8")) for path in paths]
-        return torch.from_numpy(model.embed(documents, norm=True))
+        if empty := [path for path, document in zip(paths, documents, strict=True) if not document.strip()]:
+            raise InputError("file", f"{empty[0]} without any text", "text")
+        return torch.from_numpy(model.embed(documents))
 
     return text
 
@@ -279,6 +284,11 @@ def _features(embed: Features, paths: Sequence[Path]) -> Tensor:
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim != 2 or len(found) != len(paths):
         got = f"shape {tuple(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
         raise InputError("features", got, f"a row of floating-point values for each of {len(paths)} files")
+    usable = found.isfinite().all(-1) & found.any(-1)
+    if not usable.all():
+        raise InputError(
+            "file", f"{paths[int(usable.int().argmin())]}, with unusable features", "finite ones, not all zero"
+        )
     return functional.normalize(found.double(), dim=-1)
 
 

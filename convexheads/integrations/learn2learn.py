@@ -29,19 +29,21 @@ class HeadClassifier(nn.Module):
     before it is fitted is an error that says so.
 
     Args:
-        head: any head.
+        head: any classification head.
         support: features `(*batch, n, d)` to fit on at once; None (default) for later.
         labels: theirs, `(*batch, n)`.
         ways: as in `fit_`.
 
     Raises:
-        InputError: only one of support and labels is given, or they are unusable.
+        InputError: no head, only one of support and labels is given, or they are unusable.
     """
 
     def __init__(
         self, head: Head, support: Tensor | None = None, labels: Tensor | None = None, ways: int | None = None
     ) -> None:
         super().__init__()
+        if not isinstance(head, Head):
+            raise InputError("head", repr(head), "a classification head of convexheads, such as SVMHead(C=0.1)")
         self.head = head
         self.fitted: Fitted | None = None
         if (support is None) != (labels is None):

@@ -27,8 +27,8 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     `SVMHead(C=1.0, kernel=Linear() + Constant(1.0))`. Memory grows with the square of the number of samples.
 
     Args:
-        head: any head; None (default) is `SVMHead(C=1.0)`, the Crammer-Singer SVM. In a grid search, heads are the
-            values: `GridSearchCV(HeadClassifier(), {"head": [SVMHead(C) for C in (0.1, 1, 10)]})`.
+        head: any classification head; None (default) is `SVMHead(C=1.0)`, the Crammer-Singer SVM. In a grid search,
+            heads are the values: `GridSearchCV(HeadClassifier(), {"head": [SVMHead(C) for C in (0.1, 1, 10)]})`.
 
     Attributes:
         classes_: the labels, sorted, `(k,)`.
@@ -60,7 +60,9 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         if len(self.classes_) < 2:
             raise ValueError(f"HeadClassifier needs two classes at least; y holds one class only: {self.classes_[0]!r}")
         if self.head is not None and not isinstance(self.head, Head):
-            raise InputError("head", repr(self.head), "a head of convexheads, such as SVMHead(C=1.0), or None")
+            raise InputError(
+                "head", repr(self.head), "a classification head of convexheads, such as SVMHead(C=1.0), or None"
+            )
         head = SVMHead(C=1.0) if self.head is None else deepcopy(self.head)
         with torch.no_grad():
             self.fitted_ = head.fit(torch.tensor(X), torch.tensor(labels), ways=len(self.classes_))

@@ -1,6 +1,6 @@
 """A prototypical network on learn2learn's tasks, with a head in the place of the prototypes: two lines differ.
 
-python docs/examples/learn2learn_protonet.py
+python docs/examples/learn2learn_protonet.py      # the digits are scikit-learn's
 """
 
 import learn2learn as l2l

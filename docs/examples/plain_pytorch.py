@@ -1,6 +1,6 @@
 """Meta-training without any framework: mixed precision, gradient accumulation, a compiled backbone, several processes.
 
-python docs/examples/plain_pytorch.py
+python docs/examples/plain_pytorch.py      # the digits are scikit-learn's
 torchrun --nproc-per-node 2 docs/examples/plain_pytorch.py
 """
 
@@ -55,6 +55,7 @@ for step, (samples, targets) in enumerate(loader, 1):
 
 if rank == 0:
     features = embed(learner.backbone, images[~known], progress=False)
-    print("unseen digits:", evaluate(learner.head, features, labels[~known], ways=WAYS, shots=SHOTS, episodes=500))
+    settings = {"ways": WAYS, "shots": SHOTS, "episodes": 500, "progress": False}
+    print("unseen digits:", evaluate(learner.head, features, labels[~known], **settings))
 if distributed.is_initialized():
     distributed.destroy_process_group()
