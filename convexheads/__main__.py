@@ -41,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     sys.path.insert(0, "")  # for MODULE:FUNCTION of the current folder
     try:
-        if options.output is not None and (options.output.is_dir() or not options.output.parent.is_dir()):
-            raise InputError("output", options.output, "a file in a folder that exists")
+        _check_output(options.output)
         if options.command == "fit":
             classifier = FewShotClassifier.from_folder(options.folder, features=options.features, head=options.head)
             classifier.save(options.output)
@@ -52,6 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _predict(FewShotClassifier.load(options.classifier), options.files, options.output)
     except (ConvexHeadsError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def _check_output(path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise InputError("output", path, "a file in a folder that exists")
 
 
 def _predict(classifier: FewShotClassifier, places: Sequence[Path], output: Path | None) -> None:
