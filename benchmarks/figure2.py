@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pandas
 
+from benchmarks import tables
 from benchmarks.tables import TITLES, Row, Scale, Table, main
 
 TRAINING_SHOTS = (1, 5, 10, 15)
 DATASETS = ("miniimagenet", "tieredimagenet", "cifar-fs", "fc100")
-HEADS = {"svm": "MetaOptNet-SVM", "prototypes": "Prototypical Networks"}
+HEADS = {name: tables.HEADS[name] for name in ("svm", "prototypes")}
 
 
 def curves(table: Table, ours: pandas.DataFrame, path: Path) -> None:

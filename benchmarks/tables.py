@@ -154,9 +154,8 @@ def features(
     Raises:
         InputError: there are no weights and `train` is false, or the data is missing.
     """
-    path = _weights(configuration, root, train)
-    data = _test_classes(dataset, root)
-    return _features(path, dataset, root), data.labels, ch.load_pretrained(path)
+    found, trained = _features(_weights(configuration, root, train), dataset, root)
+    return found, _test_classes(dataset, root).labels, trained
 
 
 def evaluate(
@@ -191,11 +190,11 @@ def _test_classes(dataset: str, root: Path | None) -> ImageSet:
 
 
 @cache
-def _features(weights: Path, dataset: str, root: Path | None) -> Tensor:
+def _features(weights: Path, dataset: str, root: Path | None) -> tuple[Tensor, ch.Pretrained]:
     trained, images = ch.load_pretrained(weights), _test_classes(dataset, root).images
     if images.shape[-1] != (size := trained.settings["image_size"]):
         images = resize(images, [size, size])
-    return ch.embed(trained.backbone, images)
+    return ch.embed(trained.backbone, images), trained
 
 
 def measure(
@@ -249,12 +248,13 @@ def show(
 
     `more` are further columns, whose texts stand in rows of "published" or "ours", model and backbone.
     """
+    more = more or {}
     result = RichTable(title=f"{table.title}, {scale} scale", title_justify="left")
     for column in ("model", "backbone", "by"):
         result.add_column(column)
     for dataset, shots in table.columns:
         result.add_column(f"{TITLES[dataset]} {shots}-shot, %", justify="right")
-    for header in more or {}:
+    for header in more:
         result.add_column(header, justify="right")
     texts = {
         (by, row["model"], row["backbone"], row["dataset"], row["shots"]): row["text"]
@@ -271,13 +271,8 @@ def show(
                 texts.get((by, model, backbone, *column), absent if by == "published" or column in there else "")
                 for column in table.columns
             )
-            result.add_row(
-                model,
-                backbone,
-                by,
-                *cells,
-                *((more or {})[name].get((by, model, backbone), "n/a") for name in more or {}),
-            )
+            further = (column.get((by, model, backbone), "n/a") for column in more.values())
+            result.add_row(model, backbone, by, *cells, *further)
     return result
 
 

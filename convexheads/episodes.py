@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convexheads.errors import InputError
+from convexheads.errors import InputError, check_counts
 from convexheads.heads.base import Fitted, Head
 from convexheads.heads.inputs import check_finite
 from convexheads.hyperparameters import value_of
@@ -85,8 +85,7 @@ def split_task(data: Tensor, labels: Integer[Tensor, "*batch n"], *, shots: int)
     Example:
         `episode = split_task(*taskset.sample(), shots=5)`
     """
-    if isinstance(shots, bool) or not isinstance(shots, int) or shots < 1:
-        raise InputError("shots", repr(shots), "an integer of at least 1")
+    check_counts(shots=shots)
     if data.shape[: labels.ndim] != labels.shape or labels.ndim < 1:
         raise InputError(
             "data", f"shape {tuple(data.shape)}", f"the leading dimensions of labels, {tuple(labels.shape)}"
@@ -296,10 +295,8 @@ class _Episodes:
     part: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
-        for name in ("ways", "shots", "queries", "episodes", "batch_size"):
-            size = getattr(self, name)
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise InputError(name, repr(size), "an integer of at least 1")
+        names = ("ways", "shots", "queries", "episodes", "batch_size")
+        check_counts(**{name: getattr(self, name) for name in names})
         rank, processes = self.part
         if not 0 <= rank < min(processes, self.episodes):
             raise InputError("part", repr(self.part), f"(rank, processes) with rank < processes <= {self.episodes}")

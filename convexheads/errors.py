@@ -20,6 +20,13 @@ class InputError(ConvexHeadsError, ValueError):
         super().__init__(f"{argument}: got {got}, wanted {wanted}")
 
 
+def check_counts(**counts: object) -> None:
+    """Raise `InputError` unless each is an integer of at least 1."""
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise InputError(name, repr(count), "an integer of at least 1")
+
+
 class SolverError(ConvexHeadsError, RuntimeError):
     """At least one task of a batch could not be solved to the tolerance asked for.
 

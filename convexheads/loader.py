@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Integer
 from torch import Tensor
 
-from convexheads.errors import InputError
+from convexheads.errors import InputError, check_counts
 
 
 class EpisodeLoader:
@@ -61,10 +61,7 @@ class EpisodeLoader:
         rank: int = 0,
         processes: int = 1,
     ) -> None:
-        sizes = {"ways": ways, "shots": shots, "queries": queries, "tasks": tasks, "steps": steps}
-        for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(name, repr(value), "an integer of at least 1")
+        check_counts(ways=ways, shots=shots, queries=queries, tasks=tasks, steps=steps)
         if labels.shape != samples.shape[:1]:
             got = f"shapes {tuple(samples.shape)} and {tuple(labels.shape)}"
             raise InputError("samples, labels", got, "(n, *sample) and (n,)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from convexheads import storage
 from convexheads.backbones import Backbone, make_backbone
-from convexheads.errors import InputError, MissingDependencyError
+from convexheads.errors import InputError
 from convexheads.heads import Head, SVMHead
 from convexheads.hyperparameters import Learnable
 from convexheads.kernels import Linear
@@ -100,7 +100,6 @@ def load_pretrained(name: str | Path) -> Pretrained:
         `backbone, head, _ = load_pretrained("conv4-cifar-fs-svm")`, then
         `head(backbone(support_images), labels, backbone(query_images))` with 32 x 32 images.
     """
-    safetensors = _safetensors("load_pretrained")
     path = next(
         (
             path
@@ -114,12 +113,10 @@ def load_pretrained(name: str | Path) -> Pretrained:
         raise InputError("name", repr(str(name)), wanted)
     wanted = "a complete file of `save_pretrained`"
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            settings = json.loads((file.metadata() or {})["settings"])
-            state = {name: file.get_tensor(name) for name in list(file.keys())}
+        state, settings = storage.load(path, key="settings", needed_by="load_pretrained")
         channels, size = state["backbone.mean"].shape[1], settings["image_size"]
         modules = make_untrained(settings, torch.zeros(2, channels, size, size, dtype=torch.uint8))
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError("name", f"{path} ({error})", wanted) from error
     try:
         for prefix, module in zip(("backbone.", "head."), modules, strict=True):
@@ -146,23 +143,6 @@ def save_pretrained(path: Path, backbone: nn.Module, head: Head, settings: dict[
     Raises:
         MissingDependencyError: safetensors is not installed.
     """
-    safetensors = _safetensors("save_pretrained")
     state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
     state |= {f"head.{name}": value for name, value in head.state_dict().items()}
-    part = path.with_name(f".{path.name}.part")
-    content = safetensors.torch.save(
-        {name: value.contiguous() for name, value in state.items()}, {"settings": json.dumps(settings)}
-    )
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _safetensors(needed_by: str) -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise MissingDependencyError("safetensors", "pretrained", needed_by) from error
-    return safetensors
+    storage.save(path, state, settings, key="settings", needed_by="save_pretrained")

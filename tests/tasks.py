@@ -79,3 +79,11 @@ def tasks(draw, *, max_shots: int = 4) -> tuple[Task, float]:
         shots=tuple(shots), queries=3, d=draw(st.integers(1, 64)), scale=scale, seed=draw(st.integers(0, 2**31))
     )
     return drawn, C
+
+
+def clusters(classes: int = 8, each: int = 30, d: int = 6, noise: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Features of classes that differ by their centres, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, d, generator=generator)
+    labels = torch.arange(classes).repeat(each)
+    return centres[labels] + noise * torch.randn(len(labels), d, generator=generator), labels

@@ -7,6 +7,7 @@ import math
 import learn2learn as l2l
 import pytest
 import torch
+from tasks import clusters
 from torch import nn
 from torchmetrics.classification import MulticlassCalibrationError
 
@@ -22,13 +23,6 @@ from convexheads import (
     split_task,
 )
 from convexheads.episodes import _draw
-
-
-def clusters(classes: int = 8, each: int = 30, d: int = 6, noise: float = 1.0, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, d, generator=generator)
-    labels = torch.arange(classes).repeat(each)
-    return centres[labels] + noise * torch.randn(len(labels), d, generator=generator), labels
 
 
 def taskset(ways: int = 3, samples: int = 7):

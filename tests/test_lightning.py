@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.cli import LightningCLI
+from tasks import clusters
 from torch import nn
 
 from convexheads import InputError, Learnable, PrototypeHead, RidgeHead, SVMHead, split_task
@@ -23,16 +24,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
 
 
-def clusters(classes: int, d: int = 6, each: int = 20, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, d, generator=generator)
-    labels = torch.arange(classes).repeat(each)
-    return centres[labels] + 0.5 * torch.randn(len(labels), d, generator=generator), labels
+def part(classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    return clusters(classes, each=20, noise=0.5, seed=seed)
 
 
 def data(**changes) -> EpisodicDataModule:
     settings = {"ways": 3, "shots": 2, "queries": 4, "tasks": 2, "steps": 4, "val_steps": 3} | changes
-    return EpisodicDataModule(clusters(8), clusters(5, seed=1), clusters(4, seed=2), **settings)
+    return EpisodicDataModule(part(8), part(5, seed=1), part(4, seed=2), **settings)
 
 
 def module(backbone: nn.Module | None = None, **changes) -> EpisodicModule:
@@ -100,7 +98,7 @@ def test_a_resumed_training_sees_the_episodes_that_were_left(tmp_path: Path) -> 
 
 
 def test_without_validation_there_is_none() -> None:
-    own = EpisodicDataModule(clusters(8), ways=3, shots=2, queries=4, tasks=2, steps=2)
+    own = EpisodicDataModule(part(8), ways=3, shots=2, queries=4, tasks=2, steps=2)
     trainer = pl.Trainer(max_epochs=1, enable_checkpointing=False, **QUIET)
     with pytest.warns(UserWarning, match="have no `val_dataloader`"):
         trainer.fit(module(), own)
@@ -112,8 +110,8 @@ def test_without_validation_there_is_none() -> None:
 )
 def test_on_lightnings_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["script.py"])
-    torch.save(clusters(8), tmp_path / "train.pt")
-    torch.save(clusters(5, seed=1), tmp_path / "val.pt")
+    torch.save(part(8), tmp_path / "train.pt")
+    torch.save(part(5, seed=1), tmp_path / "val.pt")
     arguments = ["fit", f"--data.train={tmp_path / 'train.pt'}", f"--data.val={tmp_path / 'val.pt'}"]
     arguments += ["--data.ways=3", "--data.shots=2", "--data.queries=4", "--data.steps=4", "--data.val_steps=2"]
     arguments += ["--model.ways=3", "--model.shots=2", "--model.steps=4", "--model.backbone=torch.nn.Linear"]

@@ -13,8 +13,8 @@ from convexheads.integrations import require
 
 require("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="convexheads.integrations.easyfsl")
 
-import easyfsl.samplers  # noqa: E402
-from easyfsl.methods import FewShotClassifier  # noqa: E402
+import easyfsl.samplers
+from easyfsl.methods import FewShotClassifier
 
 
 class HeadClassifier(FewShotClassifier):

@@ -5,16 +5,16 @@ Features are frozen: those of a text encoder, of a pretrained backbone, or of a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from convexheads import storage
 from convexheads.episodes import calibrate, embed
 from convexheads.errors import InputError, MissingDependencyError
 from convexheads.heads import Head, LinearDiscriminantHead, LogisticHead, PrototypeHead, RidgeHead, SVMHead
@@ -70,9 +70,10 @@ class FewShotClassifier:
         support: Tensor,
         labels: Tensor,
         scale: float | None = None,
+        embed: Features | None = None,
     ) -> None:
         self.classes, self.features, self.head, self.scale = tuple(classes), features, head, scale
-        self._support, self._labels, self._embed = support, labels, find_features(features)
+        self._support, self._labels, self._embed = support, labels, embed or find_features(features)
         fitted = make_head(head)
         if scale is not None:
             fitted.scale = scale
@@ -114,15 +115,16 @@ class FewShotClassifier:
         if empty := [name for name, own in files.items() if not own]:
             raise InputError("folder", f"class {empty[0]!r} without any file", "one file at least of each class")
         make_head(head)  # before the work
-        support = _features(find_features(features), [path for own in files.values() for path in own])
+        embed = find_features(features)
+        support = _features(embed, [path for own in files.values() for path in own])
         counts = torch.tensor([len(own) for own in files.values()])
         labels = torch.arange(len(files)).repeat_interleave(counts)
         scale = None
         if (shots := int(counts.min()) - 1) > 0:
             settings = {"ways": len(files), "shots": shots, "queries": 1, "progress": False}
-            calibrated = calibrate(make_head(head), support, labels, **settings).scale
-            scale = calibrated if isinstance(calibrated, float) else None
-        return cls(tuple(files), features, head, support=support, labels=labels, scale=scale)
+            scale = calibrate(make_head(head), support, labels, **settings).scale
+            assert isinstance(scale, float)  # so `calibrate` says
+        return cls(tuple(files), features, head, support=support, labels=labels, scale=scale, embed=embed)
 
     def predict(self, paths: Sequence[str | Path]) -> list[Prediction]:
         """Classify files.
@@ -147,15 +149,8 @@ class FewShotClassifier:
         The file is complete or not there at all: it is written under another name first.
         """
         settings = {"classes": self.classes, "features": self.features, "head": self.head, "scale": self.scale}
-        tensors = {"support": self._support.contiguous(), "labels": self._labels}
-        content = _safetensors().torch.save(tensors, {"classifier": json.dumps(settings)})
-        path = Path(path)
-        part = path.with_name(f".{path.name}.part")
-        try:
-            part.write_bytes(content)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        tensors = {"support": self._support, "labels": self._labels}
+        storage.save(Path(path), tensors, settings, key="classifier", needed_by="FewShotClassifier")
 
     @classmethod
     def load(cls, path: str | Path) -> FewShotClassifier:
@@ -164,13 +159,11 @@ class FewShotClassifier:
         Raises:
             InputError: there is no such file, or it is damaged.
         """
-        safetensors = _safetensors()
         try:
-            with safetensors.safe_open(Path(path), framework="pt") as file:
-                settings = json.loads((file.metadata() or {})["classifier"])
-                support, labels = file.get_tensor("support"), file.get_tensor("labels")
+            tensors, settings = storage.load(Path(path), key="classifier", needed_by="FewShotClassifier")
+            support, labels = tensors["support"], tensors["labels"]
             values = {name: settings[name] for name in ("classes", "features", "head", "scale")}
-        except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 "classifier", f"{path} ({error})", "a complete file of `FewShotClassifier.save`"
             ) from error
@@ -294,11 +287,3 @@ def _features(embed: Features, paths: Sequence[Path]) -> Tensor:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != ".")
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise MissingDependencyError("safetensors", "pretrained", "FewShotClassifier") from error
-    return safetensors

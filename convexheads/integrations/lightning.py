@@ -31,8 +31,8 @@ require(
 )
 require("torchmetrics", "torchmetrics", "1", "2", extra="lightning", needed_by="convexheads.integrations.lightning")
 
-import pytorch_lightning as pl  # noqa: E402
-from torchmetrics.functional.classification import multiclass_accuracy  # noqa: E402
+import pytorch_lightning as pl
+from torchmetrics.functional.classification import multiclass_accuracy
 
 
 def _paper(progress: float) -> float:

@@ -15,9 +15,9 @@ from convexheads.integrations import require
 
 require("sklearn", "scikit-learn", "1.6", "2", extra="sklearn", needed_by="convexheads.integrations.sklearn")
 
-from sklearn.base import BaseEstimator, ClassifierMixin  # noqa: E402
-from sklearn.utils.multiclass import check_classification_targets  # noqa: E402
-from sklearn.utils.validation import check_is_fitted, validate_data  # noqa: E402
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
 
 
 class HeadClassifier(ClassifierMixin, BaseEstimator):
