@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
+from importlib.metadata import metadata
+from pathlib import Path
+
+import convexheads
 
 OPTIONAL = (
     "qpth", "cvxpy", "cvxpylayers", "moreau", "learn2learn", "pytorch_lightning", "torchmetrics", "torchvision", "sklearn",
@@ -69,6 +74,16 @@ def test_everything_else_works_without_optional_packages():
         "'convexheads[lightning]'",
         "'convexheads[pretrained]'",
     ]
+
+
+def test_the_extras_that_messages_name_exist():
+    source = Path(convexheads.__file__).parent
+    text = "".join(path.read_text() for path in source.rglob("*.py"))
+    named = set(re.findall(r'MissingDependencyError\(\s*"[^"]+",\s*"([^"]+)"', text)) | set(
+        re.findall(r'extra="(\w+)"', text)
+    )
+    assert {"lightning", "pretrained", "text"} <= named
+    assert named <= set(metadata("convexheads").get_all("Provides-Extra"))
 
 
 def test_adapters_import_without_their_packages():

@@ -248,7 +248,7 @@ def _backbone(name: str) -> Features:
         import numpy as np
         from PIL import Image
     except ImportError as error:
-        raise MissingDependencyError("pillow", "images", f"the features {name!r}") from error
+        raise MissingDependencyError("pillow", "pretrained", f"the features {name!r}") from error
     trained = load_pretrained(name)
     size, mode = trained.settings["image_size"], "L" if trained.backbone.mean.shape[1] == 1 else "RGB"
 
