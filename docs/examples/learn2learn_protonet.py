@@ -3,6 +3,8 @@
 python docs/examples/learn2learn_protonet.py      # the digits are scikit-learn's
 """
 
+import random
+
 import learn2learn as l2l
 import torch
 from learn2learn.data.transforms import ConsecutiveLabels, KShots, LoadData, NWays, RemapLabels
@@ -37,6 +39,7 @@ digits = load_digits()
 images, labels = torch.tensor(digits.images, dtype=torch.float32) / 16, torch.tensor(digits.target)
 known = labels < 6
 torch.manual_seed(0)
+random.seed(0)  # which learn2learn draws its tasks from
 backbone, head = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)), SVMHead(C=0.1)
 optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=1e-3)
 train, test = tasks(images[known], labels[known]), tasks(images[~known], labels[~known])
