@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import patch
 
@@ -158,3 +161,18 @@ def test_argument():
     assert repr(NativeSolver(tolerance=1e-8, compiled=False)) == "NativeSolver(tolerance=1e-08, compiled=False)"
     with pytest.raises(InputError, match=r"NativeSolver\(compiled\): got True, wanted False, or None"):
         NativeSolver(compiled=True)
+
+
+def test_machine_code_is_found_again_by_the_next_process(tmp_path):
+    code = (
+        "import torch\n"
+        "from convexheads import SVMHead\n"
+        "support, labels = torch.randn(6, 9, requires_grad=True), torch.arange(6) % 2\n"
+        "SVMHead()(support, labels, torch.randn(3, 9)).sum().backward()\n"
+        "from convexheads.solvers import loops\n"
+        "print(sum(sum(f.stats.cache_misses.values()) for f in (loops.solve_all, loops.adjoint_all)))\n"
+    )
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    done = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(2)]
+    assert [int(each.stdout) > 0 for each in done] == [True, False]

@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from convexheads.solvers import loops
 from convexheads.solvers.active_set import REFINEMENTS, REGULARISER, ActiveSet
 from convexheads.solvers.kkt import KKT, BlockKKT
-from convexheads.solvers.loops import loops
 from convexheads.solvers.problem import QP, Solution, Status
 from convexheads.solvers.splitting import PROXIMITY, RELAXATION
 
@@ -39,8 +39,8 @@ def solve(qp: QP, *, aim: float, max_rounds: int) -> tuple[Solution, Float[Tenso
 
     Returns:
         The solution; the scale of the active set's Hessian in that of `qp`; and the active set, with coefficients as in
-        the solution. Where the status is not `CONVERGED` (nothing was proved to the precision `aim`), all of it is
-        worthless.
+            the solution. Where the status is not `CONVERGED` (nothing was proved to the precision `aim`), all of it is
+            worthless.
     """
     problem = _arrays(qp)
     tasks, n, k = shape = problem[1].shape
@@ -51,7 +51,7 @@ def solve(qp: QP, *, aim: float, max_rounds: int) -> tuple[Solution, Float[Tenso
     system = np.empty((tasks, n, n)), np.empty(shape)
     factors = _space(*shape)
     settings = (aim, PROXIMITY, _STEPS, _PATIENCE, RELAXATION, REGULARISER, REFINEMENTS, max_rounds)
-    _run(loops()[0], tasks, tasks * k * n**3, problem, qp.row_sum, settings, results, system, factors)
+    _run(loops.solve_all, tasks, tasks * k * n**3, problem, qp.row_sum, settings, results, system, factors)
     gap, violation = torch.from_numpy(gaps).unbind(-1)
     solution = Solution(
         coef=torch.from_numpy(coef),
@@ -96,7 +96,17 @@ class CompiledKKT(KKT):
         smoothing = torch.zeros(free.shape, dtype=torch.float64) if kkt.diagonal is None else kkt.diagonal.mT
         gram, smoothing, row_sum = kkt.gram.contiguous(), smoothing.contiguous(), kkt.schur is not None
         tasks, n, k = free.shape
-        _run(loops()[1], tasks, tasks * k * n**3, gram.numpy(), smoothing.numpy(), row_sum, side, REGULARISER, factors)
+        _run(
+            loops.factorise_all,
+            tasks,
+            tasks * k * n**3,
+            gram.numpy(),
+            smoothing.numpy(),
+            row_sum,
+            side,
+            REGULARISER,
+            factors,
+        )
         return cls(gram, smoothing, *map(torch.from_numpy, factors), row_sum=row_sum)
 
     def solve(
@@ -107,7 +117,7 @@ class CompiledKKT(KKT):
         factors = tuple(value.numpy() for value in (self.blocks, self.index, self.count, self.schur))
         system = self.gram.contiguous().numpy(), self.smoothing.contiguous().numpy()
         work = 10 * x.size * x.shape[1]
-        _run(loops()[2], len(x), work, system, given, total, self.row_sum, refinements, x, shift, factors)
+        _run(loops.adjoint_all, len(x), work, system, given, total, self.row_sum, refinements, x, shift, factors)
         return torch.from_numpy(x).mT, torch.from_numpy(shift)
 
 

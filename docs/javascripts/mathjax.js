@@ -1,1 +1,0 @@
-window.MathJax = { tex: { inlineMath: [["\\(", "\\)"]] }, options: { processHtmlClass: "arithmatex|doc" } };
