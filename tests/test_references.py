@@ -106,20 +106,36 @@ def test_svm_equals_its_cvxpy_primal(smoothing):
     assert np.linalg.norm(ours - weights.value) < 1e-5 * np.linalg.norm(weights.value)
 
 
-@pytest.mark.parametrize("C", [0.1, 1.0])
-def test_smoothed_svm_equals_learn2learn(C, monkeypatch):
+def _by_learn2learn(support, labels, query, ways, *, C, iterations, monkeypatch):
     from learn2learn.nn import SVClassifier
 
-    support, labels, query, ways = task(shots=(5,) * 5, d=64)
     monkeypatch.setattr(torch, "zeros", partial(torch.zeros, dtype=torch.float64))
     monkeypatch.setattr(torch, "ones", partial(torch.ones, dtype=torch.float64))
     monkeypatch.setattr(torch, "eye", partial(torch.eye, dtype=torch.float64))  # its constants are float32
-    reference = SVClassifier(C_reg=C, max_iters=100)
+    reference = SVClassifier(C_reg=C, max_iters=iterations)
     reference.fit_(support, labels, ways)
-    expected = reference(query)
+    scores = reference(query)
     monkeypatch.undo()
+    return scores
+
+
+@pytest.mark.parametrize("C", [0.1, 1.0])
+def test_smoothed_svm_equals_learn2learn(C, monkeypatch):
+    support, labels, query, ways = task(shots=(5,) * 5, d=64)
+    expected = _by_learn2learn(support, labels, query, ways, C=C, iterations=100, monkeypatch=monkeypatch)
     for solver, tolerance in (("native", 1e-9), (QpthSolver(), 1e-9), (CvxpylayersSolver(), 1e-4)):
         assert close(SVMHead(C, smoothing=1.0, solver=solver)(support, labels, query), expected) < tolerance
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 15])
+@pytest.mark.parametrize("size", [0.1, 1.0, 10.0])
+def test_qpth_stopped_early_has_the_iterates_of_learn2learn(size, iterations, monkeypatch):
+    """Iterates depend on how the problem is scaled: here, as in the paper's code, it isn't."""
+    support, labels, query, ways = task(shots=(5,) * 5, d=64)
+    data = size * support, labels, size * query
+    expected = _by_learn2learn(*data, ways, C=0.1, iterations=iterations, monkeypatch=monkeypatch)
+    head = SVMHead(0.1, smoothing=1.0, solver=QpthSolver(max_iterations=iterations))
+    assert close(head(*data), expected) < 1e-9
 
 
 @pytest.mark.parametrize("regularization", [1e-3, 1.0, 50.0])

@@ -450,3 +450,22 @@ def test_an_optimal_projection_does_not_prove_an_active_set(monkeypatch):
     torch.testing.assert_close(fitted(query), expected)
     found = torch.autograd.grad(fitted(query).square().sum(), list(head.parameters()))
     torch.testing.assert_close(found, gradient)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"linear": torch.ones(2)}, r"QP\(linear\): got shape \(2,\), wanted"),
+        ({"linear": torch.ones(4, 0)}, r"QP\(linear\): got shape \(4, 0\), wanted"),
+        ({"gram": torch.eye(3)}, r"QP\(gram\): got shape \(3, 3\), wanted \(4, 4\)"),
+        ({"upper": torch.ones(4, 1)}, r"QP\(upper\): got shape \(4, 1\), wanted \(4, 2\)"),
+        ({"smoothing": torch.ones(2)}, r"QP\(smoothing\): got shape \(2,\), wanted \(4, 2\)"),
+        ({"root": torch.ones(3, 2)}, r"QP\(root\): got shape \(3, 2\), wanted \(4, 2\)"),
+    ],
+    ids=["vector", "no column", "gram", "upper", "smoothing", "root"],
+)
+def test_shapes_that_do_not_go_together(changed, message, unchecked):
+    """Compiled loops would read beyond them."""
+    qp = QP(**{"gram": torch.eye(4), "linear": torch.ones(4, 2), "upper": torch.ones(4, 2)} | changed)
+    with pytest.raises(InputError, match=message):
+        NativeSolver().solve(qp)

@@ -20,16 +20,17 @@ from convexheads.solvers.problem import QP, Certificate, Solution, Status
 from convexheads.transforms import look_at
 
 OnFailure = Literal["raise", "warn", "return"]
+"""What to do about a task that is not solved: "raise" `SolverError`, emit `SolverWarning`, or just "return" it."""
 
 
 class Solved(NamedTuple):
-    """A flat batch of problems, solved.
+    """A flat batch of problems, solved: what `Solver._coefficients` returns. Nothing is checked when it is made.
 
     Attributes:
-        coef: with gradient; NaN in the tasks that could not be solved.
-        iterations: of each task; None where the backend doesn't tell.
-        certificate: of `coef`, where the solver has it; None otherwise.
-        found: what the gradient of `coef` is made of, where that doesn't come with it; None otherwise.
+        coef: `(tasks, n, k)`, with gradient; NaN in the tasks that could not be solved.
+        iterations: of each task, `(tasks,)`; None (default) where the backend doesn't tell.
+        certificate: of `coef`, where the solver has it; None (default) otherwise.
+        found: what the gradient of `coef` is made of, where that doesn't come with it; None (default) otherwise.
     """
 
     coef: Float[Tensor, "tasks n k"]
@@ -41,15 +42,16 @@ class Solved(NamedTuple):
 class Solver(ABC):
     """Solves a batch of `QP`s. Holds hyper-parameters only, so one solver serves any number of heads and threads.
 
-    A subclass writes `_coefficients` and sets `default_tolerance`, and `package` where it needs one.
+    A subclass writes `_coefficients` and sets `default_tolerance`, and `package` where it needs one. Whatever it
+    returns is judged by its duality gap (Boyd & Vandenberghe 2004, Section 5.5.1).
 
     Args:
         max_iterations: stop after so many iterations and return what is there, with status `STOPPED`. Early stopping is
-            a choice (the paper stops after three), never a failure. None: until converged.
-        tolerance: relative duality gap at which a task counts as converged; None for what the backend reaches
-            (`default_tolerance`). In float32 (devices without float64) at least 5e-4.
-        on_failure: what happens when a task is not certified to the tolerance: "raise" a `SolverError` that carries the
-            solution, "warn" (`SolverWarning`), or "return" it with its status.
+            a choice (Lee et al. 2019 stop after three), never a failure. None, the default: until converged.
+        tolerance: relative duality gap at which a task counts as converged; None, the default, for what the backend
+            reaches (`default_tolerance`). In float32 (devices without float64) at least 5e-4.
+        on_failure: what happens when a task is not certified to the tolerance: "raise", the default, a `SolverError`
+            that carries the solution, "warn" (`SolverWarning`), or "return" it with its status.
 
     Raises:
         InputError: an argument is outside its range.
@@ -57,6 +59,7 @@ class Solver(ABC):
     """
 
     default_tolerance: ClassVar[float]
+    """The relative duality gap that the backend reaches."""
     package: ClassVar[str | None] = None
     """The optional package that the backend needs, which is also the name of the extra that installs it."""
 
@@ -90,18 +93,35 @@ class Solver(ABC):
 
     @abstractmethod
     def _coefficients(self, qp: QP) -> Solved:
-        """Solve a flat batch of problems in units and in working precision.
+        """Solve a flat batch of problems in units and in working precision; the one method that a subclass writes.
 
-        Must not print, nor let one task change another.
+        Must not print, nor let one task change another; nor raise for a task that it can't solve.
+
+        Args:
+            qp: coefficients `(tasks, n, k)`, one task at least, numbers around one (`QP.in_units`), all finite but for
+                bounds.
+
+        Returns:
+            The coefficients with their gradient, NaN in the tasks that could not be solved; and whatever else is known.
         """
 
     def solve(self, qp: QP) -> Solution:
         """Solve a batch of problems, any number of leading dimensions.
 
+        Args:
+            qp: the problems, with coefficients `(*batch, n, k)`, of any floating-point dtype; solved in float64.
+
+        Returns:
+            The solution, in float64. Gradients reach every tensor of `qp`.
+
         Raises:
-            InputError: there are no bounds, or a lower one is above the upper one (looked at on the CPU only).
-            SolverError: a task failed and `on_failure="raise"`.
+            InputError: shapes don't go together, there are no bounds, or a lower one is above an upper one (looked at
+                on the CPU only).
+            SolverError: a task failed and `on_failure="raise"`; with "warn", it is a `SolverWarning`.
+            ConvexHeadsError: in the backward pass, where a second derivative is asked for that the backend doesn't
+                have.
         """
+        _check_shapes(qp)
         batch, device = qp.linear.shape[:-2], qp.linear.device
         _check_bounds(qp)
         with full_precision(device):
@@ -124,7 +144,7 @@ class Solver(ABC):
         mended, broken = _without_broken_tasks(qp)
         units, unit, size = mended.in_units()
         # A batch without tasks has its answer already.
-        coef, iterations, certificate, found = self._coefficients(units) if len(unit) else Solved(units.linear)
+        coef, iterations, certificate, found = self._solved(mended, units, unit) if len(unit) else Solved(units.linear)
         if certificate is None:
             certificate = units.detach().certify(coef.detach())
         solution = Solution(
@@ -139,6 +159,10 @@ class Solver(ABC):
         if isinstance(found, Relaxed):
             found = found._replace(point=unit[:, None, None] * found.point)
         return solution, unit / size, found
+
+    def _solved(self, qp: QP, units: QP, unit: Float[Tensor, " tasks"]) -> Solved:
+        """Solve a flat batch that comes as it is and in units, of which `unit` is the coefficients'; in units."""
+        return self._coefficients(units)
 
     def _status(self, certificate: Certificate) -> Int[Tensor, " tasks"]:
         tolerance = max(self.tolerance, 4096 * torch.finfo(certificate.gap.dtype).eps)
@@ -165,19 +189,33 @@ def complain(name: str, solution: Solution, tolerance: float, on_failure: OnFail
         return
     message = (
         f"{name}: {len(failures)} of {solution.status.numel()} tasks not solved to the tolerance "
-        f"{tolerance:g} ({'; '.join(failures[:5])}{'; ...' if len(failures) > 5 else ''}). The whole batch's solution "
-        "is in `SolverError.solution`; on_failure='warn' or 'return' carries on with it."
+        f"{tolerance:g} ({'; '.join(failures[:5])}{'; ...' if len(failures) > 5 else ''}). "
     )
     if on_failure == "raise":
-        raise SolverError(message, solution)
-    warnings.warn(message, SolverWarning, stacklevel=3)
+        advice = "on_failure='warn' or 'return' carries on with it."
+        raise SolverError(f"{message}The whole batch's solution is in `SolverError.solution`; {advice}", solution)
+    warnings.warn(message + "The status of each is in the fit's `solution`.", SolverWarning, stacklevel=3)
 
 
 def _failures(status: Tensor, gap: Tensor, residual: Tensor) -> list[str]:
     failed = [tuple(task) for task in (status == Status.FAILED).nonzero().tolist()]
-    return [
-        f"task {task}: relative gap {gap[task].item():.1e}, residual {residual[task].item():.1e}" for task in failed
-    ]
+
+    def told(task: tuple[int, ...]) -> str:
+        where = f"task {task}" if task else "the task"
+        return f"{where}: relative gap {gap[task].item():.1e}, residual {residual[task].item():.1e}"
+
+    return [told(task) for task in failed]
+
+
+def _check_shapes(qp: QP) -> None:
+    if qp.linear.ndim < 2 or not all(qp.linear.shape[-2:]):
+        raise InputError("QP(linear)", f"shape {tuple(qp.linear.shape)}", "(*batch, n, k), n and k at least 1")
+    *batch, n, _ = qp.linear.shape
+    square = {"gram": (*batch, n, n)} | ({} if qp.root is None else {"root": (*batch, n, qp.root.shape[-1])})
+    for name, value in qp.tensors().items():
+        wanted = square.get(name, tuple(qp.linear.shape))
+        if value.shape != wanted:
+            raise InputError(f"QP({name})", f"shape {tuple(value.shape)}", f"{wanted}, to go with the linear term")
 
 
 def _check_bounds(qp: QP) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from convexheads.solvers import foreign
@@ -20,21 +21,35 @@ _SMALLEST_EIGENVALUE = 1e-6
 
 
 class QpthSolver(Solver):
-    """qpth (Amos & Kolter 2017), the solver of the paper and of its published code: `pip install 'convexheads[qpth]'`.
+    """qpth (Amos & Kolter 2017), the solver of Lee et al. 2019 and of their published code.
 
-    `QpthSolver(max_iterations=3)` is the paper's early stopping. Gradients are qpth's own. What this adapter mends:
+    `pip install 'convexheads[qpth]'`. `QpthSolver(max_iterations=3)` is the paper's early stopping. Gradients are
+    qpth's own. What differs from qpth alone:
 
     - a parameter shared by the batch would get the mean of its gradients: everything is expanded first;
     - batched LU may hang on CPU: large problems are solved task by task;
     - a task that can't be factorised would spoil the batch: it is then solved task by task, and that one is NaN;
     - its double backward is silently wrong: refused with an error;
-    - it prints when residuals are large: status and certified gap instead.
+    - it prints when residuals are large: status and certified gap instead;
+    - it factorises the Hessian: where that is singular, its smallest eigenvalue is lifted to 1e-6 of its mean diagonal.
 
-    Its matrices are nk x nk. See `Solver` for the arguments.
+    Its matrices are nk x nk. Takes `max_iterations` (default None: at most 50), `tolerance` (default 1e-5) and
+    `on_failure` (default "raise"), as every `Solver` does.
+
+    Raises:
+        InputError: an argument is outside its range. Solving raises what `Solver.solve` does.
+        MissingDependencyError: qpth is not installed.
     """
 
     default_tolerance: ClassVar[float] = 1e-5
     package: ClassVar[str | None] = "qpth"
+
+    def _solved(self, qp: QP, units: QP, unit: Float[Tensor, " tasks"]) -> Solved:
+        if self.max_iterations is None:
+            return super()._solved(qp, units, unit)
+        # Where qpth is to stop early, its iterates count: those of the problem as it was posed, as in the paper.
+        solved = self._coefficients(qp)
+        return solved._replace(coef=solved.coef / unit[:, None, None])
 
     def _coefficients(self, qp: QP) -> Solved:
         plain = qp.detach()
