@@ -155,6 +155,7 @@ def run(options: Options) -> list[report.Row]:
     start = time.perf_counter()
     if options.threads:
         torch.set_num_threads(options.threads)
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)  # or Lightning would set another number for DDP
     provenance = report.provenance()
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # as Lightning tells the processes that it starts
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)

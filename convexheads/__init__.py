@@ -35,7 +35,17 @@ from convexheads.kernels import RBF, Constant, Cosine, Kernel, Linear, Polynomia
 from convexheads.loader import EpisodeLoader
 from convexheads.presets import metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
 from convexheads.pretrained import Pretrained, load_pretrained
-from convexheads.solvers import QP, CvxpylayersSolver, MoreauSolver, NativeSolver, QpthSolver, Solution, Solver, Status
+from convexheads.solvers import (
+    QP,
+    CvxpylayersSolver,
+    MoreauSolver,
+    NativeSolver,
+    QpthSolver,
+    Solution,
+    Solved,
+    Solver,
+    Status,
+)
 
 __version__ = version("convexheads")
 
@@ -80,6 +90,7 @@ __all__ = [
     "SVMHead",
     "SimplifiedSVMHead",
     "Solution",
+    "Solved",
     "Solver",
     "SolverError",
     "SolverWarning",

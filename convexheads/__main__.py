@@ -19,7 +19,15 @@ from convexheads.pretrained import names
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """The command line.
+
+    Args:
+        arguments: words of the command; None, the default: those of the process.
+
+    Raises:
+        SystemExit: with a message and status 1 for whatever convexheads or the file system refuses, with status 2 for
+            arguments that the command doesn't have, and with 0 after `--help`.
+    """
     description, _, _ = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(prog="convexheads", description=description)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -1,4 +1,4 @@
-"""The networks of the paper: from uint8 images (n, channels, height, width) to features (n, d).
+"""The networks of Lee et al. 2019: from uint8 images (n, channels, height, width) to features (n, d).
 
 Pixels are standardised first, by constants of example images, which checkpoints keep.
 """
@@ -13,20 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convexheads.errors import InputError, MissingDependencyError
+from convexheads.errors import InputError, MissingDependencyError, check_counts
 
 SLOPE = 0.1
-"""Of leaky ReLUs, Section 4.1."""
+"""Of leaky ReLUs, in Lee et al. 2019 (Section 4.1)."""
 
 
 class Backbone(nn.Module):
     """Standardises pixels, applies `layers`, which a subclass sets, and flattens.
 
     Args:
-        examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants.
+        examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants. They
+            are not checked.
 
-    Raises:
-        InputError: on a call with images that are not uint8, or not of that many channels.
+    Attributes:
+        mean: of the pixels of each channel, `(1, channels, 1, 1)`, kept by checkpoints.
+        deviation: likewise their standard deviation, `(1, channels, 1, 1)`.
+        layers: from standardised images to features of any shape.
     """
 
     mean: Tensor
@@ -40,6 +43,17 @@ class Backbone(nn.Module):
         self.register_buffer("deviation", deviation)
 
     def forward(self, images: Tensor) -> Tensor:
+        """From images to features.
+
+        Args:
+            images: uint8 pixels from 0 to 255, `(n, channels, height, width)`, of as many channels as the examples.
+
+        Returns:
+            Features, `(n, d)`.
+
+        Raises:
+            InputError: images that are not uint8, or not of that many channels or dimensions.
+        """
         channels = self.mean.shape[1]
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != channels:
             got = f"shape {tuple(images.shape)} of {images.dtype}"
@@ -51,9 +65,10 @@ class Backbone(nn.Module):
 class Conv4(Backbone):
     """Four blocks of 3 x 3 convolution with 64 filters, batch normalisation, ReLU and 2 x 2 max-pooling.
 
-    256 features of 32 x 32 images, 1,600 of 84 x 84. The layers and their names are those of learn2learn's
-    `CNN4Backbone`; the initial weights are PyTorch's (learn2learn draws the scale of the normalisation between 0 and 1,
-    which leaves some channels all but dead).
+    256 features of 32 x 32 images, 1,600 of 84 x 84. The network of Vinyals et al. 2016 and Snell et al. 2017. The
+    layers and their names are those of learn2learn's `CNN4Backbone`; what differs: the initial weights are PyTorch's
+    (learn2learn draws the scale of the normalisation between 0 and 1, which leaves some channels all but dead). Calls
+    raise `InputError` as every `Backbone` does, and images of less than 16 x 16 PyTorch's `RuntimeError`.
 
     Args:
         examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants.
@@ -79,9 +94,10 @@ class R2D2Network(Backbone):
     """The network of R2D2 (Bertinetto et al. 2019): 96, 192, 384 and 512 filters, outputs of the last two blocks.
 
     Blocks of 3 x 3 convolution, batch normalisation, 2 x 2 max-pooling, leaky ReLU, in this order; as in the code of
-    Lee et al. with dropout of 0.1 and 0.3 in the last two, and without the very last activation, which they needed to
-    come to R2D2's accuracy. 8,192 features of 32 x 32 images, 51,200 of 84 x 84. The code of Bertinetto et al. has that
-    activation and one rate of dropout in both blocks, and pools both outputs with stride 1 instead: 8,064 and 72,576.
+    Lee et al. 2019 with dropout of 0.1 and 0.3 in the last two, and without the very last activation, which they needed
+    to come to R2D2's accuracy. 8,192 features of 32 x 32 images, 51,200 of 84 x 84. What differs: the code of
+    Bertinetto et al. has that activation and one rate of dropout in both blocks, and pools both outputs with stride 1
+    instead: 8,064 and 72,576. Calls raise `InputError` as every `Backbone` does.
 
     Args:
         examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants.
@@ -115,26 +131,26 @@ class _LastTwo(nn.Sequential):
 
 
 class ResNet12(Backbone):
-    """Four residual blocks of 64, 160, 320 and 640 filters, each of three 3 x 3 convolutions (Section 4.1).
+    """Four residual blocks of 64, 160, 320 and 640 filters, each of three 3 x 3 convolutions.
 
-    Each ends with 2 x 2 max-pooling and DropBlock; there is no global average pooling: 2,560 features of 32 x 32
-    images, 16,000 of 84 x 84. Initial weights are Kaiming's, as in the published code. learn2learn's `ResNet12Backbone`
-    computes the same in evaluation, but counts the steps of DropBlock in a plain integer, which checkpoints lose, hence
-    layers of our own.
+    As Lee et al. 2019 have it (Section 4.1). Each ends with 2 x 2 max-pooling and DropBlock; there is no global average
+    pooling: 2,560 features of 32 x 32 images, 16,000 of 84 x 84. Initial weights are Kaiming's, as in the published
+    code. learn2learn's `ResNet12Backbone` computes the same in evaluation, but counts the steps of DropBlock in a plain
+    integer, which checkpoints lose, hence layers of our own.
 
     Args:
         examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants.
-        dropblock: "paper": one unit in ten dropped after every block, single ones (dropout) after the first two.
-            "official": as in the published code, whose share grows from nothing to one in ten in the last two, over
-            40,000 forward passes in training. The published counter is at fault: it counts evaluation too, is lost on
-            resumption and stays at zero with several GPUs. It gets two passes a training step, support and query images
-            apart; passed together they get to the full share after 40,000 steps, not 20,000. "none".
-        block_size: of what is dropped after the last two; by default 5, as for the derivatives of ImageNet, for images
-            of 84 x 84, and 2, as for those of CIFAR, for smaller ones.
-        average_pool: 640 features, the means over positions.
+        dropblock: "paper", the default: one unit in ten dropped after every block, single ones (dropout) after the
+            first two. "official": as in the published code, whose share grows from nothing to one in ten in the last
+            two, over 40,000 forward passes in training. The published counter is at fault: it counts evaluation too, is
+            lost on resumption and stays at zero with several GPUs. It gets two passes a training step, support and
+            query images apart; passed together they get to the full share after 40,000 steps, not 20,000. "none".
+        block_size: of what is dropped after the last two, in units of the feature maps; None, the default: 5, as for
+            the derivatives of ImageNet, for images of 84 x 84, and 2, as for those of CIFAR, for smaller ones.
+        average_pool: 640 features, the means over positions. Default False.
 
     Raises:
-        InputError: no such variant of DropBlock, or blocks of nothing.
+        InputError: no such variant of DropBlock, or blocks of nothing; and by calls, as of every `Backbone`.
     """
 
     def __init__(
@@ -189,8 +205,12 @@ class DropBlock(nn.Module):
     scaled by its share of the whole batch, so that the mean stays, and blocks that overlap drop a little less.
 
     Args:
-        size: height and width of a block; on smaller maps, theirs.
-        grow: whether the share grows from nothing over 40,000 forward passes in training, as in the published code.
+        size: height and width of a block, at least 1; on smaller maps, theirs.
+        grow: whether the share grows from nothing over 40,000 forward passes in training, as in the code published by
+            Lee et al. 2019.
+
+    Raises:
+        InputError: `size` is not such a number.
     """
 
     steps: Tensor
@@ -198,10 +218,19 @@ class DropBlock(nn.Module):
 
     def __init__(self, size: int, *, grow: bool) -> None:
         super().__init__()
+        check_counts(size=size)
         self.size, self.grow = size, grow
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # of training; checkpoints keep it
 
     def forward(self, value: Tensor) -> Tensor:
+        """Maps with blocks dropped in training, and as they are in evaluation.
+
+        Args:
+            value: feature maps, `(n, channels, height, width)`. They are not checked.
+
+        Returns:
+            `(n, channels, height, width)`.
+        """
         if not self.training:
             return value
         self.steps += 1
@@ -221,14 +250,15 @@ class WRN28(Backbone):
     """The wide residual network WRN-28-10 (Zagoruyko & Komodakis 2016): 640 features, the means over positions.
 
     The layers of learn2learn's `WRN28Backbone`, whose last pooling is for images of 84 x 84 and whose first convolution
-    is for three channels, made fit for any; it needs that package. As there, convolutions have biases, weights begin as
-    PyTorch's, and the statistics of the last normalisation have a momentum of 0.9: they are all but those of the last
-    batch.
+    is for three channels, made fit for any; it needs that package. What differs from the paper is as there:
+    convolutions have biases, weights begin as PyTorch's, and the statistics of the last normalisation have a momentum
+    of 0.9: they are all but those of the last batch.
 
     Args:
         examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants.
 
     Raises:
+        InputError: by calls, as of every `Backbone`.
         MissingDependencyError: learn2learn is not installed.
     """
 
@@ -250,22 +280,27 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     "resnet12": ResNet12,
     "wrn28": WRN28,
 }
+"""By name, for `make_backbone`."""
 
 
 def make_backbone(name: str, examples: Tensor, **settings: object) -> Backbone:
     """The backbone of that name.
 
     Args:
-        name: one of `BACKBONES`.
+        name: one of `BACKBONES`: "conv4", "r2d2", "resnet12", "wrn28".
         examples: uint8 images (m, channels, height, width) whose mean and deviation by channel standardise pixels.
         settings: further arguments of its class.
 
+    Returns:
+        A new backbone, in training mode.
+
     Raises:
         InputError: no such backbone, or no such setting of it.
+        MissingDependencyError: "wrn28", and learn2learn is not installed.
     """
     if name not in BACKBONES:
         raise InputError("backbone", repr(name), f"one of {', '.join(BACKBONES)}")
     try:
         return BACKBONES[name](examples, **settings)
     except TypeError as error:
-        raise InputError("backbone", f"{name} with {settings}", "settings that it has") from error
+        raise InputError("backbone", f"{name} with {settings} ({error})", "settings that it has") from error

@@ -21,7 +21,14 @@ from convexheads.hyperparameters import value_of
 
 
 class Episode(NamedTuple):
-    """A task's examples to fit on and to score; any leading dimensions."""
+    """A task's examples to fit on and to score; any leading dimensions. `split_task` makes it.
+
+    Attributes:
+        support: images or features to fit on, `(*batch, n, ...)`.
+        support_labels: theirs, `(*batch, n)`.
+        query: images or features to score, `(*batch, q, ...)`.
+        query_labels: theirs, `(*batch, q)`.
+    """
 
     support: Tensor
     support_labels: Tensor
@@ -31,15 +38,15 @@ class Episode(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracies over episodes, and how far the head's probabilities can be trusted.
+    """Accuracies over episodes, and how far the head's probabilities can be trusted. `evaluate` makes it.
 
     Attributes:
         accuracies: of each episode, in 0..1, `(episodes,)`.
         calibration_error: expected calibration error of the probabilities over all queries of all episodes, in 0..1:
             the mean distance between confidence and accuracy in 15 bins of confidence of equal width (Guo et al. 2017).
             `calibrate` makes it small.
-        gaps: certified relative duality gap of each episode's fit; None for a closed form.
-        converged: which episodes' fits are certified to the solver's tolerance; None for a closed form.
+        gaps: certified relative duality gap of each episode's fit, `(episodes,)`; None for a closed form.
+        converged: which episodes' fits are certified to the solver's tolerance, `(episodes,)`; None for a closed form.
     """
 
     accuracies: Float[Tensor, " episodes"]
@@ -73,14 +80,15 @@ def split_task(data: Tensor, labels: Integer[Tensor, "*batch n"], *, shots: int)
 
     Args:
         data: images or features, `(*batch, n, ...)`.
-        labels: `(*batch, n)`, in any order.
+        labels: integers in any order, `(*batch, n)`.
         shots: support examples per class, at least 1.
 
     Returns:
         Support and query with their labels, leading dimensions kept. Labels are not renumbered.
 
     Raises:
-        InputError: a class has no example left for the query, or the tasks of the batch differ in size.
+        InputError: `shots` is not positive, the shapes don't go together, a class has no example left for the query, or
+            the tasks of the batch differ in their number of classes.
 
     Example:
         `episode = split_task(*taskset.sample(), shots=5)`
@@ -135,21 +143,25 @@ def evaluate(
     seed see the same ones, so their accuracies can be compared in pairs.
 
     Args:
-        head: any head.
-        features: one row per image, such as `embed` returns.
-        labels: the class of each, any integers.
-        ways: classes per episode.
-        shots: support examples per class.
-        queries: query examples per class.
-        episodes: how many.
-        batch_size: episodes solved at once; changes the speed only.
-        seed: of the draw.
+        head: any classification head.
+        features: one row per image, such as `embed` returns, `(examples, d)`.
+        labels: the class of each, any integers, `(examples,)`.
+        ways: classes per episode. Default 5.
+        shots: support examples per class. Default 5.
+        queries: query examples per class. Default 15.
+        episodes: how many. Default 2,000.
+        batch_size: episodes solved at once; changes the speed only. Default 50.
+        seed: of the draw. Default 0.
         part: `(rank, processes)`: every `processes`-th of the episodes, from the one of that rank on, where several
-            processes share the work.
-        progress: show a bar (where tqdm is installed).
+            processes share the work. Default: all of them.
+        progress: show a bar (where tqdm is installed). Default True.
+
+    Returns:
+        Accuracies, calibration error and certificates, on the CPU.
 
     Raises:
-        InputError: too few classes, or a class has fewer than `shots + queries` examples.
+        InputError: no classification head, or unusable features, labels or sizes: too few classes, say, or a class with
+            fewer than `shots + queries` examples.
         SolverError: an episode could not be solved and the head's solver has `on_failure="raise"`.
     """
     accuracies, confidences, correct, gaps, converged = [], [], [], [], []
@@ -186,23 +198,27 @@ def calibrate(
     """A copy of a head whose `scale` gives the best probabilities on held-out episodes (temperature scaling).
 
     The temperature, one positive number, minimises the cross-entropy over all queries of all episodes (Guo et al.
-    2017); the copy's scale is the head's divided by it, a number, even where the head's is `Learnable`. Accuracies
-    don't change.
+    2017, Section 4.2); the copy's scale is the head's divided by it, a number, even where the head's is `Learnable`.
+    Accuracies don't change.
 
     Args:
-        head: any head whose scores grow with `scale`. It is left as it is.
-        features: one row per image of classes held out from training, such as `embed` returns.
-        labels: the class of each, any integers.
-        ways: classes per episode.
-        shots: support examples per class; the best temperature depends on it.
-        queries: query examples per class.
-        episodes: how many.
-        batch_size: episodes solved at once; changes the speed only.
-        seed: of the draw.
-        progress: show a bar (where tqdm is installed).
+        head: any classification head whose scores grow with `scale`. It is left as it is.
+        features: one row per image of classes held out from training, such as `embed` returns, `(examples, d)`.
+        labels: the class of each, any integers, `(examples,)`.
+        ways: classes per episode. Default 5.
+        shots: support examples per class; the best temperature depends on it. Default 5.
+        queries: query examples per class. Default 15.
+        episodes: how many. Default 200.
+        batch_size: episodes solved at once; changes the speed only. Default 50.
+        seed: of the draw. Default 0.
+        progress: show a bar (where tqdm is installed). Default True.
+
+    Returns:
+        The copy.
 
     Raises:
-        InputError: too few classes, or a class has fewer than `shots + queries` examples.
+        InputError: no classification head, or unusable features, labels or sizes: too few classes, say, or a class with
+            fewer than `shots + queries` examples.
         SolverError: an episode could not be solved and the head's solver has `on_failure="raise"`.
     """
     episodes_of = _Episodes(features, labels, ways, shots, queries, episodes, batch_size, seed)
@@ -232,11 +248,13 @@ def calibrate(
 def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progress: bool = True) -> Tensor:
     """Features of all images, for `evaluate`: in evaluation mode, without gradient, the backbone's mode restored.
 
+    What the backbone raises passes through; nothing else is checked.
+
     Args:
         backbone: maps a batch of images to features; what it returns is flattened to `(batch, d)`.
         images: `(examples, ...)`, of any dtype that the backbone takes.
-        batch_size: images at once.
-        progress: show a bar (where tqdm is installed).
+        batch_size: images at once. Default 512.
+        progress: show a bar (where tqdm is installed). Default True.
 
     Returns:
         `(examples, d)`, on the images' device.

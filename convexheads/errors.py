@@ -9,30 +9,64 @@ if TYPE_CHECKING:
 
 
 class ConvexHeadsError(Exception):
-    """Base of every error that convexheads raises on purpose."""
+    """Base of every error that convexheads raises on purpose.
+
+    Raised as such where none of the others fits: for the probabilities of a regression head, and for a second
+    derivative through a solver that has only the first.
+    """
 
 
 class InputError(ConvexHeadsError, ValueError):
-    """An argument is unusable."""
+    """An argument is unusable; a `ValueError` too. The message names it, what came and what was wanted.
+
+    Args:
+        argument: its name.
+        got: what came, as the message is to show it.
+        wanted: what would do.
+
+    Attributes:
+        argument: its name.
+    """
 
     def __init__(self, argument: str, got: Any, wanted: str) -> None:
         self.argument = argument
         super().__init__(f"{argument}: got {got}, wanted {wanted}")
 
 
+def described(value: object) -> str:
+    """The `value` as an error shows it: as Python writes it, with the type where that is not Python's own.
+
+    It may be anything and is not checked.
+    """
+    kind = type(value)
+    plain = kind.__module__ == "builtins" or kind.__name__ in repr(value)
+    return repr(value) if plain else f"{value!r} ({kind.__module__}.{kind.__name__})"
+
+
 def check_counts(**counts: object) -> None:
-    """Raise `InputError` unless each is an integer of at least 1."""
+    """Raise `InputError` unless each is an integer of at least 1.
+
+    Args:
+        counts: by the name that the error is to show.
+
+    Raises:
+        InputError: one is no integer, is a bool, or is below 1.
+    """
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise InputError(name, repr(count), "an integer of at least 1")
+            raise InputError(name, described(count), "an integer of at least 1")
 
 
 class SolverError(ConvexHeadsError, RuntimeError):
-    """At least one task of a batch could not be solved to the tolerance asked for.
+    """At least one task of a batch could not be solved to the tolerance asked for; a `RuntimeError` too.
+
+    Args:
+        message: which tasks, and how far they came.
+        solution: as below; None by default.
 
     Attributes:
-        solution: the whole batch's solution, with its per-task status, so that the tasks that
-            succeeded are not lost. None where a closed form failed.
+        solution: the whole batch's `Solution`, with its per-task status, so that the tasks that succeeded are not lost.
+            None where a closed form failed.
     """
 
     def __init__(self, message: str, solution: Solution | None = None) -> None:
@@ -41,11 +75,17 @@ class SolverError(ConvexHeadsError, RuntimeError):
 
 
 class MissingDependencyError(ConvexHeadsError, ImportError):
-    """An optional package is needed and not installed."""
+    """An optional package is needed and not installed, or not in a version that will do; an `ImportError` too.
+
+    Args:
+        package: its name.
+        extra: of convexheads, which installs it: the message says `pip install 'convexheads[extra]'`.
+        needed_by: what needs it.
+    """
 
     def __init__(self, package: str, extra: str, needed_by: str) -> None:
         super().__init__(f"{needed_by} needs the package {package!r}: pip install 'convexheads[{extra}]'")
 
 
 class SolverWarning(UserWarning):
-    """What `on_failure="warn"` emits where "raise" would raise `SolverError`."""
+    """What `on_failure="warn"` emits where "raise" would raise `SolverError`; a `UserWarning`."""

@@ -8,11 +8,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from convexheads.errors import InputError
+from convexheads.errors import InputError, described
 
 
 class OneLine(nn.Module):
-    """A module that prints as the call that made it, parts included."""
+    """A module that prints as the call that made it, parts included; `extra_repr` gives the arguments."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
@@ -21,11 +21,11 @@ class OneLine(nn.Module):
 class Learnable(OneLine):
     """A hyper-parameter that receives gradients.
 
-    A positive one is stored as its logarithm, so that no optimiser step can make it negative. The paper's code keeps
-    the scale of Eq. 12 as an unconstrained parameter instead.
+    A positive one is stored as its logarithm, so that no optimiser step can make it negative. What differs: the code
+    published by Lee et al. 2019 keeps the scale of their Eq. 12 as an unconstrained parameter.
 
     Args:
-        initial: starting value, finite, and positive unless `signed`.
+        initial: starting value, a finite number, and positive unless `signed`.
         signed: whether it may take any sign, as a bias may. Default False.
 
     Raises:
@@ -39,7 +39,9 @@ class Learnable(OneLine):
         super().__init__()
         self.signed = signed
         if signed:
-            self.signed_value = nn.Parameter(torch.tensor(float(finite("Learnable(initial)", initial))))
+            self.signed_value = nn.Parameter(
+                torch.tensor(float(finite("Learnable(initial)", initial, learnable=False)))
+            )
         else:
             self.log_value = nn.Parameter(
                 torch.tensor(math.log(positive("Learnable(initial)", initial, learnable=False)))
@@ -47,7 +49,7 @@ class Learnable(OneLine):
 
     @property
     def value(self) -> Tensor:
-        """The current value, a scalar tensor with gradient."""
+        """The current value, a scalar tensor `()` with gradient, on the device of the module."""
         return self.signed_value if self.signed else self.log_value.exp()
 
     def extra_repr(self) -> str:
@@ -55,11 +57,18 @@ class Learnable(OneLine):
 
 
 Hyperparameter = float | Learnable
+"""A constant, or a parameter that learns."""
 _T = TypeVar("_T", float, Learnable, Hyperparameter)
 
 
 def positive(name: str, value: _T, *, or_zero: bool = False, learnable: bool = True) -> _T:
     """Return `value` if it is a positive finite number (or zero, or a positive `Learnable`, where allowed).
+
+    Args:
+        name: of the argument, for the error.
+        value: a number or a `Learnable`.
+        or_zero: whether zero will do. Default False.
+        learnable: whether a `Learnable` will do. Default True.
 
     Raises:
         InputError: it is not.
@@ -70,20 +79,26 @@ def positive(name: str, value: _T, *, or_zero: bool = False, learnable: bool = T
             raise InputError(name, repr(value), wanted + (", not signed" if learnable else ""))
         return value
     if not _is_number(value):
-        raise InputError(name, repr(value), wanted)
+        raise InputError(name, described(value), wanted)
     if value < 0 or (value == 0 and not or_zero):
         raise InputError(name, value, wanted)
     return value
 
 
-def finite(name: str, value: _T) -> _T:
-    """Return `value` if it is a finite number or a `Learnable`, of any sign.
+def finite(name: str, value: _T, *, learnable: bool = True) -> _T:
+    """Return `value` if it is a finite number or, if `learnable`, a `Learnable`, of any sign.
+
+    Args:
+        name: of the argument, for the error.
+        value: a number or a `Learnable`.
+        learnable: whether a `Learnable` will do. Default True.
 
     Raises:
         InputError: it is neither.
     """
-    if not isinstance(value, Learnable) and not _is_number(value):
-        raise InputError(name, repr(value), "a finite number or Learnable(..., signed=True)")
+    if not (learnable and isinstance(value, Learnable)) and not _is_number(value):
+        wanted = "a finite number" + (" or Learnable(..., signed=True)" if learnable else "")
+        raise InputError(name, described(value), wanted)
     return value
 
 
@@ -92,12 +107,20 @@ def _is_number(value: object) -> bool:
 
 
 def value_of(hyperparameter: Hyperparameter, like: Tensor) -> Tensor:
-    """The hyper-parameter as a scalar tensor of the dtype and device of `like`."""
+    """The hyper-parameter as a scalar tensor of the dtype and device of `like`, through which gradients reach it.
+
+    Args:
+        hyperparameter: a number or a `Learnable`. It is not checked: `positive` and `finite` do that.
+        like: a tensor of any shape, `(*shape,)`.
+
+    Returns:
+        A tensor without dimensions, `()`.
+    """
     if isinstance(hyperparameter, Learnable):
         return hyperparameter.value.to(like)
     return torch.as_tensor(hyperparameter, dtype=like.dtype, device=like.device)
 
 
 def display(hyperparameter: Hyperparameter) -> str:
-    """The hyper-parameter as it stands in a constructor call."""
+    """The `hyperparameter`, a number or a `Learnable`, as it stands in a constructor call. It is not checked."""
     return repr(hyperparameter) if isinstance(hyperparameter, Learnable) else repr(float(hyperparameter))

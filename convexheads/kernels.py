@@ -1,8 +1,9 @@
 """Kernels: callables `(x, y) -> gram` that turn a head into a non-linear one.
 
-A kernel maps `x` of shape `(*batch, m, d)` and `y` of shape `(*batch, n, d)` to the Gram matrix `(*batch, m, n)`.
-Any such callable serves, be it a function or an `nn.Module`; it has to be positive semi-definite and, for gradients,
-differentiable. Heads call it in float64, with the support as `y`.
+A kernel maps `x` of shape `(*batch, m, d)` and `y` of shape `(*batch, n, d)` to the Gram matrix `(*batch, m, n)`, in
+their dtype. Any such callable serves, be it a function or an `nn.Module`; it has to be positive semi-definite and, for
+gradients, differentiable. Heads call it in float64, with the support as `y`. Kernels don't check what they are given:
+a head looks at the features beforehand, and at the Gram matrix of its support afterwards.
 
 Those here add and multiply: `Linear() + 0.5 * RBF()`, `Linear() + 1.0`, `Cosine() * Polynomial(2)`.
 """
@@ -20,16 +21,29 @@ from convexheads.errors import InputError
 from convexheads.hyperparameters import Hyperparameter, Learnable, OneLine, display, positive, value_of
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
-"""What a head needs of a kernel."""
+"""What a head needs of a kernel: from `(*batch, m, d)` and `(*batch, n, d)` to the Gram matrix `(*batch, m, n)`."""
 
 
 def for_support(kernel: Kernel, support: Float[Tensor, "*batch n d"], mask: Bool[Tensor, "*batch n"] | None) -> Kernel:
-    """The kernel as it is for one support set: what a kernel takes from the data (a width) is settled here."""
+    """The kernel as it is for one support set: what a kernel takes from the data (a width) is settled here.
+
+    Args:
+        kernel: any; one without a method of this name is returned as it is.
+        support: features, `(*batch, n, d)`. They are not checked.
+        mask: `(*batch, n)`, False at examples to disregard; None for none.
+    """
     return kernel.for_support(support, mask) if isinstance(kernel, Composable) else kernel
 
 
 class Composable(OneLine):
-    """A kernel that adds and multiplies, with others and with positive numbers or `Learnable`s."""
+    """A kernel that adds and multiplies, with other kernels and with positive numbers or `Learnable`s.
+
+    Sums and products of kernels are kernels again, and so is a positive constant (Rasmussen & Williams 2006, Section
+    4.2.4 and Table 4.1). A subclass writes `forward(x, y)`.
+
+    Raises:
+        InputError: by `+` and `*`, for what is neither a kernel nor a positive finite number or `Learnable`.
+    """
 
     def __add__(self, other: Kernel | Hyperparameter) -> Sum:
         return Sum(self, _as_kernel(other))
@@ -47,8 +61,11 @@ class Composable(OneLine):
         """The kernel with everything settled that it takes from a support set; by default itself.
 
         Args:
-            support: `(*batch, n, d)`.
+            support: features, `(*batch, n, d)`. They are not checked.
             mask: `(*batch, n)`, False at examples to disregard; None for none.
+
+        Returns:
+            A kernel for queries `(*batch, q, d)` against this support.
         """
         return self
 
@@ -58,11 +75,14 @@ def _as_kernel(value: Kernel | Hyperparameter) -> Kernel:
 
 
 class Linear(Composable):
-    """The dot product `<x, y>`.
+    r"""The dot product \(\langle x, y \rangle\), or its mean over features, \(\langle x, y \rangle / d\).
+
+    The linear kernel of Rasmussen & Williams (2006, Table 4.1), but without weights of the features.
 
     Args:
-        normalize: divide by the feature dimension. With `PrototypeHead` this is the paper's "squared Euclidean distance
-            normalized with respect to the feature dimension" (Section 4.1).
+        normalize: divide by the feature dimension d. Default False; it is not checked. With `PrototypeHead` this is the
+            "squared Euclidean distance normalized with respect to the feature dimension" of Lee et al. 2019 (Section
+            4.1).
     """
 
     def __init__(self, *, normalize: bool = False) -> None:
@@ -70,11 +90,12 @@ class Linear(Composable):
         self.normalize = normalize
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
+        """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`. Nothing is checked."""
         gram = x @ y.mT
         return gram / x.shape[-1] if self.normalize else gram
 
     def features(self, x: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n d"]:
-        """The features whose dot product the kernel is."""
+        """The features `(*batch, n, d)` whose dot product this is, from `x`, `(*batch, n, d)`. Nothing is checked."""
         return x / x.shape[-1] ** 0.5 if self.normalize else x
 
     def extra_repr(self) -> str:
@@ -82,10 +103,12 @@ class Linear(Composable):
 
 
 class Constant(Composable):
-    """The same number for every pair: `Linear() + 1.0` gives every class a bias, regularised as weights are.
+    r"""The same number for every pair, \(k(x, y) = c\). `Linear() + 1.0` gives every class a bias.
+
+    A bias by a kernel is regularised as weights are. The constant kernel of Rasmussen & Williams (2006, Table 4.1).
 
     Args:
-        value: positive; a float or `Learnable`. Default 1.
+        value: c, positive; a float or `Learnable`. Default 1.
 
     Raises:
         InputError: `value` is not positive and finite.
@@ -96,6 +119,7 @@ class Constant(Composable):
         self.value = positive("Constant(value)", value)
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
+        """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`. Nothing is checked."""
         return value_of(self.value, x).expand(*x.shape[:-1], y.shape[-2])
 
     def extra_repr(self) -> str:
@@ -103,19 +127,26 @@ class Constant(Composable):
 
 
 class Cosine(Composable):
-    """The cosine similarity `<x, y> / (|x| |y|)`; a zero vector has similarity 0 to everything."""
+    r"""The cosine similarity \(\langle x, y \rangle / (|x| |y|)\); a zero vector has similarity 0 to everything.
+
+    The linear kernel, normalised as in Rasmussen & Williams (2006, Section 4.2.4); in few-shot learning since matching
+    networks (Vinyals et al. 2016). A zero vector gets a gradient of zero.
+    """
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
+        """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`. Nothing is checked."""
         return _unit(x) @ _unit(y).mT
 
 
 class RBF(Composable):
-    """The Gaussian kernel `exp(-|x - y|^2 / (2 width^2))`.
+    r"""The Gaussian kernel \(\exp(-|x - y|^2 / (2 w^2))\) of width w (Rasmussen & Williams 2006, Eq. 4.9).
 
     Args:
-        width: standard deviation of the Gaussian, in the units of the features; a float or `Learnable`. None, the
-            default: the median distance between two support examples, task by task (the "median heuristic"), through
-            which gradients flow; 1 where that is zero.
+        width: w, the standard deviation of the Gaussian, positive, in the units of the features; a float or
+            `Learnable`. None, the default: the median distance between two support examples, task by task, through
+            which gradients flow; 1 where that is zero, or where there is one example only. This is the "median
+            heuristic" of Gretton et al. 2012, who take the median over both samples of a test. Of an even number of
+            distances, it is the smaller one in the middle.
 
     Raises:
         InputError: `width` is not positive and finite.
@@ -126,6 +157,10 @@ class RBF(Composable):
         self.width = None if width is None else positive("RBF(width)", width)
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
+        """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`. Nothing is checked.
+
+        Without a width, `y` is the support that the median is of; a head has settled it before, by `for_support`.
+        """
         return _gaussian(x, y, _median_distance(y, None) if self.width is None else value_of(self.width, y))
 
     def for_support(self, support: Float[Tensor, "*batch n d"], mask: Bool[Tensor, "*batch n"] | None) -> Kernel:
@@ -136,12 +171,14 @@ class RBF(Composable):
 
 
 class Polynomial(Composable):
-    """The polynomial kernel `(scale <x, y> + offset)^degree`.
+    r"""The polynomial kernel \((s \langle x, y \rangle + o)^p\) of degree p, scale s and offset o.
+
+    In Rasmussen & Williams (2006, Table 4.1) the scale is 1.
 
     Args:
-        degree: a positive integer.
-        offset: non-negative; a float or `Learnable`.
-        scale: positive; a float or `Learnable`.
+        degree: p, a positive integer. Default 2.
+        offset: o, non-negative; a float or `Learnable`. Default 1.
+        scale: s, positive; a float or `Learnable`. Default 1.
 
     Raises:
         InputError: an argument is outside its range.
@@ -156,6 +193,7 @@ class Polynomial(Composable):
         self.scale = positive("Polynomial(scale)", scale)
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
+        """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`. Nothing is checked."""
         return (value_of(self.scale, x) * (x @ y.mT) + value_of(self.offset, x)) ** self.degree
 
     def extra_repr(self) -> str:
@@ -167,6 +205,8 @@ class _Combination(Composable):
 
     def __init__(self, *kernels: Kernel) -> None:
         super().__init__()
+        if not kernels:
+            raise InputError(f"{type(self).__name__}(kernels)", "none", "at least one kernel")
         for kernel in kernels:
             if not callable(kernel):
                 raise InputError(f"{type(self).__name__}(kernels)", repr(kernel), "kernels, callables (x, y) -> gram")
@@ -181,24 +221,36 @@ class _Combination(Composable):
 
 
 class Sum(_Combination):
-    """The sum of kernels: features side by side. Also written `first + second`.
+    r"""The sum of kernels, \(k_1 + k_2 + \dots\): features side by side. Also written `first + second`.
+
+    A kernel by Rasmussen & Williams (2006, Section 4.2.4).
 
     Args:
-        kernels: any callables `(x, y) -> gram`.
+        kernels: one or more callables `(x, y) -> gram`.
+
+    Raises:
+        InputError: there are none, or one of them is not callable.
     """
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
+        """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`. Nothing is checked."""
         return torch.stack([kernel(x, y) for kernel in self.kernels]).sum(0)
 
 
 class Product(_Combination):
-    """The product of kernels: all pairs of features. Also written `first * second`, or `0.5 * kernel`.
+    r"""The product of kernels, \(k_1 k_2 \cdots\): all pairs of features. Also `first * second`, or `0.5 * kernel`.
+
+    A kernel by Rasmussen & Williams (2006, Section 4.2.4).
 
     Args:
-        kernels: any callables `(x, y) -> gram`.
+        kernels: one or more callables `(x, y) -> gram`.
+
+    Raises:
+        InputError: there are none, or one of them is not callable.
     """
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
+        """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`. Nothing is checked."""
         return torch.stack([kernel(x, y) for kernel in self.kernels]).prod(0)
 
 

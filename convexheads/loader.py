@@ -32,13 +32,15 @@ class EpisodeLoader:
         steps: batches of a pass. Default 1,000.
         seed: of all the draws. Default 0.
         augment: a random transform, applied to every sample anew; what it draws from PyTorch depends on the seed too.
+            None (default) for none.
         classes: names for the error messages, in the order of the sorted labels; None (default): the labels.
         fixed: whether every pass has the same episodes, as for validation. Default False.
         rank: which of the processes this one is; it gets every `processes`-th episode. Default 0.
         processes: how many there are. Default 1.
 
     Raises:
-        InputError: too few classes, a class with too few samples, or episodes that cannot be shared out evenly.
+        InputError: a size is not positive, samples and labels don't go together, there are too few classes, a class has
+            too few samples, or episodes cannot be shared out evenly.
 
     Example:
         `for samples, labels in EpisodeLoader(images, classes, ways=5, shots=1): ...`
@@ -61,7 +63,9 @@ class EpisodeLoader:
         rank: int = 0,
         processes: int = 1,
     ) -> None:
-        check_counts(ways=ways, shots=shots, queries=queries, tasks=tasks, steps=steps)
+        check_counts(ways=ways, shots=shots, queries=queries, tasks=tasks, steps=steps, processes=processes)
+        if rank not in range(processes):
+            raise InputError("rank", repr(rank), f"an integer from 0 to processes - 1 = {processes - 1}")
         if labels.shape != samples.shape[:1]:
             got = f"shapes {tuple(samples.shape)} and {tuple(labels.shape)}"
             raise InputError("samples, labels", got, "(n, *sample) and (n,)")
@@ -72,8 +76,8 @@ class EpisodeLoader:
         self.each = shots + queries
         if short := [number for number, own in enumerate(self.members) if len(own) < self.each]:
             name, count = (classes or present)[short[0]], len(self.members[short[0]])
-            wanted = f"{self.each}, support and query of an episode"
-            raise InputError("data", f"{count} samples of class {name!r}", wanted)
+            wanted = f"at least {self.each}, for support and query of an episode"
+            raise InputError("labels", f"{count} samples of class {name!r}", wanted)
         if tasks % processes:
             raise InputError("tasks", tasks, f"a multiple of the {processes} processes")
         self.samples, self.ways, self.tasks, self.steps, self.seed = samples, ways, tasks, steps, seed
@@ -93,11 +97,18 @@ class EpisodeLoader:
             yield torch.stack(tasks), labels.expand(len(tasks), -1)
 
     def state_dict(self) -> dict[str, int]:
-        """The position, for a checkpoint."""
+        """The position, for a checkpoint: the number of steps taken."""
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from a position."""
+        """Continue from a position.
+
+        Args:
+            state: what `state_dict` returned.
+
+        Raises:
+            KeyError: it is something else.
+        """
         self.step = state["step"]
 
     def _episode(self, task: int) -> Tensor:

@@ -32,6 +32,7 @@ HEADS: dict[str, Callable[[], Head]] = {
     "prototypes": protonet,
     "svm-smoothed": _svm_smoothed,
 }
+"""By name, for `make_head`."""
 
 
 def make_head(name: str) -> Head:
@@ -42,6 +43,9 @@ def make_head(name: str) -> Head:
             smooths the hinge loss, as the authors' published code does, strongly enough to matter: features learn
             faster through it.
 
+    Returns:
+        A new head.
+
     Raises:
         InputError: no such head.
     """
@@ -51,7 +55,7 @@ def make_head(name: str) -> Head:
 
 
 class Pretrained(NamedTuple):
-    """A backbone and the head that it was meta-trained through.
+    """A backbone and the head that it was meta-trained through. `load_pretrained` makes it.
 
     Attributes:
         backbone: from uint8 images (n, channels, height, width) to features (n, d); in evaluation mode.
@@ -71,8 +75,12 @@ def make_untrained(settings: dict[str, Any], examples: Tensor) -> tuple[Backbone
         settings: "backbone" and "head" by name; and, for "resnet12", "dropblock".
         examples: uint8 images (m, channels, height, width) whose mean and deviation by channel standardise pixels.
 
+    Returns:
+        Both, new, in training mode.
+
     Raises:
         InputError: no such backbone, head or variant.
+        MissingDependencyError: the backbone is "wrn28", and learn2learn is not installed.
     """
     if missing := {"backbone", "head"} - settings.keys():
         raise InputError("settings", f"no {' and no '.join(sorted(missing))}", "the names of a backbone and of a head")
@@ -92,9 +100,12 @@ def load_pretrained(name: str | Path) -> Pretrained:
         name: of weights that come with the package, such as "conv4-cifar-fs-svm" (architecture, data set, head); or a
             folder that `benchmarks.train` left behind; or a file that `save_pretrained` wrote.
 
+    Returns:
+        The backbone in evaluation mode, the head with the scale that it learned, and the settings of the training.
+
     Raises:
         InputError: there are no such weights, they are damaged, or they are those of another architecture.
-        MissingDependencyError: safetensors is not installed.
+        MissingDependencyError: safetensors is not installed; or learn2learn, for a "wrn28".
 
     Example:
         `backbone, head, _ = load_pretrained("conv4-cifar-fs-svm")`, then
@@ -134,13 +145,15 @@ def save_pretrained(path: Path, backbone: nn.Module, head: Head, settings: dict[
     The file is complete or not there at all: it is written under another name first.
 
     Args:
-        path: of the file.
+        path: of the file, in a folder that exists.
         backbone: one of `convexheads.backbones`.
         head: one of `make_head`.
         settings: "backbone" and "head", their names, and "image_size", pixels; whatever else is worth knowing about
-            the training, as JSON has it.
+            the training, as JSON has it. They are not checked: without these three, `load_pretrained` refuses the file.
 
     Raises:
+        OSError: the file cannot be written.
+        TypeError: `settings` hold something that JSON doesn't have.
         MissingDependencyError: safetensors is not installed.
     """
     state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}

@@ -139,8 +139,10 @@ def test_jitter_changes_colours_too() -> None:
     [
         ({"steps": 0}, "steps: got 0, wanted an integer of at least 1"),
         ({"ways": 7}, "ways: got 7, wanted at most the 6 classes"),
-        ({"queries": 10}, "10 samples of class 'a', wanted 11"),
+        ({"queries": 10}, "labels: got 10 samples of class 'a', wanted at least 11"),
         ({"processes": 3}, "tasks: got 4, wanted a multiple of the 3 processes"),
+        ({"processes": 0}, "processes: got 0, wanted an integer of at least 1"),
+        ({"rank": 1}, "rank: got 1, wanted an integer from 0 to processes - 1 = 0"),
         ({"augment": "blur"}, "augment: got 'blur', wanted one of none, flip-crop"),
     ],
 )

@@ -108,7 +108,7 @@ NONE = {
 def test_problems_without_a_solution(build, gradient):
     """diffcp returns numbers for them."""
     support, labels, query, _ = task(2)
-    with pytest.raises(SolverError, match=r"CvxpyHead: 2 of the tasks not solved \(\(0,\), \(1,\)\): infeasible"):
+    with pytest.raises(SolverError, match=r"CvxpyHead: 2 of 2 tasks not solved \(\(0,\), \(1,\)\): infeasible"):
         CvxpyHead(build)(support.requires_grad_(gradient), labels, query)
 
 

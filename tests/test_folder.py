@@ -121,7 +121,7 @@ def test_as_a_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     ("arguments", "message"),
     [
         (["fit", "{0}/nowhere"], "folder: got .*nowhere, wanted a folder that holds"),
-        (["fit", "{0}/train/pandas"], "with 0 folders in it, wanted one for each of two classes"),
+        (["fit", "{0}/train/pandas"], "with 0 class folders in it, wanted at least 2"),
         (
             ["fit", "{0}/train", "--features", "vgg"],
             "features: got 'vgg', wanted one of text, npy, conv4-cifar-fs-prototypes",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from tasks import task
@@ -9,6 +12,7 @@ from tasks import task
 from convexheads import (
     RBF,
     ConvexHeadsError,
+    CvxpylayersSolver,
     InputError,
     Learnable,
     LinearDiscriminantHead,
@@ -18,8 +22,11 @@ from convexheads import (
     NativeSolver,
     OneVsRestHead,
     Polynomial,
+    Product,
     PrototypeHead,
     RidgeHead,
+    SolverError,
+    Sum,
     SVMHead,
 )
 
@@ -212,7 +219,9 @@ def test_bad_kernel(kernel, message):
 
 
 @pytest.mark.parametrize(
-    "head", [SVMHead, RidgeHead, LogisticHead, OneVsRestHead, MahalanobisHead], ids=lambda h: h.__name__
+    "head",
+    [SVMHead, RidgeHead, LogisticHead, OneVsRestHead, MahalanobisHead, partial(LinearDiscriminantHead, variance=1.0)],
+    ids=lambda head: getattr(head, "__name__", "LinearDiscriminantHead"),
 )
 def test_kernel_that_is_not_positive_semi_definite(head):
     with pytest.raises(
@@ -244,3 +253,32 @@ def test_label_out_of_range_on_a_device_shows_in_its_task(cuda):
     logits = RidgeHead()(support, labels, query, ways=WAYS)
     assert torch.isfinite(logits[0]).all()
     assert logits[1].isnan().all()
+
+
+@pytest.mark.parametrize("kernel", [Sum, Product])
+def test_combination_of_no_kernels(kernel):
+    with pytest.raises(InputError, match=rf"{kernel.__name__}\(kernels\): got none, wanted at least one kernel"):
+        kernel()
+
+
+def test_failures_name_the_task_and_its_own_value():
+    """Of several faulty tasks, the first, with what is wrong in it."""
+    labels = LABELS.clone()
+    labels[1, 2] = -3
+    with pytest.raises(InputError, match=r"labels: got -3 in task \(1,\), wanted values 0\.\.2"):
+        SVMHead()(SUPPORT, labels, QUERY, ways=3)
+    with pytest.raises(InputError, match=r"ways: got 0 in task \(0,\)"):
+        SVMHead()(SUPPORT, LABELS, QUERY, ways=torch.tensor([0, -1]))
+    labels = LABELS.clone()
+    labels[:, 2] = torch.tensor([3, 9])
+    with pytest.raises(InputError, match=r"labels: got 3 in task \(0,\)"):
+        SVMHead()(SUPPORT, labels, QUERY, ways=3)
+    with pytest.raises(SolverError, match=r"CvxpylayersSolver: 1 of 1 tasks not solved .*\(the task: relative gap"):
+        SVMHead(solver=CvxpylayersSolver(tolerance=1e-300))(SUPPORT[0], LABELS[0], QUERY[0])
+
+
+def test_numbers_that_are_not_pythons_own():
+    with pytest.raises(
+        InputError, match=r"C: got .*numpy.float32.*, wanted a positive finite number|C: got np.float32"
+    ):
+        SVMHead(C=np.float32(0.1))

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.nn import functional
 
-from convexheads.errors import InputError, SolverError
+from convexheads.errors import InputError
 from convexheads.heads import inputs
 from convexheads.hyperparameters import Hyperparameter, OneLine, display, positive, value_of
 from convexheads.kernels import Kernel, Linear, for_support
@@ -27,14 +27,15 @@ class Dual:
     """What a head learns from a Gram matrix.
 
     With `s = kernel(q, support)`, the score of a query q for class c is
-    `s @ coef_c + bias_c + s @ quadratic_c @ s + norm * kernel(q, q)`.
+    `s @ coef_c + bias_c + s @ quadratic_c @ s + norm * kernel(q, q)`. Nothing is checked when it is made.
 
     Attributes:
         coef: dual coefficients, `(*batch, n, k)`.
-        bias: `(*batch, k)`; None for none.
-        quadratic: symmetric, `(*batch, k, n, n)`; None for a score that is linear in the kernel.
-        norm: multiple of each query's own squared norm, the same for all classes (-1 makes distances of scores).
-        solution: what the solver says of `coef`; None for a closed form.
+        bias: `(*batch, k)`; None (default) for none.
+        quadratic: symmetric, `(*batch, k, n, n)`; None (default) for a score that is linear in the kernel.
+        norm: multiple of each query's own squared norm, the same for all classes (-1 makes distances of scores); a
+            number or a scalar tensor, `()`. Default 0.
+        solution: what the solver says of `coef`; None (default) for a closed form.
     """
 
     coef: Float[Tensor, "*batch n k"]
@@ -48,14 +49,16 @@ class Dual:
 class Fitted:
     """A head fitted on the support sets of a batch of tasks: call it on queries. It holds everything it needs.
 
+    `Head.fit` makes it.
+
     Attributes:
         dual: coefficients (and bias), in float64.
         support: the support features, in float64, `(*batch, n, d)`.
         mask: `(*batch, n)`, False at examples that were left out; None for none.
         kernel: the head's, with everything settled that it takes from the support.
-        scale: the head's logit scale at the time of the fit (Eq. 12's gamma).
+        scale: the head's logit scale at the time of the fit (gamma in Eq. 12 of Lee et al. 2019), a scalar, `()`.
         dtype: of the features that came, and of the logits that go.
-        ways: the number of classes of each task, `(*batch,)`, where they differ; None where all have k.
+        ways: the number of classes of each task, `(*batch,)`, where they differ; None (default) where all have k.
     """
 
     dual: Dual
@@ -75,14 +78,16 @@ class Fitted:
         """Score queries.
 
         Args:
-            query: `(*batch, q, d)`, with the leading dimensions, feature size and device of the support.
+            query: features, `(*batch, q, d)`, with the leading dimensions, feature size and device of the support; of
+                any floating-point dtype.
 
         Returns:
             Logits `(*batch, q, k)` in the dtype of the support features that the head was fitted on; minus infinity for
-            classes that a task doesn't have.
+                classes that a task doesn't have.
 
         Raises:
-            InputError: shape, dtype or device don't fit the support, or a feature is not finite.
+            InputError: shape, dtype or device don't fit the support, or (looked at on the CPU only) a feature is not
+                finite.
         """
         inputs.check_query(query, self.support)
         with full_precision(query.device):
@@ -103,16 +108,40 @@ class Fitted:
         return logits.masked_fill(classes >= self.ways[..., None, None], -torch.inf)
 
     def probabilities(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q k"]:
-        """The softmax of the logits of a classifier; as good as its scale (see `calibrate`)."""
+        """The softmax of the logits of a classifier; as good as its scale (see `calibrate`).
+
+        Args:
+            query: features, `(*batch, q, d)`.
+
+        Returns:
+            Probabilities `(*batch, q, k)`, which sum to one over the classes.
+
+        Raises:
+            InputError: as in a call.
+        """
         return self(query).softmax(-1)
 
     def similarity(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q n"]:
-        """The kernel between queries, in working precision, and the support, zero at examples that were left out."""
+        """The kernel between queries and the support, zero at examples that were left out.
+
+        Args:
+            query: features, `(*batch, q, d)`, in working precision (float64). They are not checked.
+
+        Returns:
+            `(*batch, q, n)`.
+        """
         similarity = self.kernel(query, self.support)
         return similarity if self.mask is None else similarity.masked_fill(~self.mask.unsqueeze(-2), 0)
 
     def own_similarity(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q"]:
-        """The kernel between each query, in working precision, and itself."""
+        """The kernel between each query and itself.
+
+        Args:
+            query: features, `(*batch, q, d)`, in working precision (float64). They are not checked.
+
+        Returns:
+            `(*batch, q)`.
+        """
         itself = query.unsqueeze(-2)
         return self.kernel(itself, itself)[..., 0, 0]
 
@@ -125,7 +154,7 @@ class BaseLearner(OneLine, ABC):
 
     Args:
         kernel: any callable `(x, y) -> gram` (`convexheads.kernels`). Default `Linear()`.
-        scale: factor of all logits, the paper's learnable gamma (Eq. 12); a float or `Learnable(...)`. Default 1.
+        scale: factor of all scores, such as gamma in Eq. 12 of Lee et al. 2019; a float or `Learnable(...)`. Default 1.
 
     Raises:
         InputError: an argument is unusable.
@@ -141,16 +170,21 @@ class BaseLearner(OneLine, ABC):
 
     @abstractmethod
     def dual(self, gram: Float[Tensor, "*batch n n"], targets: Float[Tensor, "*batch n k"]) -> Dual:
-        """Solve the base learner's problem.
+        """Solve the base learner's problem; the one method that a subclass writes.
 
         Args:
-            gram: kernel matrix of the support set, in float64.
-            targets: one-hot labels, or the values to regress on; the row of an example that `mask` leaves out is zero,
-                and its row and column of `gram` are those of an example at a right angle to all others.
+            gram: kernel matrix of the support set, `(*batch, n, n)`, in float64.
+            targets: one-hot labels, or the values to regress on, `(*batch, n, k)`; the row of an example that `mask`
+                leaves out is zero, and its row and column of `gram` are those of an example at a right angle to all
+                others.
 
         Returns:
-            The dual coefficients, differentiable in both arguments and in the hyper-parameters. Those of left-out
-            examples are ignored.
+            The dual coefficients, `(*batch, n, k)`, differentiable in both arguments and in the hyper-parameters. Those
+                of left-out examples are ignored.
+
+        Raises:
+            SolverError: a task could not be solved. `fit` turns that into an `InputError` where `gram` turns out not to
+                be positive semi-definite.
         """
 
     def _learn(
@@ -162,11 +196,8 @@ class BaseLearner(OneLine, ABC):
     ) -> Dual:
         """`dual`, from the features; for base learners that look at more than the Gram matrix."""
         gram = self._gram(features, kernel, mask)
-        try:
+        with inputs.failing_on_indefinite(gram):
             dual = self.dual(gram, targets)
-        except SolverError:
-            inputs.check_definite(gram)  # the likely reason, and a clearer error
-            raise
         if not isinstance(dual, Dual):
             raise InputError(f"{type(self).__name__}.dual", f"a result of {type(dual).__name__}", "a Dual")
         return dual
@@ -188,14 +219,15 @@ class BaseLearner(OneLine, ABC):
 
 
 class Head(BaseLearner):
-    """A few-shot classifier whose base learner is a convex problem.
+    """A few-shot classifier whose base learner is a convex problem, the setting of Lee et al. 2019 (Section 3).
 
     A subclass writes one method, `dual`: from a Gram matrix and one-hot targets to dual coefficients. Everything else
     (checks, tasks in batches, precision, kernels, scoring) is done here. Nothing of an episode is kept on the module.
 
     Args:
         kernel: any callable `(x, y) -> gram` (`convexheads.kernels`). Default `Linear()`.
-        scale: factor of all logits, the paper's learnable gamma (Eq. 12); a float or `Learnable(...)`. Default 1.
+        scale: factor of all logits (gamma in Eq. 12 of Lee et al. 2019), positive; a float or `Learnable(...)`. Default
+            1.
 
     Raises:
         InputError: an argument is unusable.
@@ -220,19 +252,24 @@ class Head(BaseLearner):
             labels: `(*batch, n)`, any integer dtype, values 0..k-1 in any order (renumber others first:
                 `labels.unique(return_inverse=True)[1]`); shots may differ between classes.
             query: features, `(*batch, q, d)`.
-            ways: number of classes k. None: the largest label plus one (which on a GPU waits for the device). A tensor
-                of integers, `(*batch,)`: the classes of each task; k is then the largest of them, and the logits of
-                classes that a task doesn't have are minus infinity. The tasks of each size are solved together.
-            mask: `(*batch, n)`, False at examples to leave out, so that tasks of different size fit one batch.
+            ways: number of classes k. None, the default: the largest label plus one (which on a GPU waits for the
+                device). A tensor of integers, `(*batch,)`: the classes of each task; k is then the largest of them, and
+                the logits of classes that a task doesn't have are minus infinity. The tasks of each size are solved
+                together.
+            mask: `(*batch, n)`, False at examples to leave out, so that tasks of different size fit one batch; None,
+                the default, for none.
 
         Returns:
             Logits, `(*batch, q, k)`, in the support's dtype. Gradients reach support, query and `Learnable`s.
 
         Raises:
-            InputError: an argument is unusable; the message says which, what came and what was wanted. With `ways`
-                given, values on a GPU are not looked at, as that would wait for the device: a label out of range then
-                gives NaN logits in its task, or that task fails in the solver.
-            SolverError: a task could not be solved (see the solver's `on_failure`).
+            InputError: an argument is unusable; the message says which, what came and what was wanted. Likewise a
+                kernel that returns no Gram matrix, or one that is not positive semi-definite and makes the base learner
+                fail. With `ways` given, values on a GPU are not looked at, as that would wait for the device: a label
+                out of range then gives NaN logits in its task, or that task fails in the solver.
+            SolverError: a task could not be solved (see the solver's `on_failure`; with "warn", `SolverWarning`
+                instead).
+            ConvexHeadsError: in the backward pass, where a second derivative is asked for that the solver doesn't have.
         """
         return self.fit(support, labels, ways=ways, mask=mask)(query)
 
@@ -244,7 +281,22 @@ class Head(BaseLearner):
         ways: int | Integer[Tensor, "*batch"] | None = None,
         mask: Bool[Tensor, "*batch n"] | None = None,
     ) -> Fitted:
-        """Fit on the support sets of a batch of tasks; arguments and errors as in `forward`."""
+        """Fit on the support sets of a batch of tasks.
+
+        Args:
+            support: features, `(*batch, n, d)`, as in `forward`, and so are the others.
+            labels: `(*batch, n)`, integers from 0 to k - 1.
+            ways: number of classes k, or that of each task, `(*batch,)`. None, the default: the largest label plus one.
+            mask: `(*batch, n)`, False at examples to leave out; None, the default, for none.
+
+        Returns:
+            The fit, to be called on queries `(*batch, q, d)`; it holds all it needs, and its `solution` the
+                certificate.
+
+        Raises:
+            InputError: as in `forward`.
+            SolverError: as in `forward`.
+        """
         sizes = ways if isinstance(ways, Tensor) else None
         ways = look_at(
             partial(inputs.check_support, needs_every_class=self.needs_every_class), support, labels, ways, mask

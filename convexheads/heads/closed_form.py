@@ -7,23 +7,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexheads.errors import SolverError
+from convexheads.heads.inputs import first
 from convexheads.transforms import look_at
 
 
-def cholesky(matrix: Float[Tensor, "*batch n n"], *, of: str) -> Float[Tensor, "*batch n n"]:
+def cholesky(matrix: Float[Tensor, "*batch n n"], *, of: str, each_class: bool = False) -> Float[Tensor, "*batch n n"]:
     """The lower Cholesky factor.
 
     Raises:
-        SolverError: a matrix is not positive definite; `of` says whose and which.
+        SolverError: a matrix is not positive definite; `of` says whose, and the last dimension of tasks are classes
+            with `each_class`.
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
-    look_at(_check_factor, info, of)
+    look_at(_check_factor, info.any(-1) if each_class else info, of)
     return factor
 
 
 def _check_factor(info: Tensor, of: str) -> None:
     if info.any():
-        raise SolverError(f"{of} is not positive definite in task {tuple(info.nonzero()[0].tolist())}")
+        raise SolverError(f"{of} is not positive definite in {first(info)}")
 
 
 def plus_diagonal(matrix: Float[Tensor, "*batch n n"], value: Float[Tensor, "*#batch"]) -> Float[Tensor, "*batch n n"]:

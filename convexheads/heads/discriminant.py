@@ -22,25 +22,26 @@ from convexheads.transforms import look_at
 
 
 class LinearDiscriminantHead(Head):
-    r"""Linear discriminant analysis with shrinkage: Gaussian classes of one shared covariance.
+    r"""Linear discriminant analysis (Fisher 1936) with shrinkage: Gaussian classes of one shared covariance.
 
     With class means \(m_k\), class frequencies \(\pi_k\) and the pooled within-class covariance \(S\) (divided by n),
-    \(\Sigma = (1 - s) S + s\, v I\), where v is the mean variance \(\operatorname{tr}(S) / d\), and the score of class
-    k is \(q^\top \Sigma^{-1} m_k - \frac12 m_k^\top \Sigma^{-1} m_k + \log \pi_k\). The same as scikit-learn's
-    `LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s)`.
+    \(\Sigma = (1 - s) S + s\, v I\), where v is the mean variance \(\operatorname{tr}(S) / d\) (Friedman 1989),
+    and the score of class k is \(q^\top \Sigma^{-1} m_k - \frac12 m_k^\top \Sigma^{-1} m_k + \log \pi_k\). The same as
+    scikit-learn's `LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s)`.
 
-    With one example a class there is no within-class variance to shrink towards: give `variance`.
+    What differs from Friedman: all classes share the covariance. With one example a class there is no within-class
+    variance to shrink towards: give `variance`.
 
     Args:
-        shrinkage: s, above 0 and at most 1 (which makes it the nearest class mean). Default 0.5.
-        variance: v, positive; a float or `Learnable`. None, the default: the mean variance. With a kernel other than
-            the linear one, d is still the number of features that come in.
+        shrinkage: s, above 0 and at most 1, which makes it the nearest class mean (up to the frequencies). Default 0.5.
+        variance: v, positive, in squared units of the features; a float or `Learnable`. None, the default: the mean
+            variance. With a kernel other than the linear one, d is still the number of features that come in.
         kernel: any callable `(x, y) -> gram`; default `Linear()`.
-        scale: factor of all logits (Eq. 12's gamma), a float or `Learnable`; default 1.
+        scale: factor of all logits (gamma in Eq. 12 of Lee et al. 2019), positive; a float or `Learnable`. Default 1.
 
     Raises:
-        InputError: an argument is unusable. Fitting raises it for a class without examples, and for a task without
-            within-class variance where `variance` is not given.
+        InputError: an argument is unusable. Calls raise what `Head.forward` does, for a class without examples, and for
+            a task without within-class variance where `variance` is not given.
     """
 
     needs_every_class: ClassVar[bool] = True
@@ -62,6 +63,20 @@ class LinearDiscriminantHead(Head):
     def dual(
         self, gram: Float[Tensor, "*batch n n"], targets: Float[Tensor, "*batch n k"], *, features: int = 1
     ) -> Dual:
+        """As `BaseLearner.dual`, in closed form.
+
+        Args:
+            gram: kernel matrix of the support set, `(*batch, n, n)`, in float64.
+            targets: one-hot labels, `(*batch, n, k)`.
+            features: d, their number, of which the mean variance is the mean. Default 1; a fit passes the right one.
+
+        Returns:
+            Coefficients `(*batch, n, k)` and biases `(*batch, k)`.
+
+        Raises:
+            InputError: there is no within-class variance, and `variance` is not given.
+            SolverError: `gram` is not positive semi-definite.
+        """
         counts = targets.sum(-2)
         mean = targets / counts.unsqueeze(-2)
         centre = torch.diag_embed(targets.sum(-1)) - mean @ targets.mT  # x -> x - its class mean, a projection
@@ -89,7 +104,9 @@ class LinearDiscriminantHead(Head):
         targets: Float[Tensor, "*batch n k"],
         mask: Bool[Tensor, "*batch n"] | None,
     ) -> Dual:
-        return self.dual(self._gram(features, kernel, mask), targets, features=features.shape[-1])
+        gram = self._gram(features, kernel, mask)
+        with inputs.failing_on_indefinite(gram):
+            return self.dual(gram, targets, features=features.shape[-1])
 
     def _settings(self) -> list[str]:
         settings = [f"shrinkage={display(self.shrinkage)}"]
@@ -104,17 +121,20 @@ class MahalanobisHead(Head):
     The score of class k is \(-\frac12 (q - m_k)^\top Q_k^{-1} (q - m_k)\) with the class mean \(m_k\) and
     \(Q_k = \lambda_k S_k + (1 - \lambda_k) S + \beta I\), where \(S_k\) is the covariance of the class, \(S\) that of
     all examples of the task (each divided by its number of examples less one), \(\lambda_k = N_k / (N_k + 1)\) for
-    \(N_k\) examples, and \(\beta = 1\).
+    \(N_k\) examples, and \(\beta = 1\). Of a class with one example, \(S_k\) is zero.
 
-    What differs from the paper: here is the head alone, without the adaptation networks that make its features.
+    What differs from the paper: here is the head alone, without the adaptation networks that make its features. From
+    its published code: that leaves out the one half (`scale=2.0` does so), and where a class has one example it adds
+    half the variance among that example's features to every entry of \(Q_k\).
 
     Args:
-        regularization: beta, positive; a float or `Learnable`. Default 1, the paper's.
+        regularization: beta, positive, in squared units of the features; a float or `Learnable`. Default 1, that of the
+            paper.
         kernel: any callable `(x, y) -> gram`; default `Linear()`.
-        scale: factor of all logits (Eq. 12's gamma), a float or `Learnable`; default 1.
+        scale: factor of all logits (gamma in Eq. 12 of Lee et al. 2019), positive; a float or `Learnable`. Default 1.
 
     Raises:
-        InputError: an argument is unusable. Fitting raises it for a class without examples.
+        InputError: an argument is unusable. Calls raise what `Head.forward` does, and for a class without examples.
     """
 
     needs_every_class: ClassVar[bool] = True
@@ -140,7 +160,9 @@ class MahalanobisHead(Head):
         of_task = ((1 - share) / (everyone.sum(-1) - 1).clamp_min(1)).sqrt()[..., None, None] * _centring(everyone)
         root = torch.cat([of_class, of_task], -2)
         shared = gram.unsqueeze(-3)
-        factor = cholesky(plus_diagonal(root @ shared @ root.mT, beta), of="MahalanobisHead: a covariance")
+        factor = cholesky(
+            plus_diagonal(root @ shared @ root.mT, beta), of="MahalanobisHead: a covariance", each_class=True
+        )
         inverse = root.mT @ torch.cholesky_solve(root, factor)  # of beta Q_k, it is I less X' inverse X
         mean = (own / counts.unsqueeze(-1)).unsqueeze(-1)
         image = shared @ mean
@@ -165,9 +187,8 @@ def _check_variance(variance: Tensor, gram: Tensor, examples: Tensor) -> None:
     none = variance <= 1e-14 * size
     if none.any():
         inputs.check_definite(gram)
-        task = f"task {tuple(none.nonzero()[0].tolist())}" if none.ndim else "the task"
         raise InputError(
             "support",
-            f"a within-class covariance of zero in {task}, which cannot be inverted",
+            f"a within-class covariance of zero in {inputs.first(none)}, which cannot be inverted",
             "two different examples of some class, or LinearDiscriminantHead(variance=...)",
         )

@@ -29,12 +29,24 @@ class _Posterior(Dual):
 
 @dataclass(frozen=True)
 class FittedGaussianProcess(FittedRegression):
-    """A Gaussian process fitted on the support sets of a batch of tasks: call it on queries for the mean."""
+    """A Gaussian process fitted on the support sets of a batch of tasks: call it on queries for the mean.
+
+    `GaussianProcessHead.fit` makes it; its attributes are those of `FittedRegression`.
+    """
 
     def variance(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q"]:
-        """Posterior variance of the noise-free function, the same for all outputs, `(*batch, q)`.
+        """Posterior variance of the noise-free function, the same for all outputs.
 
-        Add the head's `noise` for that of an observation. Errors as in `Fitted`.
+        Eq. 2.26 of Rasmussen & Williams (2006). Add the head's `noise` for that of an observation.
+
+        Args:
+            query: features, `(*batch, q, d)`.
+
+        Returns:
+            `(*batch, q)`, in squared units of the targets.
+
+        Raises:
+            InputError: as in a call.
         """
         inputs.check_query(query, self.support)
         assert isinstance(self.dual, _Posterior)
@@ -46,7 +58,13 @@ class FittedGaussianProcess(FittedRegression):
             return variance.clamp_min(0).to(self.dtype)
 
     def log_marginal_likelihood(self) -> Float[Tensor, "*batch"]:
-        """Of the support's targets, summed over outputs, `(*batch,)`: what deep kernel transfer maximises."""
+        """Of the support's targets, summed over outputs (Rasmussen & Williams 2006, Eq. 2.30), in nats.
+
+        It is what deep kernel transfer maximises.
+
+        Returns:
+            `(*batch,)`, differentiable like the predictions.
+        """
         assert isinstance(self.dual, _Posterior)
         assert self.dual.factor is not None
         assert self.dual.targets is not None
@@ -62,18 +80,20 @@ class GaussianProcessHead(RegressionHead):
     r"""Gaussian process regression: the base learner of deep kernel transfer (DKT, Patacchiola et al. 2020).
 
     The posterior mean is \(k(q, S) (K + \sigma^2 I)^{-1} y\), the variance \(k(q, q) - k(q, S) (K + \sigma^2 I)^{-1}
-    k(S, q)\). The prior mean is zero: centre the targets, or give the kernel a constant.
+    k(S, q)\) (Rasmussen & Williams 2006, Eq. 2.25 and 2.26). The prior mean is zero: centre the targets, or give the
+    kernel a constant.
 
     Its fit has `variance(query)` and `log_marginal_likelihood()` besides. What differs from DKT: that maximises the
     marginal likelihood of all examples of a task, which is
     `head.fit(examples, targets).log_marginal_likelihood()`; its kernels are gpytorch's.
 
     Args:
-        noise: sigma squared, the variance of an observation, positive; a float or `Learnable`. Default 0.1.
+        noise: sigma squared, the variance of an observation, positive, in squared units of the targets; a float or
+            `Learnable`. Default 0.1.
         kernel: any callable `(x, y) -> gram`, the prior covariance; default `RBF()`.
 
     Raises:
-        InputError: an argument is unusable.
+        InputError: an argument is unusable. Calls raise what `RegressionHead.forward` does.
     """
 
     fitted: ClassVar[type[FittedRegression]] = FittedGaussianProcess

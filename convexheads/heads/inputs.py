@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from convexheads.errors import InputError
+from convexheads.errors import InputError, SolverError, described
 from convexheads.transforms import look_at
 
 
@@ -38,21 +41,22 @@ def check_support(
             raise InputError("ways", got, f"integers, one a task, {tuple(labels.shape[:-1])}")
         _check_device("ways", ways, support)
         if (ways < 1).any():
-            raise InputError("ways", f"{ways.min().item()} in {_first(ways < 1)}", "at least 1")
+            raise InputError("ways", f"{ways[ways < 1][0].item()} in {first(ways < 1)}", "at least 1")
     elif ways is not None and (isinstance(ways, bool) or not isinstance(ways, int) or ways < 1):
-        raise InputError("ways", repr(ways), "an integer of at least 1, a tensor of them, or None")
+        raise InputError("ways", described(ways), "an integer of at least 1, a tensor of them, or None")
 
     if isinstance(ways, int) and support.device.type != "cpu":
         return ways
     used = check_values(support, mask)
     known = labels.masked_fill(~used, 0)
     if known.numel() and known.min() < 0:
-        raise InputError("labels", f"{known.min().item()} in {_first((known < 0).any(-1))}", "values 0..ways-1")
+        wanted = f"values 0..{ways - 1}" if isinstance(ways, int) else "values 0..ways-1"
+        raise InputError("labels", f"{known[known < 0][0].item()} in {first((known < 0).any(-1))}", wanted)
     if ways is None:
         ways = int(known.max().item()) + 1 if known.numel() else 1
     limit = ways.unsqueeze(-1) if isinstance(ways, Tensor) else ways
     if (known >= limit).any():
-        label, task = known.masked_fill(known < limit, 0).max().item(), _first((known >= limit).any(-1))
+        label, task = known[known >= limit][0].item(), first((known >= limit).any(-1))
         wanted = "values 0..ways-1" if isinstance(ways, Tensor) else f"values 0..{ways - 1}"
         raise InputError("labels", f"{label} in {task}", wanted)
     most = ways if isinstance(ways, int) else int(ways.max().item()) if ways.numel() else 1
@@ -106,7 +110,7 @@ def check_values(support: Tensor, mask: Tensor | None) -> Tensor:
         return torch.ones(support.shape[:-1], dtype=torch.bool, device=support.device)
     empty = ~mask.any(-1)
     if empty.any():
-        raise InputError("mask", f"no example left in {_first(empty)}", "at least one in every task")
+        raise InputError("mask", f"no example left in {first(empty)}", "at least one in every task")
     check_finite("support", support.masked_fill(~mask.unsqueeze(-1), 0))
     return mask
 
@@ -152,6 +156,16 @@ def _check_finite(name: str, value: Tensor) -> None:
         raise InputError(name, f"non-finite values in row {row}{where}", "finite values")
 
 
+@contextmanager
+def failing_on_indefinite(gram: Tensor) -> Iterator[None]:
+    """Where a base learner fails in here, look for the likely reason, which has a clearer error."""
+    try:
+        yield
+    except SolverError:
+        check_definite(gram)
+        raise
+
+
 def check_definite(gram: Tensor) -> None:
     """Raise `InputError` where a Gram matrix has an eigenvalue that is negative beyond rounding."""
     look_at(_check_definite, gram)
@@ -162,8 +176,7 @@ def _check_definite(gram: Tensor) -> None:
     smallest, size = values[..., 0], values.abs().amax(-1)
     negative = smallest < -1e-9 * size
     if negative.any():
-        value = smallest.masked_fill(~negative, 0).min().item()
-        got = f"a Gram matrix with the eigenvalue {value:.3g} in {_first(negative)}"
+        got = f"a Gram matrix with the eigenvalue {smallest[negative][0].item():.3g} in {first(negative)}"
         raise InputError("kernel", got, "a positive semi-definite kernel")
 
 
@@ -202,7 +215,8 @@ def _check_device(name: str, value: Tensor, support: Tensor) -> None:
         raise InputError(name, f"device {value.device}", f"the support's device, {support.device}")
 
 
-def _first(tasks: Tensor) -> str:
+def first(tasks: Tensor) -> str:
+    """The first of the tasks of which this is true, in words."""
     return f"task {tuple(tasks.nonzero()[0].tolist())}" if tasks.ndim else "the task"
 
 

@@ -33,6 +33,9 @@ class LogisticHead(Head):
     alternative base learner (Section 3.3). There is no bias; a kernel with a constant (`Linear() + Constant(1.0)`) adds
     one, regularised as weights are.
 
+    What differs from Algorithm 3.3: steps that don't descend are halved, and there is no Laplace approximation around
+    the optimum.
+
     `steps=5` is LR-D2's way (Bertinetto et al. 2019): so many undamped Newton steps from zero, through which autograd
     differentiates step by step. What differs from that paper: it treats two classes, by one sigmoid.
 
@@ -43,10 +46,10 @@ class LogisticHead(Head):
         on_failure: what happens when a task is not solved to that gap, as for a `Solver`: "raise" (default), "warn" or
             "return".
         kernel: any callable `(x, y) -> gram`; default `Linear()`.
-        scale: factor of all logits (Eq. 12's gamma), a float or `Learnable`; default 1.
+        scale: factor of all logits (gamma in Eq. 12 of Lee et al. 2019), positive; a float or `Learnable`. Default 1.
 
     Raises:
-        InputError: an argument is unusable.
+        InputError: an argument is unusable. Calls raise what `Head.forward` does.
     """
 
     def __init__(

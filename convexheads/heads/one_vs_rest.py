@@ -18,9 +18,15 @@ class OneVsRestHead(MulticlassSVM):
     Dual: \(\max_\alpha -\frac12 \sum_k |w_k|^2 + \sum_{n,k} t_n^k \alpha_n^k\) subject to
     \(0 \le t_n^k \alpha_n^k \le C\), where \(w_k = \sum_n \alpha_n^k x_n\).
 
-    There is no bias; a kernel with a constant (`Linear() + Constant(1.0)`) adds one, regularised as weights are.
+    What differs: there is no bias; a kernel with a constant (`Linear() + Constant(1.0)`) adds one, regularised as
+    weights are.
 
-    Takes `C`, `squared_hinge`, `smoothing`, `solver`, `kernel` and `scale`, as every `MulticlassSVM` does.
+    Takes `C` (default 0.1), `squared_hinge`, `smoothing`, `solver`, `kernel` and `scale`, as every `MulticlassSVM`
+    does.
+
+    Raises:
+        InputError: an argument is unusable. Calls raise what `Head.forward` does.
+        MissingDependencyError: the named solver's package is not installed.
     """
 
     def problem(

@@ -16,10 +16,13 @@ class PrototypeHead(Head):
     With the class mean \(m_c\), the convex problem \(\min_m \sum_{n: y_n = c} |x_n - m|^2\) in closed form:
     \(-|q - m_c|^2 = 2 q \cdot m_c - |m_c|^2 - |q|^2\), which needs inner products only.
 
-    The paper divides the distance by the feature dimension (Section 4.1), which is
+    What differs from Lee et al. 2019: they divide the distance by the feature dimension (Section 4.1), which is
     `PrototypeHead(kernel=Linear(normalize=True))`.
 
-    Takes `kernel` and `scale`, as every `Head` does. Fitting raises `InputError` for a class without examples.
+    Takes `kernel` (default `Linear()`) and `scale` (default 1), as every `Head` does.
+
+    Raises:
+        InputError: an argument is unusable. Calls raise what `Head.forward` does, and for a class without examples.
     """
 
     needs_every_class: ClassVar[bool] = True

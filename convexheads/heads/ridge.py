@@ -49,20 +49,19 @@ class RidgeHead(_Ridge, Head):
     Primal: \(\min_W \frac12 |XW - Y|^2 + \frac{\lambda}{2} |W|^2\). Dual: \(\alpha = (K + \lambda I)^{-1} Y\), one
     Cholesky of n x n for all classes. With fewer features than examples, and the linear kernel, one of d x d.
 
-    This is the paper's Eq. 11 up to the constants printed there. The authors' published ridge code returns twice these
-    coefficients, which their learnable scale absorbs; their R2D2 code returns these.
-
-    R2D2 learns lambda, a scale and a bias (the same for all classes, so it matters for losses other than the softmax's
-    cross-entropy only): `convexheads.presets.r2d2()`.
+    What differs: this is Eq. 11 up to the constants printed there. The ridge code published by Lee et al. returns twice
+    these coefficients, which their learnable scale absorbs; their R2D2 code returns these. R2D2 learns lambda, a scale
+    and a bias (the same for all classes, so it matters for losses other than the softmax's cross-entropy only):
+    `convexheads.presets.r2d2()`.
 
     Args:
-        regularization: lambda, positive; a float or `Learnable`. Default 50, the paper's.
+        regularization: lambda, positive; a float or `Learnable`. Default 50, that of Lee et al. 2019.
         bias: added to all logits, after `scale`; a float or `Learnable(..., signed=True)`. Default 0.
         kernel: any callable `(x, y) -> gram`; default `Linear()`.
-        scale: factor of all logits (Eq. 12's gamma), a float or `Learnable`; default 1.
+        scale: factor of all logits (gamma in Eq. 12 of Lee et al. 2019), positive; a float or `Learnable`. Default 1.
 
     Raises:
-        InputError: an argument is unusable.
+        InputError: an argument is unusable. Calls raise what `Head.forward` does.
     """
 
     def __init__(
@@ -89,17 +88,17 @@ class RidgeHead(_Ridge, Head):
 
 
 class RidgeRegressionHead(_Ridge, RegressionHead):
-    r"""Kernel ridge regression: \(\min_w \frac12 |Xw - y|^2 + \frac{\lambda}{2} |w|^2\).
+    r"""Kernel ridge regression (Saunders, Gammerman & Vovk 1998).
 
-    In the dual, \(\alpha = (K + \lambda I)^{-1} y\); with fewer features than examples and the linear kernel, the
-    d x d system of the primal.
+    Primal: \(\min_w \frac12 |Xw - y|^2 + \frac{\lambda}{2} |w|^2\). Dual: \(\alpha = (K + \lambda I)^{-1} y\); with
+    fewer features than examples and the linear kernel, the d x d system of the primal. There is no intercept, as there.
 
     Args:
         regularization: lambda, positive; a float or `Learnable`. Default 1.
         kernel: any callable `(x, y) -> gram`; default `Linear()`.
 
     Raises:
-        InputError: an argument is unusable.
+        InputError: an argument is unusable. Calls raise what `RegressionHead.forward` does.
     """
 
     def __init__(self, regularization: Hyperparameter = 1.0, *, kernel: Kernel | None = None) -> None:

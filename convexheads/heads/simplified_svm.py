@@ -20,8 +20,16 @@ class SimplifiedSVMHead(MulticlassSVM):
     \(\max_a -\frac12 \sum_{n,m} a_n a_m\, v_n \cdot v_m\, x_n \cdot x_m + \sum_n a_n\) subject to \(0 \le a_n \le C\),
     where \(w_k = \sum_n a_n v_n^k x_n\): k times fewer variables than the other SVMs have.
 
-    Takes `C`, `squared_hinge`, `smoothing`, `solver`, `kernel` and `scale`, as every `MulticlassSVM` does. The
-    `solution` of a fit is about \(a\), `(*batch, n, 1)`.
+    What differs: the code published by Lee et al. 2019 has this head with C = 0.01, and scores a class by its own
+    examples alone, that is without the \(-\frac{1}{k-1}\). There is no bias, here or there; `Linear() + Constant(1.0)`
+    adds one.
+
+    Takes `C` (default 0.1), `squared_hinge`, `smoothing`, `solver`, `kernel` and `scale`, as every `MulticlassSVM`
+    does. The `solution` of a fit is about \(a\), `(*batch, n, 1)`.
+
+    Raises:
+        InputError: an argument is unusable. Calls raise what `Head.forward` does.
+        MissingDependencyError: the named solver's package is not installed.
     """
 
     def problem(

@@ -20,7 +20,8 @@ class SupportVectorRegressionHead(RegressionHead):
     \(\alpha = a - b\): \(\max_{a, b} -\frac12 |w|^2 + \langle y, a - b \rangle - \varepsilon \sum_n (a_n + b_n)\)
     subject to \(0 \le a, b \le C\).
 
-    The `solution` of a fit is about \(a\) above \(b\), `(*batch, 2n, outputs)`.
+    What differs: there is no intercept; a kernel with a constant (`RBF() + Constant(1.0)`) adds one, regularised as
+    weights are. The `solution` of a fit is about \(a\) above \(b\), `(*batch, 2n, outputs)`.
 
     Args:
         C: weight of the errors, positive; a float or `Learnable`. Default 1.
@@ -30,7 +31,7 @@ class SupportVectorRegressionHead(RegressionHead):
         kernel: any callable `(x, y) -> gram`; default `Linear()`.
 
     Raises:
-        InputError: an argument is unusable.
+        InputError: an argument is unusable. Calls raise what `RegressionHead.forward` does.
         MissingDependencyError: the named solver's package is not installed.
     """
 

@@ -18,20 +18,22 @@ from convexheads.solvers import QP, Solver, get_solver
 
 
 class MulticlassSVM(Head):
-    r"""An SVM whose dual is a `QP`. A subclass writes one method, `problem`.
+    r"""An SVM whose dual is a `QP`, as Eq. 10 of Lee et al. 2019 is. A subclass writes one method, `problem`.
 
     Args:
-        C: weight of the slacks, positive; a float or `Learnable`. Default 0.1, the paper's.
+        C: weight of the slacks, positive; a float or `Learnable`. Default 0.1, that of Lee et al. 2019.
         squared_hinge: whether slacks count squared, \(C \xi^2\) in place of \(C \xi\). In the dual, their multipliers
-            then have no upper bound, but the quadratic term \(\frac{1}{4C} \alpha^2\). Default False.
-        smoothing: quadratic smoothing of the loss, \(\frac{\delta}{2}|\alpha|^2\) in the dual, over all coefficients; a
-            float or `Learnable`. Default 0.
+            then have no upper bound, but the quadratic term \(\frac{1}{4C} \alpha^2\) (as LIBLINEAR's, Fan et al.
+            2008). Default False.
+        smoothing: quadratic smoothing of the loss, \(\frac{\delta}{2}|\alpha|^2\) in the dual, over all coefficients,
+            non-negative; a float or `Learnable`. Default 0. The code published by Lee et al. 2019 has 1, unlike the
+            paper.
         solver: a `Solver` or the name of one: "native" (default), "qpth", "cvxpylayers", "moreau".
         kernel: any callable `(x, y) -> gram`; default `Linear()`.
-        scale: factor of all logits (Eq. 12's gamma), a float or `Learnable`; default 1.
+        scale: factor of all logits (gamma in Eq. 12 of Lee et al. 2019), positive; a float or `Learnable`. Default 1.
 
     Raises:
-        InputError: an argument is unusable.
+        InputError: an argument is unusable. Calls raise what `Head.forward` does.
         MissingDependencyError: the named solver's package is not installed.
     """
 
@@ -57,21 +59,33 @@ class MulticlassSVM(Head):
     def problem(
         self, gram: Float[Tensor, "*batch n n"], targets: Float[Tensor, "*batch n k"], most: Float[Tensor, ""]
     ) -> tuple[QP, Bool[Tensor, "*batch n m"]]:
-        """The dual, without any smoothing.
+        """The dual, without any smoothing; the one method that a subclass writes.
+
+        The solver raises `InputError` where bounds are missing or crossed.
 
         Args:
-            gram: kernel matrix of the support set.
-            targets: one-hot labels.
-            most: the bound of a slack's multiplier: C, or infinity where the hinge is squared.
+            gram: kernel matrix of the support set, `(*batch, n, n)`.
+            targets: one-hot labels, `(*batch, n, k)`; of left-out examples too, for which any will do.
+            most: the bound of a slack's multiplier, a scalar `()`: C, or infinity where the hinge is squared.
 
         Returns:
-            The problem in whatever variables, and which of them are multipliers of slacks.
+            The problem in whatever variables, `(*batch, n, m)`, and which of them are multipliers of slacks, likewise.
         """
 
     def coefficients(
         self, solution: Float[Tensor, "*batch n m"], targets: Float[Tensor, "*batch n k"]
     ) -> Float[Tensor, "*batch n k"]:
-        """The dual coefficients that belong to the problem's variables; the same, unless overridden."""
+        """The dual coefficients that belong to the problem's variables; the same, unless overridden.
+
+        Nothing is checked.
+
+        Args:
+            solution: the variables of `problem` at the optimum, `(*batch, n, m)`.
+            targets: one-hot labels, `(*batch, n, k)`.
+
+        Returns:
+            `(*batch, n, k)`.
+        """
         return solution
 
     def dual(self, gram: Float[Tensor, "*batch n n"], targets: Float[Tensor, "*batch n k"]) -> Dual:
@@ -103,11 +117,16 @@ class SVMHead(MulticlassSVM):
     \(\max_\alpha -\frac12 \sum_k |w_k|^2 + \sum_n \alpha_n^{y_n}\) subject to
     \(\alpha_n^k \le C [k = y_n]\) and \(\sum_k \alpha_n^k = 0\).
 
-    What differs from the paper: the problem is solved to the end unless the solver is told to stop early
-    (`solver=QpthSolver(max_iterations=3)` is the paper's). From the authors' published code and learn2learn: those add
+    What differs from Lee et al.: the problem is solved to the end unless the solver is told to stop early
+    (`solver=QpthSolver(max_iterations=3)` is the paper's). From their published code and learn2learn: those add
     1 to the dual's diagonal (`smoothing=1`), run 15 iterations, and their scale is an unconstrained parameter.
 
-    Takes `C`, `squared_hinge`, `smoothing`, `solver`, `kernel` and `scale`, as every `MulticlassSVM` does.
+    Takes `C` (default 0.1), `squared_hinge`, `smoothing`, `solver`, `kernel` and `scale`, as every `MulticlassSVM`
+    does.
+
+    Raises:
+        InputError: an argument is unusable. Calls raise what `Head.forward` does.
+        MissingDependencyError: the named solver's package is not installed.
     """
 
     def problem(

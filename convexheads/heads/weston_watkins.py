@@ -23,14 +23,15 @@ class WestonWatkinsHead(MulticlassSVM):
 
     What differs from the original: it has biases, which can be had here by a kernel with a constant
     (`Linear() + Constant(1.0)`), then regularised as weights are. Lee et al. 2019 name this SVM as an alternative
-    (Section 3.3) without figures.
+    (Section 3.3) without figures; their published code has it with that kernel and C = 1e-5.
 
     Args:
-        C: as for every `MulticlassSVM`, and so are `squared_hinge`, `smoothing`, `solver`, `kernel` and `scale`.
+        C: as for every `MulticlassSVM` (default 0.1), and so are `squared_hinge`, `smoothing`, `solver`, `kernel` and
+            `scale`.
         margin: m, positive. Default 2, that of the original.
 
     Raises:
-        InputError: an argument is unusable.
+        InputError: an argument is unusable. Calls raise what `Head.forward` does.
         MissingDependencyError: the named solver's package is not installed.
     """
 

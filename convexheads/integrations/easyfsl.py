@@ -31,6 +31,7 @@ class HeadClassifier(FewShotClassifier):
 
     Raises:
         InputError: no head.
+        TypeError: a setting that easyfsl doesn't have.
     """
 
     def __init__(self, head: Head, backbone: nn.Module | None = None, **settings: Any) -> None:
@@ -41,10 +42,15 @@ class HeadClassifier(FewShotClassifier):
         self.fitted: Fitted | None = None
 
     def process_support_set(self, support_images: Tensor, support_labels: Tensor) -> None:
-        """Fit the head on support images `(n, *image)` with labels `(n,)`, from 0 to k - 1.
+        """Fit the head and keep the result until the next call.
+
+        Args:
+            support_images: `(n, *image)`, or features `(n, d)` where there is no backbone.
+            support_labels: integers from 0 to k - 1, `(n,)`.
 
         Raises:
             InputError: other labels, or features that are unusable.
+            ValueError: features of more than one dimension an image, which is easyfsl's own error.
             SolverError: the task could not be solved (see the solver's `on_failure`).
         """
         classes = support_labels.unique()
@@ -55,7 +61,13 @@ class HeadClassifier(FewShotClassifier):
         self.fitted = self.head.fit(features, support_labels, ways=len(classes))
 
     def forward(self, query_images: Tensor) -> Tensor:
-        """Logits `(q, k)` of query images `(q, *image)`; probabilities with `use_softmax=True`.
+        """Score queries.
+
+        Args:
+            query_images: `(q, *image)`.
+
+        Returns:
+            Logits `(q, k)`; probabilities with `use_softmax=True`.
 
         Raises:
             InputError: no support set yet, or features that don't go with it.
@@ -77,4 +89,11 @@ class _DataSource:
 
 
 class TaskSampler(easyfsl.samplers.TaskSampler, _DataSource):
-    """easyfsl's `TaskSampler`, with the same arguments, for current versions of PyTorch too, where that fails."""
+    """easyfsl's `TaskSampler`, with the same arguments, for current versions of PyTorch too, where that fails.
+
+    Takes `dataset`, one of easyfsl's with a method `get_labels`; `n_way`, classes of a task; `n_shot` and `n_query`,
+    support and query images a class; and `n_tasks`, how many tasks.
+
+    Raises:
+        ValueError: too few classes or images in the data set, which is easyfsl's own error.
+    """

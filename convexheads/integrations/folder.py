@@ -27,7 +27,7 @@ HEADS: dict[str, Callable[[], Head]] = {
     "prototypes": lambda: PrototypeHead(),
     "discriminant": lambda: LinearDiscriminantHead(shrinkage=0.5, variance=0.01),
 }
-"""By name; for features of length one."""
+"""By name, for `FewShotClassifier`; with hyper-parameters for features of length one."""
 
 T = TypeVar("T")
 
@@ -36,12 +36,12 @@ Features = Callable[[Sequence[Path]], Tensor]
 
 
 class Prediction(NamedTuple):
-    """What a file is taken for.
+    """What a file is taken for. `FewShotClassifier.predict` makes it.
 
     Attributes:
         path: of the file.
         label: the likeliest class.
-        probabilities: of every class, by name.
+        probabilities: of every class, by name, from 0 to 1.
     """
 
     path: Path
@@ -54,11 +54,26 @@ class FewShotClassifier:
 
     Make one with `from_folder` or `load`.
 
-    Attributes:
-        classes: their names, sorted.
+    Args:
+        classes: their names.
         features: by what name the features are known (see `from_folder`).
         head: likewise.
-        calibrated: whether probabilities are calibrated, which takes two files of every class.
+        support: features of the files, of length one, `(n, d)`.
+        labels: which of the classes each file is of, `(n,)`, from 0 to k - 1.
+        scale: of the logits, positive; None, the default, for the head's own, which is not calibrated.
+        embed: the function from files to features; None, the default: that of the name.
+
+    Attributes:
+        classes: their names, as they came: sorted, from `from_folder`.
+        features: by what name the features are known.
+        head: by what name the head is known.
+        scale: of the logits; None where probabilities are not calibrated.
+        calibrated: whether they are, which takes two files of every class.
+
+    Raises:
+        InputError: features or head are unknown, or support and labels are unusable.
+        MissingDependencyError: what the features need is not installed.
+        SolverError: the head's problem could not be solved.
     """
 
     def __init__(
@@ -82,6 +97,7 @@ class FewShotClassifier:
 
     @property
     def calibrated(self) -> bool:
+        """Whether probabilities are calibrated."""
         return self.scale is not None
 
     @classmethod
@@ -99,19 +115,21 @@ class FewShotClassifier:
                 paths to features `(n, d)`.
             head: one of `HEADS`: "logistic" (default), "svm", "ridge", "prototypes", "discriminant".
 
+        Returns:
+            The classifier.
+
         Raises:
             InputError: the folder is none or has fewer than two classes, a class has no file, a file is unusable, or
                 features or head are unknown. The message says which.
             MissingDependencyError: what the features need is not installed.
+            SolverError: the head's problem could not be solved.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError("folder", folder, "a folder that holds a folder for each class")
         files = {part.name: _files(part) for part in sorted(folder.iterdir()) if part.is_dir() and part.name[0] != "."}
         if len(files) < 2:
-            raise InputError(
-                "folder", f"{folder} with {len(files)} folders in it", "one for each of two classes or more"
-            )
+            raise InputError("folder", f"{folder} with {len(files)} class folders in it", "at least 2")
         if empty := [name for name, own in files.items() if not own]:
             raise InputError("folder", f"class {empty[0]!r} without any file", "one file at least of each class")
         make_head(head)  # before the work
@@ -132,8 +150,12 @@ class FewShotClassifier:
         Args:
             paths: of the files.
 
+        Returns:
+            Of each file its path, the likeliest class, and the probabilities, in the order of `paths`.
+
         Raises:
-            InputError: a file is missing or unusable; the message names it.
+            InputError: a file is missing or unusable; the message names it. Or features of another size than the
+                support's.
         """
         files = [Path(path) for path in paths]
         if not files:
@@ -147,6 +169,13 @@ class FewShotClassifier:
         """Write the classifier as safetensors: the features of the support, not the files.
 
         The file is complete or not there at all: it is written under another name first.
+
+        Args:
+            path: of the file, in a folder that exists.
+
+        Raises:
+            OSError: the file cannot be written.
+            MissingDependencyError: safetensors is not installed.
         """
         settings = {"classes": self.classes, "features": self.features, "head": self.head, "scale": self.scale}
         tensors = {"support": self._support, "labels": self._labels}
@@ -156,8 +185,15 @@ class FewShotClassifier:
     def load(cls, path: str | Path) -> FewShotClassifier:
         """Read what `save` wrote. Nothing is unpickled; a function of one's own is imported by its name.
 
+        Args:
+            path: of the file.
+
+        Returns:
+            The classifier, which gives what the saved one gave.
+
         Raises:
-            InputError: there is no such file, or it is damaged.
+            InputError: there is no such file, it is damaged, or its features are not to be found.
+            MissingDependencyError: safetensors, or what the features need, is not installed.
         """
         try:
             tensors, settings = storage.load(Path(path), key="classifier", needed_by="FewShotClassifier")
@@ -173,6 +209,12 @@ class FewShotClassifier:
 def make_head(name: str) -> Head:
     """The head of that name.
 
+    Args:
+        name: one of `HEADS`.
+
+    Returns:
+        A new head.
+
     Raises:
         InputError: there is none.
     """
@@ -183,6 +225,12 @@ def make_head(name: str) -> Head:
 
 def find_features(name: str) -> Features:
     """The features of that name, as `FewShotClassifier.from_folder` knows them.
+
+    Args:
+        name: one of `FEATURES`, a name or a file of `load_pretrained`, or "MODULE:FUNCTION".
+
+    Returns:
+        The function from files to features `(n, d)`.
 
     Raises:
         InputError: there are none.
@@ -205,7 +253,7 @@ def _text() -> Features:
     try:
         import wordllama
     except ImportError as error:
-        raise MissingDependencyError("wordllama", "text", "the features 'text'") from error
+        raise MissingDependencyError("wordllama", "text", "FewShotClassifier(features='text')") from error
 
     (own,) = map(Path, wordllama.__path__)
 
@@ -221,7 +269,7 @@ def _text() -> Features:
     def text(paths: Sequence[Path]) -> Tensor:
         documents = [_read(path, lambda path: path.read_text(encoding="utf-8")) for path in paths]
         if empty := [path for path, document in zip(paths, documents, strict=True) if not document.strip()]:
-            raise InputError("file", f"{empty[0]} without any text", "text")
+            raise InputError("file", f"{empty[0]} without any text", "a file with some text in it")
         return torch.from_numpy(model.embed(documents))
 
     return text
@@ -248,7 +296,7 @@ def _backbone(name: str) -> Features:
         import numpy as np
         from PIL import Image
     except ImportError as error:
-        raise MissingDependencyError("pillow", "pretrained", f"the features {name!r}") from error
+        raise MissingDependencyError("pillow", "pretrained", f"FewShotClassifier(features={name!r})") from error
     trained = load_pretrained(name)
     size, mode = trained.settings["image_size"], "L" if trained.backbone.mean.shape[1] == 1 else "RGB"
 
@@ -261,6 +309,7 @@ def _backbone(name: str) -> Features:
 
 
 FEATURES: Mapping[str, Callable[[], Features]] = {"text": _text, "npy": _npy}
+"""By name: what makes the function from files to features."""
 
 
 def _read(path: Path, read: Callable[[Path], T]) -> T:

@@ -31,11 +31,12 @@ class HeadClassifier(nn.Module):
     Args:
         head: any classification head.
         support: features `(*batch, n, d)` to fit on at once; None (default) for later.
-        labels: theirs, `(*batch, n)`.
-        ways: as in `fit_`.
+        labels: theirs, `(*batch, n)`; None (default) for later.
+        ways: as in `fit_`. Default None.
 
     Raises:
         InputError: no head, only one of support and labels is given, or they are unusable.
+        SolverError: a task could not be solved (see the solver's `on_failure`).
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class HeadClassifier(nn.Module):
         Args:
             support: features `(*batch, n, d)`.
             labels: integers, `(*batch, n)`. Unless `ways` is given they are renumbered: the smallest is class 0.
-            ways: number of classes; labels are then 0 to ways - 1.
+            ways: number of classes; labels are then 0 to ways - 1. None, the default: as many as there are labels.
 
         Raises:
             InputError: unusable support or labels.
@@ -70,7 +71,13 @@ class HeadClassifier(nn.Module):
         self.fitted = self.head.fit(support, labels, ways=ways)
 
     def forward(self, query: Tensor) -> Tensor:
-        """Logits `(*batch, q, k)` of queries `(*batch, q, d)`.
+        """Score queries.
+
+        Args:
+            query: features `(*batch, q, d)`.
+
+        Returns:
+            Logits `(*batch, q, k)`.
 
         Raises:
             InputError: it was not fitted yet, or the queries don't go with the support.

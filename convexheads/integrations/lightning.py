@@ -44,16 +44,19 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "paper": _paper,
     "constant": lambda _: 1.0,
 }
-"""By what to multiply the learning rate, from the share of the training that is done. "paper" is that of Lee et al.
-2019 (Section 4.1), whose 0.1, 0.006, 0.0012 and 0.00024 change after 20, 40 and 50 of 60 epochs."""
+"""By what to multiply the learning rate, from the share of the training that is done.
+
+"cosine" falls to zero along one cosine, "constant" stays. "paper" is that of Lee et al. 2019 (Section 4.1), whose 0.1,
+0.006, 0.0012 and 0.00024 change after 20, 40 and 50 of 60 epochs.
+"""
 
 
 class EpisodicModule(pl.LightningModule):
     """Trains a backbone so that a head fitted to an episode's support set classifies its query set.
 
     The loss is the cross-entropy of the query logits (Eq. 12 of Lee et al., "Meta-Learning with Differentiable Convex
-    Optimization", CVPR 2019), the mean over the queries of all the episodes of a batch. Support and query images pass
-    the backbone in one call, hence share their batch statistics; the paper's code passes them in two.
+    Optimization", CVPR 2019), the mean over the queries of all the episodes of a batch. What differs: support and query
+    images pass the backbone in one call, hence share their batch statistics; the published code passes them in two.
 
     A batch is a pair of samples, shape (*tasks, n, *sample), and labels, integers 0 to ways - 1 of shape (*tasks, n),
     in any order, with more than `shots` samples of every class: the first `shots` of each are its support.
@@ -69,11 +72,12 @@ class EpisodicModule(pl.LightningModule):
         ways: classes of an episode.
         shots: support samples a class.
         steps: training steps of the whole schedule.
-        learning_rate: of SGD with Nesterov momentum, at the start.
+        learning_rate: of SGD with Nesterov momentum, at the start. Default 0.1.
         schedule: how it changes, one of `SCHEDULES`; "cosine", the default, falls to zero along one cosine.
-        momentum: of SGD.
-        weight_decay: on every parameter.
-        label_smoothing: of the cross-entropy, from 0 (default) to 1; the paper has 0.1 on miniImageNet with ResNet-12.
+        momentum: of SGD. Default 0.9.
+        weight_decay: on every parameter. Default 5e-4.
+        label_smoothing: of the cross-entropy, from 0 (default) up to 1; the paper has 0.1 on miniImageNet with
+            ResNet-12.
 
     Raises:
         InputError: no such schedule, or a label smoothing out of range.
@@ -101,7 +105,7 @@ class EpisodicModule(pl.LightningModule):
         if schedule not in SCHEDULES:
             raise InputError("schedule", repr(schedule), f"one of {', '.join(SCHEDULES)}")
         if not 0 <= label_smoothing < 1:
-            raise InputError("label_smoothing", label_smoothing, "from 0 up to 1")
+            raise InputError("label_smoothing", label_smoothing, "a number from 0 to below 1")
         self.backbone = backbone
         self.head = head
         self.ways, self.shots, self.steps = ways, shots, steps
@@ -109,20 +113,47 @@ class EpisodicModule(pl.LightningModule):
         self.schedule, self.label_smoothing = schedule, label_smoothing
 
     def forward(self, samples: Tensor) -> Tensor:
-        """The features (m, d) of samples (m, *sample)."""
+        """Features of samples.
+
+        Args:
+            samples: `(m, *sample)`.
+
+        Returns:
+            `(m, d)`. What the backbone raises passes through.
+        """
         return self.backbone(samples)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        """The loss of a batch of episodes, a scalar `()`; logs it with what the class says.
+
+        Args:
+            batch: samples `(*tasks, n, *sample)` and labels `(*tasks, n)`.
+            batch_index: not used.
+
+        Raises:
+            InputError: labels or features that are unusable, or a class with too few samples.
+            SolverError: an episode could not be solved (see the solver's `on_failure`).
+        """
         loss, metrics, tasks = self._episodes(batch)
         self.log_dict(metrics, prog_bar=True, batch_size=tasks)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        """Logs "val_loss" and "val_accuracy"; Lightning has the backbone in evaluation mode."""
+        """Logs "val_loss" and "val_accuracy"; Lightning has the backbone in evaluation mode.
+
+        Args:
+            batch: as in `training_step`, `(*tasks, n, *sample)` and `(*tasks, n)`, and so are the errors.
+            batch_index: not used.
+        """
         self._log_evaluation("val", batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        """Logs "test_loss" and "test_accuracy"; Lightning has the backbone in evaluation mode."""
+        """Logs "test_loss" and "test_accuracy"; Lightning has the backbone in evaluation mode.
+
+        Args:
+            batch: as in `training_step`, `(*tasks, n, *sample)` and `(*tasks, n)`, and so are the errors.
+            batch_index: not used.
+        """
         self._log_evaluation("test", batch)
 
     def _log_evaluation(self, part: str, batch: tuple[Tensor, Tensor]) -> None:
@@ -149,6 +180,7 @@ class EpisodicModule(pl.LightningModule):
         return loss, metrics, labels.shape[:-1].numel()
 
     def configure_optimizers(self) -> Any:
+        """SGD with Nesterov momentum on all parameters, and the schedule, step by step."""
         optimizer = optim.SGD(
             self.parameters(),
             lr=self.learning_rate,
@@ -169,9 +201,10 @@ class EpisodicDataModule(pl.LightningDataModule):
     which is read without unpickling anything else (for `LightningCLI`, say).
 
     Args:
-        train: the part to train on.
-        val: the part to validate on, whose classes are others; None (default) for none.
-        test: the part to test on; None (default) for none.
+        train: the part to train on, `(n, *sample)` and `(n,)`, or a file.
+        val: likewise the part to validate on, `(n, *sample)` and `(n,)`, whose classes are others; None (default) for
+            none.
+        test: likewise the part to test on, `(n, *sample)` and `(n,)`; None (default) for none.
         ways: classes of an episode. Default 5.
         shots: support samples a class; what `EpisodicModule` has. Default 5.
         queries: query samples a class. Default 15.
@@ -183,7 +216,7 @@ class EpisodicDataModule(pl.LightningDataModule):
         classes: names of the training classes for error messages; None (default): their labels.
 
     Raises:
-        InputError: see `EpisodeLoader`; or a file that can't be read.
+        InputError: a file that can't be read. What `EpisodeLoader` raises comes when a loader is asked for.
     """
 
     def __init__(
@@ -212,6 +245,11 @@ class EpisodicDataModule(pl.LightningDataModule):
                 setattr(self, f"{name}_dataloader", partial(self._loader, name, steps=val_steps, fixed=True))
 
     def train_dataloader(self) -> EpisodeLoader:
+        """Training episodes, from where `load_state_dict` says; of several processes, this one's share.
+
+        Raises:
+            InputError: as `EpisodeLoader`.
+        """
         self._train = self._loader("train", steps=self.steps, augment=self.augment, classes=self.classes)
         self._train.load_state_dict({"step": self._step})
         return self._train
@@ -221,6 +259,14 @@ class EpisodicDataModule(pl.LightningDataModule):
         return {"step": self._step if self._train is None else self._train.step}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue from the position of a checkpoint.
+
+        Args:
+            state_dict: what `state_dict` returned.
+
+        Raises:
+            KeyError: it is something else.
+        """
         self._step = state_dict["step"]
 
     def _loader(self, name: str, **settings: Any) -> EpisodeLoader:

@@ -53,6 +53,10 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
 
         Returns:
             Itself.
+
+        Raises:
+            ValueError: unusable data or one class only; `InputError` for a `head` that is none.
+            SolverError: the problem could not be solved (see the solver's `on_failure`).
         """
         X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
         check_classification_targets(y)
@@ -69,17 +73,38 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """Logits `(q, k)` of samples `(q, d)`; of two classes the second one's minus the first one's, `(q,)`."""
+        """Logits `(q, k)`; of two classes the second one's minus the first one's, `(q,)`.
+
+        Args:
+            X: samples, array-like `(q, d)`.
+
+        Raises:
+            ValueError: unusable samples; `sklearn.exceptions.NotFittedError`, which is one, before a fit.
+        """
         logits = self._logits(X).numpy()
         return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
     def predict(self, X: Any) -> np.ndarray:
-        """The likeliest label of each sample, `(q,)`."""
+        """The likeliest label of each sample, `(q,)`.
+
+        Args:
+            X: samples, array-like `(q, d)`.
+
+        Raises:
+            ValueError: as `decision_function`.
+        """
         best = self._logits(X).argmax(-1).numpy()
         return self.classes_[best]
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """The softmax of the logits, `(q, k)`; as good as the head's scale (see `convexheads.calibrate`)."""
+        """The softmax of the logits, `(q, k)`; as good as the head's scale (see `convexheads.calibrate`).
+
+        Args:
+            X: samples, array-like `(q, d)`.
+
+        Raises:
+            ValueError: as `decision_function`.
+        """
         return self._logits(X).softmax(-1).numpy()
 
     @torch.no_grad()

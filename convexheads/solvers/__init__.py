@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from convexheads.errors import InputError
-from convexheads.solvers.base import OnFailure, Solver
+from convexheads.solvers.base import OnFailure, Solved, Solver
 from convexheads.solvers.cvxpylayers import CvxpylayersSolver
 from convexheads.solvers.moreau import MoreauSolver
 from convexheads.solvers.native import NativeSolver
@@ -16,6 +16,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "cvxpylayers": CvxpylayersSolver,
     "moreau": MoreauSolver,
 }
+"""Solvers by name, for `get_solver`."""
 
 __all__ = [
     "QP",
@@ -26,6 +27,7 @@ __all__ = [
     "OnFailure",
     "QpthSolver",
     "Solution",
+    "Solved",
     "Solver",
     "Status",
     "get_solver",
@@ -34,6 +36,12 @@ __all__ = [
 
 def get_solver(solver: Solver | str) -> Solver:
     """The solver itself, or the one of that name with its default settings.
+
+    Args:
+        solver: a `Solver`, or one of the names in `SOLVERS`: "native", "qpth", "cvxpylayers", "moreau".
+
+    Returns:
+        A solver.
 
     Raises:
         InputError: neither a `Solver` nor a known name.

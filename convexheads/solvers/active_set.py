@@ -46,7 +46,7 @@ def search(qp: QP, start: Start, *, max_rounds: int) -> tuple[ActiveSet, Int[Ten
 
     Returns:
         The last active set with its exact solution (feasible up to rounding, where the active set is right), and the
-        rounds of each task.
+            rounds of each task.
     """
     point, pull, shift = start
     diagonal = None if qp.smoothing is None else qp.smoothing.mT

@@ -21,7 +21,11 @@ class Batch:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def map(self: _B, function: Callable[[str, Tensor], Tensor]) -> _B:
-        """The same with `function(name, tensor)` in the place of every tensor."""
+        """The same with `function(name, tensor)` in the place of every tensor.
+
+        Args:
+            function: from a field's name and its tensor to another tensor. What it raises passes through.
+        """
         values: dict[str, Any] = {
             name: function(name, value) if isinstance(value, Tensor) else value for name, value in vars(self).items()
         }
@@ -32,10 +36,19 @@ class Batch:
         return self.map(lambda _, value: value.detach())
 
     def tasks(self: _B, chosen: slice | Bool[Tensor, " tasks"]) -> _B:
-        """The chosen tasks of a flat batch."""
+        """The chosen tasks of a flat batch.
+
+        Args:
+            chosen: a slice, or which tasks, `(tasks,)` of bool. It is not checked.
+        """
         return self.map(lambda _, value: value[chosen])
 
     def with_tasks(self: _B, chosen: Bool[Tensor, " tasks"], by: _B) -> _B:
-        """A flat batch with those of `by` in the place of the chosen tasks."""
+        """A flat batch with those of `by` in the place of the chosen tasks.
+
+        Args:
+            chosen: which tasks, `(tasks,)` of bool. Nothing is checked.
+            by: as many tasks as are chosen, of the same sizes and with the same fields.
+        """
         new = by.tensors()
         return self.map(lambda name, value: value.index_put((chosen,), new[name]))

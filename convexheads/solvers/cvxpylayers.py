@@ -14,18 +14,24 @@ from convexheads.solvers.problem import QP
 
 
 class CvxpylayersSolver(Solver):
-    """cvxpylayers (Agrawal et al. 2019) with Clarabel: `pip install 'convexheads[cvxpylayers]'`.
+    """cvxpylayers (Agrawal et al. 2019) with Clarabel (Goulart & Chen 2024): `pip install 'convexheads[cvxpylayers]'`.
 
     Slow, on CPU only, and independent of everything else here: for checking, not for training. Gradients are diffcp's
-    own. What this adapter mends:
+    own (Agrawal et al. 2019, "Differentiating through a cone program"). What differs from cvxpylayers alone:
 
     - `quad_form` with a parameter is not DPP: the Hessian enters by a square root;
     - compiling takes long: done once per shape and kept;
     - SCS, the default, is accurate to 1e-2 in the gradient: Clarabel, at 1e-7 of `tolerance`;
     - diffcp takes gradients below 1e-8 for zero: they are scaled (`solvers/foreign.py`);
-    - one task that can't be solved raises for the batch: it is then solved task by task, and that one is NaN.
+    - one task that can't be solved raises for the batch: it is then solved task by task, and that one is NaN;
+    - a second derivative is refused with an error.
 
-    See `Solver` for the arguments.
+    Takes `max_iterations` (default None: at most 200), `tolerance` (default 1e-3) and `on_failure` (default "raise"),
+    as every `Solver` does.
+
+    Raises:
+        InputError: an argument is outside its range. Solving raises what `Solver.solve` does.
+        MissingDependencyError: cvxpylayers is not installed.
     """
 
     default_tolerance: ClassVar[float] = 1e-3

@@ -20,8 +20,11 @@ def call(solve: Callable[..., Tensor], *inputs: Tensor, backend: str) -> Tensor:
     Args:
         solve: differentiable by the backend's own means; every input and the output have the tasks as first dimension,
             and tasks don't mix.
-        inputs: the tensors to differentiate by.
+        inputs: the tensors to differentiate by, each `(tasks, ...)`.
         backend: its name in the error.
+
+    Returns:
+        What `solve` returns, `(tasks, ...)`.
     """
     return _Call.apply(solve, backend, *inputs)
 

@@ -20,13 +20,20 @@ _local = threading.local()  # its solvers may not be shared by threads
 
 
 class MoreauSolver(Solver):
-    """Moreau (Apache-2.0, by the authors of CVXPY): `pip install 'convexheads[moreau]'`.
+    """Moreau (Apache-2.0, by the authors of CVXPY, 2026): `pip install 'convexheads[moreau]'`.
 
-    A general conic solver, batched, on the CPU and on CUDA; it keeps the Hessian sparse, one n x n block a class.
-    Gradients are its own. Its solver is built once for each shape and thread. What this adapter mends: a second
-    derivative is refused; gradients are scaled, task by task; a problem it cannot solve is NaN for its task alone.
+    A general conic solver, batched, on the CPU and on CUDA; it keeps the Hessian sparse, one n x n block a class. It
+    builds on Clarabel (Goulart & Chen 2024) and, for small problems on the CPU, on DAQP (Arnstroem, Bemporad & Axehill
+    2022). Gradients are its own, by diffqcp (Healey, Nobel & Boyd 2025). Its solver is built once for each shape and
+    thread. What differs from Moreau alone: a second derivative is refused; gradients are scaled, task by task; a
+    problem it cannot solve is NaN for its task alone.
 
-    See `Solver` for the arguments.
+    Takes `max_iterations` (default None: at most 200), `tolerance` (default 1e-5) and `on_failure` (default "raise"),
+    as every `Solver` does.
+
+    Raises:
+        InputError: an argument is outside its range. Solving raises what `Solver.solve` does.
+        MissingDependencyError: moreau is not installed.
     """
 
     default_tolerance: ClassVar[float] = 1e-5

@@ -54,39 +54,46 @@ def can_be_compiled(qp: QP) -> bool:
 
 
 Gradient = Literal["exact", "smoothed", "truncated"]
+"""Which gradient `NativeSolver` gives."""
 _RELAXATION = 1e-3
 
 
 class NativeSolver(Solver):
     """Active-set Newton, and a structured interior point for the tasks that it doesn't solve.
 
-    Nothing larger than n x n is ever formed: k + 1 Choleskys a round, all tasks at once, on any device. The gradient is
-    exact at the solution (`solvers/implicit.py`), to any order, and batches are as good as loops: a task that is hard
-    or degenerate changes nothing for its neighbours.
+    The first is the primal-dual active set method (Hintermueller, Ito & Kunisch 2002), the second Mehrotra's
+    predictor-corrector (1992). Nothing larger than n x n is ever formed: k + 1 Choleskys a round, all tasks at once, on
+    any device. The gradient is exact at the solution (the implicit function theorem on the KKT conditions, Eq. 8 of Lee
+    et al. 2019), to any order, and batches are as good as loops: a task that is hard or degenerate changes nothing for
+    its neighbours.
 
     With `max_iterations` the interior point is stopped there: the coefficients are its iterate's, made feasible, and
     the gradient is that of the problem with the active set which the iterate shows.
 
     With Numba installed (`pip install 'convexheads[numba]'`), problems on the CPU are solved compiled, many times
     faster. The first call compiles, for some fifteen seconds; the result is kept on disk. Where a block of n x n for
-    each class would be too large, splitting (ADMM) carries on until the search ends certified. With many more examples
-    than features, interior point and splitting work with r x r matrices, r the rank of the Gram matrix.
+    each class would be too large, splitting (ADMM, Boyd et al. 2011) carries on until the search ends certified. With
+    many more examples than features, interior point and splitting work with r x r matrices, r the rank of the Gram
+    matrix.
 
     Args:
-        max_iterations: as for every `Solver`.
-        tolerance: likewise.
-        on_failure: likewise.
-        gradient: which one, see docs/gradients.md. "exact", the default: that of the optimum with its active set (or,
-            with `max_iterations`, of the active set which the iterate shows). "smoothed": that of the point where
-            every slack times its multiplier is `relaxation`, which is free of the kinks at weakly active bounds.
+        max_iterations: stop the interior point after so many; None, the default: until converged.
+        tolerance: certified relative duality gap at which a task counts as converged. Default 1e-6; it goes on to a
+            thousandth of that.
+        on_failure: what happens when a task is not certified to it: "raise" (default), "warn" or "return".
+        gradient: "exact", the default: that of the optimum with its active set (or, with `max_iterations`, of the
+            active set which the iterate shows). "smoothed": that of the point where every slack times its multiplier is
+            `relaxation` (as qpax, Tracy & Manchester 2024), which is free of the kinks at weakly active bounds.
             "truncated", with `max_iterations` only: that of the KKT conditions at the very iterate, slacks and
-            multipliers as they are, as OptNet and so the paper have it. The last two have no second derivative.
+            multipliers as they are, as OptNet (Amos & Kolter 2017) and so Lee et al. have it. The last two have no
+            second derivative.
         relaxation: slack times multiplier for "smoothed", in units in which coefficients and multipliers are around
             one. Default 1e-3.
         compiled: whether problems are solved compiled. None, the default: where that is possible. False: never.
 
     Raises:
-        InputError: an argument is outside its range, or `gradient` and `max_iterations` don't go together.
+        InputError: an argument is outside its range, or `gradient` and `max_iterations` don't go together. Solving
+            raises what `Solver.solve` does.
     """
 
     default_tolerance: ClassVar[float] = 1e-6

@@ -22,7 +22,18 @@ _AT_ONCE = 2**23
 
 
 class DenseQP(NamedTuple):
-    """`min 1/2 z'Qz + p'z` subject to `Gz <= h`, `Az = b`, with `z` the coefficients row by row."""
+    """`min 1/2 z'Qz + p'z` subject to `Gz <= h`, `Az = b`, with `z` the coefficients row by row.
+
+    `QP.dense` makes it.
+
+    Attributes:
+        Q: `(*batch, nk, nk)`.
+        p: `(*batch, nk)`.
+        G: `(*batch, inequalities, nk)`.
+        h: `(*batch, inequalities)`.
+        A: `(*batch, equalities, nk)`.
+        b: `(*batch, equalities)`.
+    """
 
     Q: Float[Tensor, "*batch nk nk"]
     p: Float[Tensor, "*batch nk"]
@@ -39,7 +50,19 @@ _AS_GOOD_AS_FEASIBLE = 1e-6
 
 @dataclass(frozen=True)
 class Certificate(Batch):
-    """What can be proved about coefficients from the problem alone, whoever computed them."""
+    """What can be proved about coefficients from the problem alone, whoever computed them.
+
+    `QP.certify` makes it.
+
+    Attributes:
+        feasible: the coefficients' projection on the feasible set, `(*batch, n, k)`.
+        gap: its relative duality gap, `(*batch,)`.
+        weight_error: a bound of the relative error of the weights, `(*batch,)`.
+        residual: how far the coefficients were from the feasible set, relative to the largest, `(*batch,)`.
+        violation: how far the projection is, `(*batch,)`: zero unless a row has no feasible point at all.
+        bound_multipliers: positive at an upper bound, negative at a lower one, zero elsewhere, `(*batch, n, k)`.
+        row_multipliers: of the zero row sums, `(*batch, n)`.
+    """
 
     feasible: Float[Tensor, "*batch n k"]
     gap: Float[Tensor, "*batch"]
@@ -50,13 +73,23 @@ class Certificate(Batch):
     row_multipliers: Float[Tensor, "*batch n"]
 
     def shows_active_set(self) -> Bool[Tensor, "*batch"]:
-        """Where the coefficients were feasible as they came: the projection of others may be optimal by chance."""
+        """Where the coefficients were feasible as they came: the projection of others may be optimal by chance.
+
+        Returns:
+            `(*batch,)` of bool.
+        """
         return self.residual <= _AS_GOOD_AS_FEASIBLE
 
     def within(self, tolerance: float) -> Bool[Tensor, "*batch"]:
         """Where both the gap and the squared relative error of the weights are proved to be at most `tolerance`.
 
         With a small C the loss makes up most of the objective, and the gap alone says little of the weights.
+
+        Args:
+            tolerance: relative, without units. It is not checked.
+
+        Returns:
+            `(*batch,)` of bool.
         """
         return (self.gap <= tolerance) & ((self.weight_error.square() <= tolerance) | (self.gap <= _NOTHING))
 
@@ -65,16 +98,20 @@ class Certificate(Batch):
 class QP(Batch):
     """`min 1/2 tr(a'Ka) + <smoothing, a^2>/2 - <linear, a>` subject to `lower <= a <= upper` and `a 1 = 0`.
 
+    The dual of every SVM here; with `lower` None and `upper = C y`, Eq. 10 of Lee et al. 2019. Its methods take and
+    give coefficients `(*batch, n, k)`. Nothing is checked when it is made: `Solver.solve` looks at the bounds.
+
     Attributes:
         gram: K, symmetric positive semi-definite, `(*batch, n, n)`.
         linear: `(*batch, n, k)`.
-        lower: `(*batch, n, k)`, entries may be `-inf`; None where nothing is bounded below.
-        upper: likewise from above. At least one of the two is needed; without `row_sum` and without smoothing both, or
-            no gap can be certified.
-        smoothing: quadratic smoothing of the loss, entry by entry, non-negative, `(*batch, n, k)`; None for none.
-        row_sum: whether every row of coefficients sums to zero.
+        lower: `(*batch, n, k)`, entries may be `-inf`; None (default) where nothing is bounded below.
+        upper: likewise from above, `(*batch, n, k)`. At least one of the two is needed; without `row_sum` and without
+            smoothing both, or no gap can be certified.
+        smoothing: quadratic smoothing of the loss, entry by entry, non-negative, `(*batch, n, k)`; None (default) for
+            none.
+        row_sum: whether every row of coefficients sums to zero. Default True.
         root: `root @ root.mT` is `gram`, `(*batch, n, r)`; for problems with r much smaller than n, which solve faster
-            with it. The native solver looks for one by itself; None for none.
+            with it. The native solver looks for one by itself; None (default) for none.
     """
 
     gram: Float[Tensor, "*batch n n"]
@@ -86,7 +123,7 @@ class QP(Batch):
     root: Float[Tensor, "*batch n r"] | None = None
 
     def flatten(self) -> QP:
-        """All leading dimensions as one."""
+        """All leading dimensions as one: `(tasks, n, k)`."""
         batch = self.linear.ndim - 2
         return self if batch == 1 else self.map(lambda _, value: value.reshape(-1, *value.shape[batch:]))
 
@@ -95,6 +132,10 @@ class QP(Batch):
 
         A dual SVM depends on C*K alone. In units of `min(C, 1/h)`, h the mean diagonal of K, features scaled by 1e-4
         or 1e4 and any C look alike to a solver.
+
+        Returns:
+            The problem; by what its coefficients have to be multiplied, `(*batch,)`; and by what its multipliers,
+                `(*batch,)`.
         """
         with torch.no_grad():
             size = self.linear.abs().amax((-2, -1))
@@ -117,26 +158,48 @@ class QP(Batch):
         return scaled, unit, size
 
     def curvature(self) -> Float[Tensor, "*batch"]:
-        """The mean diagonal of the Hessian."""
+        """The mean diagonal of the Hessian, `(*batch,)`."""
         mean = self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)
         return mean if self.smoothing is None else mean + self.smoothing.mean((-2, -1))
 
     def gradient(self, coef: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n k"]:
-        """Of the quadratic part: Hessian times coefficients."""
+        """Of the quadratic part: Hessian times coefficients.
+
+        Args:
+            coef: `(*batch, n, k)`. It is not checked.
+
+        Returns:
+            `(*batch, n, k)`.
+        """
         image = self.gram @ coef
         return image if self.smoothing is None else image + self.smoothing * coef
 
     def held(
         self, at_upper: Bool[Tensor, "*batch n k"], at_lower: Bool[Tensor, "*batch n k"]
     ) -> Float[Tensor, "*batch n k"]:
-        """The bounds at the entries that sit at one, zero elsewhere."""
+        """The bounds at the entries that sit at one, zero elsewhere.
+
+        Args:
+            at_upper: which sit at their upper bound, `(*batch, n, k)`. Nothing is checked.
+            at_lower: which sit at their lower bound, `(*batch, n, k)`.
+
+        Returns:
+            `(*batch, n, k)`.
+        """
         held = torch.zeros_like(self.linear)
         if self.upper is not None:
             held = torch.where(at_upper, self.upper, held)
         return held if self.lower is None else torch.where(at_lower, self.lower, held)
 
     def project(self, coef: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n k"]:
-        """The nearest feasible coefficients."""
+        """The nearest feasible coefficients, row by row.
+
+        Args:
+            coef: `(*batch, n, k)`. It is not checked.
+
+        Returns:
+            `(*batch, n, k)`.
+        """
         return rows.project(coef, self.lower, self.upper, row_sum=self.row_sum)
 
     def certify(self, coef: Float[Tensor, "*batch n k"]) -> Certificate:
@@ -146,11 +209,14 @@ class QP(Batch):
         the primal objective `P(w)` is an upper bound of the same optimum. Their relative difference needs no trust in
         the solver. Infeasible coefficients are judged by their projection, and `residual` says how far that is.
 
+        Args:
+            coef: `(*batch, n, k)`. Nothing is checked: NaN gives a gap of NaN.
+
         Returns:
             `feasible`, the projection; `gap = (P - D) / P`; `weight_error`, a bound of `|w - w*| / |w|`; `residual`,
-            the largest distance to the feasible set relative to the largest coefficient (at least one unit);
-            `violation`, the same of the projection, zero unless a row has no feasible point at all; and the
-            multipliers: those of the bounds positive at an upper and negative at a lower one, zero at free entries.
+                the largest distance to the feasible set relative to the largest coefficient (at least one unit);
+                `violation`, the same of the projection, zero unless a row has no feasible point at all; and the
+                multipliers: those of the bounds positive at an upper and negative at a lower one, zero at free entries.
         """
         feasible = self.project(coef)
         scores = self.gram @ feasible
@@ -209,6 +275,9 @@ class QP(Batch):
 
         Here the matrices are nk x nk. Infinite bounds are left out; a task that has more of them than another of the
         batch gets idle rows `0 z <= 1` in their place.
+
+        Returns:
+            `Q`, `(*batch, nk, nk)`, and the rest; no equalities where there are no row sums.
         """
         *batch, n, k = self.linear.shape
         eye = torch.eye(n * k, dtype=self.gram.dtype, device=self.gram.device)
@@ -239,7 +308,7 @@ class Status(IntEnum):
     """How the solve of one task ended."""
 
     CONVERGED = 0
-    """Certified to the tolerance."""
+    """Certified: the gap is at most the tolerance, and the residual at most its square root."""
     STOPPED = 1
     """Stopped at the `max_iterations` that the user chose: early stopping is a choice, not a failure."""
     FAILED = 2
@@ -248,7 +317,7 @@ class Status(IntEnum):
 
 @dataclass(frozen=True)
 class Solution(Batch):
-    """A solver's answer for a batch of tasks.
+    """A solver's answer for a batch of tasks. `Solver.solve` makes it; nothing is checked then.
 
     Attributes:
         coef: dual coefficients, differentiable, `(*batch, n, k)`.

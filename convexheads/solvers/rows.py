@@ -79,8 +79,8 @@ def conjugate(
 
     Returns:
         The maximum and its distance from `f(at)`, both `(...)` and upper bounds of the true ones, infinite where the
-        row is unbounded; the distance is a sum of non-negative terms, so tiny ones are exact. And the multiplier of
-        `sum a = 0`, `(..., 1)` (zeros without row sums).
+            row is unbounded; the distance is a sum of non-negative terms, so tiny ones are exact. And the multiplier of
+            `sum a = 0`, `(..., 1)` (zeros without row sums).
     """
     if not row_sum:
         shift = torch.zeros_like(slope[..., :1])
