@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart test test-all lint docs clean
+.PHONY: help quickstart test test-all lint docs serve clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ lint: $(READY)  ## Check style and types
 
 docs: $(READY)  ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+serve: $(READY)  ## Build the documentation and serve it on this machine
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve --watch convexheads
 
 clean:  ## Remove the virtual environment and all that was built
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis

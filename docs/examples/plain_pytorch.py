@@ -34,7 +34,7 @@ class Learner(nn.Module):
 if "RANK" in os.environ:  # set by torchrun
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 rank, processes = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
+device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 digits = load_digits()
 images, labels = torch.tensor(digits.images, dtype=torch.float32) / 16, torch.tensor(digits.target)

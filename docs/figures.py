@@ -1,0 +1,242 @@
+"""The pictures and tables of the documentation, made at each build: by heads at work, or from committed results."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy
+import torch
+from matplotlib import rcParams
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from convexheads import (
+    RBF,
+    FittedGaussianProcess,
+    Head,
+    NativeSolver,
+    RegressionHead,
+    SupportVectorRegressionHead,
+    SVMHead,
+)
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+COLOURS = ("#4c8dd6", "#e58a2e", "#3fae6a", "#c85fb0", "#9a8cf0", "#b5a13c")
+
+# What is drawn in this colour takes the text's own, light or dark, in the page.
+_TEXT = "#010203"
+rcParams.update(
+    {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "convexheads",
+        "font.size": 11,
+        "legend.labelcolor": _TEXT,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _TEXT),
+    }
+)
+
+
+def new(columns: int = 1, *, width: float = 8.0, height: float = 3.2) -> tuple[Figure, Any]:
+    """A figure in the style of the pages, and its axes."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns)
+    for each in numpy.atleast_1d(axes):
+        each.spines[["top", "right"]].set_visible(False)
+        each.set_facecolor("none")
+    return figure, axes
+
+
+def picture(figure: Figure, caption: str) -> str:
+    """The figure as HTML: inline SVG in the page's own font and text colour."""
+    text = StringIO()
+    figure.patch.set_alpha(0)
+    FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
+    svg = text.getvalue()[text.getvalue().index("<svg") :]
+    svg = svg.replace(_TEXT, "currentColor").replace("\n", " ")
+    mark = f"{crc32(svg.encode()):x}"  # ids of their own, as several pictures share a page
+    svg = re.sub(r'( id="|xlink:href="#|url\(#)', rf"\g<1>p{mark}-", svg)
+    said = html.escape(caption, quote=True)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{said}" ', 1)
+    return f'<figure class="picture">{svg}<figcaption>{said}</figcaption></figure>'
+
+
+def boundaries(heads: Mapping[str, Head], *, ways: int = 3, shots: int = 7, seed: int = 5) -> Figure:
+    """What heads decide everywhere in the plane, from the same support set; support vectors are ringed.
+
+    Colours are the classes, stronger where the best logit is further ahead of the second.
+    """
+    support, labels = _blobs(ways, shots, seed)
+    reach, resolution = 2.2, 160
+    line = torch.linspace(-reach, reach, resolution)
+    plane = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).flatten(0, 1)
+    columns = min(len(heads), 5)
+    figure, axes = new(columns, width=2.1 * columns + 0.2, height=2.45)
+    palette = numpy.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in COLOURS[:ways]])
+    for panel, (name, head) in zip(numpy.atleast_1d(axes), heads.items(), strict=True):
+        with torch.no_grad():
+            fitted = head.fit(support, labels)
+            logits = fitted(plane)
+        best, second = logits.topk(2).values.unbind(-1)
+        lead = (best - second) / (best - second).quantile(0.9)
+        image = numpy.empty((resolution, resolution, 4))
+        chosen = logits.argmax(-1).view(resolution, resolution).numpy()
+        image[..., :3] = palette[chosen]
+        image[..., 3] = (0.12 + 0.4 * lead.clamp(0, 1)).view(resolution, resolution).numpy()
+        panel.imshow(image, origin="lower", extent=(-reach, reach, -reach, reach), interpolation="bilinear")
+        panel.scatter(*support.T, c=[COLOURS[label] for label in labels], s=16, zorder=2, edgecolors="none")
+        if fitted.solution is not None and fitted.solution.bound_multipliers is not None:
+            vectors = support[fitted.dual.coef.abs().amax(-1) > 1e-9]
+            panel.scatter(*vectors.T, s=60, facecolors="none", edgecolors=_TEXT, linewidths=0.8, zorder=3)
+        panel.set(xticks=[], yticks=[], title=name)
+        panel.title.set_fontsize(10)
+        panel.spines[:].set_visible(False)
+    return figure
+
+
+def _blobs(ways: int, shots: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Classes around a circle, one broader than the others, with an outlier."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(ways).repeat_interleave(shots)
+    angle = 2 * torch.pi * torch.arange(ways) / ways + 0.5
+    centres = 1.05 * torch.stack([angle.cos(), angle.sin()], -1)
+    spread = torch.linspace(0.3, 0.62, ways)
+    return centres[labels] + spread[labels, None] * torch.randn(len(labels), 2, generator=generator), labels
+
+
+def curves(heads: Mapping[str, RegressionHead], *, points: int = 9, seed: int = 3) -> Figure:
+    """What regression heads predict from the same few points of a sinusoid; a band where they know their variance."""
+    generator = torch.Generator().manual_seed(seed)
+    x = 10 * torch.rand(points, 1, generator=generator) - 5
+    y = 2 * (x[:, 0] - 1).sin() + 0.15 * torch.randn(points, generator=generator)
+    line = torch.linspace(-5, 5, 200)[:, None]
+    figure, axes = new(len(heads), width=3.2 * len(heads), height=2.6)
+    for panel, (name, head) in zip(numpy.atleast_1d(axes), heads.items(), strict=True):
+        with torch.no_grad():
+            fitted = head.fit(x, y)
+            mean = fitted(line)
+            if isinstance(fitted, FittedGaussianProcess):
+                deviation = fitted.variance(line).sqrt()
+                low, high = mean - 2 * deviation, mean + 2 * deviation
+                panel.fill_between(line[:, 0], low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
+            if isinstance(head, SupportVectorRegressionHead):
+                epsilon = float(head.epsilon)
+                panel.fill_between(line[:, 0], mean - epsilon, mean + epsilon, color=COLOURS[0], alpha=0.2, linewidth=0)
+        panel.plot(line[:, 0], mean, color=COLOURS[0])
+        panel.plot(line[:, 0], 2 * (line[:, 0] - 1).sin(), ":", color=_TEXT, linewidth=1)
+        panel.plot(x[:, 0], y, "o", color=COLOURS[1], markersize=5)
+        panel.set(title=name, ylim=(-4, 4))
+        panel.title.set_fontsize(10)
+    return figure
+
+
+def speed() -> Figure:
+    """Time of both passes against the size of the task, from the committed result of `benchmarks.solvers`."""
+    rows = _result("solvers")["results"]
+    names = {
+        "native": "convexheads",
+        "ridge": "ridge regression (closed form)",
+        "moreau": "Moreau",
+        "qpth": "qpth",
+        "cvxpylayers": "cvxpylayers",
+        "learn2learn": "learn2learn",
+    }
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    figure, axes = new(height=3.6)
+    for number, (contender, name) in enumerate(names.items()):
+        own = [row for row in rows if row["contender"] == contender]
+        strong = {"linewidth": 2.5, "zorder": 3} if contender == "native" else {"linewidth": 1.2}
+        style = "--" if contender == "ridge" else "-"
+        places = [sizes.index(row["size"]) for row in own]
+        axes.semilogy(
+            places, [1e3 * row["both"] for row in own], style, marker="o", color=COLOURS[number], label=name, **strong
+        )
+    axes.set_xticks(range(len(sizes)), [size.replace("w", "-way\n").replace("s", "-shot") for size in sizes])
+    axes.set_ylabel("forward and backward,\n8 tasks, ms")
+    axes.grid(axis="y", linewidth=0.3)
+    figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
+def speed_table() -> str:
+    """How many times faster than its peers the native solver is, as Markdown, from the same result."""
+    times = {(row["contender"], row["size"]): row["both"] for row in _result("solvers")["results"]}
+    sizes = ("5w1s", "5w5s", "5w15s", "20w1s", "20w5s")
+    lines = ["| | " + " | ".join(s.replace("w", "-way ").replace("s", "-shot") for s in sizes) + " |", "|---" * 6 + "|"]
+    own = {
+        "ours, ms": "native",
+        "ridge regression, the floor, ms": "ridge",
+        "ours without Numba, ms": "native in torch",
+    }
+    for title, name in own.items():
+        lines.append(f"| {title} | " + " | ".join(_digits(1e3 * times[name, size]) for size in sizes) + " |")
+    peers = {
+        "faster than qpth, the paper's solver": "qpth",
+        "faster than Moreau": "moreau",
+        "faster than cvxpylayers": "cvxpylayers",
+        "faster than learn2learn's `SVClassifier`": "learn2learn",
+    }
+    for title, name in peers.items():
+        ratios = [times[name, s] / times["native", s] if (name, s) in times else None for s in sizes]
+        lines.append(
+            f"| {title} | "
+            + " | ".join(f"{_digits(r)} \N{MULTIPLICATION SIGN}" if r else "not timed" for r in ratios)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def precision_table() -> str:
+    """The errors of each solver in the same run, as Markdown: the largest over sizes, of logits and of gradients."""
+    rows = _result("solvers")["results"]
+    lines = ["| solver | logits | gradients |", "|---|---|---|"]
+    for name in ("native", "qpth", "cvxpylayers"):
+        errors = [
+            max(row[kind] for row in rows if row["contender"] == name and row[kind] is not None)
+            for kind in ("logits_error", "gradient_error")
+        ]
+        lines.append(f"| `{name}` | {errors[0]:.0e} | {errors[1]:.0e} |")
+    return "\n".join(lines)
+
+
+def kinks() -> Figure:
+    """A query's logit while one support example moves: its value, and what three ways say of its derivative."""
+    support, labels = _blobs(3, 5, seed=2)
+    support, query = support.double(), torch.tensor([[0.3, -0.2]], dtype=torch.float64)
+
+    def logit(position: torch.Tensor, solver: NativeSolver) -> torch.Tensor:
+        moved = support.repeat(len(position), 1, 1)
+        moved[:, 0] = torch.stack([position, torch.zeros_like(position)], -1)
+        head = SVMHead(C=0.7, kernel=RBF(1.0), solver=solver)
+        return head(moved, labels.expand(len(position), -1), query.expand(len(position), 1, 2))[:, 0, 0]
+
+    def slope(position: torch.Tensor, solver: NativeSolver) -> torch.Tensor:
+        position = position.clone().requires_grad_()
+        return torch.autograd.grad(logit(position, solver).sum(), position)[0]
+
+    figure, (left, right) = new(2, width=9.0, height=3.0)
+    fine, coarse = (torch.linspace(-2, 2.5, count, dtype=torch.float64) for count in (400, 28))
+    exact, smoothed = NativeSolver(), NativeSolver(gradient="smoothed", relaxation=0.005)
+    left.plot(fine, logit(fine, exact).detach(), color=COLOURS[0])
+    left.set(xlabel="position of a support example", ylabel="logit of the query")
+    right.plot(fine, slope(fine, exact), color=COLOURS[0], label='"exact"')
+    right.plot(fine, slope(fine, smoothed), "--", color=COLOURS[1], label='"smoothed"')
+    differences = (logit(coarse + 1e-6, exact) - logit(coarse - 1e-6, exact)) / 2e-6
+    right.plot(coarse, differences, "o", color=COLOURS[2], markersize=4, label="central differences")
+    right.set(xlabel="position of a support example", ylabel="its derivative")
+    right.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _result(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name / f"{name}.json").read_text())
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 9.95 else f"{value:.1f}"
