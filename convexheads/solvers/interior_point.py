@@ -19,7 +19,7 @@ _TOWARDS_CENTRE = 0.1
 _NEAR = 1e-4
 # Mean complementarity, in units, from which on iterates are certified.
 _WORTH_CERTIFYING = 1e-4
-_STALLED = 5
+_STALLED = 8
 # How far a relaxed point may be off, relative to its complementarity.
 _SETTLED = 1e-8
 
@@ -95,6 +95,7 @@ def interior_point(qp: QP, *, tolerance: float, max_iterations: int) -> Interior
     best_gap = torch.full_like(qp.linear[:, 0, 0], torch.inf)
     iterations = torch.zeros_like(best_gap, dtype=torch.long)
     idle = torch.zeros_like(iterations)
+    last = best_gap  # the last one that was half the one before
     done = torch.zeros_like(best_gap, dtype=torch.bool)
 
     for iteration in range(1, max_iterations + 1):
@@ -107,7 +108,9 @@ def interior_point(qp: QP, *, tolerance: float, max_iterations: int) -> Interior
         better = (gap < best_gap) & ~done
         best = torch.where(better[:, None, None], point.b.mT, best)
         best_weight = torch.where(better[:, None, None], point.multiplier / point.slack, best_weight)
-        idle = torch.where((gap < best_gap / 2) | (best_gap > _NEAR), 0, idle + 1)
+        halved = gap < last / 2
+        last = torch.where(halved, gap, last)
+        idle = torch.where(halved | (best_gap > _NEAR), 0, idle + 1)
         best_gap = torch.where(better, gap, best_gap)
         iterations = torch.where(done, iterations, iteration)
         done = done | certificate.within(tolerance) | (idle >= _STALLED) | torch.isnan(gap)

@@ -1,0 +1,168 @@
+"""Try every head and solver on thousands of hard tasks, and count who is right, who says so, and who is silently wrong.
+
+python -m benchmarks.honesty
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import TimeoutError
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import pandas
+import torch
+from pebble import ProcessExpired, ProcessPool
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from benchmarks import report
+from benchmarks.honesty.contenders import WITH_SLACKS, Answer, contenders
+from benchmarks.honesty.tasks import Set, hard_task
+
+PRECISE, WRONG, WRONG_GRADIENT = 1e-6, 1e-4, 1e-2
+VERDICTS = ("solved", "flagged", "imprecise", "silently wrong", "crashed", "hung", "left out")
+
+
+def _set_up() -> None:
+    torch.set_num_threads(1)
+
+
+def attempt(name: str, of: Set, seed: int) -> tuple[str, str, float | None]:
+    """A verdict, what there is to say of it, and the gradient's error where it was looked at."""
+    contender, task = contenders()[name], hard_task(seed, of)
+    if task.size > contender.largest or not contender.suits(task):
+        return "left out", "", None
+    try:
+        answer = contender.answer(task)
+    except contender.documented as error:
+        return "flagged", f"{type(error).__name__}: {error}", None
+    except Exception as error:  # whatever else comes is what is counted here
+        return "crashed", f"{type(error).__name__}: {error}", None
+    # Beyond float64, differences of logits are noise.
+    return verdict(answer), f"gap {answer.gap:.0e}", answer.gradient_error if of == "hard" else None
+
+
+def verdict(answer: Answer) -> str:
+    """One of `VERDICTS`."""
+    if not answer.solved:
+        return "flagged"
+    return "solved" if answer.gap <= PRECISE else "imprecise" if answer.gap <= WRONG else "silently wrong"
+
+
+def attempts(name: str, of: Set, seeds: range, limit: float, workers: int) -> Iterator[tuple[str, str, float | None]]:
+    """`attempt` on each seed, in processes that may crash or hang."""
+    with ProcessPool(max_workers=workers, initializer=_set_up) as pool:
+        results = pool.map(partial(attempt, name, of), seeds, timeout=limit).result()
+        for _ in seeds:
+            try:
+                yield next(results)
+            except TimeoutError:
+                yield "hung", f"beyond {limit:.0f} s", None
+            except ProcessExpired as error:
+                yield "crashed", f"process ended with {error.exitcode}", None
+
+
+def measure(name: str, of: Set, tasks: int, limit: float, workers: int) -> dict[str, Any]:
+    """The row of one contender."""
+    begin, counts, notable, gradients = time.perf_counter(), Counter(), [], []
+    title = f"{name}, {of}"
+    for seed, (what, why, error) in enumerate(
+        tqdm(attempts(name, of, range(tasks), limit, workers), title, total=tasks, leave=False)
+    ):
+        counts[what] += 1
+        if error is not None:
+            gradients.append(error)
+            if not error <= WRONG_GRADIENT:
+                notable.append({"seed": seed, "verdict": "wrong gradient", "detail": f"relative error {error:.0e}"})
+        if what not in ("solved", "left out"):
+            notable.append({"seed": seed, "verdict": what, "detail": why.split("\n")[0][:160]})
+    wrong = sum(not error <= WRONG_GRADIENT for error in gradients)
+    return {
+        "contender": name,
+        "set": of,
+        "tasks": tasks,
+        **{each: counts[each] for each in VERDICTS},
+        "gradients": len(gradients),
+        "wrong gradients": wrong,
+        "seconds": round(time.perf_counter() - begin),
+        "notable": notable,
+    }
+
+
+def show(rows: list[dict[str, Any]], title: str) -> Table:
+    """Counts of each verdict; shares are of the tasks that were tried."""
+    table = Table(title=title, title_justify="left")
+    for column in ("contender", "set", "tried", "solved, %", *VERDICTS[1:-1], "gradients", "wrong ones"):
+        table.add_column(column, justify="left" if column in ("contender", "set") else "right", no_wrap=True)
+    for row in rows:
+        tried = row["tasks"] - row["left out"]
+        share = f"{100 * row['solved'] / tried:.2f}" if tried else ""
+        counts = [str(row[verdict]) for verdict in VERDICTS[1:-1]]
+        looked = [str(row["gradients"]), str(row["wrong gradients"])] if row["gradients"] else ["", ""]
+        table.add_row(row["contender"], row["set"], f"{tried:,}", share, *counts, *looked)
+    return table
+
+
+def main() -> None:
+    """The command line."""
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m benchmarks.honesty", description=(__doc__ or "").split("\n")[0]
+    )
+    known = list(contenders())
+    parser.add_argument("--tasks", type=int, default=5000, help="hard tasks, of seeds 0, 1, 2, ...")
+    parser.add_argument("--beyond", type=int, default=500, help="tasks with C beyond what float64 can express")
+    parser.add_argument("--peer-tasks", type=int, default=300, help="hard tasks for those on other solvers")
+    parser.add_argument("--names", type=list[str], default=known, help=f"who takes part, of: {', '.join(known)}")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds of a task, after which it counts as hung")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--output", type=Path, default=Path("runs/honesty"), help="folder for the result")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(known):
+        raise SystemExit(f"error: names: got {', '.join(sorted(unknown))}, wanted some of {', '.join(known)}")
+    rows = []
+    for name in options.names:
+        theirs = " on " in name
+        rows.append(
+            measure(name, "hard", options.peer_tasks if theirs else options.tasks, options.limit, options.workers)
+        )
+        if not theirs and options.beyond and name in WITH_SLACKS:
+            rows.append(measure(name, "beyond", options.beyond, options.limit, options.workers))
+        Console().print(show(rows[-1:], ""))
+    write(rows, options)
+
+
+def write(rows: list[dict[str, Any]], options: Any) -> None:
+    """Show the results, and write them as Markdown, JSON and, with the seeds of all that wasn't solved, CSV."""
+    table = show(rows, "Hard tasks: who is right, who says that it failed, who is wrong without a word")
+    note = (
+        f"Solved: a relative duality gap of at most {PRECISE:.0e}, judged from the features in extended precision with "
+        "no code of the library (of prototypes, linear discriminant and Mahalanobis: that error of the logits). "
+        "Flagged: a documented error, or a status that says so. Imprecise: said to be solved, with a gap up to "
+        f"{WRONG:.0e}; silently wrong: beyond that. Crashed: any other error, or the end of the process. Hung: more "
+        f"than {options.limit:.0f} s. Gradients: directional derivatives of hard tasks in float64, at regular points "
+        "(strictly complementary, free coefficients determined), wrong if they are off by more than "
+        f"{WRONG_GRADIENT:.0%} from central differences with every step. Tried: those tasks that are not too large for "
+        "the contender, and of which every class has an example where it needs one. Tasks are those of the seeds from "
+        "0 on; `notable.csv` has the seeds of all that wasn't solved. Made by `python -m benchmarks.honesty`."
+    )
+    Console(width=max(160, Console().width)).print(table, note, f"All of it is in {options.output}", sep="\n")
+    options.output.mkdir(parents=True, exist_ok=True)
+    settings = {name: options[name] for name in ("tasks", "beyond", "peer_tasks", "names", "limit", "workers")}
+    plain = [{key: value for key, value in row.items() if key != "notable"} for row in rows]
+    record = {"settings": settings, "results": plain, **report.provenance()}
+    (options.output / "honesty.json").write_text(json.dumps(record, indent=2) + "\n")
+    notable = [{"contender": row["contender"], "set": row["set"], **each} for row in rows for each in row["notable"]]
+    columns = ["contender", "set", "seed", "verdict", "detail"]
+    pandas.DataFrame(notable, columns=columns).to_csv(options.output / "notable.csv", index=False)
+    report.write_markdown(table, note, options.output / "honesty.md")
+
+
+if __name__ == "__main__":
+    main()

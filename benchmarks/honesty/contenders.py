@@ -1,0 +1,270 @@
+"""Who is tried: every head on the native solver, the paper's SVM on every solver, two peers without our adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import convexheads as ch
+from benchmarks.honesty import judges
+from benchmarks.honesty.tasks import HardTask
+
+
+class Answer(NamedTuple):
+    """What came of a task.
+
+    Attributes:
+        gap: the judge's.
+        solved: whether the contender says that it has solved the task.
+        gradient_error: relative, of a directional derivative; None where it wasn't looked at.
+    """
+
+    gap: float
+    solved: bool
+    gradient_error: float | None = None
+
+
+class Contender(NamedTuple):
+    """Someone who solves tasks.
+
+    Attributes:
+        answer: from a task to an answer. What it raises counts as flagged if it is an error that it documents, and as a
+            crash otherwise.
+        largest: the examples times classes above which it is left out, as it would take minutes or gigabytes.
+        documented: the errors that it says it raises.
+        suits: which tasks it is made for.
+    """
+
+    answer: Callable[[HardTask], Answer]
+    largest: float = math.inf
+    documented: tuple[type[Exception], ...] = (ch.ConvexHeadsError,)
+    suits: Callable[[HardTask], bool] = lambda _: True
+
+
+WITH_SLACKS = (
+    "SVM",
+    "Weston-Watkins SVM",
+    "one-vs-rest SVM",
+    "simplified SVM",
+    "SVM, in torch",
+    "support vector regression",
+)
+"""Those whose C can be too large."""
+
+
+def contenders() -> dict[str, Contender]:
+    """All of them, by name."""
+    exact: dict[str, Any] = {
+        "largest": 300,
+        "suits": lambda task: _has_every_class(task) and task.support.shape[-1] <= 12,
+    }
+    return {
+        "SVM": Contender(partial(_svm, ch.SVMHead, judges.crammer_singer)),
+        "Weston-Watkins SVM": Contender(partial(_svm, ch.WestonWatkinsHead, judges.weston_watkins)),
+        "one-vs-rest SVM": Contender(partial(_svm, ch.OneVsRestHead, judges.one_vs_rest)),
+        "simplified SVM": Contender(partial(_svm, ch.SimplifiedSVMHead, judges.simplified)),
+        "SVM, in torch": Contender(_on(ch.NativeSolver(compiled=False))),
+        "logistic regression": Contender(_logistic),
+        "ridge regression": Contender(_ridge),
+        "Gaussian process": Contender(_gaussian_process),
+        "support vector regression": Contender(_support_vector_regression),
+        "prototypes": Contender(_prototypes, **exact),
+        "linear discriminant": Contender(_linear_discriminant, **exact),
+        "Mahalanobis": Contender(_mahalanobis, **exact),
+        "SVM on qpth, by our adapter": Contender(_on(ch.QpthSolver(tolerance=1e-6)), largest=300),
+        "SVM on cvxpylayers, by our adapter": Contender(_on(ch.CvxpylayersSolver(tolerance=1e-6)), largest=150),
+        "SVM on Moreau, by our adapter": Contender(_on(ch.MoreauSolver(tolerance=1e-6)), largest=1000),
+        "SVM on qpth alone": Contender(_qpth, largest=300, documented=(RuntimeError,)),
+        "SVM on cvxpylayers alone": Contender(_cvxpylayers, largest=150, documented=_cvxpylayers_errors()),
+    }
+
+
+def _on(solver: ch.Solver) -> Callable[[HardTask], Answer]:
+    return partial(_svm, partial(ch.SVMHead, solver=solver), judges.crammer_singer)
+
+
+def _has_every_class(task: HardTask) -> bool:
+    return len(task.labels.unique()) == task.ways
+
+
+def _arrays(task: HardTask) -> tuple[np.ndarray, np.ndarray, int]:
+    return task.support.double().numpy(), task.labels.numpy(), task.ways
+
+
+def _svm(head: Callable[..., ch.MulticlassSVM], judge: Callable[..., float], task: HardTask) -> Answer:
+    made = head(task.C)
+    fitted = made.fit(task.support, task.labels, ways=task.ways)
+    assert fitted.solution is not None
+    gap = judge(*_arrays(task), task.C, fitted.dual.coef.numpy())
+    error = None
+    if task.support.dtype == torch.float64 and task.size <= _SMALL and _is_regular(made, fitted, task):
+        error = _gradient_error(lambda support: made(support, task.labels, task.query, ways=task.ways), task.support)
+    return Answer(gap, bool(fitted.solution.converged), error)
+
+
+def _logistic(task: HardTask) -> Answer:
+    head = ch.LogisticHead(1 / task.C)
+    fitted = head.fit(task.support, task.labels, ways=task.ways)
+    assert fitted.solution is not None
+    gap = judges.logistic(*_arrays(task), 1 / task.C, fitted.dual.coef.numpy())
+    error = None
+    if task.support.dtype == torch.float64 and task.size <= _SMALL:
+        error = _gradient_error(lambda support: head(support, task.labels, task.query, ways=task.ways), task.support)
+    return Answer(gap, bool(fitted.solution.converged), error)
+
+
+def _ridge(task: HardTask) -> Answer:
+    head = ch.RidgeHead(1 / task.C)
+    coef = head.fit(task.support, task.labels, ways=task.ways).dual.coef.numpy()
+    gap = judges.ridge(task.support.double().numpy(), np.eye(task.ways)[task.labels.numpy()], 1 / task.C, coef)
+    error = None
+    if task.support.dtype == torch.float64 and task.size <= _SMALL:
+        error = _gradient_error(lambda support: head(support, task.labels, task.query, ways=task.ways), task.support)
+    return Answer(gap, True, error)
+
+
+def _gaussian_process(task: HardTask) -> Answer:
+    fitted = ch.GaussianProcessHead(1 / task.C, kernel=ch.Linear()).fit(task.support, task.values)
+    targets = task.values[:, None].numpy()
+    return Answer(judges.ridge(task.support.double().numpy(), targets, 1 / task.C, fitted.dual.coef.numpy()), True)
+
+
+def _support_vector_regression(task: HardTask) -> Answer:
+    fitted = ch.SupportVectorRegressionHead(task.C, epsilon=0.1).fit(task.support, task.values)
+    assert fitted.solution is not None
+    support, coef = task.support.double().numpy(), fitted.dual.coef.numpy()
+    gap = judges.support_vector_regression(support, task.values.numpy(), task.C, 0.1, coef)
+    return Answer(gap, bool(fitted.solution.converged.all()))
+
+
+def _gaussians(head: ch.Head, covariances: judges.Covariances, task: HardTask) -> Answer:
+    support, query = task.support.double(), task.query.double()
+    logits = head(support, task.labels, query, ways=task.ways)
+    return Answer(judges.gaussian_classes(*_arrays(task), query.numpy(), logits.numpy(), covariances), True)
+
+
+def _prototypes(task: HardTask) -> Answer:
+    return _gaussians(ch.PrototypeHead(), judges.prototypes, task)
+
+
+def _linear_discriminant(task: HardTask) -> Answer:
+    head = ch.LinearDiscriminantHead(0.5, variance=1 / task.C)
+    return _gaussians(head, judges.linear_discriminant(0.5, 1 / task.C), task)
+
+
+def _mahalanobis(task: HardTask) -> Answer:
+    return _gaussians(ch.MahalanobisHead(1 / task.C), judges.mahalanobis(1 / task.C), task)
+
+
+def _problem(task: HardTask) -> tuple[Tensor, Tensor, Tensor]:
+    """Features with gradient, their Gram matrix, and one-hot labels, in float64: what one would write down by hand."""
+    support = task.support.double().clone().requires_grad_()
+    return support, support @ support.mT, functional.one_hot(task.labels, task.ways).double()
+
+
+def _qpth(task: HardTask) -> Answer:
+    """As MetaOptNet's code calls it, but for the 1 that it adds to the diagonal."""
+    from qpth.qp import QPFunction
+
+    _, gram, own = _problem(task)
+    dense = ch.QP(gram[None], own[None], upper=task.C * own[None]).dense()
+    coef = QPFunction(verbose=-1)(*dense).detach().view(own.shape)
+    return Answer(judges.crammer_singer(*_arrays(task), task.C, coef.numpy()), bool(coef.isfinite().all()))
+
+
+def _cvxpylayers(task: HardTask) -> Answer:
+    """As its README does."""
+    import cvxpy
+    from cvxpylayers.torch.cvxpylayer import CvxpyLayer
+
+    _, gram, own = _problem(task)
+    values, vectors = torch.linalg.eigh(gram.detach())
+    root = (vectors * values.clamp_min(0).sqrt()).mT
+    coef, factor = cvxpy.Variable(own.shape), cvxpy.Parameter(root.shape)
+    constraints = [coef <= task.C * own.numpy(), cvxpy.sum(coef, axis=1) == 0]
+    value = cvxpy.sum_squares(factor @ coef) / 2 - cvxpy.sum(cvxpy.multiply(own.numpy(), coef))
+    layer = CvxpyLayer(cvxpy.Problem(cvxpy.Minimize(value), constraints), parameters=[factor], variables=[coef])
+    (found,) = layer(root)
+    gap = judges.crammer_singer(*_arrays(task), task.C, found.detach().double().numpy())
+    return Answer(gap, bool(found.isfinite().all()))
+
+
+def _cvxpylayers_errors() -> tuple[type[Exception], ...]:
+    from cvxpy.error import SolverError
+    from diffcp import SolverError as ConeSolverError
+
+    return SolverError, ConeSolverError
+
+
+_SMALL = 300
+# Relative to the largest coefficient, or to a multiplier of one: what has a derivative on both sides.
+_CLEAR = 1e-3
+_DEFINITE = 1e-7
+
+
+def _is_regular(head: ch.MulticlassSVM, fitted: ch.Fitted, task: HardTask) -> bool:
+    """Whether there is a derivative on both sides.
+
+    Each entry is clearly free or clearly held (strict complementarity), and the free ones are determined by the
+    problem: its Hessian is definite on them (second-order sufficiency). A support example of zero, say, has the same
+    score for all classes, and the slightest move of it decides which of them counts.
+    """
+    assert fitted.solution is not None
+    if task.ways == 1:  # all is zero
+        return False
+    own = functional.one_hot(task.labels, task.ways).bool()
+    coef, pull = fitted.solution.coef, fitted.solution.bound_multipliers
+    assert pull is not None
+    qp, _ = head.problem(fitted.support @ fitted.support.mT, own.double(), torch.tensor(task.C, dtype=torch.float64))
+    size, free = coef.abs().max().clamp_min(torch.finfo(coef.dtype).tiny), torch.ones_like(coef, dtype=torch.bool)
+    for bound, sign in ((qp.upper, 1), (qp.lower, -1)):
+        if bound is not None:
+            slack, multiplier = sign * (bound - coef) / size, (sign * pull).clamp_min(0) / qp.linear.abs().max()
+            if ((slack < _CLEAR) & (multiplier < _CLEAR)).any():
+                return False
+            free &= slack >= _CLEAR
+    n, k = coef.shape
+    hessian = torch.kron(qp.gram, torch.eye(k, dtype=coef.dtype))[free.flatten()][:, free.flatten()]
+    if qp.row_sum:
+        sums = torch.kron(torch.eye(n, dtype=coef.dtype), torch.ones(1, k, dtype=coef.dtype))[:, free.flatten()]
+        rows = sums.any(1)
+        _, _, basis = torch.linalg.svd(sums[rows])
+        basis = basis[int(rows.sum()) :]
+        hessian = basis @ hessian @ basis.mT
+    if not len(hessian):
+        return True
+    values = torch.linalg.eigvalsh(hessian)
+    return bool(values[0] > _DEFINITE * values[-1])
+
+
+def _gradient_error(logits: Callable[[Tensor], Tensor], support: Tensor) -> float:
+    """Of a directional derivative of the logits, against central differences with the best of several steps."""
+    generator = torch.Generator().manual_seed(0)
+    support = support.clone().requires_grad_()
+    out = logits(support)
+    weights = torch.randn(out.shape, generator=generator, dtype=out.dtype)
+    weights /= out.detach().abs().max() or 1.0
+    (gradient,) = torch.autograd.grad((out * weights).sum(), support)
+    random = torch.randn(support.shape, generator=generator, dtype=support.dtype)
+    # Along the gradient, so that there is something to see, and not only along it.
+    steepest = gradient / gradient.norm() if gradient.norm() > 0 else torch.zeros_like(gradient)
+    direction = steepest + 0.1 * random / random.norm()
+    slope = (gradient * direction).sum().item()
+    size, errors = support.detach().norm().item() or 1.0, []
+    with torch.no_grad():
+        for step in (1e-4, 1e-5, 1e-6, 1e-7):
+            ahead, behind = (
+                (logits(support + sign * step * size * direction) * weights).sum().item() for sign in (1, -1)
+            )
+            difference = (ahead - behind) / (2 * step * size)
+            # What rounding leaves of a difference of two numbers around one.
+            noise = 1e-9 / (step * size)
+            errors.append(max(abs(difference - slope) - noise, 0) / max(abs(difference), abs(slope), 1e-300))
+    return min(errors)

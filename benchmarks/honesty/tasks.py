@@ -1,0 +1,105 @@
+"""Tasks that are hard in the ways in which few-shot tasks are, each a function of its seed alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Set = Literal["hard", "beyond"]
+"""Which tasks: those that every solver ought to solve, and some with C beyond what float64 can express."""
+
+
+class HardTask(NamedTuple):
+    """A task.
+
+    Attributes:
+        seed: with `of`, all that it depends on.
+        support: features, `(n, d)`, in float64, float32 or bfloat16.
+        labels: `(n,)`, some of the classes 0 to ways - 1.
+        query: features, `(5, d)`.
+        values: to regress on, `(n,)`, in float64.
+        ways: the number of classes.
+        C: weight of slacks; one over the weight of a regulariser.
+        kinds: what makes it hard.
+    """
+
+    seed: int
+    support: Tensor
+    labels: Tensor
+    query: Tensor
+    values: Tensor
+    ways: int
+    C: float
+    kinds: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Examples times classes."""
+        return len(self.labels) * self.ways
+
+
+def hard_task(seed: int, of: Set = "hard") -> HardTask:
+    """Draw a task.
+
+    1 to 50 ways, 1 to 20 shots a class, uneven, 1 to 2,048 features, small numbers more often than large ones. Features
+    have a scale from 1e-6 to 1e6. C is drawn from 1e-6 to 1e6 in units of one over the mean squared length of the
+    features, on which alone the difficulty depends, so that C itself goes from 1e-18 to 1e18; with `of="beyond"`, from
+    1e8 to 1e18 in these units. Spectra fall to 1e-7, so that the Gram matrix's condition goes up to 1e14.
+    """
+    draw = np.random.default_rng([20261124, seed, of == "beyond"])
+
+    def sometimes(share: float, kind: str) -> bool:
+        if draw.random() < share:
+            kinds.append(kind)
+            return True
+        return False
+
+    def some(share: float) -> np.ndarray:
+        return draw.integers(0, n, max(1, int(share * n)))
+
+    kinds: list[str] = []
+    ways, most, d = (round(math.exp(draw.uniform(0, math.log(largest)))) for largest in (50, 20, 2048))
+    labels = np.repeat(np.arange(ways), draw.integers(1, most + 1, ways))
+    n = len(labels)
+    x = 10 ** draw.uniform(-1, 1) * draw.normal(size=(ways, d))[labels] + draw.normal(size=(n, d))
+    if sometimes(0.1, "collinear"):
+        rank = max(1, min(n, d) // 3)
+        x = draw.normal(size=(n, rank)) @ draw.normal(size=(rank, d))
+    if sometimes(0.1, "ill-conditioned"):
+        left, spectrum, right = np.linalg.svd(x, full_matrices=False)
+        x = left * np.logspace(0, -draw.uniform(2, 7), len(spectrum)) @ right
+    if sometimes(0.15, "duplicates"):
+        x[some(0.25)] = x[draw.integers(n)]
+    if sometimes(0.1, "near-ties"):
+        where = some(0.25)
+        x[where] = x[draw.integers(0, n, len(where))] * (1 + 10.0 ** -draw.integers(4, 13))
+    if sometimes(0.1, "zeros"):
+        x[some(0.15)] = 0
+    if sometimes(0.02, "all zero"):
+        x[:] = 0
+    if sometimes(0.2, "label noise"):
+        where = some(0.3)
+        labels[where] = draw.integers(0, ways, len(where))
+    if sometimes(0.03, "one class"):
+        labels[:] = draw.integers(ways)
+    scale = 10 ** draw.uniform(-6, 6)
+    x = scale * x
+    query = x[draw.integers(0, n, 5)] + scale * draw.normal(size=(5, d))
+    kind = [torch.float64, torch.float32, torch.bfloat16][draw.choice(3, p=[0.6, 0.25, 0.15])]
+    support = torch.from_numpy(x).to(kind)
+    length = support.double().square().sum(-1).mean().item()
+    strength = draw.uniform(8, 18) if of == "beyond" else draw.uniform(-6, 6)
+    return HardTask(
+        seed=seed,
+        support=support,
+        labels=torch.from_numpy(labels),
+        query=torch.from_numpy(query).to(kind),
+        values=torch.from_numpy(draw.normal(size=n)),
+        ways=ways,
+        C=10**strength / (length if length > 0 else 1.0),
+        kinds=tuple(kinds),
+    )

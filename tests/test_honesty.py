@@ -1,0 +1,155 @@
+"""The benchmark of honesty: its tasks are those of their seeds, its judges judge, and a bad answer gets its verdict."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.svm import SVR
+
+import convexheads as ch
+from benchmarks.honesty import __main__ as honesty
+from benchmarks.honesty import contenders, judges
+from benchmarks.honesty.contenders import Answer, Contender
+from benchmarks.honesty.tasks import hard_task
+
+
+def test_tasks_are_functions_of_their_seed_and_cover_the_ranges():
+    tasks = [hard_task(seed) for seed in range(300)]
+    again = hard_task(17)
+    assert torch.equal(again.support, tasks[17].support)
+    assert again.C == tasks[17].C
+    assert {task.support.dtype for task in tasks} == {torch.float64, torch.float32, torch.bfloat16}
+    assert {task.ways for task in tasks} >= {1, 2, 3, 5}
+    assert max(task.ways for task in tasks) > 40
+    assert max(task.support.shape[1] for task in tasks) > 1500
+    assert min(task.support.shape[1] for task in tasks) == 1
+    kinds = {kind for task in tasks for kind in task.kinds}
+    assert {"collinear", "ill-conditioned", "duplicates", "near-ties", "zeros", "label noise", "one class"} <= kinds
+    scales = [task.support.double().abs().max().item() for task in tasks if "all zero" not in task.kinds]
+    assert min(scales) < 1e-4
+    assert max(scales) > 1e5
+    beyond = [hard_task(seed, "beyond") for seed in range(20)]
+    length = [task.support.double().square().sum(-1).mean().item() for task in beyond]
+    assert all(task.C * square > 9e7 or square == 0 for task, square in zip(beyond, length, strict=True))
+
+
+@pytest.fixture
+def simple():
+    generator = np.random.default_rng(0)
+    return generator.normal(size=(12, 5)), np.arange(12) % 3
+
+
+def test_judges_agree_with_solvers_that_others_wrote(simple):
+    """An optimum of scikit-learn has no gap; a point next to it has."""
+    x, labels = simple
+    values = x[:, 0] + 0.1 * x[:, 1] ** 2
+    other = SVR(kernel="linear", C=0.7, epsilon=0.1, tol=1e-12).fit(x, values)
+    coef = np.zeros((12, 1))
+    coef[other.support_, 0] = other.dual_coef_[0]
+    centred = values - other.intercept_  # the library has no intercept
+    assert judges.support_vector_regression(x, centred, 0.7, 0.1, coef) < 1e-6
+    assert judges.support_vector_regression(x, centred, 0.7, 0.1, 0.9 * coef) > 1e-4
+
+    targets = np.eye(3)[labels]
+    weights = Ridge(alpha=2.0, fit_intercept=False, solver="cholesky").fit(x, targets).coef_.T
+    coef = (targets - x @ weights) / 2.0
+    assert judges.ridge(x, targets, 2.0, coef) < 1e-12
+    assert judges.ridge(x, targets, 2.0, 1.01 * coef) > 1e-6
+
+    settings = {"C": 0.5, "fit_intercept": False, "tol": 1e-12, "max_iter": 10_000}
+    shares = LogisticRegression(**settings).fit(x, labels).predict_proba(x)
+    assert judges.logistic(x, labels, 3, 2.0, (targets - shares) / 2.0) < 1e-9
+    assert judges.logistic(x, labels, 3, 2.0, 0.9 * (targets - shares) / 2.0) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("head", "judge"),
+    [
+        (ch.SVMHead, judges.crammer_singer),
+        (ch.WestonWatkinsHead, judges.weston_watkins),
+        (ch.OneVsRestHead, judges.one_vs_rest),
+        (ch.SimplifiedSVMHead, judges.simplified),
+    ],
+    ids=lambda value: value.__name__,
+)
+def test_judges_of_svms_find_the_gap_of_a_wrong_answer(head, judge, simple):
+    x, labels = simple
+    coef = head(0.3).fit(torch.from_numpy(x), torch.from_numpy(labels)).dual.coef.numpy()
+    assert judge(x, labels, 3, 0.3, coef) < 1e-12
+    for wrong in (0.9 * coef, 0 * coef, -coef, coef[::-1]):
+        assert judge(x, labels, 3, 0.3, wrong) > 1e-3
+    assert judge(x, labels, 3, 0.3, np.full_like(coef, np.nan)) == np.inf
+
+
+@pytest.mark.parametrize("name", ["SVM", "logistic regression", "ridge regression", "prototypes", "Mahalanobis"])
+def test_native_heads_solve_hard_tasks(name):
+    for seed in range(60):
+        task = hard_task(seed)
+        if task.size < 3000:
+            verdict, detail, gradient_error = honesty.attempt(name, "hard", seed)
+            assert verdict in ("solved", "left out"), (seed, detail)
+            assert gradient_error is None or gradient_error < honesty.WRONG_GRADIENT, seed
+
+
+@pytest.mark.parametrize("seed", [79, 948, 1456])
+def test_interior_point_is_patient_where_the_gap_falls_slowly(seed):
+    """Tasks at which it once gave up, at 2e-6."""
+    assert honesty.attempt("SVM, in torch", "hard", seed)[0] == "solved"
+
+
+def test_verdicts():
+    assert honesty.verdict(Answer(1e-9, solved=True)) == "solved"
+    assert honesty.verdict(Answer(1e-5, solved=True)) == "imprecise"
+    assert honesty.verdict(Answer(1e-3, solved=True)) == "silently wrong"
+    assert honesty.verdict(Answer(float("nan"), solved=True)) == "silently wrong"
+    assert honesty.verdict(Answer(1e-3, solved=False)) == "flagged"
+
+
+def _hang(task):
+    time.sleep(60)
+
+
+def _die(task):
+    os._exit(3)
+
+
+def _raise(task):
+    raise ZeroDivisionError
+
+
+def _flag(task):
+    raise ch.SolverError("no")
+
+
+def test_crashes_and_hangs_are_counted(monkeypatch):
+    tried = {"hangs": _hang, "dies": _die, "raises": _raise, "flags": _flag}
+    monkeypatch.setattr(honesty, "contenders", lambda: {name: Contender(answer) for name, answer in tried.items()})
+    found = {name: next(honesty.attempts(name, "hard", range(1), limit=2, workers=1))[0] for name in tried}
+    assert found == {"hangs": "hung", "dies": "crashed", "raises": "crashed", "flags": "flagged"}
+
+
+def test_gradients_are_judged():
+    head, task = ch.SVMHead(0.3), hard_task(17)
+    support, labels = torch.randn(9, 12, dtype=torch.float64), torch.arange(9) % 3
+    query = torch.randn(4, 12, dtype=torch.float64)
+    assert contenders._gradient_error(lambda x: head(x, labels, query), support) < 1e-5
+    assert contenders._gradient_error(lambda x: head(x, labels, query) + 0.1 * (x - x.detach()).sum(), support) > 0.01
+    assert task.size > 0
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    options = ["--tasks", "3", "--beyond", "2", "--peer-tasks", "2", "--workers", "1"]
+    names = ["SVM", "SVM on qpth alone"]
+    monkeypatch.setattr("sys.argv", ["honesty", *options, "--names", str(names), "--output", str(tmp_path)])
+    honesty.main()
+    assert "silently wrong" in (tmp_path / "honesty.md").read_text()
+    assert (tmp_path / "notable.csv").read_text().startswith("contender,set,seed,verdict,detail")
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["honesty", "--names", "[nobody]"])
+    with pytest.raises(SystemExit, match="names: got nobody"):
+        honesty.main()
