@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tasks import close, crammer_singer, task, tasks
 from test_solvers import known, known_problem
 
+from benchmarks.honesty.tasks import hard_task
 from convexheads import InputError, NativeSolver, SVMHead
 from convexheads.solvers import active_set, compiled
 from convexheads.solvers.native import can_be_compiled
@@ -123,6 +124,24 @@ def test_singular_and_broken_tasks_leave_their_neighbours_alone():
     for i in (0, 2):
         alone, *_ = solve(qp.tasks(slice(i, i + 1)))
         assert torch.equal(found.coef[i], alone.coef[0])
+
+
+@pytest.mark.parametrize("seed", [2, 12, 39])
+def test_what_the_compiled_search_left_is_not_searched_again(seed):
+    """In torch, a search of many classes takes seconds, and ends as the compiled one did."""
+    hard = hard_task(seed)
+    head = SVMHead(hard.C)
+    rounds = []
+
+    def search(*arguments, max_rounds, **options):
+        rounds.append(max_rounds)
+        return original(*arguments, max_rounds=max_rounds, **options)
+
+    original = active_set.search
+    with patch.object(active_set, "search", search):
+        fitted = head.fit(hard.support, hard.labels, ways=hard.ways)
+    assert fitted.solution.converged
+    assert rounds == [1]  # of the polishing
 
 
 def logits():

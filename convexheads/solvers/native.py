@@ -109,14 +109,14 @@ class NativeSolver(Solver):
         compiled: Literal[False] | None = None,
     ) -> None:
         super().__init__(max_iterations=max_iterations, tolerance=tolerance, on_failure=on_failure)
-        if gradient not in get_args(Gradient):
+        if not isinstance(gradient, str) or gradient not in get_args(Gradient):
             raise InputError("NativeSolver(gradient)", repr(gradient), f"one of {get_args(Gradient)}")
         if (gradient == "truncated") is (max_iterations is None) and gradient != "exact":
             wanted = "a number" if gradient == "truncated" else "None"
             raise InputError("NativeSolver(max_iterations)", max_iterations, f"{wanted} with gradient={gradient!r}")
         self.gradient: Gradient = gradient
         self.relaxation = positive("NativeSolver(relaxation)", relaxation, learnable=False)
-        if compiled not in (False, None):
+        if compiled is not None and compiled is not False:
             raise InputError("NativeSolver(compiled)", repr(compiled), "False, or None for where that is possible")
         self.compiled = compiled
 
@@ -160,8 +160,7 @@ class NativeSolver(Solver):
         return solution, scale, type(found)._make(own)
 
     def _answer(self, qp: QP) -> tuple[Solution, Float[Tensor, " tasks"], ActiveSet | Relaxed | None]:
-        as_ever = self.max_iterations is None and self.gradient == "exact" and self.compiled is None
-        if not (as_ever and len(qp.linear) and can_be_compiled(qp)):
+        if not self._is_compiled(qp):
             return super()._answer(qp)
         from convexheads.solvers import compiled
 
@@ -175,6 +174,10 @@ class NativeSolver(Solver):
             solution, found = solution.with_tasks(hard, solved), found.with_tasks(hard, own)
             scale = scale.index_put((hard,), own_scale)
         return solution, scale, found
+
+    def _is_compiled(self, qp: QP) -> bool:
+        as_ever = self.max_iterations is None and self.gradient == "exact" and self.compiled is None
+        return as_ever and len(qp.linear) > 0 and can_be_compiled(qp)
 
     def _coefficients(self, qp: QP) -> Solved:
         if self.max_iterations is not None:
@@ -195,6 +198,8 @@ class NativeSolver(Solver):
         return Solved(certificate.feasible, iterations, certificate, found)
 
     def _optimum(self, qp: QP) -> tuple[ActiveSet, Certificate, Int[Tensor, " tasks"]]:
+        if self._is_compiled(qp):  # then the search has failed already, compiled
+            return self._from_inside(qp)
         aim = _AIM * self.tolerance
         _, n, k = qp.linear.shape
         if many := k * n * n > _LARGEST_BLOCKS:
@@ -206,15 +211,17 @@ class NativeSolver(Solver):
             certificate = qp.certify(found.coef)
         hard = ~(certificate.within(aim) & certificate.shows_active_set())
         rank = n if qp.root is None else qp.root.shape[-1]
-        if hard.any() and k * n * rank <= _LARGEST_BLOCKS:
-            problem = qp.tasks(hard)
-            if not many:
-                problem = _with_root(problem)
-            inside = interior_point(problem, tolerance=aim, max_iterations=_ENOUGH_ITERATIONS)
-            polished, certified = active_set.polish(problem, inside.point)
+        if hard.any() and not (many and k * n * rank > _LARGEST_BLOCKS):
+            polished, certified, needed = self._from_inside(qp.tasks(hard))
             found, certificate = found.with_tasks(hard, polished), certificate.with_tasks(hard, certified)
-            iterations = iterations.index_put((hard,), inside.iterations)
+            iterations = iterations.index_put((hard,), needed)
         return found, certificate, iterations
+
+    def _from_inside(self, qp: QP) -> tuple[ActiveSet, Certificate, Int[Tensor, " tasks"]]:
+        """By the interior point, and the active set that it ends at."""
+        qp = qp if qp.root is not None else _with_root(qp)
+        inside = interior_point(qp, tolerance=_AIM * self.tolerance, max_iterations=_ENOUGH_ITERATIONS)
+        return *active_set.polish(qp, inside.point), inside.iterations
 
     def _by_splitting(self, qp: QP, aim: float) -> tuple[ActiveSet, Certificate, Int[Tensor, " tasks"]]:
         """For very many classes: splitting until a round or two of the search ends certified; nothing of k n^2.
