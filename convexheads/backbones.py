@@ -298,7 +298,7 @@ def make_backbone(name: str, examples: Tensor, **settings: object) -> Backbone:
         InputError: no such backbone, or no such setting of it.
         MissingDependencyError: "wrn28", and learn2learn is not installed.
     """
-    if name not in BACKBONES:
+    if not isinstance(name, str) or name not in BACKBONES:
         raise InputError("backbone", repr(name), f"one of {', '.join(BACKBONES)}")
     try:
         return BACKBONES[name](examples, **settings)

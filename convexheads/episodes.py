@@ -14,10 +14,11 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convexheads.errors import InputError, check_counts
+from convexheads.errors import InputError, check_counts, check_flag, check_seed
 from convexheads.heads.base import Fitted, Head
 from convexheads.heads.inputs import check_finite
 from convexheads.hyperparameters import value_of
+from convexheads.precision import is_dense, is_of_floats, is_of_integers, kind
 
 
 class Episode(NamedTuple):
@@ -87,26 +88,33 @@ def split_task(data: Tensor, labels: Integer[Tensor, "*batch n"], *, shots: int)
         Support and query with their labels, leading dimensions kept. Labels are not renumbered.
 
     Raises:
-        InputError: `shots` is not positive, the shapes don't go together, a class has no example left for the query, or
-            the tasks of the batch differ in their number of classes.
+        InputError: `shots` is not positive, data or labels are no tensors, there is no task, the shapes don't go
+            together, a class has no example left for the query, or the tasks of the batch differ in their number of
+            classes.
 
     Example:
         `episode = split_task(*taskset.sample(), shots=5)`
     """
     check_counts(shots=shots)
+    if not is_dense(data):
+        raise InputError("data", kind(data), "a tensor of images or features")
+    if not is_of_integers(labels):
+        raise InputError("labels", kind(labels), "a tensor of integers")
     if data.shape[: labels.ndim] != labels.shape or labels.ndim < 1:
         raise InputError(
             "data", f"shape {tuple(data.shape)}", f"the leading dimensions of labels, {tuple(labels.shape)}"
         )
     batch, n = labels.shape[:-1], labels.shape[-1]
-    rows, flat = labels.reshape(-1, n), data.reshape(-1, *data.shape[labels.ndim - 1 :])
-    same = rows.unsqueeze(-1) == rows.unsqueeze(-2)
-    short = same.sum(-1) <= shots
+    rows, flat = labels.reshape(batch.numel(), n), data.reshape(batch.numel(), *data.shape[labels.ndim - 1 :])
+    if not len(rows):
+        raise InputError("labels", f"shape {tuple(labels.shape)}", "one task at least")
+    same = rows.long().unsqueeze(-1) == rows.long().unsqueeze(-2)
+    short = same.sum(-1) <= min(shots, n)
     if short.any():
         task, example = short.nonzero()[0].tolist()
         count, label = int(same[task, example].sum()), int(rows[task, example])
         raise InputError("labels", f"{count} examples of class {label} in task {task}", f"more than shots={shots}")
-    in_support = same.tril(-1).sum(-1) < shots
+    in_support = same.tril(-1).sum(-1) < min(shots, n)
     sizes = in_support.sum(-1)
     if (sizes != sizes[0]).any():
         raise InputError(
@@ -248,7 +256,7 @@ def calibrate(
 def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progress: bool = True) -> Tensor:
     """Features of all images, for `evaluate`: in evaluation mode, without gradient, the backbone's mode restored.
 
-    What the backbone raises passes through; nothing else is checked.
+    What the backbone raises passes through.
 
     Args:
         backbone: maps a batch of images to features; what it returns is flattened to `(batch, d)`.
@@ -258,15 +266,28 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
 
     Returns:
         `(examples, d)`, on the images' device.
+
+    Raises:
+        InputError: no module, no tensor of images, an unusable size, or a result that is no row for each image.
     """
+    check_counts(batch_size=batch_size)
+    check_flag("progress", progress)
+    if not isinstance(backbone, nn.Module):
+        raise InputError("backbone", type(backbone).__name__, "a module")
+    if not is_dense(images) or not images.ndim:
+        raise InputError("images", kind(images), "a tensor of images, (examples, ...)")
     training = backbone.training
     parameter = next(backbone.parameters(), images)
     backbone.eval()
     features = []
     try:
         with torch.no_grad(), _bar(len(images), "embedding", progress) as bar:
-            for batch in images.split(batch_size):
-                features.append(backbone(batch.to(parameter.device)).flatten(1).to(images.device))
+            for batch in images.split(min(batch_size, max(1, len(images)))):
+                found = backbone(batch.to(parameter.device))
+                if not is_dense(found) or found.ndim < 2 or len(found) != len(batch):
+                    got = f"a result of shape {tuple(found.shape)}" if isinstance(found, Tensor) else kind(found)
+                    raise InputError("backbone", got, "features of each image, (batch, ...)")
+                features.append(found.flatten(1).to(images.device))
                 bar.update(len(batch))
     finally:
         backbone.train(training)
@@ -275,7 +296,7 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
 
 def _draw(labels: Tensor, ways: int, per_class: int, episodes: int, seed: int) -> Iterator[Integer[Tensor, "ways m"]]:
     """Indices of the examples of each episode: classes and examples without replacement."""
-    labels = labels.cpu()
+    labels = labels.cpu().long()
     classes, counts = labels.unique(return_counts=True)
     if len(classes) < ways:
         raise InputError("labels", f"{len(classes)} classes", f"at least ways={ways}")
@@ -315,14 +336,16 @@ class _Episodes:
     def __post_init__(self) -> None:
         names = ("ways", "shots", "queries", "episodes", "batch_size")
         check_counts(**{name: getattr(self, name) for name in names})
-        rank, processes = self.part
-        if not 0 <= rank < min(processes, self.episodes):
+        check_seed(self.seed)
+        pair = isinstance(self.part, tuple) and [type(number) for number in self.part] == [int, int]
+        if not pair or not 0 <= self.part[0] < min(self.part[1], self.episodes):
             raise InputError("part", repr(self.part), f"(rank, processes) with rank < processes <= {self.episodes}")
-        for name, value, kind in (("features", self.features, "floating-point"), ("labels", self.labels, "integer")):
-            right = isinstance(value, Tensor) and value.is_floating_point() == (kind == "floating-point")
-            if not right:
-                got = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-                raise InputError(name, got, f"a tensor of {kind} values")
+        for name, value, right, wanted in (
+            ("features", self.features, is_of_floats, "floating-point"),
+            ("labels", self.labels, is_of_integers, "integer"),
+        ):
+            if not right(value):
+                raise InputError(name, kind(value), f"a tensor of {wanted} values")
         if self.features.ndim != 2 or self.labels.shape != self.features.shape[:1]:
             got = f"shapes {tuple(self.features.shape)} and {tuple(self.labels.shape)}"
             raise InputError("features, labels", got, "(examples, d) and (examples,)")
@@ -332,6 +355,7 @@ class _Episodes:
         """The head fitted on each batch of episodes, its logits and their labels, without gradient."""
         if not isinstance(head, Head):
             raise InputError("head", type(head).__name__, "a classification head")
+        check_flag("progress", progress)
         device, ways, shots = self.features.device, self.ways, self.shots
         rank, processes = self.part
         draws = _draw(self.labels, ways, shots + self.queries, self.episodes, self.seed)

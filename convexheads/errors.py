@@ -57,6 +57,33 @@ def check_counts(**counts: object) -> None:
             raise InputError(name, described(count), "an integer of at least 1")
 
 
+def check_seed(seed: object) -> None:
+    """Raise `InputError` unless it is a seed of PyTorch's and NumPy's generators.
+
+    Args:
+        seed: anything.
+
+    Raises:
+        InputError: it is no integer, is a bool, is negative, or has more than 63 bits.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise InputError("seed", described(seed), "an integer from 0 to 2**63 - 1")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise `InputError` unless it is True or False.
+
+    Args:
+        name: of the argument, for the error.
+        value: anything.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise InputError(name, described(value), "True or False")
+
+
 class SolverError(ConvexHeadsError, RuntimeError):
     """At least one task of a batch could not be solved to the tolerance asked for; a `RuntimeError` too.
 

@@ -8,7 +8,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from convexheads.errors import InputError, described
+from convexheads.errors import InputError, check_flag, described
+
+_LARGEST = torch.finfo(torch.float64).max
+_LEAST, _MOST = 1e-37, 1e38  # in float32, a little less than its range
 
 
 class OneLine(nn.Module):
@@ -25,7 +28,7 @@ class Learnable(OneLine):
     published by Lee et al. 2019 keeps the scale of their Eq. 12 as an unconstrained parameter.
 
     Args:
-        initial: starting value, a finite number, and positive unless `signed`.
+        initial: starting value, a number that float32 holds (at most 1e38), and from 1e-37 on unless `signed`.
         signed: whether it may take any sign, as a bias may. Default False.
 
     Raises:
@@ -37,15 +40,15 @@ class Learnable(OneLine):
 
     def __init__(self, initial: float, *, signed: bool = False) -> None:
         super().__init__()
+        check_flag("Learnable(signed)", signed)
         self.signed = signed
+        (finite if signed else positive)("Learnable(initial)", initial, learnable=False)
+        if abs(initial) > _MOST or (initial < _LEAST and not signed):
+            raise InputError("Learnable(initial)", initial, f"one that float32 holds, from {_LEAST} to {_MOST}")
         if signed:
-            self.signed_value = nn.Parameter(
-                torch.tensor(float(finite("Learnable(initial)", initial, learnable=False)))
-            )
+            self.signed_value = nn.Parameter(torch.tensor(float(initial)))
         else:
-            self.log_value = nn.Parameter(
-                torch.tensor(math.log(positive("Learnable(initial)", initial, learnable=False)))
-            )
+            self.log_value = nn.Parameter(torch.tensor(math.log(initial)))
 
     @property
     def value(self) -> Tensor:
@@ -103,7 +106,7 @@ def finite(name: str, value: _T, *, learnable: bool = True) -> _T:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def value_of(hyperparameter: Hyperparameter, like: Tensor) -> Tensor:

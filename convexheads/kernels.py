@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from convexheads.errors import InputError
+from convexheads.errors import InputError, check_flag
 from convexheads.hyperparameters import Hyperparameter, Learnable, OneLine, display, positive, value_of
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
@@ -25,7 +26,7 @@ Kernel = Callable[[Tensor, Tensor], Tensor]
 
 
 def for_support(kernel: Kernel, support: Float[Tensor, "*batch n d"], mask: Bool[Tensor, "*batch n"] | None) -> Kernel:
-    """The kernel as it is for one support set: what a kernel takes from the data (a width) is settled here.
+    """The kernel as it is for one support set: what it takes from the data (a width), or learns, is settled here.
 
     Args:
         kernel: any; one without a method of this name is returned as it is.
@@ -58,7 +59,7 @@ class Composable(OneLine):
         return Product(_as_kernel(other), self)
 
     def for_support(self, support: Float[Tensor, "*batch n d"], mask: Bool[Tensor, "*batch n"] | None) -> Kernel:
-        """The kernel with everything settled that it takes from a support set; by default itself.
+        """The kernel with everything settled that it takes from a support set, or learns; by default itself.
 
         Args:
             support: features, `(*batch, n, d)`. They are not checked.
@@ -71,7 +72,12 @@ class Composable(OneLine):
 
 
 def _as_kernel(value: Kernel | Hyperparameter) -> Kernel:
-    return value if callable(value) and not isinstance(value, Learnable) else Constant(value)
+    return value if is_kernel(value) else Constant(value)  # pyright: ignore[reportArgumentType]
+
+
+def is_kernel(value: object) -> TypeGuard[Kernel]:
+    """Whether the `value` can be called, and is neither a class nor a `Learnable`. What it returns is not checked."""
+    return callable(value) and not isinstance(value, type | Learnable)
 
 
 class Linear(Composable):
@@ -80,13 +86,16 @@ class Linear(Composable):
     The linear kernel of Rasmussen & Williams (2006, Table 4.1), but without weights of the features.
 
     Args:
-        normalize: divide by the feature dimension d. Default False; it is not checked. With `PrototypeHead` this is the
-            "squared Euclidean distance normalized with respect to the feature dimension" of Lee et al. 2019 (Section
-            4.1).
+        normalize: divide by the feature dimension d. Default False. With `PrototypeHead` this is the "squared Euclidean
+            distance normalized with respect to the feature dimension" of Lee et al. 2019 (Section 4.1).
+
+    Raises:
+        InputError: `normalize` is neither True nor False.
     """
 
     def __init__(self, *, normalize: bool = False) -> None:
         super().__init__()
+        check_flag("Linear(normalize)", normalize)
         self.normalize = normalize
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
@@ -120,7 +129,10 @@ class Constant(Composable):
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
         """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`. Nothing is checked."""
-        return value_of(self.value, x).expand(*x.shape[:-1], y.shape[-2])
+        return _constant(x, y, value_of(self.value, x))
+
+    def for_support(self, support: Float[Tensor, "*batch n d"], mask: Bool[Tensor, "*batch n"] | None) -> Kernel:
+        return partial(_constant, value=value_of(self.value, support))
 
     def extra_repr(self) -> str:
         return display(self.value)
@@ -164,7 +176,8 @@ class RBF(Composable):
         return _gaussian(x, y, _median_distance(y, None) if self.width is None else value_of(self.width, y))
 
     def for_support(self, support: Float[Tensor, "*batch n d"], mask: Bool[Tensor, "*batch n"] | None) -> Kernel:
-        return self if self.width is not None else partial(_gaussian, width=_median_distance(support, mask))
+        width = _median_distance(support, mask) if self.width is None else value_of(self.width, support)
+        return partial(_gaussian, width=width)
 
     def extra_repr(self) -> str:
         return "" if self.width is None else display(self.width)
@@ -194,7 +207,11 @@ class Polynomial(Composable):
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
         """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`. Nothing is checked."""
-        return (value_of(self.scale, x) * (x @ y.mT) + value_of(self.offset, x)) ** self.degree
+        return self.for_support(y, None)(x, y)
+
+    def for_support(self, support: Float[Tensor, "*batch n d"], mask: Bool[Tensor, "*batch n"] | None) -> Kernel:
+        scale, offset = value_of(self.scale, support), value_of(self.offset, support)
+        return partial(_polynomial, degree=self.degree, scale=scale, offset=offset)
 
     def extra_repr(self) -> str:
         return f"{self.degree}, offset={display(self.offset)}, scale={display(self.scale)}"
@@ -208,7 +225,7 @@ class _Combination(Composable):
         if not kernels:
             raise InputError(f"{type(self).__name__}(kernels)", "none", "at least one kernel")
         for kernel in kernels:
-            if not callable(kernel):
+            if not is_kernel(kernel):
                 raise InputError(f"{type(self).__name__}(kernels)", repr(kernel), "kernels, callables (x, y) -> gram")
         self.kernels = kernels
         self.parts = nn.ModuleList(kernel for kernel in kernels if isinstance(kernel, nn.Module))
@@ -252,6 +269,14 @@ class Product(_Combination):
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
         """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`. Nothing is checked."""
         return torch.stack([kernel(x, y) for kernel in self.kernels]).prod(0)
+
+
+def _constant(x: Tensor, y: Tensor, value: Tensor) -> Tensor:
+    return value.expand(*x.shape[:-1], y.shape[-2])
+
+
+def _polynomial(x: Tensor, y: Tensor, degree: int, scale: Tensor, offset: Tensor) -> Tensor:
+    return (scale * (x @ y.mT) + offset) ** degree
 
 
 def _gaussian(x: Tensor, y: Tensor, width: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Integer
 from torch import Tensor
 
-from convexheads.errors import InputError, check_counts
+from convexheads.errors import InputError, check_counts, check_flag, check_seed
+from convexheads.precision import is_dense, is_of_integers, kind
 
 
 class EpisodeLoader:
@@ -39,8 +40,8 @@ class EpisodeLoader:
         processes: how many there are. Default 1.
 
     Raises:
-        InputError: a size is not positive, samples and labels don't go together, there are too few classes, a class has
-            too few samples, or episodes cannot be shared out evenly.
+        InputError: a size is not positive, an argument is of another type, samples and labels don't go together, there
+            are too few classes, a class has too few samples, or episodes cannot be shared out evenly.
 
     Example:
         `for samples, labels in EpisodeLoader(images, classes, ways=5, shots=1): ...`
@@ -64,15 +65,26 @@ class EpisodeLoader:
         processes: int = 1,
     ) -> None:
         check_counts(ways=ways, shots=shots, queries=queries, tasks=tasks, steps=steps, processes=processes)
-        if rank not in range(processes):
+        check_seed(seed)
+        check_flag("fixed", fixed)
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank not in range(processes):
             raise InputError("rank", repr(rank), f"an integer from 0 to processes - 1 = {processes - 1}")
-        if labels.shape != samples.shape[:1]:
+        if augment is not None and not callable(augment):
+            raise InputError("augment", repr(augment), "a function from a sample to a sample, or None")
+        if not is_dense(samples):
+            raise InputError("samples", kind(samples), "a tensor, (n, *sample)")
+        if not is_of_integers(labels):
+            raise InputError("labels", kind(labels), "a tensor of integers")
+        labels = labels.cpu().long()
+        if labels.shape != samples.shape[:1] or not labels.ndim:
             got = f"shapes {tuple(samples.shape)} and {tuple(labels.shape)}"
             raise InputError("samples, labels", got, "(n, *sample) and (n,)")
         present = labels.unique().tolist()
         self.members = [(labels == label).nonzero().flatten().numpy() for label in present]
         if len(self.members) < ways:
             raise InputError("ways", ways, f"at most the {len(self.members)} classes of the data")
+        if classes is not None and (not isinstance(classes, Sequence) or len(classes) != len(present)):
+            raise InputError("classes", repr(classes), f"a name for each of the {len(present)} classes, or None")
         self.each = shots + queries
         if short := [number for number, own in enumerate(self.members) if len(own) < self.each]:
             name, count = (classes or present)[short[0]], len(self.members[short[0]])

@@ -92,6 +92,6 @@ def r2d2(version: Version = "paper") -> RidgeHead:
 
 
 def _official(version: str) -> bool:
-    if version not in get_args(Version):
+    if not isinstance(version, str) or version not in get_args(Version):
         raise InputError("version", repr(version), "'paper' or 'official'")
     return version == "official"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from convexheads import storage
 from convexheads.backbones import Backbone, make_backbone
-from convexheads.errors import InputError
+from convexheads.errors import InputError, described
 from convexheads.heads import Head, SVMHead
 from convexheads.hyperparameters import Learnable
 from convexheads.kernels import Linear
@@ -49,7 +49,7 @@ def make_head(name: str) -> Head:
     Raises:
         InputError: no such head.
     """
-    if name not in HEADS:
+    if not isinstance(name, str) or name not in HEADS:
         raise InputError("head", repr(name), f"one of {', '.join(HEADS)}")
     return HEADS[name]()
 
@@ -111,14 +111,13 @@ def load_pretrained(name: str | Path) -> Pretrained:
         `backbone, head, _ = load_pretrained("conv4-cifar-fs-svm")`, then
         `head(backbone(support_images), labels, backbone(query_images))` with 32 x 32 images.
     """
-    path = next(
-        (
-            path
-            for path in (ZOO / f"{name}.safetensors", Path(name) / "model.safetensors", Path(name))
-            if path.is_file()
-        ),
-        None,
-    )
+    if not isinstance(name, str | Path):
+        raise InputError("name", described(name), "a name or a path")
+    try:
+        places = ZOO / f"{name}.safetensors", Path(name) / "model.safetensors", Path(name)
+        path = next((path for path in places if path.is_file()), None)
+    except OSError:  # too long for a name
+        path = None
     if path is None:
         wanted = f"a file or folder of trained weights, or one of {', '.join(names())}"
         raise InputError("name", repr(str(name)), wanted)
@@ -127,7 +126,7 @@ def load_pretrained(name: str | Path) -> Pretrained:
         state, settings = storage.load(path, key="settings", needed_by="load_pretrained")
         channels, size = state["backbone.mean"].shape[1], settings["image_size"]
         modules = make_untrained(settings, torch.zeros(2, channels, size, size, dtype=torch.uint8))
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, LookupError, TypeError, ValueError) as error:
         raise InputError("name", f"{path} ({error})", wanted) from error
     try:
         for prefix, module in zip(("backbone.", "head."), modules, strict=True):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import patch
 
 import pytest
@@ -142,26 +140,6 @@ def test_what_the_compiled_search_left_is_not_searched_again(seed):
         fitted = head.fit(hard.support, hard.labels, ways=hard.ways)
     assert fitted.solution.converged
     assert rounds == [1]  # of the polishing
-
-
-def logits():
-    support, labels, query, _ = task(4, shots=(5, 5, 5), seed=3)
-    return SVMHead(0.3)(support, labels, query)
-
-
-def _send(queue):
-    queue.put(logits().numpy())
-
-
-def test_works_from_threads_and_forked_processes():
-    expected = logits()
-    with ThreadPoolExecutor(4) as pool:
-        assert all(torch.equal(found, expected) for found in pool.map(lambda _: logits(), range(16)))
-    queue = multiprocessing.get_context("fork").Queue()
-    child = multiprocessing.get_context("fork").Process(target=_send, args=(queue,))
-    child.start()
-    assert torch.equal(torch.from_numpy(queue.get(timeout=60)), expected)
-    child.join()
 
 
 def test_only_where_it_is_possible(monkeypatch):

@@ -13,6 +13,8 @@ from convexheads import (
     RBF,
     ConvexHeadsError,
     CvxpylayersSolver,
+    Dual,
+    Head,
     InputError,
     Learnable,
     LinearDiscriminantHead,
@@ -282,3 +284,25 @@ def test_numbers_that_are_not_pythons_own():
         InputError, match=r"C: got .*numpy.float32.*, wanted a positive finite number|C: got np.float32"
     ):
         SVMHead(C=np.float32(0.1))
+
+
+@pytest.mark.parametrize(
+    ("coef", "message"),
+    [
+        (lambda gram, targets: targets.mT, r"OwnHead.dual: got coef of shape \(2, 3, 6\) in torch.float64, wanted"),
+        (lambda gram, targets: targets.float(), r"got coef of shape .* in torch.float32, wanted \(2, 6, 3\) in .*64"),
+    ],
+    ids=["transposed", "float32"],
+)
+def test_head_of_ones_own_with_wrong_coefficients(coef, message):
+    class OwnHead(Head):
+        def dual(self, gram, targets):
+            return Dual(coef(gram, targets))
+
+    with pytest.raises(InputError, match=message):
+        OwnHead()(SUPPORT[:, :6], LABELS[:, :6], QUERY, ways=3)
+
+
+def test_kernel_that_is_wrong_for_queries_only():
+    with pytest.raises(InputError, match=r"kernel: got a result of shape .*, wanted a Gram matrix of shape"):
+        RidgeHead(kernel=lambda x, y: y @ x.mT)(*GOOD[:3])

@@ -16,7 +16,7 @@ from torch.nn import functional
 from convexheads.errors import InputError
 from convexheads.heads import inputs
 from convexheads.hyperparameters import Hyperparameter, OneLine, display, positive, value_of
-from convexheads.kernels import Kernel, Linear, for_support
+from convexheads.kernels import Kernel, Linear, for_support, is_kernel
 from convexheads.precision import full_precision, working_dtype
 from convexheads.solvers import Solution
 from convexheads.transforms import look_at
@@ -55,7 +55,7 @@ class Fitted:
         dual: coefficients (and bias), in float64.
         support: the support features, in float64, `(*batch, n, d)`.
         mask: `(*batch, n)`, False at examples that were left out; None for none.
-        kernel: the head's, with everything settled that it takes from the support.
+        kernel: the head's, with everything settled that it takes from the support, and what it learns as it was then.
         scale: the head's logit scale at the time of the fit (gamma in Eq. 12 of Lee et al. 2019), a scalar, `()`.
         dtype: of the features that came, and of the logits that go.
         ways: the number of classes of each task, `(*batch,)`, where they differ; None (default) where all have k.
@@ -131,6 +131,7 @@ class Fitted:
             `(*batch, q, n)`.
         """
         similarity = self.kernel(query, self.support)
+        inputs.check_gram(similarity, query, self.support)
         return similarity if self.mask is None else similarity.masked_fill(~self.mask.unsqueeze(-2), 0)
 
     def own_similarity(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q"]:
@@ -163,7 +164,7 @@ class BaseLearner(OneLine, ABC):
     def __init__(self, *, kernel: Kernel | None = None, scale: Hyperparameter = 1.0) -> None:
         super().__init__()
         kernel = Linear() if kernel is None else kernel
-        if not callable(kernel) or isinstance(kernel, type):
+        if not is_kernel(kernel):
             raise InputError("kernel", repr(kernel), "a callable (x, y) -> gram, such as convexheads.RBF(1.0)")
         self.kernel = kernel
         self.scale = positive("scale", scale)
@@ -200,13 +201,16 @@ class BaseLearner(OneLine, ABC):
             dual = self.dual(gram, targets)
         if not isinstance(dual, Dual):
             raise InputError(f"{type(self).__name__}.dual", f"a result of {type(dual).__name__}", "a Dual")
+        if dual.coef.shape != targets.shape or dual.coef.dtype != gram.dtype:
+            got = f"coef of shape {tuple(dual.coef.shape)} in {dual.coef.dtype}"
+            raise InputError(f"{type(self).__name__}.dual", got, f"{tuple(targets.shape)} in {gram.dtype}")
         return dual
 
     def _gram(
         self, features: Float[Tensor, "*batch n d"], kernel: Kernel, mask: Bool[Tensor, "*batch n"] | None
     ) -> Float[Tensor, "*batch n n"]:
         gram = kernel(features, features)
-        inputs.check_gram(gram, features)
+        inputs.check_gram(gram, features, features)
         return gram if mask is None else inputs.leave_out(gram, mask)
 
     def _settings(self) -> list[str]:
@@ -305,9 +309,10 @@ class Head(BaseLearner):
             features = support.to(working_dtype(support.device))
             if mask is not None:  # whatever stands there, be it NaN
                 features = features.masked_fill(~mask.unsqueeze(-1), 0)
-            targets = inputs.one_hot(labels, ways, mask, features.dtype)
+            targets = inputs.one_hot(labels.long(), ways, mask, features.dtype)
             kernel = for_support(self.kernel, features, mask)
-            if sizes is None:
+            sizes = None if sizes is None else sizes.long()
+            if sizes is None or not sizes.numel():
                 dual = self._learn(features, kernel, targets, mask)
             else:
                 dual = self._learn_each_size(features, targets, mask, sizes)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from convexheads.errors import InputError, MissingDependencyError, SolverError
+from convexheads.errors import InputError, MissingDependencyError, SolverError, described
 from convexheads.heads import inputs
 from convexheads.heads.base import Dual, Head
 from convexheads.hyperparameters import Hyperparameter, display, positive, value_of
@@ -89,6 +89,8 @@ class CvxpyHead(Head):
             raise MissingDependencyError("cvxpylayers", extra="cvxpylayers", needed_by="CvxpyHead")
         if not callable(build):
             raise InputError("build", repr(build), "a function from a CvxpyTask to what to minimise")
+        if not isinstance(parameters, Mapping | None) or not all(map(_is_name, parameters or ())):
+            raise InputError("parameters", described(parameters), "hyper-parameters by name, which is an identifier")
         self.build = build
         self.parameters_by_name = {
             name: positive(f"parameters[{name!r}]", value) for name, value in (parameters or {}).items()
@@ -124,6 +126,11 @@ class CvxpyHead(Head):
             shown = ", ".join(f"{name!r}: {display(value)}" for name, value in self.parameters_by_name.items())
             settings.append(f"parameters={{{shown}}}")
         return settings + super()._settings()
+
+
+def _is_name(value: object) -> bool:
+    """Whether a `nn.ModuleDict` takes it, too: no attribute of its own."""
+    return isinstance(value, str) and value.isidentifier() and not hasattr(nn.ModuleDict, value)
 
 
 @lru_cache(maxsize=64)

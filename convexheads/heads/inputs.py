@@ -10,7 +10,11 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from convexheads.errors import InputError, SolverError, described
+from convexheads.precision import is_dense, is_of_floats, is_of_integers, kind
 from convexheads.transforms import look_at
+
+# More classes than this are labels that nobody renumbered, and would fill the memory.
+_MOST_WAYS = 2**20
 
 
 def check_support(
@@ -22,31 +26,29 @@ def check_support(
     anyway.
     """
     check_examples(support, mask)
-    if (
-        not isinstance(labels, Tensor)
-        or labels.is_floating_point()
-        or labels.is_complex()
-        or labels.dtype == torch.bool
-    ):
-        got = f"a tensor of {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise InputError("labels", got, "a tensor of integers 0..ways-1")
+    if not is_of_integers(labels):
+        raise InputError("labels", kind(labels), "a tensor of integers 0..ways-1")
+    labels = labels.long()  # torch can't look into its unsigned types
     if labels.shape == support.shape[: labels.ndim] and support.ndim > labels.ndim + 1:
         raise InputError("support", _shape(support), f"flat features, {(*labels.shape, 'd')}".replace("'", ""))
     if labels.shape != support.shape[:-1]:
         raise InputError("labels", _shape(labels), f"one label per support example, {tuple(support.shape[:-1])}")
     _check_device("labels", labels, support)
     if isinstance(ways, Tensor):
-        if ways.shape != labels.shape[:-1] or ways.is_floating_point() or ways.is_complex() or ways.dtype == torch.bool:
+        if ways.shape != labels.shape[:-1] or not is_of_integers(ways):
             got = f"a tensor of {ways.dtype}, shape {tuple(ways.shape)}"
             raise InputError("ways", got, f"integers, one a task, {tuple(labels.shape[:-1])}")
         _check_device("ways", ways, support)
+        ways = ways.long()
         if (ways < 1).any():
             raise InputError("ways", f"{ways[ways < 1][0].item()} in {first(ways < 1)}", "at least 1")
     elif ways is not None and (isinstance(ways, bool) or not isinstance(ways, int) or ways < 1):
         raise InputError("ways", described(ways), "an integer of at least 1, a tensor of them, or None")
 
-    if isinstance(ways, int) and support.device.type != "cpu":
-        return ways
+    if isinstance(ways, int):
+        _check_most(ways)
+        if support.device.type != "cpu":
+            return ways
     used = check_values(support, mask)
     known = labels.masked_fill(~used, 0)
     if known.numel() and known.min() < 0:
@@ -60,6 +62,7 @@ def check_support(
         wanted = "values 0..ways-1" if isinstance(ways, Tensor) else f"values 0..{ways - 1}"
         raise InputError("labels", f"{label} in {task}", wanted)
     most = ways if isinstance(ways, int) else int(ways.max().item()) if ways.numel() else 1
+    _check_most(most)
     if needs_every_class:
         counts = one_hot(labels, most, mask, torch.float32).sum(-2)
         missing = (counts == 0) & (torch.arange(most, device=labels.device) < limit)
@@ -71,6 +74,11 @@ def check_support(
     return most
 
 
+def _check_most(ways: int) -> None:
+    if ways > _MOST_WAYS:
+        raise InputError("ways", ways, f"at most {_MOST_WAYS}; without ways= it is the largest label plus one")
+
+
 def check_examples(support: Tensor, mask: Tensor | None) -> None:
     """Raise `InputError` unless these are features, with a mask that goes with them."""
     _check_features("support", support)
@@ -78,9 +86,8 @@ def check_examples(support: Tensor, mask: Tensor | None) -> None:
     if n == 0 or d == 0:
         raise InputError("support", _shape(support), "at least one example and one feature, (*batch, n, d)")
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = f"a tensor of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise InputError("mask", got, "a tensor of bool, False at examples to leave out")
+        if not is_dense(mask) or mask.dtype != torch.bool:
+            raise InputError("mask", kind(mask), "a tensor of bool, False at examples to leave out")
         if mask.shape != (*batch, n):
             raise InputError("mask", _shape(mask), f"one entry per support example, {(*batch, n)}")
         _check_device("mask", mask, support)
@@ -89,9 +96,8 @@ def check_examples(support: Tensor, mask: Tensor | None) -> None:
 def check_targets(targets: object, support: Tensor, mask: Tensor | None) -> bool:
     """Raise `InputError` unless these are values to regress on; return whether they lack a dimension of outputs."""
     check_examples(support, mask)
-    if not isinstance(targets, Tensor) or not targets.is_floating_point():
-        got = f"a tensor of {targets.dtype}" if isinstance(targets, Tensor) else type(targets).__name__
-        raise InputError("targets", got, "a tensor of floating-point values")
+    if not is_of_floats(targets):
+        raise InputError("targets", kind(targets), "a tensor of floating-point values")
     flat = targets.shape == support.shape[:-1]
     if not flat and (targets.ndim != support.ndim or targets.shape[:-1] != support.shape[:-1] or not targets.shape[-1]):
         wanted = f"one value, or one row of values, per support example, {tuple(support.shape[:-1])} or with outputs"
@@ -129,9 +135,9 @@ def check_query(query: Tensor, support: Tensor) -> None:
         check_finite("query", query)
 
 
-def check_gram(gram: object, features: Tensor) -> None:
-    """Raise `InputError` unless a kernel returned a Gram matrix."""
-    wanted = (*features.shape[:-1], features.shape[-2])
+def check_gram(gram: object, features: Tensor, others: Tensor) -> None:
+    """Raise `InputError` unless a kernel returned a Gram matrix of the two; on the CPU, of finite values."""
+    wanted = (*features.shape[:-1], others.shape[-2])
     if not isinstance(gram, Tensor) or gram.shape != wanted:
         got = f"shape {tuple(gram.shape)}" if isinstance(gram, Tensor) else type(gram).__name__
         raise InputError("kernel", f"a result of {got}", f"a Gram matrix of shape {wanted}")
@@ -203,9 +209,8 @@ def leave_out(gram: Float[Tensor, "*batch n n"], mask: Bool[Tensor, "*batch n"])
 
 
 def _check_features(name: str, value: object) -> None:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(name, got, "a tensor of floating-point features")
+    if not is_of_floats(value):
+        raise InputError(name, kind(value), "a tensor of floating-point features")
     if value.ndim < 2:
         raise InputError(name, _shape(value), "at least two dimensions, (*batch, examples, features)")
 

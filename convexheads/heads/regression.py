@@ -29,7 +29,7 @@ class FittedRegression(Fitted):
 
     flat: bool = False
 
-    def __call__(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, ...]:
+    def __call__(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "..."]:
         """Predict.
 
         Args:
@@ -75,11 +75,11 @@ class RegressionHead(BaseLearner):
     def forward(
         self,
         support: Float[Tensor, "*batch n d"],
-        targets: Float[Tensor, ...],
+        targets: Float[Tensor, "..."],
         query: Float[Tensor, "*batch q d"],
         *,
         mask: Bool[Tensor, "*batch n"] | None = None,
-    ) -> Float[Tensor, ...]:
+    ) -> Float[Tensor, "..."]:
         """Fit on the support and predict for the query: `head.fit(support, targets, ...)(query)`.
 
         Args:
@@ -105,7 +105,7 @@ class RegressionHead(BaseLearner):
     def fit(
         self,
         support: Float[Tensor, "*batch n d"],
-        targets: Float[Tensor, ...],
+        targets: Float[Tensor, "..."],
         *,
         mask: Bool[Tensor, "*batch n"] | None = None,
     ) -> FittedRegression:

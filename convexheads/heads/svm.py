@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from convexheads.errors import InputError
+from convexheads.errors import check_flag
 from convexheads.heads.base import Dual, Head
 from convexheads.heads.inputs import label_all
 from convexheads.hyperparameters import Hyperparameter, Learnable, display, positive, value_of
@@ -48,8 +48,7 @@ class MulticlassSVM(Head):
         scale: Hyperparameter = 1.0,
     ) -> None:
         super().__init__(kernel=kernel, scale=scale)
-        if not isinstance(squared_hinge, bool):
-            raise InputError("squared_hinge", repr(squared_hinge), "True or False")
+        check_flag("squared_hinge", squared_hinge)
         self.C = positive("C", C)
         self.squared_hinge = squared_hinge
         self.smoothing = positive("smoothing", smoothing, or_zero=True)

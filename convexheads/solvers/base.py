@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from convexheads.errors import InputError, MissingDependencyError, SolverError, SolverWarning
+from convexheads.errors import InputError, MissingDependencyError, SolverError, SolverWarning, check_flag
 from convexheads.hyperparameters import positive
-from convexheads.precision import full_precision, working_dtype
+from convexheads.precision import full_precision, is_of_floats, kind, working_dtype
 from convexheads.solvers.active_set import ActiveSet
 from convexheads.solvers.interior_point import Relaxed
 from convexheads.solvers.problem import QP, Certificate, Solution, Status
@@ -49,7 +49,8 @@ class Solver(ABC):
         max_iterations: stop after so many iterations and return what is there, with status `STOPPED`. Early stopping is
             a choice (Lee et al. 2019 stop after three), never a failure. None, the default: until converged.
         tolerance: relative duality gap at which a task counts as converged; None, the default, for what the backend
-            reaches (`default_tolerance`). In float32 (devices without float64) at least 5e-4.
+            reaches (`default_tolerance`). Below what rounding leaves it has no effect: 9e-13, or 5e-4 in float32
+            (on devices without float64).
         on_failure: what happens when a task is not certified to the tolerance: "raise", the default, a `SolverError`
             that carries the solution, "warn" (`SolverWarning`), or "return" it with its status.
 
@@ -115,12 +116,13 @@ class Solver(ABC):
             The solution, in float64. Gradients reach every tensor of `qp`.
 
         Raises:
-            InputError: shapes don't go together, there are no bounds, or a lower one is above an upper one (looked at
-                on the CPU only).
+            InputError: no QP of floating-point tensors on one device, shapes don't go together, there are no bounds, or
+                a lower one is above an upper one (looked at on the CPU only).
             SolverError: a task failed and `on_failure="raise"`; with "warn", it is a `SolverWarning`.
             ConvexHeadsError: in the backward pass, where a second derivative is asked for that the backend doesn't
                 have.
         """
+        _check_kinds(qp)
         _check_shapes(qp)
         batch, device = qp.linear.shape[:-2], qp.linear.device
         _check_bounds(qp)
@@ -176,7 +178,7 @@ class Solver(ABC):
 
 def check_on_failure(name: str, on_failure: object) -> None:
     """Raise `InputError` unless it is one of the three things to do about a failure."""
-    if on_failure not in get_args(OnFailure):
+    if not isinstance(on_failure, str) or on_failure not in get_args(OnFailure):
         raise InputError(f"{name}(on_failure)", repr(on_failure), f"one of {get_args(OnFailure)}")
 
 
@@ -207,15 +209,27 @@ def _failures(status: Tensor, gap: Tensor, residual: Tensor) -> list[str]:
     return [told(task) for task in failed]
 
 
+def _check_kinds(qp: object) -> None:
+    if not isinstance(qp, QP):
+        raise InputError("qp", type(qp).__name__, "a QP")
+    check_flag("QP(row_sum)", qp.row_sum)
+    for name, value in vars(qp).items():
+        optional = name not in ("gram", "linear")
+        if name != "row_sum" and not (is_of_floats(value) or (value is None and optional)):
+            raise InputError(f"QP({name})", kind(value), "a tensor of floating-point values")
+
+
 def _check_shapes(qp: QP) -> None:
     if qp.linear.ndim < 2 or not all(qp.linear.shape[-2:]):
         raise InputError("QP(linear)", f"shape {tuple(qp.linear.shape)}", "(*batch, n, k), n and k at least 1")
     *batch, n, _ = qp.linear.shape
-    square = {"gram": (*batch, n, n)} | ({} if qp.root is None else {"root": (*batch, n, qp.root.shape[-1])})
+    square = {"gram": (*batch, n, n)} | ({} if qp.root is None else {"root": (*batch, n, *qp.root.shape[-1:])})
     for name, value in qp.tensors().items():
         wanted = square.get(name, tuple(qp.linear.shape))
         if value.shape != wanted:
             raise InputError(f"QP({name})", f"shape {tuple(value.shape)}", f"{wanted}, to go with the linear term")
+        if value.device != qp.linear.device:
+            raise InputError(f"QP({name})", f"device {value.device}", f"that of the linear term, {qp.linear.device}")
 
 
 def _check_bounds(qp: QP) -> None:

@@ -53,8 +53,9 @@ class CvxpylayersSolver(Solver):
             linear = _QuadraticTerm.apply(linear, gram, smoothing, found)
             parameters = [x for pair in zip(switches, limits, strict=True) for x in pair]
             parameters = (_root(gram.detach()), smoothing.detach().sqrt(), linear, *parameters)
-            found.extend(call(layer, *parameters, tolerance=accuracy, max_iterations=most))
-            return found[0]
+            (coef,) = call(layer, *parameters, tolerance=accuracy, max_iterations=most)
+            found.append(coef.detach())  # attached, it would keep the graph that keeps it
+            return coef
 
         return Solved(foreign.call(solve, qp.gram, smoothing, qp.linear, *limits, backend="CvxpylayersSolver"))
 
@@ -150,6 +151,6 @@ class _QuadraticTerm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        coef = ctx.found[0].detach()
+        (coef,) = ctx.found
         outer = gradient @ coef.mT
         return gradient, -(outer + outer.mT) / 2, -gradient * coef, None

@@ -326,7 +326,8 @@ class Solution(Batch):
         row_multipliers: of the zero row sums, `(*batch, n)`; None for a problem without them.
         status: `Status` of each task, `(*batch,)`.
         gap: certified relative duality gap of each task, computed from `coef` whoever solved it, `(*batch,)`.
-        residual: largest distance of `coef` to the feasible set, relative to its largest entry, `(*batch,)`.
+        residual: largest distance of `coef` to the feasible set, relative to its largest entry, or to one unit,
+            `(*batch,)`.
         iterations: of each task, `(*batch,)`; None where the backend doesn't say.
     """
 
