@@ -22,7 +22,7 @@ class HeadClassifier(nn.Module):
     `classifier.fit_(support, labels)`, then `classifier(query)`. `LightningPrototypicalNetworks` and
     `LightningMetaOptNet` train with it when it is set as their `.classifier`.
     With `SVMHead(C=0.1, smoothing=1.0)` it gives what `SVClassifier()` gives, but for the latter's early stopping; with
-    `PrototypeHead()` what `PrototypicalClassifier()` gives, but for a constant for each query, which no softmax sees.
+    `PrototypeHead()` what `PrototypicalClassifier()` gives.
 
     What differs: labels may be any integers, of which the smallest is class 0, and so on, as `PrototypicalClassifier`
     has it (`SVClassifier` wants 0 to k - 1); several tasks may be fitted at once, in leading dimensions; calling it
