@@ -4,10 +4,10 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart test test-all lint docs serve clean
+.PHONY: help quickstart test test-all test-versions lint docs serve clean
 
 help:  ## Show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -25,6 +25,9 @@ test: $(READY)  ## Run the test suite
 test-all: $(READY)  ## Run the test suite with its slow tests
 	$(RUN) -m pytest -m ""
 
+test-versions: $(READY)  ## Test oldest and newest versions, and each extra alone (an hour, 15 GB of disk)
+	$(RUN) -m nox
+
 lint: $(READY)  ## Check style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -37,4 +40,4 @@ serve: $(READY)  ## Build the documentation and serve it on this machine
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve --watch convexheads
 
 clean:  ## Remove the virtual environment and all that was built
-	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .nox build dist site .pytest_cache .ruff_cache .hypothesis

@@ -43,6 +43,10 @@ class Options:
         Literal["none", "flip-crop", "flip-crop-jitter"] | None, "of training images; unless given none for digits"
     ] = None
     trainval: Annotated[bool, "train on the validation classes too, and take the last weights"] = False
+    on_failure: Annotated[
+        Literal["raise", "skip", "stop"],
+        "when a step's loss or gradient is not finite: end with an error, leave the step out, or end before it",
+    ] = "raise"
     validate_every: Annotated[int, "training steps between validations, the best of which chooses the weights"] = 500
     validation_episodes: Annotated[int, "episodes of a validation"] = 500
     validation_shots: Annotated[int, "support images a class in validation"] = 5
@@ -144,21 +148,27 @@ class Options:
         return cls(**{each.name: values[each.name] for each in fields(cls)})
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path, *, within: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The options that a configuration file sets: those of its `parts`, file by file, and then its own.
 
+    Args:
+        path: of the file.
+        within: the files that have this one as a part.
+
     Raises:
-        InputError: it can't be read, or names an option that there is not.
+        InputError: it can't be read, has itself as a part, or names an option that there is not.
     """
+    if path.resolve() in within:
+        raise InputError("config", f"{path}, which is a part of itself", "parts that are other files")
     try:
         own = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise InputError("config", f"{path}: {error}", "a YAML file of options") from error
     if not isinstance(own, dict):
         raise InputError("config", f"{path}, which holds a {type(own).__name__}", "a YAML file of options by name")
     settings: dict[str, Any] = {}
     for part in own.pop("parts", []):
-        settings |= read_settings(path.parent / part)
+        settings |= read_settings(path.parent / part, within=(*within, path.resolve()))
     if unknown := sorted(own.keys() - {each.name for each in fields(Options)}):
         raise InputError(
             "config", f"{path} with {', '.join(map(str, unknown))}", "options of `--help`, with underscores"

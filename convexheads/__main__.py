@@ -44,10 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     predict = commands.add_parser("predict", help=text, description=f"C{text[1:]}.")
     predict.add_argument("classifier", type=Path, help="what `convexheads fit` wrote")
     predict.add_argument("files", type=Path, nargs="+", help="to classify; of a folder, all its files")
+    text = "of a classifier whose features are MODULE:FUNCTION: the same again, to say that it may run"
+    predict.add_argument("--features", help=text)
     predict.add_argument("--output", type=Path, help="file to write (default: the terminal)")
 
     options = parser.parse_args(arguments)
-    sys.path.insert(0, "")  # for MODULE:FUNCTION of the current folder
+    if ":" in (options.features or ""):
+        sys.path.append("")  # MODULE:FUNCTION may be in the current folder, which takes the place of nothing installed
     try:
         _check_output(options.output)
         if options.command == "fit":
@@ -56,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             hint = "" if classifier.calibrated else " (a class has one file only: probabilities are not calibrated)"
             print(f"{options.output}: {len(classifier.classes)} classes, {', '.join(classifier.classes)}{hint}")
         else:
-            _predict(FewShotClassifier.load(options.classifier), options.files, options.output)
+            classifier = FewShotClassifier.load(options.classifier, features=options.features)
+            _predict(classifier, options.files, options.output)
     except (ConvexHeadsError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 

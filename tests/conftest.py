@@ -6,7 +6,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jaxtyping
@@ -19,6 +19,44 @@ settings.register_profile(
     "convexheads", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("convexheads")
+
+
+class PartialModule(pytest.Module):
+    """A file of tests that is passed over where a package that it imports is not installed."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            _skip_if_missing(error.__cause__)
+            raise
+
+
+def _skip_if_missing(error: BaseException | None) -> None:
+    """`MissingDependencyError` has the package's extra; a broken import, or one of the library's own, fails."""
+    foreign = isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith(
+        ("convexheads", "benchmarks")
+    )
+    if foreign or type(error).__name__ == "MissingDependencyError":
+        pytest.skip(str(error), allow_module_level=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--without-extras", action="store_true", help="skip what needs a package that is not installed")
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    return PartialModule.from_parent(parent, path=module_path) if parent.config.getoption("--without-extras") else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    try:
+        return (yield)
+    except ImportError as error:
+        if item.config.getoption("--without-extras"):
+            _skip_if_missing(error)
+        raise
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ OPTIONAL = (
 
 def run(script: str) -> str:
     """Run a script in a new interpreter; returns what it prints."""
-    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(script)]
+    command = [sys.executable, "-W", "error", "-W", "ignore:Failed to initialize NumPy", "-c", textwrap.dedent(script)]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
 

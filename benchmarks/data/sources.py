@@ -1,6 +1,7 @@
 """Where images may lie below the data root: in archives, class folders, beside lists, or in torchvision's files.
 
-Nothing is decoded before it is asked for, and no foreign file is unpickled.
+Nothing is decoded before it is asked for. Archives are read where they are and never extracted, and no foreign file is
+unpickled.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal, NamedTuple
 from zipfile import BadZipFile, ZipFile
 
@@ -35,6 +36,13 @@ class Source(NamedTuple):
     places: list[Path]
     images: dict[str, list[Read]]
 
+
+_LARGEST = 2**26  # bytes of an image's file, unpacked
+# What damaged, encrypted, oddly packed and oversized files raise.
+_DAMAGE = (
+    *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, BadZipFile, zlib.error),
+    Image.DecompressionBombError,
+)
 
 Form = Callable[[Path, Splits], Source]
 """Looks below a data root for images of the wanted classes."""
@@ -64,7 +72,7 @@ def open_image(name: str, read: Read, mode: Literal["L", "RGB"]) -> Image.Image:
     """
     try:
         return read().convert(mode)
-    except (OSError, SyntaxError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+    except _DAMAGE as error:
         raise InputError(
             "data root", f"a missing or damaged image of class {name!r}: {error}", "whole files"
         ) from error
@@ -83,14 +91,14 @@ def archives(names: Sequence[str], root: Path, splits: Splits) -> Source:
     for path in paths:
         try:
             archive = ZipFile(path)
-        except BadZipFile as error:
+        except _DAMAGE as error:
             wish = "a complete one (was the download cut off?)"
             raise InputError("data root", f"{path}, no zip file", wish) from error
         found = defaultdict(list)
         for member in sorted(archive.namelist()):
             *folders, file = member.split("/")
             if _is_image(file) and (name := "/".join(folders[-depth:])) in wanted:
-                found[name].append(partial(_decode, partial(archive.read, member)))
+                found[name].append(partial(_decode, partial(_unpack, archive, member)))
         images = found | images
     return Source(paths, images)
 
@@ -115,7 +123,7 @@ def csv_lists(parent: str, root: Path, splits: Splits) -> Source:
     A class whose images are all absent counts as not found, so that the lists may name more than there is.
 
     Raises:
-        InputError: a list can't be read.
+        InputError: a list can't be read, or names a file outside of that folder.
     """
     places, images = [], {}
     for split, names in splits.items():
@@ -125,7 +133,12 @@ def csv_lists(parent: str, root: Path, splits: Splits) -> Source:
         try:
             with path.open(encoding="utf-8", newline="") as lines:
                 for row in csv.DictReader(lines):
-                    listed[row["label"]].append(root / parent / "images" / row["filename"])
+                    file = PurePath(row["filename"])
+                    if file.is_absolute() or ".." in file.parts:
+                        raise InputError(
+                            "data root", f"{path}, which names {file}", "files of the folder images beside it"
+                        )
+                    listed[row["label"]].append(root / parent / "images" / file)
         except (KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
             raise InputError("data root", f"{path}, which can't be read", "columns filename and label") from error
         for name in names:
@@ -154,6 +167,12 @@ def torchvision_cifar(root: Path, splits: Splits) -> Source:
             if (name := part.classes[label]) in wanted:
                 images[name].append(partial(Image.fromarray, pixels))
     return Source([folder], images)
+
+
+def _unpack(archive: ZipFile, member: str) -> bytes:
+    if (size := archive.getinfo(member).file_size) > _LARGEST:  # zipfile unpacks no more than a member claims to have
+        raise ValueError(f"{member} of {size:,} bytes")
+    return archive.read(member)
 
 
 def _decode(read: Callable[[], bytes]) -> Image.Image:

@@ -182,27 +182,36 @@ class FewShotClassifier:
         storage.save(Path(path), tensors, settings, key="classifier", needed_by="FewShotClassifier")
 
     @classmethod
-    def load(cls, path: str | Path) -> FewShotClassifier:
-        """Read what `save` wrote. Nothing is unpickled; a function of one's own is imported by its name.
+    def load(cls, path: str | Path, *, features: str | None = None) -> FewShotClassifier:
+        """Read what `save` wrote. Nothing is unpickled, and no code is imported because the file names it.
 
         Args:
             path: of the file.
+            features: where they are a function, "MODULE:FUNCTION" as in the file, which is then imported and called;
+                None, the default: no function.
 
         Returns:
             The classifier, which gives what the saved one gave.
 
         Raises:
-            InputError: there is no such file, it is damaged, or its features are not to be found.
+            InputError: there is no such file, it is damaged, its features are not to be found, or they are a function
+                and `features` says something else.
             MissingDependencyError: safetensors, or what the features need, is not installed.
         """
         try:
             tensors, settings = storage.load(Path(path), key="classifier", needed_by="FewShotClassifier")
             support, labels = tensors["support"], tensors["labels"]
             values = {name: settings[name] for name in ("classes", "features", "head", "scale")}
+            named = values["features"] = str(values["features"])
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 "classifier", f"{path} ({error})", "a complete file of `FewShotClassifier.save`"
             ) from error
+        if features is None and _names_code(named):
+            wish = f"features={named!r} (--features): the file names code, which runs only if you name it too"
+            raise InputError("features", f"nothing, for {path}", wish)
+        if features not in (None, named):
+            raise InputError("features", repr(features), f"{named!r}, as in {path}")
         return cls(**values, support=support, labels=labels)
 
 
@@ -238,7 +247,7 @@ def find_features(name: str) -> Features:
     """
     if name in FEATURES:
         return FEATURES[name]()
-    if name in names() or Path(name).exists():
+    if name in names() or _exists(name):
         return _backbone(name)
     module, _, function = name.partition(":")
     if not function:
@@ -247,6 +256,18 @@ def find_features(name: str) -> Features:
         return getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise InputError("features", f"{name!r} ({error})", "a function of a module that can be imported") from error
+
+
+def _names_code(name: str) -> bool:
+    """Whether features of that name are a function to import, and not the library's own or a file of weights."""
+    return ":" in name and name not in [*FEATURES, *names()] and not _exists(name)
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except OSError:  # too long for a name
+        return False
 
 
 def _text() -> Features:
@@ -301,8 +322,11 @@ def _backbone(name: str) -> Features:
     size, mode = trained.settings["image_size"], "L" if trained.backbone.mean.shape[1] == 1 else "RGB"
 
     def image(path: Path) -> Tensor:
-        with Image.open(path) as picture:
-            pixels = np.array(picture.convert(mode).resize((size, size), Image.Resampling.BICUBIC))
+        try:
+            with Image.open(path) as picture:
+                pixels = np.array(picture.convert(mode).resize((size, size), Image.Resampling.BICUBIC))
+        except (SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(str(error)) from error
         return torch.from_numpy(pixels).reshape(size, size, -1).permute(2, 0, 1)
 
     return lambda paths: embed(trained.backbone, torch.stack([_read(path, image) for path in paths]), progress=False)
@@ -315,7 +339,7 @@ FEATURES: Mapping[str, Callable[[], Features]] = {"text": _text, "npy": _npy}
 def _read(path: Path, read: Callable[[Path], T]) -> T:
     try:
         return read(path)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise InputError("file", f"{path} ({error})", "one that can be read") from error
 
 

@@ -1,0 +1,75 @@
+"""Every environment that is supported, made anew and tested: `make test-versions`, or `nox --session newest`.
+
+Sessions are made with uv, which keeps a version of a package on disk once, however many environments have it.
+"""
+
+from __future__ import annotations
+
+import nox
+
+nox.needs_version = ">=2025.2"
+nox.options.default_venv_backend = "uv"
+nox.options.error_on_missing_interpreters = True
+
+PYTHON = "3.11"
+TOOLS = ("beartype>=0.20", "hypothesis>=6.110", "jsonargparse[signatures]>=4.35", "pytest>=8.3", "pytest-timeout>=2.3")
+TOGETHER = ("cvxpylayers", "easyfsl", "lightning", "moreau", "numba", "pretrained", "sklearn", "text")
+"""The extras that go with NumPy 2."""
+ALONE = tuple(f"tests/test_{name}.py" for name in ("extras", "imports", "solvers", "inputs", "regression", "presets"))
+"""What the core is tested by without any extra; all of the tests run in `lowest` and `newest`."""
+ELSEWHERE = ("tests/test_docs.py", "tests/test_site.py")
+"""Need all packages at once; `make test` runs them."""
+NO_SHAPES = ("--override-ini", "addopts=-ra -m 'not slow'")
+"""Without jaxtyping's checks of shapes: they need NumPy, and its oldest version can't see Numba's functions."""
+
+
+@nox.session(python=PYTHON)
+@nox.parametrize("lightning", [False, True], ids=["all-but-lightning", "lightning"])
+def lowest(session: nox.Session, lightning: bool) -> None:
+    """The oldest versions that pyproject.toml allows, with NumPy 1.26; Lightning with a newer torch than the others."""
+    extras = {"lightning"} if lightning else {*TOGETHER, "qpth"} - {"lightning"}
+    install(session, "--resolution", "lowest-direct", f".[{','.join(sorted(extras))}]", "numpy>=1.26,<2")
+    check(session, *(["tests/test_lightning.py", "tests/test_extras.py"] if lightning else ["tests"]), *NO_SHAPES)
+
+
+@nox.session(python=PYTHON)
+def newest(session: nox.Session) -> None:
+    """The newest versions that pyproject.toml allows, with NumPy 2 and hence without qpth."""
+    install(session, "--upgrade", f".[{','.join(TOGETHER)}]", "numpy>=2")
+    check(session, "tests")
+
+
+@nox.session(python=PYTHON)
+@nox.parametrize("torch", ["lowest", "newest"], ids=["lowest", "newest"])
+def core(session: nox.Session, torch: str) -> None:
+    """Torch, jaxtyping and nothing else: not even NumPy."""
+    install(session, "--resolution", "lowest-direct" if torch == "lowest" else "highest", ".")
+    check(session, *ALONE, *NO_SHAPES)
+
+
+@nox.session(python=PYTHON)
+@nox.parametrize("name", [*TOGETHER, "learn2learn", "qpth"], ids=[*TOGETHER, "learn2learn", "qpth"])
+def extra(session: nox.Session, name: str) -> None:
+    """One extra alone: what needs it runs, all else says what is missing."""
+    own = ["--config-settings-package", "learn2learn:--build-option=build_ext"] if name == "learn2learn" else []
+    install(session, *own, f".[{name}]")
+    check(session, "tests/test_extras.py", "tests/test_imports.py")
+
+
+def install(session: nox.Session, *arguments: str) -> None:
+    """Install packages, and then the tools in whatever version goes with them."""
+    session.env["UV_COMPILE_BYTECODE"] = "1"  # as pip does; or what Python warns of then is an error in the tests
+    session.install(*arguments)
+    session.install(*TOOLS)
+
+
+def check(session: nox.Session, *arguments: str) -> None:
+    """Run pytest on the installed packages, whose versions come first."""
+    session.run("uv", "pip", "check", external=True)
+    session.run("uv", "pip", "list", "--format", "freeze", external=True)
+    session.run(
+        *("python", "-m", "pytest", "--without-extras", *arguments, *(f"--ignore={path}" for path in ELSEWHERE)),
+        *("--override-ini", "cache_dir=.nox/.pytest_cache", "-W", "ignore:Failed to initialize NumPy"),
+        *session.posargs,
+        env={"OMP_NUM_THREADS": "1"},
+    )

@@ -1,0 +1,136 @@
+"""Each extra for itself: where its packages are installed, what needs them works; elsewhere the message names it.
+
+In this folder's own environment all are installed. `make test-versions` has environments with one of them, and with none.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import convexheads as ch
+from convexheads.pretrained import names
+
+torch.manual_seed(0)
+SUPPORT, LABELS, QUERY = torch.randn(2, 10, 8), torch.arange(10).expand(2, 10) % 5, torch.randn(2, 3, 8)
+
+
+def solver(name: str) -> None:
+    expected = ch.SVMHead(C=0.1)(SUPPORT, LABELS, QUERY)
+    found = ch.SVMHead(C=0.1, solver=name)(SUPPORT.clone().requires_grad_(), LABELS, QUERY)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    found.square().sum().backward()
+
+
+def learn2learn() -> None:
+    module = import_module("convexheads.integrations.learn2learn")
+    classifier = module.HeadClassifier(ch.SVMHead(C=0.1))
+    classifier.fit_(SUPPORT[0], LABELS[0])
+    assert torch.equal(classifier(QUERY[0]), ch.SVMHead(C=0.1)(SUPPORT[0], LABELS[0], QUERY[0]))
+
+
+def lightning() -> None:
+    module = import_module("convexheads.integrations.lightning")
+    import pytorch_lightning as pl
+
+    data = module.EpisodicDataModule((torch.randn(200, 8), torch.arange(200) % 10), shots=2, queries=2, steps=2)
+    model = module.EpisodicModule(torch.nn.Linear(8, 6), ch.SVMHead(C=0.1), ways=5, shots=2, steps=2)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **quiet)
+    trainer.fit(model, data)
+    assert trainer.global_step == 2
+
+
+def easyfsl() -> None:
+    module = import_module("convexheads.integrations.easyfsl")
+    classifier = module.HeadClassifier(ch.RidgeHead())
+    classifier.process_support_set(SUPPORT[0], LABELS[0])
+    assert classifier(QUERY[0]).shape == (3, 5)
+
+
+def sklearn() -> None:
+    module = import_module("convexheads.integrations.sklearn")
+    classifier = module.HeadClassifier().fit(SUPPORT[0].numpy(), LABELS[0].numpy())
+    assert classifier.predict(QUERY[0].numpy()).shape == (3,)
+
+
+def text(folder: Path) -> None:
+    from convexheads.integrations.folder import FewShotClassifier
+
+    for name in ("sea", "sky"):
+        (folder / name).mkdir()
+        (folder / name / "one.txt").write_text(f"something of the {name}")
+    FewShotClassifier.from_folder(folder, features="text").save(folder / "own.safetensors")
+    (found,) = FewShotClassifier.load(folder / "own.safetensors").predict([folder / "sky" / "one.txt"])
+    assert found.label == "sky"
+
+
+def pretrained() -> None:
+    backbone, head, _ = ch.load_pretrained(names()[0])
+    features = backbone(torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8))
+    assert head(features, torch.arange(10) % 5, features).shape == (10, 5)
+
+
+# The packages of an extra, what needs them, and what the message says without them.
+EXTRAS: dict[str, tuple[tuple[str, ...], Callable[..., None], str]] = {
+    "qpth": (("qpth",), lambda: solver("qpth"), "QpthSolver needs the package 'qpth'"),
+    "cvxpylayers": (
+        ("cvxpylayers",),
+        lambda: solver("cvxpylayers"),
+        "CvxpylayersSolver needs the package 'cvxpylayers'",
+    ),
+    "moreau": (("moreau",), lambda: solver("moreau"), "MoreauSolver needs the package 'moreau'"),
+    "learn2learn": (
+        ("learn2learn",),
+        learn2learn,
+        "convexheads.integrations.learn2learn needs the package 'learn2learn'",
+    ),
+    "lightning": (
+        ("pytorch_lightning", "torchmetrics"),
+        lightning,
+        r"convexheads.integrations.lightning needs the package '(pytorch-lightning|torchmetrics)'",
+    ),
+    "easyfsl": (("easyfsl",), easyfsl, "convexheads.integrations.easyfsl needs the package 'easyfsl'"),
+    "sklearn": (("sklearn",), sklearn, "convexheads.integrations.sklearn needs the package 'scikit-learn'"),
+    "text": (
+        ("wordllama", "safetensors"),
+        text,
+        r"FewShotClassifier(\(features='text'\))? needs the package '(wordllama|safetensors)'",
+    ),
+    "pretrained": (("safetensors",), pretrained, "load_pretrained needs the package 'safetensors'"),
+}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_an_extra_works_or_is_named(extra: str, tmp_path: Path) -> None:
+    packages, work, message = EXTRAS[extra]
+    arguments = (tmp_path,) if work is text else ()
+    if all(map(find_spec, packages)):
+        work(*arguments)
+        return
+    named = "(text|pretrained)" if extra == "text" else extra
+    with pytest.raises(ch.MissingDependencyError, match=rf"^{message}: pip install 'convexheads\[{named}\]'$"):
+        work(*arguments)
+
+
+def test_the_core_works_with_numba_and_without() -> None:
+    solution = ch.SVMHead(C=0.1).fit(SUPPORT, LABELS).solution
+    assert solution is not None
+    assert solution.converged.all()
+    assert ("numba" in sys.modules) == bool(find_spec("numba") and find_spec("scipy"))
+
+
+def test_images_need_pillow_as_well(tmp_path: Path) -> None:
+    if find_spec("PIL"):
+        pytest.skip("Pillow is installed")
+    from convexheads.integrations.folder import find_features
+
+    with pytest.raises(ch.MissingDependencyError, match=r"needs the package 'pillow': pip install 'convexheads\["):
+        find_features(names()[0])
