@@ -10,31 +10,31 @@ import errno
 import json
 import logging
 import os
-import pickle
 import shutil
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
-import pandas
 import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning.callbacks import ModelCheckpoint, Timer
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers import TensorBoardLogger
 from rich.console import Console
 from torch import Tensor, nn
 
 import convexheads as ch
 from benchmarks import report
-from benchmarks.callbacks import ProgressBar, StepSeeds, Validation
+from benchmarks.callbacks import Log, ProgressBar, SaveWhenStopped, StepSeeds, Validation
 from benchmarks.data import ImageSet, augmentation, join, load
-from benchmarks.options import Options
+from benchmarks.options import Options, read_settings
+from convexheads import storage
 from convexheads.episodes import embed, evaluate
-from convexheads.integrations.lightning import EpisodicDataModule, EpisodicModule
+from convexheads.integrations.lightning import EpisodicDataModule, EpisodicModule, WholeCheckpointIO
 from convexheads.pretrained import make_head, make_untrained, save_pretrained
 
 HEADS = ("svm", "ridge", "prototypes")
@@ -42,6 +42,9 @@ HEADS = ("svm", "ridge", "prototypes")
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when a disk, a quota or a file is full."""
+
+FIRST_PROCESS = "CONVEXHEADS_FIRST_PROCESS"
+"""In this variable the process that starts the others gives them its number."""
 
 LIGHTNING_NOISE = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # its own call into PyTorch
@@ -79,12 +82,15 @@ def train(options: Options, data: dict[str, ImageSet], module: EpisodicModule) -
     """Train the module's backbone and head; returns the seconds that took, over all resumptions.
 
     Where there are validation classes, the module ends with the weights that were best on them.
+
+    Raises:
+        ConvexHeadsError: a step failed and `options.on_failure` is not "skip".
     """
-    output = options.folder
-    timer = Timer()
+    output, interval = options.folder, min(10, options.total_steps)
+    timer, log = Timer(), Log(options, interval)
     settings: dict[str, Any] = {"dirpath": str(options.checkpoint.parent), "enable_version_counter": False}
     last = ModelCheckpoint(filename="last", every_n_train_steps=options.checkpoint_every, **settings)
-    callbacks = [timer, StepSeeds(options.seed), ProgressBar(refresh_rate=5), last]
+    callbacks = [timer, StepSeeds(options.seed), ProgressBar(refresh_rate=5)]
     best = None
     if "val" in data:
         best = ModelCheckpoint(
@@ -96,6 +102,7 @@ def train(options: Options, data: dict[str, ImageSet], module: EpisodicModule) -
             **settings,
         )
         callbacks += [Validation(data["val"], options), best]
+    callbacks += [log, last, SaveWhenStopped(options.checkpoint)]  # what is saved last knows of the best
     trainer = pl.Trainer(
         max_epochs=1,
         accelerator="gpu" if options.device == "cuda" else options.device,
@@ -103,22 +110,24 @@ def train(options: Options, data: dict[str, ImageSet], module: EpisodicModule) -
         precision="bf16-mixed" if options.precision == "bfloat16" else "32-true",
         strategy="ddp" if options.processes > 1 else "auto",
         sync_batchnorm=options.processes > 1 and options.device != "cpu" and torch.cuda.is_available(),
-        logger=[CSVLogger(output, flush_logs_every_n_steps=10), TensorBoardLogger(output, name="tensorboard")],
-        log_every_n_steps=min(10, options.total_steps),
+        logger=TensorBoardLogger(output, name="tensorboard"),
+        log_every_n_steps=interval,
         callbacks=callbacks,
+        plugins=[WholeCheckpointIO()],
         enable_model_summary=False,
     )
     with warnings.catch_warnings():
         for message in LIGHTNING_NOISE:
             warnings.filterwarnings("ignore", message)
         trainer.fit(module, episodes(data["train"], options), ckpt_path=options.checkpoint if options.resume else None)
-    trainer.save_checkpoint(options.checkpoint)
-    if not trainer.is_global_zero:
+    if trainer.should_stop:
+        if trainer.is_global_zero:
+            why = f"step {module.failures[-1]['step']} failed ({module.failures[-1]['cause']}), training has stopped"
+            raise ch.ConvexHeadsError(f"{why}; {options.checkpoint} is from before the step, --resume goes on after it")
         return timer.time_elapsed("train")
-    logs = [pandas.read_csv(path) for path in sorted(output.glob("lightning_logs/*/metrics.csv"), key=_log_number)]
-    pandas.concat(logs).drop(columns="epoch").groupby("step").last().to_csv(output / "metrics.csv")
-    if best is not None and best.best_model_path:
-        weights = torch.load(best.best_model_path, weights_only=True, map_location="cpu")
+    trainer.save_checkpoint(options.checkpoint)
+    if trainer.is_global_zero and best is not None and best.best_model_path:
+        weights = WholeCheckpointIO().load_checkpoint(best.best_model_path)
         module.load_state_dict(weights["state_dict"])
     return timer.time_elapsed("train")
 
@@ -158,6 +167,10 @@ def run(options: Options) -> list[report.Row]:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)  # or Lightning would set another number for DDP
     provenance = report.provenance()
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # as Lightning tells the processes that it starts
+    if first:
+        os.environ[FIRST_PROCESS] = str(os.getpid())
+    elif FIRST_PROCESS in os.environ:
+        end_with(int(os.environ[FIRST_PROCESS]))
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     if first:
         prepare(options)
@@ -175,6 +188,7 @@ def run(options: Options) -> list[report.Row]:
         schedule=options.schedule,
         weight_decay=options.weight_decay,
         label_smoothing=options.label_smoothing,
+        on_failure=options.on_failure,
     )
     backbones = {"meta-trained": module.backbone, "untrained": deepcopy(module.backbone), "none: pixels": Pixels()}
     training = train(options, data, module)
@@ -186,8 +200,21 @@ def run(options: Options) -> list[report.Row]:
     rows = test(options, data["test"], backbones)
     now = time.perf_counter()
     seconds = {"training": training, "evaluation": now - begin, "all": now - start}
-    write(options, rows, {name: round(value, 1) for name, value in seconds.items()}, provenance)
+    rounded = {name: round(value, 1) for name, value in seconds.items()}
+    write(options, rows, rounded, provenance, module.failures)
     return rows
+
+
+def end_with(process: int) -> None:
+    """End this process soon after its parent ends, whatever it is waiting for: nobody else would end it."""
+
+    def watch() -> None:
+        while os.getppid() == process:
+            time.sleep(1)
+        print("error: the first process is gone, and so this one ends", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def prepare(options: Options) -> None:
@@ -196,44 +223,71 @@ def prepare(options: Options) -> None:
     if options.resume:
         if not options.checkpoint.is_file() or not config.is_file():
             raise ch.InputError("resume", f"{folder} without a checkpoint", "a folder that an earlier run wrote to")
-        try:
-            torch.load(options.checkpoint, weights_only=True, map_location="cpu")
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise ch.InputError("resume", f"{options.checkpoint}, damaged: {error}", "a complete checkpoint") from error
-        saved, record = yaml.safe_load(config.read_text()), options.record()
-        if changed := sorted(name for name in record if record[name] != saved.get(name)):
+        saved, record = read_settings(config), options.record()
+        if changed := _changed(record, saved):
             raise ch.InputError("resume", f"another value of {', '.join(changed)}", f"the options of {config}")
+        _check_checkpoint(options)
+        if record != saved:
+            write_config(options)
         return
-    if options.checkpoint.is_file():
-        if not (folder / "result.json").is_file():
-            raise ch.InputError("output", f"{folder}, which holds an unfinished run", "--resume, or another --output")
-        (folder / "result.json").unlink()
-        for logs in ("lightning_logs", "tensorboard", "checkpoints"):
+    result, resumable = folder / "result.json", options.checkpoint.is_file()
+    if resumable and not result.is_file():
+        raise ch.InputError("output", f"{folder}, which holds an unfinished run", "--resume, or another --output")
+    options.checkpoint.unlink(missing_ok=True)  # first: what is left over must not look like a run to resume
+    result.unlink(missing_ok=True)
+    if resumable:
+        for logs in ("tensorboard", "checkpoints"):
             shutil.rmtree(folder / logs, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    config.write_text(f"# {options.command()}\n{yaml.safe_dump(options.record(), sort_keys=False)}")
+    write_config(options)
 
 
-def write(options: Options, rows: list[report.Row], seconds: dict[str, float], provenance: dict[str, Any]) -> None:
-    """Write the result as JSON, table and picture, and show the table."""
+def write_config(options: Options) -> None:
+    """Write the options into the output folder, for `--config` and for `--resume`."""
+    text = f"# {options.command()}\n{yaml.safe_dump(options.record(), sort_keys=False)}"
+    storage.write(options.folder / "config.yaml", text.encode())
+
+
+def _check_checkpoint(options: Options) -> None:
+    path, wanted = options.checkpoint, "a complete checkpoint of this run"
+    try:
+        checkpoint = storage.load_torch(path)
+    except (OSError, ValueError) as error:
+        raise ch.InputError("resume", f"{path}, damaged: {error}", wanted) from error
+    parts = {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", EpisodicDataModule.__qualname__}
+    if not isinstance(checkpoint, dict) or not parts <= checkpoint.keys():
+        raise ch.InputError("resume", f"{path}, which is none, or not a complete one", wanted)
+    if changed := _changed(options.record(), checkpoint["callbacks"].get(Log.__qualname__, {}).get("options", {})):
+        raise ch.InputError("resume", f"{path}, that of another run ({', '.join(changed)})", wanted)
+
+
+def _changed(record: dict[str, Any], saved: dict[str, Any]) -> list[str]:
+    # A training that a failed step has ended may go on without it.
+    return sorted(name for name in record if name != "on_failure" and record[name] != saved.get(name))
+
+
+def write(
+    options: Options,
+    rows: list[report.Row],
+    seconds: dict[str, float],
+    provenance: dict[str, Any],
+    failures: list[dict[str, Any]],
+) -> None:
+    """Write the result as table, picture and, when all else is there, JSON; and show the table."""
     title = f"{options.dataset}: {options.ways}-way, {options.backbone} meta-trained through {options.head}"
     note = (
         f"Mean over {options.test_episodes:,} episodes of unseen classes, the same for every line, "
         f"± half the 95 % confidence interval."
     )
     result = {"command": options.command(), "results": [row._asdict() for row in rows], "seconds": seconds}
-    result |= {"seed": options.seed, **provenance}
-    (options.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    result |= {"seed": options.seed, **provenance} | ({"skipped": failures} if failures else {})
     details = report.details(options.command(), options.seed, seconds, provenance)
     table = report.table(rows, title)
     console = Console()
     console.print(table, note, f"All of it is in {options.folder}", sep="\n")
     report.write_markdown(table, f"{note}\n\n{details}", options.folder / "result.md")
     report.draw(rows, title, options.ways, options.folder / "accuracy.png")
-
-
-def _log_number(path: Path) -> int:
-    return int(path.parent.name.removeprefix("version_"))
+    storage.write(options.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -249,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             hope = "; the last checkpoint is whole, --resume continues from it" if options.checkpoint.is_file() else ""
             got = f"{options.folder} ({error.strerror})"
             raise ch.InputError("output", got, f"room to write{hope}") from error
-    except ch.InputError as error:
+    except ch.ConvexHeadsError as error:
         raise SystemExit(f"error: {error}") from error
 
 

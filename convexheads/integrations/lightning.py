@@ -5,18 +5,21 @@ Needs the package `pytorch_lightning`, whose classes are not those of `lightning
 
 from __future__ import annotations
 
+import logging
 import math
-import pickle
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, distributed, nn, optim
 from torch.nn import functional
 
+from convexheads import storage
 from convexheads.episodes import split_task
-from convexheads.errors import InputError
+from convexheads.errors import InputError, SolverError
 from convexheads.heads.base import Head
 from convexheads.integrations import require
 from convexheads.loader import EpisodeLoader
@@ -32,6 +35,7 @@ require(
 require("torchmetrics", "torchmetrics", "1", "2", extra="lightning", needed_by="convexheads.integrations.lightning")
 
 import pytorch_lightning as pl
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torchmetrics.functional.classification import multiclass_accuracy
 
 
@@ -51,6 +55,20 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 """
 
 
+OnFailure = Literal["raise", "skip", "stop"]
+"""What `EpisodicModule` does with a step that it can't take."""
+
+_log = logging.getLogger(__name__)
+
+
+class _Step(NamedTuple):
+    """Where a training stands: the step, counted from 0 over all passes, and this process among the others."""
+
+    number: int
+    rank: int
+    processes: int
+
+
 class EpisodicModule(pl.LightningModule):
     """Trains a backbone so that a head fitted to an episode's support set classifies its query set.
 
@@ -66,6 +84,22 @@ class EpisodicModule(pl.LightningModule):
     tolerance, and "iterations", the mean over tasks, where the solver tells. Validation and test batches are episodes
     too; to evaluate on thousands of them, embed the images once and use `convexheads.episodes.evaluate`.
 
+    A step fails if its loss or a gradient is not finite, or if the head could not be fitted (`SolverError`, or
+    `InputError` for features that are not finite). Then `on_failure` says what happens, in all processes alike: the
+    gradient of a failed step is NaN, and the reduction of gradients brings that to every process.
+
+    - "raise": the error names the step and, where they can be told apart, the tasks.
+    - "skip": parameters, the optimizer's state and the backbone's buffers, such as the statistics of BatchNorm, stay as
+      they were before the step. It counts as taken all the same: the learning rate and the episodes go on. With
+      gradient accumulation, the batches that would have made this step are all left out. A line in the log of the
+      logger "convexheads.integrations.lightning" and an entry in `failures` say which step, which tasks and why, and
+      "skipped" is logged, the number of such steps so far.
+    - "stop": likewise, and the training ends after this step, as by Lightning's `EarlyStopping`: a checkpoint that is
+      saved then holds what there was before the step.
+
+    Steps count from 0 over all passes, and tasks from 0 over all processes, as `EpisodeLoader` shares them out. So the
+    loader of the training draws the episodes again after `loader.load_state_dict({"step": step})`.
+
     Args:
         backbone: maps samples (m, *sample) to features (m, d).
         head: fitted to every episode; its learnable parameters train along.
@@ -78,9 +112,15 @@ class EpisodicModule(pl.LightningModule):
         weight_decay: on every parameter. Default 5e-4.
         label_smoothing: of the cross-entropy, from 0 (default) up to 1; the paper has 0.1 on miniImageNet with
             ResNet-12.
+        on_failure: what happens when a step fails, "raise" (default), "skip" or "stop". What a task does that is not
+            certified is a matter of the head's solver: with "warn" or "return" it counts, and is no failure.
+
+    Attributes:
+        failures: the steps that were skipped, in order, each a dictionary of "step", "tasks" (all of the step, if they
+            can't be told apart) and "cause". Checkpoints keep them.
 
     Raises:
-        InputError: no such schedule, or a label smoothing out of range.
+        InputError: no such schedule or `on_failure`, or a label smoothing out of range.
 
     Example:
         With `batches` a list of such pairs, `loader = DataLoader(batches, batch_size=None)`, then
@@ -100,17 +140,23 @@ class EpisodicModule(pl.LightningModule):
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         label_smoothing: float = 0.0,
+        on_failure: OnFailure = "raise",
     ) -> None:
         super().__init__()
         if schedule not in SCHEDULES:
             raise InputError("schedule", repr(schedule), f"one of {', '.join(SCHEDULES)}")
         if not 0 <= label_smoothing < 1:
             raise InputError("label_smoothing", label_smoothing, "a number from 0 to below 1")
+        if on_failure not in get_args(OnFailure):
+            raise InputError("on_failure", repr(on_failure), f"one of {', '.join(get_args(OnFailure))}")
         self.backbone = backbone
         self.head = head
         self.ways, self.shots, self.steps = ways, shots, steps
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
-        self.schedule, self.label_smoothing = schedule, label_smoothing
+        self.schedule, self.label_smoothing, self.on_failure = schedule, label_smoothing, on_failure
+        self.failures: list[dict[str, Any]] = []
+        self._failed: dict[str, Any] | None = None  # this process's, in the step that is under way
+        self._before: dict[str, Tensor] | None = None  # the buffers as they were before it
 
     def forward(self, samples: Tensor) -> Tensor:
         """Features of samples.
@@ -128,15 +174,105 @@ class EpisodicModule(pl.LightningModule):
 
         Args:
             batch: samples `(*tasks, n, *sample)` and labels `(*tasks, n)`.
-            batch_index: not used.
+            batch_index: counts as the step where there is no trainer.
+
+        Returns:
+            The loss `()`. Of a step that failed, and with another `on_failure` than "raise", it is NaN.
 
         Raises:
-            InputError: labels or features that are unusable, or a class with too few samples.
-            SolverError: an episode could not be solved (see the solver's `on_failure`).
+            InputError: labels that are unusable, or a class with too few samples; or the step failed, and
+                `on_failure="raise"`.
+            SolverError: likewise, an episode could not be solved (see the solver's `on_failure`).
         """
-        loss, metrics, tasks = self._episodes(batch)
-        self.log_dict(metrics, prog_bar=True, batch_size=tasks)
-        return loss
+        if self.on_failure != "raise" and self._before is None:
+            self._before = {name: value.clone() for name, value in self.named_buffers()}
+        features, error = self._features(batch), None
+        try:
+            loss, metrics, logits = self._episodes(features, batch[1])
+            if loss.isfinite():
+                self.log_dict(metrics, prog_bar=True, batch_size=batch[1].shape[:-1].numel())
+                return loss
+            cause, tasks = f"a loss of {loss.item()}", _unusable(batch[1], batch[0], features, logits)
+        except InputError as unusable:
+            if not (tasks := _unusable(batch[1], batch[0], features)):
+                raise  # not the values
+            cause, error = str(unusable), unusable
+        except SolverError as unsolved:
+            solution = unsolved.solution
+            tasks = [] if solution is None else (~solution.converged).flatten().nonzero().flatten().tolist()
+            cause, error = str(unsolved), unsolved
+        step = self._step(batch_index)
+        tasks = [step.rank + task * step.processes for task in tasks or range(batch[1].shape[:-1].numel())]
+        self._failed = self._failed or {"step": step.number, "tasks": tasks, "cause": cause}
+        if self.on_failure == "raise":
+            _refuse(self._failed, error)
+        # Through the backbone, where other processes may wait for this one, and straight to every parameter.
+        return torch.nan * sum(
+            (value.sum() for value in (features, *self.parameters()) if value.requires_grad), features.new_zeros(())
+        )
+
+    def on_before_optimizer_step(self, optimizer: optim.Optimizer) -> None:
+        """Does as `on_failure` says if the gradients are not finite, which all processes see alike.
+
+        Args:
+            optimizer: whose step it is. Without gradients, it takes none.
+
+        Raises:
+            InputError: a gradient is not finite, and `on_failure="raise"`.
+        """
+        own, before, self._failed, self._before = self._failed, self._before, None, None
+        gradients = {name: value.grad for name, value in self.named_parameters() if value.grad is not None}
+        if gradients and not torch.stack([gradient.isfinite().all() for gradient in gradients.values()]).all():
+            found: list[Any] = [own]
+            if self.trainer.world_size > 1:
+                found = [None] * self.trainer.world_size
+                distributed.all_gather_object(found, own)
+            failures = [each for each in found if each is not None]
+            if not failures and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+                return  # float16 has overflowed, which is what the scaler is there for
+            if not failures:
+                name = next(name for name, gradient in gradients.items() if not gradient.isfinite().all())
+                failures = [{"step": self._step(0).number, "tasks": [], "cause": f"the gradient of {name}"}]
+            self._fail(failures, before or {}, optimizer)
+        if self.on_failure == "skip":
+            self.log("skipped", float(len({failure["step"] for failure in self.failures})))
+
+    def _fail(self, failures: list[dict[str, Any]], before: dict[str, Tensor], optimizer: optim.Optimizer) -> None:
+        if self.on_failure == "raise":
+            _refuse(failures[0])
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, value in self.named_buffers():
+                if name in before:
+                    value.copy_(before[name])
+        self.failures += failures
+        for failure in failures if self.trainer.is_global_zero else ():
+            does = "the training stops before" if self.on_failure == "stop" else "skipped"
+            _log.warning("%s %s (%s)", does, _where(failure), failure["cause"])
+        if self.on_failure == "stop":
+            self.trainer.should_stop = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Puts `failures` into a checkpoint.
+
+        Args:
+            checkpoint: as Lightning makes it. It is not checked.
+        """
+        checkpoint["failures"] = [dict(failure) for failure in self.failures]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes `failures` from a checkpoint, where there are any.
+
+        Args:
+            checkpoint: as Lightning reads it. It is not checked.
+        """
+        self.failures = [dict(failure) for failure in checkpoint.get("failures", [])]
+
+    def _step(self, batch_index: int) -> _Step:
+        if self._trainer is None:
+            return _Step(batch_index, 0, 1)
+        trainer = self.trainer
+        return _Step(trainer.fit_loop.epoch_loop.total_batch_idx, trainer.global_rank, trainer.world_size)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Logs "val_loss" and "val_accuracy"; Lightning has the backbone in evaluation mode.
@@ -157,27 +293,30 @@ class EpisodicModule(pl.LightningModule):
         self._log_evaluation("test", batch)
 
     def _log_evaluation(self, part: str, batch: tuple[Tensor, Tensor]) -> None:
-        _, metrics, tasks = self._episodes(batch)
+        _, metrics, _ = self._episodes(self._features(batch), batch[1])
         values = {f"{part}_{name}": metrics[name] for name in ("loss", "accuracy")}
-        self.log_dict(values, prog_bar=True, batch_size=tasks, sync_dist=True)
+        self.log_dict(values, prog_bar=True, batch_size=batch[1].shape[:-1].numel(), sync_dist=True)
 
-    def _episodes(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor], int]:
-        """The loss, what is logged, and the number of episodes."""
+    def _features(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         samples, labels = batch
         features = self(samples.flatten(0, labels.ndim - 1)).unflatten(0, labels.shape)
-        if features.dtype.itemsize < 4:
-            features = features.float()  # of a trainer with mixed precision: logits are as precise as features
+        # Of a trainer with mixed precision: logits are as precise as features.
+        return features.float() if features.dtype.itemsize < 4 else features
+
+    def _episodes(self, features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The loss, what is logged, and the logits."""
         episode = split_task(features, labels, shots=self.shots)
         fitted = self.head.fit(episode.support, episode.support_labels, ways=self.ways)
-        logits, targets = fitted(episode.query).flatten(0, -2), episode.query_labels.flatten()
-        loss = functional.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
-        metrics = {"loss": loss, "accuracy": multiclass_accuracy(logits, targets, self.ways, average="micro")}
+        logits, targets = fitted(episode.query), episode.query_labels.flatten()
+        flat = logits.flatten(0, -2)
+        loss = functional.cross_entropy(flat, targets, label_smoothing=self.label_smoothing)
+        metrics = {"loss": loss, "accuracy": multiclass_accuracy(flat, targets, self.ways, average="micro")}
         if fitted.solution is not None:
             metrics["gap"] = fitted.solution.gap.max()
             metrics["certified"] = fitted.solution.converged.float().mean()
             if fitted.solution.iterations is not None:
                 metrics["iterations"] = fitted.solution.iterations.float().mean()
-        return loss, metrics, labels.shape[:-1].numel()
+        return loss, metrics, logits
 
     def configure_optimizers(self) -> Any:
         """SGD with Nesterov momentum on all parameters, and the schedule, step by step."""
@@ -192,6 +331,81 @@ class EpisodicModule(pl.LightningModule):
         factor = SCHEDULES[self.schedule]
         schedule = optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step / self.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _unusable(labels: Tensor, *values: Tensor) -> list[int]:
+    """The tasks with values that are not finite, in the first of several tensors `(*tasks, ...)` that has any."""
+    for each in values:
+        bad = (~each.isfinite()).flatten(labels.ndim - 1).any(-1).flatten().nonzero().flatten().tolist()
+        if bad:
+            return bad
+    return []
+
+
+def _where(failure: dict[str, Any]) -> str:
+    tasks = ", ".join(map(str, failure["tasks"]))
+    return f"step {failure['step']}" + (f", task {tasks}" if tasks else "")
+
+
+def _refuse(failure: dict[str, Any], error: Exception | None = None) -> NoReturn:
+    if isinstance(error, SolverError):
+        raise SolverError(f"{_where(failure)}: {error}", error.solution) from error
+    wanted = "finite values, or another on_failure: 'skip' goes on without the step, 'stop' ends before it"
+    raise InputError("batch", f"{_where(failure)} ({failure['cause']})", wanted) from error
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that are complete or not there, and refused when they are damaged, for `Trainer(plugins=...)`.
+
+    Lightning on its own writes to the system's folder for temporary files and moves the file to its place. If that is
+    on another disk, a training that is killed while the file is copied has lost its last good checkpoint; and a file
+    with altered bytes is read as if nothing were wrong. Here a file gets its name when all of it is on the disk, and
+    its checksums are compared before it is read. Nothing is unpickled. For paths of this machine's file system.
+
+    Example:
+        `Trainer(plugins=[WholeCheckpointIO()])`, then `trainer.fit(module, data, ckpt_path="last.ckpt")`
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint in the place of the last one, if there is one.
+
+        Args:
+            checkpoint: tensors, numbers, text and containers of them; anything else is written, but can't be read.
+            path: of the file.
+            storage_options: not used.
+
+        Raises:
+            OSError: it can't be written; the file that was there is unchanged.
+        """
+        content, path = BytesIO(), Path(path)
+        torch.save(checkpoint, content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.write(path, content.getbuffer())
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint that this class, or Lightning's own, wrote.
+
+        Args:
+            path: of the file.
+            map_location: not used: tensors come on the CPU, from where Lightning moves them.
+            weights_only: not used: it is always true.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            InputError: there is no such file, it is damaged, or it holds objects.
+        """
+        wanted = "a complete checkpoint of tensors, numbers and text"
+        try:
+            checkpoint = storage.load_torch(Path(path))
+            if not isinstance(checkpoint, dict):
+                raise TypeError(f"it holds a {type(checkpoint).__name__}")
+        except (OSError, TypeError, ValueError) as error:
+            raise InputError("checkpoint", f"{path} ({error})", wanted) from error
+        return checkpoint
 
 
 class EpisodicDataModule(pl.LightningDataModule):
@@ -282,7 +496,9 @@ def _read(name: str, part: tuple[Tensor, Tensor] | str | None) -> tuple[Tensor, 
         return part
     wanted = "a file of torch.save((samples, labels), path)"
     try:
-        samples, labels = torch.load(part, weights_only=True)
-    except (OSError, RuntimeError, EOFError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        samples, labels = storage.load_torch(Path(part))
+        if not isinstance(samples, Tensor) or not isinstance(labels, Tensor):
+            raise TypeError("it holds something else than two tensors")
+    except (OSError, TypeError, ValueError) as error:
         raise InputError(name, f"{part} ({error})", wanted) from error
     return samples, labels

@@ -70,7 +70,8 @@ class _System(torch.autograd.Function):
         gram x + smoothing * x + shift = linear  at the free entries,   x = held  at the others,   sum_c x_c = sums
 
     `known` is x where that is known already; the value of its shift is then not told, and nothing depends on it. What
-    is None counts as zero. A system that can't be factorised gives NaN gradients, never a number without meaning.
+    is None counts as zero. A system that can't be factorised gives NaN gradients, never a number without meaning; but
+    zero where the gradient that comes in is zero.
     """
 
     @staticmethod
@@ -102,10 +103,13 @@ class _System(torch.autograd.Function):
         gram, smoothing, x, scale, *factors = ctx.saved_tensors
         solve = _System.apply if torch.is_grad_enabled() or is_transforming() else _System.forward
         u, shift = solve(ctx.kkt, gram, smoothing, grad_x, None, grad_shift, None, scale, *factors)
+        lost = _lost(u, x, grad_x, grad_shift)
+        u, x, shift = u.masked_fill(lost, 0), x.masked_fill(lost, 0), shift.masked_fill(lost.squeeze(-1), 0)
         outer = u @ x.mT
         grad_smoothing = None if smoothing is None else -u * x
-        # The reaction at a bound; at free entries it is never asked for.
-        grad_held = grad_x - gram @ u - shift.unsqueeze(-1) if ctx.needs_input_grad[4] else None
+        grad_held = None
+        if ctx.needs_input_grad[4]:  # the reaction at a bound; at free entries it is never asked for
+            grad_held = (grad_x - gram @ u - shift.unsqueeze(-1)).masked_fill(lost, 0)
         nothing = (None,) * (2 + len(factors))
         return (
             None,
@@ -139,6 +143,8 @@ class _Barrier(_System):
         given = grad_x.detach(), None, grad_shift.detach(), None
         u, _ = _System.apply(ctx.kkt, gram, smoothing, *given, scale, *factors)
         assert x is not None
+        lost = _lost(u, x, grad_x, grad_shift)
+        u, x = u.masked_fill(lost, 0), x.masked_fill(lost, 0)
         outer = u @ x.mT
         found = -(outer + outer.mT) / 2, None if smoothing is None else -u * x, u
         by = "a NativeSolver whose gradient is not exact"
@@ -148,6 +154,17 @@ class _Barrier(_System):
     @staticmethod
     def vmap(info, in_dims, kkt, *tensors):
         return _mapped(_Barrier, info.batch_size, in_dims[1:], kkt, tensors)
+
+
+def _lost(u: Tensor, x: Tensor, grad_x: Tensor, grad_shift: Tensor) -> Tensor:
+    """The tasks that have no number to show, where nobody asked for one: `(tasks, 1, 1)`.
+
+    A failed task that the loss leaves out would otherwise bring NaN (zero times NaN) to what all tasks share. Others
+    stay as they are, also with a gradient of zero, so that derivatives of this derivative are right.
+    """
+    size = (u + x).sum((-2, -1))
+    asked = grad_x.flatten(-2).any(-1) | grad_shift.any(-1)
+    return ((size - size != 0) & ~asked)[:, None, None]  # of what is not finite, the difference is NaN
 
 
 def _mapped(function: type[_System], size: int, in_dims: Any, kkt: Callable[..., KKT], tensors: Any) -> Any:
