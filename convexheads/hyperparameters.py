@@ -106,7 +106,7 @@ def finite(name: str, value: _T, *, learnable: bool = True) -> _T:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(abs(value) <= _LARGEST)
 
 
 def value_of(hyperparameter: Hyperparameter, like: Tensor) -> Tensor:
