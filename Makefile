@@ -25,7 +25,7 @@ test: $(READY)  ## Run the test suite
 test-all: $(READY)  ## Run the test suite with its slow tests
 	$(RUN) -m pytest -m ""
 
-test-versions: $(READY)  ## Test oldest and newest versions, and each extra alone (an hour, 15 GB of disk)
+test-versions: $(READY)  ## Test oldest and newest versions, and each extra alone (long; 20 GB of disk)
 	$(RUN) -m nox
 
 lint: $(READY)  ## Check style and types

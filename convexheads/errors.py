@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
     from convexheads.solvers.problem import Solution
@@ -43,6 +43,11 @@ def described(value: object) -> str:
     return repr(value) if plain else f"{value!r} ({kind.__module__}.{kind.__name__})"
 
 
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether the `value` is an integer of at least 1, and not True. It may be anything and is not checked."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def check_counts(**counts: object) -> None:
     """Raise `InputError` unless each is an integer of at least 1.
 
@@ -53,7 +58,7 @@ def check_counts(**counts: object) -> None:
         InputError: one is no integer, is a bool, or is below 1.
     """
     for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if not is_count(count):
             raise InputError(name, described(count), "an integer of at least 1")
 
 

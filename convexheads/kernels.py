@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from convexheads.errors import InputError, check_flag
+from convexheads.errors import InputError, check_counts, check_flag
 from convexheads.hyperparameters import Hyperparameter, Learnable, OneLine, display, positive, value_of
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
@@ -129,7 +129,7 @@ class Constant(Composable):
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
         """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`. Nothing is checked."""
-        return _constant(x, y, value_of(self.value, x))
+        return self.for_support(y, None)(x, y)
 
     def for_support(self, support: Float[Tensor, "*batch n d"], mask: Bool[Tensor, "*batch n"] | None) -> Kernel:
         return partial(_constant, value=value_of(self.value, support))
@@ -173,7 +173,7 @@ class RBF(Composable):
 
         Without a width, `y` is the support that the median is of; a head has settled it before, by `for_support`.
         """
-        return _gaussian(x, y, _median_distance(y, None) if self.width is None else value_of(self.width, y))
+        return self.for_support(y, None)(x, y)
 
     def for_support(self, support: Float[Tensor, "*batch n d"], mask: Bool[Tensor, "*batch n"] | None) -> Kernel:
         width = _median_distance(support, mask) if self.width is None else value_of(self.width, support)
@@ -199,8 +199,7 @@ class Polynomial(Composable):
 
     def __init__(self, degree: int = 2, *, offset: Hyperparameter = 1.0, scale: Hyperparameter = 1.0) -> None:
         super().__init__()
-        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
-            raise InputError("Polynomial(degree)", repr(degree), "an integer of at least 1")
+        check_counts(**{"Polynomial(degree)": degree})
         self.degree = degree
         self.offset = positive("Polynomial(offset)", offset, or_zero=True)
         self.scale = positive("Polynomial(scale)", scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from tasks import close, task
@@ -410,3 +411,8 @@ def test_cuda_equals_cpu(make, kernel, cuda):
     (gradient_there,) = torch.autograd.grad(logits_there.square().sum(), there)
     torch.testing.assert_close(logits_there.cpu(), logits, rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(gradient_there.cpu(), gradient, rtol=1e-6, atol=1e-8)
+
+
+def test_doubles_of_numpy_are_numbers():
+    """Their comparisons give NumPy's bool, which the annotations refuse."""
+    assert repr(SVMHead(C=np.float64(0.1))) == repr(SVMHead(C=0.1))

@@ -306,7 +306,3 @@ def test_head_of_ones_own_with_wrong_coefficients(coef, message):
 def test_kernel_that_is_wrong_for_queries_only():
     with pytest.raises(InputError, match=r"kernel: got a result of shape .*, wanted a Gram matrix of shape"):
         RidgeHead(kernel=lambda x, y: y @ x.mT)(*GOOD[:3])
-
-
-def test_doubles_of_numpy_are_numbers():
-    assert repr(SVMHead(C=np.float64(0.1))) == repr(SVMHead(C=0.1))

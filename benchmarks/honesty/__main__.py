@@ -23,7 +23,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from benchmarks import report
-from benchmarks.honesty.contenders import WITH_SLACKS, Answer, contenders
+from benchmarks.honesty.contenders import Answer, contenders
 from benchmarks.honesty.tasks import Set, hard_task
 
 PRECISE, WRONG, WRONG_GRADIENT = 1e-6, 1e-4, 1e-2
@@ -115,7 +115,8 @@ def main() -> None:
     parser = jsonargparse.ArgumentParser(
         prog="python -m benchmarks.honesty", description=(__doc__ or "").split("\n")[0]
     )
-    known = list(contenders())
+    tried = contenders()
+    known = list(tried)
     parser.add_argument("--tasks", type=int, default=5000, help="hard tasks, of seeds 0, 1, 2, ...")
     parser.add_argument("--beyond", type=int, default=500, help="tasks with C beyond what float64 can express")
     parser.add_argument("--peer-tasks", type=int, default=300, help="hard tasks for those on other solvers")
@@ -128,11 +129,9 @@ def main() -> None:
         raise SystemExit(f"error: names: got {', '.join(sorted(unknown))}, wanted some of {', '.join(known)}")
     rows = []
     for name in options.names:
-        theirs = " on " in name
-        rows.append(
-            measure(name, "hard", options.peer_tasks if theirs else options.tasks, options.limit, options.workers)
-        )
-        if not theirs and options.beyond and name in WITH_SLACKS:
+        tasks = options.peer_tasks if tried[name].peer else options.tasks
+        rows.append(measure(name, "hard", tasks, options.limit, options.workers))
+        if tried[name].slacks and options.beyond:
             rows.append(measure(name, "beyond", options.beyond, options.limit, options.workers))
         Console().print(show(rows[-1:], ""))
     write(rows, options)

@@ -37,26 +37,19 @@ class Contender(NamedTuple):
     Attributes:
         answer: from a task to an answer. What it raises counts as flagged if it is an error that it documents, and as a
             crash otherwise.
+        peer: whether somebody else's solver does the work, and few tasks are enough.
+        slacks: whether it has slacks, whose weight C can be too large.
         largest: the examples times classes above which it is left out, as it would take minutes or gigabytes.
         documented: the errors that it says it raises.
         suits: which tasks it is made for.
     """
 
     answer: Callable[[HardTask], Answer]
+    peer: bool = False
+    slacks: bool = False
     largest: float = math.inf
     documented: tuple[type[Exception], ...] = (ch.ConvexHeadsError,)
     suits: Callable[[HardTask], bool] = lambda _: True
-
-
-WITH_SLACKS = (
-    "SVM",
-    "Weston-Watkins SVM",
-    "one-vs-rest SVM",
-    "simplified SVM",
-    "SVM, in torch",
-    "support vector regression",
-)
-"""Those whose C can be too large."""
 
 
 def contenders() -> dict[str, Contender]:
@@ -66,23 +59,25 @@ def contenders() -> dict[str, Contender]:
         "suits": lambda task: _has_every_class(task) and task.support.shape[-1] <= 12,
     }
     return {
-        "SVM": Contender(partial(_svm, ch.SVMHead, judges.crammer_singer)),
-        "Weston-Watkins SVM": Contender(partial(_svm, ch.WestonWatkinsHead, judges.weston_watkins)),
-        "one-vs-rest SVM": Contender(partial(_svm, ch.OneVsRestHead, judges.one_vs_rest)),
-        "simplified SVM": Contender(partial(_svm, ch.SimplifiedSVMHead, judges.simplified)),
-        "SVM, in torch": Contender(_on(ch.NativeSolver(compiled=False))),
+        "SVM": Contender(partial(_svm, ch.SVMHead, judges.crammer_singer), slacks=True),
+        "Weston-Watkins SVM": Contender(partial(_svm, ch.WestonWatkinsHead, judges.weston_watkins), slacks=True),
+        "one-vs-rest SVM": Contender(partial(_svm, ch.OneVsRestHead, judges.one_vs_rest), slacks=True),
+        "simplified SVM": Contender(partial(_svm, ch.SimplifiedSVMHead, judges.simplified), slacks=True),
+        "SVM, in torch": Contender(_on(ch.NativeSolver(compiled=False)), slacks=True),
         "logistic regression": Contender(_logistic),
         "ridge regression": Contender(_ridge),
         "Gaussian process": Contender(_gaussian_process),
-        "support vector regression": Contender(_support_vector_regression),
+        "support vector regression": Contender(_support_vector_regression, slacks=True),
         "prototypes": Contender(_prototypes, **exact),
         "linear discriminant": Contender(_linear_discriminant, **exact),
         "Mahalanobis": Contender(_mahalanobis, **exact),
-        "SVM on qpth, by our adapter": Contender(_on(ch.QpthSolver(tolerance=1e-6)), largest=300),
-        "SVM on cvxpylayers, by our adapter": Contender(_on(ch.CvxpylayersSolver(tolerance=1e-6)), largest=150),
-        "SVM on Moreau, by our adapter": Contender(_on(ch.MoreauSolver(tolerance=1e-6)), largest=1000),
-        "SVM on qpth alone": Contender(_qpth, largest=300, documented=(RuntimeError,)),
-        "SVM on cvxpylayers alone": Contender(_cvxpylayers, largest=150, documented=_cvxpylayers_errors()),
+        "SVM on qpth, by our adapter": Contender(_on(ch.QpthSolver(tolerance=1e-6)), peer=True, largest=300),
+        "SVM on cvxpylayers, by our adapter": Contender(
+            _on(ch.CvxpylayersSolver(tolerance=1e-6)), peer=True, largest=150
+        ),
+        "SVM on Moreau, by our adapter": Contender(_on(ch.MoreauSolver(tolerance=1e-6)), peer=True, largest=1000),
+        "SVM on qpth alone": Contender(_qpth, peer=True, largest=300, documented=(RuntimeError,)),
+        "SVM on cvxpylayers alone": Contender(_cvxpylayers, peer=True, largest=150, documented=_cvxpylayers_errors()),
     }
 
 
@@ -103,9 +98,7 @@ def _svm(head: Callable[..., ch.MulticlassSVM], judge: Callable[..., float], tas
     fitted = made.fit(task.support, task.labels, ways=task.ways)
     assert fitted.solution is not None
     gap = judge(*_arrays(task), task.C, fitted.dual.coef.numpy())
-    error = None
-    if task.support.dtype == torch.float64 and task.size <= _SMALL and _is_regular(made, fitted, task):
-        error = _gradient_error(lambda support: made(support, task.labels, task.query, ways=task.ways), task.support)
+    error = _gradient_error_of(made, task) if _can_be_differenced(task) and _is_regular(made, fitted, task) else None
     return Answer(gap, bool(fitted.solution.converged), error)
 
 
@@ -114,9 +107,7 @@ def _logistic(task: HardTask) -> Answer:
     fitted = head.fit(task.support, task.labels, ways=task.ways)
     assert fitted.solution is not None
     gap = judges.logistic(*_arrays(task), 1 / task.C, fitted.dual.coef.numpy())
-    error = None
-    if task.support.dtype == torch.float64 and task.size <= _SMALL:
-        error = _gradient_error(lambda support: head(support, task.labels, task.query, ways=task.ways), task.support)
+    error = _gradient_error_of(head, task) if _can_be_differenced(task) else None
     return Answer(gap, bool(fitted.solution.converged), error)
 
 
@@ -124,10 +115,7 @@ def _ridge(task: HardTask) -> Answer:
     head = ch.RidgeHead(1 / task.C)
     coef = head.fit(task.support, task.labels, ways=task.ways).dual.coef.numpy()
     gap = judges.ridge(task.support.double().numpy(), np.eye(task.ways)[task.labels.numpy()], 1 / task.C, coef)
-    error = None
-    if task.support.dtype == torch.float64 and task.size <= _SMALL:
-        error = _gradient_error(lambda support: head(support, task.labels, task.query, ways=task.ways), task.support)
-    return Answer(gap, True, error)
+    return Answer(gap, True, _gradient_error_of(head, task) if _can_be_differenced(task) else None)
 
 
 def _gaussian_process(task: HardTask) -> Answer:
@@ -242,6 +230,14 @@ def _is_regular(head: ch.MulticlassSVM, fitted: ch.Fitted, task: HardTask) -> bo
         return True
     values = torch.linalg.eigvalsh(hessian)
     return bool(values[0] > _DEFINITE * values[-1])
+
+
+def _can_be_differenced(task: HardTask) -> bool:
+    return task.support.dtype == torch.float64 and task.size <= _SMALL
+
+
+def _gradient_error_of(head: ch.Head, task: HardTask) -> float:
+    return _gradient_error(lambda support: head(support, task.labels, task.query, ways=task.ways), task.support)
 
 
 def _gradient_error(logits: Callable[[Tensor], Tensor], support: Tensor) -> float:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from convexheads.errors import InputError, SolverError, described
+from convexheads.errors import InputError, SolverError, described, is_count
 from convexheads.precision import is_dense, is_of_floats, is_of_integers, kind
 from convexheads.transforms import look_at
 
@@ -42,7 +42,7 @@ def check_support(
         ways = ways.long()
         if (ways < 1).any():
             raise InputError("ways", f"{ways[ways < 1][0].item()} in {first(ways < 1)}", "at least 1")
-    elif ways is not None and (isinstance(ways, bool) or not isinstance(ways, int) or ways < 1):
+    elif ways is not None and not is_count(ways):
         raise InputError("ways", described(ways), "an integer of at least 1, a tensor of them, or None")
 
     if isinstance(ways, int):

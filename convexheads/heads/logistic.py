@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads.errors import InputError
+from convexheads.errors import InputError, is_count
 from convexheads.heads.base import Dual, Head
 from convexheads.heads.inputs import label_all
 from convexheads.hyperparameters import Hyperparameter, display, positive, value_of
@@ -63,7 +63,7 @@ class LogisticHead(Head):
     ) -> None:
         super().__init__(kernel=kernel, scale=scale)
         self.regularization = positive("regularization", regularization)
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        if steps is not None and not is_count(steps):
             raise InputError("steps", repr(steps), "an integer of at least 1, or None")
         check_on_failure("LogisticHead", on_failure)
         self.steps = steps

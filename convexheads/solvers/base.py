@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from convexheads.errors import InputError, MissingDependencyError, SolverError, SolverWarning, check_flag
+from convexheads.errors import InputError, MissingDependencyError, SolverError, SolverWarning, check_flag, is_count
 from convexheads.hyperparameters import positive
 from convexheads.precision import full_precision, is_of_floats, kind, working_dtype
 from convexheads.solvers.active_set import ActiveSet
@@ -74,8 +74,7 @@ class Solver(ABC):
         name = type(self).__name__
         if self.package is not None and find_spec(self.package) is None:
             raise MissingDependencyError(self.package, extra=self.package, needed_by=name)
-        whole = isinstance(max_iterations, int) and not isinstance(max_iterations, bool)
-        if max_iterations is not None and (not whole or max_iterations < 1):
+        if max_iterations is not None and not is_count(max_iterations):
             raise InputError(f"{name}(max_iterations)", repr(max_iterations), "an integer of at least 1, or None")
         check_on_failure(name, on_failure)
         self.max_iterations = max_iterations

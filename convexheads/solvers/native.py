@@ -219,7 +219,7 @@ class NativeSolver(Solver):
 
     def _from_inside(self, qp: QP) -> tuple[ActiveSet, Certificate, Int[Tensor, " tasks"]]:
         """By the interior point, and the active set that it ends at."""
-        qp = qp if qp.root is not None else _with_root(qp)
+        qp = _with_root(qp)
         inside = interior_point(qp, tolerance=_AIM * self.tolerance, max_iterations=_ENOUGH_ITERATIONS)
         return *active_set.polish(qp, inside.point), inside.iterations
 
@@ -246,5 +246,8 @@ class NativeSolver(Solver):
 
 
 def _with_root(qp: QP) -> QP:
+    """With a root of the Gram matrix where one is of use; one that is known is kept."""
     n = qp.gram.shape[-1]
-    return replace(qp, root=find_root(qp.gram, most=int(_LOW_RANK * n))) if n >= _WORTH_A_ROOT else qp
+    if qp.root is not None or n < _WORTH_A_ROOT:
+        return qp
+    return replace(qp, root=find_root(qp.gram, most=int(_LOW_RANK * n)))
