@@ -29,7 +29,7 @@ from tasks import clusters, task
 from torch import Tensor
 
 import convexheads as ch
-from convexheads.pretrained import ZOO, make_head
+from convexheads.pretrained import ZOO, make_head, save_pretrained
 from convexheads.solvers import SOLVERS, get_solver
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -487,16 +487,24 @@ def test_functions(name, times):
 
 @times
 def test_files_of_weights(times, tmp_path):
-    content = (ZOO / "conv4-cifar-fs-svm.safetensors").read_bytes()
+    """Whatever is loaded is what was saved, to the last bit."""
+    backbone, head, told = ch.load_pretrained(ZOO / "conv4-cifar-fs-svm.safetensors")
+    save_pretrained(tmp_path / "whole.safetensors", backbone, head, told)
+    content = (tmp_path / "whole.safetensors").read_bytes()
 
-    @settings(max_examples=3 * times)
-    @given(st.integers(0, len(content)), st.binary(max_size=9), st.booleans(), st.integers(0, 3000))
+    anywhere = st.integers(0, len(content) - 1)
+
+    @settings(max_examples=12 * times)
+    @given(anywhere, st.binary(max_size=9), st.booleans(), st.integers(0, 3000) | anywhere)
     def check(end, other, cut, start):
         spoilt = content[:end] if cut else content[:start] + other + content[start + len(other) :]
         (tmp_path / "spoilt.safetensors").write_bytes(spoilt)
         loaded = outcome(lambda: ch.load_pretrained(tmp_path / "spoilt.safetensors"))
         if loaded is not None:
             check_pretrained(loaded, {})
+            assert loaded.settings == told
+            for own, saved in ((loaded.backbone, backbone), (loaded.head, head)):
+                torch.testing.assert_close(own.state_dict(), saved.state_dict(), rtol=0, atol=0, equal_nan=True)
 
     check()
 
