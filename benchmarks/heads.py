@@ -26,8 +26,8 @@ from benchmarks import report
 from benchmarks.data import ImageSet, load
 from convexheads.episodes import calibrate, embed, evaluate
 
-SLACK = (0.001, 0.01, 0.1, 1.0, 10.0)
-WEIGHT = (0.01, 0.1, 1.0, 10.0, 100.0)
+SLACK = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
+WEIGHT = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 
 
 def _kernel() -> ch.Linear:
@@ -47,9 +47,9 @@ FAMILIES: dict[str, tuple[Callable[[float], ch.Head], tuple[float, ...]]] = {
     "ridge, RBF kernel": (lambda weight: ch.RidgeHead(weight, kernel=ch.RBF()), WEIGHT),
     "linear discriminant": (
         lambda shrinkage: ch.LinearDiscriminantHead(shrinkage, variance=1.0, kernel=_kernel()),
-        (0.1, 0.3, 0.6, 1.0),
+        (0.01, 0.03, 0.1, 0.3, 0.6, 1.0),
     ),
-    "Mahalanobis": (lambda beta: ch.MahalanobisHead(beta, kernel=_kernel()), (0.001, 0.01, 0.1, 1.0, 10.0)),
+    "Mahalanobis": (lambda beta: ch.MahalanobisHead(beta, kernel=_kernel()), (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)),
     "prototypes": (lambda _: ch.PrototypeHead(kernel=_kernel()), (1.0,)),
 }
 """Each head with the one hyper-parameter that is chosen on validation classes, and the values to choose from."""

@@ -102,6 +102,38 @@ def test_interior_point_is_patient_where_the_gap_falls_slowly(seed):
     assert honesty.attempt("SVM, in torch", "hard", seed)[0] == "solved"
 
 
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [
+        *(("SVM", seed) for seed in (68, 339)),
+        *(("SVM, in torch", seed) for seed in (68, 339)),
+        *(("Weston-Watkins SVM", seed) for seed in (92, 187, 299)),
+        *(("one-vs-rest SVM", 68), ("simplified SVM", 339), ("support vector regression", 309)),
+    ],
+)
+def test_what_rounding_spoils_is_flagged(name, seed):
+    """With C so large that rounding the Gram matrix moves the optimum, a gap of the rounded problem proves nothing."""
+    verdict, detail, _ = honesty.attempt(name, "beyond", seed)
+    assert verdict == "flagged"
+    assert float(detail.split("relative gap ")[1].split(",")[0]) > honesty.PRECISE
+
+
+@pytest.mark.parametrize("compiled", [None, False])
+def test_a_hard_margin_is_no_matter_of_rounding(compiled):
+    """Where weights separate the support, C may be as large as it likes; and another task's rounding changes nothing."""
+    for seed in (9, 11, 34, 46, 53):
+        task = hard_task(seed, "beyond")
+        head = ch.SVMHead(task.C, solver=ch.NativeSolver(on_failure="return", compiled=compiled))
+        noise = torch.from_numpy(np.random.default_rng(seed).permutation(task.labels.numpy()))
+        few = task.support[:, :1].expand_as(task.support) / task.support.shape[1] ** 0.5  # no weights separate these
+        support, labels = torch.stack([task.support, few]), torch.stack([task.labels, noise])
+        fitted = head.fit(support, labels, ways=task.ways)
+        assert fitted.solution.converged.tolist() == [True, False]
+        coef = fitted.dual.coef[0].numpy()
+        support = task.support.double().numpy()
+        assert judges.crammer_singer(support, task.labels.numpy(), task.ways, task.C, coef) < honesty.PRECISE
+
+
 def test_verdicts():
     assert honesty.verdict(Answer(1e-9, solved=True)) == "solved"
     assert honesty.verdict(Answer(1e-5, solved=True)) == "imprecise"

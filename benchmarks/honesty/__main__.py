@@ -131,7 +131,7 @@ def main() -> None:
     for name in options.names:
         tasks = options.peer_tasks if tried[name].peer else options.tasks
         rows.append(measure(name, "hard", tasks, options.limit, options.workers))
-        if tried[name].slacks and options.beyond:
+        if not tried[name].peer and options.beyond:
             rows.append(measure(name, "beyond", options.beyond, options.limit, options.workers))
         Console().print(show(rows[-1:], ""))
     write(rows, options)

@@ -38,7 +38,6 @@ class Contender(NamedTuple):
         answer: from a task to an answer. What it raises counts as flagged if it is an error that it documents, and as a
             crash otherwise.
         peer: whether somebody else's solver does the work, and few tasks are enough.
-        slacks: whether it has slacks, whose weight C can be too large.
         largest: the examples times classes above which it is left out, as it would take minutes or gigabytes.
         documented: the errors that it says it raises.
         suits: which tasks it is made for.
@@ -46,7 +45,6 @@ class Contender(NamedTuple):
 
     answer: Callable[[HardTask], Answer]
     peer: bool = False
-    slacks: bool = False
     largest: float = math.inf
     documented: tuple[type[Exception], ...] = (ch.ConvexHeadsError,)
     suits: Callable[[HardTask], bool] = lambda _: True
@@ -59,15 +57,15 @@ def contenders() -> dict[str, Contender]:
         "suits": lambda task: _has_every_class(task) and task.support.shape[-1] <= 12,
     }
     return {
-        "SVM": Contender(partial(_svm, ch.SVMHead, judges.crammer_singer), slacks=True),
-        "Weston-Watkins SVM": Contender(partial(_svm, ch.WestonWatkinsHead, judges.weston_watkins), slacks=True),
-        "one-vs-rest SVM": Contender(partial(_svm, ch.OneVsRestHead, judges.one_vs_rest), slacks=True),
-        "simplified SVM": Contender(partial(_svm, ch.SimplifiedSVMHead, judges.simplified), slacks=True),
-        "SVM, in torch": Contender(_on(ch.NativeSolver(compiled=False)), slacks=True),
+        "SVM": Contender(partial(_svm, ch.SVMHead, judges.crammer_singer)),
+        "Weston-Watkins SVM": Contender(partial(_svm, ch.WestonWatkinsHead, judges.weston_watkins)),
+        "one-vs-rest SVM": Contender(partial(_svm, ch.OneVsRestHead, judges.one_vs_rest)),
+        "simplified SVM": Contender(partial(_svm, ch.SimplifiedSVMHead, judges.simplified)),
+        "SVM, in torch": Contender(_on(ch.NativeSolver(compiled=False))),
         "logistic regression": Contender(_logistic),
         "ridge regression": Contender(_ridge),
         "Gaussian process": Contender(_gaussian_process),
-        "support vector regression": Contender(_support_vector_regression, slacks=True),
+        "support vector regression": Contender(_support_vector_regression),
         "prototypes": Contender(_prototypes, **exact),
         "linear discriminant": Contender(_linear_discriminant, **exact),
         "Mahalanobis": Contender(_mahalanobis, **exact),
@@ -255,7 +253,7 @@ def _gradient_error(logits: Callable[[Tensor], Tensor], support: Tensor) -> floa
     slope = (gradient * direction).sum().item()
     size, errors = support.detach().norm().item() or 1.0, []
     with torch.no_grad():
-        for step in (1e-4, 1e-5, 1e-6, 1e-7):
+        for step in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7):
             ahead, behind = (
                 (logits(support + sign * step * size * direction) * weights).sum().item() for sign in (1, -1)
             )

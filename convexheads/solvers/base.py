@@ -148,6 +148,7 @@ class Solver(ABC):
         coef, iterations, certificate, found = self._solved(mended, units, unit) if len(unit) else Solved(units.linear)
         if certificate is None:
             certificate = units.detach().certify(coef.detach())
+        certificate = units.detach().allow_for_rounding(certificate)
         solution = Solution(
             coef=torch.where(broken, torch.nan, unit)[:, None, None] * coef,
             bound_multipliers=certificate.bound_multipliers * size[:, None, None],

@@ -23,7 +23,7 @@ from torch import Tensor
 from convexheads.solvers import loops
 from convexheads.solvers.active_set import REFINEMENTS, REGULARISER, ActiveSet
 from convexheads.solvers.kkt import KKT, BlockKKT
-from convexheads.solvers.problem import QP, Solution, Status
+from convexheads.solvers.problem import BLURRED, QP, Solution, Status
 from convexheads.solvers.splitting import PROXIMITY, RELAXATION
 
 # Splitting goes on for so many steps at most; the search begins where so many have changed nothing of what is held.
@@ -45,14 +45,20 @@ def solve(qp: QP, *, aim: float, max_rounds: int) -> tuple[Solution, Float[Tenso
     problem = _arrays(qp)
     tasks, n, k = shape = problem[1].shape
     coef, pull, shift = np.empty(shape), np.empty(shape), np.empty((tasks, n))
-    side, gaps, rounds = np.empty(shape, np.int8), np.empty((tasks, 2)), np.empty(tasks, np.int64)
+    side, gaps, rounds = np.empty(shape, np.int8), np.empty((tasks, 3)), np.empty(tasks, np.int64)
     scale, proven = np.empty(tasks), np.empty(tasks, np.bool_)
     results = (coef, pull, shift, side, gaps, rounds, scale, proven)
     system = np.empty((tasks, n, n)), np.empty(shape)
     factors = _space(*shape)
     settings = (aim, PROXIMITY, _STEPS, _PATIENCE, RELAXATION, REGULARISER, REFINEMENTS, max_rounds)
     _run(loops.solve_all, tasks, tasks * k * n**3, problem, qp.row_sum, settings, results, system, factors)
-    gap, violation = torch.from_numpy(gaps).unbind(-1)
+    gap, violation, rounding = torch.from_numpy(gaps).unbind(-1)
+    sure = torch.from_numpy(proven)
+    doubtful = sure & (rounding > BLURRED / 100)
+    if doubtful.any():
+        units, unit, _ = qp.tasks(doubtful).in_units()
+        certificate = units.certify(torch.from_numpy(coef)[doubtful] / unit[:, None, None])
+        sure[doubtful] = units.allow_for_rounding(certificate).gap <= BLURRED
     solution = Solution(
         coef=torch.from_numpy(coef),
         bound_multipliers=torch.from_numpy(pull),

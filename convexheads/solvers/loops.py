@@ -6,6 +6,7 @@ over other compiled functions, each process would compile its own.
 
 from __future__ import annotations
 
+import math
 from typing import no_type_check
 
 import numba
@@ -307,9 +308,10 @@ def prove(task, row_sum, coef, shift, pull):
         if row_sum:
             violation = max(violation, abs(total))
     scores = np.dot(gram, coef)
-    gap, primal, quadratic, squares, diagonal = 0.0, 0.0, 0.0, 0.0, 0.0
+    gap, primal, quadratic, squares, diagonal, reach, cost = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for i in range(n):
         diagonal += abs(gram[i, i])
+        length, bound = math.sqrt(abs(gram[i, i])), 0.0
         least, most = -np.inf, np.inf
         for c in range(k):
             slope = linear[i, c] - scores[i, c]
@@ -336,13 +338,21 @@ def prove(task, row_sum, coef, shift, pull):
             pull[i, c] = reduced - d * at
             quadratic += at * scores[i, c]
             squares += at * at
+            reach += length * abs(at)
+            for value in (abs(lower[i, c]), abs(upper[i, c])):
+                if value < np.inf:
+                    bound = max(bound, value)
         gap += max(distance, 0.0)
+        cost += length * bound
     if quadratic < -1e-9 * diagonal * squares:  # no Gram matrix
         gap = np.inf
     quadratic = max(quadratic, 0.0)
     primal += quadratic / 2
-    # the gap, its bound of the weights' squared relative error, how far the coefficients came, and what is left
-    return gap / max(abs(primal), 2e-16), 2 * gap / max(quadratic, 1e-300), moved / largest, violation / largest
+    relative = gap / max(abs(primal), 2e-16)
+    # the gap, its bound of the weights' squared relative error, how far the coefficients came, and what is left; and
+    # more than what rounding can cost, relative to the objective
+    rounding = 2.3e-16 * reach * cost / primal if primal > 0 else 0.0
+    return relative, 2 * gap / max(quadratic, 1e-300), moved / largest, violation / largest, rounding
 
 
 @jit
@@ -397,9 +407,9 @@ def solve_all(start, stop, problem, row_sum, settings, results, system, factors)
         shift[t] = 0.0
         space = (blocks[t], index[t], count[t], schur[t])
         rounds[t] = search(inner, row_sum, regulariser, refinements, max_rounds, coef[t], shift[t], side[t], space)
-        gap, error, moved, violation = prove(inner, row_sum, coef[t], shift[t], pull[t])
+        gap, error, moved, violation, rounding = prove(inner, row_sum, coef[t], shift[t], pull[t])
         proven[t] = gap <= aim and (error <= aim or gap <= 1e-16) and moved <= 1e-6 and violation <= 1e-14
-        gaps[t, 0], gaps[t, 1], scales[t] = gap, violation, unit / size
+        gaps[t, 0], gaps[t, 1], gaps[t, 2], scales[t] = gap, violation, rounding, unit / size
         for i in range(n):
             shift[t, i] *= size
             for c in range(k):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ from convexheads.solvers.batch import Batch
 _STRETCHES = (0.0, *(1 + 10.0**exponent for exponent in range(-14, 0, 2)))
 # Weights as they are will do where that proves a relative gap so small.
 _SHARP = 1e-12
+# Beyond this relative gap, what rounding may have done counts.
+BLURRED = 1e-6
 # Of large problems, not all stretched weights are looked at together.
 _AT_ONCE = 2**23
 
@@ -226,16 +228,7 @@ class QP(Batch):
         indefinite = quadratic < -1e-9 * squares
         quadratic = quadratic.clamp_min(0)
 
-        gap, primal, shift = self._distance(feasible, scores, quadratic, torch.ones_like(coef[..., :1, :1]))
-        if not (gap <= _SHARP * primal).all():
-            stretches = torch.tensor(_STRETCHES, dtype=coef.dtype, device=coef.device).view(-1, *[1] * coef.ndim)
-            for some in stretches.split(max(1, _AT_ONCE // max(1, coef.numel()))):
-                others, primals, _ = self._distance(feasible, scores, quadratic, some)
-                smallest, best = others.min(0)
-                better = smallest < gap
-                gap = torch.where(better, smallest, gap)
-                primal = torch.where(better, primals.gather(0, best.unsqueeze(0)).squeeze(0), primal)
-
+        gap, primal, shift = self._smallest_distance(feasible, scores, quadratic)
         gap = torch.where(indefinite, torch.inf, gap)
         size = feasible.abs().amax((-2, -1)).clamp_min(1)
         distance = (coef - feasible).abs().amax((-2, -1))
@@ -253,12 +246,64 @@ class QP(Batch):
             row_multipliers=shift.squeeze(-1),
         )
 
-    def _distance(
-        self, feasible: Tensor, scores: Tensor, quadratic: Tensor, stretch: Tensor
+    def allow_for_rounding(self, certificate: Certificate) -> Certificate:
+        """The certificate with the gap that is left if rounding moved each score as far as it may, where that counts.
+
+        `certify` takes the Gram matrix for exact, but its entries are rounded inner products, and a score is a sum of
+        them: with `eps` the machine's precision, that of example i and class k may be off by
+        `eps sqrt(K_ii) sum_j sqrt(K_jj) |a_jk|`, to first order. Slacks that are too small by so much cost the primal
+        objective C times that. It counts, beyond a relative gap of 1e-6 (5e-4 in float32), from C times the squared
+        length of the features of about 1e9 on, and only where no weights separate the support set.
+
+        Args:
+            certificate: what `certify` says of coefficients, for a problem in units.
+
+        Returns:
+            The same, with a larger `gap` in such tasks.
+        """
+        feasible = certificate.feasible
+        eps = torch.finfo(feasible.dtype).eps
+        counts = max(BLURRED, 4096 * eps)
+        length = self.gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+        blur = eps * length.unsqueeze(-1) * (length.unsqueeze(-2) @ feasible.abs())
+        scores = self.gram @ feasible
+        quadratic = (feasible * scores).sum((-2, -1)).clamp_min(0)
+        dual = (self.linear * feasible).sum((-2, -1)) - quadratic / 2
+        if not ((self._largest_bounds() * blur.sum(-1)).sum(-1) > counts / 100 * dual).any():
+            return certificate
+        gap, primal, _ = self._smallest_distance(feasible, scores, quadratic, blur)
+        gap = torch.where(gap > counts * primal, gap / primal, 0)
+        return replace(certificate, gap=torch.maximum(certificate.gap, gap))
+
+    def _smallest_distance(
+        self, feasible: Tensor, scores: Tensor, quadratic: Tensor, blur: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`P - D` and `P` for the weights times `stretch`, and the multipliers of the row sums."""
+        """The least `P - D` of all stretched weights and its `P`; and the multipliers of the row sums."""
+        gap, primal, shift = self._distance(feasible, scores, quadratic, torch.ones_like(scores[..., :1, :1]), blur)
+        if not (gap <= _SHARP * primal).all():
+            stretches = torch.tensor(_STRETCHES, dtype=gap.dtype, device=gap.device).view(-1, *[1] * scores.ndim)
+            for some in stretches.split(max(1, _AT_ONCE // max(1, scores.numel()))):
+                others, primals, _ = self._distance(feasible, scores, quadratic, some, blur)
+                smallest, best = others.min(0)
+                better = smallest < gap
+                gap = torch.where(better, smallest, gap)
+                primal = torch.where(better, primals.gather(0, best.unsqueeze(0)).squeeze(0), primal)
+        return gap, primal, shift
+
+    def _distance(
+        self, feasible: Tensor, scores: Tensor, quadratic: Tensor, stretch: Tensor, blur: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`P - D` and `P` for the weights times `stretch`, and the multipliers of the row sums.
+
+        With `blur`, each score is moved so far in the direction in which the loss grows.
+        """
+        slope = self.linear - stretch * scores
+        moved = 0.0
+        if blur is not None:
+            blur = blur * self._uphill(slope, feasible)
+            slope, moved = slope + blur, (blur * feasible).sum((-2, -1))
         losses, distances, shift = rows.conjugate(
-            self.linear - stretch * scores,
+            slope,
             self.lower,
             self.upper,
             at=feasible,
@@ -267,8 +312,23 @@ class QP(Batch):
         )
         stretch = stretch[..., 0, 0]
         # `P - D` itself, summed from non-negative terms: a difference of objectives would drown small gaps in rounding.
-        gap = distances.clamp_min(0).sum(-1) + (stretch - 1).square() / 2 * quadratic
+        gap = distances.clamp_min(0).sum(-1) + (stretch - 1).square() / 2 * quadratic + moved
         return gap, losses.sum(-1) + stretch.square() / 2 * quadratic, shift
+
+    def _largest_bounds(self) -> Tensor:
+        """The largest finite bound of each row, `(*batch, n)`: what a score's error is multiplied by, at most."""
+        bounds = [bound.abs().nan_to_num(posinf=0) for bound in (self.lower, self.upper) if bound is not None]
+        return torch.stack([bound.amax(-1) for bound in bounds]).amax(0)
+
+    def _uphill(self, slope: Tensor, feasible: Tensor) -> Tensor:
+        """The sign of each entry's change by which the maximum over the feasible rows can only grow."""
+        _, _, shift = rows.conjugate(
+            slope, self.lower, self.upper, at=feasible, row_sum=self.row_sum, smoothing=self.smoothing
+        )
+        sign = torch.where(slope >= shift, 1.0, -1.0).to(slope.dtype)
+        if self.upper is not None:
+            sign = torch.where(self.upper > 0, sign, -1.0)
+        return sign if self.lower is None else torch.where(self.lower < 0, sign, 1.0)
 
     def dense(self) -> DenseQP:
         """The general form that other solvers eat, every tensor fully expanded over the batch.
