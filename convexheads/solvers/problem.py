@@ -256,7 +256,7 @@ class QP(Batch):
         length of the features of about 1e9 on, and only where no weights separate the support set.
 
         Args:
-            certificate: what `certify` says of coefficients, for a problem in units.
+            certificate: what `certify` says of coefficients, for a problem in units. It is not checked.
 
         Returns:
             The same, with a larger `gap` in such tasks.
