@@ -144,8 +144,7 @@ class QP(Batch):
             size = torch.where(size > 0, size, 1)
             curvature = self.curvature()
             unit = torch.where(curvature > 0, size / curvature, torch.inf)
-            bounds = [b.abs().nan_to_num(posinf=0).amax((-2, -1)) for b in (self.lower, self.upper) if b is not None]
-            largest = torch.stack(bounds).amax(0)
+            largest = self._largest_bounds().amax(-1)
             unit = unit.minimum(torch.where(largest > 0, largest, torch.inf))
             unit = torch.where(torch.isfinite(unit), unit, 1)
             factor = {
