@@ -22,7 +22,6 @@ import jsonargparse
 import numpy
 import pandas
 import torch
-from learn2learn.nn import SVClassifier
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -68,6 +67,8 @@ def contenders() -> dict[str, Contender]:
         return lambda support, labels, query, ways: head(support, labels, query, ways=ways)
 
     def looped(support: Tensor, labels: Tensor, query: Tensor, ways: int) -> Tensor:
+        from learn2learn.nn import SVClassifier
+
         logits = []
         for x, y, q in zip(support.float(), labels, query.float(), strict=True):
             classifier = SVClassifier()

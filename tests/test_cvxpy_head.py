@@ -112,6 +112,14 @@ def test_problems_without_a_solution(build, gradient):
         CvxpyHead(build)(support.requires_grad_(gradient), labels, query)
 
 
+def test_a_gram_matrix_that_is_not_finite_fails_in_its_task():
+    """As it may come on a GPU, where nobody has looked at the features."""
+    gram, targets = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1), torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
+    gram[1, 0, 0] = torch.nan
+    with pytest.raises(SolverError, match=r"1 of 2 tasks not solved \(\(1,\)\)"):
+        CvxpyHead(squares, parameters={"lambda": 1.0}).dual(gram, targets)
+
+
 def test_indefinite_kernel():
     with pytest.raises(InputError, match="kernel: got a Gram matrix with the eigenvalue -"):
         CvxpyHead(squares, parameters={"lambda": 1.0}, kernel=lambda x, y: -(x @ y.mT))(*task()[:3])

@@ -408,7 +408,7 @@ def learner(on_failure: str, head: ch.Head | None = None, normed: bool = True) -
 
 
 def fit(module: EpisodicModule, batches: list, **settings: Any) -> pl.Trainer:
-    trainer = pl.Trainer(max_epochs=1, enable_checkpointing=False, **QUIET, **settings)
+    trainer = pl.Trainer(max_epochs=1, enable_checkpointing=False, **(QUIET | settings))
     trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=tuple))
     return trainer
 
@@ -440,6 +440,20 @@ def test_a_failed_step_is_skipped_as_if_it_had_not_been_there(caplog) -> None:
     assert [(each["step"], each["tasks"]) for each in module.failures] == [(2, [2])]
     assert "skipped step 2, task 2 (support: got non-finite values" in caplog.text
     assert trainer.callback_metrics["skipped"] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "head", [SVMHead(C=0.1), ch.RidgeHead(), ch.PrototypeHead()], ids=lambda head: type(head).__name__
+)
+def test_a_failed_step_on_cuda_is_skipped_too(head, cuda) -> None:
+    """Values are not looked at there before they are used."""
+    batches, module, other = poisoned(), learner("skip", head), learner("raise", head)
+    fit(module, batches, accelerator="gpu")
+    fit(other, batches[:2] + batches[3:], accelerator="gpu")
+    assert [each["step"] for each in module.failures] == [2]
+    for one, two in zip(module.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
 
 
 def test_a_failed_step_stops_the_training_before_it(tmp_path, caplog) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -32,6 +34,7 @@ from convexheads import (
     RidgeHead,
     RidgeRegressionHead,
     SimplifiedSVMHead,
+    SolverError,
     Sum,
     SupportVectorRegressionHead,
     SVMHead,
@@ -50,6 +53,7 @@ KERNELS = {
 }
 HEADS: dict[str, Callable[..., Head]] = {
     "svm": lambda **kw: SVMHead(Learnable(0.3), scale=Learnable(1.5), **kw),
+    "svm-in-torch": lambda **kw: SVMHead(0.3, solver=NativeSolver(compiled=False), **kw),
     "svm-hard": lambda **kw: SVMHead(100.0, **kw),
     "svm-smooth": lambda **kw: SVMHead(Learnable(0.3), smoothing=1.0, **kw),
     "svm-learnable-smoothing": lambda **kw: SVMHead(0.3, smoothing=Learnable(0.5), **kw),
@@ -402,7 +406,7 @@ def test_cosine_of_a_zero_vector():
 @kernels
 def test_cuda_equals_cpu(make, kernel, cuda):
     support, labels, query, ways = task(3)
-    head = make(kernel=kernel())
+    head = make(kernel=kernel()).double()  # in float32 the exponential of a `Learnable` differs in its last digit
     support.requires_grad_()
     logits = head(support, labels, query, ways=ways)
     (gradient,) = torch.autograd.grad(logits.square().sum(), support)
@@ -411,6 +415,49 @@ def test_cuda_equals_cpu(make, kernel, cuda):
     (gradient_there,) = torch.autograd.grad(logits_there.square().sum(), there)
     torch.testing.assert_close(logits_there.cpu(), logits, rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(gradient_there.cpu(), gradient, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.gpu
+@heads
+def test_what_is_not_finite_on_cuda_fails_in_its_task(make, cuda):
+    """Nobody has looked at the values, and still no error is torch's own, and no other task is touched."""
+    support, labels, query, ways = (value.to(cuda) if torch.is_tensor(value) else value for value in task(3))
+    head = make().to(cuda)
+    expected = head(support, labels, query, ways=ways)
+    for where in (support, query):
+        kept, where[1, 0, 0] = where[1, 0, 0].item(), torch.nan
+        with contextlib.suppress(SolverError):
+            logits = head(support, labels, query, ways=ways)
+            assert logits[1].isnan().any()
+            torch.testing.assert_close(logits[[0, 2]], expected[[0, 2]])
+        where[1, 0, 0] = kept
+
+
+@pytest.mark.gpu
+@heads
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_on_cuda_changes_nothing(make, dtype, cuda):
+    support, labels, query, ways = (value.to(cuda) if torch.is_tensor(value) else value for value in task(2))
+    support, query, head = support.float().requires_grad_(), query.float(), make().to(cuda)
+    expected = head(support, labels, query, ways=ways)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), support)
+    with torch.autocast("cuda", dtype=dtype):
+        logits = head(support, labels, query, ways=ways)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(torch.autograd.grad(logits.square().sum(), support)[0], gradient)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [PrototypeHead, partial(SVMHead, solver=NativeSolver(max_iterations=5))])
+def test_many_tasks_on_cuda_are_those_of_one_at_a_time(make, cuda):
+    """However the device splits its work; a batch as large as it takes to fill it."""
+    support, labels, query, ways = task(512, shots=(5,) * 5, d=64)
+    support, labels, query = support.to(cuda), labels.to(cuda), query.to(cuda)
+    together = make()(support, labels, query, ways=ways)
+    for chosen in (0, 255, 511):
+        alone = make()(support[chosen], labels[chosen], query[chosen], ways=ways)
+        torch.testing.assert_close(together[chosen], alone, rtol=1e-9, atol=1e-11)
 
 
 def test_doubles_of_numpy_are_numbers():

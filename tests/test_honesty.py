@@ -96,6 +96,16 @@ def test_native_heads_solve_hard_tasks(name):
             assert gradient_error is None or gradient_error < honesty.WRONG_GRADIENT, seed
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name, each in contenders.contenders().items() if not each.peer])
+def test_native_heads_solve_hard_tasks_on_cuda(name, cuda):
+    for seed in range(30):
+        if hard_task(seed).size < 3000:
+            verdict, detail, gradient_error = honesty.attempt(name, "hard", seed, device=cuda.type)
+            assert verdict in ("solved", "left out"), (seed, detail)
+            assert gradient_error is None or gradient_error < honesty.WRONG_GRADIENT, seed
+
+
 @pytest.mark.parametrize("seed", [79, 948, 1456])
 def test_interior_point_is_patient_where_the_gap_falls_slowly(seed):
     """Tasks at which it once gave up, at 2e-6."""

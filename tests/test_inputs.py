@@ -31,6 +31,7 @@ from convexheads import (
     Sum,
     SVMHead,
 )
+from convexheads.heads.inputs import failing_on_indefinite
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -255,6 +256,31 @@ def test_label_out_of_range_on_a_device_shows_in_its_task(cuda):
     logits = RidgeHead()(support, labels, query, ways=WAYS)
     assert torch.isfinite(logits[0]).all()
     assert logits[1].isnan().all()
+
+
+def test_a_gram_matrix_that_is_not_finite_is_no_indefinite_one():
+    """On a GPU nobody has looked at its values, and torch would raise an error of its own over its eigenvalues."""
+    gram = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
+    gram[1, 0, 0] = torch.nan
+    with pytest.raises(SolverError, match="not solved"), failing_on_indefinite(gram):
+        raise SolverError("not solved")
+    gram[0] *= -1
+    with pytest.raises(InputError, match=r"the eigenvalue -1 in task \(0,\)"), failing_on_indefinite(gram):
+        raise SolverError("not solved")
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
+def test_with_ways_given_prototypes_do_not_wait_for_the_device(cuda):
+    support, labels, query = (x.to(cuda) for x in GOOD[:3])
+    PrototypeHead()(support, labels, query, ways=WAYS)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        PrototypeHead()(support, labels, query, ways=WAYS)
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            PrototypeHead()(support, labels, query)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("kernel", [Sum, Product])

@@ -6,13 +6,14 @@ python -m benchmarks.honesty
 from __future__ import annotations
 
 import json
+import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import TimeoutError
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 import pandas
@@ -34,13 +35,13 @@ def _set_up() -> None:
     torch.set_num_threads(1)
 
 
-def attempt(name: str, of: Set, seed: int) -> tuple[str, str, float | None]:
+def attempt(name: str, of: Set, seed: int, *, device: str = "cpu") -> tuple[str, str, float | None]:
     """A verdict, what there is to say of it, and the gradient's error where it was looked at."""
     contender, task = contenders()[name], hard_task(seed, of)
     if task.size > contender.largest or not contender.suits(task):
         return "left out", "", None
     try:
-        answer = contender.answer(task)
+        answer = contender.answer(task.to(device))
     except contender.documented as error:
         return "flagged", f"{type(error).__name__}: {error}", None
     except Exception as error:  # whatever else comes is what is counted here
@@ -56,10 +57,13 @@ def verdict(answer: Answer) -> str:
     return "solved" if answer.gap <= PRECISE else "imprecise" if answer.gap <= WRONG else "silently wrong"
 
 
-def attempts(name: str, of: Set, seeds: range, limit: float, workers: int) -> Iterator[tuple[str, str, float | None]]:
+def attempts(
+    name: str, of: Set, seeds: range, limit: float, workers: int, device: str = "cpu"
+) -> Iterator[tuple[str, str, float | None]]:
     """`attempt` on each seed, in processes that may crash or hang."""
-    with ProcessPool(max_workers=workers, initializer=_set_up) as pool:
-        results = pool.map(partial(attempt, name, of), seeds, timeout=limit).result()
+    context = multiprocessing.get_context("spawn" if device == "cuda" else None)  # CUDA can't be forked
+    with ProcessPool(max_workers=workers, initializer=_set_up, context=context) as pool:
+        results = pool.map(partial(attempt, name, of, device=device), seeds, timeout=limit).result()
         for _ in seeds:
             try:
                 yield next(results)
@@ -69,12 +73,12 @@ def attempts(name: str, of: Set, seeds: range, limit: float, workers: int) -> It
                 yield "crashed", f"process ended with {error.exitcode}", None
 
 
-def measure(name: str, of: Set, tasks: int, limit: float, workers: int) -> dict[str, Any]:
+def measure(name: str, of: Set, tasks: int, limit: float, workers: int, device: str = "cpu") -> dict[str, Any]:
     """The row of one contender."""
     begin, counts, notable, gradients = time.perf_counter(), Counter(), [], []
     title = f"{name}, {of}"
     for seed, (what, why, error) in enumerate(
-        tqdm(attempts(name, of, range(tasks), limit, workers), title, total=tasks, leave=False)
+        tqdm(attempts(name, of, range(tasks), limit, workers, device), title, total=tasks, leave=False)
     ):
         counts[what] += 1
         if error is not None:
@@ -123,6 +127,7 @@ def main() -> None:
     parser.add_argument("--names", type=list[str], default=known, help=f"who takes part, of: {', '.join(known)}")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds of a task, after which it counts as hung")
     parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--device", type=Literal["cpu", "cuda"], default="cpu", help="where to solve")
     parser.add_argument("--output", type=Path, default=Path("runs/honesty"), help="folder for the result")
     options = parser.parse_args()
     if unknown := set(options.names) - set(known):
@@ -130,15 +135,16 @@ def main() -> None:
     rows = []
     for name in options.names:
         tasks = options.peer_tasks if tried[name].peer else options.tasks
-        rows.append(measure(name, "hard", tasks, options.limit, options.workers))
+        rows.append(measure(name, "hard", tasks, options.limit, options.workers, options.device))
         if not tried[name].peer and options.beyond:
-            rows.append(measure(name, "beyond", options.beyond, options.limit, options.workers))
+            rows.append(measure(name, "beyond", options.beyond, options.limit, options.workers, options.device))
         Console().print(show(rows[-1:], ""))
     write(rows, options)
 
 
 def write(rows: list[dict[str, Any]], options: Any) -> None:
     """Show the results, and write them as Markdown, JSON and, with the seeds of all that wasn't solved, CSV."""
+    origin = report.provenance()
     table = show(rows, "Hard tasks: who is right, who says that it failed, who is wrong without a word")
     note = (
         f"Solved: a relative duality gap of at most {PRECISE:.0e}, judged from the features in extended precision with "
@@ -149,13 +155,17 @@ def write(rows: list[dict[str, Any]], options: Any) -> None:
         "(strictly complementary, free coefficients determined), wrong if they are off by more than "
         f"{WRONG_GRADIENT:.0%} from central differences with every step. Tried: those tasks that are not too large for "
         "the contender, and of which every class has an example where it needs one. Tasks are those of the seeds from "
-        "0 on; `notable.csv` has the seeds of all that wasn't solved. Made by `python -m benchmarks.honesty`."
+        "0 on; `notable.csv` has the seeds of all that wasn't solved. "
+        + ("" if options.device == "cpu" else f"Solved on {origin['machine']['accelerator']}. ")
+        + "Made by `python -m benchmarks.honesty`."
     )
     Console(width=max(160, Console().width)).print(table, note, f"All of it is in {options.output}", sep="\n")
     options.output.mkdir(parents=True, exist_ok=True)
-    settings = {name: options[name] for name in ("tasks", "beyond", "peer_tasks", "names", "limit", "workers")}
+    settings = {
+        name: options[name] for name in ("tasks", "beyond", "peer_tasks", "names", "limit", "workers", "device")
+    }
     plain = [{key: value for key, value in row.items() if key != "notable"} for row in rows]
-    record = {"settings": settings, "results": plain, **report.provenance()}
+    record = {"settings": settings, "results": plain, **origin}
     (options.output / "honesty.json").write_text(json.dumps(record, indent=2) + "\n")
     notable = [{"contender": row["contender"], "set": row["set"], **each} for row in rows for each in row["notable"]]
     columns = ["contender", "set", "seed", "verdict", "detail"]

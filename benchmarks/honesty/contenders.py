@@ -88,14 +88,20 @@ def _has_every_class(task: HardTask) -> bool:
 
 
 def _arrays(task: HardTask) -> tuple[np.ndarray, np.ndarray, int]:
-    return task.support.double().numpy(), task.labels.numpy(), task.ways
+    return _numpy(task.support), _numpy(task.labels), task.ways
+
+
+def _numpy(value: Tensor) -> np.ndarray:
+    """In float64, if it is not of integers."""
+    value = value.detach().cpu()
+    return (value.double() if value.is_floating_point() else value).numpy()
 
 
 def _svm(head: Callable[..., ch.MulticlassSVM], judge: Callable[..., float], task: HardTask) -> Answer:
     made = head(task.C)
     fitted = made.fit(task.support, task.labels, ways=task.ways)
     assert fitted.solution is not None
-    gap = judge(*_arrays(task), task.C, fitted.dual.coef.numpy())
+    gap = judge(*_arrays(task), task.C, _numpy(fitted.dual.coef))
     error = _gradient_error_of(made, task) if _can_be_differenced(task) and _is_regular(made, fitted, task) else None
     return Answer(gap, bool(fitted.solution.converged), error)
 
@@ -104,36 +110,37 @@ def _logistic(task: HardTask) -> Answer:
     head = ch.LogisticHead(1 / task.C)
     fitted = head.fit(task.support, task.labels, ways=task.ways)
     assert fitted.solution is not None
-    gap = judges.logistic(*_arrays(task), 1 / task.C, fitted.dual.coef.numpy())
+    gap = judges.logistic(*_arrays(task), 1 / task.C, _numpy(fitted.dual.coef))
     error = _gradient_error_of(head, task) if _can_be_differenced(task) else None
     return Answer(gap, bool(fitted.solution.converged), error)
 
 
 def _ridge(task: HardTask) -> Answer:
     head = ch.RidgeHead(1 / task.C)
-    coef = head.fit(task.support, task.labels, ways=task.ways).dual.coef.numpy()
-    gap = judges.ridge(task.support.double().numpy(), np.eye(task.ways)[task.labels.numpy()], 1 / task.C, coef)
+    coef = _numpy(head.fit(task.support, task.labels, ways=task.ways).dual.coef)
+    support, labels, ways = _arrays(task)
+    gap = judges.ridge(support, np.eye(ways)[labels], 1 / task.C, coef)
     return Answer(gap, True, _gradient_error_of(head, task) if _can_be_differenced(task) else None)
 
 
 def _gaussian_process(task: HardTask) -> Answer:
     fitted = ch.GaussianProcessHead(1 / task.C, kernel=ch.Linear()).fit(task.support, task.values)
-    targets = task.values[:, None].numpy()
-    return Answer(judges.ridge(task.support.double().numpy(), targets, 1 / task.C, fitted.dual.coef.numpy()), True)
+    targets = _numpy(task.values[:, None])
+    return Answer(judges.ridge(_numpy(task.support), targets, 1 / task.C, _numpy(fitted.dual.coef)), True)
 
 
 def _support_vector_regression(task: HardTask) -> Answer:
     fitted = ch.SupportVectorRegressionHead(task.C, epsilon=0.1).fit(task.support, task.values)
     assert fitted.solution is not None
-    support, coef = task.support.double().numpy(), fitted.dual.coef.numpy()
-    gap = judges.support_vector_regression(support, task.values.numpy(), task.C, 0.1, coef)
+    support, coef = _numpy(task.support), _numpy(fitted.dual.coef)
+    gap = judges.support_vector_regression(support, _numpy(task.values), task.C, 0.1, coef)
     return Answer(gap, bool(fitted.solution.converged.all()))
 
 
 def _gaussians(head: ch.Head, covariances: judges.Covariances, task: HardTask) -> Answer:
     support, query = task.support.double(), task.query.double()
     logits = head(support, task.labels, query, ways=task.ways)
-    return Answer(judges.gaussian_classes(*_arrays(task), query.numpy(), logits.numpy(), covariances), True)
+    return Answer(judges.gaussian_classes(*_arrays(task), _numpy(query), _numpy(logits), covariances), True)
 
 
 def _prototypes(task: HardTask) -> Answer:
@@ -162,7 +169,7 @@ def _qpth(task: HardTask) -> Answer:
     _, gram, own = _problem(task)
     dense = ch.QP(gram[None], own[None], upper=task.C * own[None]).dense()
     coef = QPFunction(verbose=-1)(*dense).detach().view(own.shape)
-    return Answer(judges.crammer_singer(*_arrays(task), task.C, coef.numpy()), bool(coef.isfinite().all()))
+    return Answer(judges.crammer_singer(*_arrays(task), task.C, _numpy(coef)), bool(coef.isfinite().all()))
 
 
 def _cvxpylayers(task: HardTask) -> Answer:
@@ -174,11 +181,11 @@ def _cvxpylayers(task: HardTask) -> Answer:
     values, vectors = torch.linalg.eigh(gram.detach())
     root = (vectors * values.clamp_min(0).sqrt()).mT
     coef, factor = cvxpy.Variable(own.shape), cvxpy.Parameter(root.shape)
-    constraints = [coef <= task.C * own.numpy(), cvxpy.sum(coef, axis=1) == 0]
-    value = cvxpy.sum_squares(factor @ coef) / 2 - cvxpy.sum(cvxpy.multiply(own.numpy(), coef))
+    constraints = [coef <= task.C * _numpy(own), cvxpy.sum(coef, axis=1) == 0]
+    value = cvxpy.sum_squares(factor @ coef) / 2 - cvxpy.sum(cvxpy.multiply(_numpy(own), coef))
     layer = CvxpyLayer(cvxpy.Problem(cvxpy.Minimize(value), constraints), parameters=[factor], variables=[coef])
     (found,) = layer(root)
-    gap = judges.crammer_singer(*_arrays(task), task.C, found.detach().double().numpy())
+    gap = judges.crammer_singer(*_arrays(task), task.C, _numpy(found))
     return Answer(gap, bool(found.isfinite().all()))
 
 
@@ -217,9 +224,9 @@ def _is_regular(head: ch.MulticlassSVM, fitted: ch.Fitted, task: HardTask) -> bo
                 return False
             free &= slack >= _CLEAR
     n, k = coef.shape
-    hessian = torch.kron(qp.gram, torch.eye(k, dtype=coef.dtype))[free.flatten()][:, free.flatten()]
+    hessian = torch.kron(qp.gram, torch.eye(k).to(coef))[free.flatten()][:, free.flatten()]
     if qp.row_sum:
-        sums = torch.kron(torch.eye(n, dtype=coef.dtype), torch.ones(1, k, dtype=coef.dtype))[:, free.flatten()]
+        sums = torch.kron(torch.eye(n), torch.ones(1, k)).to(coef)[:, free.flatten()]
         rows = sums.any(1)
         _, _, basis = torch.linalg.svd(sums[rows])
         basis = basis[int(rows.sum()) :]
@@ -243,10 +250,10 @@ def _gradient_error(logits: Callable[[Tensor], Tensor], support: Tensor) -> floa
     generator = torch.Generator().manual_seed(0)
     support = support.clone().requires_grad_()
     out = logits(support)
-    weights = torch.randn(out.shape, generator=generator, dtype=out.dtype)
+    weights = torch.randn(out.shape, generator=generator, dtype=out.dtype).to(out)
     weights /= out.detach().abs().max() or 1.0
     (gradient,) = torch.autograd.grad((out * weights).sum(), support)
-    random = torch.randn(support.shape, generator=generator, dtype=support.dtype)
+    random = torch.randn(support.shape, generator=generator, dtype=support.dtype).to(support)
     # Along the gradient, so that there is something to see, and not only along it.
     steepest = gradient / gradient.norm() if gradient.norm() > 0 else torch.zeros_like(gradient)
     direction = steepest + 0.1 * random / random.norm()

@@ -41,6 +41,11 @@ class HardTask(NamedTuple):
         """Examples times classes."""
         return len(self.labels) * self.ways
 
+    def to(self, device: str) -> HardTask:
+        """The same task there."""
+        names = ("support", "labels", "query", "values")
+        return self._replace(**{name: getattr(self, name).to(device) for name in names})
+
 
 def hard_task(seed: int, of: Set = "hard") -> HardTask:
     """Draw a task.

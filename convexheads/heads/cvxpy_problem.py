@@ -103,6 +103,8 @@ class CvxpyHead(Head):
         values = [value_of(value, gram).expand(batch).reshape(-1) for value in self.parameters_by_name.values()]
 
         inputs.check_definite(gram)
+        broken = ~torch.isfinite(gram).all(-1, keepdim=True).all(-2, keepdim=True)  # on a GPU nobody has looked yet
+        gram = gram.masked_fill(broken, 0)
 
         def solve(gram: Tensor, targets: Tensor, *values: Tensor) -> Tensor:
             parameters = (gram, _SquareRoot.apply(gram), targets, *values)
@@ -113,6 +115,7 @@ class CvxpyHead(Head):
 
         flat = gram.reshape(-1, n, n), targets.reshape(-1, n, k)
         coef = foreign.call(solve, *flat, *values, backend="CvxpyHead") if len(flat[0]) else flat[1]
+        coef = coef.masked_fill(broken.reshape(-1, 1, 1), torch.nan)
         failed = (~torch.isfinite(coef)).flatten(1).any(1).reshape(batch).nonzero().tolist()
         if failed:
             named = ", ".join(str(tuple(task)) for task in failed[:5])

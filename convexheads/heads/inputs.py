@@ -178,7 +178,8 @@ def check_definite(gram: Tensor) -> None:
 
 
 def _check_definite(gram: Tensor) -> None:
-    values = torch.linalg.eigvalsh(gram)
+    finite = torch.isfinite(gram).all(-1).all(-1)[..., None, None]  # elsewhere torch would raise an error of its own
+    values = torch.linalg.eigvalsh(gram.where(finite, 0))
     smallest, size = values[..., 0], values.abs().amax(-1)
     negative = smallest < -1e-9 * size
     if negative.any():

@@ -47,9 +47,9 @@ def numba_is_installed() -> bool:
 
 
 def can_be_compiled(qp: QP) -> bool:
-    """Whether Numba is installed, and the problem one for `solvers/compiled.py`."""
+    """Whether Numba is installed, and the problem one for `solvers/compiled.py`, here or copied from a GPU."""
     tasks, n, k = qp.linear.shape
-    suited = qp.linear.device.type == "cpu" and qp.linear.dtype == torch.float64
+    suited = qp.linear.device.type in ("cpu", "cuda") and qp.linear.dtype == torch.float64
     return suited and tasks * k * n * n <= _LARGEST_BLOCKS and numba_is_installed()
 
 
@@ -130,6 +130,10 @@ class NativeSolver(Solver):
         """Solved without autograd, where values can be looked at; the gradient comes afterwards."""
         if not len(qp.linear):
             return super()._solution(qp)
+        if qp.linear.is_cuda and self._is_compiled(qp):
+            # Matrices of n x n are copied in less time than a GPU needs to be told of the first few steps.
+            solution = self._solution(qp.map(lambda _, value: value.cpu()))
+            return solution.map(lambda _, value: value.to(qp.linear.device))
         if is_transforming():
             solution, scale, found = self._transformed(qp)
         else:
