@@ -61,13 +61,14 @@ class Options:
         Literal["float32", "bfloat16"], "of the backbone in training, the latter by autocast; heads solve in float64"
     ] = "float32"
     processes: Annotated[int, "processes that share every training step, one a device"] = 1
+    workers: Annotated[int, "processes that augment images ahead, for each process; 0 for none"] = 0
     output: Annotated[Path | None, "folder for checkpoints and results; runs/DATASET_BACKBONE_HEAD unless given"] = None
     resume: Annotated[bool, "continue the unfinished run in the output folder"] = False
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             for number in value if isinstance(value, tuple) else (value,):
-                if name in ("seed", "weight_decay", "label_smoothing"):
+                if name in ("seed", "weight_decay", "label_smoothing", "workers"):
                     if number < 0:
                         raise InputError(name, number, "0 or more")
                 elif isinstance(number, int | float) and not isinstance(number, bool) and number <= 0:
@@ -97,7 +98,7 @@ class Options:
     def record(self) -> dict[str, Any]:
         """What shapes the result, ready for YAML: no path of this machine, nothing of the resumption."""
         record = asdict(self) | {"steps": self.total_steps, "augment": self.augmentation}
-        for name in ("data_root", "output", "resume", "threads", "device", "processes"):
+        for name in ("data_root", "output", "resume", "threads", "device", "processes", "workers"):
             del record[name]
         return record | {"test_shots": list(self.test_shots)}
 

@@ -75,6 +75,7 @@ def episodes(data: ImageSet, options: Options) -> EpisodicDataModule:
         seed=options.seed,
         augment=augmentation(options.augmentation, (data.images.shape[-2], data.images.shape[-1])),
         classes=data.classes,
+        workers=options.workers,
     )
 
 
@@ -109,6 +110,7 @@ def train(options: Options, data: dict[str, ImageSet], module: EpisodicModule) -
         devices=options.processes,
         precision="bf16-mixed" if options.precision == "bfloat16" else "32-true",
         strategy="ddp" if options.processes > 1 else "auto",
+        benchmark=True,  # the sizes are those of every step: cuDNN may look for its fastest way
         sync_batchnorm=options.processes > 1 and options.device != "cpu" and torch.cuda.is_available(),
         logger=TensorBoardLogger(output, name="tensorboard"),
         log_every_n_steps=interval,

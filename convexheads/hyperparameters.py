@@ -121,7 +121,7 @@ def value_of(hyperparameter: Hyperparameter, like: Tensor) -> Tensor:
     """
     if isinstance(hyperparameter, Learnable):
         return hyperparameter.value.to(like)
-    return torch.as_tensor(hyperparameter, dtype=like.dtype, device=like.device)
+    return torch.full((), hyperparameter, dtype=like.dtype, device=like.device)  # which nothing waits for
 
 
 def display(hyperparameter: Hyperparameter) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Integer
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from convexheads.errors import InputError, check_counts, check_flag, check_seed
 from convexheads.precision import is_dense, is_of_integers, kind
@@ -38,10 +39,13 @@ class EpisodeLoader:
         fixed: whether every pass has the same episodes, as for validation. Default False.
         rank: which of the processes this one is; it gets every `processes`-th episode. Default 0.
         processes: how many there are. Default 1.
+        workers: processes of this one that draw and augment the next batches meanwhile, by PyTorch's `DataLoader`; the
+            batches are the same. Default 0, none: worth it where augmenting takes as long as training does.
 
     Raises:
         InputError: a size is not positive, an argument is of another type, samples and labels don't go together, there
-            are too few classes, a class has too few samples, or episodes cannot be shared out evenly.
+            are too few classes, a class has too few samples, episodes cannot be shared out evenly, or there are workers
+            for samples on another device than the CPU.
 
     Example:
         `for samples, labels in EpisodeLoader(images, classes, ways=5, shots=1): ...`
@@ -63,6 +67,7 @@ class EpisodeLoader:
         fixed: bool = False,
         rank: int = 0,
         processes: int = 1,
+        workers: int = 0,
     ) -> None:
         check_counts(ways=ways, shots=shots, queries=queries, tasks=tasks, steps=steps, processes=processes)
         check_seed(seed)
@@ -75,6 +80,10 @@ class EpisodeLoader:
             raise InputError("samples", kind(samples), "a tensor, (n, *sample)")
         if not is_of_integers(labels):
             raise InputError("labels", kind(labels), "a tensor of integers")
+        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+            raise InputError("workers", repr(workers), "a number of processes, 0 for none")
+        if workers and samples.device.type != "cpu":
+            raise InputError("samples", f"device {samples.device}", "the CPU, or workers=0")
         labels = labels.cpu().long()
         if labels.shape != samples.shape[:1] or not labels.ndim:
             got = f"shapes {tuple(samples.shape)} and {tuple(labels.shape)}"
@@ -94,6 +103,7 @@ class EpisodeLoader:
             raise InputError("tasks", tasks, f"a multiple of the {processes} processes")
         self.samples, self.ways, self.tasks, self.steps, self.seed = samples, ways, tasks, steps, seed
         self.augment, self.fixed, self.rank, self.processes = augment, fixed, rank, processes
+        self.workers = workers
         self.step = 0
 
     def __len__(self) -> int:
@@ -103,10 +113,18 @@ class EpisodeLoader:
         labels = torch.arange(self.ways).repeat_interleave(self.each)
         if self.fixed:
             self.step = 0
-        for _ in range(self.steps - self.step % self.steps):
-            tasks = [self._episode(task) for task in range(self.rank, self.tasks, self.processes)]
+        pass_of_steps = range(self.step, self.step + self.steps - self.step % self.steps)
+        for samples in self._ahead(pass_of_steps) if self.workers else map(self._batch, pass_of_steps):
             self.step += 1
-            yield torch.stack(tasks), labels.expand(len(tasks), -1)
+            yield samples, labels.expand(len(samples), -1)
+
+    def _ahead(self, steps: range) -> Iterable[Tensor]:
+        # With a generator of its own, or it would draw from that of the training.
+        generator, settings = torch.Generator(), {"batch_size": None, "num_workers": self.workers}
+        return DataLoader(_Batches(self._batch), sampler=steps, generator=generator, **settings)
+
+    def _batch(self, step: int) -> Tensor:
+        return torch.stack([self._episode(step, task) for task in range(self.rank, self.tasks, self.processes)])
 
     def state_dict(self) -> dict[str, int]:
         """The position, for a checkpoint: the number of steps taken."""
@@ -123,10 +141,10 @@ class EpisodeLoader:
         """
         self.step = state["step"]
 
-    def _episode(self, task: int) -> Tensor:
+    def _episode(self, step: int, task: int) -> Tensor:
         import numpy as np
 
-        draw = np.random.default_rng([self.seed, self.step, task])
+        draw = np.random.default_rng([self.seed, step, task])
         classes = draw.choice(len(self.members), self.ways, replace=False)
         chosen = [draw.choice(self.members[label], self.each, replace=False) for label in classes]
         samples = self.samples[torch.from_numpy(np.concatenate(chosen))]
@@ -135,3 +153,13 @@ class EpisodeLoader:
         with torch.random.fork_rng(devices=[]):  # which torchvision draws from
             torch.manual_seed(int(draw.integers(2**63)))
             return torch.stack([self.augment(sample) for sample in samples])
+
+
+class _Batches(Dataset[Tensor]):
+    """The samples of each step, for `DataLoader`."""
+
+    def __init__(self, batch: Callable[[int], Tensor]) -> None:
+        self.batch = batch
+
+    def __getitem__(self, step: int) -> Tensor:
+        return self.batch(step)

@@ -44,6 +44,26 @@ def test_episodes_hold_distinct_images_of_few_classes() -> None:
     assert len(pairs) == 18  # and for another one in the next episode
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12, wherever a thread was started before
+def test_workers_change_nothing() -> None:
+    """But the time: the batches, their order, the position and the training's own draws stay."""
+    expected, ahead = list(loader(augment="flip-crop-jitter")), loader(augment="flip-crop-jitter", workers=2)
+    torch.manual_seed(99)
+    before, iterator = torch.get_rng_state(), iter(ahead)
+    found = [next(iterator), next(iterator)]
+    assert ahead.state_dict() == {"step": 2}  # however far they are ahead
+    iterator.close()
+    found += list(ahead)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for workers, got in ((-1, "-1"), (True, "True")):
+        with pytest.raises(InputError, match=f"workers: got {got}, wanted a number of processes, 0 for none"):
+            loader(workers=workers)
+    meta = images().images.to("meta")
+    with pytest.raises(InputError, match=r"samples: got device meta, wanted the CPU, or workers=0"):
+        EpisodeLoader(meta, images().labels, ways=2, shots=1, queries=1, workers=1)
+
+
 @pytest.mark.parametrize("augment", AUGMENTATIONS)
 def test_a_resumed_loader_continues_where_it_stood(augment: str) -> None:
     whole = list(loader(augment=augment))

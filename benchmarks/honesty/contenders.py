@@ -215,7 +215,7 @@ def _is_regular(head: ch.MulticlassSVM, fitted: ch.Fitted, task: HardTask) -> bo
     own = functional.one_hot(task.labels, task.ways).bool()
     coef, pull = fitted.solution.coef, fitted.solution.bound_multipliers
     assert pull is not None
-    qp, _ = head.problem(fitted.support @ fitted.support.mT, own.double(), torch.tensor(task.C, dtype=torch.float64))
+    qp, _ = head.problem(fitted.support @ fitted.support.mT, own.double(), coef.new_tensor(task.C))
     size, free = coef.abs().max().clamp_min(torch.finfo(coef.dtype).tiny), torch.ones_like(coef, dtype=torch.bool)
     for bound, sign in ((qp.upper, 1), (qp.lower, -1)):
         if bound is not None:

@@ -428,6 +428,7 @@ class EpisodicDataModule(pl.LightningDataModule):
         seed: of all the draws. Default 0.
         augment: a random transform of a training sample; None (default) for none.
         classes: names of the training classes for error messages; None (default): their labels.
+        workers: processes that draw and augment training batches ahead. Default 0, none.
 
     Raises:
         InputError: a file that can't be read. What `EpisodeLoader` raises comes when a loader is asked for.
@@ -448,11 +449,12 @@ class EpisodicDataModule(pl.LightningDataModule):
         seed: int = 0,
         augment: Callable[[Tensor], Tensor] | None = None,
         classes: Sequence[str] | None = None,
+        workers: int = 0,
     ) -> None:
         super().__init__()
         self.parts = {name: _read(name, part) for name, part in (("train", train), ("val", val), ("test", test))}
         self.sizes: dict[str, Any] = {"ways": ways, "shots": shots, "queries": queries, "tasks": tasks, "seed": seed}
-        self.steps, self.augment, self.classes = steps, augment, classes
+        self.steps, self.augment, self.classes, self.workers = steps, augment, classes, workers
         self._step, self._train = 0, None
         for name in ("val", "test"):  # Lightning goes by whether there is such a method
             if self.parts[name] is not None:
@@ -464,7 +466,8 @@ class EpisodicDataModule(pl.LightningDataModule):
         Raises:
             InputError: as `EpisodeLoader`.
         """
-        self._train = self._loader("train", steps=self.steps, augment=self.augment, classes=self.classes)
+        settings: dict[str, Any] = {"augment": self.augment, "classes": self.classes, "workers": self.workers}
+        self._train = self._loader("train", steps=self.steps, **settings)
         self._train.load_state_dict({"step": self._step})
         return self._train
 
