@@ -128,6 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=84, help="height and width of the timed images")
     parser.add_argument("--repeats", type=int, default=15, help="timed episodes of each head")
     parser.add_argument("--device", type=Literal["cpu", "cuda"], default="cpu", help="where to time")
+    scales, text = tuple(TABLE.rows), "whose accuracies; paper: its own networks; laptop: Conv-4"
+    parser.add_argument("--scale", type=Literal[scales], default=scales[-1], help=text)
     parser.add_argument("--data-root", type=Path | None, help="folder of the data; else variable CONVEXHEADS_DATA")
     parser.add_argument("--train", action="store_true", help="train what has no weights yet: days")
     parser.add_argument("--episodes", type=int, default=10_000, help="test episodes of the accuracies")

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Barrier
 from unittest.mock import patch
 
@@ -39,8 +40,10 @@ def answers(head: ch.Head, seed: int) -> list[Tensor]:
     return [logits.detach(), *torch.autograd.grad(logits.square().sum(), inputs)]
 
 
-def same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+def same(found: list[Tensor], expected: list[Tensor], accuracy: float = 0.0) -> bool:
+    """To the bit, or to an accuracy relative to the largest entry."""
+    pairs = zip(found, expected, strict=True)
+    return all(((one - other).abs().max() <= accuracy * other.abs().max()).item() for one, other in pairs)
 
 
 @heads
@@ -52,10 +55,12 @@ def test_one_head_shared_by_eight_threads(make, inner):
         torch.set_num_threads(inner)  # of this thread only
         barrier.wait(timeout=60)
 
+    accuracy = 0.0 if inner == 1 else 1e-12  # torch's own threads may add numbers up in another order
     expected = [answers(head, seed) for seed in SEEDS]
     with patch.object(compiled, "_WORTH_THREADS", 0), ThreadPoolExecutor(8, initializer=start) as pool:
         for _ in range(3):
-            assert all(map(same, pool.map(lambda seed: answers(head, seed), SEEDS), expected))
+            found = pool.map(lambda seed: answers(head, seed), SEEDS)
+            assert all(map(partial(same, accuracy=accuracy), found, expected))
 
 
 class Answers(Dataset):

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.svm import SVR
 
 import convexheads as ch
-from benchmarks.honesty import __main__ as honesty
+from benchmarks.honesty import attempts as honesty
 from benchmarks.honesty import contenders, judges
 from benchmarks.honesty.contenders import Answer, Contender
 from benchmarks.honesty.tasks import hard_task

@@ -225,6 +225,13 @@ def test_table3_shows_times_beside_accuracies(tmp_path: Path) -> None:
         assert f"{row['milliseconds']:.1f} (head {row['head milliseconds']:.2f})" in line
 
 
+def test_table3_from_the_command_line(tmp_path: Path) -> None:
+    times = ["--backbones", "[conv4]", "--shots", "[1]", "--queries", "1", "--size", "32", "--repeats", "1"]
+    table3.main(["--scale", "paper", *times, "--output", str(tmp_path)])
+    assert "python -m benchmarks.table3 --scale paper" in (tmp_path / "table3.md").read_text()
+    assert len(json.loads((tmp_path / "table3.json").read_text())["times"]) == len(tables.HEADS)
+
+
 def test_figure2_draws_a_curve_for_each_head_and_number_of_shots(tmp_path: Path) -> None:
     rows = [
         {"model": row.model, "dataset": dataset, "shots": shots, "accuracy": 50.0 + n, "interval": 0.5}
