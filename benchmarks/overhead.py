@@ -1,4 +1,4 @@
-"""What a head costs where it is used: in a training step of a Conv-4, and in an evaluation on cached features.
+"""What a head costs where it is used: in a training step of a network, and in an evaluation on cached features.
 
 python -m benchmarks.overhead
 """
@@ -9,28 +9,28 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
 import convexheads as ch
 from benchmarks import report
-from convexheads.backbones import Conv4
+from convexheads.backbones import BACKBONES, make_backbone
 from convexheads.pretrained import make_head
 
 HEADS = ("prototypes", "ridge", "svm")
 WAYS, SHOTS = 5, 5
 
 
-def step(backbone: Conv4, head: ch.Head, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
+def step(backbone: nn.Module, head: ch.Head, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
     """Seconds of one training step: forward, backward and update, support and query in one batch."""
-    begin = time.perf_counter()
+    begin = _now(images)
     features = backbone(images.flatten(0, 1)).unflatten(0, labels.shape)
     support, support_labels, query, query_labels = ch.split_task(features, labels, shots=SHOTS)
     logits = head(support, support_labels, query, ways=WAYS)
@@ -38,22 +38,29 @@ def step(backbone: Conv4, head: ch.Head, optimizer: torch.optim.Optimizer, image
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return time.perf_counter() - begin
+    return _now(images) - begin
 
 
-def training(*, episodes: int, queries: int, repeats: int) -> dict[str, float]:
+def _now(value: Tensor) -> float:
+    if value.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def training(*, backbone: str, device: str, episodes: int, queries: int, repeats: int) -> dict[str, float]:
     """Median seconds of a training step through each head, interleaved, and of the SVM's step relative to others.
 
     The relative ones are medians over repeats of the ratio of two steps that ran one after the other.
     """
     torch.manual_seed(0)
     images = torch.randint(0, 256, (episodes, WAYS * (SHOTS + queries), 3, 32, 32), dtype=torch.uint8)
-    labels = (torch.arange(images.shape[1]) % WAYS).expand(episodes, -1)
-    parts: dict[str, tuple[Conv4, ch.Head, torch.optim.Optimizer]] = {}
+    labels = (torch.arange(images.shape[1]) % WAYS).expand(episodes, -1).to(device)
+    parts: dict[str, tuple[nn.Module, ch.Head, torch.optim.Optimizer]] = {}
     for name in HEADS:
-        backbone, head = Conv4(images.flatten(0, 1)), make_head(name)
-        parameters = [*backbone.parameters(), *head.parameters()]
-        parts[name] = backbone, head, torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, nesterov=True)
+        network, head = make_backbone(backbone, images.flatten(0, 1)).to(device), make_head(name).to(device)
+        parameters = [*network.parameters(), *head.parameters()]
+        parts[name] = network, head, torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, nesterov=True)
+    images = images.to(device)
     seconds: dict[str, list[float]] = {name: [] for name in HEADS}
     for repeat in tqdm(range(-2, repeats), desc="training steps", leave=False):
         for name, each in parts.items():
@@ -67,12 +74,13 @@ def training(*, episodes: int, queries: int, repeats: int) -> dict[str, float]:
     return found
 
 
-def evaluation(*, episodes: int, queries: int, features: int) -> dict[str, float]:
+def evaluation(*, device: str, episodes: int, queries: int, features: int) -> dict[str, float]:
     """Seconds of `convexheads.evaluate` for each head, over the same episodes of random clustered features."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(20).repeat_interleave(600)
     centres = torch.randn(20, features, generator=generator)
-    cached = centres[labels] + 2 * torch.randn(len(labels), features, generator=generator)
+    cached = (centres[labels] + 2 * torch.randn(len(labels), features, generator=generator)).to(device)
+    labels = labels.to(device)
     settings: dict[str, Any] = {"ways": WAYS, "shots": SHOTS, "queries": queries}
     found = {}
     for name in HEADS:
@@ -99,6 +107,8 @@ def main() -> None:
     parser = jsonargparse.ArgumentParser(
         prog="python -m benchmarks.overhead", description=(__doc__ or "").split("\n")[0]
     )
+    parser.add_argument("--backbone", type=Literal[tuple(BACKBONES)], default="conv4", help="network that is trained")
+    parser.add_argument("--device", type=Literal["cpu", "cuda"], default="cpu", help="where to compute")
     parser.add_argument(
         "--tasks", type=int, default=8, help="episodes of a training step, 5-way 5-shot, 32 x 32 pixels"
     )
@@ -111,19 +121,24 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/overhead"), help="folder for the result")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    steps = training(episodes=options.tasks, queries=options.train_queries, repeats=options.repeats)
-    evaluations = evaluation(episodes=options.episodes, queries=options.queries, features=options.features)
+    where = {"device": options.device}
+    network = {"backbone": options.backbone} | where
+    steps = training(**network, episodes=options.tasks, queries=options.train_queries, repeats=options.repeats)
+    evaluations = evaluation(**where, episodes=options.episodes, queries=options.queries, features=options.features)
     origin = report.provenance()
-    names = ("tasks", "train_queries", "repeats", "episodes", "queries", "features", "threads")
+    names = ("backbone", "device", "tasks", "train_queries", "repeats", "episodes", "queries", "features", "threads")
     settings = {name: options[name] for name in names}
+    machine = f"{origin['machine']['processor']}, {options.threads} threads"
+    if options.device == "cuda":
+        machine = origin["machine"]["accelerator"]
     table = show(steps, evaluations, "What a head costs, 5-way 5-shot")
     note = (
-        f"Training step: a Conv-4 on {options.tasks} episodes of 32 x 32 images, {options.train_queries} queries a "
+        f"Training step: a {options.backbone} on {options.tasks} episodes of 32 x 32 images, {options.train_queries} queries a "
         f"class, SGD; medians of {options.repeats} steps, the heads in turn. Of two steps in a row, the SVM's takes "
         f"{steps['svm / prototypes']:.3f} times as long as prototypes' and {steps['svm / ridge']:.3f} times as long as "
         f"ridge regression's (medians). Evaluation: `convexheads.evaluate` over {options.episodes:,} episodes of "
         f"{options.features} cached features, {options.queries} queries a class. "
-        f"{origin['machine']['processor']}, {options.threads} threads, torch {origin['versions']['torch']}. "
+        f"{machine}, torch {origin['versions']['torch']}. "
         "Made by `python -m benchmarks.overhead`."
     )
     Console(width=max(100, Console().width)).print(table, note, f"All of it is in {options.output}", sep="\n")

@@ -91,10 +91,10 @@ def test_many_classes():
 
 
 def test_overhead_of_a_head_in_training_and_in_evaluation():
-    steps = overhead.training(episodes=1, queries=1, repeats=2)
+    steps = overhead.training(backbone="conv4", device="cpu", episodes=1, queries=1, repeats=2)
     assert set(steps) == {*overhead.HEADS, "svm / prototypes", "svm / ridge"}
     assert min(steps.values()) > 0
-    evaluations = overhead.evaluation(episodes=20, queries=2, features=8)
+    evaluations = overhead.evaluation(device="cpu", episodes=20, queries=2, features=8)
     assert set(evaluations) == set(overhead.HEADS)
     assert min(evaluations.values()) > 0
     assert overhead.show(steps, evaluations, "title").row_count == len(overhead.HEADS)

@@ -35,6 +35,9 @@ _LARGEST_BLOCKS = 2**28
 _ENOUGH_STARTS = 60
 _FEW_ROUNDS = 3
 _WORTH_SEARCHING = 1e-3
+# Of a GPU, problems of up to so many entries are copied to the compiled loops: several times as fast at 5 ways, half as
+# fast with eight times as many.
+_WORTH_COPYING = 2**23
 # A root of the Gram matrix is looked for from so many examples on, and of use up to this share of them as its rank.
 _WORTH_A_ROOT = 256
 _LOW_RANK = 0.25
@@ -49,8 +52,8 @@ def numba_is_installed() -> bool:
 def can_be_compiled(qp: QP) -> bool:
     """Whether Numba is installed, and the problem one for `solvers/compiled.py`, here or copied from a GPU."""
     tasks, n, k = qp.linear.shape
-    suited = qp.linear.device.type in ("cpu", "cuda") and qp.linear.dtype == torch.float64
-    return suited and tasks * k * n * n <= _LARGEST_BLOCKS and numba_is_installed()
+    largest = {"cpu": _LARGEST_BLOCKS, "cuda": _WORTH_COPYING}.get(qp.linear.device.type, 0)
+    return qp.linear.dtype == torch.float64 and tasks * k * n * n <= largest and numba_is_installed()
 
 
 Gradient = Literal["exact", "smoothed", "truncated"]
