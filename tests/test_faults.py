@@ -37,7 +37,9 @@ from convexheads.integrations.lightning import EpisodicDataModule, EpisodicModul
 from convexheads.pretrained import make_untrained, save_pretrained
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning", "ignore:.* have no `val_dataloader`"
+    "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning",
+    "ignore:.* have no `val_dataloader`",
+    "ignore:.* does not have many workers",  # where there are more than two cores
 )
 
 ROOT = Path(__file__).parent.parent
