@@ -134,10 +134,10 @@ def main() -> None:
     table = show(steps, evaluations, "What a head costs, 5-way 5-shot")
     note = (
         f"Training step: a {options.backbone} on {options.tasks} episodes of 32 x 32 images, {options.train_queries} "
-        f"queries a class, SGD; medians of {options.repeats} steps, the heads in turn. Of two steps in a row, the SVM's "
-        f"takes {steps['svm / prototypes']:.3f} times as long as prototypes' and {steps['svm / ridge']:.3f} times as long "
-        f"as ridge regression's (medians). Evaluation: `convexheads.evaluate` over {options.episodes:,} episodes of "
-        f"{options.features} cached features, {options.queries} queries a class. "
+        f"queries a class, SGD; medians of {options.repeats} steps, the heads in turn. Of two steps in a row, the "
+        f"SVM's takes {steps['svm / prototypes']:.3f} times as long as prototypes' and {steps['svm / ridge']:.3f} "
+        f"times as long as ridge regression's (medians). Evaluation: `convexheads.evaluate` over {options.episodes:,} "
+        f"episodes of {options.features} cached features, {options.queries} queries a class. "
         f"{machine}, torch {origin['versions']['torch']}. "
         "Made by `python -m benchmarks.overhead`."
     )

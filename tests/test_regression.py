@@ -19,8 +19,10 @@ from convexheads import (
     InputError,
     Learnable,
     Linear,
+    NativeSolver,
     RegressionHead,
     RidgeRegressionHead,
+    Status,
     SupportVectorRegressionHead,
     evaluate,
 )
@@ -175,6 +177,15 @@ def sinusoids(tasks: int, points: int) -> tuple[torch.Tensor, torch.Tensor]:
     amplitude, phase = 0.1 + 4.9 * torch.rand(tasks, 1), math.pi * torch.rand(tasks, 1)
     x = 10 * torch.rand(tasks, points) - 5
     return x.unsqueeze(-1), amplitude * (x - phase).sin()
+
+
+def test_stopped_early_where_nothing_is_to_be_learnt():
+    """All targets within epsilon: the objective is zero, and a gap relative to that is still a number."""
+    for support in (torch.tensor([[1.5]]), torch.randn(4, 6)):
+        head = SupportVectorRegressionHead(1.0, epsilon=1.0, solver=NativeSolver(max_iterations=1))
+        solution = head.fit(support.double(), torch.full((len(support),), 0.4, dtype=torch.float64)).solution
+        assert (solution.status == Status.STOPPED).all()
+        assert solution.gap.isfinite().all()
 
 
 @heads
