@@ -164,9 +164,9 @@ def speed() -> Figure:
     return figure
 
 
-def speed_table() -> str:
-    """How many times faster than its peers the native solver is, as Markdown, from the same result."""
-    times = {(row["contender"], row["size"]): row["both"] for row in _result("solvers")["results"]}
+def speed_table(of: str = "solvers") -> str:
+    """How many times faster than its peers the native solver is, as Markdown, from a result of `benchmarks.solvers`."""
+    times = {(row["contender"], row["size"]): row["both"] for row in _result(of)["results"]}
     sizes = ("5w1s", "5w5s", "5w15s", "20w1s", "20w5s")
     lines = ["| | " + " | ".join(s.replace("w", "-way ").replace("s", "-shot") for s in sizes) + " |", "|---" * 6 + "|"]
     own = {
@@ -183,6 +183,8 @@ def speed_table() -> str:
         "faster than learn2learn's `SVClassifier`": "learn2learn",
     }
     for title, name in peers.items():
+        if not any((name, size) in times for size in sizes):
+            continue
         ratios = [times[name, s] / times["native", s] if (name, s) in times else None for s in sizes]
         lines.append(
             f"| {title} | "
@@ -235,7 +237,8 @@ def kinks() -> Figure:
 
 
 def _result(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / name / f"{name}.json").read_text())
+    (path,) = (RESULTS / name).glob("*.json")
+    return json.loads(path.read_text())
 
 
 def _digits(value: float) -> str:

@@ -74,10 +74,10 @@ class NativeSolver(Solver):
     the gradient is that of the problem with the active set which the iterate shows.
 
     With Numba installed (`pip install 'convexheads[numba]'`), problems on the CPU are solved compiled, many times
-    faster. The first call compiles, for some fifteen seconds; the result is kept on disk. Where a block of n x n for
-    each class would be too large, splitting (ADMM, Boyd et al. 2011) carries on until the search ends certified. With
-    many more examples than features, interior point and splitting work with r x r matrices, r the rank of the Gram
-    matrix.
+    faster; those on a GPU too, copied to the CPU and back, unless the batch is a large one. The first call compiles,
+    for some fifteen seconds; the result is kept on disk. Where a block of n x n for each class would be too large,
+    splitting (ADMM, Boyd et al. 2011) carries on until the search ends certified. With many more examples than
+    features, interior point and splitting work with r x r matrices, r the rank of the Gram matrix.
 
     Args:
         max_iterations: stop the interior point after so many; None, the default: until converged.
@@ -92,7 +92,8 @@ class NativeSolver(Solver):
             second derivative.
         relaxation: slack times multiplier for "smoothed", in units in which coefficients and multipliers are around
             one. Default 1e-3.
-        compiled: whether problems are solved compiled. None, the default: where that is possible. False: never.
+        compiled: whether problems are solved compiled. None, the default: where that is possible. False: never, and
+            problems on a GPU are solved there.
 
     Raises:
         InputError: an argument is outside its range, or `gradient` and `max_iterations` don't go together. Solving
