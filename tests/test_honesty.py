@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.svm import SVR
 
 import convexheads as ch
+from benchmarks.honesty import __main__ as command
 from benchmarks.honesty import attempts as honesty
 from benchmarks.honesty import contenders, judges
 from benchmarks.honesty.contenders import Answer, Contender
@@ -187,10 +188,10 @@ def test_command(tmp_path, monkeypatch, capsys):
     options = ["--tasks", "3", "--beyond", "2", "--peer-tasks", "2", "--workers", "1"]
     names = ["SVM", "SVM on qpth alone"]
     monkeypatch.setattr("sys.argv", ["honesty", *options, "--names", str(names), "--output", str(tmp_path)])
-    honesty.main()
+    command.main()
     assert "silently wrong" in (tmp_path / "honesty.md").read_text()
     assert (tmp_path / "notable.csv").read_text().startswith("contender,set,seed,verdict,detail")
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["honesty", "--names", "[nobody]"])
     with pytest.raises(SystemExit, match="names: got nobody"):
-        honesty.main()
+        command.main()
