@@ -40,6 +40,9 @@ from convexheads import (
 )
 from convexheads.solvers import SOLVERS, softmax
 
+# Whether it gets to a tolerance of 1e-12 is a matter of the last bit, and no matter here: the tests ask how near it is.
+pytestmark = pytest.mark.filterwarnings("ignore:Liblinear failed to converge")
+
 
 def primal_objective(weights: np.ndarray, x: np.ndarray, y: np.ndarray, C: float) -> float:
     """Eq. 4 of the paper: weights (k, d)."""
@@ -55,7 +58,7 @@ def test_svm_equals_scikit_learn(shots, d, C, scale):
     support, labels, _, _ = task(shots=shots, d=d, scale=scale)
     x, y = support.numpy(), labels.numpy()
     reference = LinearSVC(
-        multi_class="crammer_singer", fit_intercept=False, C=C, tol=1e-12, max_iter=10_000_000, random_state=0
+        multi_class="crammer_singer", fit_intercept=False, C=C, tol=1e-12, max_iter=1_000_000, random_state=0
     ).fit(x, y)
     fitted = SVMHead(C).fit(support, labels)
     weights = (fitted.dual.coef.mT @ support).numpy()
@@ -76,7 +79,7 @@ def test_scikit_learn_converges_on_most_of_the_grid():
             support, labels, _, _ = task(shots=shots, d=d)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
-                svc = LinearSVC(multi_class="crammer_singer", fit_intercept=False, C=C, tol=1e-12, max_iter=10_000_000)
+                svc = LinearSVC(multi_class="crammer_singer", fit_intercept=False, C=C, tol=1e-12, max_iter=1_000_000)
                 reference = torch.from_numpy(svc.fit(support.numpy(), labels.numpy()).coef_)
             weights = SVMHead(C).fit(support, labels).dual.coef.mT @ support
             errors.append(((weights - reference).norm() / reference.norm()).item())

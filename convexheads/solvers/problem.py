@@ -271,7 +271,8 @@ class QP(Batch):
         if not ((self._largest_bounds() * blur.sum(-1)).sum(-1) > counts / 100 * dual).any():
             return certificate
         gap, primal, _ = self._smallest_distance(feasible, scores, quadratic, blur)
-        gap = torch.where(gap > counts * primal, gap / primal.clamp_min(eps), 0)
+        gap = gap / primal.abs().clamp_min(eps)
+        gap = torch.where(gap > counts, gap, 0)
         return replace(certificate, gap=torch.maximum(certificate.gap, gap))
 
     def _smallest_distance(
