@@ -30,7 +30,7 @@ WAYS, SHOTS = 5, 5
 
 def step(backbone: nn.Module, head: ch.Head, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
     """Seconds of one training step: forward, backward and update, support and query in one batch."""
-    begin = _now(images)
+    begin = report.now(images)
     features = backbone(images.flatten(0, 1)).unflatten(0, labels.shape)
     support, support_labels, query, query_labels = ch.split_task(features, labels, shots=SHOTS)
     logits = head(support, support_labels, query, ways=WAYS)
@@ -38,13 +38,7 @@ def step(backbone: nn.Module, head: ch.Head, optimizer: torch.optim.Optimizer, i
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return _now(images) - begin
-
-
-def _now(value: Tensor) -> float:
-    if value.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    return report.now(images) - begin
 
 
 def training(*, backbone: str, device: str, episodes: int, queries: int, repeats: int) -> dict[str, float]:

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Sequence
 from copy import copy
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +19,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 PACKAGES = ("convexheads", "torch", "torchvision", "learn2learn", "pytorch-lightning", "numpy")
 
@@ -137,6 +139,13 @@ def records(frame: pandas.DataFrame) -> list[dict[str, Any]]:
 
     rows: Any = frame.to_dict("records")
     return [{str(name): plain(value) for name, value in row.items()} for row in rows]
+
+
+def now(value: Tensor) -> float:
+    """Seconds on a clock, once the device of `value` has done what it was told before."""
+    if value.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def provenance() -> dict[str, Any]:

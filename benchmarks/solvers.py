@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -101,17 +100,11 @@ def episode(tasks: int, ways: int, shots: int, features: int, queries: int) -> t
 def once(call: Callable[..., Tensor], support: Tensor, labels: Tensor, query: Tensor, ways: int):
     """Seconds of the forward pass and of both passes, the logits, and the gradient of the support."""
     support = support.detach().requires_grad_()
-    begin = _now(support)
+    begin = report.now(support)
     logits = call(support, labels, query, ways)
-    forward = _now(support) - begin
+    forward = report.now(support) - begin
     (gradient,) = torch.autograd.grad(logits.square().sum(), support)
-    return forward, _now(support) - begin, logits.detach(), gradient
-
-
-def _now(value: Tensor) -> float:
-    if value.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    return forward, report.now(support) - begin, logits.detach(), gradient
 
 
 def peak_memory(run: Callable[[], object], device: str) -> float | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -86,18 +85,12 @@ def measure(
 
 @torch.no_grad()
 def _once(backbone: torch.nn.Module, head: ch.Head, images: Tensor, labels: Tensor) -> tuple[float, float]:
-    begin = _now(images)
+    begin = report.now(images)
     features = backbone(images)
-    middle = _now(images)
+    middle = report.now(images)
     head(features[: len(labels)], labels, features[len(labels) :], ways=TABLE.ways)
-    end = _now(images)
+    end = report.now(images)
     return end - begin, end - middle
-
-
-def _now(value: Tensor) -> float:
-    if value.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def times(rows: pandas.DataFrame, scale: Scale) -> dict[str, dict[tuple[str, str, str], str]]:

@@ -9,7 +9,7 @@ from jaxtyping import Integer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from convexheads.errors import InputError, check_counts, check_flag, check_seed
+from convexheads.errors import InputError, check_counts, check_flag, check_seed, described
 from convexheads.precision import is_dense, is_of_integers, kind
 
 
@@ -81,7 +81,7 @@ class EpisodeLoader:
         if not is_of_integers(labels):
             raise InputError("labels", kind(labels), "a tensor of integers")
         if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-            raise InputError("workers", repr(workers), "a number of processes, 0 for none")
+            raise InputError("workers", described(workers), "a number of processes, 0 for none")
         if workers and samples.device.type != "cpu":
             raise InputError("samples", f"device {samples.device}", "the CPU, or workers=0")
         labels = labels.cpu().long()
