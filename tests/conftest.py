@@ -1,12 +1,17 @@
-"""What all tests share. Shapes in the package's annotations are executed: see `addopts` in pyproject.toml."""
+"""What all tests share: one thread, one seed, Hypothesis profiles, and annotated shapes that are checked in every call."""
 
 from __future__ import annotations
 
 import os
+
+# Before torch is imported, here and in every process that a test starts: small factorizations on several threads wait
+# for each other. A test about threads asks for them by itself.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[variable] = "1"
+
 import random
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import jaxtyping
@@ -14,11 +19,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# The same examples on every machine, and no limit on the time of one: compiling a reference takes seconds.
+# Tests are rewritten for pytest's explanations of failed assertions; these modules hold assertions too.
+pytest.register_assert_rewrite("solver_contract", "tasks", "strategies")
+
+if find_spec("beartype"):
+    jaxtyping.install_import_hook("convexheads", "beartype.beartype")
+
+# `ci` draws the same examples on every machine, `nightly` draws new ones, and more (see `examples` in tasks.py). Neither
+# limits the time of an example: compiling a reference takes seconds.
 settings.register_profile(
-    "convexheads", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+    "ci", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
-settings.load_profile("convexheads")
+settings.register_profile("nightly", settings.get_profile("ci"), derandomize=False)
+settings.load_profile("ci")
 
 
 class PartialModule(pytest.Module):
@@ -84,18 +97,6 @@ def data_root() -> Path:
     if not root:
         pytest.skip("real images: set CONVEXHEADS_DATA to the folder that holds cifar100/cifar100.zip")
     return Path(root)
-
-
-@pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The documentation, built in strict mode, which executes its pages."""
-    folder = tmp_path_factory.mktemp("documentation") / "site"
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, timeout=580, cwd=root, env=environment)
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 @pytest.fixture

@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
 from convexheads import QP
+
+
+def examples(count: int, *, nightly: int) -> settings:
+    """How many examples Hypothesis draws: `count`, or `nightly` in the profile of that name."""
+    return settings(max_examples=nightly if settings.get_current_profile_name() == "nightly" else count)
 
 
 class Task(NamedTuple):

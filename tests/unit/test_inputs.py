@@ -12,7 +12,6 @@ from tasks import task
 from convexheads import (
     RBF,
     ConvexHeadsError,
-    CvxpylayersSolver,
     Dual,
     Head,
     InputError,
@@ -301,8 +300,8 @@ def test_failures_name_the_task_and_its_own_value():
     labels[:, 2] = torch.tensor([3, 9])
     with pytest.raises(InputError, match=r"labels: got 3 in task \(0,\)"):
         SVMHead()(SUPPORT, labels, QUERY, ways=3)
-    with pytest.raises(SolverError, match=r"CvxpylayersSolver: 1 of 1 tasks not solved .*\(the task: relative gap"):
-        SVMHead(solver=CvxpylayersSolver(tolerance=1e-300))(SUPPORT[0], LABELS[0], QUERY[0])
+    with pytest.raises(SolverError, match=r"NativeSolver: 1 of 1 tasks not solved .*\(the task: relative gap"):
+        SVMHead(solver=NativeSolver(tolerance=1e-300))(SUPPORT[0], LABELS[0], QUERY[0])
 
 
 def test_numbers_that_are_not_pythons_own():

@@ -9,7 +9,7 @@ import torch
 from tasks import close, crammer_singer, task
 from torch.func import grad, vmap
 
-from convexheads import QP, ConvexHeadsError, InputError, Learnable, NativeSolver, OneVsRestHead, QpthSolver, SVMHead
+from convexheads import QP, ConvexHeadsError, InputError, Learnable, NativeSolver, OneVsRestHead, SVMHead
 from convexheads.solvers.interior_point import central_path
 
 
@@ -95,26 +95,6 @@ def test_smoothed_gradient_has_no_kink_where_a_bound_is_weakly_active():
         jump[name] = close(below, above)
     assert jump["exact"] > 0.1
     assert jump["smoothed"] < 1e-3
-
-
-def test_truncated_gradient_is_that_of_qpth_early_stopped():
-    """The same formula at iterates that are not the same: alike from the first, equal in the end."""
-    support, labels, query, _ = task(3, shots=(5, 5, 5), d=60)
-    exact = gradients(SVMHead(Learnable(0.1)), support, labels, query)[0]
-    previous = 1.0
-    for iterations in (3, 6, 12):
-        ours, theirs = (
-            gradients(SVMHead(Learnable(0.1), solver=solver), support, labels, query)[0]
-            for solver in (
-                NativeSolver(max_iterations=iterations, gradient="truncated"),
-                QpthSolver(max_iterations=iterations),
-            )
-        )
-        assert torch.cosine_similarity(ours.flatten(), theirs.flatten(), 0) > 0.9
-        assert close(ours, exact) < previous
-        previous = close(ours, exact)
-    assert close(ours, exact) < 1e-3
-    assert close(ours, theirs) < 1e-3
 
 
 def test_through_transforms_and_other_tasks():

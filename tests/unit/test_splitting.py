@@ -6,10 +6,10 @@ from itertools import islice
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from tasks import close, crammer_singer, task
-from test_solvers import known, known_problem
+from problems import known, known_problem
+from tasks import close, crammer_singer, examples, task
 
 from convexheads import NativeSolver, SVMHead
 from convexheads.solvers import native, rows
@@ -17,7 +17,7 @@ from convexheads.solvers.kkt import BlockKKT
 from convexheads.solvers.splitting import splitting
 
 
-@settings(max_examples=60)
+@examples(60, nightly=600)
 @known
 def test_converges_to_the_known_solution(n, k, seed, bounds, smoothing, row_sum):
     assume(row_sum or smoothing == "all" or bounds == "both")
@@ -33,7 +33,7 @@ def test_converges_to_the_known_solution(n, k, seed, bounds, smoothing, row_sum)
     assert slow or close(start.bound_multipliers * size[:, None, None], pull, 1.0) < 1e-3
 
 
-@settings(max_examples=200)
+@examples(200, nightly=2000)
 @given(st.integers(1, 6), st.integers(0, 2**31), st.booleans(), st.booleans(), st.booleans())
 def test_proximal_step_without_sorting(k, seed, upper, smoothed, guessed):
     """Where bounds are on one side, against the general search for the multiplier."""

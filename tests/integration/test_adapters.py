@@ -158,3 +158,29 @@ def test_backward_twice_over_a_kept_graph(solver):
     loss = SVMHead(solver=solver())(support, labels, query).square().sum()
     gradients = [torch.autograd.grad(loss, support, retain_graph=True)[0] for _ in range(2)]
     assert torch.equal(*gradients)
+
+
+def gradients(head, support, labels, query):
+    support = support.clone().requires_grad_()
+    value = head(support, labels, query).square().sum()
+    return torch.autograd.grad(value, [support, *head.parameters()])
+
+
+def test_truncated_gradient_is_that_of_qpth_early_stopped():
+    """The same formula at iterates that are not the same: alike from the first, equal in the end."""
+    support, labels, query, _ = task(3, shots=(5, 5, 5), d=60)
+    exact = gradients(SVMHead(Learnable(0.1)), support, labels, query)[0]
+    previous = 1.0
+    for iterations in (3, 6, 12):
+        ours, theirs = (
+            gradients(SVMHead(Learnable(0.1), solver=solver), support, labels, query)[0]
+            for solver in (
+                NativeSolver(max_iterations=iterations, gradient="truncated"),
+                QpthSolver(max_iterations=iterations),
+            )
+        )
+        assert torch.cosine_similarity(ours.flatten(), theirs.flatten(), 0) > 0.9
+        assert close(ours, exact) < previous
+        previous = close(ours, exact)
+    assert close(ours, exact) < 1e-3
+    assert close(ours, theirs) < 1e-3

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from tasks import close, task
-from test_solvers import known_problem
+from problems import known_problem
+from tasks import close, examples, task
 
 from convexheads import NativeSolver, SVMHead
 from convexheads.solvers import kkt as systems
@@ -73,7 +73,7 @@ def test_system_is_that_of_the_blocks(row_sum):
     assert close(found[1], expected[0][1]) < 1e-10
 
 
-@settings(max_examples=60)
+@examples(60, nightly=600)
 @given(
     n=st.integers(8, 24),
     k=st.integers(2, 5),

@@ -6,13 +6,9 @@ import copy
 import inspect
 import math
 import pickle
-import warnings
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,202 +21,26 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from tasks import clusters, task
+from strategies import (
+    SVMS,
+    anything,
+    certain,
+    classifiers,
+    good_calls,
+    modes,
+    outcome,
+    quietly,
+    regressors,
+    spoilt,
+)
+from tasks import clusters, examples, task
 from torch import Tensor
 
 import convexheads as ch
-from convexheads.pretrained import ZOO, make_head, save_pretrained
+from convexheads.pretrained import make_head
 from convexheads.solvers import SOLVERS, get_solver
 
-pytestmark = pytest.mark.usefixtures("unchecked")
-
-# 200 examples of all tests together in the ordinary suite, 10,000 in the slow one.
-times = pytest.mark.parametrize("times", [1, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
-
-
-def quietly(call: Callable[[], Any]) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ch.SolverWarning)
-        return call()
-
-
-def outcome(call: Callable[[], Any]) -> Any:
-    """What a call returns; None where it raises an error of the library."""
-    try:
-        return quietly(call)
-    except ch.InputError as error:
-        told = str(error)
-    except ch.ConvexHeadsError:
-        return None
-    for part in (": got ", ", wanted "):
-        assert part in told, told
-    return None
-
-
-# What is drawn --------------------------------------------------------------------------------------------------------
-
-FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64]
-OTHERS = [torch.bool, torch.complex64, torch.complex128, torch.float8_e4m3fn]
-FILLS = [0.0, 1.0, -1.0, 1e-30, 1e30, 1e300, math.nan, math.inf, -math.inf]
-HUGE = [2**31, 2**40, 2**62]
-NO_TENSORS = [
-    *(None, True, False, 0, 1, 2, -1, 3, 10**400, 0.0, -0.0, 0.5, 2.5, -0.5, 5e-324, 1e-320, 1e-50, 1e50, 1e308),
-    *(math.nan, math.inf, -math.inf, 1j, "", "text", "native", "raise", "paper", "svm", b"raw", "\0", "x" * 300),
-    *([], [0.5], (), (0, 1), {}, {1}, range(3), object(), slice(None), ch.Status.FAILED, SimpleNamespace(), Path("x")),
-    *(
-        torch.float32,
-        torch.device("cpu"),
-        np.float16(0.5),
-        np.float32(0.5),
-        np.float64(0.5),
-        np.int64(2),
-        np.bool_(True),
-    ),
-    *(np.str_("native"), np.array(0.5), np.ones(2), np.ones((2, 3, 4)), np.array(["raise", "x"])),
-]
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "as it is": lambda x: x,
-    "transposed": lambda x: x.mT.contiguous().mT if x.ndim > 1 else x,
-    "with gaps": lambda x: torch.stack([x, x], -1)[..., 0],
-    "expanded": lambda x: x[:1].expand_as(x) if x.ndim else x,
-    "with gradient": lambda x: x.clone().requires_grad_() if x.is_floating_point() else x,
-    "parameter": lambda x: torch.nn.Parameter(x, requires_grad=x.is_floating_point()),
-}
-
-
-def contents(shape: tuple[int, ...], dtype: torch.dtype, fill: float | None = None, seed: int = 0) -> Tensor:
-    if fill is None:
-        values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    else:
-        values = torch.full(shape, fill, dtype=torch.float64)
-    return (values if dtype.is_floating_point else values.nan_to_num(0, 1, -1).clamp(-9, 9)).to(dtype)
-
-
-@st.composite
-def any_tensor(draw) -> Tensor:
-    shape = tuple(draw(st.lists(st.integers(0, 4), max_size=4)))
-    dtype, fill = draw(st.sampled_from(FLOATS + INTEGERS + OTHERS)), draw(st.sampled_from([*FILLS, None]))
-    value = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))](contents(shape, dtype, fill, draw(st.integers(0, 9))))
-    return value.to("meta") if draw(st.integers(0, 19)) == 0 else value
-
-
-anything = st.sampled_from(NO_TENSORS) | any_tensor()
-
-
-def of_other_shape(value: Tensor, how: int) -> Tensor:
-    if not value.ndim:
-        return value
-    return [value.unsqueeze(0), value.flatten(), value[:1], value[..., :0], value.movedim(0, -1)][how]
-
-
-def of_other_value(value: Tensor, number: float) -> Tensor:
-    value = value.clone()
-    if value.numel() and value.is_floating_point():
-        value[(-1,) * value.ndim] = torch.tensor(number, dtype=torch.float64).to(value.dtype)
-    elif value.numel() and value.dtype != torch.bool:
-        most = torch.iinfo(value.dtype).max
-        value[(-1,) * value.ndim] = int(number) if 0 <= number <= most else most
-    return value
-
-
-@st.composite
-def spoilt(draw, value: Any) -> Any:
-    """What an argument may have become on its way."""
-    how = draw(st.sampled_from(["anything", "dtype", "shape", "value", "list", "array", "sparse"]))
-    if not isinstance(value, Tensor) or how == "anything":
-        return draw(anything | st.sampled_from(HUGE))
-    value = value.detach()
-    match how:
-        case "dtype":
-            return value.to(draw(st.sampled_from(FLOATS + INTEGERS + OTHERS)))
-        case "shape":
-            return of_other_shape(value, draw(st.integers(0, 4)))
-        case "value":
-            return of_other_value(value, draw(st.sampled_from([*FILLS, 7, *HUGE])))
-        case "list":
-            return value.tolist()
-    return value.float().numpy() if how == "array" else value.float().to_sparse()
-
-
-number = st.floats(-3, 3).map(lambda exponent: 10.0**exponent)
-hyper = number | number.map(ch.Learnable)
-kernels = st.one_of(
-    st.none(),
-    st.builds(ch.Linear, normalize=st.booleans()),
-    st.builds(ch.Cosine),
-    st.builds(ch.RBF, st.none() | hyper),
-    st.builds(ch.Polynomial, st.integers(1, 3), offset=hyper, scale=hyper),
-    st.just(lambda x, y: x @ y.mT + 1),
-    st.builds(lambda factor, constant: factor * ch.RBF() + ch.Linear() * ch.Cosine() + constant, hyper, hyper),
-)
-solvers = st.one_of(
-    st.just("native"),
-    st.builds(
-        ch.NativeSolver,
-        on_failure=st.sampled_from(["raise", "warn", "return"]),
-        compiled=st.sampled_from([None, False]),
-        max_iterations=st.none() | st.integers(1, 5),
-    ),
-    st.builds(ch.NativeSolver, gradient=st.just("smoothed"), relaxation=number),
-    st.builds(ch.NativeSolver, gradient=st.just("truncated"), max_iterations=st.integers(1, 5)),
-)
-own = {"kernel": kernels, "scale": hyper}
-SVMS = [ch.SVMHead, ch.WestonWatkinsHead, ch.OneVsRestHead, ch.SimplifiedSVMHead]
-svms = [
-    st.builds(kind, hyper, squared_hinge=st.booleans(), smoothing=st.just(0.0) | hyper, solver=solvers, **own)
-    for kind in SVMS
-]
-classifiers = st.one_of(
-    *svms,
-    st.builds(ch.LogisticHead, hyper, steps=st.none() | st.integers(1, 5), **own),
-    st.builds(ch.RidgeHead, hyper, bias=st.floats(-9, 9), **own),
-    st.builds(ch.PrototypeHead, **own),
-    st.builds(ch.MahalanobisHead, hyper, **own),
-    st.builds(ch.LinearDiscriminantHead, st.floats(0.01, 1), variance=st.none() | hyper, **own),
-)
-regressors = st.one_of(
-    st.builds(ch.RidgeRegressionHead, hyper, kernel=kernels),
-    st.builds(ch.GaussianProcessHead, hyper, kernel=kernels),
-    st.builds(ch.SupportVectorRegressionHead, hyper, epsilon=hyper, solver=solvers, kernel=kernels),
-)
-modes = st.sampled_from([torch.enable_grad, torch.no_grad, torch.inference_mode])
-
-
-def certain(head: ch.Head | ch.RegressionHead) -> bool:
-    """Whether what the head returns is always the optimum, so that it is finite."""
-    solver = getattr(head, "solver", ch.NativeSolver())
-    return solver.on_failure == "raise" and solver.max_iterations is None
-
-
-@st.composite
-def good_calls(draw, *, regression: bool = False) -> tuple[dict[str, Any], int]:
-    """The arguments of a head's call, all of them usable, and the number of classes or outputs."""
-    batch = draw(st.sampled_from([(), (1,), (3,), (2, 2), (0,)]))
-    n, q, d, k = (draw(st.integers(least, most)) for least, most in ((1, 7), (0, 4), (1, 6), (1, 4)))
-    seed, dtype = draw(st.integers(0, 99)), draw(st.sampled_from(FLOATS))
-    layout = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))]
-    call = {
-        "support": layout(contents((*batch, n, d), dtype, draw(st.sampled_from([None, None, None, 0.0, 1.0])), seed)),
-        "query": LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))](contents((*batch, q, d), dtype, seed=seed + 1)),
-    }
-    generator = torch.Generator().manual_seed(seed)
-    if draw(st.booleans()):
-        mask = torch.rand((*batch, n), generator=generator) < 0.7
-        call["mask"] = mask.index_fill(-1, torch.tensor(0), True)
-    if regression:
-        shape = draw(st.sampled_from([(*batch, n), (*batch, n, k)]))
-        return call | {"targets": layout(contents(shape, draw(st.sampled_from(FLOATS)), seed=seed + 2))}, k
-    ways = draw(st.sampled_from(["int", "tensor", "none"]))
-    sizes = torch.randint(1, k + 1, batch, generator=generator) if ways == "tensor" else torch.full(batch, k)
-    labels = torch.arange(n).expand(*batch, n) % sizes.unsqueeze(-1)
-    call["labels"] = labels.to(draw(st.sampled_from(INTEGERS)))
-    if ways != "none":
-        call["ways"] = k if ways == "int" else sizes.to(draw(st.sampled_from(INTEGERS)))
-    if ways == "int" or not labels.numel():
-        return call, k if ways == "int" else 1
-    known = labels.masked_fill(~call.get("mask", torch.tensor(True)), 0)
-    return call, int(sizes.max() if ways == "tensor" else known.max() + 1)
+pytestmark = [pytest.mark.usefixtures("unchecked"), pytest.mark.timeout(1800)]  # in the nightly profile
 
 
 # Heads ----------------------------------------------------------------------------------------------------------------
@@ -239,11 +59,10 @@ def check_logits(logits: Any, call: dict[str, Any], outputs: int, *, finite: boo
     assert logits.isfinite().all() or not finite
 
 
-@times
-def test_good_calls_of_classification_heads(times):
+def test_good_calls_of_classification_heads():
     """They are never refused as unusable, but for what a head documents."""
 
-    @settings(max_examples=25 * times)
+    @examples(25, nightly=1250)
     @given(classifiers, good_calls(), modes)
     def check(head, drawn, mode):
         call, ways = drawn
@@ -275,9 +94,8 @@ def test_good_calls_of_classification_heads(times):
     check()
 
 
-@times
-def test_bad_calls_of_classification_heads(times):
-    @settings(max_examples=60 * times)
+def test_bad_calls_of_classification_heads():
+    @examples(60, nightly=3000)
     @given(classifiers, good_calls(), st.data())
     def check(head, drawn, data):
         call, _ = drawn
@@ -300,9 +118,8 @@ def test_bad_calls_of_classification_heads(times):
     check()
 
 
-@times
-def test_calls_of_regression_heads(times):
-    @settings(max_examples=30 * times)
+def test_calls_of_regression_heads():
+    @examples(30, nightly=1500)
     @given(regressors, good_calls(regression=True), st.data())
     def check(head, drawn, data):
         call, outputs = drawn
@@ -326,8 +143,7 @@ def test_calls_of_regression_heads(times):
     check()
 
 
-@times
-def test_constructors(times):
+def test_constructors():
     """Whatever they accept prints, is copied, and serves."""
     made = [
         *SVMS,
@@ -341,7 +157,7 @@ def test_constructors(times):
     support, labels, query, _ = task(2)
     targets = torch.randn(2, 6, 2)
 
-    @settings(max_examples=40 * times)
+    @examples(40, nightly=2000)
     @given(st.data())
     def check(data):
         make = data.draw(st.sampled_from(made))
@@ -372,11 +188,10 @@ def test_constructors(times):
 # Problems and functions -----------------------------------------------------------------------------------------------
 
 
-@times
-def test_problems(times):
+def test_problems():
     some = ["native", ch.NativeSolver(compiled=False), ch.NativeSolver(max_iterations=3), "qpth", "moreau"]
 
-    @settings(max_examples=20 * times)
+    @examples(20, nightly=1000)
     @given(st.sampled_from(some), st.integers(0, 9), st.booleans(), st.data())
     def check(solver, seed, row_sum, data):
         support, labels, *_ = task(2, seed=seed)
@@ -437,11 +252,6 @@ def check_batches(loader: ch.EpisodeLoader, call: dict[str, Any]) -> None:
     assert samples.shape[2:] == call["samples"].shape[1:]
 
 
-def check_pretrained(loaded: ch.Pretrained, call: dict[str, Any]) -> None:
-    assert isinstance(loaded.backbone, torch.nn.Module)
-    assert isinstance(loaded.head, ch.Head)
-
-
 class Rows(torch.nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return images.reshape(len(images), -1) if images.numel() else images.new_zeros(len(images), 1)
@@ -459,19 +269,17 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[Any, di
     "calibrate": (ch.calibrate, EVALUATION, check_calibrated),
     "embed": (ch.embed, {"backbone": Rows(), "images": FEATURES, "batch_size": 9, "progress": False}, check_features),
     "EpisodeLoader": (ch.EpisodeLoader, LOADER, check_batches),
-    "load_pretrained": (ch.load_pretrained, {"name": "conv4-cifar-fs-svm"}, check_pretrained),
 }
 # So many of these are not wrong, only too many to wait for.
 ENDLESS = {"episodes", "tasks"}
 
 
-@times
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions(name, times):
+def test_functions(name):
     function, good, check_result = FUNCTIONS[name]
     check_result(function(**good), good)
 
-    @settings(max_examples=(5 if name != "load_pretrained" else 1) * times)
+    @examples(5, nightly=250)
     @given(st.data())
     def check(data):
         call = dict(good)
@@ -481,30 +289,6 @@ def test_functions(name, times):
         result = outcome(lambda: function(**call))
         if result is not None:
             check_result(result, call)
-
-    check()
-
-
-@times
-def test_files_of_weights(times, tmp_path):
-    """Whatever is loaded is what was saved, to the last bit."""
-    backbone, head, told = ch.load_pretrained(ZOO / "conv4-cifar-fs-svm.safetensors")
-    save_pretrained(tmp_path / "whole.safetensors", backbone, head, told)
-    content = (tmp_path / "whole.safetensors").read_bytes()
-
-    anywhere = st.integers(0, len(content) - 1)
-
-    @settings(max_examples=12 * times)
-    @given(anywhere, st.binary(max_size=9), st.booleans(), st.integers(0, 3000) | anywhere)
-    def check(end, other, cut, start):
-        spoilt = content[:end] if cut else content[:start] + other + content[start + len(other) :]
-        (tmp_path / "spoilt.safetensors").write_bytes(spoilt)
-        loaded = outcome(lambda: ch.load_pretrained(tmp_path / "spoilt.safetensors"))
-        if loaded is not None:
-            check_pretrained(loaded, {})
-            assert loaded.settings == told
-            for own, saved in ((loaded.backbone, backbone), (loaded.head, head)):
-                torch.testing.assert_close(own.state_dict(), saved.state_dict(), rtol=0, atol=0, equal_nan=True)
 
     check()
 
@@ -614,6 +398,5 @@ class Life(RuleBasedStateMachine):
         assert self.contents() == self.kept
 
 
-@times
-def test_a_head_s_life(times):
-    run_state_machine_as_test(Life, settings=settings(max_examples=10 * times, stateful_step_count=12))
+def test_a_head_s_life():
+    run_state_machine_as_test(Life, settings=settings(examples(10, nightly=500), stateful_step_count=12))

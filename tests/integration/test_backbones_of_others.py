@@ -1,0 +1,105 @@
+"""The networks compute what learn2learn's and torchvision's do."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from learn2learn.vision.models import CNN4Backbone, ResNet12Backbone, WRN28Backbone
+from torch import nn
+from torchvision.ops import DropBlock2d
+
+from convexheads.backbones import WRN28, Conv4, DropBlock, ResNet12, make_backbone
+
+
+def pictures(n: int, size: int) -> torch.Tensor:
+    return torch.randint(256, (n, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(value.numel() for value in module.parameters())
+
+
+@pytest.mark.parametrize(("channels", "size"), [(3, 84), (3, 32), (1, 32)])
+def test_wrn28_is_a_backbone_like_the_others(channels: int, size: int) -> None:
+    images = pictures(2, size)[:, :channels]
+    backbone = make_backbone("wrn28", images)
+    features = backbone(images)
+    assert features.shape == (2, 640)
+    features.square().mean().backward()
+    for name, value in backbone.named_parameters():
+        assert value.grad is not None, name
+        assert value.grad.abs().max() > 0 or name.endswith("bias"), name
+
+
+def test_as_many_parameters_as_learn2learns() -> None:
+    images = pictures(2, 32)
+    conv4 = CNN4Backbone(hidden_size=64, channels=3, max_pool=True)
+    assert parameters(make_backbone("conv4", images)) == parameters(conv4) == 113_088
+    assert parameters(make_backbone("resnet12", images)) == parameters(ResNet12Backbone(avg_pool=False)) == 12_424_320
+    assert parameters(make_backbone("wrn28", images)) == parameters(WRN28Backbone())
+    widths = (3, 96, 192, 384, 512)  # weights and biases of convolutions, scales and offsets of normalisations
+    by_hand = sum(9 * before * after + 3 * after for before, after in pairwise(widths))
+    assert parameters(make_backbone("r2d2", images)) == by_hand
+
+
+def test_initial_weights_of_resnet12_are_those_of_the_published_code() -> None:
+    """Of variance 2 over the outputs' connections: as for a slope of 0. So has learn2learn, which took over that code."""
+    ours, theirs = ResNet12(pictures(2, 32)), ResNet12Backbone()
+    for network in (ours, theirs):
+        weight = [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)][-2]
+        assert weight.shape == (640, 640, 3, 3)
+        assert weight.std().item() == pytest.approx((2 / (640 * 9)) ** 0.5, rel=2e-3)
+
+
+def test_resnet12_computes_what_learn2learns_does() -> None:
+    """With its weights, in evaluation mode, where nothing is dropped."""
+    images = pictures(2, 84)
+    ours, theirs = ResNet12(images, average_pool=True), ResNet12Backbone(avg_pool=True)
+    for module in theirs.modules():  # statistics that are not trivial
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    for kind in (nn.Conv2d, nn.BatchNorm2d):
+        pairs = zip(*([m for m in net.modules() if isinstance(m, kind)] for net in (ours, theirs)), strict=True)
+        for mine, other in pairs:
+            mine.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        expected = theirs.eval()((images - ours.mean) / ours.deviation)
+        found = ours.eval()(images)
+    torch.testing.assert_close(found, expected.flatten(1), rtol=1e-4, atol=1e-4)
+
+
+def test_conv4_computes_what_learn2learns_does() -> None:
+    """With its weights, which have the same names."""
+    images = pictures(4, 32)
+    ours, theirs = Conv4(images).eval(), CNN4Backbone(hidden_size=64, channels=3, max_pool=True).eval()
+    for layer in theirs.modules():  # statistics that are not trivial
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+    ours.layers.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        expected = theirs((images - ours.mean) / ours.deviation)
+        torch.testing.assert_close(ours(images), expected.flatten(1), rtol=1e-4, atol=1e-4)
+
+
+def test_wrn28_computes_what_learn2learns_does() -> None:
+    images = pictures(1, 84)
+    ours, theirs = WRN28(pictures(2, 84)).eval(), WRN28Backbone().eval()
+    state, names = theirs.state_dict(), ("conv1", "layer1", "layer2", "layer3", "bn1")
+    for name, layer in zip(names, ours.layers, strict=False):
+        own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+        layer.load_state_dict(own)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs((images - ours.mean) / ours.deviation), rtol=1e-4, atol=1e-4)
+
+
+def test_dropblock_drops_as_much_as_torchvisions() -> None:
+    """Which takes odd sizes only."""
+    value = torch.ones(16, 64, 20, 20)
+    ours, theirs = (
+        (layer(value) == 0).double().mean().item() for layer in (DropBlock(5, grow=False), DropBlock2d(0.1, 5))
+    )
+    assert ours == pytest.approx(theirs, abs=0.01)

@@ -1,0 +1,221 @@
+"""The native solver: the contract of all solvers, its certificate and its gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from solver_contract import *  # noqa: F403
+from tasks import close, crammer_singer, examples, task, tasks
+
+from convexheads import QP, InputError, Learnable, NativeSolver, OneVsRestHead, SVMHead
+from convexheads.solvers import active_set
+
+
+@pytest.fixture(scope="module")
+def name() -> str:
+    return "native"
+
+
+def test_native_counts_iterations_per_task():
+    support, labels, _, _ = task(4, shots=(5, 5, 5), d=30)
+    solution = NativeSolver().solve(crammer_singer(support, labels, C=torch.tensor([1e-3, 1, 1e3, 1e5])[:, None, None]))
+    assert solution.iterations.shape == (4,)
+    assert 1 <= solution.iterations.min() < solution.iterations.max() < 60
+    stopped = NativeSolver(max_iterations=3).solve(crammer_singer(support, labels, C=1.0))
+    assert (stopped.iterations == 3).all()
+
+
+# The certificate ------------------------------------------------------------------------------------------------------
+
+
+@examples(60, nightly=600)
+@given(tasks(), st.floats(-12, 0), st.integers(0, 2**31))
+def test_certificate_bounds_the_true_error(drawn, magnitude, seed):
+    """For coefficients spoilt by any amount: the certified bound of the weights' error holds."""
+    (support, labels, _, ways), C = drawn
+    qp, *_ = QP(
+        support @ support.mT,
+        torch.nn.functional.one_hot(labels, ways).double(),
+        upper=C * torch.nn.functional.one_hot(labels, ways).double(),
+    ).in_units()
+    best = qp.project(NativeSolver().solve(qp).coef)
+    noise = torch.randn(best.shape, generator=torch.Generator().manual_seed(seed), dtype=best.dtype)
+    spoilt = qp.project(best + 10**magnitude * noise)
+
+    def norm(coef):
+        return (coef * (qp.gram @ coef)).sum().clamp_min(0).sqrt()
+
+    assume(norm(best) > 0)  # or relative errors say nothing
+    certificate = qp.certify(spoilt)
+    own = qp.certify(best)
+    rounding = 1e-7 * (qp.gram.diagonal().max().sqrt() * (best.abs().sum() + 1e-3))
+    allowed = certificate.weight_error * norm(spoilt) + own.weight_error * norm(best) + rounding
+    assert norm(spoilt - best) <= allowed
+    assert certificate.gap >= 0
+
+
+def test_certificate_tells_good_from_bad():
+    support, labels, _, _ = task(shots=(5, 5, 5))
+    qp, *_ = crammer_singer(support, labels, C=0.5).in_units()
+    coef = NativeSolver().solve(qp).coef
+    assert qp.certify(coef).gap < 1e-13
+    assert qp.certify(0.999 * coef).gap > 1e-8
+    assert qp.certify(torch.zeros_like(coef)).gap == 1
+    off = coef.clone()
+    off[0, 0] += 1e-3
+    assert qp.certify(off).residual > 1e-5
+
+
+@examples(100, nightly=1000)
+@given(st.integers(1, 6), st.integers(0, 2**31), st.sampled_from(["upper", "lower", "both"]), st.booleans())
+def test_projection_is_the_nearest_feasible_row(k, seed, bounds, row_sum):
+    """Optimality: no feasible direction leads closer."""
+    generator = torch.Generator().manual_seed(seed)
+    value, lower, upper = torch.randn(3, 4, k, generator=generator, dtype=torch.float64)
+    lower, upper = -lower.abs(), upper.abs() * 10.0 ** torch.randint(0, 12, (4, k), generator=generator)
+    qp = QP(
+        torch.eye(4, dtype=torch.float64),
+        value,
+        lower=None if bounds == "upper" else lower,
+        upper=None if bounds == "lower" else upper,
+        row_sum=row_sum,
+    )
+    nearest = qp.project(value)
+    if row_sum:
+        assert nearest.sum(-1).abs().max() < 1e-12
+    if bounds != "upper":
+        assert (nearest >= lower).all()
+    if bounds != "lower":
+        assert (nearest <= upper).all()
+    # (value - nearest) must be a multiplier: constant where free, above it at an upper bound, below it at a lower one.
+    pull = value - nearest
+    room_above = torch.full_like(pull, torch.inf) if bounds == "lower" else upper - nearest
+    room_below = torch.full_like(pull, torch.inf) if bounds == "upper" else nearest - lower
+    if row_sum:  # entries that could rise must not want to more than entries that could fall
+        wants_up = torch.where(room_above > 1e-12, pull, -torch.inf).amax(-1)
+        wants_down = torch.where(room_below > 1e-12, pull, torch.inf).amin(-1)
+        assert (wants_up <= wants_down + 1e-12).all()
+    else:
+        assert (torch.where(room_above > 1e-12, pull, -1.0) <= 1e-12).all()
+        assert (torch.where(room_below > 1e-12, pull, 1.0) >= -1e-12).all()
+
+
+# Gradients -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("smoothing", [0.0, 1.0])
+def test_native_gradient_equals_central_differences(seed, smoothing):
+    """To 1e-6, in support and C, over the range of C and scale in which differences are themselves that precise."""
+    C, scale = 10.0 ** (seed % 4 - 2), 10.0 ** (seed % 3 - 1)
+    support, labels, query, ways = task(shots=(3, 2, 1, 3), d=(3, 12)[seed % 2], scale=scale, seed=seed)
+    direction = torch.randn(len(query), ways, dtype=torch.float64)
+
+    def value(support, C):
+        targets = torch.nn.functional.one_hot(labels, ways).double()
+        smoothed = torch.full_like(targets, smoothing) if smoothing else None
+        qp = QP(support @ support.mT, targets, upper=C * targets, smoothing=smoothed)
+        return ((query @ support.mT @ NativeSolver().solve(qp).coef) * direction).sum() / scale**2 / C
+
+    variable = [support.requires_grad_(), torch.tensor(C, dtype=torch.float64, requires_grad=True)]
+    gradients = torch.autograd.grad(value(*variable), variable)
+    point = [x.detach() for x in variable]
+    for index, gradient in enumerate(gradients):
+        for _ in range(6):
+            along = torch.randn_like(point[index])
+            step = 1e-6 * point[index].abs().max()
+            moved = [[p + sign * step * along if i == index else p for i, p in enumerate(point)] for sign in (1, -1)]
+            numeric = (value(*moved[0]) - value(*moved[1])) / (2 * step)
+            scale_of_it = (gradient.abs() * along.abs()).sum().item()
+            assert abs(numeric - (gradient * along).sum()) <= 1e-6 * max(scale_of_it, value(*point).abs().item())
+
+
+def test_weakly_active_bound_gives_a_one_sided_derivative():
+    """Where a bound is about to become active the solution has two one-sided derivatives; ours is one of them."""
+    gram, linear = torch.eye(1, dtype=torch.float64), torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    bound = torch.tensor([[1.0, 5.0]], dtype=torch.float64, requires_grad=True)  # exactly the free solution
+    solution = NativeSolver().solve(QP(gram, linear, upper=bound))
+    torch.testing.assert_close(solution.coef, linear)
+    (gradient,) = torch.autograd.grad(solution.coef[0, 0], bound)
+    assert min(abs(gradient[0, 0]), abs(gradient[0, 0] - 1)) < 1e-6
+
+
+def test_no_matrix_of_nk_by_nk_is_formed(monkeypatch):
+    """The native solver's largest tensor grows with n * n * k, not with (n k)^2."""
+    largest = 0
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    support, labels, query, _ = task(shots=(2,) * 12, d=40)
+    n, k = len(labels), 12
+    support.requires_grad_()
+    with Watch():
+        SVMHead(0.1, solver=NativeSolver(compiled=False))(support, labels, query).sum().backward()
+    assert n * n * k <= largest < (n * k) ** 2 / 4
+
+
+def test_hard_margins_and_any_scale_are_certified():
+    """A dual SVM depends on C times the Gram matrix alone, so any feature scale must do."""
+    reference = None
+    for exponent in range(-4, 5):
+        support, labels, query, _ = task(shots=(4, 3, 5), d=30)
+        scale = 10.0**exponent
+        fitted = SVMHead(C=0.1 / scale**2).fit(scale * support, labels)
+        assert fitted.solution.gap < 1e-12
+        logits = fitted(scale * query)
+        reference = logits if reference is None else reference
+        assert close(logits, reference) < 1e-9
+    for C in (1e-6, 1e-3, 1e3, 1e6):
+        assert SVMHead(C).fit(support, labels).solution.gap < 1e-9
+
+
+def test_an_optimal_projection_does_not_prove_an_active_set(monkeypatch):
+    """A search that ends astray, but whose projection happens to be optimal: values right, gradient not its own."""
+    support, labels, query, _ = task(3, shots=(3, 3, 3), d=10)
+    solver = NativeSolver(compiled=False)
+    head = OneVsRestHead(Learnable(1e-4), solver=solver)  # all coefficients end at their bounds
+    expected = head(support, labels, query)
+    gradient = torch.autograd.grad(expected.square().sum(), list(head.parameters()))
+    search = active_set.search
+
+    def astray(qp, start, *, max_rounds):
+        found, rounds = search(qp, start, max_rounds=max_rounds)
+        if max_rounds == 1:  # the interior point's polish
+            return found, rounds
+        nowhere = torch.zeros_like(found.at_upper)
+        return found._replace(coef=1e3 * found.coef, at_upper=nowhere, at_lower=nowhere), rounds
+
+    monkeypatch.setattr(active_set, "search", astray)
+    fitted = head.fit(support, labels)
+    assert fitted.solution.converged.all()
+    assert fitted.solution.residual.max() < 1e-12
+    torch.testing.assert_close(fitted(query), expected)
+    found = torch.autograd.grad(fitted(query).square().sum(), list(head.parameters()))
+    torch.testing.assert_close(found, gradient)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"linear": torch.ones(2)}, r"QP\(linear\): got shape \(2,\), wanted"),
+        ({"linear": torch.ones(4, 0)}, r"QP\(linear\): got shape \(4, 0\), wanted"),
+        ({"gram": torch.eye(3)}, r"QP\(gram\): got shape \(3, 3\), wanted \(4, 4\)"),
+        ({"upper": torch.ones(4, 1)}, r"QP\(upper\): got shape \(4, 1\), wanted \(4, 2\)"),
+        ({"smoothing": torch.ones(2)}, r"QP\(smoothing\): got shape \(2,\), wanted \(4, 2\)"),
+        ({"root": torch.ones(3, 2)}, r"QP\(root\): got shape \(3, 2\), wanted \(4, 2\)"),
+    ],
+    ids=["vector", "no column", "gram", "upper", "smoothing", "root"],
+)
+def test_shapes_that_do_not_go_together(changed, message, unchecked):
+    """Compiled loops would read beyond them."""
+    qp = QP(**{"gram": torch.eye(4), "linear": torch.ones(4, 2), "upper": torch.ones(4, 2)} | changed)
+    with pytest.raises(InputError, match=message):
+        NativeSolver().solve(qp)
