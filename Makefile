@@ -1,43 +1,49 @@
-# Every target sets itself up: all that is needed is Python 3.11 or newer, with pip and a C compiler.
+# Every target sets itself up: all that is needed is Python 3.11 or newer with pip.
 PYTHON ?= python3
-VENV := .venv
-RUN := $(VENV)/bin/python
-READY := $(VENV)/.ready
+BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+# The environment of developers has everything; the others have what their target needs, and are much smaller.
+DEV := .venv
+CORE := .venv-core
+RUN := $(DEV)/$(BIN)/python
+RUN_CORE := $(CORE)/$(BIN)/python
+# One process per processor, at most four: each needs a gigabyte.
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help quickstart test test-all test-versions lint docs serve clean
+.PHONY: help test-core test test-all test-versions mutations clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-$(READY): pyproject.toml requirements.txt
+# Make an environment and install requirements: $(call install,FOLDER,REQUIREMENTS)
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "Python 3.11 or newer is needed; choose one with: make PYTHON=python3.11 ..."; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --use-pep517 --requirement requirements.txt
-	touch $(READY)
+		|| { echo "Expected Python 3.11 or newer, got $$($(PYTHON) --version). Choose one with: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(1)
+	$(1)/$(BIN)/python -m pip install $(2)
+	@touch $(1)/.ready
+endef
 
-quickstart: $(READY)  ## Meta-train on scikit-learn's digits and compare the heads (minutes)
-	$(RUN) -m benchmarks.train --dataset digits
+$(DEV)/.ready: pyproject.toml requirements.txt
+	$(call install,$(DEV),--use-pep517 --requirement requirements.txt)
 
-test: $(READY)  ## Run the test suite
-	$(RUN) -m pytest
+$(CORE)/.ready: pyproject.toml
+	$(call install,$(CORE),--editable '.[test]')
 
-test-all: $(READY)  ## Run the test suite with its slow tests
-	$(RUN) -m pytest -m ""
+test-core: $(CORE)/.ready  ## Run the unit tests in an environment without optional packages (a minute)
+	$(RUN_CORE) $(PYTEST) tests/unit
 
-test-versions: $(READY)  ## Test oldest and newest versions, and each extra alone (long; 20 GB of disk)
+test: $(DEV)/.ready  ## Run the test suite, as before a pull request (minutes)
+	$(RUN) $(PYTEST)
+
+test-all: $(DEV)/.ready mutations  ## Run everything: slow tests, fuzzing, mutations, all versions (hours; 20 GB of disk)
+	$(RUN) $(PYTEST) -m "" --hypothesis-profile nightly
 	$(RUN) -m nox
 
-lint: $(READY)  ## Check style and types
-	$(RUN) -m ruff check .
-	$(RUN) -m ruff format --check .
-	$(RUN) -m pyright
+mutations: $(CORE)/.ready  ## Break the library in small ways, each of which the unit tests have to notice (minutes)
+	$(RUN_CORE) tests/mutations.py
 
-docs: $(READY)  ## Build the documentation into site/
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+test-versions: $(DEV)/.ready  ## Test the oldest and the newest versions, and each extra alone (long; 20 GB of disk)
+	$(RUN) -m nox
 
-serve: $(READY)  ## Build the documentation and serve it on this machine
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve --watch convexheads
-
-clean:  ## Remove the virtual environment and all that was built
-	rm -rf $(VENV) .nox build dist site .pytest_cache .ruff_cache .hypothesis
+clean:  ## Remove the environments and everything that was built
+	rm -rf .venv .venv-* .nox .cache build dist site .pytest_cache .ruff_cache .hypothesis

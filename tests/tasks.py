@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from convexheads import QP
+
+ROOT = Path(__file__).parent.parent
+"""The checkout."""
 
 
 def examples(count: int, *, nightly: int) -> settings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import pickle
+import random
 import shutil
 import subprocess
 import sys
@@ -13,17 +14,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from zipfile import ZipFile
+from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
 import pytest
 import torch
+from damage import damaged, refused_or_same
 from PIL import Image
+from tasks import ROOT
 from torchvision.datasets import CIFAR100
 
 from benchmarks.data.__main__ import main
 from benchmarks.data.datasets import CATALOGUE, SPLITS, Entry, load, load_digits, read, split_classes
 from benchmarks.data.images import ImageSet
+from benchmarks.data.sources import archives, open_image
 from convexheads import InputError
 
 CLASSES = [name for split in SPLITS for name in split_classes("cifar-fs", split)]
@@ -598,7 +602,7 @@ def test_verify_finds_a_drawing_moved_to_another_character(
 
 def test_the_program_exits_with_1_where_nothing_is_found_and_lists_the_layouts(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.data", "verify", "omniglot", "--data-root", str(tmp_path)]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "nothing usable" in done.stderr
     assert "omniglot/images_background.zip" in done.stderr
@@ -638,3 +642,26 @@ def test_the_splits_of_cifar_are_those_of_the_real_datas_table(data_root: Path) 
     superclasses = [{row["superclass"] for row in rows if row["fc100_split"] == split} for split in SPLITS]
     assert [len(names) for names in superclasses] == [12, 4, 4]
     assert len(set().union(*superclasses)) == 20
+
+
+def test_damaged_archives_of_images_are_refused(tmp_path) -> None:
+    path, splits = tmp_path / "images.zip", {"train": ("cat", "dog")}
+    pixels = torch.randint(256, (6, 8, 8, 3), dtype=torch.uint8).numpy()
+    with ZipFile(path, "w", ZIP_STORED) as archive:
+        for number, image in enumerate(pixels):
+            Image.fromarray(image).save(tmp_path / "one.png")
+            archive.write(tmp_path / "one.png", f"data/{'cat' if number < 3 else 'dog'}/{number}.png")
+
+    def load() -> list[bytes]:
+        found = archives(["images.zip"], tmp_path, splits).images
+        if Counter({name: len(each) for name, each in found.items()}) != {"cat": 3, "dog": 3}:
+            raise InputError("data root", path, "three images of each")  # as `read` does
+        return [open_image(name, each, "RGB").tobytes() for name in found for each in found[name]]
+
+    whole, expected = path.read_bytes(), load()
+    refused = sum(
+        refused_or_same(load, expected, "data root: got")
+        for content in damaged(whole, random.Random(0), 400)
+        if path.write_bytes(content)
+    )
+    assert refused > 250

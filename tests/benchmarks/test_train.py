@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tasks import ROOT
 
 import convexheads as ch
 from benchmarks import train
@@ -209,10 +210,9 @@ def test_refuses_an_unknown_head() -> None:
 
 
 def run_as_a_command(*arguments: str, script: str = "-m benchmarks.train") -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parent.parent
     command = [sys.executable, *script.split(), *arguments]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=root, env=environment)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment)
 
 
 def test_two_processes_train_as_one_with_all_episodes(tmp_path: Path) -> None:
@@ -233,11 +233,10 @@ def test_two_processes_train_as_one_with_all_episodes(tmp_path: Path) -> None:
 
 def test_killed_at_any_moment_it_resumes_to_the_same_weights(finished: Path, tmp_path: Path) -> None:
     arguments = [*SHORT[:-6], "--checkpoint-every", "1", "--device", "cpu", "--threads", "1", "--output", str(tmp_path)]
-    root = Path(__file__).parent.parent
     checkpoint = tmp_path / "checkpoints" / "last.ckpt"
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.train", *arguments],
-        cwd=root,
+        cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

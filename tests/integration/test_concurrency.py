@@ -7,12 +7,13 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from threading import Barrier
 from unittest.mock import patch
 
 import pytest
 import torch
-from tasks import task
+from tasks import ROOT, task
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -109,8 +110,7 @@ for threads in (1, 2):
 
 def test_deterministic_from_run_to_run():
     """On one thread and on two."""
-    tests = os.path.dirname(__file__)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([tests, os.path.dirname(tests)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))}
     environment["OMP_WAIT_POLICY"] = "passive"  # or waiting threads spin, on cores that others need
     command = [sys.executable, "-c", DETERMINISTIC]
     done = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(2)]

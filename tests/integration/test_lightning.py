@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.cli import LightningCLI
-from tasks import clusters
+from tasks import ROOT, clusters
 from torch import nn
 
 from convexheads import InputError, Learnable, PrototypeHead, RidgeHead, SVMHead, split_task
@@ -141,10 +141,10 @@ def test_two_processes_share_the_episodes(tmp_path: Path) -> None:
         "if trainer.is_global_zero:\n"
         "    torch.save((own.state_dict(), trainer.callback_metrics['val_accuracy']), sys.argv[3])\n"
     )
-    tests, found = Path(__file__).parent, []
+    here, found = Path(__file__).parent, []
     for processes in ("1", "2"):
-        command = [sys.executable, str(script), processes, str(tests), str(tmp_path / processes)]
-        environment = os.environ | {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
+        command = [sys.executable, str(script), processes, str(here), str(tmp_path / processes)]
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
         assert done.returncode == 0, done.stderr
         found.append(torch.load(tmp_path / processes, weights_only=True))

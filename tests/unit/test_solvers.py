@@ -219,3 +219,28 @@ def test_shapes_that_do_not_go_together(changed, message, unchecked):
     qp = QP(**{"gram": torch.eye(4), "linear": torch.ones(4, 2), "upper": torch.ones(4, 2)} | changed)
     with pytest.raises(InputError, match=message):
         NativeSolver().solve(qp)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "smoothed"])
+@pytest.mark.parametrize("kind", ["nan", "indefinite"])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_a_failed_task_that_the_loss_leaves_out_has_no_gradient(kind, gradient, smoothed) -> None:
+    """Zero, not zero times NaN; and the good task's gradient is what it is alone."""
+
+    def gradients(tasks: int) -> list[torch.Tensor]:
+        features = torch.randn(2, 8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        gram = features @ features.mT
+        gram[1] = torch.nan if kind == "nan" else -gram[1]
+        gram, shared = gram[:tasks].clone().requires_grad_(), torch.ones((), dtype=torch.float64, requires_grad=True)
+        linear = torch.nn.functional.one_hot(torch.arange(8) % 3).double().expand(tasks, -1, -1) * shared
+        smoothing = 0.1 * shared + 0 * linear if smoothed else None
+        solver = NativeSolver(on_failure="return", gradient=gradient)
+        solution = solver.solve(QP(gram, linear=linear, upper=0.1 * linear, smoothing=smoothing))
+        assert solution.converged.tolist() == [True, False][:tasks]
+        solution.coef[0].square().sum().backward()
+        return [gram.grad, shared.grad]
+
+    (both, shared), (alone, shared_alone) = gradients(2), gradients(1)
+    torch.testing.assert_close(both[0], alone[0])
+    torch.testing.assert_close(shared, shared_alone)
+    assert (both[1] == 0).all()

@@ -1,0 +1,352 @@
+"""Trainings that are killed at any moment, resumed from damaged checkpoints, or have steps that are not finite."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from damage import damaged, foreign, plain, refused_or_same
+from tasks import ROOT
+
+from benchmarks import report, train
+from benchmarks.data import ImageSet
+from convexheads import InputError, storage
+from convexheads.integrations.lightning import EpisodicModule, WholeCheckpointIO
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning",
+    "ignore:.* have no `val_dataloader`",
+    "ignore:.* does not have many workers",  # where there are more than two cores
+)
+
+SMALL = [
+    *["--steps", "4", "--tasks", "1", "--queries", "2", "--test-episodes", "2", "--test-queries", "2"],
+    *["--checkpoint-every", "1", "--validate-every", "1", "--validation-episodes", "4", "--learning-rate", "1"],
+    *["--device", "cpu", "--threads", "1"],
+]
+BEST = ["before write_bytes .best.ckpt.part", "before write_bytes best.ckpt"]
+LAST = ["before write_bytes .last.ckpt.part", "before write_bytes last.ckpt"]
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+
+
+# Killed at any moment
+
+
+def small_data(*_: object, **__: object) -> dict[str, ImageSet]:
+    """A part of the digits, with validation classes."""
+    data = train.load_all("digits")
+    few = {name: ImageSet(part.images[::5], part.labels[::5], part.classes) for name, part in data.items()}
+    return {"train": few["train"], "val": few["test"], "test": few["test"]}
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def watched(events: list[str], moment: int | None) -> None:
+    """Kills this process at the `moment`-th event, in the middle of it if it writes."""
+
+    def watch(owner: Any, name: str, begin: Callable[..., object] = lambda *_: None) -> None:
+        original = getattr(owner, name)
+
+        def call(*arguments: Any, **settings: Any) -> Any:
+            for phase in ("before", "after"):
+                events.append(" ".join([phase, name, *(each.name for each in arguments[:1] if isinstance(each, Path))]))
+                if len(events) - 1 == moment:
+                    if phase == "before":
+                        begin(*arguments)
+                    die()
+                if phase == "before":
+                    result = original(*arguments, **settings)
+            return result
+
+        setattr(owner, name, call)
+
+    def half(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+
+    train.load_all, train.load = train.load, small_data  # pyright: ignore[reportAttributeAccessIssue]
+    watch(Path, "write_bytes", half)
+    watch(Path, "replace")
+    watch(Path, "unlink")
+    watch(os, "fsync")
+    watch(torch, "save")
+    watch(shutil, "rmtree")
+    watch(EpisodicModule, "training_step")
+    watch(EpisodicModule, "backward")
+    watch(torch.optim.SGD, "step")
+    watch(train, "save_pretrained")
+    watch(report, "draw")
+
+
+def child(arguments: list[str], log: str, moment: int | None) -> None:
+    events: list[str] = []
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    watched(events, moment)
+    try:
+        train.main(arguments)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    Path(log).with_suffix(".events").write_text("\n".join(events))
+    os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def server() -> multiprocessing.context.ForkServerContext:
+    """Starts processes that have all imports done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["test_killed_trainings", "sklearn.datasets", "matplotlib.pyplot", "torch.utils.tensorboard"]
+    )
+    return context
+
+
+def trained(server: Any, folder: Path, moment: int | None = None, seconds: float | None = None) -> int:
+    """The exit code of a training, or of its resumption where there is something to resume."""
+    resume = ["--resume"] if (folder / "checkpoints" / "last.ckpt").is_file() else []
+    log = str(folder.parent / f"{folder.name}.log")
+    process = server.Process(target=child, args=([*SMALL, "--output", str(folder), *resume], log, moment))
+    process.start()
+    process.join(120 if seconds is None else seconds)
+    if process.is_alive():
+        process.kill()
+    process.join()
+    return process.exitcode
+
+
+def what_remains(folder: Path) -> dict[str, Any]:
+    """All that a run leaves behind that doesn't depend on the time."""
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    result = json.loads((folder / "result.json").read_text())
+    pickled = {
+        name: pickle.dumps(plain(checkpoint[name])) for name in ("state_dict", "optimizer_states", "lr_schedulers")
+    }
+    files = {name: (folder / name).read_bytes() for name in ("model.safetensors", "metrics.csv", "config.yaml")}
+    return {"results": result["results"], "steps": checkpoint["global_step"], **pickled, **files}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert trained(server, folder) == 0, folder.with_suffix(".log").read_text()
+    return folder
+
+
+def happened(undisturbed: Path) -> list[str]:
+    return undisturbed.with_suffix(".events").read_text().splitlines()
+
+
+def check_killed(server: Any, undisturbed: Path, folder: Path, *moments: int) -> None:
+    for moment in moments:
+        code = trained(server, folder, moment=moment)
+        assert code in (-signal.SIGKILL, 0), folder.with_suffix(".log").read_text()
+        if code == 0:  # a resumption has fewer moments
+            break
+    assert trained(server, folder) == 0, folder.with_suffix(".log").read_text()
+    expected, found = what_remains(undisturbed), what_remains(folder)
+    for name, value in expected.items():
+        assert found[name] == value, name
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_a_random_moment_it_ends_as_if_nothing_had_been(server, undisturbed, tmp_path, seed) -> None:
+    moment = random.Random(seed).randrange(len(happened(undisturbed)))
+    check_killed(server, undisturbed, tmp_path / "run", moment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 22))
+def test_killed_at_twenty_random_moments(server, undisturbed, tmp_path, seed) -> None:
+    """Half of them in the middle of some call, a write above all, and again in the resumption; half by the clock."""
+    draws, folder = random.Random(seed), tmp_path / "run"
+    if seed % 2:
+        start = time.monotonic()
+        assert trained(server, tmp_path / "timed") == 0
+        trained(server, folder, seconds=draws.uniform(0, time.monotonic() - start))
+    moments = draws.choices(range(len(happened(undisturbed))), k=0 if seed % 2 else 2)
+    check_killed(server, undisturbed, folder, *moments)
+
+
+def test_killed_before_the_best_weights_are_written_they_are_found_again(server, undisturbed, tmp_path) -> None:
+    *_, moment = (number for number, event in enumerate(happened(undisturbed)) if event in BEST)
+    check_killed(server, undisturbed, tmp_path / "run", moment)
+
+
+def test_killed_while_a_checkpoint_is_written_the_old_one_is_there(server, undisturbed, tmp_path) -> None:
+    folder = tmp_path / "run"
+    writes = [number for number, event in enumerate(happened(undisturbed)) if event in LAST]
+    assert len(writes) == 5  # of each step, and at the end
+    assert trained(server, folder, moment=writes[1]) == -signal.SIGKILL
+    assert storage.load_torch(folder / "checkpoints" / "last.ckpt")["global_step"] == 1
+    part = folder / "checkpoints" / ".last.ckpt.part"
+    assert 0 < part.stat().st_size < (folder / "checkpoints" / "last.ckpt").stat().st_size
+
+
+def test_what_is_left_of_a_finished_run_is_never_taken_for_another(undisturbed, tmp_path, monkeypatch) -> None:
+    """Killed while a new run clears away the old one, nothing is there to resume."""
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main([*SMALL, "--output", str(folder)])
+    with pytest.raises(SystemExit, match="without a checkpoint"):
+        train.main([*SMALL, "--output", str(folder), "--resume"])
+
+
+# Damaged and foreign checkpoints
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(undisturbed, tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    whole, before = checkpoint.read_bytes(), (folder / "config.yaml").read_bytes()
+    options = train.Options.parse([*SMALL, "--output", str(folder), "--resume"], prog="", description="")
+
+    def resume() -> Any:
+        train.prepare(options)
+        return WholeCheckpointIO().load_checkpoint(checkpoint)
+
+    expected, refused = plain(resume()), 0
+    for content in damaged(whole, random.Random(0)):
+        checkpoint.write_bytes(content)
+        refused += refused_or_same(resume, expected, f"resume: got {checkpoint}, damaged")
+        assert checkpoint.read_bytes() == content
+    assert refused > 30  # a bit of padding alters nothing
+    other = torch.load(undisturbed / "checkpoints" / "best.ckpt", weights_only=True)  # weights only
+    torch.save(other, tmp_path / "other")
+    for content in (*foreign(tmp_path, monkeypatch), (tmp_path / "other").read_bytes()):
+        checkpoint.write_bytes(content)
+        with pytest.raises(InputError, match=r"resume: got .*last\.ckpt"):
+            train.prepare(options)
+    state = storage.load_torch(undisturbed / "checkpoints" / "last.ckpt")
+    state["callbacks"]["Log"]["options"]["seed"] = 5
+    torch.save(state, checkpoint)
+    with pytest.raises(InputError, match=r"last\.ckpt, that of another run \(seed\)"):
+        train.prepare(options)
+    assert not (tmp_path / "unpickled").exists()
+    assert (folder / "config.yaml").read_bytes() == before
+
+
+# Steps that are not finite
+
+
+@pytest.fixture
+def with_a_failure(monkeypatch) -> None:
+    """The digits, whose third step has a loss of NaN."""
+    loss = EpisodicModule._episodes
+
+    def altered(self, features, labels):
+        found, *rest = loss(self, features, labels)
+        return found * (torch.nan if self.training and self._step(0).number == 2 else 1), *rest
+
+    monkeypatch.setattr(train, "load_all", train.load, raising=False)
+    monkeypatch.setattr(train, "load", small_data)
+    monkeypatch.setattr(EpisodicModule, "_episodes", altered)
+
+
+@pytest.mark.usefixtures("with_a_failure")
+def test_the_benchmark_does_as_configured(tmp_path, caplog) -> None:
+    arguments = [*SMALL, "--output"]
+    folders = {name: tmp_path / name for name in ("raise", "skip", "stop")}
+    with pytest.raises(SystemExit, match=r"error: batch: got step 2, task 0 \(a loss of nan\)"):
+        train.main([*arguments, str(folders["raise"])])
+    with pytest.raises(SystemExit, match=r"error: step 2 failed \(a loss of nan\), training has stopped; .*--resume"):
+        train.main([*arguments, str(folders["stop"]), "--on-failure", "stop"])
+    assert storage.load_torch(folders["stop"] / "checkpoints" / "last.ckpt")["global_step"] == 3
+    train.main([*arguments, str(folders["skip"]), "--on-failure", "skip"])
+    for name in ("raise", "stop"):
+        assert not (folders[name] / "result.json").exists()
+        train.main([*arguments, str(folders[name]), "--on-failure", "skip", "--resume"])
+    found = {name: what_remains(folder) for name, folder in folders.items()}
+    for name in ("raise", "stop"):
+        assert found[name]["state_dict"] == found["skip"]["state_dict"]
+        assert found[name]["config.yaml"] == found["skip"]["config.yaml"]
+    result = json.loads((folders["skip"] / "result.json").read_text())
+    assert result["skipped"] == [{"step": 2, "tasks": [0], "cause": "a loss of nan"}]
+    assert "skipped step 2, task 0" in caplog.text
+
+
+# One of two processes is killed
+
+HANGING = """
+import os, sys, time
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+import two_processes as script
+from benchmarks import train
+rank, flags = os.environ.get("LOCAL_RANK", "0"), Path(sys.argv[3])
+step = train.EpisodicModule.training_step
+def hang(self, batch, batch_index):
+    (flags / f"{rank}.pid").write_text(str(os.getpid()))
+    if batch_index == 1 and (flags / f"hang{rank}").exists():
+        (flags / f"{rank}.hangs").touch()
+        time.sleep(600)
+    return step(self, batch, batch_index)
+train.EpisodicModule.training_step = hang
+train.make_untrained = lambda settings, examples: (script.Linear(), script.make_head(settings["head"]))
+train.main(sys.argv[4:])
+"""
+
+
+def alive(process: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def wait_for(what: Callable[[], bool], seconds: float) -> float:
+    start = time.monotonic()
+    while not what():
+        assert time.monotonic() - start < seconds
+        time.sleep(0.05)
+    return time.monotonic() - start
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at processes in /proc")
+@pytest.mark.parametrize("hangs", [False, True], ids=["in a reduction", "elsewhere"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_of_two_processes_is_killed_the_other_ends_too(tmp_path, victim, hangs) -> None:
+    """While it waits for the other's gradients, and while it waits for something that has nothing to do with it."""
+    script = tmp_path / "script.py"
+    script.write_text(HANGING)
+    other = 1 - victim
+    (tmp_path / f"hang{other if hangs else victim}").touch()
+    options = ["--steps", "9", "--tasks", "2", "--device", "cpu", "--threads", "1", "--processes", "2"]
+    command = [sys.executable, str(script), str(ROOT), str(ROOT / "tests"), str(tmp_path), *options]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, "--output", str(tmp_path / "run")], stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        wait_for((tmp_path / f"{other if hangs else victim}.hangs").exists, 120)
+        wait_for((tmp_path / f"{other}.pid").exists, 60)
+        numbers = [int((tmp_path / f"{rank}.pid").read_text()) for rank in range(2)]
+        os.kill(numbers[victim], signal.SIGKILL)
+        wait_for(lambda: not alive(numbers[other]), 60)
+        assert process.wait(10) != 0
+        if hangs and other == 1:
+            assert "the first process is gone" in (tmp_path / "log").read_text()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
