@@ -9,7 +9,7 @@ RUN_CORE := $(CORE)/$(BIN)/python
 # One process per processor, at most four: each needs a gigabyte.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help test-core test test-all test-versions mutations clean
+.PHONY: help install test-core test test-all test-versions mutations clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -28,6 +28,8 @@ $(DEV)/.ready: pyproject.toml requirements.txt
 
 $(CORE)/.ready: pyproject.toml
 	$(call install,$(CORE),--editable '.[test]')
+
+install: $(DEV)/.ready  ## Install everything for development into .venv
 
 test-core: $(CORE)/.ready  ## Run the unit tests in an environment without optional packages (a minute)
 	$(RUN_CORE) $(PYTEST) tests/unit
