@@ -12,15 +12,11 @@ nox.options.default_venv_backend = "uv"
 nox.options.error_on_missing_interpreters = True
 
 PYTHON = "3.11"
-TOOLS = ("beartype>=0.20", "hypothesis>=6.110", "jsonargparse[signatures]>=4.35", "pytest>=8.3", "pytest-timeout>=2.3")
+TOOLS = ("hypothesis>=6.131", "jsonargparse[signatures]>=4.35", "pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.6")
 TOGETHER = ("cvxpylayers", "easyfsl", "lightning", "moreau", "numba", "pretrained", "sklearn", "text")
 """The extras that go with NumPy 2."""
-ALONE = tuple(f"tests/test_{name}.py" for name in ("extras", "imports", "solvers", "inputs", "regression", "presets"))
-"""What the core is tested by without any extra; all of the tests run in `lowest` and `newest`."""
-ELSEWHERE = ("tests/test_docs.py", "tests/test_site.py")
-"""Need all packages at once; `make test` runs them."""
-NO_SHAPES = ("--override-ini", "addopts=-ra -m 'not slow'")
-"""Without jaxtyping's checks of shapes: they need NumPy, and its oldest version can't see Numba's functions."""
+EXTRAS = ("tests/integration/test_extras.py", "tests/integration/test_imports.py")
+"""What is tested with one extra, or with none; all of the tests run in `lowest` and `newest`."""
 
 
 @nox.session(python=PYTHON)
@@ -29,13 +25,13 @@ def lowest(session: nox.Session, lightning: bool) -> None:
     """The oldest versions that pyproject.toml allows, with NumPy 1.26; Lightning with a newer torch than the others."""
     extras = {"lightning"} if lightning else {*TOGETHER, "qpth"} - {"lightning"}
     install(session, "--resolution", "lowest-direct", f".[{','.join(sorted(extras))}]", "numpy>=1.26,<2")
-    check(session, *(["tests/test_lightning.py", "tests/test_extras.py"] if lightning else ["tests"]), *NO_SHAPES)
+    check(session, *(["tests/integration/test_lightning.py", EXTRAS[0]] if lightning else ["tests"]))
 
 
 @nox.session(python=PYTHON)
 def newest(session: nox.Session) -> None:
     """The newest versions that pyproject.toml allows, with NumPy 2 and hence without qpth."""
-    install(session, "--upgrade", f".[{','.join(TOGETHER)}]", "numpy>=2")
+    install(session, "--upgrade", f".[{','.join(TOGETHER)}]", "numpy>=2", "beartype>=0.20")  # which checks shapes
     noise = "ignore:__array__ implementation:DeprecationWarning"  # of cvxpylayers 1.2, on NumPy 2
     check(session, "tests", "-W", noise)
 
@@ -45,7 +41,7 @@ def newest(session: nox.Session) -> None:
 def core(session: nox.Session, torch: str) -> None:
     """Torch, jaxtyping and nothing else: not even NumPy."""
     install(session, "--resolution", "lowest-direct" if torch == "lowest" else "highest", ".")
-    check(session, *ALONE, *NO_SHAPES)
+    check(session, "tests/unit", *EXTRAS)
 
 
 @nox.session(python=PYTHON)
@@ -54,7 +50,7 @@ def extra(session: nox.Session, name: str) -> None:
     """One extra alone: what needs it runs, all else says what is missing."""
     own = ["--config-settings-package", "learn2learn:--build-option=build_ext"] if name == "learn2learn" else []
     install(session, *own, f".[{name}]")
-    check(session, "tests/test_extras.py", "tests/test_imports.py")
+    check(session, *EXTRAS)
 
 
 def install(session: nox.Session, *arguments: str) -> None:
@@ -69,7 +65,7 @@ def check(session: nox.Session, *arguments: str) -> None:
     session.run("uv", "pip", "check", external=True)
     session.run("uv", "pip", "list", "--format", "freeze", external=True)
     session.run(
-        *("python", "-m", "pytest", "--without-extras", *arguments, *(f"--ignore={path}" for path in ELSEWHERE)),
+        *("python", "-m", "pytest", "--without-extras", *arguments, "--ignore=tests/docs"),  # which need everything
         *("--override-ini", "cache_dir=.nox/.pytest_cache", "-W", "ignore:Failed to initialize NumPy"),
         *session.posargs,
         env={"OMP_NUM_THREADS": "1", "JSONARGPARSE_DEPRECATION_WARNINGS": "off"},  # of old Lightning, about itself
