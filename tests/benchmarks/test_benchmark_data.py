@@ -236,7 +236,8 @@ def test_refuses_an_unknown_split_and_none(splits: tuple[str, ...]) -> None:
         load("digits", splits=splits)
 
 
-def test_same_classes_and_images_as_learn2learn(data_root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["val", *(pytest.param(name, marks=pytest.mark.slow) for name in ("train", "test"))])
+def test_same_classes_and_images_as_learn2learn(data_root: Path, tmp_path: Path, split: str) -> None:
     from learn2learn.vision.datasets import CIFARFS
 
     archive = data_root / "cifar100" / "cifar100.zip"
@@ -246,18 +247,17 @@ def test_same_classes_and_images_as_learn2learn(data_root: Path, tmp_path: Path)
     def digest(image: np.ndarray) -> bytes:
         return hashlib.sha256(np.ascontiguousarray(image)).digest()
 
-    ours = load("cifar-fs", data_root)
+    images = load("cifar-fs", data_root, splits=(split,))[split]
     with ZipFile(archive) as opened:
         opened.extractall(tmp_path / "cifarfs")
-    for split, images in ours.items():
-        theirs = CIFARFS(str(tmp_path), mode="validation" if split == "val" else split)
-        assert sorted(images.classes) == theirs.classes
-        expected = Counter((theirs.classes[label], digest(np.asarray(image))) for image, label in theirs)
-        pixels = images.images.permute(0, 2, 3, 1).numpy()
-        found = Counter(
-            (images.classes[label], digest(image)) for image, label in zip(pixels, images.labels.tolist(), strict=True)
-        )
-        assert found == expected
+    theirs = CIFARFS(str(tmp_path), mode="validation" if split == "val" else split)
+    assert sorted(images.classes) == theirs.classes
+    expected = Counter((theirs.classes[label], digest(np.asarray(image))) for image, label in theirs)
+    pixels = images.images.permute(0, 2, 3, 1).numpy()
+    found = Counter(
+        (images.classes[label], digest(image)) for image, label in zip(pixels, images.labels.tolist(), strict=True)
+    )
+    assert found == expected
 
 
 def test_digits_keep_the_unseen_classes_apart() -> None:
@@ -619,10 +619,17 @@ def test_list_shows_every_data_set_and_layout(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("dataset", "file", "splits"),
     [
-        ("cifar-fs", "cifar100/cifar100.zip", "[train,val,test]"),
-        ("fc100", "cifar100/cifar100.zip", "[train,val,test]"),
-        ("omniglot", "omniglot/images_evaluation.zip", "[train,val,test]"),
+        ("cifar-fs", "cifar100/cifar100.zip", "[val]"),
+        ("omniglot", "omniglot/images_evaluation.zip", "[val]"),
         ("miniimagenet", "miniimagenet/miniimagenet_test.zip", "[test]"),
+        *(
+            pytest.param(name, file, "[train,val,test]", marks=pytest.mark.slow)
+            for name, file in (
+                ("cifar-fs", "cifar100/cifar100.zip"),
+                ("fc100", "cifar100/cifar100.zip"),
+                ("omniglot", "omniglot/images_evaluation.zip"),
+            )
+        ),
     ],
 )
 def test_the_real_data_verifies(data_root: Path, dataset: str, file: str, splits: str) -> None:

@@ -167,7 +167,7 @@ def check_killed(server: Any, undisturbed: Path, folder: Path, *moments: int) ->
         assert found[name] == value, name
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_a_random_moment_it_ends_as_if_nothing_had_been(server, undisturbed, tmp_path, seed) -> None:
     moment = random.Random(seed).randrange(len(happened(undisturbed)))
     check_killed(server, undisturbed, tmp_path / "run", moment)
@@ -186,6 +186,7 @@ def test_killed_at_twenty_random_moments(server, undisturbed, tmp_path, seed) ->
     check_killed(server, undisturbed, folder, *moments)
 
 
+@pytest.mark.slow
 def test_killed_before_the_best_weights_are_written_they_are_found_again(server, undisturbed, tmp_path) -> None:
     *_, moment = (number for number, event in enumerate(happened(undisturbed)) if event in BEST)
     check_killed(server, undisturbed, tmp_path / "run", moment)
@@ -323,8 +324,15 @@ def wait_for(what: Callable[[], bool], seconds: float) -> float:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at processes in /proc")
-@pytest.mark.parametrize("hangs", [False, True], ids=["in a reduction", "elsewhere"])
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    ("victim", "hangs"),
+    [
+        pytest.param(0, True, id="first-elsewhere"),
+        pytest.param(0, False, id="first-in a reduction", marks=pytest.mark.slow),
+        pytest.param(1, False, id="second-in a reduction", marks=pytest.mark.slow),
+        pytest.param(1, True, id="second-elsewhere", marks=pytest.mark.slow),
+    ],
+)
 def test_when_one_of_two_processes_is_killed_the_other_ends_too(tmp_path, victim, hangs) -> None:
     """While it waits for the other's gradients, and while it waits for something that has nothing to do with it."""
     script = tmp_path / "script.py"

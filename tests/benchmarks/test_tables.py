@@ -266,7 +266,7 @@ def test_images_of_another_size_are_brought_to_that_of_the_training(
     assert same.mean < found.mean  # of five classes it is harder
 
 
-@pytest.mark.parametrize("shots", [1, 5])
+@pytest.mark.parametrize("shots", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_the_committed_table_comes_out_again(data_root: Path, shots: int) -> None:
     """From the weights that come with the package, on real images, to the last digit that is printed."""
     committed = pandas.read_csv(tables.HERE / "results" / "table2-laptop" / "table2.csv")

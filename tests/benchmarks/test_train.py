@@ -215,6 +215,7 @@ def run_as_a_command(*arguments: str, script: str = "-m benchmarks.train") -> su
     return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_all_episodes(tmp_path: Path) -> None:
     """By gloo on the CPU, from the command line; 4 episodes a step, of which each of two processes has 2."""
     for processes in ("1", "2"):
@@ -231,6 +232,7 @@ def test_two_processes_train_as_one_with_all_episodes(tmp_path: Path) -> None:
     assert [row["accuracy"] for row in results[0]] == pytest.approx([row["accuracy"] for row in results[1]], abs=0.01)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_to_the_same_weights(finished: Path, tmp_path: Path) -> None:
     arguments = [*SHORT[:-6], "--checkpoint-every", "1", "--device", "cpu", "--threads", "1", "--output", str(tmp_path)]
     checkpoint = tmp_path / "checkpoints" / "last.ckpt"
@@ -304,8 +306,8 @@ def test_in_bfloat16_the_backbone_is_cast_and_the_head_is_not(tmp_path: Path, mo
 
     monkeypatch.setattr(Conv4, "forward", watched_forward)
     monkeypatch.setattr(ch.SVMHead, "fit", watched_fit)
-    train.main([*SHORT, "--precision", "bfloat16", "--output", str(tmp_path)])
-    assert dtypes["backbone"] == [torch.bfloat16] * 6
+    train.main([*SHORT, "--steps", "2", "--precision", "bfloat16", "--output", str(tmp_path)])
+    assert dtypes["backbone"] == [torch.bfloat16] * 2
     assert set(dtypes["head"]) == {torch.float32}
     trained = ch.load_pretrained(tmp_path)
     assert trained.settings["precision"] == "bfloat16"

@@ -29,7 +29,13 @@ HEADS = {
     "ridge": lambda: ch.RidgeHead(ch.Learnable(2.0), kernel=ch.RBF(ch.Learnable(3.0))),
     "mahalanobis": lambda: ch.MahalanobisHead(ch.Learnable(0.7)),
 }
-heads = pytest.mark.parametrize("make", HEADS.values(), ids=HEADS.keys())
+heads = pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, id=name, marks=[] if name in ("svm", "ridge") else pytest.mark.slow)
+        for name, make in HEADS.items()
+    ],
+)
 SEEDS = range(24)
 
 

@@ -126,6 +126,7 @@ def test_on_lightnings_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert 0 < cli.trainer.callback_metrics["val_accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_episodes(tmp_path: Path) -> None:
     """With `strategy="ddp"`, by gloo on the CPU: the weights of one process that has them all."""
     script = tmp_path / "script.py"

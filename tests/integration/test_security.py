@@ -397,9 +397,7 @@ OFFLINE = {
         main(["predict", "classifier.safetensors", "texts"])
     """,
     "training": """
-        from tasks import ROOT
-
-from benchmarks import train
+        from benchmarks import train
         train.main("--steps 2 --tasks 2 --test-episodes 10 --device cpu --threads 1 --output run".split())
     """,
 }

@@ -166,6 +166,7 @@ def test_argument():
         NativeSolver(compiled=True)
 
 
+@pytest.mark.slow
 def test_machine_code_is_found_again_by_the_next_process(tmp_path):
     code = (
         "import torch\n"

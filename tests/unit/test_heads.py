@@ -75,11 +75,20 @@ HEADS: dict[str, Callable[..., Head]] = {
 }
 
 heads = pytest.mark.parametrize("make", HEADS.values(), ids=HEADS.keys())
-kernels = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
 
 
-@heads
-@kernels
+def combination(head: str, kernel: str) -> pytest.ParameterSet:
+    """Every head with two kernels and a few heads with every kernel; the other combinations are slow tests."""
+    usual = kernel in ("linear", "rbf") or head in ("svm", "logistic", "ridge", "mahalanobis", "prototype")
+    return pytest.param(HEADS[head], KERNELS[kernel], id=f"{head}-{kernel}", marks=[] if usual else pytest.mark.slow)
+
+
+heads_and_kernels = pytest.mark.parametrize(
+    ("make", "kernel"), [combination(head, kernel) for head in HEADS for kernel in KERNELS]
+)
+
+
+@heads_and_kernels
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3), (0,)], ids=str)
 def test_shapes_and_dtype(make, kernel, batch):
     support, labels, query, ways = task(2, 3, dtype=torch.float32)
@@ -90,8 +99,7 @@ def test_shapes_and_dtype(make, kernel, batch):
     assert logits.dtype == torch.float32
 
 
-@heads
-@kernels
+@heads_and_kernels
 def test_batch_equals_loop(make, kernel):
     support, labels, query, ways = task(2, 3)
     head = make(kernel=kernel())
@@ -142,8 +150,7 @@ def test_more_examples_than_features(make):
         torch.testing.assert_close(logits[i], head(support[i], labels[i], query[i]), rtol=1e-7, atol=1e-9)
 
 
-@heads
-@kernels
+@heads_and_kernels
 def test_order_of_support_does_not_matter(make, kernel):
     support, labels, query, ways = task()
     head, order = make(kernel=kernel()), torch.randperm(len(labels))
@@ -160,8 +167,7 @@ def test_relabelling_permutes_columns(make):
     torch.testing.assert_close(relabelled[:, permutation], expected, rtol=1e-8, atol=1e-9)
 
 
-@heads
-@kernels
+@heads_and_kernels
 def test_queries_are_independent(make, kernel):
     support, labels, query, ways = task()
     fitted = make(kernel=kernel()).fit(support, labels, ways=ways)
@@ -169,8 +175,7 @@ def test_queries_are_independent(make, kernel):
     assert fitted(query[:0]).shape == (0, ways)
 
 
-@heads
-@kernels
+@heads_and_kernels
 def test_mask_equals_leaving_out(make, kernel):
     support, labels, query, ways = task(3, shots=(3, 3, 3))
     mask = torch.ones_like(labels, dtype=torch.bool)
@@ -223,19 +228,30 @@ def test_different_ways_in_one_batch(make, kernel):
     torch.testing.assert_close(one, logits[0, :, :2])
 
 
-@heads
-@kernels
-@pytest.mark.usefixtures("unchecked")
-def test_gradcheck(make, kernel):
+def gradient_is_right(head, *, fast_mode: bool) -> bool:
+    """Against central differences: of all outputs by all inputs, or in fast mode of one random combination."""
     support, labels, query, _ = task(shots=(2, 1, 2), queries=2, d=5)
-    head = make(kernel=kernel()).double()
+    head = head.double()
     names, parameters = zip(*head.named_parameters(), strict=True) if list(head.parameters()) else ((), ())
 
     def logits(support, query, *values):
         return torch.func.functional_call(head, dict(zip(names, values, strict=True)), (support, labels, query))
 
-    inputs = (support, query, *(p.detach() for p in parameters))
-    assert gradcheck(logits, [x.requires_grad_() for x in inputs], eps=1e-6, atol=1e-6, rtol=1e-5)
+    inputs = [x.detach().requires_grad_() for x in (support, query, *parameters)]
+    return gradcheck(logits, inputs, eps=1e-6, atol=1e-6, rtol=1e-5, fast_mode=fast_mode)
+
+
+@heads_and_kernels
+@pytest.mark.usefixtures("unchecked")
+def test_gradient(make, kernel):
+    assert gradient_is_right(make(kernel=kernel()), fast_mode=True)
+
+
+@pytest.mark.slow
+@heads_and_kernels
+@pytest.mark.usefixtures("unchecked")
+def test_every_partial_derivative(make, kernel):
+    assert gradient_is_right(make(kernel=kernel()), fast_mode=False)
 
 
 @heads
@@ -247,7 +263,8 @@ def test_second_derivative(make):
     def logits(support, query):
         return head(support, labels, query, ways=ways)
 
-    assert gradgradcheck(logits, [support.requires_grad_(), query.requires_grad_()], atol=1e-5, rtol=1e-4)
+    inputs = [support.requires_grad_(), query.requires_grad_()]
+    assert gradgradcheck(logits, inputs, atol=1e-5, rtol=1e-4, fast_mode=True)
 
 
 @pytest.mark.parametrize("make", [h for n, h in HEADS.items() if n != "svm-hard"])
@@ -328,8 +345,7 @@ def test_nothing_is_kept_on_the_head(make):
     assert repr(vars(head)) == before
 
 
-@heads
-@kernels
+@heads_and_kernels
 def test_state_dict_round_trip(make, kernel):
     head, other = make(kernel=kernel()), make(kernel=kernel())
     with torch.no_grad():
@@ -402,8 +418,7 @@ def test_cosine_of_a_zero_vector():
 
 
 @pytest.mark.gpu
-@heads
-@kernels
+@heads_and_kernels
 def test_cuda_equals_cpu(make, kernel, cuda):
     support, labels, query, ways = task(3)
     head = make(kernel=kernel()).double()  # in float32 the exponential of a `Learnable` differs in its last digit
