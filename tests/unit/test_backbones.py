@@ -25,7 +25,7 @@ def parameters(module: nn.Module) -> int:
     ("name", "size", "features"),
     [
         ("conv4", 84, 1600),  # the two sizes of Table 3
-        ("resnet12", 84, 16000),
+        pytest.param("resnet12", 84, 16000, marks=pytest.mark.slow),
         ("conv4", 32, 256),
         ("resnet12", 32, 2560),
         ("r2d2", 32, 384 * 16 + 512 * 4),
@@ -42,7 +42,7 @@ def test_feature_sizes(name: str, size: int, features: int) -> None:
     assert {"mean", "deviation"} < backbone.state_dict().keys()
 
 
-@pytest.mark.parametrize("size", [32, 84])
+@pytest.mark.parametrize("size", [32, pytest.param(84, marks=pytest.mark.slow)])
 def test_average_pooling_is_the_mean_over_positions(size: int) -> None:
     images = pictures(2, size)
     backbone, pooled = ResNet12(images).eval(), ResNet12(images, average_pool=True).eval()

@@ -31,7 +31,7 @@ def solve(qp):
 def test_same_active_sets_solutions_and_adjoints():
     shares = []
 
-    @examples(100, nightly=1000)
+    @examples(40, nightly=1000)
     @known
     def check(n, k, seed, bounds, smoothing, row_sum):
         assume(row_sum or smoothing == "all" or bounds == "both")  # otherwise no gap can be certified, see QP
@@ -61,7 +61,7 @@ def test_same_active_sets_solutions_and_adjoints():
     assert sum(shares) > 0.8 * len(shares)  # most tasks are proven, or the comparison would be empty
 
 
-@examples(100, nightly=1000)
+@examples(40, nightly=1000)
 @known
 def test_proves_what_the_certificate_proves(n, k, seed, bounds, smoothing, row_sum):
     assume(row_sum or smoothing == "all" or bounds == "both")
@@ -89,7 +89,7 @@ def test_proves_nothing_that_is_wrong():
     assert not (wrong & solution.converged).any()
 
 
-@examples(100, nightly=1000)
+@examples(40, nightly=1000)
 @given(drawn=tasks())
 def test_same_certified_result_on_any_task(drawn):
     """Also where the search ends without a solution: then both leave the task to the interior point."""

@@ -122,7 +122,13 @@ DEGENERATE = {
 
 # Without `variance=`, a task in which no class has two different examples is an input error: see test_inputs.py.
 @pytest.mark.parametrize("make", [h for n, h in HEADS.items() if n != "discriminant-shrunk"])
-@pytest.mark.parametrize("spoil", DEGENERATE.values(), ids=DEGENERATE.keys())
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(spoil, id=name, marks=[] if name in ("zero", "duplicates", "huge") else pytest.mark.slow)
+        for name, spoil in DEGENERATE.items()
+    ],
+)
 def test_degenerate_task_leaves_its_neighbours_alone(make, spoil):
     support, labels, query, ways = task(3, d=20)
     support[1] = spoil(support[1])
@@ -196,7 +202,7 @@ def test_mask_equals_leaving_out(make, kernel):
 
 
 @heads
-@pytest.mark.parametrize("kernel", [Linear(), RBF()], ids=str)
+@pytest.mark.parametrize("kernel", [Linear(), pytest.param(RBF(), marks=pytest.mark.slow)], ids=str)
 def test_different_ways_in_one_batch(make, kernel):
     """Tasks of 2, 4 and 3 classes, masked to size: as each alone, gradients included."""
     ways = torch.tensor([2, 4, 3])
@@ -278,7 +284,10 @@ def test_every_learnable_learns(make):
 
 
 @heads
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), pytest.param(torch.float16, 2e-3, marks=pytest.mark.slow)],
+)
 def test_low_precision_features(make, dtype, tolerance):
     support, labels, query, ways = task(2)
     support, query = support.to(dtype), query.to(dtype)
@@ -290,7 +299,7 @@ def test_low_precision_features(make, dtype, tolerance):
 
 
 @heads
-@pytest.mark.parametrize("kernel", [Linear(), RBF(3.0)], ids=str)
+@pytest.mark.parametrize("kernel", [Linear(), pytest.param(RBF(3.0), marks=pytest.mark.slow)], ids=str)
 def test_autocast_changes_nothing(make, kernel):
     support, labels, query, ways = task(2, dtype=torch.float32)
     head = make(kernel=kernel)
@@ -317,7 +326,7 @@ def test_float32_where_float64_is_lacking(monkeypatch):
 
 
 @heads
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.uint8, pytest.param(torch.int32, marks=pytest.mark.slow)])
 def test_any_integer_labels(make, dtype):
     support, labels, query, ways = task()
     expected = make()(support, labels, query, ways=ways)

@@ -73,7 +73,7 @@ def test_system_is_that_of_the_blocks(row_sum):
     assert close(found[1], expected[0][1]) < 1e-10
 
 
-@examples(60, nightly=600)
+@examples(20, nightly=600)
 @given(
     n=st.integers(8, 24),
     k=st.integers(2, 5),

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import mahalanobis
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process import kernels as gp_kernels
 from sklearn.kernel_ridge import KernelRidge
@@ -45,7 +42,7 @@ def primal_objective(weights: np.ndarray, x: np.ndarray, y: np.ndarray, C: float
     return (weights**2).sum() / 2 + C * margins.max(1).sum()
 
 
-@pytest.mark.parametrize("scale", [1e-2, 1.0, 30.0])
+@pytest.mark.parametrize("scale", [1.0, *(pytest.param(scale, marks=pytest.mark.slow) for scale in (1e-2, 30.0))])
 @pytest.mark.parametrize("C", [1e-2, 0.1, 1.0, 100.0])
 @pytest.mark.parametrize(("shots", "d"), [((1,) * 5, 64), ((5,) * 5, 64), ((3, 1, 4), 20), ((8, 7, 9), 4)], ids=str)
 def test_svm_equals_scikit_learn(shots, d, C, scale):
@@ -62,22 +59,8 @@ def test_svm_equals_scikit_learn(shots, d, C, scale):
     # strong convexity the distance of the weights is at most this.
     slack = np.sqrt(2 * max(theirs - ours, 0)) / np.linalg.norm(weights)
     error = np.linalg.norm(weights - reference.coef_) / np.linalg.norm(reference.coef_)
-    assert error <= max(1e-6, 1.01 * slack)
-
-
-def test_scikit_learn_converges_on_most_of_the_grid():
-    """So that the comparison above cannot hide behind its exception."""
-    errors = []
-    for C in (1e-2, 0.1, 1.0):
-        for shots, d in (((1,) * 5, 64), ((5,) * 5, 64), ((3, 1, 4), 20)):
-            support, labels, _, _ = task(shots=shots, d=d)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                svc = LinearSVC(multi_class="crammer_singer", fit_intercept=False, C=C, tol=1e-12, max_iter=1_000_000)
-                reference = torch.from_numpy(svc.fit(support.numpy(), labels.numpy()).coef_)
-            weights = SVMHead(C).fit(support, labels).dual.coef.mT @ support
-            errors.append(((weights - reference).norm() / reference.norm()).item())
-    assert max(errors) < 1e-6, errors
+    converges = scale == 1 and C <= 1 and d >= 20  # so that no comparison hides behind its slack
+    assert error <= (1e-6 if converges else max(1e-6, 1.01 * slack))
 
 
 @pytest.mark.parametrize("regularization", [1e-3, 1.0, 50.0])

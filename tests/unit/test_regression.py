@@ -188,10 +188,8 @@ def test_stopped_early_where_nothing_is_to_be_learnt():
         assert solution.gap.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "make",
-    [pytest.param(make, id=name, marks=[] if name == "ridge" else pytest.mark.slow) for name, make in HEADS.items()],
-)
+@pytest.mark.slow
+@heads
 def test_sinusoids_are_learnt(make):
     """Features that 300 steps through the head have learnt predict unseen sinusoids from ten points."""
     network = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh())

@@ -17,7 +17,7 @@ from convexheads.solvers.kkt import BlockKKT
 from convexheads.solvers.splitting import splitting
 
 
-@examples(12, nightly=600)
+@examples(8, nightly=600)
 @known
 def test_converges_to_the_known_solution(n, k, seed, bounds, smoothing, row_sum):
     assume(row_sum or smoothing == "all" or bounds == "both")
