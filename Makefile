@@ -4,12 +4,13 @@ BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 # The environment of developers has everything; the others have what their target needs, and are much smaller.
 DEV := .venv
 CORE := .venv-core
+BUILD := .venv-build
 RUN := $(DEV)/$(BIN)/python
 RUN_CORE := $(CORE)/$(BIN)/python
 # One process per processor, at most four: each needs a gigabyte.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help install test-core test test-all test-versions mutations clean
+.PHONY: help install test-core test test-all test-versions mutations lint docs-deploy build release-notes clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -29,6 +30,9 @@ $(DEV)/.ready: pyproject.toml requirements.txt
 $(CORE)/.ready: pyproject.toml
 	$(call install,$(CORE),--editable '.[test]')
 
+$(BUILD)/.ready:
+	$(call install,$(BUILD),'build>=1.2' 'twine>=6.1')
+
 install: $(DEV)/.ready  ## Install everything for development into .venv
 
 test-core: $(CORE)/.ready  ## Run the unit tests in an environment without optional packages (a minute)
@@ -46,6 +50,34 @@ mutations: $(CORE)/.ready  ## Break the library in small ways, each of which the
 
 test-versions: $(DEV)/.ready  ## Test the oldest and the newest versions, and each extra alone (long; 20 GB of disk)
 	$(RUN) -m nox
+
+lint: $(DEV)/.ready  ## Check style, types, spelling and the workflows
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright --pythonpath $(RUN)
+	$(DEV)/$(BIN)/codespell
+	$(DEV)/$(BIN)/jactionlint --shellcheck=$(DEV)/$(BIN)/shellcheck
+	$(DEV)/$(BIN)/zizmor --quiet --offline --persona auditor .
+
+# The release's version, which the package alone says.
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' convexheads/__init__.py)
+DOCS ?= dev
+
+docs-deploy: $(DEV)/.ready  ## Commit the documentation to the branch gh-pages; DOCS=dev or DOCS=release
+	DOCS_VERSIONS=mike NO_MKDOCS_2_WARNING=1 $(DEV)/$(BIN)/mike deploy --update-aliases \
+		$(if $(filter release,$(DOCS)),$(basename $(VERSION)) latest,dev)
+	$(DEV)/$(BIN)/mike set-default --allow-undefined latest
+
+build: $(BUILD)/.ready  ## Build the source distribution and the wheel into dist/, and check them
+	rm -rf dist
+	$(BUILD)/$(BIN)/python -m build
+	$(BUILD)/$(BIN)/python -m twine check --strict dist/*
+
+release-notes:  ## Write the changelog of this version to build/release-notes.md; a TAG has to be this version's
+	@test "$${TAG:-v$(VERSION)}" = "v$(VERSION)" || { echo "expected the tag v$(VERSION), got $$TAG"; exit 1; }
+	@mkdir -p build
+	@awk '/^## / { within = ($$2 == "[$(VERSION)]"); next } within' CHANGELOG.md > build/release-notes.md
+	@grep -q . build/release-notes.md || { echo "expected a section [$(VERSION)] in CHANGELOG.md"; exit 1; }
 
 clean:  ## Remove the environments and everything that was built
 	rm -rf .venv .venv-* .nox .cache build dist site .pytest_cache .ruff_cache .hypothesis

@@ -3,8 +3,6 @@
 Two lines: `head = SVMHead(C=0.1)`, then `logits = head(support, labels, query)`.
 """
 
-from importlib.metadata import version
-
 from convexheads.episodes import Episode, Evaluation, calibrate, embed, evaluate, split_task
 from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError, SolverError, SolverWarning
 from convexheads.heads import (
@@ -47,7 +45,7 @@ from convexheads.solvers import (
     Status,
 )
 
-__version__ = version("convexheads")
+__version__ = "0.1.0"
 
 __all__ = [
     "QP",
