@@ -1,0 +1,42 @@
+"""What GitHub reads from the repository: workflows run the Makefile's targets, and the code of the issue forms works."""
+
+import re
+
+import pytest
+import torch
+import yaml
+
+from convexheads import NativeSolver, SVMHead
+from tasks import ROOT, crammer_singer, task
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_run_targets_of_the_makefile(path):
+    jobs = yaml.safe_load(path.read_text())["jobs"].values()
+    commands = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
+    assert {name for command in commands for name in re.findall(r"\bmake ([a-z-]+)", command)} <= TARGETS
+
+
+def test_the_code_of_the_issue_form_saves_a_problem_that_was_not_solved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "solver-failure.yml").read_text())
+    of_head, of_solver = re.findall(r"```python\n(.*?)```", form["body"][0]["attributes"]["value"], re.DOTALL)
+    support, labels, _, _ = task(2)
+    support.requires_grad_()
+    solver = NativeSolver(tolerance=1e-300)
+
+    exec(of_head, {"head": SVMHead(0.5, solver=solver), "support": support, "labels": labels})
+    saved = torch.load("failure.zip", weights_only=True)
+    assert saved["support"].equal(support)
+    assert saved["labels"].equal(labels)
+    assert saved["solution"]["gap"].shape == (2,)
+
+    problem = crammer_singer(support, labels, C=0.5, smoothing=0.1)
+    exec(of_solver, {"solver": solver, "problem": problem})
+    saved = torch.load("failure.zip", weights_only=True)
+    assert saved["problem"].keys() == {"gram", "linear", "upper", "smoothing"}
+    assert saved["problem"]["gram"].equal(problem.gram)
+    assert saved["row_sum"] is True
