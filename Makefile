@@ -64,7 +64,7 @@ VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' convexheads/__init__
 DOCS ?= dev
 
 docs-deploy: $(DEV)/.ready  ## Commit the documentation to the branch gh-pages; DOCS=dev or DOCS=release
-	DOCS_VERSIONS=mike NO_MKDOCS_2_WARNING=1 $(DEV)/$(BIN)/mike deploy --update-aliases \
+	PATH="$(CURDIR)/$(DEV)/$(BIN):$$PATH" DOCS_VERSIONS=mike NO_MKDOCS_2_WARNING=1 mike deploy --update-aliases \
 		$(if $(filter release,$(DOCS)),$(basename $(VERSION)) latest,dev)
 	$(DEV)/$(BIN)/mike set-default --allow-undefined latest
 
