@@ -1,11 +1,29 @@
-"""The paper's experiments: `python -m benchmarks.train` meta-trains a backbone through a head and evaluates it."""
+"""The paper's experiments: `python -m benchmarks.train` meta-trains a backbone through a head and evaluates it.
+
+They need the extra `bench`; importing this package itself needs the core of convexheads only.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
 
 from convexheads.errors import MissingDependencyError
 
-try:
-    import gym_notices.notices
-except ImportError as error:
-    raise MissingDependencyError("learn2learn", "bench", "python -m benchmarks") from error
 
-# learn2learn imports gym, which would print a page about its own successor.
-gym_notices.notices.notices.clear()
+def require_modules(*modules: str) -> None:
+    """Look for modules without importing them.
+
+    Args:
+        modules: top-level modules of the extra `bench`.
+
+    Raises:
+        MissingDependencyError: one of them is not installed.
+    """
+    for module in modules:
+        if find_spec(module) is None:
+            raise MissingDependencyError(module, "bench", "benchmarks")
+
+
+if sys.argv[0] == "-m":  # Python is looking for a command, `python -m benchmarks.NAME`
+    require_modules("jsonargparse", "numpy", "pandas", "PIL", "pytorch_lightning", "rich", "torchvision", "tqdm", "yaml")

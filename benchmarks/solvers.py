@@ -12,8 +12,10 @@ import itertools
 import json
 import math
 import statistics
+import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -60,7 +62,10 @@ class Contender(NamedTuple):
 
 
 def contenders() -> dict[str, Contender]:
-    """The paper's SVM on each solver, learn2learn's smoothed one in a loop, and ridge regression as the floor."""
+    """The paper's SVM on each solver, learn2learn's smoothed one in a loop, and ridge regression as the floor.
+
+    learn2learn's is left out where that package, which the extra `bench` does not install, is missing.
+    """
 
     def of(head: ch.Head) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
         return lambda support, labels, query, ways: head(support, labels, query, ways=ways)
@@ -75,7 +80,7 @@ def contenders() -> dict[str, Contender]:
             logits.append(classifier(q))
         return torch.stack(logits)
 
-    return {
+    found = {
         "ridge": Contender(of(ch.RidgeHead()), exact=False),
         "native": Contender(of(ch.SVMHead(C))),
         "native in torch": Contender(of(ch.SVMHead(C, solver=ch.NativeSolver(compiled=False)))),
@@ -85,6 +90,9 @@ def contenders() -> dict[str, Contender]:
         "cvxpylayers": Contender(of(ch.SVMHead(C, solver=ch.CvxpylayersSolver(on_failure="return"))), largest=375),
         "learn2learn": Contender(looped, largest=375, exact=False),
     }
+    if find_spec("learn2learn") is None:
+        del found["learn2learn"]
+    return found
 
 
 def episode(tasks: int, ways: int, shots: int, features: int, queries: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -322,6 +330,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/solvers"), help="folder for the result")
     options = parser.parse_args()
     settings: dict[str, Any] = {name: options[name] for name in _SETTINGS}
+    if "learn2learn" not in contenders():
+        print("left out:", ch.MissingDependencyError("learn2learn", "learn2learn", "learn2learn"), file=sys.stderr)
     known = {"sizes": list(SIZES), "names": list(contenders()), "precisions": PRECISIONS}
     for name, wanted in known.items():
         if unknown := set(settings[name]) - set(wanted):

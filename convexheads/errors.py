@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from importlib.metadata import PackageNotFoundError, requires
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
@@ -107,16 +109,39 @@ class SolverError(ConvexHeadsError, RuntimeError):
 
 
 class MissingDependencyError(ConvexHeadsError, ImportError):
-    """An optional package is needed and not installed, or not in a version that will do; an `ImportError` too.
+    """An optional package is needed and not installed, or not in a supported version; an `ImportError` too.
+
+    The message ends with the pip command that installs what is needed. The command names the packages themselves,
+    so it works whether convexheads was installed from a checkout or from a package index.
 
     Args:
         package: its name.
-        extra: of convexheads, which installs it: the message says `pip install 'convexheads[extra]'`.
+        extra: the extra of convexheads that the package belongs to; the command installs all requirements of the extra.
         needed_by: what needs it.
     """
 
     def __init__(self, package: str, extra: str, needed_by: str) -> None:
-        super().__init__(f"{needed_by} needs the package {package!r}: pip install 'convexheads[{extra}]'")
+        super().__init__(f"{needed_by} needs the package {package!r}: {_install_command(package, extra)}")
+
+
+def _install_command(package: str, extra: str) -> str:
+    """The pip command that installs an extra; quoted so that shells of every system take it."""
+    if extra == "bench":  # the benchmarks are part of a checkout only
+        return 'pip install ".[bench]"'
+    # learn2learn 0.2.0 ships C files that do not compile on Python 3.11; with this option it builds from its sources.
+    options = ["--use-pep517", "--config-settings=--build-option=build_ext"] if extra == "learn2learn" else []
+    requirements = _requirements(extra) or re.findall(r"^[\w.-]+", package)
+    return " ".join(["pip install", *options, *(f'"{requirement}"' for requirement in requirements)])
+
+
+def _requirements(extra: str) -> list[str]:
+    """The requirements of an extra, from the metadata of the installed package; none where it is not installed."""
+    try:
+        pairs = [requirement.partition(";") for requirement in requires("convexheads") or ()]
+    except PackageNotFoundError:
+        return []
+    marker = re.compile(rf"extra\s*==\s*['\"]{re.escape(extra)}['\"]")
+    return [requirement.strip() for requirement, _, condition in pairs if marker.search(condition)]
 
 
 class SolverWarning(UserWarning):

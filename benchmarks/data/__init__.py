@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from benchmarks import require_modules
+
+require_modules("numpy", "PIL", "torchvision", "tqdm")
+
 from benchmarks.data.datasets import DATASETS, load, split_classes
 from benchmarks.data.episodes import AUGMENTATIONS, augmentation, taskset
 from benchmarks.data.images import ImageSet, join

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from learn2learn.data import MetaDataset, Taskset
-from learn2learn.data.transforms import ConsecutiveLabels, FusedNWaysKShots, LoadData, RemapLabels
+from typing import TYPE_CHECKING
+
 from torchvision.transforms import v2
 
 from benchmarks.data.images import ImageSet
 from convexheads.errors import InputError
+from convexheads.integrations import require
+
+if TYPE_CHECKING:
+    from learn2learn.data import Taskset
 
 AUGMENTATIONS = ("none", "flip-crop", "flip-crop-jitter")
 """What is done to training images; the last is Section 4.1 of Lee et al. 2019."""
@@ -37,7 +41,14 @@ def taskset(data: ImageSet, *, ways: int, samples: int) -> Taskset:
         data: the classes and images to draw from.
         ways: classes of a task.
         samples: images a class, support and query together.
+
+    Raises:
+        MissingDependencyError: learn2learn is not installed.
     """
+    require("learn2learn", "learn2learn", "0.2", "0.3", extra="learn2learn", needed_by="taskset")
+    from learn2learn.data import MetaDataset, Taskset
+    from learn2learn.data.transforms import ConsecutiveLabels, FusedNWaysKShots, LoadData, RemapLabels
+
     indices = {label: (data.labels == label).nonzero().flatten().tolist() for label in range(len(data.classes))}
     source = MetaDataset(data, labels_to_indices=indices)
     return Taskset(

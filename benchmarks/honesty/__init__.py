@@ -3,3 +3,7 @@
 `tasks.py` draws hard tasks, `contenders.py` solves them, `judges.py` says how good an answer is: from the features
 alone, in extended precision, with no code of the library. `__main__.py` runs all of it in processes of their own.
 """
+
+from benchmarks import require_modules
+
+require_modules("mpmath", "numpy", "pebble")
