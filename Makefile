@@ -10,7 +10,7 @@ RUN_CORE := $(CORE)/$(BIN)/python
 # One process per processor, at most four: each needs a gigabyte.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help install test-core test test-all test-versions mutations lint docs-deploy build release-notes clean
+.PHONY: help install test-core test test-all test-versions test-installs mutations lint docs-deploy build release-notes clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ mutations: $(CORE)/.ready  ## Break the library in small ways, each of which the
 
 test-versions: $(DEV)/.ready  ## Test the oldest and the newest versions, and each extra alone (long; 20 GB of disk)
 	$(RUN) -m nox
+
+test-installs: $(DEV)/.ready  ## Try every documented install line in a new environment (long; 7 GB of disk)
+	$(RUN) -m nox --session pip
 
 lint: $(DEV)/.ready  ## Check style, types, spelling and the workflows
 	$(RUN) -m ruff check .

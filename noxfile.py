@@ -5,6 +5,8 @@ Sessions are made with uv, which keeps a version of a package on disk once, howe
 
 from __future__ import annotations
 
+import shutil
+
 import nox
 
 nox.needs_version = ">=2025.2"
@@ -51,6 +53,24 @@ def extra(session: nox.Session, name: str) -> None:
     own = ["--config-settings-package", "learn2learn:--build-option=build_ext"] if name == "learn2learn" else []
     install(session, *own, f".[{name}]")
     check(session, *EXTRAS)
+
+
+@nox.session(python=PYTHON, venv_backend="venv", default=False)
+@nox.parametrize("name", ["", *nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]])
+def pip(session: nox.Session, name: str) -> None:
+    """A documented install line, by the pip that Python brings and without a cache; the environment is removed after."""
+    own = ["--use-pep517", "--config-settings=--build-option=build_ext"] if name == "learn2learn" else []
+    session.env["PIP_NO_CACHE_DIR"] = "1"
+    try:
+        session.run("python", "-m", "pip", "install", *own, f".[{name}]" if name else ".")
+        if name == "bench":
+            session.run("python", "-m", "benchmarks.solvers", "--help", silent=True)
+            small = ("--steps", "2", "--validation-episodes", "20", "--test-episodes", "20", "--threads", "1")
+            session.run("python", "-m", "benchmarks.train", *small, "--output", session.create_tmp())
+        session.install(*TOOLS)
+        check(session, *EXTRAS)
+    finally:
+        shutil.rmtree(session.virtualenv.location)
 
 
 def install(session: nox.Session, *arguments: str) -> None:

@@ -54,7 +54,8 @@ def messages(path: Path) -> Iterator[tuple[int, str]]:
         local = {a.targets[0].id: a.value for a in earlier if isinstance(a.targets[0], ast.Name)}
         for values in product(*(texts(value, local) for value in [*args, *(keyword.value for keyword in keywords)])):
             named = dict(zip([keyword.arg for keyword in keywords], values[len(args) :], strict=True))
-            yield node.lineno, str(make(*values[: len(args)], **named))
+            text = str(make(*values[: len(args)], **named))
+            yield node.lineno, re.sub(r"(?<=: pip install ).*", ANY, text)  # packages are those of pyproject.toml
 
 
 FOUND = [
@@ -85,5 +86,5 @@ def test_the_messages_are_found():
         "mask: got no example left in …, wanted at least one in every task",  # both arguments are literal
         "ways: got a tensor of …, shape …, wanted integers, one a task, …",  # a name, assigned before
         "labels: got … in …, wanted values 0..…",  # a conditional expression
-        "CvxpyHead needs the package 'cvxpylayers': pip install 'convexheads[cvxpylayers]'",  # keywords
+        "CvxpyHead needs the package 'cvxpylayers': pip install …",  # keywords
     } <= found

@@ -51,7 +51,7 @@ class CvxpyTask:
 
 
 class CvxpyHead(Head):
-    """Bring your own base learner, as a convex problem in CVXPY: `pip install 'convexheads[cvxpylayers]'`.
+    """Bring your own base learner, as a convex problem in CVXPY. It needs the extra `cvxpylayers`.
 
     Hand over a function that takes a `CvxpyTask` and returns what to minimise, or a whole `cvxpy.Problem`. It is called
     once for each shape. Solved with Clarabel (Goulart & Chen 2024) to 1e-10, differentiated by cvxpylayers (Agrawal et

@@ -14,7 +14,7 @@ from convexheads.solvers.problem import QP
 
 
 class CvxpylayersSolver(Solver):
-    """cvxpylayers (Agrawal et al. 2019) with Clarabel (Goulart & Chen 2024): `pip install 'convexheads[cvxpylayers]'`.
+    """cvxpylayers (Agrawal et al. 2019) with Clarabel (Goulart & Chen 2024). It needs the extra `cvxpylayers`.
 
     Slow, on CPU only, and independent of everything else here: for checking, not for training. Gradients are diffcp's
     own (Agrawal et al. 2019, "Differentiating through a cone program"). What differs from cvxpylayers alone:

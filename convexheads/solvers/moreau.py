@@ -20,7 +20,7 @@ _local = threading.local()  # its solvers may not be shared by threads
 
 
 class MoreauSolver(Solver):
-    """Moreau (Apache-2.0, by the authors of CVXPY, 2026): `pip install 'convexheads[moreau]'`.
+    """Moreau (Apache-2.0, by the authors of CVXPY, 2026). It needs the extra `moreau`.
 
     A general conic solver, batched, on the CPU and on CUDA; it keeps the Hessian sparse, one n x n block a class. It
     builds on Clarabel (Goulart & Chen 2024) and, for small problems on the CPU, on DAQP (Arnstroem, Bemporad & Axehill

@@ -73,7 +73,7 @@ class NativeSolver(Solver):
     With `max_iterations` the interior point is stopped there: the coefficients are its iterate's, made feasible, and
     the gradient is that of the problem with the active set which the iterate shows.
 
-    With Numba installed (`pip install 'convexheads[numba]'`), problems on the CPU are solved compiled, many times
+    With Numba installed (the extra `numba`), problems on the CPU are solved compiled, many times
     faster; those on a GPU too, copied to the CPU and back, unless the batch is a large one. The first call compiles,
     for some fifteen seconds; the result is kept on disk. Where a block of n x n for each class would be too large,
     splitting (ADMM, Boyd et al. 2011) carries on until the search ends certified. With many more examples than

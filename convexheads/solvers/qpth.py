@@ -23,7 +23,7 @@ _SMALLEST_EIGENVALUE = 1e-6
 class QpthSolver(Solver):
     """qpth (Amos & Kolter 2017), the solver of Lee et al. 2019 and of their published code.
 
-    `pip install 'convexheads[qpth]'`. `QpthSolver(max_iterations=3)` is the paper's early stopping. Gradients are
+    It needs the extra `qpth`. `QpthSolver(max_iterations=3)` is the paper's early stopping. Gradients are
     qpth's own. What differs from qpth alone:
 
     - a parameter shared by the batch would get the mean of its gradients: everything is expanded first;
