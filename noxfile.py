@@ -58,7 +58,7 @@ def extra(session: nox.Session, name: str) -> None:
 @nox.session(python=PYTHON, venv_backend="venv", default=False)
 @nox.parametrize("name", ["", *nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]])
 def pip(session: nox.Session, name: str) -> None:
-    """A documented install line, by the pip that Python brings and without a cache; the environment is removed after."""
+    """An install line, by the pip that Python brings, without a cache; the environment is removed afterwards."""
     own = ["--use-pep517", "--config-settings=--build-option=build_ext"] if name == "learn2learn" else []
     session.env["PIP_NO_CACHE_DIR"] = "1"
     try:
