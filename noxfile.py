@@ -82,8 +82,9 @@ def install(session: nox.Session, *arguments: str) -> None:
 
 def check(session: nox.Session, *arguments: str) -> None:
     """Run pytest on the installed packages, whose versions come first."""
-    session.run("uv", "pip", "check", external=True)
-    session.run("uv", "pip", "list", "--format", "freeze", external=True)
+    tool = ("uv", "pip") if session.venv_backend == "uv" else ("python", "-m", "pip")
+    session.run(*tool, "check", external=True)
+    session.run(*tool, "list", "--format", "freeze", external=True)
     session.run(
         *("python", "-m", "pytest", "--without-extras", *arguments, "--ignore=tests/docs"),  # which need everything
         *("--override-ini", "cache_dir=.nox/.pytest_cache", "-W", "ignore:Failed to initialize NumPy"),
