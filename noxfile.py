@@ -14,7 +14,8 @@ nox.options.default_venv_backend = "uv"
 nox.options.error_on_missing_interpreters = True
 
 PYTHON = "3.11"
-TOOLS = ("hypothesis>=6.131", "jsonargparse[signatures]>=4.35", "pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.6")
+PYTEST = ("hypothesis>=6.131", "pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.6")
+TOOLS = ("jsonargparse[signatures]>=4.35", *PYTEST)
 TOGETHER = ("cvxpylayers", "easyfsl", "lightning", "moreau", "numba", "pretrained", "sklearn", "text")
 """The extras that go with NumPy 2."""
 EXTRAS = ("tests/integration/test_extras.py", "tests/integration/test_imports.py")

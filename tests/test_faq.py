@@ -55,7 +55,10 @@ def messages(path: Path) -> Iterator[tuple[int, str]]:
         for values in product(*(texts(value, local) for value in [*args, *(keyword.value for keyword in keywords)])):
             named = dict(zip([keyword.arg for keyword in keywords], values[len(args) :], strict=True))
             text = str(make(*values[: len(args)], **named))
-            yield node.lineno, re.sub(r": pip install.*", f": pip install {ANY}", text)  # packages are those of pyproject.toml
+            yield (
+                node.lineno,
+                re.sub(r": pip install.*", f": pip install {ANY}", text),
+            )  # packages are those of pyproject.toml
 
 
 FOUND = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from benchmarks.honesty import attempts as honesty
 from benchmarks.honesty import contenders, judges
 from benchmarks.honesty.contenders import Answer, Contender
 from benchmarks.honesty.tasks import hard_task
+from convexheads.solvers import active_set
 
 
 def test_tasks_are_functions_of_their_seed_and_cover_the_ranges():
@@ -195,3 +197,21 @@ def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["honesty", "--names", "[nobody]"])
     with pytest.raises(SystemExit, match="names: got nobody"):
         command.main()
+
+
+@pytest.mark.parametrize("seed", [2, 12, 39])
+def test_what_the_compiled_search_left_is_not_searched_again(seed):
+    """In torch, a search of many classes takes seconds, and ends as the compiled one did."""
+    hard = hard_task(seed)
+    head = ch.SVMHead(hard.C)
+    rounds = []
+
+    def search(*arguments, max_rounds, **options):
+        rounds.append(max_rounds)
+        return original(*arguments, max_rounds=max_rounds, **options)
+
+    original = active_set.search
+    with patch.object(active_set, "search", search):
+        fitted = head.fit(hard.support, hard.labels, ways=hard.ways)
+    assert fitted.solution.converged
+    assert rounds == [1]  # of the polishing

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from problems import known, known_problem
 from tasks import close, crammer_singer, examples, task, tasks
 
-from benchmarks.honesty.tasks import hard_task
-from convexheads import InputError, NativeSolver, SVMHead
+from convexheads import InputError, NativeSolver
 from convexheads.solvers import active_set, compiled
 from convexheads.solvers.native import can_be_compiled
 from convexheads.solvers.splitting import proximal_step
@@ -128,24 +127,6 @@ def test_singular_and_broken_tasks_leave_their_neighbours_alone():
     for i in (0, 2):
         alone, *_ = solve(qp.tasks(slice(i, i + 1)))
         assert torch.equal(found.coef[i], alone.coef[0])
-
-
-@pytest.mark.parametrize("seed", [2, 12, 39])
-def test_what_the_compiled_search_left_is_not_searched_again(seed):
-    """In torch, a search of many classes takes seconds, and ends as the compiled one did."""
-    hard = hard_task(seed)
-    head = SVMHead(hard.C)
-    rounds = []
-
-    def search(*arguments, max_rounds, **options):
-        rounds.append(max_rounds)
-        return original(*arguments, max_rounds=max_rounds, **options)
-
-    original = active_set.search
-    with patch.object(active_set, "search", search):
-        fitted = head.fit(hard.support, hard.labels, ways=hard.ways)
-    assert fitted.solution.converged
-    assert rounds == [1]  # of the polishing
 
 
 def test_only_where_it_is_possible(monkeypatch):

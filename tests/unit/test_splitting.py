@@ -23,7 +23,7 @@ def test_converges_to_the_known_solution(n, k, seed, bounds, smoothing, row_sum)
     assume(row_sum or smoothing == "all" or bounds == "both")
     qp, coef, pull = known_problem(2, n, k, seed=seed, bounds=bounds, smoothing=smoothing, row_sum=row_sum)
     units, unit, size = qp.in_units()
-    start = next(splitting(units, steps=4000))
+    start = next(splitting(units, steps=1500))
     certificate = units.certify(start.coef)
     assert certificate.residual.max() < 1e-12  # always feasible
     # How fast depends on the Gram matrix; the multipliers go with the gap.
