@@ -21,7 +21,7 @@ def parameters(module: nn.Module) -> int:
     return sum(value.numel() for value in module.parameters())
 
 
-@pytest.mark.parametrize(("channels", "size"), [(3, 84), (3, 32), (1, 32)])
+@pytest.mark.parametrize(("channels", "size"), [(3, 32), pytest.param(1, 84, marks=pytest.mark.slow)])
 def test_wrn28_is_a_backbone_like_the_others(channels: int, size: int) -> None:
     images = pictures(2, size)[:, :channels]
     backbone = make_backbone("wrn28", images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ def check_pretrained(loaded: ch.Pretrained) -> None:
     assert isinstance(loaded.head, ch.Head)
 
 
+@pytest.mark.usefixtures("unchecked")
 @examples(2, nightly=50)
 @given(anything)
 def test_names_of_weights(name):

@@ -150,6 +150,7 @@ def test_no_module_of_benchmarks_imports_what_it_only_compares_with():
 
 
 @needs_bench
+@pytest.mark.slow
 def test_commands_of_benchmarks_say_which_package_is_missing():
     """Each package that their modules import is hidden in turn; `python -m` has "-m" as the first argument meanwhile."""
     script = """
