@@ -10,7 +10,7 @@ RUN_CORE := $(CORE)/$(BIN)/python
 # One process per processor, at most four: each needs a gigabyte.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help install test-core test test-all test-versions test-installs mutations lint docs-deploy build release-notes clean
+.PHONY: help install test-core test test-all test-versions test-installs mutations lint docs docs-check serve docs-deploy build release-notes clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -61,6 +61,18 @@ lint: $(DEV)/.ready  ## Check style, types, spelling and the workflows
 	$(DEV)/$(BIN)/codespell
 	$(DEV)/$(BIN)/jactionlint --shellcheck=$(DEV)/$(BIN)/shellcheck
 	$(DEV)/$(BIN)/zizmor --quiet --offline --persona auditor .
+
+docs docs-check serve: export OMP_NUM_THREADS = 1
+docs docs-check serve: export NO_MKDOCS_2_WARNING = 1
+
+docs: $(DEV)/.ready  ## Build the documentation into site/
+	$(RUN) -m mkdocs build --strict
+
+docs-check: $(DEV)/.ready  ## Check the links of the documentation, and its pages in a browser
+	$(RUN) -m pytest tests/docs -m site
+
+serve: $(DEV)/.ready  ## Build the documentation and serve it on this machine
+	$(RUN) -m mkdocs serve --watch convexheads
 
 # The release's version, which the package alone says.
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' convexheads/__init__.py)

@@ -23,8 +23,7 @@ class Backbone(nn.Module):
     """Standardises pixels, applies `layers`, which a subclass sets, and flattens.
 
     Args:
-        examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants. They
-            are not checked.
+        examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants.
 
     Attributes:
         mean: of the pixels of each channel, `(1, channels, 1, 1)`, kept by checkpoints.
@@ -67,8 +66,8 @@ class Conv4(Backbone):
 
     256 features of 32 x 32 images, 1,600 of 84 x 84. The network of Vinyals et al. 2016 and Snell et al. 2017. The
     layers and their names are those of learn2learn's `CNN4Backbone`; what differs: the initial weights are PyTorch's
-    (learn2learn draws the scale of the normalisation between 0 and 1, which leaves some channels all but dead). Calls
-    raise `InputError` as every `Backbone` does, and images of less than 16 x 16 PyTorch's `RuntimeError`.
+    (learn2learn draws the scale of the normalisation between 0 and 1, which leaves some channels all but dead).
+    Images have at least 16 x 16 pixels.
 
     Args:
         examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants.
@@ -97,7 +96,7 @@ class R2D2Network(Backbone):
     Lee et al. 2019 with dropout of 0.1 and 0.3 in the last two, and without the very last activation, which they needed
     to come to R2D2's accuracy. 8,192 features of 32 x 32 images, 51,200 of 84 x 84. What differs: the code of
     Bertinetto et al. has that activation and one rate of dropout in both blocks, and pools both outputs with stride 1
-    instead: 8,064 and 72,576. Calls raise `InputError` as every `Backbone` does.
+    instead: 8,064 and 72,576.
 
     Args:
         examples: uint8 images (m, channels, height, width) whose mean and deviation by channel are the constants.
@@ -226,7 +225,7 @@ class DropBlock(nn.Module):
         """Maps with blocks dropped in training, and as they are in evaluation.
 
         Args:
-            value: feature maps, `(n, channels, height, width)`. They are not checked.
+            value: feature maps, `(n, channels, height, width)`.
 
         Returns:
             `(n, channels, height, width)`.

@@ -256,8 +256,6 @@ def calibrate(
 def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progress: bool = True) -> Tensor:
     """Features of all images, for `evaluate`: in evaluation mode, without gradient, the backbone's mode restored.
 
-    What the backbone raises passes through.
-
     Args:
         backbone: maps a batch of images to features; what it returns is flattened to `(batch, d)`.
         images: `(examples, ...)`, of any dtype that the backbone takes.

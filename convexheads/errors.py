@@ -36,17 +36,14 @@ class InputError(ConvexHeadsError, ValueError):
 
 
 def described(value: object) -> str:
-    """The `value` as an error shows it: as Python writes it, with the type where that is not Python's own.
-
-    It may be anything and is not checked.
-    """
+    """The `value` as an error shows it: as Python writes it, with the type where that is not Python's own."""
     kind = type(value)
     plain = kind.__module__ == "builtins" or kind.__name__ in repr(value)
     return repr(value) if plain else f"{value!r} ({kind.__module__}.{kind.__name__})"
 
 
 def is_count(value: object) -> TypeGuard[int]:
-    """Whether the `value` is an integer of at least 1, and not True. It may be anything and is not checked."""
+    """Whether the `value` is an integer of at least 1, and not True."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 

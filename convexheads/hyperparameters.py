@@ -113,8 +113,8 @@ def value_of(hyperparameter: Hyperparameter, like: Tensor) -> Tensor:
     """The hyper-parameter as a scalar tensor of the dtype and device of `like`, through which gradients reach it.
 
     Args:
-        hyperparameter: a number or a `Learnable`. It is not checked: `positive` and `finite` do that.
-        like: a tensor of any shape, `(*shape,)`.
+        hyperparameter: a number or a `Learnable`.
+        like: a tensor that supplies the dtype and the device.
 
     Returns:
         A tensor without dimensions, `()`.
@@ -125,5 +125,5 @@ def value_of(hyperparameter: Hyperparameter, like: Tensor) -> Tensor:
 
 
 def display(hyperparameter: Hyperparameter) -> str:
-    """The `hyperparameter`, a number or a `Learnable`, as it stands in a constructor call. It is not checked."""
+    """The `hyperparameter`, a number or a `Learnable`, as it stands in a constructor call."""
     return repr(hyperparameter) if isinstance(hyperparameter, Learnable) else repr(float(hyperparameter))

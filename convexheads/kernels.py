@@ -30,7 +30,7 @@ def for_support(kernel: Kernel, support: Float[Tensor, "*batch n d"], mask: Bool
 
     Args:
         kernel: any; one without a method of this name is returned as it is.
-        support: features, `(*batch, n, d)`. They are not checked.
+        support: features, `(*batch, n, d)`.
         mask: `(*batch, n)`, False at examples to disregard; None for none.
     """
     return kernel.for_support(support, mask) if isinstance(kernel, Composable) else kernel
@@ -62,7 +62,7 @@ class Composable(OneLine):
         """The kernel with everything settled that it takes from a support set, or learns; by default itself.
 
         Args:
-            support: features, `(*batch, n, d)`. They are not checked.
+            support: features, `(*batch, n, d)`.
             mask: `(*batch, n)`, False at examples to disregard; None for none.
 
         Returns:
@@ -76,14 +76,14 @@ def _as_kernel(value: Kernel | Hyperparameter) -> Kernel:
 
 
 def is_kernel(value: object) -> TypeGuard[Kernel]:
-    """Whether the `value` can be called, and is neither a class nor a `Learnable`. What it returns is not checked."""
+    """Whether the `value` can be called, and is neither a class nor a `Learnable`."""
     return callable(value) and not isinstance(value, type | Learnable)
 
 
 class Linear(Composable):
     r"""The dot product \(\langle x, y \rangle\), or its mean over features, \(\langle x, y \rangle / d\).
 
-    The linear kernel of Rasmussen & Williams (2006, Table 4.1), but without weights of the features.
+    See Rasmussen & Williams (2006), Table 4.1.
 
     Args:
         normalize: divide by the feature dimension d. Default False. With `PrototypeHead` this is the "squared Euclidean
@@ -99,12 +99,12 @@ class Linear(Composable):
         self.normalize = normalize
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
-        """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`. Nothing is checked."""
+        """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`."""
         gram = x @ y.mT
         return gram / x.shape[-1] if self.normalize else gram
 
     def features(self, x: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n d"]:
-        """The features `(*batch, n, d)` whose dot product this is, from `x`, `(*batch, n, d)`. Nothing is checked."""
+        """The features `(*batch, n, d)` whose dot product this is, from `x`, `(*batch, n, d)`."""
         return x / x.shape[-1] ** 0.5 if self.normalize else x
 
     def extra_repr(self) -> str:
@@ -114,7 +114,8 @@ class Linear(Composable):
 class Constant(Composable):
     r"""The same number for every pair, \(k(x, y) = c\). `Linear() + 1.0` gives every class a bias.
 
-    A bias by a kernel is regularised as weights are. The constant kernel of Rasmussen & Williams (2006, Table 4.1).
+    A bias by a kernel is regularised as weights are. See Rasmussen & Williams (2006),
+    Table 4.1.
 
     Args:
         value: c, positive; a float or `Learnable`. Default 1.
@@ -128,7 +129,7 @@ class Constant(Composable):
         self.value = positive("Constant(value)", value)
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
-        """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`. Nothing is checked."""
+        """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`."""
         return self.for_support(y, None)(x, y)
 
     def for_support(self, support: Float[Tensor, "*batch n d"], mask: Bool[Tensor, "*batch n"] | None) -> Kernel:
@@ -141,12 +142,12 @@ class Constant(Composable):
 class Cosine(Composable):
     r"""The cosine similarity \(\langle x, y \rangle / (|x| |y|)\); a zero vector has similarity 0 to everything.
 
-    The linear kernel, normalised as in Rasmussen & Williams (2006, Section 4.2.4); in few-shot learning since matching
-    networks (Vinyals et al. 2016). A zero vector gets a gradient of zero.
+    Used in few-shot learning since matching networks (Vinyals et al. 2016). See also Rasmussen & Williams (2006),
+    Section 4.2.4. A zero vector gets a gradient of zero.
     """
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
-        """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`. Nothing is checked."""
+        """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`."""
         return _unit(x) @ _unit(y).mT
 
 
@@ -169,7 +170,7 @@ class RBF(Composable):
         self.width = None if width is None else positive("RBF(width)", width)
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
-        """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`. Nothing is checked.
+        """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`.
 
         Without a width, `y` is the support that the median is of; a head has settled it before, by `for_support`.
         """
@@ -186,7 +187,7 @@ class RBF(Composable):
 class Polynomial(Composable):
     r"""The polynomial kernel \((s \langle x, y \rangle + o)^p\) of degree p, scale s and offset o.
 
-    In Rasmussen & Williams (2006, Table 4.1) the scale is 1.
+    See Rasmussen & Williams (2006), Table 4.1, where the scale is 1.
 
     Args:
         degree: p, a positive integer. Default 2.
@@ -205,7 +206,7 @@ class Polynomial(Composable):
         self.scale = positive("Polynomial(scale)", scale)
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
-        """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`. Nothing is checked."""
+        """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`."""
         return self.for_support(y, None)(x, y)
 
     def for_support(self, support: Float[Tensor, "*batch n d"], mask: Bool[Tensor, "*batch n"] | None) -> Kernel:
@@ -239,7 +240,7 @@ class _Combination(Composable):
 class Sum(_Combination):
     r"""The sum of kernels, \(k_1 + k_2 + \dots\): features side by side. Also written `first + second`.
 
-    A kernel by Rasmussen & Williams (2006, Section 4.2.4).
+    See Rasmussen & Williams (2006), Section 4.2.4.
 
     Args:
         kernels: one or more callables `(x, y) -> gram`.
@@ -249,14 +250,14 @@ class Sum(_Combination):
     """
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
-        """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`. Nothing is checked."""
+        """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`."""
         return torch.stack([kernel(x, y) for kernel in self.kernels]).sum(0)
 
 
 class Product(_Combination):
     r"""The product of kernels, \(k_1 k_2 \cdots\): all pairs of features. Also `first * second`, or `0.5 * kernel`.
 
-    A kernel by Rasmussen & Williams (2006, Section 4.2.4).
+    See Rasmussen & Williams (2006), Section 4.2.4.
 
     Args:
         kernels: one or more callables `(x, y) -> gram`.
@@ -266,7 +267,7 @@ class Product(_Combination):
     """
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
-        """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`. Nothing is checked."""
+        """The Gram matrix `(*batch, m, n)` of `x`, `(*batch, m, d)`, and `y`, `(*batch, n, d)`."""
         return torch.stack([kernel(x, y) for kernel in self.kernels]).prod(0)
 
 

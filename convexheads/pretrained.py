@@ -148,7 +148,7 @@ def save_pretrained(path: Path, backbone: nn.Module, head: Head, settings: dict[
         backbone: one of `convexheads.backbones`.
         head: one of `make_head`.
         settings: "backbone" and "head", their names, and "image_size", pixels; whatever else is worth knowing about
-            the training, as JSON has it. They are not checked: without these three, `load_pretrained` refuses the file.
+            the training, as JSON has it. `load_pretrained` refuses a file without these three.
 
     Raises:
         OSError: the file cannot be written.

@@ -27,7 +27,7 @@ class Dual:
     """What a head learns from a Gram matrix.
 
     With `s = kernel(q, support)`, the score of a query q for class c is
-    `s @ coef_c + bias_c + s @ quadratic_c @ s + norm * kernel(q, q)`. Nothing is checked when it is made.
+    `s @ coef_c + bias_c + s @ quadratic_c @ s + norm * kernel(q, q)`.
 
     Attributes:
         coef: dual coefficients, `(*batch, n, k)`.
@@ -125,7 +125,7 @@ class Fitted:
         """The kernel between queries and the support, zero at examples that were left out.
 
         Args:
-            query: features, `(*batch, q, d)`, in working precision (float64). They are not checked.
+            query: features, `(*batch, q, d)`, in working precision (float64).
 
         Returns:
             `(*batch, q, n)`.
@@ -138,7 +138,7 @@ class Fitted:
         """The kernel between each query and itself.
 
         Args:
-            query: features, `(*batch, q, d)`, in working precision (float64). They are not checked.
+            query: features, `(*batch, q, d)`, in working precision (float64).
 
         Returns:
             `(*batch, q)`.

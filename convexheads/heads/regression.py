@@ -46,7 +46,10 @@ class FittedRegression(Fitted):
         return values.squeeze(-1) if self.flat else values
 
     def probabilities(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q k"]:
-        """There are none, whatever the `query`, `(*batch, q, d)`.
+        """Regression heads have no class probabilities.
+
+        Args:
+            query: ignored.
 
         Raises:
             ConvexHeadsError: always.

@@ -76,8 +76,6 @@ class MulticlassSVM(Head):
     ) -> Float[Tensor, "*batch n k"]:
         """The dual coefficients that belong to the problem's variables; the same, unless overridden.
 
-        Nothing is checked.
-
         Args:
             solution: the variables of `problem` at the optimum, `(*batch, n, m)`.
             targets: one-hot labels, `(*batch, n, k)`.

@@ -165,7 +165,7 @@ class EpisodicModule(pl.LightningModule):
             samples: `(m, *sample)`.
 
         Returns:
-            `(m, d)`. What the backbone raises passes through.
+            `(m, d)`.
         """
         return self.backbone(samples)
 
@@ -256,7 +256,7 @@ class EpisodicModule(pl.LightningModule):
         """Puts `failures` into a checkpoint.
 
         Args:
-            checkpoint: as Lightning makes it. It is not checked.
+            checkpoint: as Lightning makes it.
         """
         checkpoint["failures"] = [dict(failure) for failure in self.failures]
 
@@ -264,7 +264,7 @@ class EpisodicModule(pl.LightningModule):
         """Takes `failures` from a checkpoint, where there are any.
 
         Args:
-            checkpoint: as Lightning reads it. It is not checked.
+            checkpoint: as Lightning reads it.
         """
         self.failures = [dict(failure) for failure in checkpoint.get("failures", [])]
 
@@ -278,7 +278,7 @@ class EpisodicModule(pl.LightningModule):
         """Logs "val_loss" and "val_accuracy"; Lightning has the backbone in evaluation mode.
 
         Args:
-            batch: as in `training_step`, `(*tasks, n, *sample)` and `(*tasks, n)`, and so are the errors.
+            batch: as in `training_step`, `(*tasks, n, *sample)` and `(*tasks, n)`.
             batch_index: not used.
         """
         self._log_evaluation("val", batch)
@@ -287,7 +287,7 @@ class EpisodicModule(pl.LightningModule):
         """Logs "test_loss" and "test_accuracy"; Lightning has the backbone in evaluation mode.
 
         Args:
-            batch: as in `training_step`, `(*tasks, n, *sample)` and `(*tasks, n)`, and so are the errors.
+            batch: as in `training_step`, `(*tasks, n, *sample)` and `(*tasks, n)`.
             batch_index: not used.
         """
         self._log_evaluation("test", batch)

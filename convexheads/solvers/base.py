@@ -24,7 +24,7 @@ OnFailure = Literal["raise", "warn", "return"]
 
 
 class Solved(NamedTuple):
-    """A flat batch of problems, solved: what `Solver._coefficients` returns. Nothing is checked when it is made.
+    """A flat batch of problems, solved: what `Solver._coefficients` returns.
 
     Attributes:
         coef: `(tasks, n, k)`, with gradient; NaN in the tasks that could not be solved.

@@ -24,7 +24,7 @@ class Batch:
         """The same with `function(name, tensor)` in the place of every tensor.
 
         Args:
-            function: from a field's name and its tensor to another tensor. What it raises passes through.
+            function: from a field's name and its tensor to another tensor.
         """
         values: dict[str, Any] = {
             name: function(name, value) if isinstance(value, Tensor) else value for name, value in vars(self).items()
@@ -39,7 +39,7 @@ class Batch:
         """The chosen tasks of a flat batch.
 
         Args:
-            chosen: a slice, or which tasks, `(tasks,)` of bool. It is not checked.
+            chosen: a slice, or which tasks, `(tasks,)` of bool.
         """
         return self.map(lambda _, value: value[chosen])
 
@@ -47,7 +47,7 @@ class Batch:
         """A flat batch with those of `by` in the place of the chosen tasks.
 
         Args:
-            chosen: which tasks, `(tasks,)` of bool. Nothing is checked.
+            chosen: which tasks, `(tasks,)` of bool.
             by: as many tasks as are chosen, of the same sizes and with the same fields.
         """
         new = by.tensors()

@@ -88,7 +88,7 @@ class Certificate(Batch):
         With a small C the loss makes up most of the objective, and the gap alone says little of the weights.
 
         Args:
-            tolerance: relative, without units. It is not checked.
+            tolerance: relative, without units.
 
         Returns:
             `(*batch,)` of bool.
@@ -101,7 +101,7 @@ class QP(Batch):
     """`min 1/2 tr(a'Ka) + <smoothing, a^2>/2 - <linear, a>` subject to `lower <= a <= upper` and `a 1 = 0`.
 
     The dual of every SVM here; with `lower` None and `upper = C y`, Eq. 10 of Lee et al. 2019. Its methods take and
-    give coefficients `(*batch, n, k)`. Nothing is checked when it is made: `Solver.solve` looks at the bounds.
+    give coefficients `(*batch, n, k)`. `Solver.solve` checks the bounds.
 
     Attributes:
         gram: K, symmetric positive semi-definite, `(*batch, n, n)`.
@@ -167,7 +167,7 @@ class QP(Batch):
         """Of the quadratic part: Hessian times coefficients.
 
         Args:
-            coef: `(*batch, n, k)`. It is not checked.
+            coef: `(*batch, n, k)`.
 
         Returns:
             `(*batch, n, k)`.
@@ -181,7 +181,7 @@ class QP(Batch):
         """The bounds at the entries that sit at one, zero elsewhere.
 
         Args:
-            at_upper: which sit at their upper bound, `(*batch, n, k)`. Nothing is checked.
+            at_upper: which sit at their upper bound, `(*batch, n, k)`.
             at_lower: which sit at their lower bound, `(*batch, n, k)`.
 
         Returns:
@@ -196,7 +196,7 @@ class QP(Batch):
         """The nearest feasible coefficients, row by row.
 
         Args:
-            coef: `(*batch, n, k)`. It is not checked.
+            coef: `(*batch, n, k)`.
 
         Returns:
             `(*batch, n, k)`.
@@ -211,7 +211,7 @@ class QP(Batch):
         the solver. Infeasible coefficients are judged by their projection, and `residual` says how far that is.
 
         Args:
-            coef: `(*batch, n, k)`. Nothing is checked: NaN gives a gap of NaN.
+            coef: `(*batch, n, k)`. NaN gives a gap of NaN.
 
         Returns:
             `feasible`, the projection; `gap = (P - D) / P`; `weight_error`, a bound of `|w - w*| / |w|`; `residual`,
@@ -255,7 +255,7 @@ class QP(Batch):
         length of the features of about 1e9 on, and only where no weights separate the support set.
 
         Args:
-            certificate: what `certify` says of coefficients, for a problem in units. It is not checked.
+            certificate: what `certify` says of coefficients, for a problem in units.
 
         Returns:
             The same, with a larger `gap` in such tasks.
@@ -377,7 +377,7 @@ class Status(IntEnum):
 
 @dataclass(frozen=True)
 class Solution(Batch):
-    """A solver's answer for a batch of tasks. `Solver.solve` makes it; nothing is checked then.
+    """A solver's answer for a batch of tasks, as `Solver.solve` returns it.
 
     Attributes:
         coef: dual coefficients, differentiable, `(*batch, n, k)`.

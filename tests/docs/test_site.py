@@ -1,23 +1,78 @@
-"""The built site: strict, complete, linked, and whole in a real browser, without anything from elsewhere."""
+"""The built site: complete, linked, and whole in a real browser, without anything from elsewhere."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
+from lxml import html
+from mkdocstrings import Inventory
+from public_api import PUBLIC
+
+pytestmark = pytest.mark.site
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WIDE, PHONE = {"width": 1400, "height": 900}, {"width": 390, "height": 844}
+
+
+def broken_links(site: Path) -> list[str]:
+    """Links within a site that lead to no file, or to no element of a page."""
+    pages = {path: html.parse(path).getroot() for path in site.resolve().rglob("*.html")}
+    anchors = {path: {*page.xpath("//@id"), *page.xpath("//a/@name")} for path, page in pages.items()}
+    broken = []
+    for path, page in pages.items():
+        links = {link for _, _, link, _ in page.iterlinks()} | {*page.xpath("//@*[name() = 'xlink:href']")}
+        for link in sorted(links):
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            start = site if parts.path.startswith("/") else path.parent
+            target = (start / unquote(parts.path).lstrip("/")).resolve() if parts.path else path
+            if target.is_dir():
+                target /= "index.html"
+            fragment = unquote(parts.fragment)
+            if not target.is_file() or (fragment and fragment not in anchors.get(target, ())):
+                broken.append(f"{path.relative_to(site.resolve())}: {link}")
+    return broken
+
+
+def test_broken_links_are_found(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "index.html").write_text('<h1 id="top">Title</h1><a href="../#here">good</a>')
+    links = {
+        "good": ("other/", "other/#top", "other/index.html", "#here", "#", "/other/", "https://example.org/nowhere"),
+        "bad": ("missing/", "other/#bottom", "#there", "/missing.html", "other/missing.png"),
+    }
+    page = "".join(f'<a href="{link}">link</a>' for group in links.values() for link in group)
+    (tmp_path / "index.html").write_text(f'<p id="here">{page}<img src="missing.svg"><use xlink:href="#shape"/></p>')
+    expected = {f"index.html: {link}" for link in (*links["bad"], "missing.svg", "#shape")}
+    assert {*broken_links(tmp_path)} == expected
+
+
+def test_links_and_anchors_lead_somewhere(site: Path) -> None:
+    assert not broken_links(site)
+
+
+def test_everything_is_on_the_site(site: Path) -> None:
+    with (site / "objects.inv").open("rb") as file:
+        inventory = Inventory.parse_sphinx(file, domain_filter=["py"])
+    assert not {path for path, item in PUBLIC.items() if item.docstring} - inventory.keys()
+
+
+def test_scripts_styles_and_pictures_are_the_sites_own(site: Path) -> None:
+    for path in site.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        for tag in re.findall(r"<(?:script|img|link rel=\"?(?:stylesheet|preconnect|icon))[^>]*>", text):
+            assert "//" not in tag, f"{path.relative_to(site)}: {tag}"
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -36,27 +91,15 @@ def address(site: Path) -> Iterator[str]:
         thread.join()
 
 
-def _pages(site: Path) -> list[str]:
-    return sorted(str(path.relative_to(site).parent).strip(".") for path in site.rglob("index.html"))
-
-
-@pytest.mark.timeout(600)
-def test_links_and_anchors_lead_somewhere(address):
-    command = [Path(sys.executable).with_name("linkchecker"), "--config", Path(__file__).with_name("linkchecker.ini")]
-    done = subprocess.run([*command, "--no-status", f"{address}/"], capture_output=True, text=True, timeout=580)
-    counts = re.search(
-        r"(\d+) links? in (\d+) URLs? checked\. (\d+) warnings? found\. (\d+) errors? found", done.stdout
-    )
-    assert counts is not None, done.stdout + done.stderr
-    assert int(counts[2]) > 100
-    assert (counts[3], counts[4], done.returncode) == ("0", "0", 0), done.stdout
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """Chromium, or Google Chrome. Continuous integration may skip these tests only where it can't install one."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
-        pytest.skip(f"a browser: none of {', '.join(BROWSERS)} is installed")
+        message = f"a browser: none of {', '.join(BROWSERS)} is installed"
+        if os.environ.get("CI") == "true" and hasattr(os, "geteuid") and os.geteuid() == 0:
+            pytest.fail(message)
+        pytest.skip(message)
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -64,6 +107,10 @@ def browser() -> Iterator[Any]:
         opened = playwright.chromium.launch(executable_path=found, args=arguments)
         yield opened
         opened.close()
+
+
+def _pages(site: Path) -> list[str]:
+    return sorted(str(path.relative_to(site).parent).strip(".") for path in site.rglob("index.html"))
 
 
 # What is wrong with a page, asked in the page itself.
@@ -92,7 +139,9 @@ _FAULTS = """() => {
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
-def test_pages_are_whole_in_a_browser(site, address, browser, size, scheme):
+def test_pages_are_whole_in_a_browser(
+    site: Path, address: str, browser: Any, size: dict[str, int], scheme: str
+) -> None:
     """CONVEXHEADS_SCREENSHOTS names a folder for pictures of them."""
     folder = os.environ.get("CONVEXHEADS_SCREENSHOTS")
     context = browser.new_context(viewport=size, color_scheme=scheme)
@@ -121,7 +170,7 @@ def test_pages_are_whole_in_a_browser(site, address, browser, size, scheme):
     assert not faults
 
 
-def test_search_finds(address, browser):
+def test_search_finds(address: str, browser: Any) -> None:
     context = browser.new_context(viewport=WIDE)
     page = context.new_page()
     page.goto(address)
@@ -133,10 +182,3 @@ def test_search_finds(address, browser):
         for link in page.eval_on_selector_all(".md-search-result__link", "links => links.map(link => link.href)")
     }
     context.close()
-
-
-def test_scripts_styles_and_pictures_are_the_sites_own(site):
-    for path in site.rglob("*.html"):
-        text = path.read_text()
-        for tag in re.findall(r"<(?:script|img|link rel=\"?(?:stylesheet|preconnect|icon))[^>]*>", text):
-            assert "//" not in tag, f"{path.relative_to(site)}: {tag}"

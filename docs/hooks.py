@@ -1,0 +1,141 @@
+"""Hooks of MkDocs: what the pages' Python blocks print is cached in `.cache/docs`, by content.
+
+The key of a block is its code, that of the blocks before it in its session, and all else that its output depends on:
+the package, `docs/figures.py`, the committed results, and the versions of what is installed. Blocks that are not in the
+cache are executed in other processes, one for each processor core, while MkDocs reads the pages.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import cached_property, partial
+from hashlib import sha256
+from importlib.metadata import distributions
+from multiprocessing import get_context
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+from markdown_exec import ExecutionError, base_format, code_block, formatters
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import Files
+
+from docs.blocks import execute
+
+INPUTS = ("convexheads/**/*", "docs/*.py", "benchmarks/results/**/*.json")
+_BLOCK = re.compile(r'^( *)```python ([^\n]*exec="on"[^\n]*)\n(.*?)\n\1```$', re.DOTALL | re.MULTILINE)
+_SESSION = re.compile(r'session="(.*?)"')
+
+
+def fingerprint(root: Path) -> str:
+    """A hash of all that the output of a block depends on, besides its code."""
+    paths = {path for pattern in INPUTS for path in root.glob(pattern) if path.is_file()}
+    found = sha256(sys.version.encode())
+    for path in sorted(path for path in paths if "__pycache__" not in path.parts):
+        found.update(f"{path.relative_to(root)}\0".encode() + sha256(path.read_bytes()).digest())
+    for package in sorted(f"{each.name} {each.version}" for each in distributions()):
+        found.update(package.encode())
+    return found.hexdigest()
+
+
+class Blocks:
+    """The blocks of one build, and what they print.
+
+    Args:
+        root: folder of `mkdocs.yml`.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.folder = root / ".cache" / "docs"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.version = fingerprint(root)
+        self.sessions: defaultdict[str, list[str]] = defaultdict(list)
+        self.running: dict[Path, tuple[list[Path], Future[tuple[list[str], str]]]] = {}
+        self.used: set[Path] = set()
+
+    @cached_property
+    def pool(self) -> ProcessPoolExecutor:
+        """Processes that import the package as it is now, also while `mkdocs serve` builds again and again."""
+        return ProcessPoolExecutor(min(os.cpu_count() or 1, 4), mp_context=get_context("spawn"))
+
+    def path(self, codes: Sequence[str]) -> Path:
+        """Where the output of the last of a session's blocks is kept."""
+        return self.folder / (sha256("\0".join([self.version, *codes]).encode()).hexdigest() + ".txt")
+
+    def start(self, codes: Sequence[str]) -> None:
+        """Execute the blocks of a session, unless all outputs are in the cache."""
+        paths = [self.path(codes[: number + 1]) for number in range(len(codes))]
+        if not all(path.exists() for path in paths):
+            work = paths, self.pool.submit(execute, codes)
+            self.running.update(dict.fromkeys(paths, work))
+
+    def run(self, code: str, *, session: str = "", **_: Any) -> str:
+        """What a block prints, as markdown-exec asks for it.
+
+        Args:
+            code: the source.
+            session: name of the session, if it has one.
+
+        Raises:
+            ExecutionError: the block failed.
+        """
+        codes = self.sessions[session] if session else []
+        codes.append(code)
+        path = self.path(codes)
+        self.used.add(path)
+        if not path.exists():
+            if path not in self.running:
+                self.start(codes)
+            paths, work = self.running[path]
+            outputs, error = work.result()
+            for each, output in zip(paths, outputs, strict=False):
+                new = each.with_suffix(".new")
+                new.write_text(output, encoding="utf-8")
+                new.replace(each)
+            if not path.exists():
+                raise ExecutionError(code_block("python", error))
+        return path.read_text(encoding="utf-8")
+
+    def close(self, *, prune: bool) -> None:
+        """End the processes and, if asked for, delete what this build did not use."""
+        if "pool" in vars(self):
+            self.pool.shutdown(cancel_futures=True)
+        for path in self.folder.iterdir() if prune else ():
+            if path not in self.used:
+                path.unlink()
+
+
+_blocks: Blocks
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Let markdown-exec go through the cache."""
+    global _blocks
+    _blocks = Blocks(Path(config.config_file_path).parent)
+    formatters["python"] = partial(base_format, language="python", run=_blocks.run)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Start to execute the blocks of all pages."""
+    sessions: defaultdict[object, list[str]] = defaultdict(list)
+    for file in files.documentation_pages():
+        for _, options, code in _BLOCK.findall(file.content_string):
+            session = _SESSION.search(options)
+            sessions[session[1] if session else object()].append(dedent(code))
+    for codes in sessions.values():
+        _blocks.start(codes)
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Delete what is stale."""
+    _blocks.close(prune=True)
+
+
+def on_build_error(error: Exception) -> None:
+    """Stop what is still being executed."""
+    _blocks.close(prune=False)

@@ -1,0 +1,91 @@
+"""The documentation says what is true: its code runs, and its tables are those of the results and of the tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import dedent
+from types import ModuleType
+
+import pytest
+import torch
+from tasks import PRECISION
+
+from docs.figures import speed_table
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Blocks inside tabs are indented. The build of the site executes those with exec= itself.
+_BLOCK = re.compile(r"^( *)```python(?![^\n]*exec=)[^\n]*\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+
+
+def _blocks(page: Path) -> Iterator[tuple[int, str]]:
+    """The line at which each block's code begins, and the code."""
+    text = page.read_text(encoding="utf-8")
+    for found in _BLOCK.finditer(text):
+        yield text.count("\n", 0, found.start(2)) + 1, dedent(found[2])
+
+
+WITH_CODE = [page for page in PAGES if any(_blocks(page))]
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType]:
+    """An empty module to execute a page in. Global settings that a page changes are restored."""
+    module = ModuleType("page")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dtype = torch.get_default_dtype()
+    yield module
+    torch.set_default_dtype(dtype)
+    torch.set_grad_enabled(True)
+
+
+@pytest.mark.filterwarnings("ignore:::pytorch_lightning")
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_python_blocks_run(page: Path, module: ModuleType) -> None:
+    """All blocks of a page, in order; a traceback shows the line of the page."""
+    for line, code in _blocks(page):
+        exec(compile("\n" * (line - 1) + code, page, "exec", dont_inherit=True), vars(module))
+
+
+@pytest.mark.parametrize(
+    ("name", "processes"),
+    [
+        pytest.param("plain_pytorch", 1, marks=pytest.mark.slow),
+        ("plain_pytorch", 2),
+        pytest.param("learn2learn_protonet", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_examples_run(name: str, processes: int) -> None:
+    script = str(ROOT / "docs" / "examples" / f"{name}.py")
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    accuracy = float(done.stdout.partition("unseen digits: ")[2].split()[0])
+    assert 60 < accuracy < 100  # chance is 33
+
+
+def test_there_are_pages_with_code() -> None:
+    assert {"README.md", "training.md", "extending.md", "svm.md"} <= {path.name for path in WITH_CODE}
+
+
+def test_table_in_the_readme_is_that_of_the_results() -> None:
+    assert speed_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_precision_table_is_the_one_that_the_tests_use() -> None:
+    text = (ROOT / "docs" / "solvers.md").read_text(encoding="utf-8").partition("<!-- precision table")[2]
+    rows = [
+        [cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")
+    ]
+    stated = {name: tuple(map(float, numbers)) for name, *numbers in rows if name in PRECISION}
+    assert stated == {name: tuple(values) for name, values in PRECISION.items() if name != "native"}
