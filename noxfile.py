@@ -60,7 +60,7 @@ def extra(session: nox.Session, name: str) -> None:
 @nox.parametrize("name", ["", *nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]])
 def pip(session: nox.Session, name: str) -> None:
     """An install line, by the pip that Python brings, without a cache; the environment is removed afterwards."""
-    own = ["--use-pep517", "--config-settings=--build-option=build_ext"] if name == "learn2learn" else []
+    own = ["--use-pep517", "--config-settings=--build-option=build_ext", name] if name == "learn2learn" else []
     session.env["PIP_NO_CACHE_DIR"] = "1"
     try:
         session.run("python", "-m", "pip", "install", *own, f".[{name}]" if name else ".")

@@ -102,7 +102,7 @@ def test_the_command_of_learn2learn_has_the_options_of_the_readme():
     assert documented
     assert options
     for line in documented:
-        assert parsed(line) == (options, [".[learn2learn]"])
+        assert parsed(line) == (options, ["learn2learn", ".[learn2learn]"])
 
 
 def test_the_command_names_the_package_where_convexheads_is_not_installed(monkeypatch: pytest.MonkeyPatch):
