@@ -77,11 +77,17 @@ serve: $(DEV)/.ready  ## Build the documentation and serve it on this machine
 # The release's version, which the package alone says.
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' convexheads/__init__.py)
 DOCS ?= dev
+MIKE := PATH="$(CURDIR)/$(DEV)/$(BIN):$$PATH" DOCS_VERSIONS=mike NO_MKDOCS_2_WARNING=1 mike
 
+# The first page of the site is that of the newest release, or of `dev` before there is one.
 docs-deploy: $(DEV)/.ready  ## Commit the documentation to the branch gh-pages; DOCS=dev or DOCS=release
-	PATH="$(CURDIR)/$(DEV)/$(BIN):$$PATH" DOCS_VERSIONS=mike NO_MKDOCS_2_WARNING=1 mike deploy --update-aliases \
-		$(if $(filter release,$(DOCS)),$(basename $(VERSION)) latest,dev)
-	$(DEV)/$(BIN)/mike set-default --allow-undefined latest
+ifeq ($(DOCS),release)
+	$(MIKE) deploy --update-aliases $(basename $(VERSION)) latest
+	$(MIKE) set-default latest
+else
+	$(MIKE) deploy dev
+	git cat-file -e gh-pages:index.html 2>/dev/null || $(MIKE) set-default dev
+endif
 
 build: $(BUILD)/.ready  ## Build the source distribution and the wheel into dist/, and check them
 	rm -rf dist
