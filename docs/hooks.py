@@ -1,7 +1,7 @@
 """Hooks of MkDocs: what the pages' Python blocks print is cached in `.cache/docs`, by content.
 
 The key of a block is its code, that of the blocks before it in its session, and all else that its output depends on:
-the package, `docs/figures.py`, the committed results, and the versions of what is installed. Blocks that are not in the
+the package, `docs/figures.py`, the committed results, and the versions of other packages. Blocks that are not in the
 cache are executed in other processes, one for each processor core, while MkDocs reads the pages.
 """
 
@@ -27,19 +27,21 @@ from mkdocs.structure.files import Files
 
 from docs.blocks import execute
 
-INPUTS = ("convexheads/**/*", "docs/*.py", "benchmarks/results/**/*.json")
+FILES = ("convexheads/**/*", "docs/*.py", "benchmarks/results/**/*.json")
+PACKAGES = ("cvxpy", "cvxpylayers", "matplotlib", "numba", "numpy", "pillow", "qpth", "scikit-learn", "scipy", "torch")
+"""Whose versions change what blocks compute or draw."""
 _BLOCK = re.compile(r'^( *)```python ([^\n]*exec="on"[^\n]*)\n(.*?)\n\1```$', re.DOTALL | re.MULTILINE)
 _SESSION = re.compile(r'session="(.*?)"')
 
 
 def fingerprint(root: Path) -> str:
     """A hash of all that the output of a block depends on, besides its code."""
-    paths = {path for pattern in INPUTS for path in root.glob(pattern) if path.is_file()}
+    paths = {path for pattern in FILES for path in root.glob(pattern) if path.is_file()}
     found = sha256(sys.version.encode())
     for path in sorted(path for path in paths if "__pycache__" not in path.parts):
         found.update(f"{path.relative_to(root)}\0".encode() + sha256(path.read_bytes()).digest())
-    for package in sorted(f"{each.name} {each.version}" for each in distributions()):
-        found.update(package.encode())
+    for package in PACKAGES:
+        found.update(next((each.version for each in distributions(name=package)), "").encode() + b"\0")
     return found.hexdigest()
 
 

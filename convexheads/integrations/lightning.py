@@ -169,7 +169,7 @@ class EpisodicModule(pl.LightningModule):
         """
         return self.backbone(samples)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+    def training_step(self, batch: Sequence[Tensor], batch_index: int) -> Tensor:
         """The loss of a batch of episodes, a scalar `()`; logs it with what the class says.
 
         Args:
@@ -274,7 +274,7 @@ class EpisodicModule(pl.LightningModule):
         trainer = self.trainer
         return _Step(trainer.fit_loop.epoch_loop.total_batch_idx, trainer.global_rank, trainer.world_size)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+    def validation_step(self, batch: Sequence[Tensor], batch_index: int) -> None:
         """Logs "val_loss" and "val_accuracy"; Lightning has the backbone in evaluation mode.
 
         Args:
@@ -283,7 +283,7 @@ class EpisodicModule(pl.LightningModule):
         """
         self._log_evaluation("val", batch)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+    def test_step(self, batch: Sequence[Tensor], batch_index: int) -> None:
         """Logs "test_loss" and "test_accuracy"; Lightning has the backbone in evaluation mode.
 
         Args:
@@ -292,12 +292,12 @@ class EpisodicModule(pl.LightningModule):
         """
         self._log_evaluation("test", batch)
 
-    def _log_evaluation(self, part: str, batch: tuple[Tensor, Tensor]) -> None:
+    def _log_evaluation(self, part: str, batch: Sequence[Tensor]) -> None:
         _, metrics, _ = self._episodes(self._features(batch), batch[1])
         values = {f"{part}_{name}": metrics[name] for name in ("loss", "accuracy")}
         self.log_dict(values, prog_bar=True, batch_size=batch[1].shape[:-1].numel(), sync_dist=True)
 
-    def _features(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def _features(self, batch: Sequence[Tensor]) -> Tensor:
         samples, labels = batch
         features = self(samples.flatten(0, labels.ndim - 1)).unflatten(0, labels.shape)
         # Of a trainer with mixed precision: logits are as precise as features.

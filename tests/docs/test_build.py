@@ -56,7 +56,7 @@ class Project:
         (self.root / name).write_text(text)
 
     def build(self) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+        command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
         environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
         return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=self.root, env=environment)
 

@@ -47,7 +47,7 @@ def module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleTy
     torch.set_grad_enabled(True)
 
 
-@pytest.mark.filterwarnings("ignore:::pytorch_lightning")
+@pytest.mark.filterwarnings("ignore:::pytorch_lightning")  # its advice on trainers, such as to have more workers
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_python_blocks_run(page: Path, module: ModuleType) -> None:
     """All blocks of a page, in order; a traceback shows the line of the page."""
