@@ -10,7 +10,7 @@ RUN_CORE := $(CORE)/$(BIN)/python
 # One process per processor, at most four: each needs a gigabyte.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help install test-core test test-all test-versions test-installs mutations lint docs docs-check serve docs-deploy build release-notes clean
+.PHONY: help install test-core test test-all test-versions test-installs mutations bench-core lint docs docs-check serve docs-deploy build release-notes clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ test-all: $(DEV)/.ready mutations  ## Run everything: slow tests, fuzzing, mutat
 
 mutations: $(CORE)/.ready  ## Break the library in small ways, each of which the unit tests have to notice (minutes)
 	$(RUN_CORE) tests/mutations.py
+
+bench-core: $(DEV)/.ready  ## Measure the speed of ridge and SVM; with BASE=<revision>, compare with that (a minute; minutes)
+	$(RUN) -m benchmarks.core_speed $(if $(BASE),--against $(BASE))
 
 test-versions: $(DEV)/.ready  ## Test the oldest and the newest versions, and each extra alone (long; 20 GB of disk)
 	$(RUN) -m nox
