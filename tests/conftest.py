@@ -17,7 +17,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # Tests are rewritten for pytest's explanations of failed assertions; these modules hold assertions too.
 pytest.register_assert_rewrite("solver_contract", "tasks", "strategies")
@@ -25,12 +25,14 @@ pytest.register_assert_rewrite("solver_contract", "tasks", "strategies")
 if find_spec("beartype"):
     jaxtyping.install_import_hook("convexheads", "beartype.beartype")
 
-# `ci` draws the same examples on every machine, `nightly` draws new ones, and more (see `examples` in tasks.py). Neither
-# limits the time of an example: compiling a reference takes seconds.
+# `ci` draws the same examples on every machine, `nightly` draws new ones, and more (see `examples` in tasks.py). None of
+# them limits the time of an example: compiling a reference takes seconds. `brief` does not look for the smallest example
+# that fails (see mutations.py).
 settings.register_profile(
     "ci", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("nightly", settings.get_profile("ci"), derandomize=False)
+settings.register_profile("brief", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile("ci")
 
 

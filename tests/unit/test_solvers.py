@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from operator import getitem, mul
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 from solver_contract import *  # noqa: F403
 from tasks import close, crammer_singer, examples, task, tasks
 
-from convexheads import QP, InputError, Learnable, NativeSolver, OneVsRestHead, SVMHead
+from convexheads import QP, InputError, Learnable, NativeSolver, OneVsRestHead, Status, SVMHead
 from convexheads.solvers import active_set
 
 
@@ -66,6 +69,55 @@ def test_certificate_tells_good_from_bad():
     off = coef.clone()
     off[0, 0] += 1e-3
     assert qp.certify(off).residual > 1e-5
+
+
+def test_an_indefinite_gram_matrix_proves_nothing():
+    """A corner that no single step improves, although another corner is better: without convexity, no duality."""
+    gram, linear = torch.diag(torch.tensor([-1.0, -10.0])).double(), torch.tensor([[1.0], [-1.0]]).double()
+    qp = QP(gram, linear, lower=torch.zeros_like(linear), upper=torch.ones_like(linear), row_sum=False)
+    corner, better = torch.tensor([[1.0], [0.0]]).double(), torch.tensor([[1.0], [1.0]]).double()
+
+    def objective(coef):
+        return (coef * (gram @ coef)).sum() / 2 - (linear * coef).sum()
+
+    assert objective(better) < objective(corner)
+    assert qp.certify(corner).gap == torch.inf
+
+
+def exact_gap(support: torch.Tensor, labels: list[int], coef: torch.Tensor, C: float) -> float:
+    """The relative duality gap of Crammer and Singer's SVM in rational numbers, from the features themselves."""
+    features = [[Fraction(value) for value in row] for row in support.tolist()]
+    rows = [[min(Fraction(value), Fraction(0)) for value in row] for row in coef.tolist()]
+    for row, label in zip(rows, labels, strict=True):
+        row[label] = Fraction(0)
+        row[label] = -sum(row)
+        assert row[label] <= Fraction(C) * (1 + Fraction(1, 10**12))
+    weights = [[sum(map(mul, column, x)) for x in zip(*features, strict=True)] for column in zip(*rows, strict=True)]
+    scores = [[sum(map(mul, x, weight)) for weight in weights] for x in features]
+    squares = sum(value * value for weight in weights for value in weight)
+    losses = sum(
+        max((c != label) + score - own[label] for c, score in enumerate(own))
+        for own, label in zip(scores, labels, strict=True)
+    )
+    primal, dual = squares / 2 + Fraction(C) * losses, sum(map(getitem, rows, labels)) - squares / 2
+    return float((primal - dual) / primal)
+
+
+@pytest.mark.parametrize("C", [1e10, 1e12])
+def test_certificate_allows_for_what_rounding_hides(C):
+    """Where C is so large that the Gram matrix's rounding counts, the certificate alone takes the gap for smaller."""
+    hidden = False
+    for seed in range(3):
+        support, labels, _, _ = task(shots=(6, 5, 6), d=2, seed=seed)  # no weights separate them
+        qp = crammer_singer(support, labels, C)
+        units, unit, _ = qp.in_units()
+        solution = NativeSolver(on_failure="return", compiled=False).solve(qp)
+        certificate = units.certify(solution.coef / unit)
+        exact = exact_gap(support, labels.tolist(), unit * certificate.feasible, C)
+        hidden |= (certificate.gap < exact / 100).item()
+        assert exact <= units.allow_for_rounding(certificate).gap < 1e4 * exact
+        assert solution.status == Status.FAILED
+    assert hidden
 
 
 @examples(100, nightly=1000)

@@ -1,0 +1,447 @@
+"""Break the library in small ways, one line at a time, and see the unit tests fail each time.
+
+python tests/mutations.py                      # all mutations
+python tests/mutations.py certificate-sum      # some of them
+python tests/mutations.py --list               # what they are
+
+Every mutation is applied to a copy of its own, where the test files that should notice it run first, and then all other
+unit tests. It is an error if a mutation survives, if its line is not in the code exactly once, or if a test that failed
+fails without the mutation too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+PACKAGE, UNIT = "convexheads", "tests/unit"
+# What the unit tests need of the repository, less what is not there yet or not Python's.
+NEEDED = (PACKAGE, "tests", "pyproject.toml")
+SECONDS = 600
+HANGS = f"no test ends within {SECONDS} seconds"
+
+
+class Mutation(NamedTuple):
+    """One line of code, and the same line with a mistake.
+
+    Attributes:
+        name: of the mutation.
+        file: below `convexheads/`.
+        code: what stands in the file, once, within one line.
+        mistake: what takes its place.
+        noticed_by: files below `tests/unit/`, or tests in them, that are to notice it; they run first.
+    """
+
+    name: str
+    file: str
+    code: str
+    mistake: str
+    noticed_by: str
+
+
+MUTATIONS = [
+    # Solvers
+    Mutation(
+        "active-set-side",
+        "solvers/active_set.py",
+        "coef - qp.lower < -pull",
+        "coef - qp.lower < pull",
+        "test_compiled.py::test_same_active_sets_solutions_and_adjoints",
+    ),
+    Mutation(
+        "active-set-sums",
+        "solvers/active_set.py",
+        "right, sums = (qp.linear - qp.gram @ held).mT, -held.sum(-1)",
+        "right, sums = (qp.linear - qp.gram @ held).mT, held.sum(-1)",
+        "test_compiled.py::test_same_active_sets_solutions_and_adjoints",
+    ),
+    Mutation(
+        "interior-point-violation",
+        "solvers/interior_point.py",
+        "pull = point.multiplier - target / point.slack - weight * residual.violation",
+        "pull = point.multiplier - target / point.slack",
+        "test_gradient_modes.py",
+    ),
+    Mutation(
+        "splitting-dual",
+        "solvers/splitting.py",
+        "dual, relaxation = target - coef, RELAXATION",
+        "dual, relaxation = coef - target, RELAXATION",
+        "test_splitting.py",
+    ),
+    Mutation(
+        "low-rank-schur",
+        "solvers/kkt.py",
+        "torch.diag_embed(weight.sum(1)) - together.mT @ together",
+        "torch.diag_embed(weight.sum(1)) + together.mT @ together",
+        "test_low_rank.py",
+    ),
+    Mutation(
+        "refinement-diagonal",
+        "solvers/kkt.py",
+        "image = image + self.diagonal * x",
+        "image = image - self.diagonal * x",
+        "test_compiled.py::test_same_active_sets_solutions_and_adjoints",
+    ),
+    Mutation(
+        "projection-shift",
+        "solvers/rows.py",
+        "total = total + upper.sum(-1, keepdim=True)",
+        "total = total + lower.sum(-1, keepdim=True)",
+        "test_solvers.py::test_projection_is_the_nearest_feasible_row",
+    ),
+    Mutation(
+        "compiled-held",
+        "solvers/loops.py",
+        "right[i, c] = linear[i, c] - image[i, c]",
+        "right[i, c] = linear[i, c] + image[i, c]",
+        "test_compiled.py",
+    ),
+    Mutation(
+        "compiled-diagonal",
+        "solvers/loops.py",
+        "block[a * m + a] += smoothing[i, c] + regulariser",
+        "block[a * m + a] += regulariser",
+        "test_compiled.py",
+    ),
+    # The certificate
+    Mutation(
+        "certificate-sum",
+        "solvers/problem.py",
+        "gap = distances.clamp_min(0).sum(-1) + (stretch",
+        "gap = distances.clamp_min(0).amax(-1) + (stretch",
+        "test_solvers.py::test_certificate_bounds_the_true_error",
+    ),
+    Mutation(
+        "certificate-indefinite",
+        "solvers/problem.py",
+        "gap = torch.where(indefinite, torch.inf, gap)",
+        "gap = gap + 0 * indefinite",
+        "test_solvers.py::test_an_indefinite_gram_matrix_proves_nothing",
+    ),
+    Mutation(
+        "certificate-residual",
+        "solvers/problem.py",
+        "distance = (coef - feasible).abs().amax((-2, -1))",
+        "distance = (coef - feasible).abs().amin((-2, -1))",
+        "test_solvers.py::test_certificate_tells_good_from_bad",
+    ),
+    Mutation(
+        "certificate-rounding",
+        "solvers/problem.py",
+        "return replace(certificate, gap=torch.maximum(certificate.gap, gap))",
+        "return replace(certificate, gap=torch.minimum(certificate.gap, gap))",
+        "test_solvers.py::test_certificate_allows_for_what_rounding_hides",
+    ),
+    Mutation(
+        "compiled-certificate",
+        "solvers/loops.py",
+        "gap += max(distance, 0.0)",
+        "gap = max(distance, 0.0)",
+        "test_compiled.py",
+    ),
+    Mutation(
+        "status-residual",
+        "solvers/base.py",
+        "converged = (certificate.gap <= tolerance) & (certificate.residual <= tolerance**0.5)",
+        "converged = certificate.gap <= tolerance",
+        "test_solvers.py::test_infeasible_problems_are_not_certified",
+    ),
+    # Gradients
+    Mutation(
+        "gradient-held",
+        "solvers/implicit.py",
+        "held, linear = qp.held(found.at_upper, found.at_lower), qp.linear",
+        "held, linear = qp.held(found.at_lower, found.at_upper), qp.linear",
+        "test_solvers.py::test_gradient_reaches_every_part_of_the_problem",
+    ),
+    Mutation(
+        "gradient-smoothing",
+        "solvers/implicit.py",
+        "grad_smoothing = None if smoothing is None else -u * x",
+        "grad_smoothing = None if smoothing is None else u * x",
+        "test_solvers.py::test_gradient_reaches_every_part_of_the_problem",
+    ),
+    Mutation(
+        "gradient-scale",
+        "solvers/implicit.py",
+        "solve(scale.unsqueeze(-1) * linear.mT, sums,",
+        "solve(linear.mT, sums,",
+        "test_solvers.py::test_gradient_reaches_every_part_of_the_problem",
+    ),
+    Mutation(
+        "gradient-smoothed",
+        "solvers/implicit.py",
+        "linear = linear + stiffness / scale[:, None, None] * torch.where(stiffness > 0, bound, 0)",
+        "linear = linear - stiffness / scale[:, None, None] * torch.where(stiffness > 0, bound, 0)",
+        "test_gradient_modes.py",
+    ),
+    Mutation(
+        "compiled-adjoint",
+        "solvers/loops.py",
+        "x[index[c, a], c] -= result[a]",
+        "x[index[c, a], c] += result[a]",
+        "test_compiled.py",
+    ),
+    # Heads
+    Mutation(
+        "svm-bound",
+        "heads/svm.py",
+        "upper=torch.where(own, most, 0)), own",
+        "upper=torch.where(own, most, most)), own",
+        "test_references.py",
+    ),
+    Mutation(
+        "svm-squared-hinge",
+        "heads/svm.py",
+        "smoothing = slack / (2 * C)",
+        "smoothing = slack / C",
+        "test_references.py::test_one_vs_rest_equals_scikit_learn",
+    ),
+    Mutation(
+        "one-vs-rest-targets",
+        "heads/one_vs_rest.py",
+        "linear=2 * targets - 1",
+        "linear=targets - 1",
+        "test_references.py::test_one_vs_rest_equals_scikit_learn",
+    ),
+    Mutation(
+        "simplex-code",
+        "heads/simplified_svm.py",
+        "max(targets.shape[-1] - 1, 1)",
+        "max(targets.shape[-1], 1)",
+        "test_references.py::test_two_classes_equal_svc",
+    ),
+    Mutation(
+        "ridge-bias",
+        "heads/ridge.py",
+        "bias = value_of(self.bias, coef) / value_of(self.scale, coef)",
+        "bias = value_of(self.bias, coef)",
+        "test_presets.py",
+    ),
+    Mutation(
+        "ridge-primal",
+        "heads/closed_form.py",
+        "return (right - features @ torch.cholesky_solve(features.mT @ right, factor)) / weight",
+        "return (right - features @ torch.cholesky_solve(features.mT @ right, factor)) * weight",
+        "test_references.py::test_ridge_equals_scikit_learn",
+    ),
+    Mutation(
+        "logistic-rescaling",
+        "heads/logistic.py",
+        "coef = (coef / weight).reshape(*batch, n, k)",
+        "coef = coef.reshape(*batch, n, k)",
+        "test_references.py::test_logistic_regression_equals_scikit_learn",
+    ),
+    Mutation(
+        "prototype-bias",
+        "heads/prototype.py",
+        "bias=-(mean * (gram @ mean)).sum(-2)",
+        "bias=-(mean * (gram @ mean)).mean(-2)",
+        "test_heads.py::test_mask_equals_leaving_out",
+    ),
+    Mutation(
+        "mask-in-gram",
+        "heads/inputs.py",
+        "both = mask.unsqueeze(-1) & mask.unsqueeze(-2)",
+        "both = mask.unsqueeze(-1) | mask.unsqueeze(-2)",
+        "test_heads.py::test_mask_equals_leaving_out",
+    ),
+    Mutation(
+        "kernel-width",
+        "kernels.py",
+        "return torch.where(median > 0, median, 1).sqrt()",
+        "return torch.where(median > 0, median, 1)",
+        "test_regression.py::test_median_width_is_that_of_each_task",
+    ),
+    # Episodes and their loader
+    Mutation(
+        "split-off-by-one",
+        "episodes.py",
+        "in_support = same.tril(-1).sum(-1) < min(shots, n)",
+        "in_support = same.tril(-1).sum(-1) <= min(shots, n)",
+        "test_episodes.py",
+    ),
+    Mutation(
+        "evaluation-parts",
+        "episodes.py",
+        "draws = islice(draws, rank, None, processes)",
+        "draws = islice(draws, 0, None, processes)",
+        "test_episodes.py::test_processes_share_an_evaluation",
+    ),
+    Mutation(
+        "loader-resume",
+        "loader.py",
+        "pass_of_steps = range(self.step, self.step + self.steps - self.step % self.steps)",
+        "pass_of_steps = range(self.step, self.step + self.steps)",
+        "test_loader.py",
+    ),
+    Mutation(
+        "loader-processes",
+        "loader.py",
+        "for task in range(self.rank, self.tasks, self.processes)",
+        "for task in range(0, self.tasks, self.processes)",
+        "test_loader.py",
+    ),
+    Mutation(
+        "loader-replacement",
+        "loader.py",
+        "draw.choice(self.members[label], self.each, replace=False)",
+        "draw.choice(self.members[label], self.each, replace=True)",
+        "test_loader.py",
+    ),
+    # Files
+    Mutation(
+        "storage-checksum",
+        "storage.py",
+        "digest.update(repr((name, value.dtype, tuple(value.shape))).encode())",
+        "digest.update(repr((name, value.dtype)).encode())",
+        "test_storage.py",
+    ),
+    Mutation(
+        "storage-damage",
+        "storage.py",
+        "if not all(map(_is_stored, archive.infolist())) or archive.testzip() is not None:",
+        "if not all(map(_is_stored, archive.infolist())):",
+        "test_storage.py",
+    ),
+    Mutation(
+        "storage-atomic",
+        "storage.py",
+        'part = path.with_name(f".{path.name}.part")',
+        "part = path",
+        "test_storage.py",
+    ),
+    Mutation(
+        "storage-durable",
+        "storage.py",
+        "os.fsync(file.fileno())",
+        "file.flush()",
+        "test_storage.py",
+    ),
+]
+
+
+def unusable(mutations: Sequence[Mutation], root: Path) -> list[str]:
+    """What is wrong with mutations of the code in `root`, one line each."""
+    wrong = []
+    for mutation in mutations:
+        count = (root / PACKAGE / mutation.file).read_text().count(mutation.code)
+        if count != 1:
+            wrong.append(f"{mutation.name}: expected its code in {mutation.file} once, got it {count} times")
+        if "\n" in mutation.code + mutation.mistake or mutation.code == mutation.mistake:
+            wrong.append(f"{mutation.name}: expected another version of one line")
+        if not (root / UNIT / mutation.noticed_by.partition("::")[0]).is_file():
+            wrong.append(f"{mutation.name}: expected a file in {UNIT}, got {mutation.noticed_by}")
+    names = [mutation.name for mutation in mutations]
+    return wrong + [f"{name}: expected one mutation of this name" for name in set(names) if names.count(name) > 1]
+
+
+@contextmanager
+def copied(root: Path, mutation: Mutation | None = None) -> Iterator[Path]:
+    """A copy of what the tests need, with what Python and Numba compiled before, except for the mutated file."""
+    with TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in NEEDED:
+            if (root / name).is_dir():
+                shutil.copytree(root / name, copy / name)
+            else:
+                shutil.copy2(root / name, copy / name)
+        if mutation is not None:
+            file = copy / PACKAGE / mutation.file
+            file.write_text(file.read_text().replace(mutation.code, mutation.mistake))
+            for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*"):
+                compiled.unlink()
+        yield copy
+
+
+def first_failure(folder: Path, tests: Sequence[str]) -> str | None:
+    """Run tests until one fails, and return its name; None where all of them pass."""
+    options = ("-x", "--quiet", "--tb=no", "-rfE", "-p", "no:cacheprovider", "--hypothesis-profile=brief")
+    command = [sys.executable, "-m", "pytest", *options, *tests]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return HANGS
+    if done.returncode == 0:
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    if done.returncode not in (1, 2) or not failed:  # failed tests, and files that can't be imported
+        raise RuntimeError(f"pytest {' '.join(tests)}\n{done.stdout}{done.stderr}")
+    return failed[1]
+
+
+def noticed(mutation: Mutation, root: Path) -> str | None:
+    """The test that notices the mutation; None where it survives."""
+    with copied(root, mutation) as folder:
+        likely = f"{UNIT}/{mutation.noticed_by}"
+        return first_failure(folder, [likely]) or first_failure(folder, [f"--deselect={likely}", UNIT])
+
+
+def run(mutations: Sequence[Mutation], root: Path, jobs: int) -> bool:
+    """Try all mutations, print what becomes of each, and return whether all is as it should be."""
+
+    def timed(mutation: Mutation) -> tuple[str | None, float]:
+        begin = time.perf_counter()
+        return noticed(mutation, root), time.perf_counter() - begin
+
+    survivors, failures = [], []
+    with ThreadPoolExecutor(jobs) as pool:
+        for number, (mutation, (by, seconds)) in enumerate(zip(mutations, pool.map(timed, mutations), strict=True), 1):
+            print(
+                f"{number:2} of {len(mutations)}  {mutation.name:24} {seconds:5.1f} s  {by or 'SURVIVES'}", flush=True
+            )
+            (failures if by else survivors).append(by or mutation.name)
+    with copied(root) as folder:  # or whatever fails would pass for a test that notices
+        also = first_failure(folder, sorted({*failures} - {HANGS})) if {*failures} - {HANGS} else None
+    if survivors:
+        print(f"No test notices: {', '.join(survivors)}. Write one, or remove code that does nothing.")
+    if also:
+        print(f"A test fails without any mutation: {also}.")
+    return not survivors and not also
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python tests/mutations.py",
+        description="Break the library in small ways, one line at a time, and see the unit tests fail each time. Works on "
+        "temporary copies. Exit code 1 where a mutation survives, or where a test fails without one.",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="mutations to try; all of them by default")
+    parser.add_argument("--list", action="store_true", help="show what the mutations are, and stop")
+    parser.add_argument(
+        "--jobs", type=int, default=min(4, os.cpu_count() or 1), help="so many at once; default %(default)s"
+    )
+    options = parser.parse_args(arguments)
+    known = {mutation.name: mutation for mutation in MUTATIONS}
+    if unknown := [name for name in options.names if name not in known]:
+        parser.error(f"expected names of mutations (see --list), got {', '.join(unknown)}")
+    chosen = [known[name] for name in options.names] or MUTATIONS
+    if options.list:
+        for mutation in chosen:
+            print(f"{mutation.name}: {PACKAGE}/{mutation.file}\n  - {mutation.code}\n  + {mutation.mistake}")
+        return 0
+    if wrong := unusable(MUTATIONS, ROOT):
+        print(*wrong, sep="\n")
+        return 1
+    return 0 if run(chosen, ROOT, options.jobs) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
