@@ -5,12 +5,13 @@ BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 DEV := .venv
 CORE := .venv-core
 BUILD := .venv-build
+QUICKSTART := .venv-quickstart
 RUN := $(DEV)/$(BIN)/python
 RUN_CORE := $(CORE)/$(BIN)/python
 # One process per processor, at most four: each needs a gigabyte.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help install test-core test test-all test-versions test-installs mutations bench-core lint docs docs-check serve docs-deploy build release-notes clean
+.PHONY: help quickstart install test-core test test-all test-versions test-installs mutations bench-core lint docs docs-check serve docs-deploy build release-notes clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -32,6 +33,13 @@ $(CORE)/.ready: pyproject.toml
 
 $(BUILD)/.ready:
 	$(call install,$(BUILD),'build>=1.2' 'twine>=6.1')
+
+$(QUICKSTART)/.ready: pyproject.toml
+	@echo "Installing PyTorch, Lightning, Numba, matplotlib and this library into $(QUICKSTART): about 5 GB, once."
+	$(call install,$(QUICKSTART),--editable '.[quickstart]')
+
+quickstart: $(QUICKSTART)/.ready  ## Learn to read alphabets never seen: a table and two pictures (two minutes)
+	$(QUICKSTART)/$(BIN)/python -m benchmarks.quickstart
 
 install: $(DEV)/.ready  ## Install everything for development into .venv
 

@@ -7,21 +7,30 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, get_type_hints
 
 import jsonargparse
 import yaml
 
 from convexheads.errors import InputError
 
+BUILT_IN = {"digits": 60, "glyphs": 120}
+"""The data sets that need no files, with the number of training steps unless it is given."""
+
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a run, each with the text that `--help` shows."""
+    """The options of a run, each with the text that `--help` shows.
+
+    A subclass may be the options of another command, with other defaults.
+    """
+
+    program: ClassVar[str] = "benchmarks.train"
+    defaults: ClassVar[dict[str, Any]] = {}
 
     dataset: Annotated[
-        Literal["digits", "cifar-fs", "fc100", "miniimagenet", "tieredimagenet", "omniglot"],
-        "digits need nothing, the others DATA_ROOT",
+        Literal["digits", "glyphs", "cifar-fs", "fc100", "miniimagenet", "tieredimagenet", "omniglot"],
+        "digits and glyphs need nothing, the others DATA_ROOT",
     ] = "digits"
     data_root: Annotated[Path | None, "folder of the data, only read; else variable CONVEXHEADS_DATA"] = None
     backbone: Annotated[Literal["conv4", "r2d2", "resnet12", "wrn28"], "network to train"] = "conv4"
@@ -30,7 +39,7 @@ class Options:
         Literal["svm", "svm-smoothed", "ridge", "prototypes"],
         "head to train through; svm, ridge and prototypes are evaluated in any case",
     ] = "svm"
-    steps: Annotated[int | None, "training steps; unless given 60 for digits, 5000 for the others"] = None
+    steps: Annotated[int | None, "training steps; unless given 60 for digits, 120 for glyphs, 5000 for others"] = None
     tasks: Annotated[int, "episodes of a training step"] = 8
     ways: Annotated[int, "classes of an episode, in training and in evaluation"] = 5
     shots: Annotated[int, "support images a class in training"] = 5
@@ -40,7 +49,8 @@ class Options:
     weight_decay: Annotated[float, "of SGD"] = 5e-4
     label_smoothing: Annotated[float, "of the cross-entropy"] = 0.0
     augment: Annotated[
-        Literal["none", "flip-crop", "flip-crop-jitter"] | None, "of training images; unless given none for digits"
+        Literal["none", "flip-crop", "flip-crop-jitter"] | None,
+        "of training images; unless given none for digits and glyphs",
     ] = None
     trainval: Annotated[bool, "train on the validation classes too, and take the last weights"] = False
     on_failure: Annotated[
@@ -76,11 +86,11 @@ class Options:
 
     @property
     def total_steps(self) -> int:
-        return self.steps or (60 if self.dataset == "digits" else 5000)
+        return self.steps or BUILT_IN.get(self.dataset, 5000)
 
     @property
     def augmentation(self) -> str:
-        return self.augment or ("none" if self.dataset == "digits" else "flip-crop")
+        return self.augment or ("none" if self.dataset in BUILT_IN else "flip-crop")
 
     @property
     def root(self) -> Path | None:
@@ -108,10 +118,12 @@ class Options:
 
     def command(self) -> str:
         """The command that repeats the run, with DIR for the folder of the data."""
-        words = ["python", "-m", "benchmarks.train"]
-        if self.dataset != "digits":
-            words += ["--dataset", self.dataset, "--data-root", "DIR"]
-        plain = Options().record() | replace(self, steps=None, augment=None).record_of_dataset()
+        words, plain = ["python", "-m", self.program], type(self)(**self.defaults)
+        if self.dataset != plain.dataset:
+            words += ["--dataset", self.dataset]
+        if self.dataset not in BUILT_IN:
+            words += ["--data-root", "DIR"]
+        plain = plain.record() | replace(self, steps=None, augment=None).record_of_dataset()
         for name, value in self.record().items():
             if value != plain[name]:
                 words += ["--" + name.replace("_", "-"), str(value).replace(" ", "")]
@@ -127,13 +139,13 @@ class Options:
         return cls(**_typed(read_settings(path)), **changes)
 
     @classmethod
-    def parse(cls, arguments: Sequence[str] | None, *, prog: str, description: str) -> Options:
+    def parse(cls, arguments: Sequence[str] | None, *, description: str) -> Self:
         """Read the command line; what stands there has precedence over configuration files.
 
         Raises:
             InputError: a number out of range, or an unusable configuration file.
         """
-        parser = jsonargparse.ArgumentParser(prog=prog, description=description)
+        parser = jsonargparse.ArgumentParser(prog=f"python -m {cls.program}", description=description)
         text = "read options from a YAML file, such as one of benchmarks/configs or a run's config.yaml"
         parser.add_argument("--config", type=Path | None, help=text)
         kinds, annotated = get_type_hints(cls), get_type_hints(cls, include_extras=True)
@@ -142,7 +154,8 @@ class Options:
             if kinds[each.name] is bool:
                 kind = {"action": "store_true"}
             (text,) = annotated[each.name].__metadata__
-            parser.add_argument("--" + each.name.replace("_", "-"), default=each.default, help=text, **kind)
+            default = cls.defaults.get(each.name, each.default)
+            parser.add_argument("--" + each.name.replace("_", "-"), default=default, help=text, **kind)
         if config := parser.parse_args(arguments).config:
             parser.set_defaults(_typed(read_settings(config)))
         values = parser.parse_args(arguments)

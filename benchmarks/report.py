@@ -30,6 +30,7 @@ class Row(NamedTuple):
     Attributes:
         backbone: what the features come from, such as "meta-trained" or "untrained".
         head: the head's name.
+        ways: classes of an episode.
         shots: support images a class.
         accuracy: mean over the episodes, 0 to 1.
         interval: half width of the mean's 95 % confidence interval.
@@ -39,6 +40,7 @@ class Row(NamedTuple):
 
     backbone: str
     head: str
+    ways: int
     shots: int
     accuracy: float
     interval: float
@@ -47,19 +49,18 @@ class Row(NamedTuple):
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
-    """The rows as a table: a line for every backbone and head, a column for every number of shots."""
-    shots = sorted({row.shots for row in rows})
+    """The rows as a table: a line for every backbone and head, and chance; a column for every kind of episode."""
+    tasks = sorted({(row.ways, row.shots) for row in rows})
     result = Table(title=title, title_justify="left")
     result.add_column("backbone")
     result.add_column("head")
-    for number in shots:
-        result.add_column(f"{number}-shot accuracy, %", justify="right")
-    result.add_column("largest certified gap", justify="right")
+    for ways, shots in tasks:
+        result.add_column(f"{ways}-way {shots}-shot, %", justify="right")
     for backbone, head in dict.fromkeys((row.backbone, row.head) for row in rows):
-        own = {row.shots: row for row in rows if (row.backbone, row.head) == (backbone, head)}
-        cells = [f"{100 * own[n].accuracy:.2f} ± {100 * own[n].interval:.2f}" if n in own else "" for n in shots]
-        gaps = [row.largest_gap for row in own.values() if row.largest_gap is not None]
-        result.add_row(backbone, head, *cells, f"{max(gaps):.0e}" if gaps else "closed form")
+        own = {(row.ways, row.shots): row for row in rows if (row.backbone, row.head) == (backbone, head)}
+        cells = [f"{100 * own[n].accuracy:.2f} ± {100 * own[n].interval:.2f}" if n in own else "" for n in tasks]
+        result.add_row(backbone, head, *cells)
+    result.add_row("chance", "", *(f"{100 / ways:.2f}" for ways, _ in tasks))
     return result
 
 
@@ -81,22 +82,22 @@ def markdown(result: Table) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def draw(rows: Sequence[Row], title: str, ways: int, path: Path) -> None:
-    """Draw the accuracies as bars with their 95 % intervals: a group for every number of shots."""
+def draw(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Draw the accuracies as bars with their 95 % intervals: a group for every kind of episode."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shots = sorted({row.shots for row in rows})
+    tasks = sorted({(row.ways, row.shots) for row in rows})
     series = list(dict.fromkeys((row.backbone, row.head) for row in rows))
     heads = list(dict.fromkeys(row.head for row in rows))
     backbones = list(dict.fromkeys(row.backbone for row in rows))
     width = 0.8 / len(series)
-    figure = Figure(figsize=(2.2 + 2.6 * len(shots), 4.2), layout="constrained")
+    figure = Figure(figsize=(2.2 + 0.43 * len(series) * len(tasks), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for i, (backbone, head) in enumerate(series):
         own = [row for row in rows if (row.backbone, row.head) == (backbone, head)]
-        places = [shots.index(row.shots) + (i - (len(series) - 1) / 2) * width for row in own]
+        places = [tasks.index((row.ways, row.shots)) + (i - (len(series) - 1) / 2) * width for row in own]
         heights = [100 * row.accuracy for row in own]
         bars = axes.bar(
             places,
@@ -109,8 +110,11 @@ def draw(rows: Sequence[Row], title: str, ways: int, path: Path) -> None:
             label=f"{head}, {backbone}",
         )
         axes.bar_label(bars, [f"{height:.1f}" for height in heights], padding=2, fontsize=8)
-    axes.axhline(100 / ways, color="grey", linestyle="--", linewidth=1, label="chance")
-    axes.set_xticks(range(len(shots)), [f"{number}-shot" for number in shots])
+    chance, ends = [100 / ways for ways, _ in tasks], range(len(tasks))
+    axes.hlines(
+        chance, [x - 0.45 for x in ends], [x + 0.45 for x in ends], "grey", "dashed", linewidth=1, label="chance"
+    )
+    axes.set_xticks(ends, [f"{ways}-way {shots}-shot" for ways, shots in tasks])
     axes.set_ylim(0, 105)
     axes.set_ylabel("accuracy on unseen classes, %")
     axes.spines[["top", "right"]].set_visible(False)

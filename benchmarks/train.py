@@ -1,6 +1,7 @@
 """Meta-train a backbone through a head, then evaluate every head on unseen classes.
 
 python -m benchmarks.train                                                       # scikit-learn's digits: minutes
+python -m benchmarks.train --dataset glyphs                                      # letters of many scripts: minutes
 python -m benchmarks.train --config benchmarks/configs/conv4/cifar-fs_ridge.yaml --data-root DIR
 """
 
@@ -15,8 +16,10 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
+from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
 import pytorch_lightning as pl
@@ -112,7 +115,7 @@ def train(options: Options, data: dict[str, ImageSet], module: EpisodicModule) -
         strategy="ddp" if options.processes > 1 else "auto",
         benchmark=True,  # the sizes are those of every step: cuDNN may look for its fastest way
         sync_batchnorm=options.processes > 1 and options.device != "cpu" and torch.cuda.is_available(),
-        logger=TensorBoardLogger(output, name="tensorboard"),
+        logger=TensorBoardLogger(output, name="tensorboard") if find_spec("tensorboard") else False,
         log_every_n_steps=interval,
         callbacks=callbacks,
         plugins=[WholeCheckpointIO()],
@@ -134,31 +137,36 @@ def train(options: Options, data: dict[str, ImageSet], module: EpisodicModule) -
     return timer.time_elapsed("train")
 
 
-def test(options: Options, data: ImageSet, backbones: dict[str, nn.Module]) -> list[report.Row]:
+def test(options: Options, data: ImageSet, backbones: Mapping[str, nn.Module]) -> list[report.Row]:
     """Evaluate heads on the features of each backbone: all heads on the first, the trained one's on the others."""
-    device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
-    labels, rows = data.labels.to(device), []
-    for number, (name, backbone) in enumerate(backbones.items()):
-        features = embed(backbone.to(device), data.images.to(device))
-        for head in [options.head] if number else dict.fromkeys([options.head, *HEADS]):
-            for shots in options.test_shots:
-                result = evaluate(
-                    make_head(head),
-                    features,
-                    labels,
-                    ways=options.ways,
-                    shots=shots,
-                    queries=options.test_queries,
-                    episodes=options.test_episodes,
-                    seed=options.seed,
-                )
-                gap = None if result.gaps is None else result.gaps.max().item()
-                rows.append(report.Row(name, head, shots, result.mean, result.interval, result.episodes, gap))
+    tasks, rows = [(options.ways, shots) for shots in options.test_shots], []
+    for name, backbone in backbones.items():
+        heads = {head: make_head(head) for head in ([options.head] if rows else [options.head, *HEADS])}
+        rows += measure(options, data, name, backbone, heads, tasks)
     return rows
 
 
-def run(options: Options) -> list[report.Row]:
-    """Train, evaluate and write everything into the output folder.
+def measure(
+    options: Options,
+    data: ImageSet,
+    name: str,
+    backbone: nn.Module,
+    heads: Mapping[str, ch.Head],
+    tasks: Iterable[tuple[int, int]],
+) -> list[report.Row]:
+    """The accuracy of each head on the features of the backbone of that name, for each of the tasks' ways and shots."""
+    device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+    features, labels, rows = embed(backbone.to(device), data.images.to(device)), data.labels.to(device), []
+    for (head, own), (ways, shots) in product(heads.items(), tasks):
+        sizes = {"ways": ways, "shots": shots, "queries": options.test_queries, "episodes": options.test_episodes}
+        result = evaluate(own, features, labels, **sizes, seed=options.seed)
+        gap = None if result.gaps is None else result.gaps.max().item()
+        rows.append(report.Row(name, head, ways, shots, result.mean, result.interval, result.episodes, gap))
+    return rows
+
+
+def run(options: Options, test: Callable[..., list[report.Row]] = test) -> list[report.Row]:
+    """Train, evaluate as `test` does, and write everything into the output folder.
 
     Raises:
         InputError: an option is unusable, or the data is missing.
@@ -276,11 +284,13 @@ def write(
     failures: list[dict[str, Any]],
 ) -> None:
     """Write the result as table, picture and, when all else is there, JSON; and show the table."""
-    title = f"{options.dataset}: {options.ways}-way, {options.backbone} meta-trained through {options.head}"
+    title = f"{options.dataset}: {options.backbone} meta-trained through {options.head}"
     note = (
         f"Mean over {options.test_episodes:,} episodes of unseen classes, the same for every line, "
         f"± half the 95 % confidence interval."
     )
+    if gaps := [row.largest_gap for row in rows if row.largest_gap is not None]:
+        note += f" Every iterative solution is certified: the relative duality gap is at most {max(gaps):.0e}."
     result = {"command": options.command(), "results": [row._asdict() for row in rows], "seconds": seconds}
     result |= {"seed": options.seed, **provenance} | ({"skipped": failures} if failures else {})
     details = report.details(options.command(), options.seed, seconds, provenance)
@@ -288,15 +298,20 @@ def write(
     console = Console()
     console.print(table, note, f"All of it is in {options.folder}", sep="\n")
     report.write_markdown(table, f"{note}\n\n{details}", options.folder / "result.md")
-    report.draw(rows, title, options.ways, options.folder / "accuracy.png")
+    report.draw(rows, title, options.folder / "accuracy.png")
     storage.write(options.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; see `Options`."""
-    description, _, _ = (__doc__ or "").partition("\n")
+def main(
+    arguments: Sequence[str] | None = None,
+    *,
+    kind: type[Options] = Options,
+    run: Callable[[Any], object] = run,
+    description: str = (__doc__ or "").partition("\n")[0],
+) -> None:
+    """The command line: `run` with options of that `kind`."""
     try:
-        options = Options.parse(arguments, prog="python -m benchmarks.train", description=description)
+        options = kind.parse(arguments, description=description)
         try:
             run(options)
         except OSError as error:

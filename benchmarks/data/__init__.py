@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks import require_modules
 
-require_modules("numpy", "PIL", "torchvision", "tqdm")
+require_modules("numpy", "PIL", "tqdm")
 
 from benchmarks.data.datasets import DATASETS, load, split_classes
 from benchmarks.data.episodes import AUGMENTATIONS, augmentation, taskset

@@ -179,7 +179,7 @@ _entries = (
 )
 CATALOGUE = {entry.name: entry for entry in _entries}
 """The data sets that are read from files, by name."""
-DATASETS = ("digits", *CATALOGUE)
+DATASETS = ("digits", "glyphs", *CATALOGUE)
 
 
 def load(
@@ -188,8 +188,9 @@ def load(
     """Read splits of a data set, no two of which share a class.
 
     Args:
-        dataset: "digits" (comes with scikit-learn and has no validation classes) or a name in `CATALOGUE`.
-        root: folder that holds the data; only read, never written to. Digits need none.
+        dataset: "digits" (comes with scikit-learn and has no validation classes), "glyphs" (drawn from matplotlib's
+            fonts) or a name in `CATALOGUE`.
+        root: folder that holds the data; only read, never written to. Digits and glyphs need none.
         splits: which of "train", "val" and "test" to read; the others need not be there.
         progress: show a progress bar on the terminal.
 
@@ -200,6 +201,11 @@ def load(
     if dataset == "digits":
         digits = load_digits()
         return {split: digits[split] for split in splits if split in digits}
+    if dataset == "glyphs":
+        from benchmarks.data.glyphs import load_glyphs  # needs matplotlib
+
+        glyphs = load_glyphs(progress=progress)
+        return {split: glyphs[split] for split in splits}
     if dataset not in CATALOGUE:
         raise InputError("dataset", repr(dataset), f"one of {', '.join(DATASETS)}")
     return read(CATALOGUE[dataset], root, splits=splits, progress=progress)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torchvision.transforms import v2
-
+from benchmarks import require_modules
 from benchmarks.data.images import ImageSet
 from convexheads.errors import InputError
 from convexheads.integrations import require
 
 if TYPE_CHECKING:
     from learn2learn.data import Taskset
+    from torchvision.transforms import v2
 
 AUGMENTATIONS = ("none", "flip-crop", "flip-crop-jitter")
 """What is done to training images; the last is Section 4.1 of Lee et al. 2019."""
@@ -25,11 +25,15 @@ def augmentation(name: str, size: tuple[int, int]) -> v2.Transform | None:
 
     Raises:
         InputError: no such augmentation.
+        MissingDependencyError: torchvision is not installed.
     """
     if name not in AUGMENTATIONS:
         raise InputError("augment", repr(name), f"one of {', '.join(AUGMENTATIONS)}")
     if name == "none":
         return None
+    require_modules("torchvision")  # the quickstart does without it
+    from torchvision.transforms import v2
+
     jitter = [v2.ColorJitter(0.4, 0.4, 0.4)] if name.endswith("jitter") else []
     return v2.Compose([v2.RandomCrop(size, padding=size[0] // 8), *jitter, v2.RandomHorizontalFlip()])
 

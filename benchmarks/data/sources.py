@@ -17,7 +17,6 @@ from typing import Literal, NamedTuple
 from zipfile import BadZipFile, ZipFile
 
 from PIL import Image
-from torchvision.datasets import CIFAR100
 
 from convexheads.errors import InputError
 
@@ -156,6 +155,8 @@ def torchvision_cifar(root: Path, splits: Splits) -> Source:
     """
     if not (folder := root / "cifar-100-python").is_dir():
         return Source([], {})
+    from torchvision.datasets import CIFAR100  # needed here only
+
     try:  # torchvision compares the files' md5 with the published one before it unpickles them
         parts = [CIFAR100(root, train=train, download=False) for train in (True, False)]
     except RuntimeError as error:
