@@ -236,7 +236,8 @@ def test_refuses_an_unknown_split_and_none(splits: tuple[str, ...]) -> None:
         load("digits", splits=splits)
 
 
-@pytest.mark.parametrize("split", ["val", *(pytest.param(name, marks=pytest.mark.slow) for name in ("train", "test"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("split", SPLITS)
 def test_same_classes_and_images_as_learn2learn(data_root: Path, tmp_path: Path, split: str) -> None:
     from learn2learn.vision.datasets import CIFARFS
 

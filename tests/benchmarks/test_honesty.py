@@ -91,7 +91,7 @@ def test_judges_of_svms_find_the_gap_of_a_wrong_answer(head, judge, simple):
 
 @pytest.mark.parametrize("name", ["SVM", "logistic regression", "ridge regression", "prototypes", "Mahalanobis"])
 def test_native_heads_solve_hard_tasks(name):
-    for seed in range(40):
+    for seed in range(20):
         task = hard_task(seed)
         if task.size < 1500:
             verdict, detail, gradient_error = honesty.attempt(name, "hard", seed)
@@ -131,7 +131,7 @@ def test_what_rounding_spoils_is_flagged(name, seed):
     assert float(detail.split("relative gap ")[1].split(",")[0]) > honesty.PRECISE
 
 
-@pytest.mark.parametrize("compiled", [None, False])
+@pytest.mark.parametrize("compiled", [None, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_hard_margin_is_no_matter_of_rounding(compiled):
     """Where weights separate the support, C may be as large as it likes; and another task's rounding changes nothing."""
     for seed in (9, 11, 34, 46, 53):

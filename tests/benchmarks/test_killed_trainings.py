@@ -192,6 +192,7 @@ def test_killed_before_the_best_weights_are_written_they_are_found_again(server,
     check_killed(server, undisturbed, tmp_path / "run", moment)
 
 
+@pytest.mark.slow
 def test_killed_while_a_checkpoint_is_written_the_old_one_is_there(server, undisturbed, tmp_path) -> None:
     folder = tmp_path / "run"
     writes = [number for number, event in enumerate(happened(undisturbed)) if event in LAST]
@@ -265,6 +266,7 @@ def with_a_failure(monkeypatch) -> None:
     monkeypatch.setattr(EpisodicModule, "_episodes", altered)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("with_a_failure")
 def test_the_benchmark_does_as_configured(tmp_path, caplog) -> None:
     arguments = [*SMALL, "--output"]

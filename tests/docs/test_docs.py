@@ -57,12 +57,9 @@ def test_python_blocks_run(page: Path, module: ModuleType) -> None:
 
 @pytest.mark.parametrize(
     ("name", "processes"),
-    [
-        pytest.param("plain_pytorch", 1, marks=pytest.mark.slow),
-        ("plain_pytorch", 2),
-        pytest.param("learn2learn_protonet", 1, marks=pytest.mark.slow),
-    ],
+    [("plain_pytorch", 1), ("plain_pytorch", 2), ("learn2learn_protonet", 1)],
 )
+@pytest.mark.slow
 def test_examples_run(name: str, processes: int) -> None:
     script = str(ROOT / "docs" / "examples" / f"{name}.py")
     launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
