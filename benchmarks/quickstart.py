@@ -78,7 +78,8 @@ def run(options: QuickstartOptions) -> None:
     """Train, or continue a training that was interrupted; compare the heads; draw the letters."""
     if options.checkpoint.is_file() and not (options.folder / "result.json").is_file():
         options = replace(options, resume=True)
-    folder = options.folder
+    folder, console = options.folder, Console()
+    console.print("The first step compiles the SVM's solver, for some fifteen seconds, unless that is done already.")
     train.run(options, compare)
     backbone, unseen = ch.load_pretrained(folder).backbone, load("glyphs", splits=["test"])["test"]
     draw_letters(backbone, HEADS["svm"], unseen, folder / "letters.png", seed=options.seed)
@@ -90,7 +91,7 @@ def run(options: QuickstartOptions) -> None:
         "Next: docs/quickstart.md does the same in a loop of your own;",
         "      python -m benchmarks.quickstart --help lists what can be changed, such as --head ridge.",
     )
-    Console().print(*lines, sep="\n", soft_wrap=True, highlight=False)
+    console.print(*lines, sep="\n", soft_wrap=True, highlight=False)
 
 
 def draw_letters(

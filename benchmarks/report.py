@@ -55,7 +55,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
     result.add_column("backbone")
     result.add_column("head")
     for ways, shots in tasks:
-        result.add_column(f"{ways}-way {shots}-shot, %", justify="right")
+        result.add_column(f"{ways}-way {shots}-shot", justify="right")
     for backbone, head in dict.fromkeys((row.backbone, row.head) for row in rows):
         own = {(row.ways, row.shots): row for row in rows if (row.backbone, row.head) == (backbone, head)}
         cells = [f"{100 * own[n].accuracy:.2f} ± {100 * own[n].interval:.2f}" if n in own else "" for n in tasks]
@@ -92,7 +92,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     heads = list(dict.fromkeys(row.head for row in rows))
     backbones = list(dict.fromkeys(row.backbone for row in rows))
     width = 0.8 / len(series)
-    figure = Figure(figsize=(2.2 + 0.43 * len(series) * len(tasks), 4.2), layout="constrained")
+    figure = Figure(figsize=(2.2 + 0.37 * len(series) * len(tasks), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for i, (backbone, head) in enumerate(series):

@@ -284,13 +284,14 @@ def write(
     failures: list[dict[str, Any]],
 ) -> None:
     """Write the result as table, picture and, when all else is there, JSON; and show the table."""
-    title = f"{options.dataset}: {options.backbone} meta-trained through {options.head}"
+    title = f"{options.dataset}, accuracy in %: {options.backbone} meta-trained through {options.head}"
     note = (
         f"Mean over {options.test_episodes:,} episodes of unseen classes, the same for every line, "
         f"± half the 95 % confidence interval."
     )
     if gaps := [row.largest_gap for row in rows if row.largest_gap is not None]:
-        note += f" Every iterative solution is certified: the relative duality gap is at most {max(gaps):.0e}."
+        largest = max(1e-15, *gaps)  # which is as much as rounding can show
+        note += f" Solutions of solvers are certified: the relative duality gap is at most {largest:.0e}."
     result = {"command": options.command(), "results": [row._asdict() for row in rows], "seconds": seconds}
     result |= {"seed": options.seed, **provenance} | ({"skipped": failures} if failures else {})
     details = report.details(options.command(), options.seed, seconds, provenance)
