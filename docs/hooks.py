@@ -25,6 +25,7 @@ from markdown_exec import ExecutionError, base_format, code_block, formatters
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import Files
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for whoever calls `mkdocs` and not `python -m mkdocs`
 from docs.blocks import execute
 
 FILES = ("convexheads/**/*", "docs/*.py", "benchmarks/results/**/*.json")

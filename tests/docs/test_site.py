@@ -91,15 +91,21 @@ def address(site: Path) -> Iterator[str]:
         thread.join()
 
 
+def _find_browser() -> str:
+    """The path of a browser; without one, tests are skipped, or fail where continuous integration could install it."""
+    for name in BROWSERS:
+        if path := shutil.which(name):
+            return path
+    message = f"a browser: none of {', '.join(BROWSERS)} is installed"
+    if os.environ.get("CI") == "true" and hasattr(os, "geteuid") and os.geteuid() == 0:
+        pytest.fail(message)
+    pytest.skip(message)
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium, or Google Chrome. Continuous integration may skip these tests only where it can't install one."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        message = f"a browser: none of {', '.join(BROWSERS)} is installed"
-        if os.environ.get("CI") == "true" and hasattr(os, "geteuid") and os.geteuid() == 0:
-            pytest.fail(message)
-        pytest.skip(message)
+    """Chromium, or Google Chrome."""
+    found = _find_browser()
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -137,14 +143,12 @@ _FAULTS = """() => {
 }"""
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
-def test_pages_are_whole_in_a_browser(
-    site: Path, address: str, browser: Any, size: dict[str, int], scheme: str
-) -> None:
-    """CONVEXHEADS_SCREENSHOTS names a folder for pictures of them."""
+def test_pages_are_whole_in_a_browser(site: Path, address: str, browser: Any, scheme: str) -> None:
+    """Each page in a wide and in a narrow window. CONVEXHEADS_SCREENSHOTS names a folder for pictures of them."""
     folder = os.environ.get("CONVEXHEADS_SCREENSHOTS")
-    context = browser.new_context(viewport=size, color_scheme=scheme)
+    context = browser.new_context(viewport=WIDE, color_scheme=scheme)
     page = context.new_page()
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
@@ -152,20 +156,23 @@ def test_pages_are_whole_in_a_browser(
     # What the next page interrupts has not failed.
     page.on("requestfailed", lambda request: None if "ABORTED" in request.failure else said.append(request.url))
     page.on("request", lambda request: None if request.url.startswith((address, "data:")) else said.append(request.url))
-    faults = {}
+    faults: dict[str, list[str]] = {}
     for name in _pages(site):
         said.clear()
         page.goto(f"{address}/{name}", wait_until="load")
-        found = [*said, *page.evaluate(_FAULTS)]
+        found = [*said]
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         dark = sum(map(int, re.findall(r"\d+", background)[:3])) < 3 * 128
         if dark != (scheme == "dark"):
             found.append(f"background {background}")
+        for size in (WIDE, PHONE):
+            page.set_viewport_size(size)
+            found += [f"{size['width']} pixels: {fault}" for fault in page.evaluate(_FAULTS)]
+            if folder:
+                shot = f"{name.replace('/', '_') or 'home'}-{size['width']}-{scheme}.png"
+                page.screenshot(path=Path(folder) / shot, full_page=True)
         if found:
             faults[name or "home"] = found
-        if folder:
-            shot = f"{name.replace('/', '_') or 'home'}-{size['width']}-{scheme}.png"
-            page.screenshot(path=Path(folder) / shot, full_page=True)
     context.close()
     assert not faults
 
@@ -182,3 +189,14 @@ def test_search_finds(address: str, browser: Any) -> None:
         for link in page.eval_on_selector_all(".md-search-result__link", "links => links.map(link => link.href)")
     }
     context.close()
+
+
+@pytest.mark.parametrize(("ci", "user", "outcome"), [("true", 0, "fail"), ("true", 1, "skip"), ("", 0, "skip")])
+def test_a_missing_browser_fails_where_it_could_be_installed(
+    monkeypatch: pytest.MonkeyPatch, ci: str, user: int, outcome: str
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(os, "geteuid", lambda: user, raising=False)
+    monkeypatch.setenv("CI", ci)
+    with pytest.raises(getattr(pytest, outcome).Exception, match="chromium"):
+        _find_browser()
