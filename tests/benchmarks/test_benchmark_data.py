@@ -226,7 +226,7 @@ def test_names_a_broken_archive_and_a_broken_image(tmp_path: Path, pictures: dic
 
 
 def test_refuses_an_unknown_data_set() -> None:
-    with pytest.raises(InputError, match="digits, cifar-fs"):
+    with pytest.raises(InputError, match="digits, glyphs, cifar-fs"):
         load("mnist")
 
 
@@ -452,7 +452,9 @@ def extract(root: Path, folder: str) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("folder", [None, "omniglot", "omniglot-py"])
+@pytest.mark.parametrize(
+    "folder", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("omniglot", "omniglot-py"))]
+)
 def test_omniglot_has_every_turn_of_a_character_as_a_class(
     tmp_path: Path, characters: dict[str, list[bytes]], folder: str | None
 ) -> None:

@@ -36,6 +36,7 @@ def test_features_are_those_of_the_weights(data, tmp_path: Path):
     torch.testing.assert_close(found["test"], embed(backbone, data["test"].images, progress=False))
 
 
+@pytest.mark.slow
 def test_every_head_is_compared_on_the_same_episodes(data, tmp_path: Path):
     generator = torch.Generator().manual_seed(0)
     found = {

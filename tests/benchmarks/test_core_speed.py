@@ -63,6 +63,14 @@ def test_all_together_is_the_geometric_mean() -> None:
     assert changes({"a": [2.0, 2.1], "b": [2.0, 2.1]})[-1].percent == pytest.approx(105, abs=1)
 
 
+@pytest.fixture(autouse=True)
+def outside_of_xdist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest-benchmark times nothing in a process that looks like one of xdist's workers."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.slow
 def test_measures_every_benchmark() -> None:
     """In another process, with as few rounds as there can be."""
     found = core_speed.measure(0)
@@ -72,6 +80,7 @@ def test_measures_every_benchmark() -> None:
     assert set(json.loads(core_speed.REFERENCE.read_text())["ratios"]) == NAMES
 
 
+@pytest.mark.slow
 def test_ratio_is_that_of_this_version_to_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that the heads advance: by a second; the SVM of this version, but not of the other, by two."""
     clock = "import time\ntime.now = 0.0\ndef tick(seconds=1e-9):\n    time.now += seconds\n    return time.now\n"
@@ -98,6 +107,7 @@ def test_ratio_is_that_of_this_version_to_the_other(tmp_path: Path, monkeypatch:
         assert found[f"ridge-{size}-forward"] == pytest.approx({"ratio": 1, "own": 1, "other": 1})
 
 
+@pytest.mark.slow
 def test_failed_benchmarks_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core_speed, "ROOT", tmp_path)
     (tmp_path / "convexheads").mkdir()

@@ -178,6 +178,7 @@ def test_quickstart_leaves_table_pictures_and_weights(tmp_path: Path, capsys: py
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.slow
 def test_quickstart_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step, steps = train.EpisodicModule.training_step, []
 

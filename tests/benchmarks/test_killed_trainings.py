@@ -222,7 +222,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(undisturbed, tmp_path, monk
     shutil.copytree(undisturbed, folder)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     whole, before = checkpoint.read_bytes(), (folder / "config.yaml").read_bytes()
-    options = train.Options.parse([*SMALL, "--output", str(folder), "--resume"], prog="", description="")
+    options = train.Options.parse([*SMALL, "--output", str(folder), "--resume"], description="")
 
     def resume() -> Any:
         train.prepare(options)

@@ -292,6 +292,7 @@ def test_a_full_disk_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         train.main([*SHORT, "--output", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_in_bfloat16_the_backbone_is_cast_and_the_head_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dtypes, forward, fit = {"backbone": [], "head": []}, Conv4.forward, ch.SVMHead.fit
 

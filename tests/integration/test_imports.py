@@ -144,6 +144,7 @@ for name in modules:
 
 
 @needs_bench
+@pytest.mark.slow
 def test_no_module_of_benchmarks_imports_what_it_only_compares_with():
     peers = {"cvxpy", "cvxpylayers", "easyfsl", "gym", "gym_notices", "learn2learn", "moreau", "qpth", "wordllama"}
     assert run(f"{MODULES}\nprint({peers} & set(sys.modules))", "-W", "default").strip() == "set()"

@@ -36,6 +36,7 @@ def test_the_list_fits_the_code() -> None:
     assert all(any(mutation.file.startswith(place) for mutation in MUTATIONS) for place in places)
 
 
+@pytest.mark.slow
 def test_every_mutation_is_noticed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the tests that are named, or by others; and the code itself stays as it is."""
     others = Mutation("factor", "sums.py", "return 2 * a", "return 3 * a", "test_add.py")
@@ -47,6 +48,7 @@ def test_every_mutation_is_noticed(root: Path, capsys: pytest.CaptureFixture[str
     assert {name: (root / name).read_text() for name in FILES} == FILES
 
 
+@pytest.mark.slow
 def test_a_survivor_is_an_error(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     comment = Mutation("comment", "sums.py", "# twice", "# thrice", "test_double.py")
     assert not run([NOTICED, comment], root, jobs=1)

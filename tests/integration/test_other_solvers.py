@@ -31,7 +31,7 @@ def logits_and_gradients(solver: Solver, drawn, C: float, smoothing: float):
     return fitted, logits.detach(), gradient, direction
 
 
-@examples(60, nightly=600)
+@examples(25, nightly=600)
 @given(tasks(), st.sampled_from([0.0, 1.0]))
 def test_agrees_with_the_native_solver(name, drawn, smoothing):
     (support, labels, query, ways), C = drawn

@@ -403,7 +403,10 @@ OFFLINE = {
 }
 
 
-@pytest.mark.parametrize("part", OFFLINE)
+@pytest.mark.parametrize(
+    "part",
+    [pytest.param(part, marks=pytest.mark.slow if part in ("pretrained", "training") else []) for part in OFFLINE],
+)
 def test_nothing_asks_the_network(part: str, tmp_path: Path) -> None:
     for name in ("sea", "sky"):
         put(tmp_path / "texts" / name / "one.txt", f"of the {name}".encode())

@@ -120,7 +120,7 @@ def test_gradcheck(make, kernel):
         return torch.func.functional_call(head, dict(zip(names, given, strict=True)), (support, targets, query))
 
     inputs = [x.detach().requires_grad_() for x in (support, targets, query, *parameters)]
-    assert gradcheck(values, inputs, eps=1e-6, atol=1e-6, rtol=1e-5)
+    assert gradcheck(values, inputs, eps=1e-6, atol=1e-6, rtol=1e-5, fast_mode=True)
 
 
 @pytest.mark.usefixtures("unchecked")
