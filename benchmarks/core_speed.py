@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         found = changes(measured, before)
         title, columns = "Speed compared with the reference, in times of the workload", ("before", "now")
-        times = {name: (np.median(before[name]), np.median(measured[name])) for name in measured}
+        times = {name: (np.median(before[name]).item(), np.median(measured[name]).item()) for name in measured}
     note = (
         "Noise: half the 95 % confidence interval, over processes. Same: the interval excludes a change of "
         f"{threshold:g} %. Unclear: too much noise to tell; increase --repeats, on a machine that does nothing else."

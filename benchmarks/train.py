@@ -158,8 +158,16 @@ def measure(
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
     features, labels, rows = embed(backbone.to(device), data.images.to(device)), data.labels.to(device), []
     for (head, own), (ways, shots) in product(heads.items(), tasks):
-        sizes = {"ways": ways, "shots": shots, "queries": options.test_queries, "episodes": options.test_episodes}
-        result = evaluate(own, features, labels, **sizes, seed=options.seed)
+        result = evaluate(
+            own,
+            features,
+            labels,
+            ways=ways,
+            shots=shots,
+            queries=options.test_queries,
+            episodes=options.test_episodes,
+            seed=options.seed,
+        )
         gap = None if result.gaps is None else result.gaps.max().item()
         rows.append(report.Row(name, head, ways, shots, result.mean, result.interval, result.episodes, gap))
     return rows

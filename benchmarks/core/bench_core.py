@@ -127,10 +127,11 @@ def test_speed(
         begin = time.process_time()
         target(*setup()[0])
     first.clear()
-    limit, least = (request.config.getoption(f"benchmark_{option}") for option in ("max_time", "min_rounds"))
+    limit, least = (str(request.config.getoption(f"benchmark_{option}")) for option in ("max_time", "min_rounds"))
     rounds = max(int(least), int(float(limit) / (time.process_time() - begin)))
     benchmark.pedantic(target, setup=setup, rounds=rounds + rounds % 2)
 
+    assert benchmark.stats is not None, "pytest-benchmark is switched off"
     second = benchmark.stats.stats.data
     ratios = [math.log(two / one) for one, two in zip(first, second, strict=True)]
     halves = statistics.median(ratios[::2]), statistics.median(ratios[1::2])
