@@ -159,6 +159,7 @@ def test_pages_are_whole_in_a_browser(site: Path, address: str, browser: Any, sc
     faults: dict[str, list[str]] = {}
     for name in _pages(site):
         said.clear()
+        page.set_viewport_size(WIDE)  # before the page is loaded: parts of it take time to follow a change
         page.goto(f"{address}/{name}", wait_until="load")
         found = [*said]
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
