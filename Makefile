@@ -56,7 +56,7 @@ test-all: $(DEV)/.ready mutations  ## Run everything: slow tests, fuzzing, mutat
 mutations: $(CORE)/.ready  ## Break the library in small ways, each of which the unit tests have to notice (minutes)
 	$(RUN_CORE) tests/mutations.py
 
-bench-core: $(DEV)/.ready  ## Measure the speed of ridge and SVM; with BASE=<revision>, compare with that (a minute; minutes)
+bench-core: $(DEV)/.ready  ## Measure the speed of ridge and SVM; with BASE=<revision>, compare with that (minutes)
 	$(RUN) -m benchmarks.core_speed $(if $(BASE),--against $(BASE))
 
 test-versions: $(DEV)/.ready  ## Test the oldest and the newest versions, and each extra alone (long; 20 GB of disk)
