@@ -52,18 +52,18 @@ class Change(NamedTuple):
     noise: float
 
     def verdict(self, threshold: float) -> str:
-        """One word for the change.
+        """What can be said of the change.
 
         Args:
             threshold: the change that matters, in percent.
 
         Returns:
-            "slower" or "faster" where it exceeds both threshold and noise; "same" where the interval excludes a change
-                that matters; "unclear" otherwise: there is too much noise to tell.
+            "slower" or "faster" where it exceeds both threshold and noise; "not slower" where the interval excludes a
+                slowdown that matters; "unclear" otherwise: there is too much noise to tell.
         """
         if abs(self.percent) > max(threshold, self.noise):
             return "slower" if self.percent > 0 else "faster"
-        return "same" if abs(self.percent) + self.noise <= threshold else "unclear"
+        return "not slower" if self.percent + self.noise <= threshold else "unclear"
 
 
 def changes(now: Ratios, before: Ratios | None = None) -> list[Change]:
@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--save", action="store_true", help="store what is measured as the reference, and compare nothing"
     )
     parser.add_argument("--repeats", type=int, default=5, help="processes that measure; the more, the less noise")
-    parser.add_argument("--seconds", type=float, default=0.4, help="of each of the 12 benchmarks in each process")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of each of the 12 benchmarks in each process")
     parser.add_argument(
         "--fail-above", type=float | None, help="exit code 1 where a benchmark got slower by more percent, beyond noise"
     )
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         title, columns = "Speed compared with the reference, in times of the workload", ("before", "now")
         times = {name: (np.median(before[name]).item(), np.median(measured[name]).item()) for name in measured}
     note = (
-        "Noise: half the 95 % confidence interval, over processes. Same: the interval excludes a change of "
+        "Noise: half the 95 % confidence interval, over processes. Not slower: the interval excludes a slowdown by "
         f"{threshold:g} %. Unclear: too much noise to tell; increase --repeats, on a machine that does nothing else."
     )
     console.print(show(title, columns, times, found, threshold), note)

@@ -38,10 +38,12 @@ def test_a_change_is_told_from_noise(with_reference: bool) -> None:
     unit = 2.0 if with_reference else 1.0
     now = {name: noisy(unit * factor, SPREADS[name], 20 + seed) for seed, (name, factor) in enumerate(FACTORS.items())}
     found = changes(now, before)
-    assert verdicts(found) == {"slow": "slower", "fast": "faster", "same": "same", "wild": "unclear"}
+    assert verdicts(found) == {"slow": "slower", "fast": "faster", "same": "not slower", "wild": "unclear"}
     for each in found[:3]:
         assert abs(each.percent - 100 * (FACTORS[each.name] - 1)) <= 2 * each.noise < 1
-    assert verdicts(found[:3], threshold=12) == dict.fromkeys(("slow", "fast", "same"), "same")
+    assert verdicts(found[:3], threshold=12) == dict.fromkeys(("slow", "fast", "same"), "not slower")
+    faster = Change("a", percent=-2.5, noise=4.0)  # may be so by chance, but a slowdown is excluded
+    assert [faster.verdict(threshold) for threshold in (1, 3)] == ["unclear", "not slower"]
 
 
 @pytest.mark.parametrize("with_reference", [True, False])
@@ -155,15 +157,15 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(core_speed, "measure", measure)
     core_speed.main(["--save"])
     core_speed.main(["--fail-above", "3"])
-    assert "same" in capsys.readouterr().out
+    assert "│ not slower │" in capsys.readouterr().out
     speed["svm"] = 1.1
     core_speed.main([])
-    assert "slower" in capsys.readouterr().out
+    assert "│ slower │" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
         core_speed.main(["--fail-above", "3"])
     assert stopped.value.code == 1
     core_speed.main(["--against", "HEAD"])
-    assert "slower" in capsys.readouterr().out
+    assert "│ slower │" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="repeats: got 1, expected at least 2"):
         core_speed.main(["--repeats", "1"])
     stored = json.loads((tmp_path / "reference.json").read_text())
