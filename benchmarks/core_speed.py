@@ -110,12 +110,12 @@ def measure(seconds: float, base: Path | None = None) -> dict[str, dict[str, flo
 
 
 def measure_repeatedly(repeats: int, seconds: float, base: Path | None = None) -> dict[str, list[dict[str, float]]]:
-    """Run all benchmarks in so many processes, after one that compiles what is compiled."""
+    """Run all benchmarks in so many processes; what the first one has to compile is not timed."""
     found: dict[str, list[dict[str, float]]] = {}
-    for repeat in tqdm(range(-1, repeats), unit="process", leave=False):
-        for name, values in measure(seconds if repeat >= 0 else 0, base).items():
+    for _ in tqdm(range(repeats), unit="process", leave=False):
+        for name, values in measure(seconds, base).items():
             found.setdefault(name, []).append(values)
-    return {name: values[1:] for name, values in found.items()}
+    return found
 
 
 @contextmanager
@@ -182,15 +182,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--save", action="store_true", help="store what is measured as the reference, and compare nothing"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="processes that measure; the more, the less noise")
-    parser.add_argument("--seconds", type=float, default=0.3, help="of each of the 12 benchmarks in each process")
+    parser.add_argument("--repeats", type=int | None, help="processes that measure; 3 by default, with --against 5")
+    parser.add_argument("--seconds", type=float, default=0.15, help="of each of the 12 benchmarks in each process")
     parser.add_argument(
         "--fail-above", type=float | None, help="exit code 1 where a benchmark got slower by more percent, beyond noise"
     )
     options = parser.parse_args(arguments)
-    if options.repeats < 2:
-        raise SystemExit(f"error: --repeats: got {options.repeats}, expected at least 2, to tell changes from noise")
-    settings = {"repeats": options.repeats, "seconds": options.seconds}
+    repeats = options.repeats if options.repeats is not None else 3 if options.against is None else 5
+    if repeats < 2:
+        raise SystemExit(f"error: --repeats: got {repeats}, expected at least 2, to tell changes from noise")
+    settings = {"repeats": repeats, "seconds": options.seconds}
     threshold = THRESHOLD if options.fail_above is None else options.fail_above
     console = Console(width=max(100, Console().width))
     if options.against is not None:
