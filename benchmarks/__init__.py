@@ -26,4 +26,4 @@ def require_modules(*modules: str) -> None:
 
 
 if sys.argv[0] == "-m":  # Python is looking for a command, `python -m benchmarks.NAME`
-    require_modules("jsonargparse", "numpy", "pandas", "PIL", "pytorch_lightning", "rich", "tqdm", "yaml")
+    require_modules("jsonargparse", "numpy", "pandas", "PIL", "rich", "safetensors", "tqdm", "yaml")

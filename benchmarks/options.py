@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_type_hints
 
 import jsonargparse
+import torch
 import yaml
 
 from convexheads.errors import InputError
@@ -71,14 +72,17 @@ class Options:
         Literal["float32", "bfloat16"], "of the backbone in training, the latter by autocast; heads solve in float64"
     ] = "float32"
     processes: Annotated[int, "processes that share every training step, one a device"] = 1
-    workers: Annotated[int, "processes that augment images ahead, for each process; 0 for none"] = 0
+    compile: Annotated[
+        Literal["none", "default", "reduce-overhead", "max-autotune"] | None,
+        "how torch.compile treats the backbone; unless given none on the CPU and default on a GPU",
+    ] = None
     output: Annotated[Path | None, "folder for checkpoints and results; runs/DATASET_BACKBONE_HEAD unless given"] = None
     resume: Annotated[bool, "continue the unfinished run in the output folder"] = False
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             for number in value if isinstance(value, tuple) else (value,):
-                if name in ("seed", "weight_decay", "label_smoothing", "workers"):
+                if name in ("seed", "weight_decay", "label_smoothing"):
                     if number < 0:
                         raise InputError(name, number, "0 or more")
                 elif isinstance(number, int | float) and not isinstance(number, bool) and number <= 0:
@@ -103,12 +107,16 @@ class Options:
 
     @property
     def checkpoint(self) -> Path:
-        return self.folder / "checkpoints" / "last.ckpt"
+        return self.folder / "checkpoints" / "last.safetensors"
+
+    def compilation(self, device: torch.device) -> str:
+        """The mode of `torch.compile` on that device, or "none"."""
+        return self.compile or ("default" if device.type == "cuda" else "none")
 
     def record(self) -> dict[str, Any]:
         """What shapes the result, ready for YAML: no path of this machine, nothing of the resumption."""
         record = asdict(self) | {"steps": self.total_steps, "augment": self.augmentation}
-        for name in ("data_root", "output", "resume", "threads", "device", "processes", "workers"):
+        for name in ("data_root", "output", "resume", "threads", "device", "processes", "compile"):
             del record[name]
         return record | {"test_shots": list(self.test_shots)}
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-PACKAGES = ("convexheads", "torch", "torchvision", "learn2learn", "pytorch-lightning", "numpy")
+PACKAGES = ("convexheads", "torch", "torchvision", "learn2learn", "numpy")
 
 
 class Row(NamedTuple):

@@ -9,35 +9,29 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
+import math
 import os
 import shutil
-import sys
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import yaml
-from pytorch_lightning.callbacks import ModelCheckpoint, Timer
-from pytorch_lightning.loggers import TensorBoardLogger
 from rich.console import Console
 from torch import Tensor, nn
 
 import convexheads as ch
 from benchmarks import report
-from benchmarks.callbacks import Log, ProgressBar, SaveWhenStopped, StepSeeds, Validation
-from benchmarks.data import ImageSet, augmentation, join, load
+from benchmarks.data import Episodes, ImageSet, load
+from benchmarks.data import join as concatenate
+from benchmarks.loop import KIND, Training, train
 from benchmarks.options import Options, read_settings
+from benchmarks.processes import Processes, join, leave
 from convexheads import storage
 from convexheads.episodes import embed, evaluate
-from convexheads.integrations.lightning import EpisodicDataModule, EpisodicModule, WholeCheckpointIO
 from convexheads.pretrained import make_head, make_untrained, save_pretrained
 
 HEADS = ("svm", "ridge", "prototypes")
@@ -45,15 +39,6 @@ HEADS = ("svm", "ridge", "prototypes")
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when a disk, a quota or a file is full."""
-
-FIRST_PROCESS = "CONVEXHEADS_FIRST_PROCESS"
-"""In this variable the process that starts the others gives them its number."""
-
-LIGHTNING_NOISE = (
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # its own call into PyTorch
-    r"You defined a `validation_step` but have no `val_dataloader`",  # `Validation` has its own way
-    r"Checkpoint directory .* exists and is not empty",  # as it should when resuming
-)
 
 
 class Pixels(nn.Module):
@@ -66,75 +51,25 @@ class Pixels(nn.Module):
         return images.flatten(1) / 255
 
 
-def episodes(data: ImageSet, options: Options) -> EpisodicDataModule:
-    """The training episodes of a run, shared out among its processes."""
-    return EpisodicDataModule(
-        (data.images, data.labels),
+def episodes(data: ImageSet, options: Options, processes: Processes) -> Episodes:
+    """The training episodes of a run, of which this process has its share."""
+    return Episodes(
+        data,
         ways=options.ways,
         shots=options.shots,
         queries=options.queries,
         tasks=options.tasks,
-        steps=options.total_steps,
         seed=options.seed,
-        augment=augmentation(options.augmentation, (data.images.shape[-2], data.images.shape[-1])),
-        classes=data.classes,
-        workers=options.workers,
+        augment=options.augmentation,
+        device=device(options),
+        rank=processes.rank,
+        processes=processes.count,
     )
 
 
-def train(options: Options, data: dict[str, ImageSet], module: EpisodicModule) -> float:
-    """Train the module's backbone and head; returns the seconds that took, over all resumptions.
-
-    Where there are validation classes, the module ends with the weights that were best on them.
-
-    Raises:
-        ConvexHeadsError: a step failed and `options.on_failure` is not "skip".
-    """
-    output, interval = options.folder, min(10, options.total_steps)
-    timer, log = Timer(), Log(options, interval)
-    settings: dict[str, Any] = {"dirpath": str(options.checkpoint.parent), "enable_version_counter": False}
-    last = ModelCheckpoint(filename="last", every_n_train_steps=options.checkpoint_every, **settings)
-    callbacks = [timer, StepSeeds(options.seed), ProgressBar(refresh_rate=5)]
-    best = None
-    if "val" in data:
-        best = ModelCheckpoint(
-            filename="best",
-            monitor="val_accuracy",
-            mode="max",
-            save_weights_only=True,
-            every_n_train_steps=options.validate_every,
-            **settings,
-        )
-        callbacks += [Validation(data["val"], options), best]
-    callbacks += [log, last, SaveWhenStopped(options.checkpoint)]  # what is saved last knows of the best
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="gpu" if options.device == "cuda" else options.device,
-        devices=options.processes,
-        precision="bf16-mixed" if options.precision == "bfloat16" else "32-true",
-        strategy="ddp" if options.processes > 1 else "auto",
-        benchmark=True,  # the sizes are those of every step: cuDNN may look for its fastest way
-        sync_batchnorm=options.processes > 1 and options.device != "cpu" and torch.cuda.is_available(),
-        logger=TensorBoardLogger(output, name="tensorboard") if find_spec("tensorboard") else False,
-        log_every_n_steps=interval,
-        callbacks=callbacks,
-        plugins=[WholeCheckpointIO()],
-        enable_model_summary=False,
-    )
-    with warnings.catch_warnings():
-        for message in LIGHTNING_NOISE:
-            warnings.filterwarnings("ignore", message)
-        trainer.fit(module, episodes(data["train"], options), ckpt_path=options.checkpoint if options.resume else None)
-    if trainer.should_stop:
-        if trainer.is_global_zero:
-            why = f"step {module.failures[-1]['step']} failed ({module.failures[-1]['cause']}), training has stopped"
-            raise ch.ConvexHeadsError(f"{why}; {options.checkpoint} is from before the step, --resume goes on after it")
-        return timer.time_elapsed("train")
-    trainer.save_checkpoint(options.checkpoint)
-    if trainer.is_global_zero and best is not None and best.best_model_path:
-        weights = WholeCheckpointIO().load_checkpoint(best.best_model_path)
-        module.load_state_dict(weights["state_dict"])
-    return timer.time_elapsed("train")
+def device(options: Options) -> torch.device:
+    """Where a run computes."""
+    return torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def test(options: Options, data: ImageSet, backbones: Mapping[str, nn.Module]) -> list[report.Row]:
@@ -155,8 +90,8 @@ def measure(
     tasks: Iterable[tuple[int, int]],
 ) -> list[report.Row]:
     """The accuracy of each head on the features of the backbone of that name, for each of the tasks' ways and shots."""
-    device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
-    features, labels, rows = embed(backbone.to(device), data.images.to(device)), data.labels.to(device), []
+    where = device(options)
+    features, labels, rows = embed(backbone.to(where), data.images.to(where)), data.labels.to(where), []
     for (head, own), (ways, shots) in product(heads.items(), tasks):
         result = evaluate(
             own,
@@ -173,8 +108,21 @@ def measure(
     return rows
 
 
-def run(options: Options, test: Callable[..., list[report.Row]] = test) -> list[report.Row]:
+def run(
+    options: Options,
+    test: Callable[..., list[report.Row]] = test,
+    *,
+    deadline: float = math.inf,
+) -> list[report.Row]:
     """Train, evaluate as `test` does, and write everything into the output folder.
+
+    Args:
+        options: of the run.
+        test: evaluates heads on the features of each backbone.
+        deadline: by `time.monotonic()`, when to stop in the middle of the training, to be resumed later.
+
+    Returns:
+        The accuracies; none if the deadline came first, or if this is not the first of several processes.
 
     Raises:
         InputError: an option is unusable, or the data is missing.
@@ -182,57 +130,38 @@ def run(options: Options, test: Callable[..., list[report.Row]] = test) -> list[
     start = time.perf_counter()
     if options.threads:
         torch.set_num_threads(options.threads)
-        os.environ["OMP_NUM_THREADS"] = str(options.threads)  # or Lightning would set another number for DDP
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the other processes
     provenance = report.provenance()
-    first = os.environ.get("LOCAL_RANK", "0") == "0"  # as Lightning tells the processes that it starts
-    if first:
-        os.environ[FIRST_PROCESS] = str(os.getpid())
-    elif FIRST_PROCESS in os.environ:
-        end_with(int(os.environ[FIRST_PROCESS]))
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    if first:
-        prepare(options)
-    data = load(options.dataset, options.root, progress=True)
-    if options.trainval and "val" in data:
-        data["train"] = join(data["train"], data.pop("val"))
-    pl.seed_everything(options.seed, verbose=False)
-    images = data["train"].images
-    module = EpisodicModule(
-        *make_untrained(options.record(), images),
-        ways=options.ways,
-        shots=options.shots,
-        steps=options.total_steps,
-        learning_rate=options.learning_rate,
-        schedule=options.schedule,
-        weight_decay=options.weight_decay,
-        label_smoothing=options.label_smoothing,
-        on_failure=options.on_failure,
-    )
-    backbones = {"meta-trained": module.backbone, "untrained": deepcopy(module.backbone), "none: pixels": Pixels()}
-    training = train(options, data, module)
-    if not first:
-        return []  # the first process does the rest
+    processes = join(options.processes, device(options))
+    try:
+        if processes.first:
+            prepare(options)
+        data = load(options.dataset, options.root, progress=processes.first)
+        if options.trainval and "val" in data:
+            data["train"] = concatenate(data["train"], data.pop("val"))
+        images = data["train"].images
+        torch.manual_seed(options.seed)
+        backbone, head = make_untrained(options.record(), images)
+        untrained = deepcopy(backbone)
+        training = Training(options, backbone, head, episodes(data["train"], options, processes), processes)
+        if options.resume:
+            training.load(options.checkpoint)
+        train(options, data, training, deadline=deadline)
+    finally:
+        leave()
+    if not processes.first or training.step < options.total_steps:
+        return []
     settings = options.record() | {"image_size": images.shape[-1]}
-    save_pretrained(options.folder / "model.safetensors", module.backbone, module.head, settings)
+    save_pretrained(options.folder / "model.safetensors", training.backbone, training.head, settings)
     begin = time.perf_counter()
-    rows = test(options, data["test"], backbones)
+    rows = test(
+        options, data["test"], {"meta-trained": training.backbone, "untrained": untrained, "none: pixels": Pixels()}
+    )
     now = time.perf_counter()
-    seconds = {"training": training, "evaluation": now - begin, "all": now - start}
+    seconds = {"training": training.seconds, "evaluation": now - begin, "all": now - start}
     rounded = {name: round(value, 1) for name, value in seconds.items()}
-    write(options, rows, rounded, provenance, module.failures)
+    write(options, rows, rounded, provenance, training.failures)
     return rows
-
-
-def end_with(process: int) -> None:
-    """End this process soon after its parent ends, whatever it is waiting for: nobody else would end it."""
-
-    def watch() -> None:
-        while os.getppid() == process:
-            time.sleep(1)
-        print("error: the first process is gone, and so this one ends", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def prepare(options: Options) -> None:
@@ -269,13 +198,11 @@ def write_config(options: Options) -> None:
 def _check_checkpoint(options: Options) -> None:
     path, wanted = options.checkpoint, "a complete checkpoint of this run"
     try:
-        checkpoint = storage.load_torch(path)
-    except (OSError, ValueError) as error:
-        raise ch.InputError("resume", f"{path}, damaged: {error}", wanted) from error
-    parts = {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", EpisodicDataModule.__qualname__}
-    if not isinstance(checkpoint, dict) or not parts <= checkpoint.keys():
-        raise ch.InputError("resume", f"{path}, which is none, or not a complete one", wanted)
-    if changed := _changed(options.record(), checkpoint["callbacks"].get(Log.__qualname__, {}).get("options", {})):
+        _, record = storage.load(path, **KIND)
+        saved = record["options"]
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise ch.InputError("resume", f"{path}, damaged or something else: {error}", wanted) from error
+    if changed := _changed(options.record(), saved):
         raise ch.InputError("resume", f"{path}, that of another run ({', '.join(changed)})", wanted)
 
 
@@ -323,6 +250,9 @@ def main(
         options = kind.parse(arguments, description=description)
         try:
             run(options)
+        except KeyboardInterrupt:
+            hope = "; --resume goes on from the last checkpoint" if options.checkpoint.is_file() else ""
+            raise SystemExit(f"interrupted{hope}") from None
         except OSError as error:
             if error.errno not in FULL:
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Integer
@@ -11,6 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from convexheads.errors import InputError, check_counts, check_flag, check_seed, described
 from convexheads.precision import is_dense, is_of_integers, kind
+
+if TYPE_CHECKING:
+    from numpy.random import Generator
 
 
 class EpisodeLoader:
@@ -141,13 +145,30 @@ class EpisodeLoader:
         """
         self.step = state["step"]
 
-    def _episode(self, step: int, task: int) -> Tensor:
+    def indices(self, step: int) -> Integer[Tensor, "tasks n"]:
+        """Which samples the episodes of a step have, for samples that lie elsewhere, such as on a GPU.
+
+        Args:
+            step: counted from 0 over all passes.
+
+        Returns:
+            Indices into the samples, int64 on the CPU, `(tasks, ways * (shots + queries))`, class by class; of several
+                processes, this one's tasks.
+        """
+        return torch.stack([self._draw(step, task)[0] for task in range(self.rank, self.tasks, self.processes)])
+
+    def _draw(self, step: int, task: int) -> tuple[Tensor, Generator]:
+        """The samples of an episode, and the generator for what else is drawn for it."""
         import numpy as np
 
         draw = np.random.default_rng([self.seed, step, task])
         classes = draw.choice(len(self.members), self.ways, replace=False)
         chosen = [draw.choice(self.members[label], self.each, replace=False) for label in classes]
-        samples = self.samples[torch.from_numpy(np.concatenate(chosen))]
+        return torch.from_numpy(np.concatenate(chosen)), draw
+
+    def _episode(self, step: int, task: int) -> Tensor:
+        chosen, draw = self._draw(step, task)
+        samples = self.samples[chosen]
         if self.augment is None:
             return samples
         with torch.random.fork_rng(devices=[]):  # which torchvision draws from

@@ -1,4 +1,4 @@
-"""Few-shot image data in memory as uint8 tensors, its augmentation, and learn2learn's tasks of it."""
+"""Few-shot image data in memory as uint8 tensors, its augmentation, its episodes, and learn2learn's tasks of it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ from benchmarks import require_modules
 
 require_modules("numpy", "PIL", "tqdm")
 
+from benchmarks.data.augmentation import AUGMENTATIONS, augmentation
 from benchmarks.data.datasets import DATASETS, load, split_classes
-from benchmarks.data.episodes import AUGMENTATIONS, augmentation, taskset
+from benchmarks.data.episodes import Episodes, taskset
 from benchmarks.data.images import ImageSet, join
 
-__all__ = ["AUGMENTATIONS", "DATASETS", "ImageSet", "augmentation", "join", "load", "split_classes", "taskset"]
+__all__ = [
+    "AUGMENTATIONS",
+    "DATASETS",
+    "Episodes",
+    "ImageSet",
+    "augmentation",
+    "join",
+    "load",
+    "split_classes",
+    "taskset",
+]

@@ -1,41 +1,103 @@
-"""What is done to images in training, and learn2learn's way to the same episodes."""
+"""The episodes of a training, made on the device that trains, and learn2learn's way to the same episodes."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from benchmarks import require_modules
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.data.augmentation import augmentation, to_device
 from benchmarks.data.images import ImageSet
-from convexheads.errors import InputError
+from convexheads.episodes import Episode
 from convexheads.integrations import require
+from convexheads.loader import EpisodeLoader
 
 if TYPE_CHECKING:
     from learn2learn.data import Taskset
-    from torchvision.transforms import v2
-
-AUGMENTATIONS = ("none", "flip-crop", "flip-crop-jitter")
-"""What is done to training images; the last is Section 4.1 of Lee et al. 2019."""
 
 
-def augmentation(name: str, size: tuple[int, int]) -> v2.Transform | None:
-    """The random transform of that name for images of that height and width; None for none.
+class Episodes:
+    """A batch of episodes for each training step, gathered and augmented on the device that trains.
 
-    Flips to left and right, crops from a frame of zeros an eighth of the image wide, and changes of brightness,
-    contrast and saturation by up to 40 % (the strength is that of the authors' published code).
+    The images lie on the device. What is random is drawn on the CPU, from the seed and the step alone: so every device,
+    every number of processes and every resumption sees the same episodes with the same augmentation. No step waits for
+    the device.
+
+    Args:
+        data: images and labels to draw from.
+        ways: classes of an episode.
+        shots: support images per class.
+        queries: query images per class.
+        tasks: episodes of a step, over all processes.
+        seed: of all draws.
+        augment: one of `AUGMENTATIONS`.
+        device: where the batches are made. Default: the CPU.
+        rank: which of the processes this one is. Default 0.
+        processes: how many share each step. Default 1.
+
+    Attributes:
+        labels: of the episodes of every step, class by class, int64 `(tasks, ways * (shots + queries))`.
 
     Raises:
-        InputError: no such augmentation.
-        MissingDependencyError: torchvision is not installed.
+        InputError: a size is not positive, there is no such augmentation, or `data` has too few classes or images.
     """
-    if name not in AUGMENTATIONS:
-        raise InputError("augment", repr(name), f"one of {', '.join(AUGMENTATIONS)}")
-    if name == "none":
-        return None
-    require_modules("torchvision")  # the quickstart does without it
-    from torchvision.transforms import v2
 
-    jitter = [v2.ColorJitter(0.4, 0.4, 0.4)] if name.endswith("jitter") else []
-    return v2.Compose([v2.RandomCrop(size, padding=size[0] // 8), *jitter, v2.RandomHorizontalFlip()])
+    def __init__(
+        self,
+        data: ImageSet,
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        tasks: int,
+        seed: int,
+        augment: str,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.device, self.ways, self.shots = torch.device(device), ways, shots
+        self.images = data.images.to(self.device)
+        self.augmentation = augmentation(augment)
+        self.loader = EpisodeLoader(
+            data.images,
+            data.labels,
+            ways=ways,
+            shots=shots,
+            queries=queries,
+            tasks=tasks,
+            seed=seed,
+            classes=data.classes,
+            rank=rank,
+            processes=processes,
+        )
+        own, each = tasks // processes, shots + queries
+        self.labels = torch.arange(ways, device=self.device).repeat_interleave(each).expand(own, -1)
+
+    def batch(self, step: int) -> Tensor:
+        """The images of a step, class by class, uint8 `(tasks, ways * (shots + queries), channels, height, width)`."""
+        indices = self.loader.indices(step)
+        images = self.images[to_device(indices.flatten(), self.device)]
+        if self.augmentation is not None:
+            loader, (height, width) = self.loader, images.shape[-2:]
+            random = np.random.default_rng([loader.seed, step, loader.tasks])  # the tasks have the numbers below
+            count = loader.tasks * indices.shape[1]
+            draws = self.augmentation.draw(count, height, width, random)
+            own = (each.unflatten(0, (loader.tasks, -1))[loader.rank :: loader.processes] for each in draws)
+            draws = draws._make(each.flatten(0, 1) for each in own)
+            images = self.augmentation(images, draws.to(self.device))
+        return images.unflatten(0, tuple(indices.shape))
+
+    def split(self, features: Tensor) -> Episode:
+        """Split the features of a batch, `(tasks, ways * (shots + queries), d)`, into support and query."""
+        parts = []
+        for values in (features, self.labels):
+            by_class = values.unflatten(1, (self.ways, -1))
+            parts += [by_class[:, :, : self.shots].flatten(1, 2), by_class[:, :, self.shots :].flatten(1, 2)]
+        support, query, support_labels, query_labels = parts
+        return Episode(support, support_labels, query, query_labels)
 
 
 def taskset(data: ImageSet, *, ways: int, samples: int) -> Taskset:

@@ -6,16 +6,14 @@ Needs the package `pytorch_lightning`, whose classes are not those of `lightning
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, distributed, nn, optim
-from torch.nn import functional
 
 from convexheads import storage
 from convexheads.episodes import split_task
@@ -23,6 +21,15 @@ from convexheads.errors import InputError, SolverError
 from convexheads.heads.base import Head
 from convexheads.integrations import require
 from convexheads.loader import EpisodeLoader
+from convexheads.training import (
+    SCHEDULES,
+    EpisodeLoss,
+    OnFailure,
+    episode_loss,
+    refuse,
+    tasks_with_bad_values,
+    where,
+)
 
 require(
     "pytorch_lightning",
@@ -32,31 +39,9 @@ require(
     extra="lightning",
     needed_by="convexheads.integrations.lightning",
 )
-require("torchmetrics", "torchmetrics", "1", "2", extra="lightning", needed_by="convexheads.integrations.lightning")
 
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from torchmetrics.functional.classification import multiclass_accuracy
-
-
-def _paper(progress: float) -> float:
-    return next(factor for end, factor in ((1 / 3, 1.0), (2 / 3, 0.06), (5 / 6, 0.012), (2, 0.0024)) if progress < end)
-
-
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
-    "paper": _paper,
-    "constant": lambda _: 1.0,
-}
-"""By what to multiply the learning rate, from the share of the training that is done.
-
-"cosine" falls to zero along one cosine, "constant" stays. "paper" is that of Lee et al. 2019 (Section 4.1), whose 0.1,
-0.006, 0.0012 and 0.00024 change after 20, 40 and 50 of 60 epochs.
-"""
-
-
-OnFailure = Literal["raise", "skip", "stop"]
-"""What `EpisodicModule` does with a step that it can't take."""
 
 _log = logging.getLogger(__name__)
 
@@ -205,7 +190,7 @@ class EpisodicModule(pl.LightningModule):
         tasks = [step.rank + task * step.processes for task in tasks or range(batch[1].shape[:-1].numel())]
         self._failed = self._failed or {"step": step.number, "tasks": tasks, "cause": cause}
         if self.on_failure == "raise":
-            _refuse(self._failed, error)
+            refuse(self._failed, error)
         # Through the backbone, where other processes may wait for this one, and straight to every parameter.
         return torch.nan * sum(
             (value.sum() for value in (features, *self.parameters()) if value.requires_grad), features.new_zeros(())
@@ -239,7 +224,7 @@ class EpisodicModule(pl.LightningModule):
 
     def _fail(self, failures: list[dict[str, Any]], before: dict[str, Tensor], optimizer: optim.Optimizer) -> None:
         if self.on_failure == "raise":
-            _refuse(failures[0])
+            refuse(failures[0])
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, value in self.named_buffers():
@@ -248,7 +233,7 @@ class EpisodicModule(pl.LightningModule):
         self.failures += failures
         for failure in failures if self.trainer.is_global_zero else ():
             does = "the training stops before" if self.on_failure == "stop" else "skipped"
-            _log.warning("%s %s (%s)", does, _where(failure), failure["cause"])
+            _log.warning("%s %s (%s)", does, where(failure), failure["cause"])
         if self.on_failure == "stop":
             self.trainer.should_stop = True
 
@@ -303,20 +288,9 @@ class EpisodicModule(pl.LightningModule):
         # Of a trainer with mixed precision: logits are as precise as features.
         return features.float() if features.dtype.itemsize < 4 else features
 
-    def _episodes(self, features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """The loss, what is logged, and the logits."""
+    def _episodes(self, features: Tensor, labels: Tensor) -> EpisodeLoss:
         episode = split_task(features, labels, shots=self.shots)
-        fitted = self.head.fit(episode.support, episode.support_labels, ways=self.ways)
-        logits, targets = fitted(episode.query), episode.query_labels.flatten()
-        flat = logits.flatten(0, -2)
-        loss = functional.cross_entropy(flat, targets, label_smoothing=self.label_smoothing)
-        metrics = {"loss": loss, "accuracy": multiclass_accuracy(flat, targets, self.ways, average="micro")}
-        if fitted.solution is not None:
-            metrics["gap"] = fitted.solution.gap.max()
-            metrics["certified"] = fitted.solution.converged.float().mean()
-            if fitted.solution.iterations is not None:
-                metrics["iterations"] = fitted.solution.iterations.float().mean()
-        return loss, metrics, logits
+        return episode_loss(self.head, episode, ways=self.ways, label_smoothing=self.label_smoothing)
 
     def configure_optimizers(self) -> Any:
         """SGD with Nesterov momentum on all parameters, and the schedule, step by step."""
@@ -335,23 +309,8 @@ class EpisodicModule(pl.LightningModule):
 
 def _unusable(labels: Tensor, *values: Tensor) -> list[int]:
     """The tasks with values that are not finite, in the first of several tensors `(*tasks, ...)` that has any."""
-    for each in values:
-        bad = (~each.isfinite()).flatten(labels.ndim - 1).any(-1).flatten().nonzero().flatten().tolist()
-        if bad:
-            return bad
-    return []
-
-
-def _where(failure: dict[str, Any]) -> str:
-    tasks = ", ".join(map(str, failure["tasks"]))
-    return f"step {failure['step']}" + (f", task {tasks}" if tasks else "")
-
-
-def _refuse(failure: dict[str, Any], error: Exception | None = None) -> NoReturn:
-    if isinstance(error, SolverError):
-        raise SolverError(f"{_where(failure)}: {error}", error.solution) from error
-    wanted = "finite values, or another on_failure: 'skip' goes on without the step, 'stop' ends before it"
-    raise InputError("batch", f"{_where(failure)} ({failure['cause']})", wanted) from error
+    found = (tasks_with_bad_values(each, labels.ndim - 1) for each in values)
+    return next(filter(None, found), [])
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

@@ -1,0 +1,125 @@
+"""Random changes of training images, a whole batch at once, on the device where the images are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from convexheads.errors import InputError
+
+AUGMENTATIONS = ("none", "flip-crop", "flip-crop-jitter")
+"""What is done to training images; the last is Section 4.1 of Lee et al. 2019."""
+
+STRENGTH = 0.4
+"""By which share brightness, contrast and saturation change at most, as in the authors' published code."""
+
+BRIGHTNESS, CONTRAST, SATURATION = range(3)
+
+
+class Draws(NamedTuple):
+    """What is drawn for each image, so that it can be drawn on one device and applied on another.
+
+    Attributes:
+        top: row of the frame where the crop begins, int64 `(n,)`.
+        left: likewise the column.
+        flipped: whether left and right are exchanged, bool `(n,)`.
+        factors: of brightness, contrast and saturation, `(n, 3)`; 1 changes nothing. Float64.
+        order: in which these three are changed, int64 `(n, 3)`.
+    """
+
+    top: Tensor
+    left: Tensor
+    flipped: Tensor
+    factors: Tensor
+    order: Tensor
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device. The copy to a GPU does not wait for it."""
+        return self._make(to_device(each, device) for each in self)
+
+
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the CPU to a device without waiting for the device."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Crops from a frame of zeros, changes of color, and flips, for each image on its own.
+
+    The same as torchvision's `RandomCrop(size, padding=height // 8)`, `ColorJitter(0.4, 0.4, 0.4)` and
+    `RandomHorizontalFlip()` one after the other, in distribution, and with the same draws also in value (but for a
+    level of rounding, now and then). What differs: torchvision draws once for a whole batch.
+
+    Args:
+        jitter: whether brightness, contrast and saturation change.
+    """
+
+    jitter: bool
+
+    def draw(self, count: int, height: int, width: int, random: np.random.Generator) -> Draws:
+        """Draw what to do to so many images of that height and width, on the CPU."""
+        frame = 2 * (height // 8) + 1
+        factors, order = np.ones((count, 3)), np.tile(np.arange(3), (count, 1))
+        corners = random.integers(frame, size=(2, count))
+        flipped = random.random(count) < 0.5
+        if self.jitter:
+            factors = random.uniform(1 - STRENGTH, 1 + STRENGTH, (count, 3))
+            order = random.permuted(order, axis=1)
+        return Draws(*map(torch.from_numpy, (*corners, flipped, factors, order)))
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        """Images as they were drawn to be.
+
+        Args:
+            images: uint8 `(n, channels, height, width)`, of 1 or 3 channels.
+            draws: of `draw`, on the device of the images.
+
+        Returns:
+            The same shape and type, in PyTorch's memory format `channels_last`.
+        """
+        height, width = images.shape[-2:]
+        framed = functional.pad(images, [height // 8] * 4)
+        rows = torch.arange(height, device=images.device)
+        columns = torch.arange(width, device=images.device)
+        columns = torch.where(draws.flipped[:, None], columns.flip(0), columns)
+        rows, columns = draws.top[:, None] + rows, draws.left[:, None] + columns
+        each = torch.arange(len(images), device=images.device)[:, None, None]
+        cropped = framed[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        return self._jittered(cropped, draws) if self.jitter else cropped
+
+    def _jittered(self, images: Tensor, draws: Draws) -> Tensor:
+        """Blend each image with black, its mean gray and its gray version, in the order that was drawn.
+
+        Values are cut to whole levels after each change, as torchvision does it.
+        """
+        values = images.float()
+        for change in draws.order.unbind(1):
+            factor = draws.factors.gather(1, change[:, None])[:, 0]
+            if values.shape[1] == 1:  # gray images have no saturation
+                gray = values
+                factor = torch.where(change == SATURATION, 1, factor)
+            else:
+                red, green, blue = values.unbind(1)
+                gray = red.mul(0.2989).add(green, alpha=0.587).add(blue, alpha=0.114).floor().unsqueeze(1)
+            change, factor = change[:, None, None, None], factor[:, None, None, None]
+            mean = gray.mean((1, 2, 3), keepdim=True)
+            other = torch.where(change == CONTRAST, mean, gray).masked_fill(change == BRIGHTNESS, 0)
+            values = torch.addcmul(values * factor.float(), other, (1 - factor).float()).clamp(0, 255).floor()
+        return values.to(torch.uint8)
+
+
+def augmentation(name: str) -> Augmentation | None:
+    """The augmentation of that name; None for none.
+
+    Raises:
+        InputError: there is no such augmentation.
+    """
+    if name not in AUGMENTATIONS:
+        raise InputError("augment", repr(name), f"one of {', '.join(AUGMENTATIONS)}")
+    return None if name == "none" else Augmentation(jitter=name.endswith("jitter"))
