@@ -68,6 +68,7 @@ class Training:
         self.head = head.to(self.device).train()
         if processes.count > 1 and self.device.type == "cuda":
             self.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(self.backbone)
+        torch.backends.cudnn.benchmark = True  # every step has the same sizes: cuDNN may look for its fastest way
         self.network: Callable[[Tensor], Tensor] = self.backbone
         if (mode := options.compilation(self.device)) != "none":
             self.network = torch.compile(self.backbone, mode=mode)
@@ -150,7 +151,8 @@ class Training:
     def _told(self, found: EpisodeLoss, features: Tensor, bad: Tensor, failed: Tensor) -> Tensor:
         """What `_read` reads: numbers, and for each task whether its features and its logits are finite."""
         unknown = torch.full_like(found.loss, torch.nan)
-        metrics = [found.metrics.get(name, unknown) for name in METRICS]
+        told = found.metrics | {"loss": found.loss.detach()}
+        metrics = [told.get(name, unknown) for name in METRICS]
         gradient = torch.where(bad.any(), bad.float().argmax(), -1)
         numbers = torch.stack([value.double() for value in (*metrics, failed, gradient)])
         finite = [value.isfinite().flatten(1).all(1).double() for value in (features, found.logits)]

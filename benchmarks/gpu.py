@@ -1,0 +1,444 @@
+"""Everything that needs a GPU, most valuable first, within the minutes that there are.
+
+python -m benchmarks.gpu --minutes 12 --data-root DIR --output OUT    # again to go on where the last call ended
+python -m benchmarks.gpu --pack DIR2 --data-root DIR                  # data that fits through a narrow door
+python -m benchmarks.gpu --unpack OUT                                 # on the machine at home
+python -m benchmarks.gpu --smoke                                      # every stage with tiny sizes, on any machine
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import report
+from benchmarks.data import ImageSet
+from benchmarks.loop import Training
+from benchmarks.options import Options, read_settings
+from benchmarks.processes import Processes
+from benchmarks.train import device, episodes, run
+from convexheads import storage
+from convexheads.errors import ConvexHeadsError
+from convexheads.pretrained import make_untrained
+
+CONFIGS = Path(__file__).parent / "configs"
+PART = 15_000_000
+"""Bytes of the largest file that comes home."""
+PAPER = 60_000
+SHORT = 10_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A training of the queue.
+
+    Attributes:
+        name: the folder of its results.
+        config: the configuration that it starts from, below `benchmarks/configs`.
+        changes: options that are other than there.
+    """
+
+    name: str
+    config: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def options(self, **more: Any) -> Options:
+        """The options of the run."""
+        settings = read_settings(CONFIGS / f"{self.config}.yaml") | self.changes | more
+        return Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()})
+
+
+def _table4() -> Iterator[Entry]:
+    """The rows of Table 4 on CIFAR-FS: each adds what its name says last."""
+    plain = {"augment": "none", "weight_decay": 0.0, "dropblock": "none", "steps": SHORT}
+    added: dict[str, dict[str, Any]] = {
+        "augmentation": {"augment": "flip-crop-jitter"},
+        "decay": {"weight_decay": 5e-4},
+        "dropblock": {"dropblock": "paper"},
+        "smoothing": {"label_smoothing": 0.1},
+        "trainval": {"trainval": True},
+    }
+    base = "table2/cifar-fs_resnet12_svm"
+    yield Entry("table4_cifar-fs_resnet12_svm-none", base, plain)
+    yield Entry("table4_cifar-fs_resnet12_svm-decay", base, plain | added["decay"])
+    names, changes = "", plain
+    for name, change in added.items():
+        names, changes = f"{names}-{name}", changes | change
+        yield Entry(f"table4_cifar-fs_resnet12_svm{names}", base, changes)
+
+
+def _queue() -> Iterator[Entry]:
+    first = [
+        Entry(f"table2_cifar-fs_resnet12_{name}", f"table2/cifar-fs_resnet12_{name}")
+        for name in ("svm", "ridge", "prototypes-5-shot", "prototypes-1-shot")
+    ]
+    yield from first
+    yield Entry("table2_cifar-fs_r2d2_ridge", "table2/cifar-fs_resnet12_ridge", {"backbone": "r2d2"})
+    for name in ("svm", "ridge", "prototypes-5-shot", "prototypes-1-shot"):
+        yield Entry(f"table2_fc100_resnet12_{name}", f"table2/fc100_resnet12_{name}")
+    yield from _table4()
+    for head in ("svm", "prototypes"):
+        for shots in (1, 5, 10, 15):
+            name = f"cifar-fs_resnet12_{head}-{shots}-shot"
+            yield Entry(f"figure2_{name}", f"figure2/{name}", {"steps": SHORT})
+    for dataset in ("cifar-fs", "fc100"):
+        name = f"{dataset}_resnet12_svm-trainval"
+        yield Entry(f"table2_{name}", f"table2/{name}")
+    for seed in (1, 2):
+        yield from (Entry(f"{each.name}-seed-{seed}", each.config, {"seed": seed}) for each in first[:3])
+
+
+QUEUE = tuple(_queue())
+"""The trainings, most valuable first."""
+SMOKE_QUEUE = (
+    Entry("smoke_svm", "table2/cifar-fs_resnet12_svm"),
+    Entry("smoke_ridge", "table2/cifar-fs_resnet12_ridge"),
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to take the steps of the training path.
+
+    Attributes:
+        name: in the table.
+        precision: of the backbone.
+        compile: how `torch.compile` treats the backbone.
+        channels_last: whether the weights are in that memory format; images always are.
+    """
+
+    name: str
+    precision: Literal["float32", "bfloat16"]
+    compile: Literal["none", "default", "reduce-overhead"]
+    channels_last: bool = True
+
+
+VARIANTS = (
+    Variant("eager, float32", "float32", "none", channels_last=False),
+    Variant("eager", "bfloat16", "none", channels_last=False),
+    Variant("channels_last", "bfloat16", "none"),
+    Variant("compiled", "bfloat16", "default"),
+    Variant("captured", "bfloat16", "reduce-overhead"),
+)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A call of this script.
+
+    Attributes:
+        output: folder for all results.
+        data_root: folder of the data.
+        deadline: by `time.monotonic()`.
+        smoke: whether all sizes are tiny.
+        queue: the trainings.
+        compile: how `torch.compile` treats the backbone of the trainings; None for what is usual.
+    """
+
+    output: Path
+    data_root: Path | None
+    deadline: float
+    smoke: bool
+    queue: tuple[Entry, ...]
+    compile: Any = None
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+    def command(self, name: str, *arguments: str) -> str:
+        """Run a command of Python unless that is done; its output goes to a file, and how it ended is returned."""
+        path, end_of = self.output / f"{name}.txt", self.output / f"{name}.end"
+        if end_of.is_file():
+            return end_of.read_text().strip()
+        with path.open("w") as file:
+            try:
+                done = subprocess.run(
+                    [sys.executable, *arguments], stdout=file, stderr=subprocess.STDOUT, timeout=max(1, self.left)
+                )
+                end = f"exit status {done.returncode}"
+            except subprocess.TimeoutExpired:
+                return "the time was up"
+        lines = path.read_text(errors="replace").splitlines()
+        end_of.write_text(f"{end}: {lines[-1] if lines else 'no output'}\n")
+        return end_of.read_text().strip()
+
+
+def tests(session: Session) -> str:
+    """The tests that need a GPU."""
+    collect = ["--collect-only", "-q"] if session.smoke else []
+    return session.command("tests", "-m", "pytest", "-m", "gpu", "--no-header", "-p", "no:cacheprovider", *collect)
+
+
+def solvers(session: Session) -> str:
+    """The times of the SVM's solvers beside ridge regression and qpth, where that is installed."""
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = ["[5w1s]", "--repeats", "1"] if session.smoke else ["[5w1s,5w5s,20w5s]", "--repeats", "5"]
+    names = ["--names", "[ridge,native,native in torch]", "--device", where, "--threads", "4"]
+    output = str(session.output / "solvers")
+    return session.command("solvers", "-m", "benchmarks.solvers", "--sizes", *sizes, *names, "--output", output)
+
+
+def speed(session: Session) -> str:
+    """Steps per second of the training path by variant, against what the arithmetic allows."""
+    path = session.output / "speed" / "speed.json"
+    entry = session.queue[0]
+    steps, warmup = (2, 1) if session.smoke else (100, 12)
+    where = device(Options())
+    peak = _peak(where, 256 if session.smoke else 8192)
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["results"] if path.is_file() else []
+    known = {(row["variant"], row["head"]) for row in rows}
+    todo = [(variant, head) for variant in VARIANTS for head in ("svm", "prototypes")]
+    flop = None
+    for variant, head in todo:
+        if (variant.name, head) in known or session.left < (0 if session.smoke else 60):
+            continue
+        if session.smoke and variant.compile != "none" and (head != "svm" or variant.name == "captured"):
+            continue  # compiling takes a minute; on the CPU nothing is captured
+        changes = {"precision": variant.precision, "compile": variant.compile, "head": head}
+        options = _small(entry.options(**changes)) if session.smoke else entry.options(**changes)
+        training = _on_noise(options, channels_last=variant.channels_last)
+        flop = flop or _flop(training)
+        times = _time(training, steps, warmup)
+        rows.append({"variant": variant.name, "head": head, "ms": times[0], "first_step_s": times[1]} | changes)
+        floor = 1e3 * flop / peak
+        origin = report.provenance()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {"results": rows, "flop": flop, "peak_flop_per_s": peak, "floor_ms": floor, "steps": steps, **origin}
+        storage.write(path, (json.dumps(record, indent=2) + "\n").encode())
+        _write_speed(rows, record, path.with_suffix(".md"))
+        del training
+        torch.cuda.empty_cache()
+    best = min(rows, key=lambda row: row["ms"])
+    return f"{1e3 / best['ms']:.1f} steps per second at best ({best['variant']}, {best['head']})"
+
+
+def _write_speed(rows: list[dict[str, Any]], record: dict[str, Any], path: Path) -> None:
+    table = Table(title="Training steps of the paper's recipe", title_justify="left")
+    for column in ("variant", "head", "ms a step", "steps per second", "of the peak, %", "first step, s"):
+        table.add_column(column, justify="left" if column in ("variant", "head") else "right")
+    for row in rows:
+        share = 100 * record["floor_ms"] / row["ms"]
+        numbers = (f"{row['ms']:.2f}", f"{1e3 / row['ms']:.1f}", f"{share:.0f}", f"{row['first_step_s']:.0f}")
+        table.add_row(row["variant"], row["head"], *numbers)
+    machine, versions = record["machine"], record["versions"]
+    note = (
+        f"{machine['accelerator'] or machine['processor']}, torch {versions['torch']}; means of {record['steps']} "
+        f"steps in a row, each with drawing, gathering and augmenting images. A step has {record['flop'] / 1e12:.2f} "
+        f"TFLOP, for which {record['peak_flop_per_s'] / 1e12:.0f} TFLOP/s, measured on a product of large bfloat16 "
+        f"matrices, would need {record['floor_ms']:.2f} ms. Made by `python -m benchmarks.gpu`."
+    )
+    Console().print(table, note)
+    report.write_markdown(table, note, path)
+
+
+def _small(options: Options) -> Options:
+    """The same with a network and numbers that take seconds anywhere."""
+    return replace(
+        options,
+        dataset="digits",
+        backbone="conv4",
+        steps=4,
+        tasks=2,
+        queries=2,
+        shots=2,
+        validate_every=2,
+        validation_episodes=4,
+        test_episodes=8,
+        checkpoint_every=1,
+    )
+
+
+def _on_noise(options: Options, *, channels_last: bool) -> Training:
+    """A training on images of noise."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (64 * 30, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    data = ImageSet(images, torch.arange(len(images)) % 64, tuple(map(str, range(64))))
+    torch.manual_seed(0)
+    training = Training(
+        options, *make_untrained(options.record(), images), episodes(data, options, Processes()), Processes()
+    )
+    if not channels_last:
+        training.backbone.to(memory_format=torch.contiguous_format)
+    return training
+
+
+def _flop(training: Training) -> int:
+    """Floating-point operations of the backbone's forward and backward pass in a step."""
+    images = training.episodes.batch(0).flatten(0, 1)
+    with FlopCounterMode(display=False) as counter:
+        training.backbone(images).sum().backward()
+    return counter.get_total_flops()
+
+
+def _time(training: Training, steps: int, warmup: int) -> tuple[float, float]:
+    """Milliseconds of a step, with its images and the reading of what it tells; and seconds of the first one."""
+    begin = time.perf_counter()
+    images = training.episodes.batch(0)
+    first = 0.0
+    for step in range(warmup + steps):
+        if step == warmup:
+            begin = report.now(images)
+        training.take(images)
+        images = training.episodes.batch(step + 1)
+        if training.step % training.interval == 0:
+            training.read()
+        if step == 0:
+            first = report.now(images) - begin
+    return 1e3 * (report.now(images) - begin) / steps, first
+
+
+def _peak(where: torch.device, size: int) -> float:
+    """Floating-point operations per second of a product of bfloat16 matrices."""
+    left, right = (torch.randn(size, size, device=where, dtype=torch.bfloat16) for _ in range(2))
+    times = []
+    for _ in range(8):
+        begin = report.now(left)
+        left @ right
+        times.append(report.now(left) - begin)
+    return 2 * size**3 / sorted(times)[2]
+
+
+def trainings(session: Session) -> str:
+    """The queue, each training from its last checkpoint."""
+    finished = 0
+    for entry in session.queue:
+        folder = session.output / entry.name
+        if (folder / "result.json").is_file():
+            finished += 1
+            continue
+        if session.left < 20:
+            break
+        more = {"data_root": session.data_root, "output": folder, "compile": session.compile}
+        options = entry.options(precision="bfloat16", checkpoint_every=2000, **more)
+        if session.smoke:
+            options = _small(options)
+        options = replace(options, resume=options.checkpoint.is_file())
+        try:
+            rows = run(options, deadline=session.deadline - (0 if session.smoke else 15))
+        except ConvexHeadsError as error:
+            print(f"{entry.name}: {error}", flush=True)  # the other trainings go on
+            continue
+        finished += bool(rows)
+    return f"{finished} of {len(session.queue)} trainings are finished"
+
+
+STAGES: dict[str, Callable[[Session], str]] = {
+    "tests": tests,
+    "speed": speed,
+    "solvers": solvers,
+    "trainings": trainings,
+}
+"""In the order of their value."""
+
+
+def bring_home(output: Path) -> list[Path]:
+    """Write everything but checkpoints into parts of one archive, weights with half the digits.
+
+    Returns:
+        The parts, `OUT/home/part-NN`.
+    """
+    archive = BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for path in sorted(output.rglob("*")):
+            name = path.relative_to(output)
+            if not path.is_file() or {"checkpoints", "tensorboard", "home"} & set(name.parts):
+                continue
+            content = _halved(path) if path.name == "model.safetensors" else path.read_bytes()
+            information = tarfile.TarInfo(str(name))
+            information.size = len(content)
+            tar.addfile(information, BytesIO(content))
+    folder, content = output / "home", archive.getvalue()
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    parts = []
+    for number, start in enumerate(range(0, len(content), PART)):
+        parts.append(folder / f"part-{number:02}")
+        storage.write(parts[-1], content[start : start + PART])
+    return parts
+
+
+def take_home(folder: Path, output: Path) -> list[str]:
+    """Join the parts that `bring_home` wrote and unpack them; returns the names of the files."""
+    content = b"".join(path.read_bytes() for path in sorted(folder.glob("part-*")))
+    with tarfile.open(fileobj=BytesIO(content), mode="r:") as tar:
+        tar.extractall(output, filter="data")
+        return tar.getnames()
+
+
+def _halved(path: Path) -> bytes:
+    """Weights of which the large ones are in float16; `load_pretrained` reads them as they are."""
+    key = {"key": "settings", "needed_by": "benchmarks.gpu"}
+    tensors, settings = storage.load(path, **key)
+    half = {
+        name: value.half() if value.ndim > 1 and value.is_floating_point() else value for name, value in tensors.items()
+    }
+    small = path.with_name(".half.safetensors")
+    try:
+        storage.save(small, half, settings, **key)
+        return small.read_bytes()
+    finally:
+        small.unlink(missing_ok=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--minutes", type=float, default=12.0, help="time for all stages")
+    parser.add_argument("--data-root", type=Path | None, default=None, help="folder of the data, packed or not")
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder for all results")
+    parser.add_argument(
+        "--stages", type=list[Literal[tuple(STAGES)]], default=list(STAGES), help="which, in this order"
+    )
+    parser.add_argument("--only", type=list[str], default=[], help="names of the trainings; all unless given")
+    parser.add_argument("--compile", type=str | None, default=None, help="mode of torch.compile in the trainings")
+    parser.add_argument("--smoke", action="store_true", help="every stage with tiny sizes, on any machine")
+    parser.add_argument("--pack", type=Path | None, default=None, help="write the data there in small files, and end")
+    parser.add_argument("--unpack", type=Path | None, default=None, help="unpack what came home there, and end")
+    chosen = parser.parse_args(arguments)
+    if chosen.pack:
+        from benchmarks.data.sheets import pack
+
+        for dataset in ("cifar-fs", "fc100"):
+            pack(dataset, chosen.data_root, chosen.pack, progress=True)
+        return
+    if chosen.unpack:
+        print(*take_home(chosen.unpack / "home", chosen.unpack), sep="\n")
+        return
+    queue = SMOKE_QUEUE if chosen.smoke else tuple(e for e in QUEUE if not chosen.only or e.name in chosen.only)
+    deadline = time.monotonic() + 60 * chosen.minutes
+    session = Session(chosen.output, chosen.data_root, deadline, chosen.smoke, queue, chosen.compile)
+    session.output.mkdir(parents=True, exist_ok=True)
+    for name in chosen.stages:
+        if session.left < 10:
+            print(f"{name}: no time left", flush=True)
+            continue
+        begin = time.monotonic()
+        said = STAGES[name](session)
+        print(f"{name}: {said} ({time.monotonic() - begin:.0f} s)", flush=True)
+    parts = bring_home(session.output)
+    unfinished = [entry.name for entry in queue if not (session.output / entry.name / "result.json").is_file()]
+    print(f"To bring home: {', '.join(str(part) for part in parts)}")
+    print(f"Next: {unfinished[0] if unfinished else 'nothing is left'}; call this again to go on")
+
+
+if __name__ == "__main__":
+    main()
