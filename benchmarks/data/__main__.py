@@ -1,8 +1,9 @@
-"""List the data sets, or verify a copy of one: classes, numbers of images, sizes and checksums.
+"""List the data sets, verify a copy of one (classes, numbers of images, sizes, checksums), or pack it into few files.
 
 python -m benchmarks.data list
 python -m benchmarks.data verify cifar-fs --data-root DIR
 python -m benchmarks.data verify miniimagenet --splits '[test]' --data-root DIR
+python -m benchmarks.data pack --dataset cifar-fs --data-root DIR --output PACKED
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from pathlib import Path
 from typing import Literal
 
 import jsonargparse
+from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
 from benchmarks.data.datasets import CATALOGUE, LISTS, SPLITS, Entry, check_splits, look, present, split_classes
+from benchmarks.data.sheets import pack
 from benchmarks.data.sources import Source, open_image
 from convexheads.errors import InputError
 
@@ -80,7 +83,7 @@ def survey(entry: Entry, source: Source, split: str, *, progress: bool = False) 
         groups[group].update(b"".join(sorted(digests)))
         if faults:
             unsound.add(group)
-        result.faults += faults
+        result.faults += dict.fromkeys(faults)  # a damaged sheet has the same fault in every image
     result.digests = {group: digest.hexdigest() for group, digest in groups.items() if group not in unsound}
     return result
 
@@ -166,6 +169,17 @@ def _parser() -> jsonargparse.ArgumentParser:
     command.add_argument("--data-root", type=Path | None, default=None, help=text)
     text = "the splits that should be there, as in '[test]'"
     command.add_argument("--splits", type=tuple[Literal[SPLITS], ...], default=SPLITS, help=text)
+    text = "write a data set's images, without loss, into few files of limited size, which are read like the originals"
+    command = jsonargparse.ArgumentParser(description=text)
+    commands.add_subcommand("pack", command, help=text)
+    command.add_argument("--dataset", type=Literal[tuple(CATALOGUE)], required=True, help="the data set")
+    text = "folder of the data, only read; else variable CONVEXHEADS_DATA"
+    command.add_argument("--data-root", type=Path | None, default=None, help=text)
+    command.add_argument("--output", type=Path, required=True, help="folder to write to, below which it has its own")
+    text = "the splits to write, as in '[test]'"
+    command.add_argument("--splits", type=tuple[Literal[SPLITS], ...], default=SPLITS, help=text)
+    text = "how large a file may be, in MB of 1,000,000 bytes"
+    command.add_argument("--part-size", type=PositiveInt, default=40, help=text)
     return parser
 
 
@@ -177,13 +191,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(table)
         console.print(layouts, markup=False, highlight=False, soft_wrap=True)
         return
-    chosen = options.verify
-    entry, root = CATALOGUE[chosen.dataset], chosen.data_root or os.environ.get("CONVEXHEADS_DATA")
+    chosen = options[options.command]
+    root = chosen.data_root or os.environ.get("CONVEXHEADS_DATA")
+    root = Path(root).expanduser() if root else None
     try:
-        root = Path(root).expanduser() if root else None
-        table, faults = verify(entry, root, splits=chosen.splits, progress=True)
-    except InputError as error:
+        (_pack if options.command == "pack" else _verify)(console, chosen, root)
+    except (InputError, OSError) as error:  # the latter of a full disk, say
         raise SystemExit(f"error: {error}") from error
+
+
+def _pack(console: Console, chosen: jsonargparse.Namespace, root: Path | None) -> None:
+    output, size = chosen.output.expanduser(), chosen.part_size * 1_000_000
+    parts = pack(chosen.dataset, root, output, splits=chosen.splits, part_size=size, progress=True)
+    for part in parts:
+        console.print(f"{part}: {part.stat().st_size / 1e6:.1f} MB", highlight=False, soft_wrap=True)
+    text = f"To read or verify them: --data-root {output}. Any other data root will do, with the files in"
+    console.print(f"{text} {chosen.dataset}/ below it.", markup=False, highlight=False, soft_wrap=True)
+
+
+def _verify(console: Console, chosen: jsonargparse.Namespace, root: Path | None) -> None:
+    entry = CATALOGUE[chosen.dataset]
+    table, faults = verify(entry, root, splits=chosen.splits, progress=True)
     console.print(table)
     if not entry.checksums:
         console.print("No checksums: copies of this data set differ in how its images were resized.", soft_wrap=True)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL.Image import Resampling
+from PIL.Image import Image, Resampling
 from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
@@ -25,6 +25,7 @@ from benchmarks.data.sources import (
     csv_lists,
     find,
     open_image,
+    sheets,
     torchvision_cifar,
 )
 from convexheads.errors import InputError
@@ -36,17 +37,20 @@ CIFAR_LAYOUTS = """CIFAR-100 in one of these forms below the data root:
   cifar100/cifar100.zip                  one PNG an image, named cifar100/data/<class>/<image>.png
   cifar-100-python/                      as torchvision.datasets.CIFAR100(root, download=True) leaves it
   <class>/<image>.png                    a folder a class, 600 images each; also below cifar100/data/
-                                         or, as learn2learn has it, below cifarfs/cifar100/data/"""
+                                         or, as learn2learn has it, below cifarfs/cifar100/data/
+  cifar-fs/part-<number>.zip             (or fc100/) as python -m benchmarks.data pack writes them"""
 FOLDERS_AND_LISTS = """
   <split>/<synset>/<image>.jpg           a folder a class, <split> train, val or test; also <synset>/<image>.jpg
   <split>.csv and images/<filename>      lists with the columns filename,label, and the images that they name"""
 MINI_LAYOUTS = f"""\
 miniImageNet, or the splits that are needed, in one of these forms below miniimagenet/ in the data root:
   miniimagenet_<split>.zip               one JPEG an image, named miniimagenet/<split>/<synset>/<image>.jpg\
-{FOLDERS_AND_LISTS}"""
+{FOLDERS_AND_LISTS}
+  part-<number>.zip                      as python -m benchmarks.data pack writes them"""
 TIERED_LAYOUTS = f"""\
 tieredImageNet, or the splits that are needed, in one of these forms below tieredimagenet/ in the data root:\
-{FOLDERS_AND_LISTS}"""
+{FOLDERS_AND_LISTS}
+  part-<number>.zip                      as python -m benchmarks.data pack writes them"""
 OMNIGLOT_PLACES = [
     f"{folder}/images_{part}" for folder in ("omniglot", "omniglot-py") for part in ("background", "evaluation")
 ]
@@ -54,7 +58,8 @@ OMNIGLOT_LAYOUTS = """Omniglot's background and evaluation sets in one of these 
   omniglot/images_background.zip         and omniglot/images_evaluation.zip, the authors' files
   omniglot/images_background/<alphabet>/characterNN/<image>.png
                                          and images_evaluation/ beside it: the same, extracted
-  omniglot-py/                           in place of omniglot/, as torchvision.datasets.Omniglot leaves it"""
+  omniglot-py/                           in place of omniglot/, as torchvision.datasets.Omniglot leaves it
+  omniglot/part-<number>.zip             as python -m benchmarks.data pack writes them"""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Entry:
         size: height and width of the images as they are returned.
         images_per_class: how many a complete class has.
         layouts: what to put where, for people.
-        forms: ways to find the images, the preferred one first.
+        forms: ways to find the images, the preferred one first; the packed form comes after them.
         exact: whether every class has just `images_per_class`, or at least as many.
         resampling: filter that brings images to `size`; None where they must have it.
         checksums: name of the file of checksums beside the lists, if the pixels are the same in every copy.
@@ -219,6 +224,18 @@ def read(
     Raises:
         InputError: nothing usable below `root`, a split is missing, or a class of it is missing or incomplete.
     """
+    source = look_for(entry, root, splits)
+    total = sum(len(split_classes(entry.name, split)) for split in splits)
+    with tqdm(total=total, desc=f"reading {entry.name}", unit="class", disable=not progress) as bar:
+        return {split: _read_split(entry, source, split_classes(entry.name, split), bar) for split in splits}
+
+
+def look_for(entry: Entry, root: Path | None, splits: Sequence[str]) -> Source:
+    """Find the images of those splits, all of them.
+
+    Raises:
+        InputError: nothing usable below `root`, a split is missing, or a class of it is missing or incomplete.
+    """
     source = look(entry, root)
     there = present(entry, source)
     if there and (missing := [split for split in splits if split not in there]):
@@ -229,9 +246,7 @@ def read(
             got = f"{count} images of class {name!r} in {' and '.join(map(str, source.places))}"
             least = "" if entry.exact else "at least "
             raise InputError("data root", got, f"{least}{entry.images_per_class} images of every class")
-    total = sum(len(split_classes(entry.name, split)) for split in splits)
-    with tqdm(total=total, desc=f"reading {entry.name}", unit="class", disable=not progress) as bar:
-        return {split: _read_split(entry, source, split_classes(entry.name, split), bar) for split in splits}
+    return source
 
 
 def check_splits(splits: Sequence[str]) -> None:
@@ -252,7 +267,8 @@ def look(entry: Entry, root: Path | None) -> Source:
     """
     if root is None:
         raise InputError("data root", "none (neither --data-root nor CONVEXHEADS_DATA is set)", entry.layouts)
-    source = find(entry.forms, root, {split: split_classes(entry.name, split) for split in SPLITS})
+    forms = (*entry.forms, partial(sheets, entry.name))
+    source = find(forms, root, {split: split_classes(entry.name, split) for split in SPLITS})
     if not source.places:
         got = f"{root} ({'nothing usable' if root.is_dir() else 'no such folder'})"
         raise InputError("data root", got, entry.layouts)
@@ -281,13 +297,22 @@ def _read_split(entry: Entry, source: Source, classes: tuple[str, ...], bar: tqd
 
 
 def _pixels(entry: Entry, name: str, file: Read) -> Tensor:
-    image, size = open_image(name, file, entry.mode), (entry.size, entry.size)
-    if image.size != size:
-        if entry.resampling is None:
-            got = f"an image of class {name!r} that is {image.width} x {image.height}"
-            raise InputError("data root", got, f"{entry.size} x {entry.size} for all of {entry.name}")
-        image = image.resize(size, entry.resampling)
-    return torch.from_numpy(np.array(image).reshape(*size, entry.channels)).permute(2, 0, 1)
+    image = fit(entry, name, open_image(name, file, entry.mode))
+    return torch.from_numpy(np.array(image).reshape(entry.size, entry.size, entry.channels)).permute(2, 0, 1)
+
+
+def fit(entry: Entry, name: str, image: Image) -> Image:
+    """An image of the class of that name, brought to the data set's size.
+
+    Raises:
+        InputError: it has another size, and the data set's images are not resized.
+    """
+    if image.size == (entry.size, entry.size):
+        return image
+    if entry.resampling is None:
+        got = f"an image of class {name!r} that is {image.width} x {image.height}"
+        raise InputError("data root", got, f"{entry.size} x {entry.size} for all of {entry.name}")
+    return image.resize((entry.size, entry.size), entry.resampling)
 
 
 def load_digits() -> dict[str, ImageSet]:

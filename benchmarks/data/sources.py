@@ -1,4 +1,4 @@
-"""Where images may lie below the data root: in archives, class folders, beside lists, or in torchvision's files.
+"""Where images may lie below the data root: in archives, class folders, beside lists, torchvision's files, or packed.
 
 Nothing is decoded before it is asked for. Archives are read where they are and never extracted, and no foreign file is
 unpickled.
@@ -7,10 +7,12 @@ unpickled.
 from __future__ import annotations
 
 import csv
+import math
+import re
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path, PurePath
 from typing import Literal, NamedTuple
@@ -37,6 +39,7 @@ class Source(NamedTuple):
 
 
 _LARGEST = 2**26  # bytes of an image's file, unpacked
+_SHEET = re.compile(r"(?P<name>.+)/(?P<count>[1-9][0-9]{0,4})\.webp")
 # What damaged, encrypted, oddly packed and oversized files raise.
 _DAMAGE = (
     *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, BadZipFile, zlib.error),
@@ -88,12 +91,7 @@ def archives(names: Sequence[str], root: Path, splits: Splits) -> Source:
     paths = [path for path in (root / name for name in names) if path.is_file()]
     images = {}
     for path in paths:
-        try:
-            archive = ZipFile(path)
-        except _DAMAGE as error:
-            wish = "a complete one (was the download cut off?)"
-            raise InputError("data root", f"{path}, no zip file", wish) from error
-        found = defaultdict(list)
+        archive, found = _open_archive(path), defaultdict(list)
         for member in sorted(archive.namelist()):
             *folders, file = member.split("/")
             if _is_image(file) and (name := "/".join(folders[-depth:])) in wanted:
@@ -168,6 +166,57 @@ def torchvision_cifar(root: Path, splits: Splits) -> Source:
             if (name := part.classes[label]) in wanted:
                 images[name].append(partial(Image.fromarray, pixels))
     return Source([folder], images)
+
+
+def sheets(dataset: str, root: Path, splits: Splits) -> Source:
+    """The parts that `benchmarks.data.sheets.pack` writes, <dataset>/part-<number>.zip, with a sheet a class.
+
+    A sheet is named <class>/<number of images>.webp. Each part keeps the last sheet that it decoded, so that a class
+    that is read image after image is decoded once.
+
+    Raises:
+        InputError: a part is no complete zip file.
+    """
+    wanted = {name for names in splits.values() for name in names}
+    paths, images = sorted((root / dataset).glob("part-*.zip")), {}
+    for path in paths:
+        archive, found = _open_archive(path), {}
+        decoded = lru_cache(maxsize=1)(partial(_sheet, archive))
+        for member in archive.namelist():
+            if (match := _SHEET.fullmatch(member)) and (name := match["name"]) in wanted:
+                count = int(match["count"])
+                found[name] = [partial(_tile, decoded, member, count, place) for place in range(count)]
+        images = found | images
+    return Source(paths, images)
+
+
+def grid(count: int) -> tuple[int, int]:
+    """Columns and rows of a sheet of that many images, as near to a square as fits; they fill it row by row."""
+    columns = math.ceil(math.sqrt(count))
+    return columns, math.ceil(count / columns)
+
+
+def _sheet(archive: ZipFile, member: str) -> Image.Image:
+    image = _decode(partial(_unpack, archive, member))
+    image.load()
+    return image
+
+
+def _tile(decoded: Callable[[str], Image.Image], member: str, count: int, place: int) -> Image.Image:
+    sheet, (columns, rows) = decoded(member), grid(count)
+    (width, rest), (height, remainder) = divmod(sheet.width, columns), divmod(sheet.height, rows)
+    if rest or remainder:
+        raise ValueError(f"{member} of {sheet.width} x {sheet.height}")
+    row, column = divmod(place, columns)
+    return sheet.crop((column * width, row * height, (column + 1) * width, (row + 1) * height))
+
+
+def _open_archive(path: Path) -> ZipFile:
+    try:
+        return ZipFile(path)
+    except _DAMAGE as error:
+        wish = "a complete one (was the download cut off?)"
+        raise InputError("data root", f"{path}, no zip file", wish) from error
 
 
 def _unpack(archive: ZipFile, member: str) -> bytes:
