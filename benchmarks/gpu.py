@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import report
 from benchmarks.data import ImageSet
+from benchmarks.data.sheets import pack
 from benchmarks.loop import Training
 from benchmarks.options import Options, read_settings
 from benchmarks.processes import Processes
@@ -415,8 +416,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--unpack", type=Path | None, default=None, help="unpack what came home there, and end")
     chosen = parser.parse_args(arguments)
     if chosen.pack:
-        from benchmarks.data.sheets import pack
-
         for dataset in ("cifar-fs", "fc100"):
             pack(dataset, chosen.data_root, chosen.pack, progress=True)
         return
