@@ -23,6 +23,8 @@ from convexheads import storage
 from convexheads.episodes import embed, evaluate
 from convexheads.errors import ConvexHeadsError, InputError, SolverError
 from convexheads.heads import Head
+from convexheads.heads.svm import MulticlassSVM
+from convexheads.kernels import Linear
 from convexheads.training import SCHEDULES, EpisodeLoss, episode_loss, refuse, tasks_with_bad_values, where
 
 METRICS = ("loss", "accuracy", "gap", "certified", "iterations")
@@ -55,6 +57,8 @@ class Training:
             `EpisodeLoader` shares them out) and "cause".
         best: the highest accuracy on validation classes so far.
         seconds: what all of this took so far, over all resumptions.
+        gram_on_host: whether only the Gram matrix of the features leaves the GPU, and the CPU does the rest of what the
+            head has to do. So it is for SVMs, whose solver works there: the GPU waits for far fewer small operations.
         interval: steps between two rows of the log.
         stopped: whether a step failed and `options.on_failure` is "stop".
     """
@@ -72,6 +76,8 @@ class Training:
         self.network: Callable[[Tensor], Tensor] = self.backbone
         if (mode := options.compilation(self.device)) != "none":
             self.network = torch.compile(self.backbone, mode=mode)
+        linear = isinstance(head.kernel, Linear) and not head.kernel.normalize
+        self.gram_on_host = self.device.type == "cuda" and isinstance(head, MulticlassSVM) and linear
         self.parameters = dict(_named(self.backbone, self.head, nn.Module.named_parameters))
         self.buffers = dict(_named(self.backbone, self.head, nn.Module.named_buffers))
         self.optimizer = torch.optim.SGD(
@@ -105,7 +111,7 @@ class Training:
         )  # dropout, so that resuming needs no state
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate * SCHEDULES[options.schedule](self.step / options.total_steps)
-        features = self._features(images)
+        features = self.features(images)
         found = self._loss(features)
         self.optimizer.zero_grad(set_to_none=True)
         found.loss.backward()
@@ -126,7 +132,8 @@ class Training:
             self._unread.append((self.step, self._told(found, features, bad, failed)))
         self.step += 1
 
-    def _features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
+        """The features of a batch's images, `(tasks, n, d)`, in float32 or as precise as the backbone is."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bfloat16"):
             features = self.network(images.flatten(0, 1))
         features = features.unflatten(0, tuple(images.shape[:2]))
@@ -135,8 +142,11 @@ class Training:
     def _loss(self, features: Tensor) -> EpisodeLoss:
         """The loss; NaN, and what the head said is kept, where the head can't be fitted to these values."""
         options, episode = self.options, self.episodes.split(features)
+        settings = {"ways": options.ways, "label_smoothing": options.label_smoothing}
         try:
-            return episode_loss(self.head, episode, ways=options.ways, label_smoothing=options.label_smoothing)
+            if self.gram_on_host:
+                return _loss_on_host(self.head, features, self.episodes, **settings)
+            return episode_loss(self.head, episode, **settings)
         except (InputError, SolverError) as error:
             tasks = tasks_with_bad_values(features, 1)
             if isinstance(error, InputError) and not tasks:
@@ -329,6 +339,31 @@ def train(options: Options, data: dict[str, ImageSet], training: Training, *, de
         raise ConvexHeadsError(f"{why}; {options.checkpoint} is from before the step, --resume goes on after it")
     if first and training.step == total and best.is_file():
         training.load_weights(storage.load(best, **KIND)[0])
+
+
+class _Metric(nn.Module):
+    """The kernel x G y', by which unit vectors stand for samples with the Gram matrix G."""
+
+    gram: Tensor
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x @ self.gram @ y.mT
+
+
+def _loss_on_host(head: Head, features: Tensor, episodes: Episodes, **settings: Any) -> EpisodeLoss:
+    """As `episode_loss` on the features, `(tasks, n, d)`, computed on the CPU from their Gram matrix."""
+    values, device = features.double(), features.device
+    metric, kernel = _Metric(), head.kernel
+    metric.gram = (values @ values.mT).cpu()
+    episode = episodes.split(torch.eye(features.shape[1], dtype=values.dtype).expand_as(metric.gram))
+    labels = {"support_labels": episode.support_labels.cpu(), "query_labels": episode.query_labels.cpu()}
+    try:
+        head.kernel = metric
+        found = episode_loss(head, episode._replace(**labels), **settings)
+    finally:
+        head.kernel = kernel
+    metrics = {name: value.to(device) for name, value in found.metrics.items()}
+    return EpisodeLoss(found.loss.to(device), metrics, found.logits.to(device))
 
 
 def write_log(rows: dict[int, dict[str, float]], path: Path) -> None:

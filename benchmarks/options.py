@@ -139,12 +139,12 @@ class Options:
 
     @classmethod
     def read(cls, path: Path, **changes: Any) -> Options:
-        """Read a configuration file.
+        """Read a configuration file; `changes` have precedence.
 
         Raises:
             InputError: it can't be read, or names an option that there is not.
         """
-        return cls(**_typed(read_settings(path)), **changes)
+        return cls(**(_typed(read_settings(path)) | changes))
 
     @classmethod
     def parse(cls, arguments: Sequence[str] | None, *, description: str) -> Self:
