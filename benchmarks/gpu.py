@@ -148,7 +148,7 @@ class Session:
         deadline: by `time.monotonic()`.
         smoke: whether all sizes are tiny.
         queue: the trainings.
-        compile: how `torch.compile` treats the backbone of the trainings; None for what is usual.
+        changes: options of the trainings that are other than in the queue.
     """
 
     output: Path
@@ -156,7 +156,7 @@ class Session:
     deadline: float
     smoke: bool
     queue: tuple[Entry, ...]
-    compile: Any = None
+    changes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def left(self) -> float:
@@ -326,7 +326,7 @@ def _peak(where: torch.device, size: int) -> float:
     times = []
     for _ in range(8):
         begin = report.now(left)
-        left @ right
+        torch.mm(left, right)
         times.append(report.now(left) - begin)
     return 2 * size**3 / sorted(times)[2]
 
@@ -341,8 +341,9 @@ def trainings(session: Session) -> str:
             continue
         if session.left < 20:
             break
-        more = {"data_root": session.data_root, "output": folder, "compile": session.compile}
-        options = entry.options(precision="bfloat16", checkpoint_every=5000, threads=4, **more)
+        usual = {"precision": "bfloat16", "checkpoint_every": 5000, "threads": 4}
+        where = {"data_root": session.data_root, "output": folder}
+        options = entry.options(**(usual | session.changes | where))
         if session.smoke:
             options = _small(options)
         options = replace(options, resume=options.checkpoint.is_file())
@@ -426,7 +427,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--stages", type=list[Literal[tuple(STAGES)]], default=list(STAGES), help="which, in this order"
     )
     parser.add_argument("--only", type=list[str], default=[], help="names of the trainings; all unless given")
-    parser.add_argument("--compile", type=str | None, default=None, help="mode of torch.compile in the trainings")
+    text = "options of the trainings that are other than in the queue, as in '{steps: 10000}'"
+    parser.add_argument("--changes", type=dict[str, Any], default={}, help=text)
     parser.add_argument("--smoke", action="store_true", help="every stage with tiny sizes, on any machine")
     parser.add_argument("--pack", type=Path | None, default=None, help="write the data there in small files, and end")
     parser.add_argument("--unpack", type=Path | None, default=None, help="unpack what came home there, and end")
@@ -440,7 +442,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     queue = SMOKE_QUEUE if chosen.smoke else tuple(e for e in QUEUE if not chosen.only or e.name in chosen.only)
     deadline = time.monotonic() + 60 * chosen.minutes
-    session = Session(chosen.output, chosen.data_root, deadline, chosen.smoke, queue, chosen.compile)
+    session = Session(chosen.output, chosen.data_root, deadline, chosen.smoke, queue, chosen.changes)
     session.output.mkdir(parents=True, exist_ok=True)
     for name in chosen.stages:
         if session.left < 10:

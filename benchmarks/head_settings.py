@@ -1,0 +1,207 @@
+"""Which settings of a head a backbone learns well through: short trainings of Conv-4 that differ in the head alone.
+
+python -m benchmarks.head_settings --data-root DIR --steps 1000
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jsonargparse
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import convexheads as ch
+from benchmarks import report
+from benchmarks.data import ImageSet, load
+from benchmarks.loop import Training
+from benchmarks.options import Options
+from benchmarks.processes import Processes
+from benchmarks.train import episodes
+from convexheads import Learnable, NativeSolver, PrototypeHead, RidgeHead, SVMHead, storage
+from convexheads.episodes import embed, evaluate
+from convexheads.hyperparameters import value_of
+from convexheads.kernels import Composable
+from convexheads.pretrained import make_untrained
+
+CONFIG = Path(__file__).parent / "configs" / "conv4" / "cifar-fs_svm.yaml"
+
+
+class UnitLength(Composable):
+    """The dot product in units of the mean squared length of a task's support features."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x @ y.mT
+
+    def for_support(self, support: Tensor, mask: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+        unit = support.square().sum(-1).mean(-1)
+        return lambda x, y: x @ y.mT / unit[..., None, None]
+
+
+class Apart(Training):
+    """A training that passes support and query images through the backbone one after the other.
+
+    So each has its own batch statistics, as in the code that Lee et al. 2019 published.
+    """
+
+    def features(self, images: Tensor) -> Tensor:
+        by_class = images.unflatten(1, (self.episodes.ways, -1))
+        shots = self.episodes.shots
+        parts = [part.flatten(1, 2) for part in (by_class[:, :, :shots], by_class[:, :, shots:])]
+        found = [super(Apart, self).features(part).unflatten(1, (self.episodes.ways, -1)) for part in parts]
+        return torch.cat(found, 2).flatten(1, 2)
+
+
+class Setting(NamedTuple):
+    """A head, and how it is trained through.
+
+    Attributes:
+        make: a new head.
+        training: how its steps are taken.
+        changes: options of the run that are other than usual.
+    """
+
+    make: Callable[[], ch.Head]
+    training: type[Training] = Training
+    changes: dict[str, Any] = {}  # noqa: RUF012
+
+
+def _svm(scale: float = 1.0, **settings: Any) -> SVMHead:
+    return SVMHead(scale=Learnable(scale), **settings)
+
+
+SETTINGS: dict[str, Setting] = {
+    "ridge, lambda = 50": Setting(lambda: RidgeHead(50.0, scale=Learnable(1.0))),
+    "prototypes / d": Setting(lambda: PrototypeHead(kernel=ch.Linear(normalize=True), scale=Learnable(1.0))),
+    "SVM, C = 0.1": Setting(partial(_svm, C=0.1)),
+    "SVM, C = 0.1, smoothing 30": Setting(partial(_svm, C=0.1, smoothing=30.0)),
+    "SVM, C = 0.1, smoothing 100": Setting(partial(_svm, C=0.1, smoothing=100.0)),
+    "SVM, C = 0.1, smoothing 300": Setting(partial(_svm, C=0.1, smoothing=300.0)),
+    "SVM, C = 0.01": Setting(partial(_svm, C=0.01)),
+    "SVM, C = 0.01, smoothing 30": Setting(partial(_svm, C=0.01, smoothing=30.0)),
+    "SVM, C = 0.001": Setting(partial(_svm, C=0.001)),
+    "SVM, C = 0.001, scale from 10": Setting(partial(_svm, 10.0, C=0.001)),
+    "SVM, C = 0.1, scale from 10": Setting(partial(_svm, 10.0, C=0.1)),
+    "SVM, squared hinge, C = 0.1": Setting(partial(_svm, C=0.1, squared_hinge=True)),
+    "SVM, squared hinge, C = 0.01": Setting(partial(_svm, C=0.01, squared_hinge=True)),
+    "SVM, squared hinge, C = 0.001": Setting(partial(_svm, C=0.001, squared_hinge=True)),
+    "SVM, unit length, C = 30": Setting(lambda: _svm(C=30.0, kernel=UnitLength())),
+    "SVM, unit length, C = 30, smoothing 0.1": Setting(lambda: _svm(C=30.0, smoothing=0.1, kernel=UnitLength())),
+    "SVM, unit length, C = 30, smoothing 0.3": Setting(lambda: _svm(C=30.0, smoothing=0.3, kernel=UnitLength())),
+    "SVM, unit length, C = 30, smoothing 1": Setting(lambda: _svm(C=30.0, smoothing=1.0, kernel=UnitLength())),
+    "SVM, C = 0.1, 3 iterations": Setting(lambda: _svm(C=0.1, solver=NativeSolver(max_iterations=3))),
+    "SVM, C = 0.1, statistics apart": Setting(partial(_svm, C=0.1), Apart),
+    "SVM, C = 0.1, smoothing 30, statistics apart": Setting(partial(_svm, C=0.1, smoothing=30.0), Apart),
+    "ridge, statistics apart": Setting(lambda: RidgeHead(50.0, scale=Learnable(1.0)), Apart),
+    "SVM, C = 0.1, learning rate 0.03": Setting(partial(_svm, C=0.1), changes={"learning_rate": 0.03}),
+    "SVM, C = 0.1, learning rate 0.3": Setting(partial(_svm, C=0.1), changes={"learning_rate": 0.3}),
+    "SVM, C = 0.1, smoothing 30, learning rate 0.3": Setting(
+        partial(_svm, C=0.1, smoothing=30.0), changes={"learning_rate": 0.3}
+    ),
+    "logistic, lambda = 1": Setting(lambda: ch.LogisticHead(1.0, scale=Learnable(1.0))),
+}
+
+
+def measure(name: str, options: Options, data: dict[str, ImageSet], test_episodes: int) -> dict[str, Any]:
+    """Train through a head, and evaluate it, ridge regression and prototypes on validation classes."""
+    setting = SETTINGS[name]
+    options = Options(**(vars(options) | setting.changes))
+    torch.manual_seed(options.seed)
+    backbone, _ = make_untrained(options.record(), data["train"].images)
+    training = setting.training(
+        options, backbone, setting.make(), episodes(data["train"], options, Processes()), Processes()
+    )
+    begin = time.perf_counter()
+    for step in tqdm(range(options.total_steps), desc=name, leave=False, mininterval=1):
+        training.take(training.episodes.batch(step))
+        if training.step % training.interval == 0:
+            training.read()
+    seconds = time.perf_counter() - begin
+    accuracies = [row["accuracy"] for step, row in training.rows.items() if step >= options.total_steps // 2]
+    features = embed(training.backbone, data["val"].images.to(training.device), progress=False)
+    labels, result = data["val"].labels.to(training.device), {}
+    heads = {"itself": training.head, "ridge": RidgeHead(50.0), "prototypes": PrototypeHead()}
+    for head, own in heads.items():
+        for shots in (1, 5):
+            found = evaluate(own, features, labels, shots=shots, episodes=test_episodes, progress=False)
+            result[f"{head}, {shots}-shot"] = 100 * found.mean
+    return {
+        "setting": name,
+        "training accuracy": sum(accuracies) / max(1, len(accuracies)),
+        "squared length": features.square().sum(1).mean().item(),
+        "scale": value_of(training.head.scale, features).item(),
+        "failures": len(training.failures),
+        "seconds": seconds,
+        **result,
+    }
+
+
+def main() -> None:
+    """The command line."""
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m benchmarks.head_settings", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--data-root", type=Path | None, default=None, help="folder of the data")
+    parser.add_argument("--dataset", type=Literal["cifar-fs", "fc100"], default="cifar-fs", help="data to train on")
+    parser.add_argument("--settings", type=list[str], default=list(SETTINGS), help="which; all unless given")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps, with one cosine")
+    parser.add_argument("--episodes", type=int, default=1000, help="episodes of the evaluation, on validation classes")
+    parser.add_argument("--seeds", type=list[int], default=[0], help="of weights and episodes")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor threads")
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no training after that time")
+    parser.add_argument("--output", type=Path, default=Path("runs/head_settings"), help="folder for the result")
+    chosen = parser.parse_args()
+    if unknown := set(chosen.settings) - set(SETTINGS):
+        raise SystemExit(f"error: settings: expected some of {list(SETTINGS)}, got {sorted(unknown)}")
+    torch.set_num_threads(chosen.threads)
+    end, path = time.monotonic() + 60 * chosen.minutes, chosen.output / "head_settings.json"
+    base = Options.read(CONFIG, dataset=chosen.dataset, steps=chosen.steps, data_root=chosen.data_root)
+    data = load(chosen.dataset, base.root, splits=["train", "val"], progress=True)
+    known = {"steps": chosen.steps, "episodes": chosen.episodes, "dataset": chosen.dataset}
+    rows: list[dict[str, Any]] = []
+    if path.is_file():  # go on
+        saved = json.loads(path.read_text())
+        if saved["sizes"] != known:
+            raise SystemExit(f"error: output: expected results with {known}, got {saved['sizes']} in {path}")
+        rows = saved["results"]
+    done = {(row["setting"], row["seed"]) for row in rows}
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    for seed in chosen.seeds:
+        options = Options(**(vars(base) | {"seed": seed, "on_failure": "skip", "compile": "none"}))
+        for name in chosen.settings:
+            if (name, seed) in done or time.monotonic() > end:
+                continue
+            rows.append(measure(name, options, data, chosen.episodes) | {"seed": seed})
+            record = {"sizes": known, "results": rows, **report.provenance()}
+            storage.write(path, (json.dumps(record, indent=2) + "\n").encode())
+    table = Table(title=f"Conv-4 after {chosen.steps} steps on {chosen.dataset}, by the head", title_justify="left")
+    columns = [name for name in rows[0] if name not in ("setting", "seed", "failures", "seconds")]
+    table.add_column("setting")
+    table.add_column("seed", justify="right")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        digits = {"training accuracy": 3, "squared length": 0}
+        table.add_row(row["setting"], str(row["seed"]), *(f"{row[name]:.{digits.get(name, 1)}f}" for name in columns))
+    machine = report.provenance()["machine"]
+    note = (
+        "Training accuracy: mean over the second half of the steps. The others: in %, over "
+        f"{chosen.episodes:,} episodes of the validation classes, 15 queries per class, by the head itself, by ridge "
+        "regression (lambda = 50) and by prototypes on the same features. 8 episodes of 5-way 5-shot per step, 6 "
+        "queries per class, SGD with learning rate 0.1 and one cosine. "
+        f"{machine['accelerator'] or machine['processor']}. Made by `python -m benchmarks.head_settings`."
+    )
+    Console(width=max(160, Console().width)).print(table, note)
+    report.write_markdown(table, note, chosen.output / "head_settings.md")
+
+
+if __name__ == "__main__":
+    main()
