@@ -317,6 +317,51 @@ train.main(sys.argv[4:])
 """
 
 
+FAILING = """
+import os, sys, time
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+import torch, two_processes as script
+from benchmarks import loop, train
+from benchmarks.loop import Training
+rank, found, save = os.environ.get("LOCAL_RANK", "0"), loop.episode_loss, Training.save
+calls = []
+def altered(*arguments, **settings):
+    calls.append(0)
+    loss = found(*arguments, **settings)
+    return loss._replace(loss=loss.loss * torch.nan) if rank == "1" and len(calls) == 3 else loss
+def slow(self, path):
+    time.sleep(3)
+    save(self, path)
+loop.episode_loss, Training.save = altered, slow
+train.make_untrained = lambda settings, examples: (script.Linear(), script.make_head(settings["head"]))
+train.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_failure", ["raise", "stop"])
+def test_when_a_step_of_two_processes_fails_the_first_one_says_so(tmp_path, on_failure) -> None:
+    """And where the training stops, its checkpoint is there, however long it takes to write it."""
+    script = tmp_path / "script.py"
+    script.write_text(FAILING)
+    options = ["--steps", "9", "--tasks", "4", "--device", "cpu", "--threads", "1", "--processes", "2"]
+    command = [sys.executable, str(script), str(ROOT), str(ROOT / "tests"), *options, "--on-failure", on_failure]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "run")], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    said = "batch: got step 2, task 1, 3" if on_failure == "raise" else "step 2 failed (a loss of nan), training has"
+    assert said in done.stderr
+    assert "all end" not in done.stderr
+    path = checkpoint_of(tmp_path / "run")
+    assert path.is_file() == (on_failure == "stop")
+    if on_failure == "stop":
+        _, record = storage.load(path, **KIND)
+        assert record["step"] == 3
+        assert record["failures"] == [{"step": 2, "tasks": [1, 3], "cause": "a loss of nan"}]
+
+
 def alive(process: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
