@@ -214,7 +214,7 @@ class Training:
             {"step": step, "tasks": each["tasks"], "cause": each["cause"]} for each in reports if "cause" in each
         ]
         if not failures:
-            name = self._trained[reports[0]["gradient"]]
+            name = next(self._trained[each["gradient"]] for each in reports if each["gradient"] >= 0)
             failures = [{"step": step, "tasks": [], "cause": f"the gradient of {name}"}]
         if self.options.on_failure == "raise":
             refuse(failures[0])
@@ -334,6 +334,7 @@ def train(options: Options, data: dict[str, ImageSet], training: Training, *, de
                     training.save(options.checkpoint)
                     write_log(training.rows, options.folder / "metrics.csv")
     if training.stopped:
+        training.processes.gather(None)  # the others end after the first one has written the checkpoint
         failure = training.failures[-1]
         why = f"step {failure['step']} failed ({failure['cause']}), training has stopped"
         raise ConvexHeadsError(f"{why}; {options.checkpoint} is from before the step, --resume goes on after it")

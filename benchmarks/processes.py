@@ -21,6 +21,9 @@ ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 FIRST_PROCESS = "CONVEXHEADS_FIRST_PROCESS"
 """In this variable the process that starts the others gives them its number."""
 
+GRACE = 10
+"""Seconds that the first process has to end by itself after another one has ended with an error."""
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -109,5 +112,7 @@ def _end_with_parent(process: int) -> None:
 
 def _end_with_child(child: subprocess.Popen[bytes]) -> None:
     if code := child.wait():
+        if code > 0:  # an error, which the first process may have as well and tells by itself
+            time.sleep(GRACE)
         print(f"error: process {child.pid} ended with {code}, and so all end", file=sys.stderr, flush=True)
         os._exit(1)

@@ -199,7 +199,7 @@ def _check_checkpoint(options: Options) -> None:
     path, wanted = options.checkpoint, "a complete checkpoint of this run"
     try:
         _, record = storage.load(path, **KIND)
-        saved = record["options"]
+        saved = dict(record["options"])
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise ch.InputError("resume", f"{path}, damaged or something else: {error}", wanted) from error
     if changed := _changed(options.record(), saved):

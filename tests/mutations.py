@@ -291,9 +291,16 @@ MUTATIONS = [
     Mutation(
         "loader-processes",
         "loader.py",
-        "for task in range(self.rank, self.tasks, self.processes)",
-        "for task in range(0, self.tasks, self.processes)",
+        "return torch.stack([self._episode(step, task) for task in range(self.rank, self.tasks, self.processes)])",
+        "return torch.stack([self._episode(step, task) for task in range(0, self.tasks, self.processes)])",
         "test_loader.py",
+    ),
+    Mutation(
+        "loader-indices",
+        "loader.py",
+        "self._draw(step, task)[0] for task in range(self.rank, self.tasks, self.processes)",
+        "self._draw(step, task)[0] for task in range(0, self.tasks, self.processes)",
+        "test_loader.py::test_indices_are_those_of_the_samples",
     ),
     Mutation(
         "loader-replacement",

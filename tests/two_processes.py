@@ -1,6 +1,6 @@
 """`python tests/two_processes.py ARGUMENTS`: benchmarks.train with a backbone without batch statistics.
 
-A script of its own, because Lightning starts the other processes by running the same command again.
+A script of its own, because the first process starts the others by running the same command again.
 """
 
 import sys

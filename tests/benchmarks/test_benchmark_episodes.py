@@ -1,16 +1,20 @@
-"""Training episodes of the benchmarks: augmentation, worker processes, and the distribution of learn2learn's tasksets."""
+"""Training episodes of the benchmarks: augmentation, worker processes, and the distribution of learn2learn's tasksets.
+
+That the augmentation is torchvision's: see test_loop.py.
+"""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import chi2_contingency
+from torchvision.transforms import v2
 
-from benchmarks.data import AUGMENTATIONS, ImageSet, taskset
-from benchmarks.data.episodes import augmentation
+from benchmarks.data import AUGMENTATIONS, Episodes, ImageSet, augmentation, taskset
 from benchmarks.data.images import join
 from convexheads import EpisodeLoader, InputError
 
@@ -22,16 +26,24 @@ def images(classes: int = 6, each: int = 10) -> ImageSet:
     return ImageSet(pixels, torch.arange(count) % classes, tuple("abcdefghij"[:classes]))
 
 
-def loader(augment: str = "none", **changes) -> EpisodeLoader:
+TRANSFORM = v2.Compose([v2.RandomCrop(16, padding=2), v2.ColorJitter(0.4, 0.4, 0.4), v2.RandomHorizontalFlip()])
+
+
+def loader(**changes) -> EpisodeLoader:
     data, settings = images(), {"ways": 3, "shots": 1, "queries": 3, "tasks": 4, "steps": 5, "seed": 0} | changes
-    transform = augmentation(augment, (16, 16))
-    return EpisodeLoader(data.images, data.labels, augment=transform, classes=data.classes, **settings)
+    return EpisodeLoader(data.images, data.labels, augment=TRANSFORM, classes=data.classes, **settings)
+
+
+def augmented(images: torch.Tensor, name: str, seed: int = 0) -> torch.Tensor:
+    own = augmentation(name)
+    assert own is not None
+    return own(images, own.draw(len(images), *images.shape[-2:], np.random.default_rng(seed)))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12, wherever a thread was started before
 def test_workers_change_nothing() -> None:
     """But the time: the batches, their order, the position and the training's own draws stay."""
-    expected, ahead = list(loader(augment="flip-crop-jitter")), loader(augment="flip-crop-jitter", workers=2)
+    expected, ahead = list(loader()), loader(workers=2)
     torch.manual_seed(99)
     before, iterator = torch.get_rng_state(), iter(ahead)
     found = [next(iterator), next(iterator)]
@@ -72,10 +84,8 @@ def test_same_distribution_as_learn2learns_tasksets() -> None:
 def test_every_image_is_flipped_and_shifted_on_its_own() -> None:
     generator = torch.Generator().manual_seed(1)
     before = torch.randint(1, 256, (200, 2, 16, 16), generator=generator, dtype=torch.uint8)
-    transform = augmentation("flip-crop", (16, 16))
     seen = set()
-    for image in before:
-        after = transform(image)
+    for image, after in zip(before, augmented(before, "flip-crop"), strict=True):
         assert after.dtype == torch.uint8
         matches = []
         for flipped in (False, True):
@@ -93,11 +103,11 @@ def test_every_image_is_flipped_and_shifted_on_its_own() -> None:
 
 
 def test_jitter_changes_colours_too() -> None:
-    image = torch.full((3, 32, 32), 100, dtype=torch.uint8)
-    means = torch.stack([augmentation("flip-crop-jitter", (32, 32))(image).double().amax() for _ in range(200)])
-    assert means.min() < 70
-    assert means.max() > 130
-    assert augmentation("none", (32, 32)) is None
+    gray = torch.full((200, 3, 32, 32), 100, dtype=torch.uint8)
+    largest = augmented(gray, "flip-crop-jitter").double().amax((1, 2, 3))
+    assert largest.min() < 70
+    assert largest.max() > 130
+    assert augmentation("none") is None
 
 
 def test_joined_sets_keep_their_classes_apart() -> None:
@@ -108,12 +118,24 @@ def test_joined_sets_keep_their_classes_apart() -> None:
 
 
 @pytest.mark.parametrize("augment", AUGMENTATIONS)
-def test_a_resumed_loader_draws_the_same_augmentations(augment: str) -> None:
-    whole, resumed = list(loader(augment=augment)), loader(augment=augment)
+def test_a_resumed_training_sees_the_same_augmentations(augment: str) -> None:
+    """Whatever was drawn before, by these episodes and by PyTorch."""
+    settings = {"ways": 3, "shots": 1, "queries": 3, "tasks": 4, "seed": 0, "augment": augment}
+    whole, resumed = (Episodes(images(), **settings) for _ in range(2))
+    expected = [whole.batch(step) for step in range(5)]
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    torch.testing.assert_close([resumed.batch(step) for step in (3, 4)], expected[3:], rtol=0, atol=0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_resumed_loader_draws_the_same_augmentations() -> None:
+    """With torchvision's transforms, which draw from PyTorch."""
+    whole, resumed = list(loader()), loader()
     resumed.load_state_dict({"step": 3})
     torch.testing.assert_close(list(resumed), whole[3:], rtol=0, atol=0)
 
 
 def test_refuses_an_unknown_augmentation() -> None:
     with pytest.raises(InputError, match="augment: got 'blur', wanted one of none, flip-crop"):
-        augmentation("blur", (16, 16))
+        augmentation("blur")

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 import convexheads as ch
-from benchmarks import quickstart, train
+from benchmarks import quickstart
 from benchmarks.data import ImageSet, glyphs, load
 from benchmarks.data.glyphs import choose_letters, draw_class, load_glyphs
+from benchmarks.loop import Training
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = {
@@ -180,15 +181,15 @@ def test_quickstart_leaves_table_pictures_and_weights(tmp_path: Path, capsys: py
 @pytest.mark.usefixtures("small")
 @pytest.mark.slow
 def test_quickstart_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, steps = train.EpisodicModule.training_step, []
+    take, steps = Training.take, []
 
-    def stop_at_the_third(self, batch, batch_index):
-        steps.append(batch_index)
+    def stop_at_the_third(self, images):
+        steps.append(self.step)
         if steps == [0, 1, 2]:
             raise RuntimeError("the power is cut")
-        return step(self, batch, batch_index)
+        take(self, images)
 
-    monkeypatch.setattr(train.EpisodicModule, "training_step", stop_at_the_third)
+    monkeypatch.setattr(Training, "take", stop_at_the_third)
     arguments = [*TINY, "--output", str(tmp_path / "run")]
     with pytest.raises(RuntimeError, match="the power is cut"):
         quickstart.main(arguments)

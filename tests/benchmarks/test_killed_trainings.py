@@ -6,7 +6,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import pickle
 import random
 import shutil
 import signal
@@ -23,25 +22,18 @@ import torch
 from damage import damaged, foreign, plain, refused_or_same
 from tasks import ROOT
 
-from benchmarks import report, train
+from benchmarks import loop, report, train
 from benchmarks.data import ImageSet
+from benchmarks.loop import KIND, Training
 from convexheads import InputError, storage
-from convexheads.integrations.lightning import EpisodicModule, WholeCheckpointIO
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning",
-    "ignore:.* have no `val_dataloader`",
-    "ignore:.* does not have many workers",  # where there are more than two cores
-)
 
 SMALL = [
     *["--steps", "4", "--tasks", "1", "--queries", "2", "--test-episodes", "2", "--test-queries", "2"],
     *["--checkpoint-every", "1", "--validate-every", "1", "--validation-episodes", "4", "--learning-rate", "1"],
     *["--device", "cpu", "--threads", "1"],
 ]
-BEST = ["before write_bytes .best.ckpt.part", "before write_bytes best.ckpt"]
-LAST = ["before write_bytes .last.ckpt.part", "before write_bytes last.ckpt"]
-QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+BEST = ["before write_bytes .best.safetensors.part", "before write_bytes best.safetensors"]
+LAST = ["before write_bytes .last.safetensors.part", "before write_bytes last.safetensors"]
 
 
 # Killed at any moment
@@ -86,11 +78,11 @@ def watched(events: list[str], moment: int | None) -> None:
     watch(Path, "replace")
     watch(Path, "unlink")
     watch(os, "fsync")
-    watch(torch, "save")
     watch(shutil, "rmtree")
-    watch(EpisodicModule, "training_step")
-    watch(EpisodicModule, "backward")
+    watch(torch.Tensor, "backward")
     watch(torch.optim.SGD, "step")
+    for name in ("take", "read", "validate", "save", "load"):
+        watch(Training, name)
     watch(train, "save_pretrained")
     watch(report, "draw")
 
@@ -122,7 +114,7 @@ def server() -> multiprocessing.context.ForkServerContext:
 
 def trained(server: Any, folder: Path, moment: int | None = None, seconds: float | None = None) -> int:
     """The exit code of a training, or of its resumption where there is something to resume."""
-    resume = ["--resume"] if (folder / "checkpoints" / "last.ckpt").is_file() else []
+    resume = ["--resume"] if checkpoint_of(folder).is_file() else []
     log = str(folder.parent / f"{folder.name}.log")
     process = server.Process(target=child, args=([*SMALL, "--output", str(folder), *resume], log, moment))
     process.start()
@@ -133,15 +125,19 @@ def trained(server: Any, folder: Path, moment: int | None = None, seconds: float
     return process.exitcode
 
 
+def checkpoint_of(folder: Path) -> Path:
+    return folder / "checkpoints" / "last.safetensors"
+
+
 def what_remains(folder: Path) -> dict[str, Any]:
     """All that a run leaves behind that doesn't depend on the time."""
-    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    tensors, record = storage.load(checkpoint_of(folder), **KIND)
+    del record["seconds"]
     result = json.loads((folder / "result.json").read_text())
-    pickled = {
-        name: pickle.dumps(plain(checkpoint[name])) for name in ("state_dict", "optimizer_states", "lr_schedulers")
-    }
-    files = {name: (folder / name).read_bytes() for name in ("model.safetensors", "metrics.csv", "config.yaml")}
-    return {"results": result["results"], "steps": checkpoint["global_step"], **pickled, **files}
+    values = {name: (value.dtype, value.tolist()) for name, value in tensors.items()}
+    names = ("model.safetensors", "metrics.csv", "config.yaml", "checkpoints/best.safetensors")
+    files = {name: (folder / name).read_bytes() for name in names}
+    return {"results": result["results"], "names": [*values], **values, **record, **files}
 
 
 @pytest.fixture(scope="module")
@@ -196,11 +192,11 @@ def test_killed_before_the_best_weights_are_written_they_are_found_again(server,
 def test_killed_while_a_checkpoint_is_written_the_old_one_is_there(server, undisturbed, tmp_path) -> None:
     folder = tmp_path / "run"
     writes = [number for number, event in enumerate(happened(undisturbed)) if event in LAST]
-    assert len(writes) == 5  # of each step, and at the end
+    assert len(writes) == 4  # of each step
     assert trained(server, folder, moment=writes[1]) == -signal.SIGKILL
-    assert storage.load_torch(folder / "checkpoints" / "last.ckpt")["global_step"] == 1
-    part = folder / "checkpoints" / ".last.ckpt.part"
-    assert 0 < part.stat().st_size < (folder / "checkpoints" / "last.ckpt").stat().st_size
+    assert storage.load(checkpoint_of(folder), **KIND)[1]["step"] == 1
+    part = folder / "checkpoints" / ".last.safetensors.part"
+    assert 0 < part.stat().st_size < checkpoint_of(folder).stat().st_size
 
 
 def test_what_is_left_of_a_finished_run_is_never_taken_for_another(undisturbed, tmp_path, monkeypatch) -> None:
@@ -220,13 +216,13 @@ def test_what_is_left_of_a_finished_run_is_never_taken_for_another(undisturbed, 
 def test_damaged_and_foreign_checkpoints_are_refused(undisturbed, tmp_path, monkeypatch) -> None:
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
-    checkpoint = folder / "checkpoints" / "last.ckpt"
+    checkpoint = checkpoint_of(folder)
     whole, before = checkpoint.read_bytes(), (folder / "config.yaml").read_bytes()
     options = train.Options.parse([*SMALL, "--output", str(folder), "--resume"], description="")
 
     def resume() -> Any:
         train.prepare(options)
-        return WholeCheckpointIO().load_checkpoint(checkpoint)
+        return storage.load(checkpoint, **KIND)
 
     expected, refused = plain(resume()), 0
     for content in damaged(whole, random.Random(0)):
@@ -234,16 +230,19 @@ def test_damaged_and_foreign_checkpoints_are_refused(undisturbed, tmp_path, monk
         refused += refused_or_same(resume, expected, f"resume: got {checkpoint}, damaged")
         assert checkpoint.read_bytes() == content
     assert refused > 30  # a bit of padding alters nothing
-    other = torch.load(undisturbed / "checkpoints" / "best.ckpt", weights_only=True)  # weights only
-    torch.save(other, tmp_path / "other")
-    for content in (*foreign(tmp_path, monkeypatch), (tmp_path / "other").read_bytes()):
+    others = [undisturbed / name for name in ("checkpoints/best.safetensors", "model.safetensors")]  # weights only
+    for content in (*foreign(tmp_path, monkeypatch), *(other.read_bytes() for other in others)):
         checkpoint.write_bytes(content)
-        with pytest.raises(InputError, match=r"resume: got .*last\.ckpt"):
+        with pytest.raises(InputError, match=r"resume: got .*last\.safetensors, damaged or something else"):
             train.prepare(options)
-    state = storage.load_torch(undisturbed / "checkpoints" / "last.ckpt")
-    state["callbacks"]["Log"]["options"]["seed"] = 5
-    torch.save(state, checkpoint)
-    with pytest.raises(InputError, match=r"last\.ckpt, that of another run \(seed\)"):
+    tensors, record = storage.load(checkpoint_of(undisturbed), **KIND)
+    for options_of_it in ([], None, "seed"):
+        storage.save(checkpoint, tensors, record | {"options": options_of_it}, **KIND)
+        with pytest.raises(InputError, match=r"resume: got .*last\.safetensors"):
+            train.prepare(options)
+    record["options"]["seed"] = 5
+    storage.save(checkpoint, tensors, record, **KIND)
+    with pytest.raises(InputError, match=r"last\.safetensors, that of another run \(seed\)"):
         train.prepare(options)
     assert not (tmp_path / "unpickled").exists()
     assert (folder / "config.yaml").read_bytes() == before
@@ -255,15 +254,20 @@ def test_damaged_and_foreign_checkpoints_are_refused(undisturbed, tmp_path, monk
 @pytest.fixture
 def with_a_failure(monkeypatch) -> None:
     """The digits, whose third step has a loss of NaN."""
-    loss = EpisodicModule._episodes
+    take, loss, number = Training.take, loop.episode_loss, []
 
-    def altered(self, features, labels):
-        found, *rest = loss(self, features, labels)
-        return found * (torch.nan if self.training and self._step(0).number == 2 else 1), *rest
+    def watched_take(self, images):
+        number[:] = [self.step]
+        take(self, images)
+
+    def altered(*arguments, **settings):
+        found = loss(*arguments, **settings)
+        return found._replace(loss=found.loss * torch.nan) if number == [2] else found
 
     monkeypatch.setattr(train, "load_all", train.load, raising=False)
     monkeypatch.setattr(train, "load", small_data)
-    monkeypatch.setattr(EpisodicModule, "_episodes", altered)
+    monkeypatch.setattr(Training, "take", watched_take)
+    monkeypatch.setattr(loop, "episode_loss", altered)
 
 
 @pytest.mark.slow
@@ -275,15 +279,16 @@ def test_the_benchmark_does_as_configured(tmp_path, caplog) -> None:
         train.main([*arguments, str(folders["raise"])])
     with pytest.raises(SystemExit, match=r"error: step 2 failed \(a loss of nan\), training has stopped; .*--resume"):
         train.main([*arguments, str(folders["stop"]), "--on-failure", "stop"])
-    assert storage.load_torch(folders["stop"] / "checkpoints" / "last.ckpt")["global_step"] == 3
+    assert storage.load(checkpoint_of(folders["stop"]), **KIND)[1]["step"] == 3
+    assert storage.load(checkpoint_of(folders["raise"]), **KIND)[1]["step"] == 2
     train.main([*arguments, str(folders["skip"]), "--on-failure", "skip"])
     for name in ("raise", "stop"):
         assert not (folders[name] / "result.json").exists()
         train.main([*arguments, str(folders[name]), "--on-failure", "skip", "--resume"])
     found = {name: what_remains(folder) for name, folder in folders.items()}
     for name in ("raise", "stop"):
-        assert found[name]["state_dict"] == found["skip"]["state_dict"]
-        assert found[name]["config.yaml"] == found["skip"]["config.yaml"]
+        for key in found["skip"].keys() - {"rows", "metrics.csv"}:  # a stopped training has not validated there
+            assert found[name][key] == found["skip"][key], (name, key)
     result = json.loads((folders["skip"] / "result.json").read_text())
     assert result["skipped"] == [{"step": 2, "tasks": [0], "cause": "a loss of nan"}]
     assert "skipped step 2, task 0" in caplog.text
@@ -298,17 +303,63 @@ sys.path[:0] = sys.argv[1:3]
 import two_processes as script
 from benchmarks import train
 rank, flags = os.environ.get("LOCAL_RANK", "0"), Path(sys.argv[3])
-step = train.EpisodicModule.training_step
-def hang(self, batch, batch_index):
+from benchmarks.loop import Training
+take = Training.take
+def hang(self, images):
     (flags / f"{rank}.pid").write_text(str(os.getpid()))
-    if batch_index == 1 and (flags / f"hang{rank}").exists():
+    if self.step == 1 and (flags / f"hang{rank}").exists():
         (flags / f"{rank}.hangs").touch()
         time.sleep(600)
-    return step(self, batch, batch_index)
-train.EpisodicModule.training_step = hang
+    take(self, images)
+Training.take = hang
 train.make_untrained = lambda settings, examples: (script.Linear(), script.make_head(settings["head"]))
 train.main(sys.argv[4:])
 """
+
+
+FAILING = """
+import os, sys, time
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+import torch, two_processes as script
+from benchmarks import loop, train
+from benchmarks.loop import Training
+rank, found, save = os.environ.get("LOCAL_RANK", "0"), loop.episode_loss, Training.save
+calls = []
+def altered(*arguments, **settings):
+    calls.append(0)
+    loss = found(*arguments, **settings)
+    return loss._replace(loss=loss.loss * torch.nan) if rank == "1" and len(calls) == 3 else loss
+def slow(self, path):
+    time.sleep(3)
+    save(self, path)
+loop.episode_loss, Training.save = altered, slow
+train.make_untrained = lambda settings, examples: (script.Linear(), script.make_head(settings["head"]))
+train.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_failure", ["raise", "stop"])
+def test_when_a_step_of_two_processes_fails_the_first_one_says_so(tmp_path, on_failure) -> None:
+    """And where the training stops, its checkpoint is there, however long it takes to write it."""
+    script = tmp_path / "script.py"
+    script.write_text(FAILING)
+    options = ["--steps", "9", "--tasks", "4", "--device", "cpu", "--threads", "1", "--processes", "2"]
+    command = [sys.executable, str(script), str(ROOT), str(ROOT / "tests"), *options, "--on-failure", on_failure]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "run")], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    said = "batch: got step 2, task 1, 3" if on_failure == "raise" else "step 2 failed (a loss of nan), training has"
+    assert said in done.stderr
+    assert "all end" not in done.stderr
+    path = checkpoint_of(tmp_path / "run")
+    assert path.is_file() == (on_failure == "stop")
+    if on_failure == "stop":
+        _, record = storage.load(path, **KIND)
+        assert record["step"] == 3
+        assert record["failures"] == [{"step": 2, "tasks": [1, 3], "cause": "a loss of nan"}]
 
 
 def alive(process: int) -> bool:

@@ -21,8 +21,9 @@ from tasks import ROOT
 import convexheads as ch
 from benchmarks import train
 from benchmarks.data import ImageSet
+from benchmarks.loop import KIND, Training
+from convexheads import storage
 from convexheads.backbones import Conv4
-from convexheads.integrations.lightning import EpisodicModule
 from convexheads.pretrained import make_head
 
 SHORT = [
@@ -42,7 +43,8 @@ SHORT = [
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    """What the last checkpoint holds: weights, statistics and momentum."""
+    return storage.load(folder / "checkpoints" / "last.safetensors", **KIND)[0]
 
 
 @pytest.fixture(scope="module")
@@ -112,16 +114,16 @@ def test_no_file_names_a_folder_of_this_machine(finished: Path) -> None:
 def test_resumed_run_ends_where_an_uninterrupted_one_does(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = train.EpisodicModule.training_step
+    take = Training.take
 
-    def stop_at_the_fourth(self, batch, batch_index):
-        if batch_index == 3:
+    def stop_at_the_fourth(self, images):
+        if self.step == 3:
             raise RuntimeError("the power is cut")
-        return step(self, batch, batch_index)
+        take(self, images)
 
     arguments = [*SHORT, "--output", str(tmp_path)]
     with monkeypatch.context() as patch:
-        patch.setattr(train.EpisodicModule, "training_step", stop_at_the_fourth)
+        patch.setattr(Training, "take", stop_at_the_fourth)
         with pytest.raises(RuntimeError, match="the power is cut"):
             train.main(arguments)
     with pytest.raises(SystemExit, match="holds an unfinished run"):
@@ -235,7 +237,7 @@ def test_two_processes_train_as_one_with_all_episodes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_to_the_same_weights(finished: Path, tmp_path: Path) -> None:
     arguments = [*SHORT[:-6], "--checkpoint-every", "1", "--device", "cpu", "--threads", "1", "--output", str(tmp_path)]
-    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint = tmp_path / "checkpoints" / "last.safetensors"
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.train", *arguments],
         cwd=ROOT,
@@ -258,25 +260,25 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No file may grow beyond 300 kB from the second checkpoint on, as if there were no more room."""
-    arguments, save = [*SHORT, "--output", str(tmp_path)], train.pl.Trainer.save_checkpoint
+    arguments, save = [*SHORT, "--output", str(tmp_path)], Training.save
     limits, saves = resource.getrlimit(resource.RLIMIT_FSIZE), []
 
-    def fill_up(self, path, *rest, **more):
+    def fill_up(self, path):
         saves.append(path)
         if len(saves) == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
-        save(self, path, *rest, **more)
+        save(self, path)
 
-    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint = tmp_path / "checkpoints" / "last.safetensors"
     with monkeypatch.context() as patch:
-        patch.setattr(train.pl.Trainer, "save_checkpoint", fill_up)
+        patch.setattr(Training, "save", fill_up)
         try:
             with pytest.raises(SystemExit, match=r"output: got .*too large.*the last checkpoint is whole, --resume"):
                 train.main(arguments)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
-    assert [path.name for path in checkpoint.parent.iterdir()] == ["last.ckpt"]
+    assert storage.load(checkpoint, **KIND)[1]["step"] == 2
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["last.safetensors"]
     train.main([*arguments, "--resume"])
     expected, found = weights(finished), weights(tmp_path)
     for name, value in expected.items():
@@ -287,7 +289,7 @@ def test_a_full_disk_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train.pl.Trainer, "save_checkpoint", full)
+    monkeypatch.setattr(Training, "save", full)
     with pytest.raises(SystemExit, match=r"\(No space left on device\), wanted room to write$"):
         train.main([*SHORT, "--output", str(tmp_path)])
 
@@ -317,9 +319,9 @@ def test_in_bfloat16_the_backbone_is_cast_and_the_head_is_not(tmp_path: Path, mo
 
 def test_a_damaged_checkpoint_is_named_and_left_alone(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
-    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-5000])
-    with pytest.raises(SystemExit, match=r"resume: got .*last\.ckpt, damaged.*wanted a complete checkpoint"):
+    with pytest.raises(SystemExit, match=r"resume: got .*last\.safetensors, damaged.*wanted a complete checkpoint"):
         train.main([*SHORT, "--output", str(tmp_path / "run"), "--resume"])
 
 
@@ -339,62 +341,21 @@ def test_the_best_weights_on_validation_classes_are_kept(tmp_path: Path) -> None
     with (tmp_path / "metrics.csv").open() as file:
         accuracies = {int(row["step"]): row["val_accuracy"] for row in csv.DictReader(file) if row["val_accuracy"]}
     assert list(accuracies) == [1, 3, 5]
-    best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
-    assert best["global_step"] - 1 == max(accuracies, key=lambda step: float(accuracies[step]))
+    best, record = storage.load(tmp_path / "checkpoints" / "best.safetensors", **KIND)
+    assert record["step"] - 1 == max(accuracies, key=lambda step: float(accuracies[step]))
     saved = ch.load_pretrained(tmp_path)
     for name, value in saved.backbone.state_dict().items():
-        assert torch.equal(value, best["state_dict"][f"backbone.{name}"]), name
+        assert torch.equal(value, best[f"backbone.{name}"]), name
 
 
 @pytest.mark.usefixtures("with_validation")
 def test_trainval_trains_on_validation_classes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     episodes = train.episodes
-    monkeypatch.setattr(train, "episodes", lambda data, options: seen.append(data) or episodes(data, options))
+    monkeypatch.setattr(train, "episodes", lambda data, *rest: seen.append(data) or episodes(data, *rest))
     train.main([*SHORT, "--trainval", "--output", str(tmp_path)])
     assert len(seen[0].classes) == 45
-    assert not (tmp_path / "checkpoints" / "best.ckpt").exists()
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("paper", [1, 1, 0.06, 0.06, 0.012, 0.0024]),
-        ("cosine", [1, 0.9330127, 0.75, 0.5, 0.25, 0.0669873]),
-        ("constant", [1.0] * 6),
-    ],
-)
-def test_schedules(schedule: str, expected: list[float]) -> None:
-    module = EpisodicModule(torch.nn.Linear(2, 2), ch.RidgeHead(), ways=2, shots=1, steps=6, schedule=schedule)
-    found = module.configure_optimizers()
-    optimizer, scheduler = found["optimizer"], found["lr_scheduler"]["scheduler"]
-    rates = []
-    for _ in range(6):
-        rates.append(optimizer.param_groups[0]["lr"] / 0.1)
-        optimizer.step()
-        scheduler.step()
-    assert rates == pytest.approx(expected)
-
-
-def test_label_smoothing_and_what_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(1)
-    samples, labels = torch.randn(2, 8, 5), torch.arange(8).expand(2, -1) % 2
-    logged = {}
-    for smoothing in (0.0, 0.2):
-        module = EpisodicModule(torch.nn.Identity(), ch.SVMHead(), ways=2, shots=2, steps=1, label_smoothing=smoothing)
-        monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
-        loss = module.training_step((samples, labels), 0)
-        episode = ch.split_task(samples, labels, shots=2)
-        logits = module.head(episode.support, episode.support_labels, episode.query)
-        expected = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), episode.query_labels.flatten(), label_smoothing=smoothing
-        )
-        assert loss.item() == pytest.approx(expected.item())
-    assert logged["certified"] == 1
-    assert logged["iterations"] >= 1
-    for wrong in ({"schedule": "linear"}, {"label_smoothing": 1.0}):
-        with pytest.raises(ch.InputError, match=next(iter(wrong))):
-            EpisodicModule(torch.nn.Identity(), ch.SVMHead(), ways=2, shots=2, steps=1, **wrong)
+    assert not (tmp_path / "checkpoints" / "best.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -415,12 +376,9 @@ def test_the_papers_own_recipe_runs(
     config = Path(train.__file__).parent / "configs" / "table2" / f"cifar-fs_resnet12_{head}.yaml"
     arguments = ["--config", str(config), "--data-root", str(data_root), "--output", str(tmp_path), "--device", "cpu"]
     short = ["--steps", "2", "--tasks", "1", "--validate-every", "2", "--validation-episodes", "4"]
-    command, step = (
-        [*arguments, *short, "--test-episodes", "4", "--checkpoint-every", "1"],
-        EpisodicModule.training_step,
-    )
+    command, take = [*arguments, *short, "--test-episodes", "4", "--checkpoint-every", "1"], Training.take
     with monkeypatch.context() as patch:
-        patch.setattr(EpisodicModule, "training_step", lambda self, batch, n: step(self, batch, n) if n == 0 else 1 / 0)
+        patch.setattr(Training, "take", lambda self, images: take(self, images) if self.step == 0 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train.main(command)
     train.main([*command, "--resume"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from tasks import clusters
 import convexheads as ch
 from convexheads import InputError
 from convexheads.integrations.folder import FewShotClassifier
-from convexheads.integrations.lightning import EpisodicDataModule
+from convexheads.integrations.lightning import EpisodicDataModule, WholeCheckpointIO
 from convexheads.pretrained import make_untrained, save_pretrained
 
 
@@ -53,6 +54,36 @@ def test_weights_of_older_versions_have_no_checksum_and_load() -> None:
     with safe_open(path, framework="pt") as file:
         assert file.metadata()["settings"].startswith("{")
     ch.load_pretrained(path)
+
+
+def test_damaged_and_foreign_checkpoints_of_lightning_are_refused(tmp_path, monkeypatch) -> None:
+    path, files = tmp_path / "checkpoints" / "own.ckpt", WholeCheckpointIO()
+    files.save_checkpoint({"state_dict": {"weight": torch.randn(40, 30)}, "global_step": 3, "name": "own"}, path)
+
+    def load() -> Any:
+        return files.load_checkpoint(path)
+
+    whole, expected, refused = path.read_bytes(), plain(load()), 0
+    for content in damaged(whole, random.Random(0)):
+        path.write_bytes(content)
+        refused += refused_or_same(load, expected, f"checkpoint: got {path}")
+        assert path.read_bytes() == content
+    assert refused > 30  # a bit of padding alters nothing
+    for content in foreign(tmp_path, monkeypatch):
+        path.write_bytes(content)
+        assert refused_or_same(load, {"state_dict": {}}, f"checkpoint: got {path}") or b"state_dict" in content
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_a_checkpoint_of_lightning_that_can_not_be_written_leaves_the_old_one(tmp_path, monkeypatch) -> None:
+    path, files = tmp_path / "own.ckpt", WholeCheckpointIO()
+    files.save_checkpoint({"global_step": 3}, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            files.save_checkpoint({"global_step": 4}, path)
+    assert files.load_checkpoint(path) == {"global_step": 3}
+    assert [each.name for each in tmp_path.iterdir()] == ["own.ckpt"]
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")

@@ -84,7 +84,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], Callable[..., None]]] = {
     "cvxpylayers": (("cvxpylayers",), lambda: solver("cvxpylayers")),
     "moreau": (("moreau",), lambda: solver("moreau")),
     "learn2learn": (("learn2learn",), learn2learn),
-    "lightning": (("pytorch_lightning", "torchmetrics"), lightning),
+    "lightning": (("pytorch_lightning",), lightning),
     "easyfsl": (("easyfsl",), easyfsl),
     "sklearn": (("sklearn",), sklearn),
     "text": (("wordllama", "safetensors"), text),

@@ -126,6 +126,47 @@ def test_on_lightnings_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert 0 < cli.trainer.callback_metrics["val_accuracy"] <= 1
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("paper", [1, 1, 0.06, 0.06, 0.012, 0.0024]),
+        ("cosine", [1, 0.9330127, 0.75, 0.5, 0.25, 0.0669873]),
+        ("constant", [1.0] * 6),
+    ],
+)
+def test_schedules(schedule: str, expected: list[float]) -> None:
+    own = EpisodicModule(nn.Linear(2, 2), RidgeHead(), ways=2, shots=1, steps=6, schedule=schedule)
+    found = own.configure_optimizers()
+    optimizer, scheduler = found["optimizer"], found["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"] / 0.1)
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx(expected)
+
+
+def test_label_smoothing_and_what_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    samples, labels = torch.randn(2, 8, 5), torch.arange(8).expand(2, -1) % 2
+    logged = {}
+    for smoothing in (0.0, 0.2):
+        own = EpisodicModule(nn.Identity(), SVMHead(), ways=2, shots=2, steps=1, label_smoothing=smoothing)
+        monkeypatch.setattr(own, "log_dict", lambda values, **_: logged.update(values))
+        loss = own.training_step((samples, labels), 0)
+        episode = split_task(samples, labels, shots=2)
+        logits = own.head(episode.support, episode.support_labels, episode.query)
+        expected = nn.functional.cross_entropy(
+            logits.flatten(0, 1), episode.query_labels.flatten(), label_smoothing=smoothing
+        )
+        assert loss.item() == pytest.approx(expected.item())
+    assert logged["certified"] == 1
+    assert logged["iterations"] >= 1
+    for wrong in ({"schedule": "linear"}, {"label_smoothing": 1.0}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            EpisodicModule(nn.Identity(), SVMHead(), ways=2, shots=2, steps=1, **wrong)
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_episodes(tmp_path: Path) -> None:
     """With `strategy="ddp"`, by gloo on the CPU: the weights of one process that has them all."""

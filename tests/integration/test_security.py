@@ -30,7 +30,7 @@ from benchmarks.options import Options
 from convexheads import InputError, load_pretrained
 from convexheads.__main__ import main
 from convexheads.integrations.folder import FewShotClassifier
-from convexheads.integrations.lightning import EpisodicDataModule
+from convexheads.integrations.lightning import EpisodicDataModule, WholeCheckpointIO
 
 
 class Trap:
@@ -87,9 +87,9 @@ def put(path: Path, content: bytes) -> Path:
 
 
 def resume(folder: Path, content: bytes) -> None:
-    put(folder / "checkpoints" / "last.ckpt", content)
+    put(folder / "checkpoints" / "last.safetensors", content)
     put(folder / "config.yaml", yaml.safe_dump(Options(output=folder).record()).encode())
-    with pytest.raises(SystemExit, match=r"^error: resume: got .*last\.ckpt") as ended:
+    with pytest.raises(SystemExit, match=r"^error: resume: got .*last\.safetensors, damaged") as ended:
         train.main(["--resume", "--output", str(folder)])
     assert ended.value.__cause__ is not None
     raise ended.value.__cause__
@@ -120,6 +120,7 @@ def read_all(source: Source) -> None:
 
 
 READERS: dict[str, Callable[[Path, bytes], object]] = {
+    "WholeCheckpointIO": lambda folder, content: WholeCheckpointIO().load_checkpoint(put(folder / "x.ckpt", content)),
     "EpisodicDataModule": lambda folder, content: EpisodicDataModule(str(put(folder / "x.pt", content))),
     "load_pretrained": lambda folder, content: load_pretrained(put(folder / "x.safetensors", content)),
     "FewShotClassifier.load": lambda folder, content: FewShotClassifier.load(put(folder / "x.safetensors", content)),
@@ -194,7 +195,7 @@ def test_a_configuration_runs_no_code(text: str, tmp_path: Path) -> None:
 
 
 def test_the_configuration_of_a_run_to_resume_runs_no_code(tmp_path: Path) -> None:
-    torch.save({"state_dict": {}}, put(tmp_path / "checkpoints" / "last.ckpt", b""))
+    save_file({}, put(tmp_path / "checkpoints" / "last.safetensors", b""))
     put(tmp_path / "config.yaml", f"!!python/object/apply:os.mkdir ['{tmp_path / 'sprung'}']".encode())
     with pytest.raises(SystemExit, match=r"^error: (config|resume): got"):
         train.main(["--resume", "--output", str(tmp_path)])

@@ -42,6 +42,18 @@ def test_episodes_hold_distinct_images_of_few_classes() -> None:
     assert len(pairs) == 18  # and for another one in the next episode
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_indices_are_those_of_the_samples(processes) -> None:
+    for rank in range(processes):
+        own = loader(rank=rank, processes=processes)
+        for step, (samples, _) in enumerate(own):
+            indices = own.indices(step)
+            assert indices.dtype == torch.int64
+            assert torch.equal(own.samples[indices], samples)
+            assert torch.equal(loader(rank=rank, processes=processes, augment=brightened).indices(step), indices)
+        assert own.step == 5  # which asking for indices does not change
+
+
 @pytest.mark.parametrize("augment", [None, brightened])
 def test_a_resumed_loader_continues_where_it_stood(augment) -> None:
     whole = list(loader(augment=augment))

@@ -1,0 +1,154 @@
+"""The command for machines with a GPU: its queue, the way home of its results, and that it may be killed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tasks import ROOT
+
+import convexheads as ch
+from benchmarks import gpu
+from benchmarks.options import Options
+from convexheads.pretrained import make_untrained, save_pretrained
+
+
+def test_every_training_of_the_queue_can_begin() -> None:
+    entries = [*gpu.QUEUE, *gpu.SMOKE_QUEUE]
+    names = [entry.name for entry in entries]
+    assert len(names) == len(set(names)) > 30
+    for entry in gpu.QUEUE:
+        options = entry.options(precision="bfloat16", data_root=Path("data"), output=Path("out") / entry.name)
+        assert isinstance(options, Options)
+        assert options.folder == Path("out") / entry.name
+        assert isinstance(options.test_shots, tuple)
+        assert options.precision == "bfloat16"
+        make_untrained(options.record(), torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8))
+    for entry in entries:
+        options = gpu._small(entry.options())
+        assert (options.dataset, options.total_steps, options.checkpoint_every) == ("digits", 4, 1)
+
+
+def test_rows_of_table_4_add_what_their_names_say() -> None:
+    rows = {entry.name.partition("svm-")[2]: entry.options().record() for entry in gpu._table4()}
+    names = ["augmentation", "decay", "dropblock", "smoothing", "trainval"]
+    assert list(rows) == ["none", "decay", *("-".join(names[:count]) for count in range(1, 6))]
+    for name, record in rows.items():
+        parts = name.split("-")
+        assert (record["augment"] != "none") == ("augmentation" in parts)
+        assert (record["weight_decay"] > 0) == ("decay" in parts)
+        assert (record["dropblock"] != "none") == ("dropblock" in parts)
+        assert (record["label_smoothing"] > 0) == ("smoothing" in parts)
+        assert record["trainval"] == ("trainval" in parts)
+
+
+def finished(folder: Path) -> Path:
+    """Results of a training with its weights, and what stays behind."""
+    images = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    settings = {"backbone": "conv4", "head": "svm", "image_size": 32}
+    folder.mkdir(parents=True)
+    save_pretrained(folder / "model.safetensors", *make_untrained(settings, images), settings)
+    (folder / "result.json").write_text(json.dumps({"seed": 0}))
+    for name in ("checkpoints/last.safetensors", "tensorboard/events"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_bytes(bytes(1000))
+    return folder
+
+
+def test_results_come_home_with_weights_of_half_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "PART", 100_000)
+    folder = finished(tmp_path / "out" / "one")
+    before = (folder / "model.safetensors").read_bytes()
+    for _ in range(2):  # the second call replaces the parts of the first, and brings none of them along
+        parts = gpu.bring_home(tmp_path / "out")
+    assert len(parts) > 1
+    assert sorted((tmp_path / "out" / "home").iterdir()) == parts
+    assert all(part.stat().st_size <= 100_000 for part in parts)
+    assert sum(part.stat().st_size for part in parts) < 0.6 * len(before)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints",
+        "model.safetensors",
+        "result.json",
+        "tensorboard",
+    ]
+
+    names = gpu.take_home(tmp_path / "out" / "home", tmp_path / "home")
+    assert names == ["one/model.safetensors", "one/result.json"]
+    assert json.loads((tmp_path / "home" / "one" / "result.json").read_text()) == {"seed": 0}
+    backbone, head, settings = ch.load_pretrained(folder)
+    own, own_head, own_settings = ch.load_pretrained(tmp_path / "home" / "one")
+    assert own_settings == settings
+    assert own_head.state_dict() == head.state_dict()
+    for name, value in backbone.state_dict().items():
+        found = own.state_dict()[name]
+        assert found.dtype == value.dtype
+        rounded = value.half().to(value.dtype) if value.ndim > 1 and value.is_floating_point() else value
+        assert torch.equal(found, rounded), name
+    images = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(own.eval()(images), backbone.eval()(images), rtol=1e-2, atol=1e-2)
+
+
+def test_what_came_home_writes_nothing_elsewhere(tmp_path: Path) -> None:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        member = tarfile.TarInfo("../outside")
+        member.size = 4
+        tar.addfile(member, io.BytesIO(b"code"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "part-00").write_bytes(content.getvalue())
+    with pytest.raises(tarfile.TarError):
+        gpu.take_home(tmp_path / "home", tmp_path / "here")
+    assert not (tmp_path / "outside").exists()
+
+
+def test_an_unfinished_training_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the time is over at once, the queue is told to go on."""
+    arguments = ["--smoke", "--stages", "[trainings]", "--minutes", "0", "--output", str(tmp_path)]
+    gpu.main(arguments)
+    said = capsys.readouterr().out
+    assert "trainings: no time left" in said
+    assert "Next: smoke_svm; call this again to go on" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_killed_at_a_random_moment_it_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--minutes", "20", "--output", str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for seconds in (random.Random(0).uniform(5, 120), None):
+        with (tmp_path / "log").open("a") as log:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+            try:
+                code = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+                code = process.wait()
+                time.sleep(1)
+    said = (tmp_path / "log").read_text()
+    assert code == 0, said
+    assert "Next: nothing is left" in said
+    for entry in gpu.SMOKE_QUEUE:
+        folder = tmp_path / "out" / entry.name
+        assert json.loads((folder / "result.json").read_text())["results"]
+        for name in ("result.md", "metrics.csv", "config.yaml", "accuracy.png"):
+            assert (folder / name).stat().st_size > 0
+        assert ch.load_pretrained(folder).settings["backbone"] == "conv4"
+    speed = json.loads((tmp_path / "out" / "speed" / "speed.json").read_text())
+    assert len(speed["results"]) >= 4
+    assert all(row["ms"] > 0 for row in speed["results"])
+    for name in ("tests", "solvers"):
+        assert (tmp_path / "out" / f"{name}.end").read_text().startswith("exit status 0"), name
+    names = gpu.take_home(tmp_path / "out" / "home", tmp_path / "home")
+    assert {f"{entry.name}/model.safetensors" for entry in gpu.SMOKE_QUEUE} <= set(names)

@@ -1,0 +1,591 @@
+"""The training loop's parts: augmentation as torchvision has it, episodes, steps that fail, and what a GPU needs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chi2_contingency, chisquare, ks_2samp
+from torch import Tensor, nn
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+
+from benchmarks import loop
+from benchmarks.data import Episodes, ImageSet, augmentation
+from benchmarks.data.augmentation import BRIGHTNESS, CONTRAST, SATURATION, Augmentation, Draws
+from benchmarks.loop import KIND, Training
+from benchmarks.options import Options
+from benchmarks.processes import Processes
+from benchmarks.train import episodes
+from convexheads import EpisodeLoader, InputError, SolverError, split_task, storage
+from convexheads.pretrained import make_head, make_untrained
+from convexheads.training import SCHEDULES
+
+ADJUST = {
+    BRIGHTNESS: functional.adjust_brightness,
+    CONTRAST: functional.adjust_contrast,
+    SATURATION: functional.adjust_saturation,
+}
+JITTER = Augmentation(jitter=True)
+
+
+def noise(count: int, channels: int, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (count, channels, height, width), dtype=torch.uint8, generator=generator)
+
+
+def draws_of(count: int, height: int = 32, width: int = 32, *, seed: int = 0, own: Augmentation = JITTER) -> Draws:
+    return own.draw(count, height, width, np.random.default_rng(seed))
+
+
+def unchanged(count: int, height: int = 32) -> Draws:
+    """Draws that change nothing."""
+    corner = torch.full((count,), height // 8)
+    order = torch.arange(3).expand(count, 3)
+    return Draws(corner, corner, torch.zeros(count, dtype=torch.bool), torch.ones(count, 3, dtype=torch.float64), order)
+
+
+def by_torchvision(images: Tensor, draws: Draws) -> Tensor:
+    """Each image for itself, with the same draws."""
+    changed, padding = [], images.shape[-2] // 8
+    for image, top, left, flipped, factors, order in zip(images, *(each.tolist() for each in draws), strict=True):
+        image = functional.pad(image, [padding] * 4)
+        image = functional.crop(image, top, left, *images.shape[-2:])
+        for change in order:
+            image = ADJUST[change](image, factors[change])
+        changed.append(functional.horizontal_flip(image) if flipped else image)
+    return torch.stack(changed)
+
+
+# Augmentation
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("operation", ["nothing", "crop", "flip", "brightness", "contrast", "saturation", "all"])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (28, 20)])
+def test_same_images_as_torchvisions(operation: str, channels: int, height: int, width: int) -> None:
+    images, drawn = noise(96, channels, height, width), draws_of(96, height, width)
+    draws = unchanged(96, height)
+    if operation == "crop":
+        draws = draws._replace(top=drawn.top, left=drawn.left)
+    elif operation == "flip":
+        draws = draws._replace(flipped=drawn.flipped)
+    elif operation == "all":
+        draws = drawn
+    elif operation != "nothing":
+        number = ("brightness", "contrast", "saturation").index(operation)
+        draws = draws._replace(factors=draws.factors.clone())
+        draws.factors[:, number] = drawn.factors[:, number]
+    found = JITTER(images, draws)
+    assert found.dtype == torch.uint8
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(found, by_torchvision(images, draws))
+    changes = operation != "nothing" and (channels, operation) != (1, "saturation")
+    assert torch.equal(found, images) != changes
+    if operation in ("nothing", "crop", "flip"):
+        assert torch.equal(found, Augmentation(jitter=False)(images, draws))
+
+
+def test_same_images_as_torchvisions_in_every_order() -> None:
+    images, draws = noise(60, 3), draws_of(60)
+    orders = torch.tensor(list(permutations(range(3)))).repeat(10, 1)
+    found = JITTER(images, draws._replace(order=orders))
+    assert torch.equal(found, by_torchvision(images, draws._replace(order=orders)))
+    assert not torch.equal(found, JITTER(images, draws._replace(order=orders.flip(1))))
+
+
+def same_counts(ours: list[Any], theirs: list[Any]) -> bool:
+    keys = sorted({*ours, *theirs})
+    table = [[Counter(values)[key] for key in keys] for values in (ours, theirs)]
+    assert min(map(min, table)) > 10
+    return chi2_contingency(table).pvalue > 0.01
+
+
+def test_same_distributions_as_torchvisions() -> None:
+    count, image = 3000, torch.zeros(3, 32, 24, dtype=torch.uint8)
+    draws = draws_of(count, 32, 24, seed=1)
+    torch.manual_seed(1)
+    crop, jitter = v2.RandomCrop((32, 24), padding=4), v2.ColorJitter(0.4, 0.4, 0.4)
+    flip, sides = v2.RandomHorizontalFlip(), torch.tensor([[[0, 1]]], dtype=torch.uint8)
+    crops = [crop.make_params([image]) for _ in range(count)]
+    jitters = [jitter.make_params([image]) for _ in range(count)]
+    flips = [bool(flip(sides)[0, 0, 0]) for _ in range(count)]
+    for name in ("top", "left"):
+        assert same_counts(getattr(draws, name).tolist(), [each[name] for each in crops])
+    assert same_counts(draws.flipped.tolist(), flips)
+    orders = [tuple(number for number in each["fn_idx"].tolist() if number < 3) for each in jitters]
+    assert same_counts(list(map(tuple, draws.order.tolist())), orders)
+    for number, name in enumerate(("brightness", "contrast", "saturation")):
+        theirs = [each[f"{name}_factor"] for each in jitters]
+        assert ks_2samp(draws.factors[:, number].numpy(), theirs).pvalue > 0.01
+
+
+def test_every_image_has_its_own_draw_of_everything() -> None:
+    """And what is drawn of one thing says nothing of another, nor of the next image."""
+    draws = draws_of(4000)
+    assert len(draws.factors.unique(dim=0)) == 4000
+    places = torch.stack([draws.top, draws.left, draws.flipped], 1)
+    _, counts = places.unique(dim=0, return_counts=True)
+    assert len(counts) == 9 * 9 * 2
+    assert chisquare(counts.numpy()).pvalue > 0.01
+    columns = torch.cat([places.double(), draws.factors, draws.order[:, :2].double()], 1)
+    own = torch.corrcoef(columns.T)
+    own[-2:, -2:] = 0  # the places of an order depend on each other
+    assert own.triu(1).abs().max() < 0.06
+    assert torch.corrcoef(torch.cat([columns[1:], columns[:-1]], 1).T)[:8, 8:].abs().max() < 0.06
+    image = noise(1, 3).expand(50, -1, -1, -1)
+    assert len(JITTER(image, draws_of(50)).flatten(1).unique(dim=0)) == 50
+
+
+def test_without_jitter_no_factor_is_drawn_and_small_images_are_not_cropped() -> None:
+    draws = draws_of(50, own=Augmentation(jitter=False))
+    assert draws.factors.eq(1).all()
+    assert draws.order.eq(torch.arange(3)).all()
+    small = draws_of(50, 7, 7)
+    assert not small.top.any()
+    assert not small.left.any()
+
+
+# Episodes
+
+
+def set_of(count: int = 120, classes: int = 6, channels: int = 3, size: int = 16) -> ImageSet:
+    return ImageSet(noise(count, channels, size, size), torch.arange(count) % classes, tuple("abcdef"[:classes]))
+
+
+SIZES: dict[str, Any] = {"ways": 3, "shots": 2, "queries": 3, "tasks": 4, "seed": 5}
+
+
+def test_episodes_are_those_of_the_library() -> None:
+    data = set_of()
+    own = Episodes(data, **SIZES, augment="none")
+    for step, (samples, labels) in enumerate(EpisodeLoader(data.images, data.labels, steps=4, **SIZES)):
+        batch = own.batch(step)
+        assert torch.equal(batch, samples)
+        assert torch.equal(own.labels, labels)
+        features = batch.double().flatten(2)
+        for found, expected in zip(own.split(features), split_task(features, labels, shots=2), strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("augment", ["none", "flip-crop", "flip-crop-jitter"])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_episodes_of_a_step(augment: str, processes: int) -> None:
+    """Whatever each of them drew before."""
+    whole = Episodes(set_of(), **SIZES, augment=augment).batch(7)
+    found = torch.empty_like(whole)
+    for rank in range(processes):
+        own = Episodes(set_of(), **SIZES, augment=augment, rank=rank, processes=processes)
+        for step in range(rank):
+            own.batch(step)
+        found[rank::processes] = own.batch(7)
+        assert len(own.labels) == 4 // processes
+    assert torch.equal(found, whole)
+
+
+def test_steps_tasks_and_seeds_have_other_augmentations() -> None:
+    same = ImageSet(noise(1, 3, 16, 16).expand(60, -1, -1, -1).contiguous(), torch.arange(60) % 6, tuple("abcdef"))
+    seen = [
+        Episodes(same, **(SIZES | {"seed": seed}), augment="flip-crop-jitter").batch(step).flatten(2)
+        for seed in (0, 1)
+        for step in (0, 1)
+    ]
+    assert len(torch.cat(seen).flatten(0, 1).unique(dim=0)) == 4 * 4 * 15
+
+
+# Steps that fail
+
+NAN, HUGE = 255, 254  # the brightest pixel of an image that has such features
+
+
+class Network(nn.Module):
+    """With statistics, and with features that are not finite or too large for images that say so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm, self.dropout = nn.Linear(64, 12), nn.BatchNorm1d(12), nn.Dropout(0.1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = images.flatten(1)
+        most = pixels.amax(1, keepdim=True)
+        features = self.dropout(self.norm(self.linear(pixels / 255)))
+        return torch.where(most == NAN, torch.nan, torch.where(most == HUGE, 1e9, features))
+
+
+def training(head: str = "ridge", **changes: Any) -> Training:
+    settings: dict[str, Any] = {"steps": 5, "tasks": 3, "ways": 3, "shots": 2, "queries": 2, "schedule": "constant"}
+    settings |= {"learning_rate": 0.05, "device": "cpu"}
+    options = Options(head=head, **(settings | changes))
+    images = noise(60, 1, 8, 8) // 2
+    data = ImageSet(images, torch.arange(60) % 6, tuple("abcdef"))
+    torch.manual_seed(3)
+    return Training(options, Network(), make_head(head), episodes(data, options, Processes()), Processes())
+
+
+def state(own: Training) -> dict[str, Tensor]:
+    momentum = {
+        f"momentum.{name}": own.optimizer.state[value]["momentum_buffer"] for name, value in own.parameters.items()
+    }
+    return {name: value.detach().clone() for name, value in (own.parameters | own.buffers | momentum).items()}
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def nothing(_: Tensor) -> None:
+    pass
+
+
+def poisoned(value: int, task: int = 1) -> Callable[[Tensor], None]:
+    def spoil(images: Tensor) -> None:
+        images[task, 4 if value == NAN else slice(None), 0, 3, 3] = value
+
+    return spoil
+
+
+def take(own: Training, steps: range | tuple[int, ...], spoil: Callable[[Tensor], None] = nothing) -> Training:
+    """Take steps, of which that with number 2 is spoiled."""
+    for step in steps:
+        own.step = step
+        images = own.episodes.batch(step)
+        if step == 2:
+            spoil(images)
+        own.take(images)
+    return own
+
+
+HEADS = ("svm", "ridge", "prototypes")
+
+
+@pytest.fixture(params=["the head says", "the loss says"])
+def quiet(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a NaN shows in: values are looked at on the CPU, and not on a GPU, where it goes through to the loss."""
+    loss = loop.episode_loss
+
+    def unchecked(head: Any, episode: Any, **settings: Any) -> Any:
+        bad = ~torch.cat([episode.support, episode.query], 1).isfinite().flatten(1).all(1)
+        found = loss(
+            head, episode._replace(support=episode.support.nan_to_num(), query=episode.query.nan_to_num()), **settings
+        )
+        logits = found.logits + torch.where(bad, torch.nan, 0.0)[:, None, None]
+        return found._replace(loss=found.loss + 0 * logits.sum(), logits=logits)
+
+    if request.param == "the loss says":
+        monkeypatch.setattr(loop, "episode_loss", unchecked)
+    return "a loss of nan" if request.param == "the loss says" else "support: got non-finite values"
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_failed_step_raises_when_it_is_read(head: str, quiet: str) -> None:
+    """And no step after it has changed anything."""
+    own = take(training(head), range(2))
+    before = {name: value for name, value in state(own).items() if name not in own.buffers}
+    take(own, range(2, 5), poisoned(NAN))
+    with pytest.raises(InputError, match=rf"batch: got step 2, task 1 \({quiet}.*wanted finite values") as caught:
+        own.read()
+    assert "on_failure: 'skip'" in str(caught.value)
+    assert_same(before, {name: value for name, value in state(own).items() if name not in own.buffers})
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_failed_step_is_left_out(head: str, quiet: str, caplog: pytest.LogCaptureFixture) -> None:
+    own = take(training(head, on_failure="skip"), range(5), poisoned(NAN))
+    own.read()
+    other = take(training(head), (0, 1, 3, 4))
+    other.read()
+    assert_same(state(own), state(other))
+    assert state(own)["backbone.norm.num_batches_tracked"] == 4
+    (failure,) = own.failures
+    assert (failure["step"], failure["tasks"]) == (2, [1])
+    assert quiet in failure["cause"]
+    assert f"skipped step 2, task 1 ({quiet}" in caplog.text
+    assert not own.stopped
+    assert own.step == 5
+    assert own.rows[4].pop("skipped") == 1
+    assert own.rows == other.rows
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_failed_step_stops_the_training_before_it(
+    head: str, quiet: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = take(training(head, on_failure="stop"), range(5), poisoned(NAN))
+    own.read()
+    assert own.stopped
+    assert own.step == 3
+    assert [(each["step"], each["tasks"]) for each in own.failures] == [(2, [1])]
+    assert f"the training stops before step 2, task 1 ({quiet}" in caplog.text
+    assert_same(state(own), state(take(training(head), range(2))))
+    own.save(tmp_path / "last.safetensors")
+    resumed = training(head, on_failure="skip")
+    resumed.load(tmp_path / "last.safetensors")
+    assert resumed.step == 3
+    assert resumed.failures == own.failures
+    take(resumed, range(3, 5)).read()
+    skipped = take(training(head, on_failure="skip"), range(5), poisoned(NAN))
+    skipped.read()
+    assert_same(state(resumed), state(skipped))
+    assert resumed.rows == skipped.rows
+    assert resumed.failures == skipped.failures
+
+
+@pytest.mark.parametrize("on_failure", ["raise", "skip", "stop"])
+def test_a_head_that_can_not_be_fitted_fails_the_step(on_failure: str) -> None:
+    own = training(on_failure=on_failure)
+    with pytest.raises(SolverError, match="not positive definite"):
+        loop.episode_loss(own.head, own.episodes.split(torch.full((3, 12, 12), 1e9)), ways=3)
+    take(own, range(5), poisoned(HUGE))
+    if on_failure == "raise":
+        with pytest.raises(InputError, match=r"step 2, task .*not positive definite"):
+            own.read()
+        return
+    own.read()
+    (failure,) = own.failures
+    assert failure["step"] == 2
+    assert 1 in failure["tasks"]
+    assert "not positive definite" in failure["cause"]
+    assert_same(state(own), state(take(training(), (0, 1) if own.stopped else (0, 1, 3, 4))))
+
+
+NAMES = [*training("svm").parameters]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("on_failure", ["raise", "skip", "stop"])
+def test_a_gradient_that_is_not_finite_is_named(name: str, on_failure: str) -> None:
+    own = training("svm", on_failure=on_failure)
+    own.parameters[name].register_hook(lambda gradient: gradient * (torch.inf if own.step == 2 else 1))
+    take(own, range(5))
+    if on_failure == "raise":
+        with pytest.raises(InputError, match=rf"batch: got step 2 \(the gradient of {name}\)"):
+            own.read()
+        return
+    own.read()
+    assert own.failures == [{"step": 2, "tasks": [], "cause": f"the gradient of {name}"}]
+    assert_same(state(own), state(take(training("svm"), (0, 1) if own.stopped else (0, 1, 3, 4))))
+
+
+def test_of_several_processes_the_one_with_the_gradient_names_it() -> None:
+    own = take(training(on_failure="skip"), range(1))
+    fine: dict[str, Any] = {"loss": 1.0, "failed": True, "gradient": -1}
+    own._fail(0, [fine, fine | {"gradient": 1}])
+    assert own.failures == [{"step": 0, "tasks": [], "cause": f"the gradient of {[*own.parameters][1]}"}]
+    own._fail(3, [fine, fine | {"gradient": 0, "tasks": [1, 3], "cause": "a loss of inf"}])
+    assert own.failures[1:] == [{"step": 3, "tasks": [1, 3], "cause": "a loss of inf"}]
+
+
+def test_several_failed_steps_between_two_readings() -> None:
+    own = training(on_failure="skip")
+    for step in range(5):
+        images = own.episodes.batch(step)
+        if step in (0, 3):
+            poisoned(NAN, task=step % 2)(images)
+        own.take(images)
+    own.read()
+    assert [(each["step"], each["tasks"]) for each in own.failures] == [(0, [0]), (3, [1])]
+    assert_same(state(own), state(take(training(), (1, 2, 4))))
+    assert own.rows[4]["skipped"] == 2
+
+
+def test_what_is_no_matter_of_values_is_never_skipped() -> None:
+    own = training(on_failure="skip")
+    own.episodes.labels = own.episodes.labels.clone().fill_(7)
+    with pytest.raises(InputError, match="labels"):
+        take(own, range(1))
+
+
+# Steps, logs and checkpoints
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_learning_rate_follows_its_schedule(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, rates, step = training(steps=12, schedule=schedule, learning_rate=0.5), [], torch.optim.SGD.step
+
+    def watched(self: Any, *rest: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *rest)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    take(own, range(12))
+    assert rates == pytest.approx([0.5 * SCHEDULES[schedule](each / 12) for each in range(12)])
+
+
+@pytest.mark.parametrize(("head", "stop"), [("svm", 3), ("ridge", 1), ("ridge", 10), ("prototypes", 14)])
+def test_a_resumed_training_is_the_same(head: str, stop: int, tmp_path: Path) -> None:
+    """With its log, though the checkpoint falls between two rows of it."""
+    path = tmp_path / "new" / "last.safetensors"
+    whole = take(training(head, steps=20), range(20))
+    whole.read()
+    first = take(training(head, steps=20), range(stop))
+    first.read()
+    first.best, first.seconds = 0.25, 7.5
+    first.save(path)
+    resumed = training(head, steps=20)
+    torch.manual_seed(99)  # on which nothing depends
+    resumed.load(path)
+    assert (resumed.step, resumed.best, resumed.seconds) == (stop, 0.25, 7.5)
+    take(resumed, range(stop, 20)).read()
+    assert_same(state(resumed), state(whole))
+    assert list(whole.rows) == [9, 19]
+    assert [*resumed.rows] == [*whole.rows]
+    for step, row in whole.rows.items():
+        assert row.keys() == ({*loop.METRICS} if head == "svm" else {"loss", "accuracy"})
+        assert resumed.rows[step] == pytest.approx(row, rel=1e-12)
+
+
+def test_a_checkpoint_has_all_that_there_is(tmp_path: Path) -> None:
+    own = take(training("svm", steps=20), range(3))
+    own.read()
+    own.save(tmp_path / "last.safetensors")
+    tensors, record = storage.load(tmp_path / "last.safetensors", **KIND)
+    assert_same(tensors, state(own))
+    assert record["options"] == own.options.record()
+    assert len(record["_pending"]) == 3
+
+
+def test_rows_are_means_and_the_largest_gap() -> None:
+    """However often the steps are read."""
+    own, other = (training("svm", steps=6) for _ in range(2))
+    take(own, range(6)).read()
+    told = []
+    for step in range(6):
+        take(other, (step,)).read()
+        told += other._pending[-1:]
+    (row,) = own.rows.values()
+    assert [len(told), row["certified"]] == [5, 1]
+    assert row == pytest.approx(other.rows[5], rel=1e-12)
+    assert row["gap"] >= max(each["gap"] for each in told)
+    assert min(each["loss"] for each in told) < row["loss"] < max(each["loss"] for each in told)
+
+
+def test_the_loss_is_that_of_the_options() -> None:
+    """With label smoothing, of the head's logits of the batch."""
+    for smoothing in (0.0, 0.3):
+        own = training(label_smoothing=smoothing, steps=1)
+        own.backbone.dropout.p = 0.0
+        batch, labels = own.episodes.batch(0), own.episodes.labels
+        episode = split_task(own.backbone(batch.flatten(0, 1)).unflatten(0, labels.shape), labels, shots=2)
+        logits = own.head(episode.support, episode.support_labels, episode.query)
+        targets = episode.query_labels.flatten()
+        expected = nn.functional.cross_entropy(logits.flatten(0, 1), targets, label_smoothing=smoothing)
+        take(own, (0,)).read()
+        assert own.rows[0]["loss"] == pytest.approx(expected.item())
+        assert own.rows[0]["accuracy"] == pytest.approx((logits.argmax(-1).flatten() == targets).double().mean().item())
+
+
+# On a GPU
+
+
+def on_gpu(head: str, device: str = "cuda", **changes: Any) -> Training:
+    """A Conv-4 on images of noise, with the paper's augmentation."""
+    settings: dict[str, Any] = {"steps": 12, "tasks": 2, "shots": 2, "queries": 3, "augment": "flip-crop-jitter"}
+    options = Options(head=head, device=device, **({"compile": "none"} | settings | changes))
+    data = ImageSet(noise(300, 3), torch.arange(300) % 10, tuple("abcdefghij"))
+    torch.manual_seed(0)
+    parts = make_untrained(options.record(), data.images)
+    return Training(options, *parts, episodes(data, options, Processes()), Processes())
+
+
+@contextmanager
+def synchronizing_is_an_error() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("on_failure", ["raise", "skip"])
+@pytest.mark.parametrize("head", ["prototypes", "ridge"])
+def test_steps_do_not_wait_for_the_gpu(head: str, on_failure: str, cuda: torch.device) -> None:
+    own = on_gpu(head, on_failure=on_failure)
+    for step in range(2):
+        own.take(own.episodes.batch(step))
+    with synchronizing_is_an_error():
+        for step in range(2, 12):
+            own.take(own.episodes.batch(step))
+    own.read()
+    assert list(own.rows) == [9]
+    assert 0 < own.rows[9]["loss"] < 10
+    with pytest.raises(RuntimeError, match="synchroniz"), synchronizing_is_an_error():
+        own.backbone.mean.sum().item()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("augment", ["none", "flip-crop", "flip-crop-jitter"])
+def test_a_gpu_sees_the_same_images(augment: str, cuda: torch.device) -> None:
+    here, there = (Episodes(set_of(), **SIZES, augment=augment, device=device) for device in ("cpu", cuda))
+    for step in range(20):
+        expected, found = here.batch(step), there.batch(step)
+        assert found.device.type == "cuda"
+        difference = (found.cpu().int() - expected.int()).abs()
+        assert difference.max() <= (augment == "flip-crop-jitter")
+        assert difference.double().mean() < 1e-3
+    assert torch.equal(there.labels.cpu(), here.labels)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")  # of Inductor
+def test_a_compiled_step_in_bfloat16(cuda: torch.device) -> None:
+    own = on_gpu("svm", compile="default", precision="bfloat16", steps=2)
+    for step in range(2):
+        own.take(own.episodes.batch(step))
+    own.read()
+    assert 0 < own.rows[1]["loss"] < 10
+    assert {value.dtype for value in own.parameters.values()} <= {torch.float32, torch.float64}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head", HEADS)
+def test_a_failed_step_on_a_gpu_is_left_out(head: str, cuda: torch.device) -> None:
+    """Values are not looked at there before they are used."""
+    own, other = (on_gpu(head, on_failure="skip") for _ in range(2))
+    for step in range(4):
+        with torch.no_grad():
+            good = own.backbone.mean.clone()
+            own.backbone.mean.mul_(torch.nan if step == 2 else 1)
+        own.take(own.episodes.batch(step))
+        own.backbone.mean.copy_(good)
+    for step in (0, 1, 3):
+        other.step = step
+        other.take(other.episodes.batch(step))
+    own.read()
+    assert [each["step"] for each in own.failures] == [2]
+    for name, value in state(own).items():
+        torch.testing.assert_close(value, state(other)[name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head", ["svm", "ridge"])
+def test_a_resumed_training_on_a_gpu(head: str, cuda: torch.device, tmp_path: Path) -> None:
+    whole, first = on_gpu(head), on_gpu(head)
+    for step in range(6):
+        whole.take(whole.episodes.batch(step))
+    for step in range(3):
+        first.take(first.episodes.batch(step))
+    first.read()
+    first.save(tmp_path / "last.safetensors")
+    resumed = on_gpu(head)
+    resumed.load(tmp_path / "last.safetensors")
+    for step in range(3, 6):
+        resumed.take(resumed.episodes.batch(step))
+    for name, value in state(resumed).items():
+        torch.testing.assert_close(value, state(whole)[name], rtol=1e-2, atol=1e-3)
+
+
+def test_refuses_an_unknown_augmentation() -> None:
+    assert augmentation("flip-crop-jitter") == JITTER
+    with pytest.raises(InputError, match="augment"):
+        augmentation("jitter")
