@@ -284,7 +284,7 @@ def _on_noise(options: Options, *, channels_last: bool) -> Training:
 
 def _flop(training: Training) -> int:
     """Floating-point operations of the backbone's forward and backward pass in a step."""
-    images = training.episodes.batch(0).flatten(0, 1)
+    images = training.episodes(training.episodes.draw(0))
     with FlopCounterMode(display=False) as counter:
         training.backbone(images).sum().backward()
     return counter.get_total_flops()
@@ -293,31 +293,31 @@ def _flop(training: Training) -> int:
 def _time(training: Training, steps: int, warmup: int) -> tuple[float, float]:
     """Milliseconds of a step, with its images and the reading of what it tells; and seconds of the first one."""
     begin = time.perf_counter()
-    images = training.episodes.batch(0)
+    drawn = training.episodes.draw(0)
     first = 0.0
     for step in range(warmup + steps):
         if step == warmup:
-            begin = report.now(images)
-        training.take(images)
-        images = training.episodes.batch(step + 1)
+            begin = report.now(drawn)
+        training.take(drawn)
+        drawn = training.episodes.draw(step + 1)
         if training.step % training.interval == 0:
             training.read()
         if step == 0:
-            first = report.now(images) - begin
-    return 1e3 * (report.now(images) - begin) / steps, first
+            first = report.now(drawn) - begin
+    return 1e3 * (report.now(drawn) - begin) / steps, first
 
 
 def _time_network(training: Training, steps: int, warmup: int) -> tuple[float, float]:
     """Likewise of the forward and backward pass of the backbone on one batch."""
-    images = training.episodes.batch(0)
-    begin, first = report.now(images), 0.0
+    drawn = training.episodes.draw(0)
+    begin, first = report.now(drawn), 0.0
     for step in range(warmup + steps):
         if step == warmup:
-            begin = report.now(images)
-        training.features(images).sum().backward()
+            begin = report.now(drawn)
+        training.features(drawn).sum().backward()
         if step == 0:
-            first = report.now(images) - begin
-    return 1e3 * (report.now(images) - begin) / steps, first
+            first = report.now(drawn) - begin
+    return 1e3 * (report.now(drawn) - begin) / steps, first
 
 
 def _peak(where: torch.device, size: int) -> float:

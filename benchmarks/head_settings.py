@@ -52,11 +52,12 @@ class Apart(Training):
     So each has its own batch statistics, as in the code that Lee et al. 2019 published.
     """
 
-    def features(self, images: Tensor) -> Tensor:
-        by_class = images.unflatten(1, (self.episodes.ways, -1))
-        shots = self.episodes.shots
-        parts = [part.flatten(1, 2) for part in (by_class[:, :, :shots], by_class[:, :, shots:])]
-        found = [super(Apart, self).features(part).unflatten(1, (self.episodes.ways, -1)) for part in parts]
+    def features(self, drawn: Tensor) -> Tensor:
+        by_class = self.episodes(drawn).unflatten(0, (len(self.episodes.labels), self.episodes.ways, -1))
+        shots, found = self.episodes.shots, []
+        for part in (by_class[:, :, :shots], by_class[:, :, shots:]):
+            features = self.backbone(part.flatten(0, 2))
+            found.append(features.unflatten(0, tuple(part.shape[:3])))
         return torch.cat(found, 2).flatten(1, 2)
 
 
@@ -121,7 +122,7 @@ def measure(name: str, options: Options, data: dict[str, ImageSet], test_episode
     )
     begin = time.perf_counter()
     for step in tqdm(range(options.total_steps), desc=name, leave=False, mininterval=1):
-        training.take(training.episodes.batch(step))
+        training.take(training.episodes.draw(step))
         if training.step % training.interval == 0:
             training.read()
     seconds = time.perf_counter() - begin

@@ -20,7 +20,7 @@ from benchmarks.data import Episodes, ImageSet
 from benchmarks.options import Options
 from benchmarks.processes import Processes
 from convexheads import storage
-from convexheads.episodes import embed, evaluate
+from convexheads.episodes import Episode, embed, evaluate
 from convexheads.errors import ConvexHeadsError, InputError, SolverError
 from convexheads.heads import Head
 from convexheads.heads.svm import MulticlassSVM
@@ -73,9 +73,9 @@ class Training:
         if processes.count > 1 and self.device.type == "cuda":
             self.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(self.backbone)
         torch.backends.cudnn.benchmark = True  # every step has the same sizes: cuDNN may look for its fastest way
-        self.network: Callable[[Tensor], Tensor] = self.backbone
+        self.network: Callable[[Tensor], Tensor] = nn.Sequential(episodes, self.backbone)
         if (mode := options.compilation(self.device)) != "none":
-            self.network = torch.compile(self.backbone, mode=mode)
+            self.network = torch.compile(self.network, mode=mode)
         linear = isinstance(head.kernel, Linear) and not head.kernel.normalize
         self.gram_on_host = self.device.type == "cuda" and isinstance(head, MulticlassSVM) and linear
         self.parameters = dict(_named(self.backbone, self.head, nn.Module.named_parameters))
@@ -102,8 +102,8 @@ class Training:
 
     # A step
 
-    def take(self, images: Tensor) -> None:
-        """Take a step on the images of a batch of `episodes`, without waiting for the device."""
+    def take(self, drawn: Tensor) -> None:
+        """Take a step on a batch of episodes, as `episodes.draw` has drawn it, without waiting for the device."""
         options = self.options
         before = [value.clone() for value in self.buffers.values()] if options.on_failure != "raise" else []
         torch.manual_seed(
@@ -111,7 +111,7 @@ class Training:
         )  # dropout, so that resuming needs no state
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate * SCHEDULES[options.schedule](self.step / options.total_steps)
-        features = self.features(images)
+        features = self.features(drawn)
         found = self._loss(features)
         self.optimizer.zero_grad(set_to_none=True)
         found.loss.backward()
@@ -132,11 +132,11 @@ class Training:
             self._unread.append((self.step, self._told(found, features, bad, failed)))
         self.step += 1
 
-    def features(self, images: Tensor) -> Tensor:
-        """The features of a batch's images, `(tasks, n, d)`, in float32 or as precise as the backbone is."""
+    def features(self, drawn: Tensor) -> Tensor:
+        """The features of a batch, `(tasks, n, d)`, in float32 or as precise as the backbone is."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bfloat16"):
-            features = self.network(images.flatten(0, 1))
-        features = features.unflatten(0, tuple(images.shape[:2]))
+            features = self.network(drawn)
+        features = features.unflatten(0, tuple(self.episodes.labels.shape))
         return features.float() if features.dtype.itemsize < 4 else features  # logits are as precise as features
 
     def _loss(self, features: Tensor) -> EpisodeLoss:
@@ -159,14 +159,13 @@ class Training:
             return EpisodeLoss(loss, {"loss": loss.detach()}, episode.query)
 
     def _told(self, found: EpisodeLoss, features: Tensor, bad: Tensor, failed: Tensor) -> Tensor:
-        """What `_read` reads: numbers, and for each task whether its features and its logits are finite."""
-        unknown = torch.full_like(found.loss, torch.nan)
+        """What `_report` reads: numbers, and for each task the sums of its features and of its logits."""
         told = found.metrics | {"loss": found.loss.detach()}
-        metrics = [told.get(name, unknown) for name in METRICS]
+        unknown = torch.full((), torch.nan, device=self.device)
         gradient = torch.where(bad.any(), bad.float().argmax(), -1)
-        numbers = torch.stack([value.double() for value in (*metrics, failed, gradient)])
-        finite = [value.isfinite().flatten(1).all(1).double() for value in (features, found.logits)]
-        return torch.cat([numbers, *finite])
+        numbers = [*(told.get(name, unknown) for name in METRICS), failed, gradient]
+        sums = [value.detach().sum((1, 2)) for value in (features, found.logits)]  # finite if all values are
+        return torch.cat([torch.stack([value.double() for value in numbers]), *sums])
 
     # Reading
 
@@ -198,11 +197,11 @@ class Training:
         """What this process has to say of a step: its metrics, whether the step failed and, where it knows it, why."""
         count = len(METRICS)
         metrics = {name: value for name, value in zip(METRICS, values, strict=False) if value == value}
-        failed, gradient, *finite = values[count:]
+        failed, gradient, *sums = values[count:]
         report: dict[str, Any] = metrics | {"failed": failed > 0, "gradient": int(gradient)}
         if failed and (step in self._errors or not np.isfinite(values[0])):
-            half = len(finite) // 2
-            bad = [[task for task, each in enumerate(part) if not each] for part in (finite[:half], finite[half:])]
+            half = len(sums) // 2
+            bad = [np.flatnonzero(~np.isfinite(part)).tolist() for part in (sums[:half], sums[half:])]
             error = self._errors.get(step, {"tasks": bad[0] or bad[1], "cause": f"a loss of {values[0]}"})
             tasks = error["tasks"] or range(half)
             report["tasks"] = [self.processes.rank + task * self.processes.count for task in tasks]
@@ -315,14 +314,14 @@ def train(options: Options, data: dict[str, ImageSet], training: Training, *, de
             total=total, initial=training.step, desc="meta-training", unit="step", disable=not first, mininterval=0.5
         ) as bar,
     ):
-        images = training.episodes.batch(training.step) if training.step < total else None
-        while images is not None and not training.stopped:
-            training.take(images)
+        drawn = training.episodes.draw(training.step) if training.step < total else None
+        while drawn is not None and not training.stopped:
+            training.take(drawn)
             done, late = training.step, time.monotonic() > deadline
             # Drawn while the device is still busy with the step.
-            images = training.episodes.batch(done) if done < total and not late else None
+            drawn = training.episodes.draw(done) if done < total and not late else None
             validates = "val" in data and done % options.validate_every == 0
-            saves = done % options.checkpoint_every == 0 or images is None
+            saves = done % options.checkpoint_every == 0 or drawn is None
             if validates or saves or done % training.interval == 0:
                 training.read()
                 if validates and not training.stopped and training.validate(data["val"]) and first:
@@ -342,25 +341,27 @@ def train(options: Options, data: dict[str, ImageSet], training: Training, *, de
         training.load_weights(storage.load(best, **KIND)[0])
 
 
-class _Metric(nn.Module):
-    """The kernel x G y', by which unit vectors stand for samples with the Gram matrix G."""
+class _Gram(nn.Module):
+    """A kernel whose matrices are known: of the support with itself, and of queries with the support."""
 
-    gram: Tensor
+    support: Tensor
+    query: Tensor
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return x @ self.gram @ y.mT
+        return self.support if x is y else self.query
 
 
 def _loss_on_host(head: Head, features: Tensor, episodes: Episodes, **settings: Any) -> EpisodeLoss:
-    """As `episode_loss` on the features, `(tasks, n, d)`, computed on the CPU from their Gram matrix."""
-    values, device = features.double(), features.device
-    metric, kernel = _Metric(), head.kernel
-    metric.gram = (values @ values.mT).cpu()
-    episode = episodes.split(torch.eye(features.shape[1], dtype=values.dtype).expand_as(metric.gram))
-    labels = {"support_labels": episode.support_labels.cpu(), "query_labels": episode.query_labels.cpu()}
+    """As `episode_loss` on the features, `(tasks, n, d)`, computed on the CPU from their Gram matrices."""
+    device, episode = features.device, episodes.split(features.double())
+    both = torch.cat([episode.support, episode.query], 1) @ episode.support.mT
+    size, gram, kernel = episode.support.shape[1], _Gram(), head.kernel
+    gram.support, gram.query = both.cpu().tensor_split([size], 1)
+    support, query = (torch.zeros(*part.shape[:2], 1, dtype=part.dtype) for part in (gram.support, gram.query))
     try:
-        head.kernel = metric
-        found = episode_loss(head, episode._replace(**labels), **settings)
+        head.kernel = gram
+        labels = episode.support_labels.cpu(), episode.query_labels.cpu()
+        found = episode_loss(head, Episode(support, labels[0], query, labels[1]), **settings)
     finally:
         head.kernel = kernel
     metrics = {name: value.to(device) for name, value in found.metrics.items()}

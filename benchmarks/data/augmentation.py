@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -20,27 +19,9 @@ STRENGTH = 0.4
 
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 
-
-class Draws(NamedTuple):
-    """What is drawn for each image, so that it can be drawn on one device and applied on another.
-
-    Attributes:
-        top: row of the frame where the crop begins, int64 `(n,)`.
-        left: likewise the column.
-        flipped: whether left and right are exchanged, bool `(n,)`.
-        factors: of brightness, contrast and saturation, `(n, 3)`; 1 changes nothing. Float64.
-        order: in which these three are changed, int64 `(n, 3)`.
-    """
-
-    top: Tensor
-    left: Tensor
-    flipped: Tensor
-    factors: Tensor
-    order: Tensor
-
-    def to(self, device: torch.device) -> Self:
-        """The same on another device. The copy to a GPU does not wait for it."""
-        return self._make(to_device(each, device) for each in self)
+COLUMNS = ("top", "left", "flipped", "brightness", "contrast", "saturation", "first", "second", "third")
+"""What is drawn for an image: where the crop begins in the frame, whether left and right are exchanged (0 or 1), the
+factors of brightness, contrast and saturation (1 changes nothing), and in which order these three are changed."""
 
 
 def to_device(value: Tensor, device: torch.device) -> Tensor:
@@ -62,8 +43,8 @@ class Augmentation:
 
     jitter: bool
 
-    def draw(self, count: int, height: int, width: int, random: np.random.Generator) -> Draws:
-        """Draw what to do to so many images of that height and width, on the CPU."""
+    def draw(self, count: int, height: int, width: int, random: np.random.Generator) -> Tensor:
+        """Draw what to do to so many images of that height and width: `COLUMNS`, float64 `(count, 9)`, on the CPU."""
         frame = 2 * (height // 8) + 1
         factors, order = np.ones((count, 3)), np.tile(np.arange(3), (count, 1))
         corners = random.integers(frame, size=(2, count))
@@ -71,36 +52,37 @@ class Augmentation:
         if self.jitter:
             factors = random.uniform(1 - STRENGTH, 1 + STRENGTH, (count, 3))
             order = random.permuted(order, axis=1)
-        return Draws(*map(torch.from_numpy, (*corners, flipped, factors, order)))
+        return torch.from_numpy(np.column_stack([*corners, flipped, factors, order]))
 
-    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+    def __call__(self, images: Tensor, drawn: Tensor) -> Tensor:
         """Images as they were drawn to be.
 
         Args:
             images: uint8 `(n, channels, height, width)`, of 1 or 3 channels.
-            draws: of `draw`, on the device of the images.
+            drawn: what `draw` returned, `(n, 9)`, on the device of the images.
 
         Returns:
             The same shape and type, in PyTorch's memory format `channels_last`.
         """
         height, width = images.shape[-2:]
-        framed = functional.pad(images, [height // 8] * 4)
+        top, left, flipped = drawn[:, :3].long().unbind(1)
         rows = torch.arange(height, device=images.device)
         columns = torch.arange(width, device=images.device)
-        columns = torch.where(draws.flipped[:, None], columns.flip(0), columns)
-        rows, columns = draws.top[:, None] + rows, draws.left[:, None] + columns
+        columns = torch.where(flipped[:, None] > 0, width - 1 - columns, columns)
+        rows, columns = top[:, None] + rows, left[:, None] + columns
         each = torch.arange(len(images), device=images.device)[:, None, None]
+        framed = functional.pad(images, [height // 8] * 4)
         cropped = framed[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-        return self._jittered(cropped, draws) if self.jitter else cropped
+        return self._jittered(cropped, drawn[:, 3:6], drawn[:, 6:].long()) if self.jitter else cropped
 
-    def _jittered(self, images: Tensor, draws: Draws) -> Tensor:
+    def _jittered(self, images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         """Blend each image with black, its mean gray and its gray version, in the order that was drawn.
 
         Values are cut to whole levels after each change, as torchvision does it.
         """
         values = images.float()
-        for change in draws.order.unbind(1):
-            factor = draws.factors.gather(1, change[:, None])[:, 0]
+        for change in order.unbind(1):
+            factor = factors.gather(1, change[:, None])[:, 0]
             if values.shape[1] == 1:  # gray images have no saturation
                 gray = values
                 factor = torch.where(change == SATURATION, 1, factor)

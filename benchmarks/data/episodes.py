@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.data.augmentation import augmentation, to_device
 from benchmarks.data.images import ImageSet
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from learn2learn.data import Taskset
 
 
-class Episodes:
+class Episodes(nn.Module):
     """A batch of episodes for each training step, gathered and augmented on the device that trains.
 
-    The images lie on the device. What is random is drawn on the CPU, from the seed and the step alone: so every device,
-    every number of processes and every resumption sees the same episodes with the same augmentation. No step waits for
-    the device.
+    The images lie on the device, and `forward` makes a batch of them there. What is random, `draw` draws on the CPU, from
+    the seed and the step alone: so every device, every number of processes and every resumption sees the same episodes
+    with the same augmentation. Neither waits for the device.
 
     Args:
         data: images and labels to draw from.
@@ -44,6 +44,9 @@ class Episodes:
         InputError: a size is not positive, there is no such augmentation, or `data` has too few classes or images.
     """
 
+    images: Tensor
+    labels: Tensor
+
     def __init__(
         self,
         data: ImageSet,
@@ -58,8 +61,9 @@ class Episodes:
         rank: int = 0,
         processes: int = 1,
     ) -> None:
+        super().__init__()
         self.device, self.ways, self.shots = torch.device(device), ways, shots
-        self.images = data.images.to(self.device)
+        self.register_buffer("images", data.images.to(self.device), persistent=False)
         self.augmentation = augmentation(augment)
         self.loader = EpisodeLoader(
             data.images,
@@ -73,22 +77,33 @@ class Episodes:
             rank=rank,
             processes=processes,
         )
-        own, each = tasks // processes, shots + queries
-        self.labels = torch.arange(ways, device=self.device).repeat_interleave(each).expand(own, -1)
+        labels = torch.arange(ways, device=self.device).repeat_interleave(shots + queries)
+        self.register_buffer("labels", labels.expand(tasks // processes, -1), persistent=False)
+
+    def draw(self, step: int) -> Tensor:
+        """What is random in a step: a row of numbers for each image, float64 `(tasks * n, numbers)`, on the device."""
+        indices = self.loader.indices(step)
+        columns = [indices.flatten()[:, None]]
+        if self.augmentation is not None:
+            loader, (height, width) = self.loader, self.images.shape[-2:]
+            random = np.random.default_rng([loader.seed, step, loader.tasks])  # the tasks have the numbers below
+            draws = self.augmentation.draw(loader.tasks * indices.shape[1], height, width, random)
+            own = draws.unflatten(0, (loader.tasks, -1))[loader.rank :: loader.processes]
+            columns.append(own.flatten(0, 1))
+        return to_device(torch.cat(columns, 1).double(), self.device)
+
+    def forward(self, drawn: Tensor) -> Tensor:
+        """The images of a step, uint8 `(tasks * n, channels, height, width)`, task by task and class by class.
+
+        Args:
+            drawn: what `draw` returned.
+        """
+        images = self.images[drawn[:, 0].long()]
+        return images if self.augmentation is None else self.augmentation(images, drawn[:, 1:])
 
     def batch(self, step: int) -> Tensor:
-        """The images of a step, class by class, uint8 `(tasks, ways * (shots + queries), channels, height, width)`."""
-        indices = self.loader.indices(step)
-        images = self.images[to_device(indices.flatten(), self.device)]
-        if self.augmentation is not None:
-            loader, (height, width) = self.loader, images.shape[-2:]
-            random = np.random.default_rng([loader.seed, step, loader.tasks])  # the tasks have the numbers below
-            count = loader.tasks * indices.shape[1]
-            draws = self.augmentation.draw(count, height, width, random)
-            own = (each.unflatten(0, (loader.tasks, -1))[loader.rank :: loader.processes] for each in draws)
-            draws = draws._make(each.flatten(0, 1) for each in own)
-            images = self.augmentation(images, draws.to(self.device))
-        return images.unflatten(0, tuple(indices.shape))
+        """The images of a step, uint8 `(tasks, ways * (shots + queries), channels, height, width)`."""
+        return self(self.draw(step)).unflatten(0, tuple(self.labels.shape))
 
     def split(self, features: Tensor) -> Episode:
         """Split the features of a batch, `(tasks, ways * (shots + queries), d)`, into support and query."""
