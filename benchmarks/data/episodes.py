@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class Episodes(nn.Module):
     """A batch of episodes for each training step, gathered and augmented on the device that trains.
 
-    The images lie on the device, and `forward` makes a batch of them there. What is random, `draw` draws on the CPU, from
-    the seed and the step alone: so every device, every number of processes and every resumption sees the same episodes
-    with the same augmentation. Neither waits for the device.
+    The images lie on the device, and `forward` makes a batch of them there. What is random, `draw` draws on the CPU,
+    from the seed and the step alone: so every device, every number of processes and every resumption sees the same
+    episodes with the same augmentation. Neither waits for the device.
 
     Args:
         data: images and labels to draw from.
