@@ -21,11 +21,10 @@ import pandas
 from rich.console import Console
 from rich.table import Table as RichTable
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize
 from tqdm.auto import tqdm
 
 import convexheads as ch
-from benchmarks import report
+from benchmarks import report, require_modules
 from benchmarks.data import ImageSet, load
 from benchmarks.options import Options
 from convexheads.pretrained import ZOO
@@ -193,6 +192,9 @@ def _test_classes(dataset: str, root: Path | None) -> ImageSet:
 def _features(weights: Path, dataset: str, root: Path | None) -> tuple[Tensor, ch.Pretrained]:
     trained, images = ch.load_pretrained(weights), _test_classes(dataset, root).images
     if images.shape[-1] != (size := trained.settings["image_size"]):
+        require_modules("torchvision")
+        from torchvision.transforms.v2.functional import resize  # for images of another size alone
+
         images = resize(images, [size, size])
     return ch.embed(trained.backbone, images), trained
 

@@ -147,7 +147,7 @@ for name in modules:
 @pytest.mark.slow
 def test_no_module_of_benchmarks_imports_what_it_only_compares_with():
     peers = {"cvxpy", "cvxpylayers", "easyfsl", "gym", "gym_notices", "learn2learn", "moreau", "qpth", "wordllama"}
-    others = {"pytorch_lightning", "torchmetrics", "torchvision"}  # with which the benchmarks trained once
+    others = {"pytorch_lightning", "torchmetrics", "torchvision"}  # which trainings do without
     assert run(f"{MODULES}\nprint({peers | others} & set(sys.modules))", "-W", "default").strip() == "set()"
 
 
