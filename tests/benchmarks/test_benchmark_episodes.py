@@ -1,4 +1,4 @@
-"""Training episodes of the benchmarks: augmentation, worker processes, and the distribution of learn2learn's tasksets.
+"""Training episodes of the benchmarks: augmentation, the library's worker processes, and the distribution of learn2learn's tasksets.
 
 That the augmentation is torchvision's: see test_loop.py.
 """

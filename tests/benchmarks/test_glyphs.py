@@ -183,11 +183,11 @@ def test_quickstart_leaves_table_pictures_and_weights(tmp_path: Path, capsys: py
 def test_quickstart_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     take, steps = Training.take, []
 
-    def stop_at_the_third(self, images):
+    def stop_at_the_third(self, drawn):
         steps.append(self.step)
         if steps == [0, 1, 2]:
             raise RuntimeError("the power is cut")
-        take(self, images)
+        take(self, drawn)
 
     monkeypatch.setattr(Training, "take", stop_at_the_third)
     arguments = [*TINY, "--output", str(tmp_path / "run")]

@@ -256,9 +256,9 @@ def with_a_failure(monkeypatch) -> None:
     """The digits, whose third step has a loss of NaN."""
     take, loss, number = Training.take, loop.episode_loss, []
 
-    def watched_take(self, images):
+    def watched_take(self, drawn):
         number[:] = [self.step]
-        take(self, images)
+        take(self, drawn)
 
     def altered(*arguments, **settings):
         found = loss(*arguments, **settings)
@@ -305,12 +305,12 @@ from benchmarks import train
 rank, flags = os.environ.get("LOCAL_RANK", "0"), Path(sys.argv[3])
 from benchmarks.loop import Training
 take = Training.take
-def hang(self, images):
+def hang(self, drawn):
     (flags / f"{rank}.pid").write_text(str(os.getpid()))
     if self.step == 1 and (flags / f"hang{rank}").exists():
         (flags / f"{rank}.hangs").touch()
         time.sleep(600)
-    take(self, images)
+    take(self, drawn)
 Training.take = hang
 train.make_untrained = lambda settings, examples: (script.Linear(), script.make_head(settings["head"]))
 train.main(sys.argv[4:])
