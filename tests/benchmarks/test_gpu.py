@@ -38,6 +38,12 @@ def test_every_training_of_the_queue_can_begin() -> None:
         assert (options.dataset, options.total_steps, options.checkpoint_every) == ("digits", 4, 1)
 
 
+def test_nothing_is_trained_twice() -> None:
+    records = {entry.name: json.dumps(entry.options().record(), sort_keys=True) for entry in gpu.QUEUE}
+    twice = [name for name, record in records.items() if [*records.values()].count(record) > 1]
+    assert not twice
+
+
 def test_rows_of_table_4_add_what_their_names_say() -> None:
     rows = {entry.name.partition("svm-")[2]: entry.options().record() for entry in gpu._table4()}
     names = ["augmentation", "decay", "dropblock", "smoothing", "trainval"]
