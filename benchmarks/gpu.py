@@ -230,6 +230,8 @@ def speed(session: Session) -> str:
         _write_speed(rows, record, path.with_suffix(".md"))
         del training
         torch.cuda.empty_cache()
+    if not rows:
+        return "no time left"
     best = min((row for row in rows if row["head"] != NETWORK), key=lambda row: row["ms"])
     return f"{1e3 / best['ms']:.1f} steps per second at best ({best['variant']}, {best['head']})"
 

@@ -126,6 +126,14 @@ def test_an_unfinished_training_is_no_result(tmp_path: Path, capsys: pytest.Capt
     assert "Next: smoke_svm; call this again to go on" in said
 
 
+def test_without_time_the_speed_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the stages that follow go on with the time that there is."""
+    monkeypatch.setattr(gpu, "_peak", lambda *_: 1e12)
+    session = gpu.Session(tmp_path, None, time.monotonic() + 30, smoke=False, queue=gpu.QUEUE)
+    assert gpu.speed(session) == "no time left"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_killed_at_a_random_moment_it_goes_on(tmp_path: Path) -> None:

@@ -87,8 +87,13 @@ def test_what_is_measured_is_not_measured_again(
     assert len(measured) == 3
 
 
+def test_says_that_no_time_was_left(command: Callable[..., list[dict[str, Any]]]) -> None:
+    with pytest.raises(SystemExit, match="minutes: expected enough for one training"):
+        command(PLAIN, minutes=0)
+
+
 def test_refuses_an_unknown_setting(command: Callable[..., list[dict[str, Any]]]) -> None:
-    with pytest.raises(SystemExit, match="settings: expected some of .*got .*forest"):
+    with pytest.raises(SystemExit, match=r"settings: expected some of .*got .*forest"):
         command("forest")
 
 
