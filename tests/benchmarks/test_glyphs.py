@@ -129,8 +129,7 @@ def test_a_damaged_cache_is_made_again(small: Callable[..., dict[str, ImageSet]]
 
 
 def test_other_options_have_another_cache(cache: Path) -> None:
-    options = {"max_per_script": 1, "images_per_class": 1}
-    first, second = load_glyphs(**options, seed=0), load_glyphs(**options, seed=1)
+    first, second = (load_glyphs(max_per_script=1, images_per_class=1, seed=seed) for seed in (0, 1))
     assert not torch.equal(first["test"].images, second["test"].images)
     assert len(list((cache / "convexheads").iterdir())) == 2
 
