@@ -35,7 +35,7 @@ $(BUILD)/.ready:
 	$(call install,$(BUILD),'build>=1.2' 'twine>=6.1')
 
 $(QUICKSTART)/.ready: pyproject.toml
-	@echo "Installing PyTorch, Lightning, Numba, matplotlib and this library into $(QUICKSTART): about 6.5 GB, once."
+	@echo "Installing PyTorch, Numba, matplotlib and this library into $(QUICKSTART): about 6.5 GB, once."
 	$(call install,$(QUICKSTART),--editable '.[quickstart]')
 
 quickstart: $(QUICKSTART)/.ready  ## Learn to read alphabets never seen: a table and two pictures (two minutes)

@@ -183,6 +183,8 @@ def main() -> None:
             rows.append(measure(name, options, data, chosen.episodes) | {"seed": seed})
             record = {"sizes": known, "results": rows, **report.provenance()}
             storage.write(path, (json.dumps(record, indent=2) + "\n").encode())
+    if not rows:
+        raise SystemExit("error: minutes: expected enough for one training, got none done")
     table = Table(title=f"Conv-4 after {chosen.steps} steps on {chosen.dataset}, by the head", title_justify="left")
     columns = [name for name in rows[0] if name not in ("setting", "seed", "failures", "seconds")]
     table.add_column("setting")

@@ -1,4 +1,4 @@
-"""Training episodes of the benchmarks: augmentation, worker processes, and the distribution of learn2learn's tasksets.
+"""Training episodes of the benchmarks: augmentation, the library's worker processes, and the distribution of learn2learn's tasksets.
 
 That the augmentation is torchvision's: see test_loop.py.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Generator
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -29,15 +31,17 @@ def images(classes: int = 6, each: int = 10) -> ImageSet:
 TRANSFORM = v2.Compose([v2.RandomCrop(16, padding=2), v2.ColorJitter(0.4, 0.4, 0.4), v2.RandomHorizontalFlip()])
 
 
-def loader(**changes) -> EpisodeLoader:
-    data, settings = images(), {"ways": 3, "shots": 1, "queries": 3, "tasks": 4, "steps": 5, "seed": 0} | changes
+def loader(**changes: Any) -> EpisodeLoader:
+    data = images()
+    settings: dict[str, Any] = {"ways": 3, "shots": 1, "queries": 3, "tasks": 4, "steps": 5, "seed": 0} | changes
     return EpisodeLoader(data.images, data.labels, augment=TRANSFORM, classes=data.classes, **settings)
 
 
 def augmented(images: torch.Tensor, name: str, seed: int = 0) -> torch.Tensor:
     own = augmentation(name)
     assert own is not None
-    return own(images, own.draw(len(images), *images.shape[-2:], np.random.default_rng(seed)))
+    count, _, height, width = images.shape
+    return own(images, own.draw(count, height, width, np.random.default_rng(seed)))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12, wherever a thread was started before
@@ -45,7 +49,7 @@ def test_workers_change_nothing() -> None:
     """But the time: the batches, their order, the position and the training's own draws stay."""
     expected, ahead = list(loader()), loader(workers=2)
     torch.manual_seed(99)
-    before, iterator = torch.get_rng_state(), iter(ahead)
+    before, iterator = torch.get_rng_state(), cast("Generator", iter(ahead))
     found = [next(iterator), next(iterator)]
     assert ahead.state_dict() == {"step": 2}  # however far they are ahead
     iterator.close()
@@ -78,7 +82,8 @@ def test_same_distribution_as_learn2learns_tasksets() -> None:
     keys = sorted(ours | theirs)
     table = [[counts[key] for key in keys] for counts in (ours, theirs)]
     assert min(map(min, table)) > 10
-    assert chi2_contingency(table).pvalue > 0.01
+    result: Any = chi2_contingency(table)
+    assert result.pvalue > 0.01
 
 
 def test_every_image_is_flipped_and_shifted_on_its_own() -> None:

@@ -129,8 +129,7 @@ def test_a_damaged_cache_is_made_again(small: Callable[..., dict[str, ImageSet]]
 
 
 def test_other_options_have_another_cache(cache: Path) -> None:
-    options = {"max_per_script": 1, "images_per_class": 1}
-    first, second = load_glyphs(**options, seed=0), load_glyphs(**options, seed=1)
+    first, second = (load_glyphs(max_per_script=1, images_per_class=1, seed=seed) for seed in (0, 1))
     assert not torch.equal(first["test"].images, second["test"].images)
     assert len(list((cache / "convexheads").iterdir())) == 2
 
@@ -183,11 +182,11 @@ def test_quickstart_leaves_table_pictures_and_weights(tmp_path: Path, capsys: py
 def test_quickstart_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     take, steps = Training.take, []
 
-    def stop_at_the_third(self, images):
+    def stop_at_the_third(self, drawn):
         steps.append(self.step)
         if steps == [0, 1, 2]:
             raise RuntimeError("the power is cut")
-        take(self, images)
+        take(self, drawn)
 
     monkeypatch.setattr(Training, "take", stop_at_the_third)
     arguments = [*TINY, "--output", str(tmp_path / "run")]

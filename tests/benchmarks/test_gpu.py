@@ -38,6 +38,12 @@ def test_every_training_of_the_queue_can_begin() -> None:
         assert (options.dataset, options.total_steps, options.checkpoint_every) == ("digits", 4, 1)
 
 
+def test_nothing_is_trained_twice() -> None:
+    records = {entry.name: json.dumps(entry.options().record(), sort_keys=True) for entry in gpu.QUEUE}
+    twice = [name for name, record in records.items() if [*records.values()].count(record) > 1]
+    assert not twice
+
+
 def test_rows_of_table_4_add_what_their_names_say() -> None:
     rows = {entry.name.partition("svm-")[2]: entry.options().record() for entry in gpu._table4()}
     names = ["augmentation", "decay", "dropblock", "smoothing", "trainval"]
@@ -118,6 +124,14 @@ def test_an_unfinished_training_is_no_result(tmp_path: Path, capsys: pytest.Capt
     said = capsys.readouterr().out
     assert "trainings: no time left" in said
     assert "Next: smoke_svm; call this again to go on" in said
+
+
+def test_without_time_the_speed_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the stages that follow go on with the time that there is."""
+    monkeypatch.setattr(gpu, "_peak", lambda *_: 1e12)
+    session = gpu.Session(tmp_path, None, time.monotonic() + 30, smoke=False, queue=gpu.QUEUE)
+    assert gpu.speed(session) == "no time left"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import multiprocessing.context
 import os
 import random
 import shutil
@@ -41,7 +42,7 @@ LAST = ["before write_bytes .last.safetensors.part", "before write_bytes last.sa
 
 def small_data(*_: object, **__: object) -> dict[str, ImageSet]:
     """A part of the digits, with validation classes."""
-    data = train.load_all("digits")
+    data = train.load_all("digits")  # pyright: ignore[reportAttributeAccessIssue] # it is there while `load` is this
     few = {name: ImageSet(part.images[::5], part.labels[::5], part.classes) for name, part in data.items()}
     return {"train": few["train"], "val": few["test"], "test": few["test"]}
 
@@ -57,6 +58,7 @@ def watched(events: list[str], moment: int | None) -> None:
         original = getattr(owner, name)
 
         def call(*arguments: Any, **settings: Any) -> Any:
+            result = None
             for phase in ("before", "after"):
                 events.append(" ".join([phase, name, *(each.name for each in arguments[:1] if isinstance(each, Path))]))
                 if len(events) - 1 == moment:
@@ -256,9 +258,9 @@ def with_a_failure(monkeypatch) -> None:
     """The digits, whose third step has a loss of NaN."""
     take, loss, number = Training.take, loop.episode_loss, []
 
-    def watched_take(self, images):
+    def watched_take(self, drawn):
         number[:] = [self.step]
-        take(self, images)
+        take(self, drawn)
 
     def altered(*arguments, **settings):
         found = loss(*arguments, **settings)
@@ -305,12 +307,12 @@ from benchmarks import train
 rank, flags = os.environ.get("LOCAL_RANK", "0"), Path(sys.argv[3])
 from benchmarks.loop import Training
 take = Training.take
-def hang(self, images):
+def hang(self, drawn):
     (flags / f"{rank}.pid").write_text(str(os.getpid()))
     if self.step == 1 and (flags / f"hang{rank}").exists():
         (flags / f"{rank}.hangs").touch()
         time.sleep(600)
-    take(self, images)
+    take(self, drawn)
 Training.take = hang
 train.make_untrained = lambda settings, examples: (script.Linear(), script.make_head(settings["head"]))
 train.main(sys.argv[4:])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,14 +20,23 @@ from torchvision.transforms.v2 import functional
 
 from benchmarks import loop
 from benchmarks.data import Episodes, ImageSet, augmentation
-from benchmarks.data.augmentation import BRIGHTNESS, CONTRAST, SATURATION, Augmentation, Draws
+from benchmarks.data.augmentation import BRIGHTNESS, COLUMNS, CONTRAST, SATURATION, Augmentation
 from benchmarks.loop import KIND, Training
 from benchmarks.options import Options
 from benchmarks.processes import Processes
 from benchmarks.train import episodes
-from convexheads import EpisodeLoader, InputError, SolverError, split_task, storage
+from convexheads import (
+    EpisodeLoader,
+    InputError,
+    Learnable,
+    SolverError,
+    SVMHead,
+    WestonWatkinsHead,
+    split_task,
+    storage,
+)
 from convexheads.pretrained import make_head, make_untrained
-from convexheads.training import SCHEDULES
+from convexheads.training import SCHEDULES, episode_loss
 
 ADJUST = {
     BRIGHTNESS: functional.adjust_brightness,
@@ -34,6 +44,7 @@ ADJUST = {
     SATURATION: functional.adjust_saturation,
 }
 JITTER = Augmentation(jitter=True)
+FACTORS, ORDER = slice(3, 6), slice(6, 9)
 
 
 def noise(count: int, channels: int, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
@@ -41,23 +52,30 @@ def noise(count: int, channels: int, height: int = 32, width: int = 32, seed: in
     return torch.randint(256, (count, channels, height, width), dtype=torch.uint8, generator=generator)
 
 
-def draws_of(count: int, height: int = 32, width: int = 32, *, seed: int = 0, own: Augmentation = JITTER) -> Draws:
-    return own.draw(count, height, width, np.random.default_rng(seed))
+def draws_of(count: int, height: int = 32, width: int = 32, *, seed: int = 0, own: Augmentation = JITTER) -> Tensor:
+    draws = own.draw(count, height, width, np.random.default_rng(seed))
+    assert draws.shape == (count, len(COLUMNS))
+    assert draws.dtype == torch.float64
+    return draws
 
 
-def unchanged(count: int, height: int = 32) -> Draws:
+def column(draws: Tensor, name: str) -> Tensor:
+    return draws[:, COLUMNS.index(name)]
+
+
+def unchanged(count: int, height: int = 32) -> Tensor:
     """Draws that change nothing."""
-    corner = torch.full((count,), height // 8)
-    order = torch.arange(3).expand(count, 3)
-    return Draws(corner, corner, torch.zeros(count, dtype=torch.bool), torch.ones(count, 3, dtype=torch.float64), order)
+    corner = height // 8
+    return torch.tensor([[corner, corner, 0, 1, 1, 1, 0, 1, 2]], dtype=torch.float64).repeat(count, 1)
 
 
-def by_torchvision(images: Tensor, draws: Draws) -> Tensor:
+def by_torchvision(images: Tensor, draws: Tensor) -> Tensor:
     """Each image for itself, with the same draws."""
     changed, padding = [], images.shape[-2] // 8
-    for image, top, left, flipped, factors, order in zip(images, *(each.tolist() for each in draws), strict=True):
+    for image, (top, left, flipped, *rest) in zip(images, draws.tolist(), strict=True):
+        factors, order = rest[:3], map(int, rest[3:])
         image = functional.pad(image, [padding] * 4)
-        image = functional.crop(image, top, left, *images.shape[-2:])
+        image = functional.crop(image, int(top), int(left), *images.shape[-2:])
         for change in order:
             image = ADJUST[change](image, factors[change])
         changed.append(functional.horizontal_flip(image) if flipped else image)
@@ -73,16 +91,9 @@ def by_torchvision(images: Tensor, draws: Draws) -> Tensor:
 def test_same_images_as_torchvisions(operation: str, channels: int, height: int, width: int) -> None:
     images, drawn = noise(96, channels, height, width), draws_of(96, height, width)
     draws = unchanged(96, height)
-    if operation == "crop":
-        draws = draws._replace(top=drawn.top, left=drawn.left)
-    elif operation == "flip":
-        draws = draws._replace(flipped=drawn.flipped)
-    elif operation == "all":
-        draws = drawn
-    elif operation != "nothing":
-        number = ("brightness", "contrast", "saturation").index(operation)
-        draws = draws._replace(factors=draws.factors.clone())
-        draws.factors[:, number] = drawn.factors[:, number]
+    changed = {"nothing": (), "crop": ("top", "left"), "flip": ("flipped",), "all": COLUMNS}
+    for name in changed.get(operation, (operation,)):
+        draws[:, COLUMNS.index(name)] = column(drawn, name)
     found = JITTER(images, draws)
     assert found.dtype == torch.uint8
     assert found.is_contiguous(memory_format=torch.channels_last)
@@ -96,16 +107,19 @@ def test_same_images_as_torchvisions(operation: str, channels: int, height: int,
 def test_same_images_as_torchvisions_in_every_order() -> None:
     images, draws = noise(60, 3), draws_of(60)
     orders = torch.tensor(list(permutations(range(3)))).repeat(10, 1)
-    found = JITTER(images, draws._replace(order=orders))
-    assert torch.equal(found, by_torchvision(images, draws._replace(order=orders)))
-    assert not torch.equal(found, JITTER(images, draws._replace(order=orders.flip(1))))
+    draws[:, ORDER] = orders.double()
+    found = JITTER(images, draws)
+    assert torch.equal(found, by_torchvision(images, draws))
+    draws[:, ORDER] = orders.flip(1).double()
+    assert not torch.equal(found, JITTER(images, draws))
 
 
 def same_counts(ours: list[Any], theirs: list[Any]) -> bool:
     keys = sorted({*ours, *theirs})
     table = [[Counter(values)[key] for key in keys] for values in (ours, theirs)]
     assert min(map(min, table)) > 10
-    return bool(chi2_contingency(table)[1] > 0.01)
+    result: Any = chi2_contingency(table)
+    return bool(result.pvalue > 0.01)
 
 
 def test_same_distributions_as_torchvisions() -> None:
@@ -118,24 +132,25 @@ def test_same_distributions_as_torchvisions() -> None:
     jitters = [jitter.make_params([image]) for _ in range(count)]
     flips = [bool(flip(sides)[0, 0, 0]) for _ in range(count)]
     for name in ("top", "left"):
-        assert same_counts(getattr(draws, name).tolist(), [each[name] for each in crops])
-    assert same_counts(draws.flipped.tolist(), flips)
+        assert same_counts(column(draws, name).tolist(), [each[name] for each in crops])
+    assert same_counts(column(draws, "flipped").bool().tolist(), flips)
     orders = [tuple(number for number in each["fn_idx"].tolist() if number < 3) for each in jitters]
-    assert same_counts(list(map(tuple, draws.order.tolist())), orders)
-    for number, name in enumerate(("brightness", "contrast", "saturation")):
+    assert same_counts(list(map(tuple, draws[:, ORDER].int().tolist())), orders)
+    for name in ("brightness", "contrast", "saturation"):
         theirs = [each[f"{name}_factor"] for each in jitters]
-        assert ks_2samp(draws.factors[:, number].numpy(), theirs).pvalue > 0.01
+        result: Any = ks_2samp(column(draws, name).numpy(), theirs)
+        assert result.pvalue > 0.01
 
 
 def test_every_image_has_its_own_draw_of_everything() -> None:
     """And what is drawn of one thing says nothing of another, nor of the next image."""
     draws = draws_of(4000)
-    assert len(draws.factors.unique(dim=0)) == 4000
-    places = torch.stack([draws.top, draws.left, draws.flipped], 1)
-    _, counts = places.unique(dim=0, return_counts=True)
+    assert len(draws[:, FACTORS].unique(dim=0)) == 4000
+    _, counts = draws[:, :3].unique(dim=0, return_counts=True)
     assert len(counts) == 9 * 9 * 2
-    assert chisquare(counts.numpy()).pvalue > 0.01
-    columns = torch.cat([places.double(), draws.factors, draws.order[:, :2].double()], 1)
+    result: Any = chisquare(counts.numpy())
+    assert result.pvalue > 0.01
+    columns = draws[:, :8]  # the third place of an order follows from the other two
     own = torch.corrcoef(columns.T)
     own[-2:, -2:] = 0  # the places of an order depend on each other
     assert own.triu(1).abs().max() < 0.06
@@ -146,11 +161,11 @@ def test_every_image_has_its_own_draw_of_everything() -> None:
 
 def test_without_jitter_no_factor_is_drawn_and_small_images_are_not_cropped() -> None:
     draws = draws_of(50, own=Augmentation(jitter=False))
-    assert draws.factors.eq(1).all()
-    assert draws.order.eq(torch.arange(3)).all()
+    assert draws[:, FACTORS].eq(1).all()
+    assert draws[:, ORDER].eq(torch.arange(3)).all()
     small = draws_of(50, 7, 7)
-    assert not small.top.any()
-    assert not small.left.any()
+    assert not column(small, "top").any()
+    assert not column(small, "left").any()
 
 
 # Episodes
@@ -169,10 +184,31 @@ def test_episodes_are_those_of_the_library() -> None:
     for step, (samples, labels) in enumerate(EpisodeLoader(data.images, data.labels, steps=4, **SIZES)):
         batch = own.batch(step)
         assert torch.equal(batch, samples)
+        drawn = own.draw(step)
+        assert drawn.shape == (4 * 15, 1)
+        assert drawn.dtype == torch.float64
+        assert torch.equal(data.images[drawn[:, 0].long()], samples.flatten(0, 1))
+        assert torch.equal(own(drawn), samples.flatten(0, 1))
         assert torch.equal(own.labels, labels)
         features = batch.double().flatten(2)
         for found, expected in zip(own.split(features), split_task(features, labels, shots=2), strict=True):
             assert torch.equal(found, expected)
+
+
+def test_a_draw_has_the_images_and_what_is_done_to_them() -> None:
+    data = set_of()
+    plain = Episodes(data, **SIZES, augment="none")
+    for augment in ("flip-crop", "flip-crop-jitter"):
+        own = Episodes(data, **SIZES, augment=augment)
+        drawn = own.draw(3)
+        assert drawn.shape == (4 * 15, 1 + len(COLUMNS))
+        assert drawn.dtype == torch.float64
+        assert torch.equal(drawn[:, :1], plain.draw(3))
+        images = data.images[drawn[:, 0].long()]
+        assert own.augmentation is not None
+        assert torch.equal(own(drawn), own.augmentation(images, drawn[:, 1:]))
+        assert torch.equal(own.batch(3), own(drawn).unflatten(0, (4, 15)))
+        assert not torch.equal(own(drawn), images)
 
 
 @pytest.mark.parametrize("augment", ["none", "flip-crop", "flip-crop-jitter"])
@@ -253,14 +289,19 @@ def poisoned(value: int, task: int = 1) -> Callable[[Tensor], None]:
     return spoil
 
 
+def take_spoiled(own: Training, step: int, spoil: Callable[[Tensor], None]) -> None:
+    """Take a step whose images, `(tasks, n, ...)`, are spoiled after they were gathered."""
+    shape = tuple(own.episodes.labels.shape)
+    hook = own.episodes.register_forward_hook(lambda _, __, images: spoil(images.unflatten(0, shape)))
+    with hook:
+        own.take(own.episodes.draw(step))
+
+
 def take(own: Training, steps: range | tuple[int, ...], spoil: Callable[[Tensor], None] = nothing) -> Training:
     """Take steps, of which that with number 2 is spoiled."""
     for step in steps:
         own.step = step
-        images = own.episodes.batch(step)
-        if step == 2:
-            spoil(images)
-        own.take(images)
+        take_spoiled(own, step, spoil if step == 2 else nothing)
     return own
 
 
@@ -387,10 +428,7 @@ def test_of_several_processes_the_one_with_the_gradient_names_it() -> None:
 def test_several_failed_steps_between_two_readings() -> None:
     own = training(on_failure="skip")
     for step in range(5):
-        images = own.episodes.batch(step)
-        if step in (0, 3):
-            poisoned(NAN, task=step % 2)(images)
-        own.take(images)
+        take_spoiled(own, step, poisoned(NAN, task=step % 2) if step in (0, 3) else nothing)
     own.read()
     assert [(each["step"], each["tasks"]) for each in own.failures] == [(0, [0]), (3, [1])]
     assert_same(state(own), state(take(training(), (1, 2, 4))))
@@ -483,6 +521,65 @@ def test_the_loss_is_that_of_the_options() -> None:
         assert own.rows[0]["accuracy"] == pytest.approx((logits.argmax(-1).flatten() == targets).double().mean().item())
 
 
+# Heads of which the CPU does all but the Gram matrix
+
+ON_HOST = {
+    "svm": lambda: SVMHead(scale=Learnable(2.0)),
+    "svm, smoothed": lambda: SVMHead(C=0.5, smoothing=1.0, scale=Learnable(2.0)),
+    "Weston-Watkins": lambda: WestonWatkinsHead(scale=Learnable(2.0)),
+}
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("name", ON_HOST)
+def test_the_same_loss_from_gram_matrices(
+    name: str, dtype: torch.dtype, tolerance: float, label_smoothing: float
+) -> None:
+    """Whose gradients are those of the features and of what the head learns."""
+    own, head = Episodes(set_of(), **SIZES, augment="none"), ON_HOST[name]()
+    kernel = head.kernel
+    values = torch.randn(4, 15, 20, dtype=dtype, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    settings: dict[str, Any] = {"ways": 3, "label_smoothing": label_smoothing}
+    expected = episode_loss(head, own.split(values), **settings)
+    found = loop._loss_on_host(head, values, own, **settings)
+    assert head.kernel is kernel
+    close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance, check_dtype=False)
+    close(found.loss, expected.loss)
+    close(found.logits, expected.logits)
+    assert found.metrics.keys() == expected.metrics.keys() >= {*loop.METRICS}
+    for metric, value in expected.metrics.items():
+        close(found.metrics[metric], value)
+    learned = (values, *head.parameters())
+    assert len(learned) == 2
+    for one, other in zip(*(torch.autograd.grad(each.loss, learned) for each in (found, expected)), strict=True):
+        assert one.dtype == other.dtype
+        assert other.abs().max() > 1e-3
+        close(one, other)
+
+
+def test_the_kernel_is_back_when_the_head_raises() -> None:
+    own, head = Episodes(set_of(), **SIZES, augment="none"), SVMHead()
+    kernel, values = head.kernel, torch.randn(4, 15, 20)
+    values[1, 4, 3] = torch.nan
+    with pytest.raises((InputError, SolverError)):
+        loop._loss_on_host(head, values, own, ways=3)
+    assert head.kernel is kernel
+
+
+def test_a_training_from_gram_matrices_is_the_same() -> None:
+    """With a failed step, which is left out, and whose cause is said."""
+    own, other = (training("svm", on_failure="skip") for _ in range(2))
+    own.gram_on_host = True
+    assert not other.gram_on_host
+    for each in (own, other):
+        take(each, range(5), poisoned(NAN)).read()
+    assert [(each["step"], each["tasks"]) for each in own.failures] == [(2, [1])]
+    assert "non-finite" in own.failures[0]["cause"]
+    torch.testing.assert_close(state(own), state(other), rtol=1e-4, atol=1e-6)
+    assert own.rows[4] == pytest.approx(other.rows[4], rel=1e-5, abs=1e-9)
+
+
 # On a GPU
 
 
@@ -505,6 +602,10 @@ def on_gpu(head: str, device: str = "cuda", **changes: Any) -> Training:
     return Training(options, *parts, episodes(data, options, Processes()), Processes())
 
 
+def mean_of(own: Training) -> Tensor:
+    return cast("Tensor", own.backbone.mean)
+
+
 @contextmanager
 def synchronizing_is_an_error() -> Iterator[None]:
     before = torch.cuda.get_sync_debug_mode()
@@ -519,17 +620,25 @@ def synchronizing_is_an_error() -> Iterator[None]:
 @pytest.mark.parametrize("on_failure", ["raise", "skip"])
 @pytest.mark.parametrize("head", ["prototypes", "ridge"])
 def test_steps_do_not_wait_for_the_gpu(head: str, on_failure: str, cuda: torch.device) -> None:
+    """Those of prototypes and ridge regression; an SVM's wait for its Gram matrix, which the CPU needs."""
     own = on_gpu(head, on_failure=on_failure)
     for step in range(2):
-        own.take(own.episodes.batch(step))
+        own.take(own.episodes.draw(step))
     with synchronizing_is_an_error():
         for step in range(2, 12):
-            own.take(own.episodes.batch(step))
+            own.take(own.episodes.draw(step))
     own.read()
     assert list(own.rows) == [9]
     assert 0 < own.rows[9]["loss"] < 10
     with pytest.raises(RuntimeError, match="synchroniz"), synchronizing_is_an_error():
-        own.backbone.mean.sum().item()
+        mean_of(own).sum().item()
+
+
+@pytest.mark.gpu
+def test_only_svms_with_a_plain_linear_kernel_run_from_gram_matrices(cuda: torch.device) -> None:
+    heads = ("svm", "svm-smoothed", "ridge", "prototypes")  # the smoothed one's kernel is the mean over features
+    assert [on_gpu(head).gram_on_host for head in heads] == [True, False, False, False]
+    assert not on_gpu("svm", device="cpu").gram_on_host
 
 
 @pytest.mark.gpu
@@ -550,7 +659,7 @@ def test_a_gpu_sees_the_same_images(augment: str, cuda: torch.device) -> None:
 def test_a_compiled_step_in_bfloat16(cuda: torch.device) -> None:
     own = on_gpu("svm", compile="default", precision="bfloat16", steps=2)
     for step in range(2):
-        own.take(own.episodes.batch(step))
+        own.take(own.episodes.draw(step))
     own.read()
     assert 0 < own.rows[1]["loss"] < 10
     assert {value.dtype for value in own.parameters.values()} <= {torch.float32, torch.float64}
@@ -563,13 +672,13 @@ def test_a_failed_step_on_a_gpu_is_left_out(head: str, cuda: torch.device) -> No
     own, other = (on_gpu(head, on_failure="skip") for _ in range(2))
     for step in range(4):
         with torch.no_grad():
-            good = own.backbone.mean.clone()
-            own.backbone.mean.mul_(torch.nan if step == 2 else 1)
-        own.take(own.episodes.batch(step))
-        own.backbone.mean.copy_(good)
+            good = mean_of(own).clone()
+            mean_of(own).mul_(torch.nan if step == 2 else 1)
+        own.take(own.episodes.draw(step))
+        mean_of(own).copy_(good)
     for step in (0, 1, 3):
         other.step = step
-        other.take(other.episodes.batch(step))
+        other.take(other.episodes.draw(step))
     own.read()
     assert [each["step"] for each in own.failures] == [2]
     for name, value in state(own).items():
@@ -581,15 +690,15 @@ def test_a_failed_step_on_a_gpu_is_left_out(head: str, cuda: torch.device) -> No
 def test_a_resumed_training_on_a_gpu(head: str, cuda: torch.device, tmp_path: Path) -> None:
     whole, first = on_gpu(head), on_gpu(head)
     for step in range(6):
-        whole.take(whole.episodes.batch(step))
+        whole.take(whole.episodes.draw(step))
     for step in range(3):
-        first.take(first.episodes.batch(step))
+        first.take(first.episodes.draw(step))
     first.read()
     first.save(tmp_path / "last.safetensors")
     resumed = on_gpu(head)
     resumed.load(tmp_path / "last.safetensors")
     for step in range(3, 6):
-        resumed.take(resumed.episodes.batch(step))
+        resumed.take(resumed.episodes.draw(step))
     for name, value in state(resumed).items():
         torch.testing.assert_close(value, state(whole)[name], rtol=1e-2, atol=1e-3)
 

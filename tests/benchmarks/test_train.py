@@ -116,10 +116,10 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(
 ) -> None:
     take = Training.take
 
-    def stop_at_the_fourth(self, images):
+    def stop_at_the_fourth(self, drawn):
         if self.step == 3:
             raise RuntimeError("the power is cut")
-        take(self, images)
+        take(self, drawn)
 
     arguments = [*SHORT, "--output", str(tmp_path)]
     with monkeypatch.context() as patch:
@@ -378,7 +378,7 @@ def test_the_papers_own_recipe_runs(
     short = ["--steps", "2", "--tasks", "1", "--validate-every", "2", "--validation-episodes", "4"]
     command, take = [*arguments, *short, "--test-episodes", "4", "--checkpoint-every", "1"], Training.take
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "take", lambda self, images: take(self, images) if self.step == 0 else 1 / 0)
+        patch.setattr(Training, "take", lambda self, drawn: take(self, drawn) if self.step == 0 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train.main(command)
     train.main([*command, "--resume"])
