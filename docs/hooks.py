@@ -23,7 +23,7 @@ from typing import Any
 
 from markdown_exec import ExecutionError, base_format, code_block, formatters
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import Files
+from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for whoever calls `mkdocs` and not `python -m mkdocs`
 from docs.blocks import execute
@@ -64,6 +64,7 @@ class Blocks:
     @cached_property
     def pool(self) -> ProcessPoolExecutor:
         """Processes that import the package as it is now, also while `mkdocs serve` builds again and again."""
+        os.environ["OMP_NUM_THREADS"] = "1"  # in each of these processes, as there is one for each core
         return ProcessPoolExecutor(min(os.cpu_count() or 1, 4), mp_context=get_context("spawn"))
 
     def path(self, codes: Sequence[str]) -> Path:
@@ -123,15 +124,19 @@ def on_config(config: MkDocsConfig) -> None:
     formatters["python"] = partial(base_format, language="python", run=_blocks.run)
 
 
-def on_files(files: Files, config: MkDocsConfig) -> None:
-    """Start to execute the blocks of all pages."""
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Start to execute the blocks of all pages, and let MkDocs read the pages without blocks in the meantime."""
     sessions: defaultdict[object, list[str]] = defaultdict(list)
+    waiting: set[File] = set()
     for file in files.documentation_pages():
         for _, options, code in _BLOCK.findall(file.content_string):
             session = _SESSION.search(options)
             sessions[session[1] if session else object()].append(dedent(code))
-    for codes in sessions.values():
+            waiting.add(file)
+    # The longest code first: most of the time goes to the tutorials, and no core should be left with one at the end.
+    for codes in sorted(sessions.values(), key=lambda codes: len("".join(codes)), reverse=True):
         _blocks.start(codes)
+    return Files(sorted(files, key=lambda file: file in waiting))
 
 
 def on_post_build(config: MkDocsConfig) -> None:
