@@ -24,6 +24,7 @@ from typing import Any
 from markdown_exec import ExecutionError, base_format, code_block, formatters
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for whoever calls `mkdocs` and not `python -m mkdocs`
 from docs.blocks import execute
@@ -60,6 +61,7 @@ class Blocks:
         self.sessions: defaultdict[str, list[str]] = defaultdict(list)
         self.running: dict[Path, tuple[list[Path], Future[tuple[list[str], str]]]] = {}
         self.used: set[Path] = set()
+        self.page = ""  # that MkDocs is at
 
     @cached_property
     def pool(self) -> ProcessPoolExecutor:
@@ -102,7 +104,7 @@ class Blocks:
                 new.write_text(output, encoding="utf-8")
                 new.replace(each)
             if not path.exists():
-                raise ExecutionError(code_block("python", error))
+                raise ExecutionError(code_block("python", f"A block of {self.page} failed.\n{error}"))
         return path.read_text(encoding="utf-8")
 
     def close(self, *, prune: bool) -> None:
@@ -137,6 +139,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for codes in sorted(sessions.values(), key=lambda codes: len("".join(codes)), reverse=True):
         _blocks.start(codes)
     return Files(sorted(files, key=lambda file: file in waiting))
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> None:
+    """Note the page, for the message about a block that fails."""
+    _blocks.page = page.file.src_uri
 
 
 def on_post_build(config: MkDocsConfig) -> None:
