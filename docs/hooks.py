@@ -7,6 +7,7 @@ cache are executed in other processes, one for each processor core, while MkDocs
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -16,7 +17,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from functools import cached_property, partial
 from hashlib import sha256
 from importlib.metadata import distributions
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -47,6 +48,10 @@ def fingerprint(root: Path) -> str:
     return found.hexdigest()
 
 
+OTHERS = ("torch._dynamo", "torch.optim", "matplotlib.figure", "numba", "scipy.stats", "sklearn.datasets")
+"""What most blocks import: it is imported once, where processes can be made as copies of one that has done so."""
+
+
 class Blocks:
     """The blocks of one build, and what they print.
 
@@ -67,7 +72,9 @@ class Blocks:
     def pool(self) -> ProcessPoolExecutor:
         """Processes that import the package as it is now, also while `mkdocs serve` builds again and again."""
         os.environ["OMP_NUM_THREADS"] = "1"  # in each of these processes, as there is one for each core
-        return ProcessPoolExecutor(min(os.cpu_count() or 1, 4), mp_context=get_context("spawn"))
+        context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+        context.set_forkserver_preload(list(OTHERS))
+        return ProcessPoolExecutor(min(os.cpu_count() or 1, 4), mp_context=context)
 
     def path(self, codes: Sequence[str]) -> Path:
         """Where the output of the last of a session's blocks is kept."""
@@ -127,18 +134,21 @@ def on_config(config: MkDocsConfig) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Start to execute the blocks of all pages, and let MkDocs read the pages without blocks in the meantime."""
-    sessions: defaultdict[object, list[str]] = defaultdict(list)
-    waiting: set[File] = set()
+    """Start to execute the blocks of all pages, the longest code first, and let MkDocs read the pages in that order.
+
+    Most of the time goes to the tutorials, and no core should be left with one of them at the end. Pages without blocks
+    come first: MkDocs reads them in the meantime.
+    """
+    sessions: defaultdict[tuple[File, object], list[str]] = defaultdict(list)
     for file in files.documentation_pages():
         for _, options, code in _BLOCK.findall(file.content_string):
             session = _SESSION.search(options)
-            sessions[session[1] if session else object()].append(dedent(code))
-            waiting.add(file)
-    # The longest code first: most of the time goes to the tutorials, and no core should be left with one at the end.
-    for codes in sorted(sessions.values(), key=lambda codes: len("".join(codes)), reverse=True):
-        _blocks.start(codes)
-    return Files(sorted(files, key=lambda file: file in waiting))
+            sessions[file, session[1] if session else object()].append(dedent(code))
+    lengths = {key: sum(map(len, codes)) for key, codes in sessions.items()}
+    for key in sorted(sessions, key=lengths.__getitem__, reverse=True):
+        _blocks.start(sessions[key])
+    longest = {file: -lengths[file, session] for file, session in sorted(lengths, key=lengths.__getitem__)}
+    return Files(sorted(files, key=lambda file: longest.get(file, -math.inf)))
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> None:
