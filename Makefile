@@ -73,7 +73,6 @@ lint: $(DEV)/.ready  ## Check style, types, spelling and the workflows
 	$(DEV)/$(BIN)/jactionlint --shellcheck=$(DEV)/$(BIN)/shellcheck
 	$(DEV)/$(BIN)/zizmor --quiet --offline --persona auditor .
 
-docs docs-check serve: export OMP_NUM_THREADS = 1
 docs docs-check serve: export NO_MKDOCS_2_WARNING = 1
 
 docs: $(DEV)/.ready  ## Build the documentation into site/

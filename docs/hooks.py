@@ -7,6 +7,7 @@ cache are executed in other processes, one for each processor core, while MkDocs
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -16,14 +17,15 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from functools import cached_property, partial
 from hashlib import sha256
 from importlib.metadata import distributions
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
 from markdown_exec import ExecutionError, base_format, code_block, formatters
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import Files
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for whoever calls `mkdocs` and not `python -m mkdocs`
 from docs.blocks import execute
@@ -46,6 +48,10 @@ def fingerprint(root: Path) -> str:
     return found.hexdigest()
 
 
+OTHERS = ("torch._dynamo", "torch.optim", "matplotlib.figure", "numba", "scipy.stats", "sklearn.datasets")
+"""What most blocks import: it is imported once, where processes can be made as copies of one that has done so."""
+
+
 class Blocks:
     """The blocks of one build, and what they print.
 
@@ -60,11 +66,15 @@ class Blocks:
         self.sessions: defaultdict[str, list[str]] = defaultdict(list)
         self.running: dict[Path, tuple[list[Path], Future[tuple[list[str], str]]]] = {}
         self.used: set[Path] = set()
+        self.page = ""  # that MkDocs is at
 
     @cached_property
     def pool(self) -> ProcessPoolExecutor:
         """Processes that import the package as it is now, also while `mkdocs serve` builds again and again."""
-        return ProcessPoolExecutor(min(os.cpu_count() or 1, 4), mp_context=get_context("spawn"))
+        os.environ["OMP_NUM_THREADS"] = "1"  # in each of these processes, as there is one for each core
+        context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+        context.set_forkserver_preload(list(OTHERS))
+        return ProcessPoolExecutor(min(os.cpu_count() or 1, 4), mp_context=context)
 
     def path(self, codes: Sequence[str]) -> Path:
         """Where the output of the last of a session's blocks is kept."""
@@ -101,7 +111,7 @@ class Blocks:
                 new.write_text(output, encoding="utf-8")
                 new.replace(each)
             if not path.exists():
-                raise ExecutionError(code_block("python", error))
+                raise ExecutionError(code_block("python", f"A block of {self.page} failed.\n{error}"))
         return path.read_text(encoding="utf-8")
 
     def close(self, *, prune: bool) -> None:
@@ -123,15 +133,27 @@ def on_config(config: MkDocsConfig) -> None:
     formatters["python"] = partial(base_format, language="python", run=_blocks.run)
 
 
-def on_files(files: Files, config: MkDocsConfig) -> None:
-    """Start to execute the blocks of all pages."""
-    sessions: defaultdict[object, list[str]] = defaultdict(list)
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Start to execute the blocks of all pages, the longest code first, and let MkDocs read the pages in that order.
+
+    Most of the time goes to the tutorials, and no core should be left with one of them at the end. Pages without blocks
+    come first: MkDocs reads them in the meantime.
+    """
+    sessions: defaultdict[tuple[File, object], list[str]] = defaultdict(list)
     for file in files.documentation_pages():
         for _, options, code in _BLOCK.findall(file.content_string):
             session = _SESSION.search(options)
-            sessions[session[1] if session else object()].append(dedent(code))
-    for codes in sessions.values():
-        _blocks.start(codes)
+            sessions[file, session[1] if session else object()].append(dedent(code))
+    lengths = {key: sum(map(len, codes)) for key, codes in sessions.items()}
+    for key in sorted(sessions, key=lengths.__getitem__, reverse=True):
+        _blocks.start(sessions[key])
+    longest = {file: -lengths[file, session] for file, session in sorted(lengths, key=lengths.__getitem__)}
+    return Files(sorted(files, key=lambda file: longest.get(file, -math.inf)))
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> None:
+    """Note the page, for the message about a block that fails."""
+    _blocks.page = page.file.src_uri
 
 
 def on_post_build(config: MkDocsConfig) -> None:

@@ -109,6 +109,7 @@ def test_a_block_that_fails_stops_each_build(project: Project) -> None:
     for _ in range(2):
         done = project.build()
         assert done.returncode != 0
+        assert "A block of index.md failed." in done.stderr
         assert "ZeroDivisionError" in done.stderr
         assert 'print(1 / 0, f"result' in done.stderr
     project.write("docs/index.md", PAGE)
