@@ -50,6 +50,8 @@ def fingerprint(root: Path) -> str:
 
 OTHERS = ("torch._dynamo", "torch.optim", "matplotlib.figure", "numba", "scipy.stats", "sklearn.datasets")
 """What most blocks import: it is imported once, where processes can be made as copies of one that has done so."""
+MANY = 10
+"""From more sessions than these on, that is worth it."""
 
 
 class Blocks:
@@ -67,25 +69,35 @@ class Blocks:
         self.running: dict[Path, tuple[list[Path], Future[tuple[list[str], str]]]] = {}
         self.used: set[Path] = set()
         self.page = ""  # that MkDocs is at
+        self.many = False  # whether so many sessions are executed that it pays to import at once what most need
 
     @cached_property
     def pool(self) -> ProcessPoolExecutor:
         """Processes that import the package as it is now, also while `mkdocs serve` builds again and again."""
         os.environ["OMP_NUM_THREADS"] = "1"  # in each of these processes, as there is one for each core
-        context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
-        context.set_forkserver_preload(list(OTHERS))
+        context = get_context("spawn")
+        if self.many and "forkserver" in get_all_start_methods():
+            context = get_context("forkserver")
+            context.set_forkserver_preload(list(OTHERS))
         return ProcessPoolExecutor(min(os.cpu_count() or 1, 4), mp_context=context)
 
     def path(self, codes: Sequence[str]) -> Path:
         """Where the output of the last of a session's blocks is kept."""
         return self.folder / (sha256("\0".join([self.version, *codes]).encode()).hexdigest() + ".txt")
 
+    def paths(self, codes: Sequence[str]) -> list[Path]:
+        """Where the outputs of a session's blocks are kept."""
+        return [self.path(codes[: number + 1]) for number in range(len(codes))]
+
+    def known(self, codes: Sequence[str]) -> bool:
+        """Whether the outputs of all blocks of a session are in the cache."""
+        return all(path.exists() for path in self.paths(codes))
+
     def start(self, codes: Sequence[str]) -> None:
         """Execute the blocks of a session, unless all outputs are in the cache."""
-        paths = [self.path(codes[: number + 1]) for number in range(len(codes))]
-        if not all(path.exists() for path in paths):
-            work = paths, self.pool.submit(execute, codes)
-            self.running.update(dict.fromkeys(paths, work))
+        if not self.known(codes):
+            work = self.paths(codes), self.pool.submit(execute, codes)
+            self.running.update(dict.fromkeys(work[0], work))
 
     def run(self, code: str, *, session: str = "", **_: Any) -> str:
         """What a block prints, as markdown-exec asks for it.
@@ -145,6 +157,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             session = _SESSION.search(options)
             sessions[file, session[1] if session else object()].append(dedent(code))
     lengths = {key: sum(map(len, codes)) for key, codes in sessions.items()}
+    _blocks.many = sum(not _blocks.known(codes) for codes in sessions.values()) > MANY
     for key in sorted(sessions, key=lengths.__getitem__, reverse=True):
         _blocks.start(sessions[key])
     longest = {file: -lengths[file, session] for file, session in sorted(lengths, key=lengths.__getitem__)}
