@@ -1,0 +1,91 @@
+"""What the parts with optional packages refuse, and how their solvers fail: the task that can't be solved, alone."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import convexheads as ch
+from convexheads import InputError, MissingDependencyError
+from convexheads.integrations.folder import _backbone, _exists, _text
+from convexheads.integrations.lightning import EpisodicModule
+from convexheads.integrations.sklearn import HeadClassifier
+from convexheads.solvers import cvxpylayers
+from convexheads.solvers.qpth import QpthSolver
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+
+def weighted(task):
+    return task.parameters["lambda"] * task.squared_norm
+
+
+def test_a_problem_of_cvxpy_is_checked_and_described() -> None:
+    with pytest.raises(InputError, match=r"^build"):
+        ch.CvxpyHead(3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match=r"^parameters"):
+        ch.CvxpyHead(weighted, parameters={"not a name": 1.0})
+    assert repr(ch.CvxpyHead(weighted, parameters={"lambda": 2.0})) == "CvxpyHead(weighted, parameters={'lambda': 2.0})"
+
+
+def test_the_task_that_clarabel_refuses_fails_alone() -> None:
+    """A layer that raises, like diffcp, when a task of the batch is negative."""
+
+    def solve(values: torch.Tensor, **_: object) -> list[torch.Tensor]:
+        if (values < 0).any():
+            raise ValueError("no solution")
+        return [2 * values]
+
+    layer = cvxpylayers.Layer(solve, None, [], [SimpleNamespace(shape=(3,))])
+    found = cvxpylayers.call(layer, torch.tensor([[1.0] * 3, [-1.0] * 3, [3.0] * 3]), tolerance=1e-8, max_iterations=9)
+    assert found[0][[0, 2]].tolist() == [[2.0] * 3, [6.0] * 3]
+    assert found[0][1].isnan().all()
+
+
+def test_the_task_that_qpth_refuses_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import qpth.qp
+
+    def refuse(*_: object, **__: object) -> object:
+        def solve(*_: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("singular")
+
+        return solve
+
+    monkeypatch.setattr(qpth.qp, "QPFunction", refuse)
+    assert QpthSolver()._attempt(*(torch.zeros(1, 2, 2) for _ in range(6))) is None
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = (("wordllama", "wordllama", _text), ("PIL", "pillow", lambda: _backbone("conv4-cifar-fs-svm")))
+    for module, package, make in cases:
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            with pytest.raises(MissingDependencyError, match=package):
+                make()
+    assert not _exists("x" * 5000)
+
+
+def test_one_class_is_refused() -> None:
+    with pytest.raises(ValueError, match="two classes"):
+        HeadClassifier().fit(np.eye(4), np.zeros(4))
+
+
+def test_without_a_trainer_the_batch_counts_as_the_step() -> None:
+    module = EpisodicModule(nn.Identity(), ch.RidgeHead(), ways=2, shots=1, steps=9)
+    samples, labels = torch.full((1, 4, 3), torch.nan), torch.tensor([[0, 0, 1, 1]])
+    with pytest.raises(InputError, match="step 7, task 0"):
+        module.training_step((samples, labels), 7)
+
+
+def test_the_package_is_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["convexheads", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("convexheads", run_name="__main__")
+    assert caught.value.code == 0
+    assert "usage" in capsys.readouterr().out

@@ -1,0 +1,74 @@
+"""Arguments that are refused at once, each by an error that begins with its name, and texts that describe objects."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import convexheads as ch
+from convexheads import EpisodeLoader, InputError, MissingDependencyError
+from convexheads.backbones import WRN28, DropBlock
+from convexheads.solvers import QP, NativeSolver
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+SAMPLES, LABELS = torch.zeros(8, 3), torch.arange(8) % 2
+FEATURES = torch.eye(8)
+
+
+def loader(samples: Any = SAMPLES, labels: Any = LABELS, **settings: Any) -> EpisodeLoader:
+    settings = {"ways": 2, "shots": 1, "queries": 1} | settings
+    return EpisodeLoader(samples, labels, **settings)
+
+
+def problem(**changes: Any) -> QP:
+    parts: dict[str, Any] = {"gram": torch.eye(3), "linear": torch.ones(3, 2), "upper": torch.ones(3, 2)}
+    return QP(**(parts | changes))
+
+
+REFUSED: dict[str, Callable[[], object]] = {
+    "rank": lambda: loader(tasks=4, processes=2, rank=2),
+    "augment": lambda: loader(augment="flip"),
+    "samples": lambda: loader(samples=[1, 2]),
+    "labels": lambda: loader(labels=LABELS.float()),
+    "workers": lambda: loader(workers=-1),
+    "samples, labels": lambda: loader(labels=LABELS[:5]),
+    "classes": lambda: loader(classes=["one"]),
+    "labels: got shape": lambda: ch.split_task(torch.zeros(0, 4, 3), torch.zeros(0, 4, dtype=torch.long), shots=1),
+    "backbone": lambda: ch.embed(nn.Flatten(0), torch.zeros(4, 3), progress=False),
+    "features": lambda: ch.evaluate(ch.RidgeHead(), FEATURES.long(), LABELS, ways=2, shots=1, queries=1),
+    "features, labels": lambda: ch.evaluate(ch.RidgeHead(), FEATURES, LABELS[:5], ways=2, shots=1, queries=1),
+    "ways": lambda: ch.RidgeHead().fit(FEATURES, LABELS * 2**21),
+    "Learnable": lambda: ch.Learnable(1e-40),
+    "QP\\(upper": lambda: NativeSolver().solve(problem(upper=torch.ones(3, 2, device="meta"))),
+    "name": lambda: ch.load_pretrained("x" * 5000),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_error_begins_with_the_name_of_the_argument(name: str) -> None:
+    with pytest.raises(InputError, match=f"^{name}"):
+        REFUSED[name]()
+
+
+def test_messages_name_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "bench" in str(MissingDependencyError("rich", "bench", "benchmarks"))
+    monkeypatch.setitem(sys.modules, "learn2learn.vision.models", None)
+    with pytest.raises(MissingDependencyError, match=r"WRN28 needs .*learn2learn"):
+        WRN28(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+
+
+def test_objects_describe_themselves() -> None:
+    assert repr(DropBlock(2, grow=True)) == "DropBlock(2, grow=True)"
+    head = ch.SupportVectorRegressionHead(solver=NativeSolver(tolerance=1e-4))
+    assert "tolerance=0.0001" in repr(head)
+
+
+def test_a_kernel_can_be_called_by_itself() -> None:
+    x, y = torch.randn(4, 3), torch.randn(5, 3)
+    torch.testing.assert_close(ch.Polynomial(2)(x, y), (x @ y.mT + 1) ** 2)
