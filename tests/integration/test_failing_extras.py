@@ -71,9 +71,17 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not _exists("x" * 5000)
 
 
-def test_one_class_is_refused() -> None:
+def test_one_class_and_what_is_no_head_are_refused() -> None:
     with pytest.raises(ValueError, match="two classes"):
         HeadClassifier().fit(np.eye(4), np.zeros(4))
+    with pytest.raises(InputError, match="head"):
+        HeadClassifier(head=3).fit(np.eye(4), np.arange(4) % 2)
+
+
+def test_a_problem_may_leave_the_labels_out() -> None:
+    """Then nothing is learned: all coefficients are zero."""
+    fitted = ch.CvxpyHead(lambda task: task.squared_norm).fit(torch.eye(4), torch.arange(4) % 2)
+    assert fitted.dual.coef.abs().max() < 1e-6
 
 
 def test_without_a_trainer_the_batch_counts_as_the_step() -> None:
