@@ -13,6 +13,7 @@ from torch import nn
 
 import convexheads as ch
 from convexheads import InputError, MissingDependencyError
+from convexheads.heads.cvxpy_problem import _is_solved
 from convexheads.integrations.folder import _backbone, _exists, _text
 from convexheads.integrations.lightning import EpisodicModule
 from convexheads.integrations.sklearn import HeadClassifier
@@ -32,6 +33,11 @@ def test_a_problem_of_cvxpy_is_checked_and_described() -> None:
     with pytest.raises(InputError, match=r"^parameters"):
         ch.CvxpyHead(weighted, parameters={"not a name": 1.0})
     assert repr(ch.CvxpyHead(weighted, parameters={"lambda": 2.0})) == "CvxpyHead(weighted, parameters={'lambda': 2.0})"
+
+
+def test_values_that_are_not_finite_solve_no_problem() -> None:
+    layer = cvxpylayers.Layer(None, None, [], [])
+    assert not _is_solved(layer, [], [torch.tensor([1.0, torch.nan])])
 
 
 def test_the_task_that_clarabel_refuses_fails_alone() -> None:

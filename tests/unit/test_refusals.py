@@ -13,6 +13,7 @@ from torch import nn
 import convexheads as ch
 from convexheads import EpisodeLoader, InputError, MissingDependencyError
 from convexheads.backbones import WRN28, DropBlock
+from convexheads.loader import _Batches
 from convexheads.solvers import QP, NativeSolver
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -67,6 +68,10 @@ def test_objects_describe_themselves() -> None:
     assert repr(DropBlock(2, grow=True)) == "DropBlock(2, grow=True)"
     head = ch.SupportVectorRegressionHead(solver=NativeSolver(tolerance=1e-4))
     assert "tolerance=0.0001" in repr(head)
+
+
+def test_a_worker_asks_for_the_batch_of_a_step() -> None:
+    assert _Batches(lambda step: torch.tensor(2 * step))[3] == 6
 
 
 def test_a_kernel_can_be_called_by_itself() -> None:
