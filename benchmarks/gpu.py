@@ -190,7 +190,7 @@ def tests(session: Session) -> str:
 
 
 def solvers(session: Session) -> str:
-    """The times of the SVM's solvers beside ridge regression and qpth, where that is installed."""
+    """The times of the SVM's native solvers beside ridge regression."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = ["[5w1s]", "--repeats", "1"] if session.smoke else ["[5w1s,5w5s,20w5s]", "--repeats", "5"]
     names = ["--names", "[ridge,native,native in torch]", "--device", where, "--threads", "4"]
@@ -219,7 +219,7 @@ def speed(session: Session) -> str:
         options = _small(entry.options(**changes)) if session.smoke else entry.options(**changes)
         training = _on_noise(options, channels_last=variant.channels_last)
         flop = flop or _flop(training)
-        ms, first = (_time_network if head == NETWORK else _time)(training, steps, warmup)
+        ms, first = _time(training, steps, warmup, network_only=head == NETWORK)
         rows.append(changes | {"variant": variant.name, "head": head, "ms": ms, "first_step_s": first})
         floor = 1e3 * flop / peak
         origin = report.provenance()
@@ -237,7 +237,7 @@ def speed(session: Session) -> str:
 
 def _write_speed(rows: list[dict[str, Any]], record: dict[str, Any], path: Path) -> None:
     table = Table(title="Training steps of the paper's recipe", title_justify="left")
-    for column in ("variant", "head", "ms a step", "steps per second", "of the peak, %", "first step, s"):
+    for column in ("variant", "head", "ms per step", "steps per second", "of the peak, %", "first step, s"):
         table.add_column(column, justify="left" if column in ("variant", "head") else "right")
     for row in rows:
         share = 100 * record["floor_ms"] / row["ms"]
@@ -293,31 +293,24 @@ def _flop(training: Training) -> int:
     return counter.get_total_flops()
 
 
-def _time(training: Training, steps: int, warmup: int) -> tuple[float, float]:
-    """Milliseconds of a step, with its images and the reading of what it tells; and seconds of the first one."""
-    begin = time.perf_counter()
-    drawn = training.episodes.draw(0)
-    first = 0.0
-    for step in range(warmup + steps):
-        if step == warmup:
-            begin = report.now(drawn)
-        training.take(drawn)
-        drawn = training.episodes.draw(step + 1)
-        if training.step % training.interval == 0:
-            training.read()
-        if step == 0:
-            first = report.now(drawn) - begin
-    return 1e3 * (report.now(drawn) - begin) / steps, first
+def _time(training: Training, steps: int, warmup: int, *, network_only: bool) -> tuple[float, float]:
+    """Milliseconds per step, and seconds of the first step.
 
-
-def _time_network(training: Training, steps: int, warmup: int) -> tuple[float, float]:
-    """Likewise of the forward and backward pass of the backbone on one batch."""
+    A step includes its images and the reading of its metrics; with `network_only`, it is the forward and backward pass
+    of the backbone on one batch.
+    """
     drawn = training.episodes.draw(0)
     begin, first = report.now(drawn), 0.0
     for step in range(warmup + steps):
         if step == warmup:
             begin = report.now(drawn)
-        training.features(drawn).sum().backward()
+        if network_only:
+            training.features(drawn).sum().backward()
+        else:
+            training.take(drawn)
+            drawn = training.episodes.draw(step + 1)
+            if training.step % training.interval == 0:
+                training.read()
         if step == 0:
             first = report.now(drawn) - begin
     return 1e3 * (report.now(drawn) - begin) / steps, first

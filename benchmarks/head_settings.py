@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jsonargparse
 import torch
@@ -61,7 +62,8 @@ class Apart(Training):
         return torch.cat(found, 2).flatten(1, 2)
 
 
-class Setting(NamedTuple):
+@dataclass(frozen=True)
+class Setting:
     """A head, and how it is trained through.
 
     Attributes:
@@ -72,7 +74,7 @@ class Setting(NamedTuple):
 
     make: Callable[[], ch.Head]
     training: type[Training] = Training
-    changes: dict[str, Any] = {}  # noqa: RUF012
+    changes: dict[str, Any] = field(default_factory=dict)
 
 
 def _svm(scale: float = 1.0, **settings: Any) -> SVMHead:
