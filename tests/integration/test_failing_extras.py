@@ -98,6 +98,7 @@ def test_without_a_trainer_the_batch_counts_as_the_step() -> None:
 
 
 def test_the_package_is_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, "convexheads.__main__", raising=False)
     monkeypatch.setattr(sys, "argv", ["convexheads", "--help"])
     with pytest.raises(SystemExit) as caught:
         runpy.run_module("convexheads", run_name="__main__")
