@@ -382,7 +382,7 @@ def wait_for(what: Callable[[], bool], seconds: float) -> float:
 @pytest.mark.parametrize(
     ("victim", "hangs"),
     [
-        pytest.param(0, True, id="first-elsewhere"),
+        pytest.param(0, True, id="first-elsewhere", marks=pytest.mark.slow),
         pytest.param(0, False, id="first-in a reduction", marks=pytest.mark.slow),
         pytest.param(1, False, id="second-in a reduction", marks=pytest.mark.slow),
         pytest.param(1, True, id="second-elsewhere", marks=pytest.mark.slow),

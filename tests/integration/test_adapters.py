@@ -72,7 +72,8 @@ def test_qpth_itself_gets_the_second_derivative_wrong():
     assert abs(ours - numeric) < 1e-3 * abs(numeric)
 
 
-@pytest.mark.parametrize("shots", [10, pytest.param(15, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shots", [10, 15])
 def test_batches_on_several_threads_do_not_hang(shots):
     """5-way 10-shot through qpth hangs in torch's batched LU: in a process of its own, that a time limit can end."""
     script = f"""
