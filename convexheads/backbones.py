@@ -80,8 +80,8 @@ class Conv4(Backbone):
                 OrderedDict(
                     conv=nn.Conv2d(before, 64, 3, padding=1),
                     normalize=nn.BatchNorm2d(64),
-                    relu=nn.ReLU(),
                     pool=nn.MaxPool2d(2),
+                    relu=nn.ReLU(),  # after the pooling: the same values and gradients, from a quarter of the numbers
                 )
             )
             for before in (examples.shape[1], 64, 64, 64)
