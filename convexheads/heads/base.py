@@ -270,7 +270,8 @@ class Head(BaseLearner):
             InputError: an argument is unusable; the message says which, what came and what was wanted. Likewise a
                 kernel that returns no Gram matrix, or one that is not positive semi-definite and makes the base learner
                 fail. With `ways` given, values on a GPU are not looked at, as that would wait for the device: a label
-                out of range then gives NaN logits in its task, or that task fails in the solver.
+                out of range then gives NaN logits in its task, or that task fails in the solver; and a closed form that
+                has no solution gives NaN in the place of a `SolverError`.
             SolverError: a task could not be solved (see the solver's `on_failure`; with "warn", `SolverWarning`
                 instead).
             ConvexHeadsError: in the backward pass, where a second derivative is asked for that the solver doesn't have.

@@ -12,13 +12,15 @@ from convexheads.transforms import look_at
 
 
 def cholesky(matrix: Float[Tensor, "*batch n n"], *, of: str, each_class: bool = False) -> Float[Tensor, "*batch n n"]:
-    """The lower Cholesky factor.
+    """The lower Cholesky factor; on a GPU, which nobody waits for, NaN where a matrix is not positive definite.
 
     Raises:
-        SolverError: a matrix is not positive definite; `of` says whose, and the last dimension of tasks are classes
-            with `each_class`.
+        SolverError: on the CPU, a matrix is not positive definite; `of` says whose, and the last dimension of tasks
+            are classes with `each_class`.
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
+    if matrix.device.type != "cpu":
+        return factor.masked_fill((info > 0)[..., None, None], torch.nan)
     look_at(_check_factor, info.any(-1) if each_class else info, of)
     return factor
 

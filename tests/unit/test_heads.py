@@ -458,6 +458,17 @@ def test_what_is_not_finite_on_cuda_fails_in_its_task(make, cuda):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("make", [partial(RidgeHead, 1e-300), LinearDiscriminantHead])
+def test_a_closed_form_that_fails_on_cuda_is_nan_in_its_task(make, cuda):
+    """An error would have to wait for the device."""
+    support, labels, query, ways = task(3)
+    support[1] = 1
+    logits = make().to(cuda)(support.to(cuda), labels.to(cuda), query.to(cuda), ways=ways)
+    assert logits[1].isnan().any()
+    assert logits[[0, 2]].isfinite().all()
+
+
+@pytest.mark.gpu
 @heads
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_on_cuda_changes_nothing(make, dtype, cuda):
