@@ -100,6 +100,8 @@ def _queue() -> Iterator[Entry]:
     for dataset in ("cifar-fs", "fc100"):
         name = f"{dataset}_resnet12_svm-trainval"
         yield Entry(f"table2_{name}", f"table2/{name}")
+    for head in ("svm", "ridge", "prototypes"):
+        yield Entry(f"fast_cifar-fs_resnet12_{head}", f"fast/cifar-fs_resnet12_{head}")
     for seed in (1, 2):
         yield from (Entry(f"{each.name}-seed-{seed}", each.config, {"seed": seed}) for each in first[:3])
 

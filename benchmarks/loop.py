@@ -56,6 +56,8 @@ class Training:
         failures: the steps that failed, each a dictionary of "step", "tasks" (of all processes, numbered as
             `EpisodeLoader` shares them out) and "cause".
         best: the highest accuracy on validation classes so far.
+        averages: with `options.average`, the moving averages of the weights and statistics, by the names that
+            checkpoints have for them. They are what is validated and kept.
         seconds: what all of this took so far, over all resumptions.
         gram_on_host: whether only the Gram matrix of the features leaves the GPU, and the CPU does the rest of what the
             head has to do. So it is for SVMs, whose solver works there: the GPU waits for far fewer small operations.
@@ -90,6 +92,9 @@ class Training:
         )
         for value in self.parameters.values():  # else a first step that is skipped would leave it undefined
             self.optimizer.state[value]["momentum_buffer"] = torch.zeros_like(value)
+        state = self._state() if options.average else {}
+        self._latest = {name: value for name, value in state.items() if value.is_floating_point()}
+        self.averages = {name: value.clone() for name, value in self._latest.items()}
         self.step, self.seconds, self.best = 0, 0.0, -1.0
         self.interval, self.stopped = min(INTERVAL, options.total_steps), False
         self.rows: dict[int, dict[str, float]] = {}
@@ -129,8 +134,18 @@ class Training:
             self.optimizer.step()
             for value, old in zip(self.buffers.values(), before, strict=bool(before)):
                 value.copy_(torch.where(failed > 0, old, value))
+            if self.averages:
+                self._average(failed)
             self._unread.append((self.step, self._told(found, features, bad, failed)))
         self.step += 1
+
+    def _average(self, failed: Tensor) -> None:
+        """Move the averages toward the weights, unless the step failed."""
+        decay = min(self.options.average, (1 + self.step) / (10 + self.step))  # at first, of few steps
+        averages = list(self.averages.values())
+        change = torch._foreach_sub(list(self._latest.values()), averages)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_(change, (1 - decay) * (1 - failed))  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(averages, change)  # pyright: ignore[reportPrivateImportUsage]
 
     def features(self, drawn: Tensor) -> Tensor:
         """The features of a batch, `(tasks, n, d)`, in float32 or as precise as the backbone is."""
@@ -238,27 +253,42 @@ class Training:
     def validate(self, data: ImageSet) -> bool:
         """Log the accuracy on validation classes, 0 to 1, and say whether it is the highest so far."""
         options, processes = self.options, self.processes
-        processes.share(list(self.buffers.values()))
-        result = evaluate(
-            self.head,
-            embed(self.backbone, data.images.to(self.device), progress=False),
-            data.labels.to(self.device),
-            ways=options.ways,
-            shots=options.validation_shots,
-            queries=options.test_queries,
-            episodes=options.validation_episodes,
-            seed=options.seed,
-            part=(processes.rank, processes.count),
-            progress=False,
-        )
+        processes.share([*self.buffers.values(), *self.averages.values()])
+        with self._averaged():
+            result = evaluate(
+                self.head,
+                embed(self.backbone, data.images.to(self.device), progress=False),
+                data.labels.to(self.device),
+                ways=options.ways,
+                shots=options.validation_shots,
+                queries=options.test_queries,
+                episodes=options.validation_episodes,
+                seed=options.seed,
+                part=(processes.rank, processes.count),
+                progress=False,
+            )
         accuracy = float(np.mean(processes.gather(result.mean)))
         self.rows.setdefault(self.step - 1, {})["val_accuracy"] = accuracy
         improved, self.best = accuracy > self.best, max(accuracy, self.best)
         return improved
 
+    def _state(self) -> dict[str, Tensor]:
+        """The state of backbone and head, by the names that checkpoints have for it."""
+        return dict(_named(self.backbone, self.head, nn.Module.state_dict))
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """In here, backbone and head have their averages, if there are any."""
+        before = {name: self._state()[name].clone() for name in self.averages}
+        self.load_weights(self._state() | self.averages)
+        try:
+            yield
+        finally:
+            self.load_weights(self._state() | before)
+
     def weights(self) -> dict[str, Tensor]:
-        """The state of backbone and head, on the CPU."""
-        return {name: value.cpu() for name, value in _named(self.backbone, self.head, nn.Module.state_dict)}
+        """The state of backbone and head that counts, averages if there are any, on the CPU."""
+        return {name: value.cpu() for name, value in (self._state() | self.averages).items()}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Take over what `weights` returned."""
@@ -272,10 +302,12 @@ class Training:
             f"momentum.{name}": self.optimizer.state[value]["momentum_buffer"].cpu()
             for name, value in self.parameters.items()
         }
+        state = {name: value.cpu() for name, value in self._state().items()}
+        averages = {f"average.{name}": value.cpu() for name, value in self.averages.items()}
         names = ("step", "seconds", "best", "rows", "failures", "_pending")
         path.parent.mkdir(parents=True, exist_ok=True)
         record = {"options": self.options.record()} | {name: getattr(self, name) for name in names}
-        storage.save(path, self.weights() | momentum, record, **KIND)
+        storage.save(path, state | momentum | averages, record, **KIND)
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint.
@@ -287,6 +319,8 @@ class Training:
         self.load_weights(tensors)
         for name, value in self.parameters.items():
             self.optimizer.state[value]["momentum_buffer"].copy_(tensors[f"momentum.{name}"])
+        for name, value in self.averages.items():
+            value.copy_(tensors[f"average.{name}"])
         del record["options"]
         record["rows"] = {int(step): row for step, row in record["rows"].items()}
         vars(self).update(record)
@@ -337,8 +371,8 @@ def train(options: Options, data: dict[str, ImageSet], training: Training, *, de
         failure = training.failures[-1]
         why = f"step {failure['step']} failed ({failure['cause']}), training has stopped"
         raise ConvexHeadsError(f"{why}; {options.checkpoint} is from before the step, --resume goes on after it")
-    if first and training.step == total and best.is_file():
-        training.load_weights(storage.load(best, **KIND)[0])
+    if first and training.step == total:
+        training.load_weights(storage.load(best, **KIND)[0] if best.is_file() else training.weights())
 
 
 class _Gram(nn.Module):

@@ -54,6 +54,10 @@ class Options:
         "of training images; unless given none for digits and glyphs",
     ] = None
     trainval: Annotated[bool, "train on the validation classes too, and take the last weights"] = False
+    rotations: Annotated[bool, "train on classes rotated by 90, 180 and 270 degrees too, as further classes"] = False
+    average: Annotated[
+        float, "decay per step of a moving average of the weights, which is then validated and saved; 0 for none"
+    ] = 0.0
     on_failure: Annotated[
         Literal["raise", "skip", "stop"],
         "when a step's loss or gradient is not finite: end with an error, leave the step out, or end before it",
@@ -82,11 +86,13 @@ class Options:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             for number in value if isinstance(value, tuple) else (value,):
-                if name in ("seed", "weight_decay", "label_smoothing"):
+                if name in ("seed", "weight_decay", "label_smoothing", "average"):
                     if number < 0:
                         raise InputError(name, number, "0 or more")
                 elif isinstance(number, int | float) and not isinstance(number, bool) and number <= 0:
                     raise InputError(name, number, "more than 0")
+        if self.average >= 1:
+            raise InputError("average", self.average, "less than 1")
 
     @property
     def total_steps(self) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import convexheads as ch
 from benchmarks import report
-from benchmarks.data import Episodes, ImageSet, load
+from benchmarks.data import Episodes, ImageSet, every_turn, load
 from benchmarks.data import join as concatenate
 from benchmarks.loop import KIND, Training, train
 from benchmarks.options import Options, read_settings
@@ -139,6 +139,8 @@ def run(
         data = load(options.dataset, options.root, progress=processes.first)
         if options.trainval and "val" in data:
             data["train"] = concatenate(data["train"], data.pop("val"))
+        if options.rotations:
+            data["train"] = every_turn(data["train"])
         images = data["train"].images
         torch.manual_seed(options.seed)
         backbone, head = make_untrained(options.record(), images)

@@ -9,7 +9,7 @@ require_modules("numpy", "PIL", "tqdm")
 from benchmarks.data.augmentation import AUGMENTATIONS, augmentation
 from benchmarks.data.datasets import DATASETS, load, split_classes
 from benchmarks.data.episodes import Episodes, taskset
-from benchmarks.data.images import ImageSet, join
+from benchmarks.data.images import ImageSet, every_turn, join
 
 __all__ = [
     "AUGMENTATIONS",
@@ -17,6 +17,7 @@ __all__ = [
     "Episodes",
     "ImageSet",
     "augmentation",
+    "every_turn",
     "join",
     "load",
     "split_classes",

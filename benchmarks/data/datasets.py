@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from benchmarks.data.images import ImageSet
+from benchmarks.data.images import ImageSet, every_turn, join
 from benchmarks.data.sources import (
     Form,
     Read,
@@ -32,7 +32,6 @@ from convexheads.errors import InputError
 
 SPLITS = ("train", "val", "test")
 LISTS = Path(__file__).parent.parent / "splits"
-TURNS = tuple(f"{degrees} degrees" for degrees in (0, 90, 180, 270))
 CIFAR_LAYOUTS = """CIFAR-100 in one of these forms below the data root:
   cifar100/cifar100.zip                  one PNG an image, named cifar100/data/<class>/<image>.png
   cifar-100-python/                      as torchvision.datasets.CIFAR100(root, download=True) leaves it
@@ -100,23 +99,9 @@ class Entry:
         return count == self.images_per_class if self.exact else count >= self.images_per_class
 
 
-def every_turn(data: ImageSet) -> ImageSet:
-    """White ink on black paper, each character turned by every multiple of 90 degrees as a class of its own.
-
-    Args:
-        data: images (n, 1, height, width), black ink on white paper, of c classes.
-
-    Returns:
-        Images (4 n, 1, height, width) of 4 c classes, those not turned in front.
-
-    Source: Santoro et al., "Meta-Learning with Memory-Augmented Neural Networks" (ICML 2016).
-    """
-    ink, classes = 255 - data.images, data.classes
-    return ImageSet(
-        torch.cat([ink.rot90(turns, (-2, -1)) for turns in range(4)]),
-        torch.cat([data.labels + turns * len(classes) for turns in range(4)]),
-        tuple(f"{name}, {turn}" for turn in TURNS for name in classes),
-    )
+def white_on_black(data: ImageSet) -> ImageSet:
+    """White ink on black paper, with every turn of a character as a class of its own (see `every_turn`)."""
+    return every_turn(ImageSet(255 - data.images, data.labels, data.classes))
 
 
 _cifar = partial(
@@ -179,7 +164,7 @@ _entries = (
         ),
         resampling=Resampling.LANCZOS,
         checksums="omniglot.sha256",
-        finish=every_turn,
+        finish=white_on_black,
     ),
 )
 CATALOGUE = {entry.name: entry for entry in _entries}
@@ -330,14 +315,9 @@ def load_digits() -> dict[str, ImageSet]:
     images = functional.interpolate(grey, size=(32, 32), mode="bilinear").round().to(torch.uint8)
     labels = torch.from_numpy(digits).long()
     train = labels < 5
-    turned = [images[train].rot90(turns, (-2, -1)) for turns in range(4)]
-    views = turned + [view.flip(-1) for view in turned]
-    names = [f"{turn}{mirrored}" for mirrored in ("", ", mirrored") for turn in TURNS]
+    turned = every_turn(ImageSet(images[train], labels[train], tuple("01234")))
+    mirrored = tuple(f"{name}, mirrored" for name in turned.classes)
     return {
-        "train": ImageSet(
-            torch.cat(views),
-            torch.cat([labels[train] + 5 * view for view in range(len(views))]),
-            tuple(f"{digit}, {name}" for name in names for digit in range(5)),
-        ),
+        "train": join(turned, ImageSet(turned.images.flip(-1), turned.labels, mirrored)),
         "test": ImageSet(images[~train], labels[~train] - 5, tuple("56789")),
     }

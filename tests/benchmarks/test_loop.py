@@ -15,6 +15,7 @@ import pytest
 import torch
 from scipy.stats import chi2_contingency, chisquare, ks_2samp
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
@@ -269,7 +270,9 @@ def state(own: Training) -> dict[str, Tensor]:
     momentum = {
         f"momentum.{name}": own.optimizer.state[value]["momentum_buffer"] for name, value in own.parameters.items()
     }
-    return {name: value.detach().clone() for name, value in (own.parameters | own.buffers | momentum).items()}
+    averages = {f"average.{name}": value for name, value in own.averages.items()}
+    parts = own.parameters | own.buffers | momentum | averages
+    return {name: value.detach().clone() for name, value in parts.items()}
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -338,11 +341,12 @@ def test_a_failed_step_raises_when_it_is_read(head: str, quiet: str) -> None:
     assert_same(before, {name: value for name, value in state(own).items() if name not in own.buffers})
 
 
+@pytest.mark.parametrize("average", [0.0, 0.9])
 @pytest.mark.parametrize("head", HEADS)
-def test_a_failed_step_is_left_out(head: str, quiet: str, caplog: pytest.LogCaptureFixture) -> None:
-    own = take(training(head, on_failure="skip"), range(5), poisoned(NAN))
+def test_a_failed_step_is_left_out(head: str, average: float, quiet: str, caplog: pytest.LogCaptureFixture) -> None:
+    own = take(training(head, on_failure="skip", average=average), range(5), poisoned(NAN))
     own.read()
-    other = take(training(head), (0, 1, 3, 4))
+    other = take(training(head, average=average), (0, 1, 3, 4))
     other.read()
     assert_same(state(own), state(other))
     assert state(own)["backbone.norm.num_batches_tracked"] == 4
@@ -458,17 +462,52 @@ def test_the_learning_rate_follows_its_schedule(schedule: str, monkeypatch: pyte
     assert rates == pytest.approx([0.5 * SCHEDULES[schedule](each / 12) for each in range(12)])
 
 
+def test_averages_are_torchs() -> None:
+    """Whose decay is constant; ours begins lower, so that the initial weights don't count for long."""
+    own = training("svm", average=0.2)  # reached after two steps
+    model = nn.ModuleDict({"backbone": own.backbone, "head": own.head})
+    reference = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.1), use_buffers=True)
+    for step in range(5):
+        take(own, (step,))
+        reference.multi_avg_fn = get_ema_multi_avg_fn([0.1, 2 / 11, 0.2, 0.2, 0.2][step])
+        if not step:
+            reference.n_averaged += 1  # else torch's first average would be the first weights
+        reference.update_parameters(model)
+    assert {"backbone.linear.weight", "backbone.norm.running_var", "head.scale.log_value"} <= own.averages.keys()
+    for name, value in own.averages.items():
+        torch.testing.assert_close(value, reference.module.state_dict()[name])
+        assert not torch.equal(value, own._state()[name])
+
+
+def test_averages_are_what_is_validated_and_kept() -> None:
+    own = take(training(average=0.9, validation_episodes=20, test_queries=2, validation_shots=2), range(5))
+    other = training(validation_episodes=20, test_queries=2, validation_shots=2)
+    other.load_weights(own.weights())
+    before = state(own)
+    data = ImageSet(noise(60, 1, 8, 8, seed=1) // 2, torch.arange(60) % 6, tuple("abcdef"))
+    accuracies = []
+    for each in (own, other):
+        assert each.validate(data)
+        accuracies.append(each.best)
+    assert accuracies[0] == accuracies[1] > 0
+    assert_same(state(own), before)
+    assert {name: value.tolist() for name, value in own.weights().items() if name in own.averages} == {
+        name: value.tolist() for name, value in own.averages.items()
+    }
+
+
 @pytest.mark.parametrize(("head", "stop"), [("svm", 3), ("ridge", 1), ("ridge", 10), ("prototypes", 14)])
 def test_a_resumed_training_is_the_same(head: str, stop: int, tmp_path: Path) -> None:
     """With its log, though the checkpoint falls between two rows of it."""
     path = tmp_path / "new" / "last.safetensors"
-    whole = take(training(head, steps=20), range(20))
+    settings = {"steps": 20, "average": 0.9 if stop == 3 else 0.0}
+    whole = take(training(head, **settings), range(20))
     whole.read()
-    first = take(training(head, steps=20), range(stop))
+    first = take(training(head, **settings), range(stop))
     first.read()
     first.best, first.seconds = 0.25, 7.5
     first.save(path)
-    resumed = training(head, steps=20)
+    resumed = training(head, **settings)
     torch.manual_seed(99)  # on which nothing depends
     resumed.load(path)
     assert (resumed.step, resumed.best, resumed.seconds) == (stop, 0.25, 7.5)
@@ -482,7 +521,7 @@ def test_a_resumed_training_is_the_same(head: str, stop: int, tmp_path: Path) ->
 
 
 def test_a_checkpoint_has_all_that_there_is(tmp_path: Path) -> None:
-    own = take(training("svm", steps=20), range(3))
+    own = take(training("svm", steps=20, average=0.9), range(3))
     own.read()
     own.save(tmp_path / "last.safetensors")
     tensors, record = storage.load(tmp_path / "last.safetensors", **KIND)

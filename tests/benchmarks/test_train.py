@@ -376,6 +376,23 @@ def test_trainval_trains_on_validation_classes_too(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "checkpoints" / "best.safetensors").exists()
 
 
+def test_rotated_classes_and_averaged_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    episodes = train.episodes
+    monkeypatch.setattr(train, "episodes", lambda data, *rest: seen.append(data) or episodes(data, *rest))
+    train.main([*SHORT, "--rotations", "--average", "0.9", "--output", str(tmp_path)])
+    plain = train.load("digits")["train"]
+    assert len(seen[0].classes) == 4 * len(plain.classes)
+    for turns in range(4):
+        of = slice(turns * len(plain), (turns + 1) * len(plain))
+        assert torch.equal(seen[0].images[of].rot90(-turns, (-2, -1)), plain.images)
+        assert torch.equal(seen[0].labels[of] - turns * len(plain.classes), plain.labels)
+    tensors, saved = weights(tmp_path), ch.load_pretrained(tmp_path)
+    for name, value in saved.backbone.state_dict().items():
+        assert torch.equal(value, tensors.get(f"average.backbone.{name}", tensors[f"backbone.{name}"])), name
+    assert not torch.equal(tensors["average.backbone.layers.0.conv.weight"], tensors["backbone.layers.0.conv.weight"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["ridge", "svm"])
 def test_the_papers_own_recipe_runs(
