@@ -111,9 +111,10 @@ class Training:
         """Take a step on a batch of episodes, as `episodes.draw` has drawn it, without waiting for the device."""
         options = self.options
         before = [value.clone() for value in self.buffers.values()] if options.on_failure != "raise" else []
-        torch.manual_seed(
-            _seed(options.seed, self.step, self.processes.rank)
-        )  # dropout, so that resuming needs no state
+        seed = _seed(options.seed, self.step, self.processes.rank)  # of dropout, so that resuming needs no state
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed writes down a stack for every absent accelerator
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate * SCHEDULES[options.schedule](self.step / options.total_steps)
         features = self.features(drawn)

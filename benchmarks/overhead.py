@@ -1,4 +1,4 @@
-"""What a head costs where it is used: in a training step of a network, and in an evaluation on cached features.
+"""What heads and loops cost: a head in a training step and in an evaluation on cached features, a loop in each step.
 
 python -m benchmarks.overhead
 """
@@ -6,8 +6,12 @@ python -m benchmarks.overhead
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +25,20 @@ from tqdm.auto import tqdm
 
 import convexheads as ch
 from benchmarks import report
-from convexheads.backbones import BACKBONES, make_backbone
+from benchmarks.data import ImageSet
+from benchmarks.loop import Training
+from benchmarks.options import Options
+from benchmarks.processes import Processes
+from benchmarks.train import episodes as make_episodes
+from convexheads.backbones import BACKBONES, Backbone, make_backbone
 from convexheads.pretrained import make_head
+from convexheads.training import episode_loss
 
 HEADS = ("prototypes", "ridge", "svm")
 WAYS, SHOTS = 5, 5
+BLOCK = 20
+"""Steps of a loop that are timed in a row; a multiple of those between two readings of `Training`."""
+ALONE, NEW_BATCH, PLAIN, LIGHTNING = "the step alone", "with a new batch", "the plain loop", "Lightning"
 
 
 def step(backbone: nn.Module, head: ch.Head, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
@@ -86,6 +99,141 @@ def evaluation(*, device: str, episodes: int, queries: int, features: int) -> di
     return found
 
 
+class OneLayer(Backbone):
+    """64 features that are linear in the pixels: next to no network, so that a loop shows.
+
+    Args:
+        examples: uint8 images (m, channels, height, width), as for every backbone.
+    """
+
+    def __init__(self, examples: Tensor) -> None:
+        super().__init__(examples)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(examples[0].numel(), 64))
+
+
+def one_layer_training(*, device: Literal["cpu", "cuda"], tasks: int, queries: int, steps: int) -> Training:
+    """A training of one layer through prototypes, on 32 x 32 pixels of noise."""
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (64 * 30, 3, 32, 32), dtype=torch.uint8)
+    data = ImageSet(images, torch.arange(len(images)) % 64, tuple(map(str, range(64))))
+    options = Options(
+        device=device,
+        head="prototypes",
+        ways=WAYS,
+        shots=SHOTS,
+        queries=queries,
+        tasks=tasks,
+        steps=steps,
+        learning_rate=1e-3,
+        schedule="constant",
+        augment="none",
+        compile="none",
+    )
+    batches = make_episodes(data, options, Processes())
+    return Training(options, OneLayer(images), make_head(options.head), batches, Processes())
+
+
+def step_alone(own: Training, images: Tensor) -> None:
+    """Forward, loss, backward and optimizer on images `(tasks * n, ...)`, and nothing else."""
+    features = own.backbone(images).unflatten(0, own.episodes.labels.shape)
+    found = episode_loss(own.head, own.episodes.split(features), ways=WAYS)
+    own.optimizer.zero_grad()
+    found.loss.backward()
+    own.optimizer.step()
+
+
+def alone(own: Training, steps: int) -> float:
+    """Seconds of so many steps on one batch."""
+    images = own.episodes(own.episodes.draw(0))
+    begin = report.now(images)
+    for _ in range(steps):
+        step_alone(own, images)
+    return report.now(images) - begin
+
+
+def with_a_new_batch(own: Training, steps: int) -> float:
+    """Seconds of so many steps, each on the images of episodes that are drawn for it."""
+    begin = report.now(own.episodes.images)
+    for number in range(steps):
+        step_alone(own, own.episodes(own.episodes.draw(number)))
+    return report.now(own.episodes.images) - begin
+
+
+def in_the_plain_loop(own: Training, steps: int) -> float:
+    """Seconds of so many steps as `benchmarks.loop.train` takes them."""
+    drawn = own.episodes.draw(own.step)
+    begin = report.now(drawn)
+    for _ in range(steps):
+        own.take(drawn)
+        drawn = own.episodes.draw(own.step)
+        if own.step % own.interval == 0:
+            own.read()
+    return report.now(drawn) - begin
+
+
+def in_lightning(own: Training, steps: int) -> float:
+    """Seconds of so many steps of `EpisodicModule` under the quietest trainer, after a first one."""
+    import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import LambdaCallback
+
+    from convexheads.integrations.lightning import EpisodicModule
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    ends: list[float] = []
+
+    def end(_: Any, __: Any, ___: Any, batch: tuple[Tensor, Tensor], number: int) -> None:
+        if number in (0, steps):
+            ends.append(report.now(batch[0]))
+
+    settings: dict[str, Any] = {"learning_rate": own.options.learning_rate, "schedule": own.options.schedule}
+    module = EpisodicModule(own.backbone, own.head, ways=WAYS, shots=SHOTS, steps=steps + 1, **settings)
+    trainer = pl.Trainer(
+        accelerator="gpu" if own.device.type == "cuda" else "cpu",
+        devices=1,
+        max_epochs=1,
+        limit_train_batches=steps + 1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[LambdaCallback(on_train_batch_end=end)],
+    )
+    own.episodes.loader.load_state_dict({"step": 0})
+    trainer.fit(module, own.episodes.loader)
+    return ends[1] - ends[0]
+
+
+def loops(
+    *, device: Literal["cpu", "cuda"], tasks: int, queries: int, repeats: int, steps: int = BLOCK
+) -> dict[str, float]:
+    """Seconds of a step alone and in each loop: medians over blocks of so many steps, the loops in turn."""
+    ways: dict[str, Callable[[Training, int], float]]
+    ways = {ALONE: alone, NEW_BATCH: with_a_new_batch, PLAIN: in_the_plain_loop}
+    if find_spec("pytorch_lightning"):
+        ways[LIGHTNING] = in_lightning
+    sizes: dict[str, Any] = {"device": device, "tasks": tasks, "queries": queries, "steps": steps * (repeats + 1)}
+    blocks = {name: partial(way, one_layer_training(**sizes), steps) for name, way in ways.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in blocks}
+    for repeat in tqdm(range(-1, repeats), desc="loops", leave=False):
+        for name, block in blocks.items():
+            taken = block() / steps
+            if repeat >= 0:
+                seconds[name].append(taken)
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+def show_loops(seconds: dict[str, float], title: str) -> Table:
+    """A line for the step alone, with a new batch, and in each loop."""
+    table = Table(title=title, title_justify="left")
+    for column in ("", "ms per step", f"more than {ALONE}, ms", f"more than {NEW_BATCH}, ms"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, taken in seconds.items():
+        more = [f"{1e3 * (taken - seconds[base]):.2f}" for base in (ALONE, NEW_BATCH)]
+        shown = {ALONE: 0, NEW_BATCH: 1}.get(name, 2)
+        table.add_row(name, f"{1e3 * taken:.2f}", *more[:shown])
+    return table
+
+
 def show(steps: dict[str, float], evaluations: dict[str, float], title: str) -> Table:
     """A line for each head."""
     table = Table(title=title, title_justify="left")
@@ -107,7 +255,9 @@ def main() -> None:
         "--tasks", type=int, default=8, help="episodes of a training step, 5-way 5-shot, 32 x 32 pixels"
     )
     parser.add_argument("--train-queries", type=int, default=6, help="query images a class in a training step")
-    parser.add_argument("--repeats", type=int, default=25, help="timed training steps of each head")
+    parser.add_argument(
+        "--repeats", type=int, default=25, help=f"timed training steps of each head, and blocks of {BLOCK} of each loop"
+    )
     parser.add_argument("--episodes", type=int, default=10_000, help="episodes of the evaluation, 5-way 5-shot")
     parser.add_argument("--queries", type=int, default=15, help="query examples a class in the evaluation")
     parser.add_argument("--features", type=int, default=256, help="feature dimension in the evaluation")
@@ -119,6 +269,7 @@ def main() -> None:
     network = {"backbone": options.backbone} | where
     steps = training(**network, episodes=options.tasks, queries=options.train_queries, repeats=options.repeats)
     evaluations = evaluation(**where, episodes=options.episodes, queries=options.queries, features=options.features)
+    found = loops(**where, tasks=options.tasks, queries=options.train_queries, repeats=options.repeats)
     origin = report.provenance()
     names = ("backbone", "device", "tasks", "train_queries", "repeats", "episodes", "queries", "features", "threads")
     settings = {name: options[name] for name in names}
@@ -135,10 +286,25 @@ def main() -> None:
         f"{machine}, torch {origin['versions']['torch']}. "
         "Made by `python -m benchmarks.overhead`."
     )
-    Console(width=max(100, Console().width)).print(table, note, f"All of it is in {options.output}", sep="\n")
+    added = show_loops(found, "What a loop costs, 5-way 5-shot")
+    added_note = (
+        f"A step: {options.tasks} episodes of 32 x 32 pixels of noise, {options.train_queries} queries a class, "
+        f"through one linear layer and prototypes, with SGD; medians over {options.repeats} blocks of {BLOCK} steps, "
+        f"all lines in turn. {ALONE.capitalize()} is forward, loss, backward and optimizer on one and the same batch. "
+        "A new batch is drawn and gathered without augmentation, as both loops have it. The plain loop is "
+        "`benchmarks.loop`, with its checks and readings, without validations and checkpoints. "
+    )
+    added_note += (
+        "Lightning runs `EpisodicModule` on `EpisodeLoader` without logger, progress bar and checkpoints."
+        if LIGHTNING in found
+        else "pytorch-lightning is not installed, so it has no line."
+    )
+    texts = (table, note, added, added_note, f"All of it is in {options.output}")
+    Console(width=max(100, Console().width)).print(*texts, sep="\n")
     options.output.mkdir(parents=True, exist_ok=True)
-    record = {"settings": settings, "training": steps, "evaluation": evaluations, **origin}
+    record = {"settings": settings, "training": steps, "evaluation": evaluations, "loops": found, **origin}
     (options.output / "overhead.json").write_text(json.dumps(record, indent=2) + "\n")
+    note += f"\n\n## {added.title}\n\n{report.markdown(added)}\n\n{added_note}"
     report.write_markdown(table, note, options.output / "overhead.md")
 
 

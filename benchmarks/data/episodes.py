@@ -98,7 +98,7 @@ class Episodes(nn.Module):
         Args:
             drawn: what `draw` returned.
         """
-        images = self.images[drawn[:, 0].long()]
+        images = self.images.index_select(0, drawn[:, 0].long())  # on the CPU ten times as fast as by brackets
         return images if self.augmentation is None else self.augmentation(images, drawn[:, 1:])
 
     def batch(self, step: int) -> Tensor:

@@ -9,7 +9,7 @@ import pandas
 import pytest
 import torch
 
-from benchmarks import many_classes, overhead, solvers
+from benchmarks import many_classes, overhead, report, solvers
 
 SMALL: dict[str, Any] = {"device": "cpu", "features": 12, "queries": 2, "repeats": 2, "threads": 1}
 
@@ -98,6 +98,51 @@ def test_overhead_of_a_head_in_training_and_in_evaluation():
     assert set(evaluations) == set(overhead.HEADS)
     assert min(evaluations.values()) > 0
     assert overhead.show(steps, evaluations, "title").row_count == len(overhead.HEADS)
+
+
+LOOPS: dict[str, Any] = {"device": "cpu", "tasks": 2, "queries": 1, "steps": 3}
+
+
+@pytest.mark.filterwarnings("ignore:.* have no `val_dataloader`")
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+def test_the_step_alone_and_in_each_loop():
+    seconds = overhead.loops(**LOOPS, repeats=1)
+    assert list(seconds) == [overhead.ALONE, overhead.NEW_BATCH, overhead.PLAIN, overhead.LIGHTNING]
+    assert min(seconds.values()) > 0
+
+
+def test_without_lightning_there_is_no_line_for_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(overhead, "find_spec", lambda _: None)
+    assert list(overhead.loops(**LOOPS, repeats=1)) == [overhead.ALONE, overhead.NEW_BATCH, overhead.PLAIN]
+
+
+def test_what_a_loop_adds_is_told_beside_the_step_alone_and_a_new_batch():
+    seconds = {overhead.ALONE: 0.01, overhead.NEW_BATCH: 0.012, overhead.PLAIN: 0.0125, overhead.LIGHTNING: 0.02}
+    lines = report.markdown(overhead.show_loops(seconds, "title")).splitlines()[2:]
+    assert [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines] == [
+        ["10.00", "", ""],
+        ["12.00", "2.00", ""],
+        ["12.50", "2.50", "0.50"],
+        ["20.00", "10.00", "8.00"],
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.* have no `val_dataloader`")
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+def test_every_loop_takes_the_same_steps():
+    """Each from the same weights, on the same batches."""
+    plain, other, lightning = (overhead.one_layer_training(**LOOPS) for _ in range(3))
+    begin = [value.clone() for value in plain.parameters.values()]
+    overhead.in_the_plain_loop(plain, 3)
+    overhead.with_a_new_batch(other, 3)
+    overhead.in_lightning(lightning, 2)  # after a first one
+    assert plain.step == 3
+    for old, own, same, close in zip(
+        begin, *(each.parameters.values() for each in (plain, other, lightning)), strict=True
+    ):
+        assert not torch.equal(own, old)
+        assert torch.equal(own, same)
+        torch.testing.assert_close(own - old, close - old, rtol=1e-3, atol=1e-7)  # whose optimizer isn't fused
 
 
 def test_what_takes_very_long_runs_once(monkeypatch: pytest.MonkeyPatch):
