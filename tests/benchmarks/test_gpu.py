@@ -134,6 +134,26 @@ def test_without_time_the_speed_is_not_measured(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
+def test_the_speed_is_measured_with_one_thread_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    def timed(*_: object, **__: object) -> tuple[float, float]:
+        used.append(torch.get_num_threads())
+        return 10.0, 1.0
+
+    monkeypatch.setattr(gpu, "_time", timed)
+    monkeypatch.setattr(gpu, "VARIANTS", gpu.VARIANTS[-1:])
+    session = gpu.Session(tmp_path, None, time.monotonic() + 600, smoke=True, queue=gpu.SMOKE_QUEUE)
+    torch.set_num_threads(2)
+    said = gpu.speed(session)
+    assert torch.get_num_threads() == 2
+    assert used == [1, 1, 1]
+    assert said.startswith("100.0 steps per second")
+    record = json.loads((tmp_path / "speed" / "speed.json").read_text())
+    assert [row["threads"] for row in record["results"]] == used
+    assert record["machine"]["threads"] == 1
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_killed_at_a_random_moment_it_goes_on(tmp_path: Path) -> None:
