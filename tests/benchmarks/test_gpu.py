@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tasks import ROOT
 import convexheads as ch
 from benchmarks import gpu
 from benchmarks.options import Options
+from benchmarks.solvers import LEFT_OUT
 from convexheads.pretrained import make_untrained, save_pretrained
 
 
@@ -154,6 +156,13 @@ def test_the_speed_is_measured_with_one_thread_and_says_so(tmp_path: Path, monke
     assert record["machine"]["threads"] == 1
 
 
+def test_the_stage_of_solvers_names_what_was_left_out(tmp_path: Path) -> None:
+    (tmp_path / "solvers.end").write_text("exit status 0: done\n")  # as an earlier call left it
+    (tmp_path / "solvers.txt").write_text(f"qpth {LEFT_OUT} its package\nanother line\n")
+    session = gpu.Session(tmp_path, None, time.monotonic() + 600, smoke=True, queue=gpu.SMOKE_QUEUE)
+    assert gpu.solvers(session) == f"exit status 0: done; qpth {LEFT_OUT} its package"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_killed_at_a_random_moment_it_goes_on(tmp_path: Path) -> None:
@@ -184,5 +193,7 @@ def test_killed_at_a_random_moment_it_goes_on(tmp_path: Path) -> None:
     assert all(row["ms"] > 0 for row in speed["results"])
     for name in ("tests", "solvers"):
         assert (tmp_path / "out" / f"{name}.end").read_text().startswith("exit status 0"), name
+    timed = json.loads((tmp_path / "out" / "solvers" / "solvers.json").read_text())["results"]
+    assert ("qpth" in {row["contender"] for row in timed}) == (find_spec("qpth") is not None)
     names = gpu.take_home(tmp_path / "out" / "home", tmp_path / "home")
     assert {f"{entry.name}/model.safetensors" for entry in gpu.SMOKE_QUEUE} <= set(names)
