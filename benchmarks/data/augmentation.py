@@ -24,11 +24,6 @@ COLUMNS = ("top", "left", "flipped", "brightness", "contrast", "saturation", "fi
 factors of brightness, contrast and saturation (1 changes nothing), and in which order these three are changed."""
 
 
-def to_device(value: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the CPU to a device without waiting for the device."""
-    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
-
-
 @dataclass(frozen=True)
 class Augmentation:
     """Crops from a frame of zeros, changes of color, and flips, for each image on its own.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.data.augmentation import augmentation, to_device
+from benchmarks.data.augmentation import augmentation
 from benchmarks.data.images import ImageSet
 from convexheads.episodes import Episode
 from convexheads.integrations import require
@@ -90,7 +90,7 @@ class Episodes(nn.Module):
             draws = self.augmentation.draw(loader.tasks * indices.shape[1], height, width, random)
             own = draws.unflatten(0, (loader.tasks, -1))[loader.rank :: loader.processes]
             columns.append(own.flatten(0, 1))
-        return to_device(torch.cat(columns, 1).double(), self.device)
+        return _to_device(torch.cat(columns, 1).double(), self.device)
 
     def forward(self, drawn: Tensor) -> Tensor:
         """The images of a step, uint8 `(tasks * n, channels, height, width)`, task by task and class by class.
@@ -113,6 +113,11 @@ class Episodes(nn.Module):
             parts += [by_class[:, :, : self.shots].flatten(1, 2), by_class[:, :, self.shots :].flatten(1, 2)]
         support, query, support_labels, query_labels = parts
         return Episode(support, support_labels, query, query_labels)
+
+
+def _to_device(value: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the CPU to a device without waiting for the device."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 def taskset(data: ImageSet, *, ways: int, samples: int) -> Taskset:
