@@ -101,10 +101,6 @@ class Episodes(nn.Module):
         images = self.images[drawn[:, 0].long()]
         return images if self.augmentation is None else self.augmentation(images, drawn[:, 1:])
 
-    def batch(self, step: int) -> Tensor:
-        """The images of a step, uint8 `(tasks, ways * (shots + queries), channels, height, width)`."""
-        return self(self.draw(step)).unflatten(0, tuple(self.labels.shape))
-
     def split(self, features: Tensor) -> Episode:
         """Split the features of a batch, `(tasks, ways * (shots + queries), d)`, into support and query."""
         parts = []
