@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", type=tables.Scale, default="laptop", help=text)
     parser.add_argument("--train", action="store_true", help="train what has no weights yet; hours, or days")
     parser.add_argument("--data-root", type=Path | None, help="folder of the data; else variable CONVEXHEADS_DATA")
-    parser.add_argument("--shots", type=list[int], default=[1, 5], help="support images a class")
+    parser.add_argument("--shots", type=list[int], default=[1, 5], help="support images per class")
     parser.add_argument("--iterations", type=list[int], default=list(ITERATIONS), help="where the solvers are stopped")
     parser.add_argument("--episodes", type=int, default=2000, help="test episodes")
     parser.add_argument("--seed", type=int, default=0, help="of the test episodes")

@@ -161,7 +161,9 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, required=True, help="folder of CIFAR-100, only read")
     text = "of a Conv-4 trained on CIFAR-FS: a name, folder or file that `convexheads.load_pretrained` knows"
     parser.add_argument("--weights", default="conv4-cifar-fs-ridge", help=text)
-    parser.add_argument("--shots", type=tuple[int, ...], default=(1, 5, 20), help="support images a class, as in [1,5]")
+    parser.add_argument(
+        "--shots", type=tuple[int, ...], default=(1, 5, 20), help="support images per class, as in [1,5]"
+    )
     parser.add_argument("--episodes", type=int, default=2000, help="test episodes, the same for all heads")
     parser.add_argument("--validation-episodes", type=int, default=300, help="to choose and to calibrate on")
     parser.add_argument("--seed", type=int, default=0, help="of the episodes")

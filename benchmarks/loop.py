@@ -1,4 +1,4 @@
-"""The training loop: steps that never wait for the device, logs, validations and checkpoints."""
+"""The training loop: asynchronous steps, metrics, validation and checkpoints."""
 
 from __future__ import annotations
 
@@ -28,39 +28,41 @@ from convexheads.kernels import Linear
 from convexheads.training import SCHEDULES, EpisodeLoss, episode_loss, refuse, tasks_with_bad_values, where
 
 METRICS = ("loss", "accuracy", "gap", "certified", "iterations")
-"""What a step may tell; see `convexheads.training.EpisodeLoss`."""
+"""The metrics of a step, of which a head may have only some; see `convexheads.training.EpisodeLoss`."""
 INTERVAL = 10
-"""Steps between two readings of what the steps tell."""
+"""Steps between two reads of the metrics from the device."""
 KIND = {"key": "training", "needed_by": "benchmarks.train"}
-"""What kind of file a checkpoint is, for `convexheads.storage`."""
+"""Identifies a file as a checkpoint, for `convexheads.storage`."""
 
 _log = logging.getLogger(__name__)
 
 
 class Training:
-    """A backbone and a head in training: what a checkpoint holds, and how a step is taken.
+    """The state of a training, which checkpoints save, and its steps.
 
-    What a step tells stays on the device until `read`. A step whose loss or gradient is not finite changes nothing,
-    and from then on, unless such steps are skipped, no other step does: `read` finds the state before that step.
+    The metrics of a step stay on the device until `read`. A step with a non-finite loss or gradient changes no
+    parameter, and no buffer unless `options.on_failure` is "raise". Unless such steps are skipped, later steps change
+    no parameter either, so that `read` finds the parameters from before the failed step.
 
     Args:
-        options: of the run.
-        backbone: from images to features; it and the head are moved to the device.
-        head: fitted to every episode; its learnable parameters train along.
-        episodes: the batches.
-        processes: this process among those that share each step.
+        options: the options of the run.
+        backbone: from images to features; moved to the device, as the head is.
+        head: fitted to every episode; its learnable parameters are trained too.
+        episodes: makes the batch of each step.
+        processes: this process's rank, and how many processes share each step.
 
     Attributes:
-        step: how many steps were taken.
-        rows: what was logged, by the step that it was logged after.
-        failures: the steps that failed, each a dictionary of "step", "tasks" (of all processes, numbered as
-            `EpisodeLoader` shares them out) and "cause".
+        step: the number of steps taken.
+        rows: the log: values by name, keyed by the number of the step after which they were logged.
+        failures: the failed steps, each a dictionary with the keys "step", "tasks" (numbered across all processes, as
+            `EpisodeLoader` distributes them) and "cause".
         best: the highest accuracy on validation classes so far.
-        averages: with `options.average`, the moving averages of the weights and statistics, by the names that
-            checkpoints have for them. They are what is validated and kept.
-        seconds: what all of this took so far, over all resumptions.
-        gram_on_host: whether only the Gram matrix of the features leaves the GPU, and the CPU does the rest of what the
-            head has to do. So it is for SVMs, whose solver works there: the GPU waits for far fewer small operations.
+        averages: with `options.average`, the moving averages of weights and statistics, by the names that checkpoints use.
+            They are what is validated and saved.
+        seconds: the training time so far, including that of the runs before this one was resumed.
+        gram_on_host: whether only the Gram matrix of the features is copied from the GPU and the CPU does the rest of
+            the head's work. True for SVMs with a linear kernel, whose solver runs on the CPU: the GPU then waits for
+            far fewer small operations.
         interval: steps between two rows of the log.
         stopped: whether a step failed and `options.on_failure` is "stop".
     """
@@ -74,7 +76,7 @@ class Training:
         self.head = head.to(self.device).train()
         if processes.count > 1 and self.device.type == "cuda":
             self.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(self.backbone)
-        torch.backends.cudnn.benchmark = True  # every step has the same sizes: cuDNN may look for its fastest way
+        torch.backends.cudnn.benchmark = True  # all steps have the same shapes
         self.network: Callable[[Tensor], Tensor] = nn.Sequential(episodes, self.backbone)
         if (mode := options.compilation(self.device)) != "none":
             self.network = torch.compile(self.network, mode=mode)
@@ -90,7 +92,7 @@ class Training:
             nesterov=True,
             fused=True,
         )
-        for value in self.parameters.values():  # else a first step that is skipped would leave it undefined
+        for value in self.parameters.values():  # undefined after a skipped first step otherwise
             self.optimizer.state[value]["momentum_buffer"] = torch.zeros_like(value)
         state = self._state() if options.average else {}
         self._latest = {name: value for name, value in state.items() if value.is_floating_point()}
@@ -99,35 +101,37 @@ class Training:
         self.interval, self.stopped = min(INTERVAL, options.total_steps), False
         self.rows: dict[int, dict[str, float]] = {}
         self.failures: list[dict[str, Any]] = []
-        self._trained: list[str] = []  # the parameters that have a gradient
-        self._unread: list[tuple[int, Tensor]] = []
-        self._pending: list[dict[str, float]] = []  # of steps that were read and are not in a row yet
-        self._errors: dict[int, dict[str, Any]] = {}  # what this process's head said of the step of that number
-        self._stuck = torch.zeros((), device=self.device)  # 1 from a failed step on, unless such steps are skipped
+        self._trained: list[str] = []  # names of the parameters that have a gradient
+        self._unread: list[tuple[int, Tensor]] = []  # steps with their metrics on the device
+        self._pending: list[dict[str, float]] = []  # metrics that were read and are not in a row yet
+        self._errors: dict[int, dict[str, Any]] = {}  # by step: why this process's head failed
+        self._stuck = torch.zeros((), device=self.device)  # 1 after a failed step, unless such steps are skipped
 
-    # A step
+    # Steps
 
     def take(self, drawn: Tensor) -> None:
-        """Take a step on a batch of episodes, as `episodes.draw` has drawn it, without waiting for the device."""
+        """Take a step on the batch that `episodes.draw` has drawn; only the head may wait for the device."""
         options = self.options
         before = [value.clone() for value in self.buffers.values()] if options.on_failure != "raise" else []
-        seed = _seed(options.seed, self.step, self.processes.rank)  # of dropout, so that resuming needs no state
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed writes down a stack for every absent accelerator
+        seed = _seed(
+            options.seed, self.step, self.processes.rank
+        )  # for dropout: a resumed training draws the same masks
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a stack trace per absent accelerator
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate * SCHEDULES[options.schedule](self.step / options.total_steps)
         features = self.features(drawn)
-        found = self._loss(features)
+        result = self._loss(features)
         self.optimizer.zero_grad(set_to_none=True)
-        found.loss.backward()
+        result.loss.backward()
         with torch.no_grad():
-            found_for = {name: value.grad for name, value in self.parameters.items() if value.grad is not None}
-            self._trained, gradients = list(found_for), list(found_for.values())
-            norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
-            bad = ~torch.stack(norms).isfinite()
-            failed = (bad.any() | ~found.loss.isfinite()).float()
-            self.processes.average([*gradients, failed])
+            gradients = {name: value.grad for name, value in self.parameters.items() if value.grad is not None}
+            self._trained = list(gradients)
+            norms = torch._foreach_norm(list(gradients.values()))  # pyright: ignore[reportPrivateImportUsage]
+            nonfinite = ~torch.stack(norms).isfinite()
+            failed = (nonfinite.any() | ~result.loss.isfinite()).float()
+            self.processes.average([*gradients.values(), failed])
             failed = failed.ceil()
             if options.on_failure != "skip":
                 failed = self._stuck.copy_(torch.maximum(self._stuck, failed))
@@ -137,7 +141,7 @@ class Training:
                 value.copy_(torch.where(failed > 0, old, value))
             if self.averages:
                 self._average(failed)
-            self._unread.append((self.step, self._told(found, features, bad, failed)))
+            self._unread.append((self.step, self._numbers(result, features, nonfinite, failed)))
         self.step += 1
 
     def _average(self, failed: Tensor) -> None:
@@ -149,14 +153,14 @@ class Training:
         torch._foreach_add_(averages, change)  # pyright: ignore[reportPrivateImportUsage]
 
     def features(self, drawn: Tensor) -> Tensor:
-        """The features of a batch, `(tasks, n, d)`, in float32 or as precise as the backbone is."""
+        """The features of a batch, `(tasks, n, d)`, in the precision of the backbone and at least in float32."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bfloat16"):
             features = self.network(drawn)
         features = features.unflatten(0, tuple(self.episodes.labels.shape))
-        return features.float() if features.dtype.itemsize < 4 else features  # logits are as precise as features
+        return features.float() if features.dtype.itemsize < 4 else features  # logits have this precision too
 
     def _loss(self, features: Tensor) -> EpisodeLoss:
-        """The loss; NaN, and what the head said is kept, where the head can't be fitted to these values."""
+        """The loss; NaN if the head can't be fitted to these values, and then the head's error is kept."""
         options, episode = self.options, self.episodes.split(features)
         settings = {"ways": options.ways, "label_smoothing": options.label_smoothing}
         try:
@@ -166,7 +170,7 @@ class Training:
         except (InputError, SolverError) as error:
             tasks = tasks_with_bad_values(features, 1)
             if isinstance(error, InputError) and not tasks:
-                raise  # the values are not to blame
+                raise  # not caused by the values
             if isinstance(error, SolverError) and error.solution is not None:
                 tasks = (~error.solution.converged).flatten().nonzero().flatten().tolist()
             self._errors[self.step] = {"tasks": tasks, "cause": str(error)}
@@ -174,21 +178,21 @@ class Training:
             loss = torch.nan * torch.stack([value.sum().to(features.dtype) for value in values]).sum()
             return EpisodeLoss(loss, {"loss": loss.detach()}, episode.query)
 
-    def _told(self, found: EpisodeLoss, features: Tensor, bad: Tensor, failed: Tensor) -> Tensor:
-        """What `_report` reads: numbers, and for each task the sums of its features and of its logits."""
-        told = found.metrics | {"loss": found.loss.detach()}
+    def _numbers(self, result: EpisodeLoss, features: Tensor, nonfinite: Tensor, failed: Tensor) -> Tensor:
+        """One row for `_report`: metrics, whether the step failed, which gradient, and sums of each task's values."""
+        metrics = result.metrics | {"loss": result.loss.detach()}
         unknown = torch.full((), torch.nan, device=self.device)
-        gradient = torch.where(bad.any(), bad.float().argmax(), -1)
-        numbers = [*(told.get(name, unknown) for name in METRICS), failed, gradient]
-        sums = [value.detach().sum((1, 2)) for value in (features, found.logits)]  # finite if all values are
+        gradient = torch.where(nonfinite.any(), nonfinite.float().argmax(), -1)
+        numbers = [*(metrics.get(name, unknown) for name in METRICS), failed, gradient]
+        sums = [value.detach().sum((1, 2)) for value in (features, result.logits)]  # finite if all values are
         return torch.cat([torch.stack([value.double() for value in numbers]), *sums])
 
-    # Reading
+    # Metrics
 
     def read(self) -> None:
-        """Read from the device what the steps since the last reading told; this waits for them.
+        """Read the metrics that the steps since the last read left on the device; this waits for these steps.
 
-        After every so many steps, their means become a row of the log.
+        Every `interval` steps, the means of the metrics become a row of the log.
 
         Raises:
             InputError: a step failed, and `options.on_failure` is "raise".
@@ -196,13 +200,13 @@ class Training:
         if not self._unread:
             return
         steps, values = zip(*self._unread, strict=True)
-        own = [self._report(*each) for each in zip(steps, torch.stack(values).tolist(), strict=True)]
+        local = [self._report(*each) for each in zip(steps, torch.stack(values).tolist(), strict=True)]
         self._unread, self._errors = [], {}
-        for step, *reports in zip(steps, *self.processes.gather(own), strict=True):
+        for step, *reports in zip(steps, *self.processes.gather(local), strict=True):
             if any(each["failed"] for each in reports):
                 self._fail(step, reports)
                 if self.stopped:
-                    self.step = step + 1  # for resuming after it: the steps that follow changed nothing
+                    self.step = step + 1  # resuming continues after it: later steps changed nothing
                     return
             else:
                 self._pending.append({name: _combined(name, reports) for name in METRICS if name in reports[0]})
@@ -210,15 +214,15 @@ class Training:
                 self._log(step)
 
     def _report(self, step: int, values: list[float]) -> dict[str, Any]:
-        """What this process has to say of a step: its metrics, whether the step failed and, where it knows it, why."""
+        """The metrics of a step in this process, whether the step failed and, if this process knows, why."""
         count = len(METRICS)
         metrics = {name: value for name, value in zip(METRICS, values, strict=False) if value == value}
         failed, gradient, *sums = values[count:]
         report: dict[str, Any] = metrics | {"failed": failed > 0, "gradient": int(gradient)}
         if failed and (step in self._errors or not np.isfinite(values[0])):
             half = len(sums) // 2
-            bad = [np.flatnonzero(~np.isfinite(part)).tolist() for part in (sums[:half], sums[half:])]
-            error = self._errors.get(step, {"tasks": bad[0] or bad[1], "cause": f"a loss of {values[0]}"})
+            features, logits = (np.flatnonzero(~np.isfinite(part)).tolist() for part in (sums[:half], sums[half:]))
+            error = self._errors.get(step, {"tasks": features or logits, "cause": f"a loss of {values[0]}"})
             tasks = error["tasks"] or range(half)
             report["tasks"] = [self.processes.rank + task * self.processes.count for task in tasks]
             report["cause"] = error["cause"]
@@ -236,11 +240,11 @@ class Training:
         self.stopped = self.options.on_failure == "stop"
         self.failures += failures
         for failure in failures if self.processes.first else ():
-            does = "the training stops before" if self.stopped else "skipped"
-            _log.warning("%s %s (%s)", does, where(failure), failure["cause"])
+            action = "the training stops before" if self.stopped else "skipped"
+            _log.warning("%s %s (%s)", action, where(failure), failure["cause"])
 
     def _log(self, step: int) -> None:
-        """Make the means of what was read a row of the log; of the duality gap, the largest."""
+        """Add a row to the log: the means of the metrics that were read, and the largest duality gap."""
         names = [name for name in METRICS if any(name in each for each in self._pending)]
         row = {name: _combined(name, self._pending) for name in names}
         if self.options.on_failure == "skip":
@@ -252,7 +256,7 @@ class Training:
     # Validation and checkpoints
 
     def validate(self, data: ImageSet) -> bool:
-        """Log the accuracy on validation classes, 0 to 1, and say whether it is the highest so far."""
+        """Log the accuracy on validation classes, from 0 to 1; returns whether it is the highest so far."""
         options, processes = self.options, self.processes
         processes.share([*self.buffers.values(), *self.averages.values()])
         with self._averaged():
@@ -292,13 +296,13 @@ class Training:
         return {name: value.cpu() for name, value in (self._state() | self.averages).items()}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Take over what `weights` returned."""
+        """Load the state that `weights` returned."""
         for prefix, module in (("backbone.", self.backbone), ("head.", self.head)):
-            own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-            module.load_state_dict(own)
+            state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+            module.load_state_dict(state)
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint; it is complete, or the one that was there remains."""
+        """Write a checkpoint atomically: if that fails, the previous one remains."""
         momentum = {
             f"momentum.{name}": self.optimizer.state[value]["momentum_buffer"].cpu()
             for name, value in self.parameters.items()
@@ -314,7 +318,7 @@ class Training:
         """Continue from a checkpoint.
 
         Raises:
-            OSError, ValueError, LookupError: there is no checkpoint, it is damaged, or it is something else.
+            OSError, ValueError, LookupError: there is no checkpoint, it is damaged, or it is another kind of file.
         """
         tensors, record = storage.load(path, **KIND)
         self.load_weights(tensors)
@@ -328,18 +332,18 @@ class Training:
 
 
 def train(options: Options, data: dict[str, ImageSet], training: Training, *, deadline: float = float("inf")) -> None:
-    """Take all the steps that are left, with logs, validations and checkpoints in the output folder.
+    """Take all remaining steps; write the log and checkpoints to the output folder.
 
-    Where there are validation classes, the training ends with the weights that were best on them.
+    If there are validation classes, the training ends with the weights that were best on them.
 
     Args:
-        options: of the run.
-        data: "val", if the data set has validation classes, is looked at every so many steps.
-        training: at its start, or where a checkpoint left it.
-        deadline: by `time.monotonic()`, when to stop in between, after writing a checkpoint.
+        options: the options of the run.
+        data: "val", if the data set has validation classes, is evaluated every `options.validate_every` steps.
+        training: a new one, or one that was loaded from a checkpoint.
+        deadline: by `time.monotonic()`; after it, the training stops early and writes a checkpoint.
 
     Raises:
-        ConvexHeadsError: a step failed and `options.on_failure` is not "skip".
+        ConvexHeadsError: a step failed, and `options.on_failure` is not "skip".
     """
     total, first, best = options.total_steps, training.processes.first, options.checkpoint.with_name("best.safetensors")
     begin, before = time.monotonic(), training.seconds
@@ -353,7 +357,7 @@ def train(options: Options, data: dict[str, ImageSet], training: Training, *, de
         while drawn is not None and not training.stopped:
             training.take(drawn)
             done, late = training.step, time.monotonic() > deadline
-            # Drawn while the device is still busy with the step.
+            # Draw the next batch while the device is still busy with the step.
             drawn = training.episodes.draw(done) if done < total and not late else None
             validates = "val" in data and done % options.validate_every == 0
             saves = done % options.checkpoint_every == 0 or drawn is None
@@ -368,16 +372,16 @@ def train(options: Options, data: dict[str, ImageSet], training: Training, *, de
                     training.save(options.checkpoint)
                     write_log(training.rows, options.folder / "metrics.csv")
     if training.stopped:
-        training.processes.gather(None)  # the others end after the first one has written the checkpoint
+        training.processes.gather(None)  # the other processes end after the first one has written the checkpoint
         failure = training.failures[-1]
         why = f"step {failure['step']} failed ({failure['cause']}), training has stopped"
-        raise ConvexHeadsError(f"{why}; {options.checkpoint} is from before the step, --resume goes on after it")
+        raise ConvexHeadsError(f"{why}; {options.checkpoint} is from before the step, --resume continues after it")
     if first and training.step == total:
         training.load_weights(storage.load(best, **KIND)[0] if best.is_file() else training.weights())
 
 
 class _Gram(nn.Module):
-    """A kernel whose matrices are known: of the support with itself, and of queries with the support."""
+    """A kernel that returns known matrices: of the support with itself, and of the queries with the support."""
 
     support: Tensor
     query: Tensor
@@ -387,7 +391,7 @@ class _Gram(nn.Module):
 
 
 def _loss_on_host(head: Head, features: Tensor, episodes: Episodes, **settings: Any) -> EpisodeLoss:
-    """As `episode_loss` on the features, `(tasks, n, d)`, computed on the CPU from their Gram matrices."""
+    """The `episode_loss` of features `(tasks, n, d)`, computed on the CPU from their Gram matrices."""
     device, episode = features.device, episodes.split(features.double())
     both = torch.cat([episode.support, episode.query], 1) @ episode.support.mT
     size, gram, kernel = episode.support.shape[1], _Gram(), head.kernel
@@ -396,22 +400,22 @@ def _loss_on_host(head: Head, features: Tensor, episodes: Episodes, **settings: 
     try:
         head.kernel = gram
         labels = episode.support_labels.cpu(), episode.query_labels.cpu()
-        found = episode_loss(head, Episode(support, labels[0], query, labels[1]), **settings)
+        result = episode_loss(head, Episode(support, labels[0], query, labels[1]), **settings)
     finally:
         head.kernel = kernel
-    metrics = {name: value.to(device) for name, value in found.metrics.items()}
-    return EpisodeLoss(found.loss.to(device), metrics, found.logits.to(device))
+    metrics = {name: value.to(device) for name, value in result.metrics.items()}
+    return EpisodeLoss(result.loss.to(device), metrics, result.logits.to(device))
 
 
 def write_log(rows: dict[int, dict[str, float]], path: Path) -> None:
-    """Write a line for each step that has values, with the steps in order."""
+    """Write the rows of the log as CSV, sorted by step."""
     table = pandas.DataFrame.from_dict(rows, orient="index").sort_index().sort_index(axis="columns")
     storage.write(path, table.to_csv(index_label="step").encode())
 
 
 @contextmanager
 def _board(options: Options, training: Training) -> Iterator[Callable[[tqdm], None]]:
-    """A function that shows the newest rows on the bar and in TensorBoard, if that is installed."""
+    """A function that shows the newest rows on the progress bar and in TensorBoard, if that is installed."""
     writer, seen = None, max(training.rows, default=-1)
     if training.processes.first and find_spec("tensorboard"):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -438,10 +442,10 @@ def _board(options: Options, training: Training) -> Iterator[Callable[[tqdm], No
 
 
 def _named(backbone: nn.Module, head: nn.Module, names: Callable[[nn.Module], Any]) -> Iterator[tuple[str, Tensor]]:
-    """The parameters, buffers or states of both, under the names that checkpoints have for them."""
+    """The parameters, buffers or states of both modules, named as in checkpoints."""
     for prefix, module in (("backbone", backbone), ("head", head)):
-        found = names(module)
-        for name, value in found.items() if isinstance(found, dict) else found:
+        values = names(module)
+        for name, value in values.items() if isinstance(values, dict) else values:
             yield f"{prefix}.{name}", value
 
 

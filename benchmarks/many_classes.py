@@ -55,7 +55,7 @@ def main() -> None:
         prog="python -m benchmarks.many_classes", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--ways", type=int, default=1000, help="classes")
-    parser.add_argument("--shots", type=int, default=5, help="support examples a class")
+    parser.add_argument("--shots", type=int, default=5, help="support examples per class")
     parser.add_argument("--tasks", type=int, default=1, help="tasks solved at once")
     parser.add_argument("--features", type=int, default=640, help="feature dimension")
     parser.add_argument("--repeats", type=int, default=1, help="repeats, of which the fastest counts")

@@ -43,8 +43,8 @@ class Options:
     steps: Annotated[int | None, "training steps; unless given 60 for digits, 120 for glyphs, 5000 for others"] = None
     tasks: Annotated[int, "episodes of a training step"] = 8
     ways: Annotated[int, "classes of an episode, in training and in evaluation"] = 5
-    shots: Annotated[int, "support images a class in training"] = 5
-    queries: Annotated[int, "query images a class in training"] = 6
+    shots: Annotated[int, "support images per class in training"] = 5
+    queries: Annotated[int, "query images per class in training"] = 6
     learning_rate: Annotated[float, "of SGD with Nesterov momentum 0.9, at the start"] = 0.1
     schedule: Annotated[Literal["cosine", "paper", "constant"], "how the learning rate falls"] = "cosine"
     weight_decay: Annotated[float, "of SGD"] = 5e-4
@@ -64,10 +64,10 @@ class Options:
     ] = "raise"
     validate_every: Annotated[int, "training steps between validations, the best of which chooses the weights"] = 500
     validation_episodes: Annotated[int, "episodes of a validation"] = 500
-    validation_shots: Annotated[int, "support images a class in validation"] = 5
+    validation_shots: Annotated[int, "support images per class in validation"] = 5
     checkpoint_every: Annotated[int, "training steps between checkpoints"] = 100
-    test_shots: Annotated[tuple[int, ...], "support images a class in evaluation, as in [1,5]"] = (1, 5)
-    test_queries: Annotated[int, "query images a class in evaluation and validation"] = 15
+    test_shots: Annotated[tuple[int, ...], "support images per class in evaluation, as in [1,5]"] = (1, 5)
+    test_queries: Annotated[int, "query images per class in evaluation and validation"] = 15
     test_episodes: Annotated[int, "episodes of the evaluation, the same ones for every head"] = 2000
     seed: Annotated[int, "of the weights and of every draw"] = 0
     threads: Annotated[int | None, "processor threads; PyTorch's choice unless given"] = None
@@ -75,7 +75,7 @@ class Options:
     precision: Annotated[
         Literal["float32", "bfloat16"], "of the backbone in training, the latter by autocast; heads solve in float64"
     ] = "float32"
-    processes: Annotated[int, "processes that share every training step, one a device"] = 1
+    processes: Annotated[int, "processes that share every training step, one per device"] = 1
     compile: Annotated[
         Literal["none", "default", "reduce-overhead", "max-autotune"] | None,
         "how torch.compile treats the backbone; unless given none on the CPU and default on a GPU",

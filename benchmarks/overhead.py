@@ -254,12 +254,12 @@ def main() -> None:
     parser.add_argument(
         "--tasks", type=int, default=8, help="episodes of a training step, 5-way 5-shot, 32 x 32 pixels"
     )
-    parser.add_argument("--train-queries", type=int, default=6, help="query images a class in a training step")
+    parser.add_argument("--train-queries", type=int, default=6, help="query images per class in a training step")
     parser.add_argument(
-        "--repeats", type=int, default=25, help=f"timed training steps of each head, and blocks of {BLOCK} of each loop"
+        "--repeats", type=int, default=25, help=f"timed training steps per head, and blocks of {BLOCK} steps per loop"
     )
     parser.add_argument("--episodes", type=int, default=10_000, help="episodes of the evaluation, 5-way 5-shot")
-    parser.add_argument("--queries", type=int, default=15, help="query examples a class in the evaluation")
+    parser.add_argument("--queries", type=int, default=15, help="query examples per class in the evaluation")
     parser.add_argument("--features", type=int, default=256, help="feature dimension in the evaluation")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor threads")
     parser.add_argument("--output", type=Path, default=Path("runs/overhead"), help="folder for the result")
@@ -279,10 +279,10 @@ def main() -> None:
     table = show(steps, evaluations, "What a head costs, 5-way 5-shot")
     note = (
         f"Training step: a {options.backbone} on {options.tasks} episodes of 32 x 32 images, {options.train_queries} "
-        f"queries a class, SGD; medians of {options.repeats} steps, the heads in turn. Of two steps in a row, the "
+        f"queries per class, SGD; medians of {options.repeats} steps, the heads in turn. Of two steps in a row, the "
         f"SVM's takes {steps['svm / prototypes']:.3f} times as long as prototypes' and {steps['svm / ridge']:.3f} "
         f"times as long as ridge regression's (medians). Evaluation: `convexheads.evaluate` over {options.episodes:,} "
-        f"episodes of {options.features} cached features, {options.queries} queries a class. "
+        f"episodes of {options.features} cached features, {options.queries} queries per class. "
         f"{machine}, torch {origin['versions']['torch']}. "
         "Made by `python -m benchmarks.overhead`."
     )

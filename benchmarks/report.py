@@ -31,7 +31,7 @@ class Row(NamedTuple):
         backbone: what the features come from, such as "meta-trained" or "untrained".
         head: the head's name.
         ways: classes of an episode.
-        shots: support images a class.
+        shots: support images per class.
         accuracy: mean over the episodes, 0 to 1.
         interval: half width of the mean's 95 % confidence interval.
         episodes: how many there were.

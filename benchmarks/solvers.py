@@ -44,6 +44,8 @@ _SLOW = 0.3
 # And from which on a size's first run, which otherwise warms up, is the only one.
 _VERY_SLOW = 5.0
 PRECISIONS = ["float64", "float32", "bfloat16"]
+LEFT_OUT = "is left out:"
+"""How the command says of a contender that its package is missing."""
 _SETTINGS = ("sizes", "tasks", "precisions", "names", "device", "features", "queries", "repeats", "threads")
 
 
@@ -62,10 +64,17 @@ class Contender(NamedTuple):
 
 
 def contenders() -> dict[str, Contender]:
-    """The paper's SVM on each solver, learn2learn's smoothed one in a loop, and ridge regression as the floor.
+    """The contenders whose packages are installed."""
+    return {name: made for name, made in _made().items() if isinstance(made, Contender)}
 
-    learn2learn's is left out where that package, which the extra `bench` does not install, is missing.
-    """
+
+def missing() -> dict[str, ch.MissingDependencyError]:
+    """The contenders whose packages are not installed, with the error that says how to install them."""
+    return {name: made for name, made in _made().items() if isinstance(made, ch.MissingDependencyError)}
+
+
+def _made() -> dict[str, Contender | ch.MissingDependencyError]:
+    """The paper's SVM on each solver, learn2learn's smoothed one in a loop, and ridge regression as the floor."""
 
     def of(head: ch.Head) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
         return lambda support, labels, query, ways: head(support, labels, query, ways=ways)
@@ -80,19 +89,30 @@ def contenders() -> dict[str, Contender]:
             logits.append(classifier(q))
         return torch.stack(logits)
 
-    found = {
-        "ridge": Contender(of(ch.RidgeHead()), exact=False),
-        "native": Contender(of(ch.SVMHead(C))),
-        "native in torch": Contender(of(ch.SVMHead(C, solver=ch.NativeSolver(compiled=False)))),
-        "interior point": Contender(of(ch.SVMHead(C, solver=ch.NativeSolver(max_iterations=100)))),
-        "moreau": Contender(of(ch.SVMHead(C, solver=ch.MoreauSolver())), largest=2500),
-        "qpth": Contender(of(ch.SVMHead(C, solver=ch.QpthSolver(max_iterations=15))), largest=2000),
-        "cvxpylayers": Contender(of(ch.SVMHead(C, solver=ch.CvxpylayersSolver(on_failure="return"))), largest=375),
-        "learn2learn": Contender(looped, largest=375, exact=False),
+    def learn2learn() -> Contender:
+        if find_spec("learn2learn") is None:
+            raise ch.MissingDependencyError("learn2learn", "learn2learn", "SVClassifier")
+        return Contender(looped, largest=375, exact=False)
+
+    makers: dict[str, Callable[[], Contender]] = {
+        "ridge": lambda: Contender(of(ch.RidgeHead()), exact=False),
+        "native": lambda: Contender(of(ch.SVMHead(C))),
+        "native in torch": lambda: Contender(of(ch.SVMHead(C, solver=ch.NativeSolver(compiled=False)))),
+        "interior point": lambda: Contender(of(ch.SVMHead(C, solver=ch.NativeSolver(max_iterations=100)))),
+        "moreau": lambda: Contender(of(ch.SVMHead(C, solver=ch.MoreauSolver())), largest=2500),
+        "qpth": lambda: Contender(of(ch.SVMHead(C, solver=ch.QpthSolver(max_iterations=15))), largest=2000),
+        "cvxpylayers": lambda: Contender(
+            of(ch.SVMHead(C, solver=ch.CvxpylayersSolver(on_failure="return"))), largest=375
+        ),
+        "learn2learn": learn2learn,
     }
-    if find_spec("learn2learn") is None:
-        del found["learn2learn"]
-    return found
+    made: dict[str, Contender | ch.MissingDependencyError] = {}
+    for name, make in makers.items():
+        try:
+            made[name] = make()
+        except ch.MissingDependencyError as error:
+            made[name] = error
+    return made
 
 
 def episode(tasks: int, ways: int, shots: int, features: int, queries: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,11 +195,11 @@ def measure(
     threads: int,
 ) -> pandas.DataFrame:
     """One row for each size, number of tasks, precision and contender: median seconds, errors and memory."""
-    rows = []
+    rows, available = [], contenders()
     every = list(itertools.product(sizes, tasks, precisions))
     for name in names:  # whatever is compiled, is now
         support, labels, query = (value.to(device) for value in episode(1, 2, 1, 4, 1))
-        once(contenders()[name].call, support, labels, query, 2)
+        once(available[name].call, support, labels, query, 2)
     for size, count, precision in (bar := tqdm(every, unit="case")):
         bar.set_description(f"{size}, {count} tasks, {precision}")
         ways, shots = SIZES[size]
@@ -188,12 +208,13 @@ def measure(
         support, labels, query = exact
         data = support.to(device, dtype), labels.to(device), query.to(device, dtype)
         nk = ways * ways * shots
-        taking_part = {name: own for name, own in contenders().items() if name in names and nk <= own.largest}
+        taking_part = {name: own for name, own in available.items() if name in names and nk <= own.largest}
         forward: dict[str, list[float]] = {name: [] for name in taking_part}
         both: dict[str, list[float]] = {name: [] for name in taking_part}
         errors: dict[str, tuple[float, float | None]] = {}
         memory: dict[str, float | None] = {}
-        known = reference(exact, ways, nk) if nk <= _REFERENCE and any(c.exact for c in taking_part.values()) else None
+        judged = "moreau" in available and nk <= _REFERENCE and any(each.exact for each in taking_part.values())
+        known = reference(exact, ways, nk) if judged else None
         for repeat in range(-2, repeats):
             for name, each in taking_part.items():
                 if both[name] and statistics.median(both[name]) > (_SLOW if repeat >= 3 else _VERY_SLOW):
@@ -294,11 +315,16 @@ def write(rows: pandas.DataFrame, settings: dict[str, Any], origin: dict[str, An
         f"{row['contender']} {row['time']:.1f}" + ("" if pandas.isna(row["memory"]) else f" and {row['memory']:.1f}")
         for row in exponents.to_dict("records")
     )
+    errors = (
+        "Errors: the largest, relative to the largest entry, against Moreau at tolerance 1e-8; of gradients up to n k "
+        f"= {_OWN_GRADIENTS}, beyond which its own are good to two digits at most, and of logits up to n k = "
+        f"{_REFERENCE}."
+        if "moreau" in contenders()
+        else "No errors: Moreau, against which they are measured, is not installed."
+    )
     note = (
-        f"C = {C}, {settings['features']} features, {settings['queries']} queries a class; {device}, torch "
-        f"{origin['versions']['torch']}. Errors: the largest, relative to the largest entry, against Moreau at "
-        f"tolerance 1e-8; of gradients up to n k = {_OWN_GRADIENTS}, beyond which its own are good to two digits at "
-        f"most, and of logits up to n k = {_REFERENCE}. Memory: the peak of both passes beyond what was taken before. "
+        f"C = {C}, {settings['features']} features, {settings['queries']} queries per class; {device}, torch "
+        f"{origin['versions']['torch']}. {errors} Memory: the peak of both passes beyond what was taken before. "
         "`interior point` is the native solver's own, alone; qpth has the 15 iterations of the paper's code, and one "
         f"thread above n k = {_ONE_THREAD}, where it solves task by task; learn2learn's `SVClassifier` is smoothed and "
         "in float32; what would take minutes is left out. "
@@ -315,27 +341,34 @@ def write(rows: pandas.DataFrame, settings: dict[str, Any], origin: dict[str, An
 
 def main() -> None:
     """The command line."""
+    absent = missing()
+    every = [*contenders(), *absent]
     parser = jsonargparse.ArgumentParser(
         prog="python -m benchmarks.solvers", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--sizes", type=list[str], default=list(SIZES), help=f"of {', '.join(SIZES)}")
     parser.add_argument("--tasks", type=list[int], default=[8], help="tasks solved at once, one or several numbers")
     parser.add_argument("--precisions", type=list[str], default=["float64"], help=f"of {', '.join(PRECISIONS)}")
-    parser.add_argument("--names", type=list[str], default=list(contenders()), help="who takes part")
+    text = "the contenders; those whose package is not installed are left out"
+    parser.add_argument("--names", type=list[str], default=every, help=text)
     parser.add_argument("--device", type=Literal["cpu", "cuda"], default="cpu", help="where to solve")
     parser.add_argument("--features", type=int, default=640, help="feature dimension")
-    parser.add_argument("--queries", type=int, default=15, help="query examples a class")
+    parser.add_argument("--queries", type=int, default=15, help="query examples per class")
     parser.add_argument("--repeats", type=int, default=15, help="timed repeats, after one that warms up")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor threads")
     parser.add_argument("--output", type=Path, default=Path("runs/solvers"), help="folder for the result")
     options = parser.parse_args()
     settings: dict[str, Any] = {name: options[name] for name in _SETTINGS}
-    if "learn2learn" not in contenders():
-        print("left out:", ch.MissingDependencyError("learn2learn", "learn2learn", "learn2learn"), file=sys.stderr)
-    known = {"sizes": list(SIZES), "names": list(contenders()), "precisions": PRECISIONS}
+    known = {"sizes": list(SIZES), "names": every, "precisions": PRECISIONS}
     for name, wanted in known.items():
         if unknown := set(settings[name]) - set(wanted):
             raise SystemExit(f"error: {name}: got {', '.join(sorted(unknown))}, wanted some of {', '.join(wanted)}")
+    for name in settings["names"]:
+        if name in absent:
+            print(f"{name} {LEFT_OUT} {absent[name]}", file=sys.stderr)
+    settings["names"] = [name for name in settings["names"] if name not in absent]
+    if not settings["names"]:
+        raise SystemExit("error: names: the packages of all contenders are missing")
     torch.set_num_threads(options.threads)
     rows = measure(**settings)
     write(rows, settings, report.provenance(), options.output)

@@ -116,8 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--backbones", type=list[str], default=list(BACKBONES), help=f"timed, of {', '.join(BACKBONES)}"
     )
-    parser.add_argument("--shots", type=list[int], default=[1, 5], help="timed support images a class")
-    parser.add_argument("--queries", type=int, default=15, help="query images a class")
+    parser.add_argument("--shots", type=list[int], default=[1, 5], help="timed support images per class")
+    parser.add_argument("--queries", type=int, default=15, help="query images per class")
     parser.add_argument("--size", type=int, default=84, help="height and width of the timed images")
     parser.add_argument("--repeats", type=int, default=15, help="timed episodes of each head")
     parser.add_argument("--device", type=Literal["cpu", "cuda"], default="cpu", help="where to time")
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         machine["accelerator"] if options.device == "cuda" else f"{machine['processor']}, {machine['threads']} threads"
     )
     note = (
-        f"Our times: {where}; one episode at a time, {options.queries} queries a class, {options.size} x "
+        f"Our times: {where}; one episode at a time, {options.queries} queries per class, {options.size} x "
         f"{options.size} pixels, medians of {options.repeats}, the heads in turn; untrained weights, on which times "
         "don't depend; the head's share in brackets. Published times: on a GPU of 2019, so only the differences "
         "between heads compare. "

@@ -350,7 +350,7 @@ def main(table: Table, description: str, arguments: Sequence[str] | None = None)
     parser.add_argument("--data-root", type=Path | None, help="folder of the data; else variable CONVEXHEADS_DATA")
     parser.add_argument("--train", action="store_true", help="train what has no weights yet; hours, or days")
     parser.add_argument("--episodes", type=int, default=10_000, help="test episodes")
-    parser.add_argument("--queries", type=int, default=15, help="query images a class")
+    parser.add_argument("--queries", type=int, default=15, help="query images per class")
     parser.add_argument("--seed", type=int, default=0, help="of the test episodes")
     parser.add_argument(
         "--output", type=Path | None, help=f"folder for the result; runs/{table.name}-SCALE if not given"

@@ -1,4 +1,4 @@
-"""What every episodic training has in common: its loss, its learning rate, and what is said of a step that failed."""
+"""What all episodic training shares: the loss, learning-rate schedules, and the errors of failed steps."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "paper": _paper,
     "constant": lambda _: 1.0,
 }
-"""By what to multiply the learning rate, from the share of the training that is done.
+"""Factors of the learning rate as functions of the training progress, from 0 to 1.
 
-"cosine" falls to zero along one cosine, "constant" stays. "paper" is that of Lee et al. 2019 (Section 4.1), whose 0.1,
-0.006, 0.0012 and 0.00024 change after 20, 40 and 50 of 60 epochs.
+"cosine" falls to zero along half a cosine, and "constant" is 1. "paper" is the schedule of Lee et al. 2019 (Section
+4.1): learning rates of 0.1, 0.006, 0.0012 and 0.00024, which change after 20, 40 and 50 of 60 epochs.
 """
 
 
 OnFailure = Literal["raise", "skip", "stop"]
-"""What is done about a step whose loss or gradient is not finite, or whose episodes could not be solved."""
+"""What to do about a step with a non-finite loss or gradient, or with episodes that could not be solved."""
 
 
 class EpisodeLoss(NamedTuple):
-    """The loss of a batch of episodes and what there is to log. `episode_loss` makes it.
+    """The loss of a batch of episodes, and metrics for the log. `episode_loss` computes it.
 
     Attributes:
         loss: the mean cross-entropy of the query logits over all episodes, a scalar `()`.
         metrics: scalars by name: "loss" and "accuracy" (0 to 1) of the queries; where the head solves iteratively,
             "gap", the largest certified relative duality gap, and "certified", the share of tasks whose gap is within
-            the solver's tolerance; and "iterations", the mean over the tasks, where the solver tells.
-        logits: of the queries, `(*tasks, q, ways)`.
+            the solver's tolerance; and "iterations", the mean over the tasks, where the solver reports them.
+        logits: the query logits, `(*tasks, q, ways)`.
     """
 
     loss: Float[Tensor, ""]
@@ -52,21 +52,21 @@ class EpisodeLoss(NamedTuple):
 
 
 def episode_loss(head: Head, episode: Episode, *, ways: int, label_smoothing: float = 0.0) -> EpisodeLoss:
-    """The loss by which a backbone is trained through a head: fit on each support set, score each query set.
+    """The loss that trains a backbone through a head: fit the head to each support set, score each query set.
 
-    Nothing is read from the device, except by the head.
+    Only the head may wait for the device.
 
     Args:
         head: fitted to every episode of the batch.
         episode: features and labels, integers from 0 to ways - 1, of support and query; any leading dimensions.
-        ways: classes of an episode.
-        label_smoothing: of the cross-entropy, from 0 (default) to below 1.
+        ways: classes per episode.
+        label_smoothing: label smoothing of the cross-entropy, from 0 (default) to below 1.
 
     Returns:
-        The loss, what there is to log, and the logits.
+        The loss, the metrics and the logits.
 
     Raises:
-        InputError: labels that are unusable, or (on the CPU) features that are not finite.
+        InputError: the labels are unusable, or (on the CPU) the features are non-finite.
         SolverError: an episode could not be solved (see the solver's `on_failure`).
 
     Source: Eq. 12 of Lee et al., "Meta-Learning with Differentiable Convex Optimization" (CVPR 2019).
@@ -85,25 +85,25 @@ def episode_loss(head: Head, episode: Episode, *, ways: int, label_smoothing: fl
 
 
 def where(failure: dict[str, Any]) -> str:
-    """The step and the tasks of a failure, in words.
+    """The step and the tasks of a failure as text.
 
     Args:
-        failure: with the keys "step", "tasks" (numbers, or none where they can't be told apart) and "cause".
+        failure: with the keys "step", "tasks" (their numbers; empty if they are unknown) and "cause".
     """
     tasks = ", ".join(map(str, failure["tasks"]))
     return f"step {failure['step']}" + (f", task {tasks}" if tasks else "")
 
 
 def refuse(failure: dict[str, Any], error: Exception | None = None) -> NoReturn:
-    """Raise what `on_failure="raise"` has for a step that failed.
+    """Raise the error of a failed step for `on_failure="raise"`.
 
     Args:
         failure: as for `where`.
-        error: what the head raised, if it did.
+        error: the exception of the head, if it raised one.
 
     Raises:
-        SolverError: the head raised one.
-        InputError: in all other cases.
+        SolverError: the head raised a `SolverError`.
+        InputError: otherwise.
     """
     if isinstance(error, SolverError):
         raise SolverError(f"{where(failure)}: {error}", error.solution) from error
@@ -112,11 +112,11 @@ def refuse(failure: dict[str, Any], error: Exception | None = None) -> NoReturn:
 
 
 def tasks_with_bad_values(values: Tensor, dimensions: int) -> list[int]:
-    """The tasks of which a value is not finite, numbered through.
+    """The flat indices of the tasks that have a non-finite value.
 
     Args:
         values: `(*tasks, ...)`.
-        dimensions: how many dimensions the tasks have.
+        dimensions: the number of task dimensions.
     """
-    bad = (~values.isfinite()).flatten(dimensions).any(-1)
-    return bad.flatten().nonzero().flatten().tolist()
+    nonfinite = (~values.isfinite()).flatten(dimensions).any(-1)
+    return nonfinite.flatten().nonzero().flatten().tolist()

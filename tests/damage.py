@@ -63,3 +63,14 @@ def refused_or_same(load: Callable[[], Any], expected: Any, message: str) -> boo
         return False
     assert message in told
     return True
+
+
+def refusals(path: Path, load: Callable[[], Any], message: str, flips: int = 30) -> int:
+    """Damage a file in many ways; how often it is refused. Where it is not, all is as before; it is never written to."""
+    whole, expected, count = path.read_bytes(), plain(load()), 0
+    for content in damaged(whole, random.Random(0), flips):
+        path.write_bytes(content)
+        count += refused_or_same(load, expected, message)
+        assert path.read_bytes() == content
+    path.write_bytes(whole)
+    return count

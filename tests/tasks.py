@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from hypothesis import settings
@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from convexheads import QP
+
+if TYPE_CHECKING:
+    from benchmarks.data import Episodes
 
 ROOT = Path(__file__).parent.parent
 """The checkout."""
@@ -97,3 +100,8 @@ def clusters(classes: int = 8, each: int = 30, d: int = 6, noise: float = 1.0, s
     centres = torch.randn(classes, d, generator=generator)
     labels = torch.arange(classes).repeat(each)
     return centres[labels] + noise * torch.randn(len(labels), d, generator=generator), labels
+
+
+def images_of_step(episodes: Episodes, step: int) -> Tensor:
+    """The images of a training step by task, `(tasks, n, channels, height, width)`."""
+    return episodes(episodes.draw(step)).unflatten(0, tuple(episodes.labels.shape))

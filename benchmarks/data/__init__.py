@@ -1,4 +1,4 @@
-"""Few-shot image data in memory as uint8 tensors, its augmentation, its episodes, and learn2learn's tasks of it."""
+"""Few-shot image data in memory as uint8 tensors, with augmentation, episodes and learn2learn's tasks."""
 
 from __future__ import annotations
 

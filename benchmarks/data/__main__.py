@@ -33,14 +33,14 @@ FAULTS_SHOWN = 20
 
 @dataclass
 class Survey:
-    """What a split holds.
+    """The contents of a split.
 
     Attributes:
         wanted: how many classes it should have.
-        counts: images of each class that is there.
-        sizes: how many images there are of each width and height, as stored.
-        digests: checksum of each sound group of classes; see `survey`.
-        faults: what is missing or damaged.
+        counts: the number of images by class, of the classes that have any.
+        sizes: the number of images by width and height, as stored.
+        digests: checksum of each undamaged group of classes; see `survey`.
+        faults: descriptions of what is missing or damaged.
     """
 
     wanted: int
@@ -51,12 +51,12 @@ class Survey:
 
 
 def survey(entry: Entry, source: Source, split: str, *, progress: bool = False) -> Survey:
-    """Decode every image of a split and take its checksums.
+    """Decode every image of a split and compute checksums.
 
-    An image's digest is the SHA-256 of its pixels as stored, before any change of size: bytes in the order height,
-    width, channel. That of a group of classes is the SHA-256 of the digests of each class's images, sorted, one class
-    after another. So neither the kind of file nor the order of images matters. A CIFAR class is a group of its own; an
-    alphabet's characters are one group, as far as they belong to the split.
+    An image's digest is the SHA-256 of its pixels as stored, before any resizing: bytes in the order height, width,
+    channel. The digest of a group of classes is the SHA-256 of the sorted digests of each class's images, one class
+    after another. So neither the file format nor the order of images matters. A group is one class of CIFAR, or those
+    characters of an Omniglot alphabet that belong to the split.
     """
     classes = split_classes(entry.name, split)
     result, groups, unsound = Survey(len(classes)), defaultdict(hashlib.sha256), set()
@@ -89,7 +89,7 @@ def survey(entry: Entry, source: Source, split: str, *, progress: bool = False) 
 
 
 def known_digests(entry: Entry) -> dict[str, str]:
-    """The checksums that we have of a data set, by group of classes; none where copies differ."""
+    """The known checksums of a data set, by group of classes; none if the pixels differ between copies."""
     if entry.checksums is None:
         return {}
     return dict(line.split() for line in (LISTS / entry.checksums).read_text(encoding="utf-8").splitlines())
@@ -98,10 +98,10 @@ def known_digests(entry: Entry) -> dict[str, str]:
 def verify(
     entry: Entry, root: Path | None, *, splits: Sequence[str] = SPLITS, progress: bool = False
 ) -> tuple[Table, list[str]]:
-    """A table of what the splits hold, and all that is missing or wrong.
+    """A table of the splits' contents, and descriptions of everything that is missing or wrong.
 
     Raises:
-        InputError: no split or an unknown one, or there is nothing usable below `root`.
+        InputError: `splits` is empty or has an unknown split, or there is nothing usable below `root`.
     """
     check_splits(splits)
     source, known, faults = look(entry, root), known_digests(entry), []
@@ -140,8 +140,10 @@ def _sizes(entry: Entry, sizes: Counter[tuple[int, int]]) -> str:
 
 
 def listing() -> tuple[Table, str]:
-    """A table of all data sets, and what to put where for each."""
-    table = Table("data set", "classes", "images a class", "size", "checksums", title="Data sets", title_justify="left")
+    """A table of all data sets, and the file layouts of each."""
+    table = Table(
+        "data set", "classes", "images per class", "size", "checksums", title="Data sets", title_justify="left"
+    )
     table.add_row("digits", "40, 0, 5", "174 or more", "32 x 32", "comes with scikit-learn")
     table.add_row("glyphs", "561, 91, 295", "20", "28 x 28", "drawn from matplotlib's fonts")
     for entry in CATALOGUE.values():
@@ -161,30 +163,30 @@ def _parser() -> jsonargparse.ArgumentParser:
     commands = parser.add_subcommands(dest="command")
     text = "list the data sets and what to put where"
     commands.add_subcommand("list", jsonargparse.ArgumentParser(description=text), help=text)
-    text = "check that a copy of a data set is whole: exit status 0 if so, else 1"
+    text = "check that a copy of a data set is complete and undamaged: exit status 0 if so, else 1"
     command = jsonargparse.ArgumentParser(description=text)
     commands.add_subcommand("verify", command, help=text)
     command.add_argument("dataset", type=Literal[tuple(CATALOGUE)], help="the data set")
-    text = "folder of the data, only read; else variable CONVEXHEADS_DATA"
+    text = "folder of the data (read-only); default: the environment variable CONVEXHEADS_DATA"
     command.add_argument("--data-root", type=Path | None, default=None, help=text)
-    text = "the splits that should be there, as in '[test]'"
+    text = "the splits to check, as in '[test]'"
     command.add_argument("--splits", type=tuple[Literal[SPLITS], ...], default=SPLITS, help=text)
-    text = "write a data set's images, without loss, into few files of limited size, which are read like the originals"
+    text = "pack a data set's images losslessly into few files of limited size, which are read like the originals"
     command = jsonargparse.ArgumentParser(description=text)
     commands.add_subcommand("pack", command, help=text)
     command.add_argument("--dataset", type=Literal[tuple(CATALOGUE)], required=True, help="the data set")
-    text = "folder of the data, only read; else variable CONVEXHEADS_DATA"
+    text = "folder of the data (read-only); default: the environment variable CONVEXHEADS_DATA"
     command.add_argument("--data-root", type=Path | None, default=None, help=text)
-    command.add_argument("--output", type=Path, required=True, help="folder to write to, below which it has its own")
+    command.add_argument("--output", type=Path, required=True, help="folder to write to; the data set gets a subfolder")
     text = "the splits to write, as in '[test]'"
     command.add_argument("--splits", type=tuple[Literal[SPLITS], ...], default=SPLITS, help=text)
-    text = "how large a file may be, in MB of 1,000,000 bytes"
+    text = "maximum size of a file, in MB of 1,000,000 bytes"
     command.add_argument("--part-size", type=PositiveInt, default=40, help=text)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; raises SystemExit with a status other than 0 unless all is right."""
+    """The command line; raises SystemExit with a nonzero status if anything is missing or wrong."""
     options, console = _parser().parse_args(arguments), Console()
     if options.command == "list":
         table, layouts = listing()

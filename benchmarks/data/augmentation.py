@@ -1,4 +1,4 @@
-"""Random changes of training images, a whole batch at once, on the device where the images are."""
+"""Augmentation of whole batches of training images, on the device of the images."""
 
 from __future__ import annotations
 
@@ -12,42 +12,37 @@ from torch.nn import functional
 from convexheads.errors import InputError
 
 AUGMENTATIONS = ("none", "flip-crop", "flip-crop-jitter")
-"""What is done to training images; the last is Section 4.1 of Lee et al. 2019."""
+"""The names of the augmentations; the last one follows Section 4.1 of Lee et al. 2019."""
 
 STRENGTH = 0.4
-"""By which share brightness, contrast and saturation change at most, as in the authors' published code."""
+"""The largest relative change of brightness, contrast and saturation, as in the authors' published code."""
 
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 
 COLUMNS = ("top", "left", "flipped", "brightness", "contrast", "saturation", "first", "second", "third")
-"""What is drawn for an image: where the crop begins in the frame, whether left and right are exchanged (0 or 1), the
-factors of brightness, contrast and saturation (1 changes nothing), and in which order these three are changed."""
-
-
-def to_device(value: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the CPU to a device without waiting for the device."""
-    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+"""The random numbers of an image: the corner of the crop in the padded image, whether to flip it (0 or 1), the factors
+of brightness, contrast and saturation (1 changes nothing), and the order in which these three are applied."""
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Crops from a frame of zeros, changes of color, and flips, for each image on its own.
+    """Random crop after padding with zeros, color jitter and horizontal flip, drawn for each image separately.
 
-    The same as torchvision's `RandomCrop(size, padding=height // 8)`, `ColorJitter(0.4, 0.4, 0.4)` and
-    `RandomHorizontalFlip()` one after the other, in distribution, and with the same draws also in value (but for a
-    level of rounding, now and then). What differs: torchvision draws once for a whole batch.
+    Distributed as torchvision's `RandomCrop(size, padding=height // 8)`, `ColorJitter(0.4, 0.4, 0.4)` and
+    `RandomHorizontalFlip()` one after the other. With the same random numbers the values are the same too, but for an
+    occasional rounding by one level. The difference: torchvision draws once for a whole batch.
 
     Args:
-        jitter: whether brightness, contrast and saturation change.
+        jitter: whether to change brightness, contrast and saturation.
     """
 
     jitter: bool
 
     def draw(self, count: int, height: int, width: int, random: np.random.Generator) -> Tensor:
-        """Draw what to do to so many images of that height and width: `COLUMNS`, float64 `(count, 9)`, on the CPU."""
-        frame = 2 * (height // 8) + 1
+        """Draw `COLUMNS` for `count` images of that height and width: float64 `(count, 9)`, on the CPU."""
+        places = 2 * (height // 8) + 1
         factors, order = np.ones((count, 3)), np.tile(np.arange(3), (count, 1))
-        corners = random.integers(frame, size=(2, count))
+        corners = random.integers(places, size=(2, count))
         flipped = random.random(count) < 0.5
         if self.jitter:
             factors = random.uniform(1 - STRENGTH, 1 + STRENGTH, (count, 3))
@@ -55,10 +50,10 @@ class Augmentation:
         return torch.from_numpy(np.column_stack([*corners, flipped, factors, order]))
 
     def __call__(self, images: Tensor, drawn: Tensor) -> Tensor:
-        """Images as they were drawn to be.
+        """Augment images.
 
         Args:
-            images: uint8 `(n, channels, height, width)`, of 1 or 3 channels.
+            images: uint8 `(n, channels, height, width)`, with 1 or 3 channels.
             drawn: what `draw` returned, `(n, 9)`, on the device of the images.
 
         Returns:
@@ -71,19 +66,19 @@ class Augmentation:
         columns = torch.where(flipped[:, None] > 0, width - 1 - columns, columns)
         rows, columns = top[:, None] + rows, left[:, None] + columns
         each = torch.arange(len(images), device=images.device)[:, None, None]
-        framed = functional.pad(images, [height // 8] * 4)
-        cropped = framed[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        padded = functional.pad(images, [height // 8] * 4)
+        cropped = padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
         return self._jittered(cropped, drawn[:, 3:6], drawn[:, 6:].long()) if self.jitter else cropped
 
     def _jittered(self, images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-        """Blend each image with black, its mean gray and its gray version, in the order that was drawn.
+        """Blend each image with black, its mean gray and its grayscale version, in the order that was drawn.
 
-        Values are cut to whole levels after each change, as torchvision does it.
+        Values are rounded down to whole levels after each change, as in torchvision.
         """
         values = images.float()
         for change in order.unbind(1):
             factor = factors.gather(1, change[:, None])[:, 0]
-            if values.shape[1] == 1:  # gray images have no saturation
+            if values.shape[1] == 1:  # grayscale images have no saturation
                 gray = values
                 factor = torch.where(change == SATURATION, 1, factor)
             else:
@@ -97,10 +92,10 @@ class Augmentation:
 
 
 def augmentation(name: str) -> Augmentation | None:
-    """The augmentation of that name; None for none.
+    """The augmentation of that name; None for "none".
 
     Raises:
-        InputError: there is no such augmentation.
+        InputError: the augmentation is unknown.
     """
     if name not in AUGMENTATIONS:
         raise InputError("augment", repr(name), f"one of {', '.join(AUGMENTATIONS)}")

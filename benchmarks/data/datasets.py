@@ -1,4 +1,4 @@
-"""The data sets: which classes each split has, where their images are found, and what to say when they are not."""
+"""The data sets: the classes of each split, where to find their images, and the errors for missing images."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from convexheads.errors import InputError
 SPLITS = ("train", "val", "test")
 LISTS = Path(__file__).parent.parent / "splits"
 CIFAR_LAYOUTS = """CIFAR-100 in one of these forms below the data root:
-  cifar100/cifar100.zip                  one PNG an image, named cifar100/data/<class>/<image>.png
+  cifar100/cifar100.zip                  one PNG per image, named cifar100/data/<class>/<image>.png
   cifar-100-python/                      as torchvision.datasets.CIFAR100(root, download=True) leaves it
-  <class>/<image>.png                    a folder a class, 600 images each; also below cifar100/data/
-                                         or, as learn2learn has it, below cifarfs/cifar100/data/
+  <class>/<image>.png                    one folder per class, 600 images each; also below cifar100/data/
+                                         or, as in learn2learn, below cifarfs/cifar100/data/
   cifar-fs/part-<number>.zip             (or fc100/) as python -m benchmarks.data pack writes them"""
 FOLDERS_AND_LISTS = """
-  <split>/<synset>/<image>.jpg           a folder a class, <split> train, val or test; also <synset>/<image>.jpg
+  <split>/<synset>/<image>.jpg           one folder per class; <split> is train, val or test; also <synset>/<image>.jpg
   <split>.csv and images/<filename>      lists with the columns filename,label, and the images that they name"""
 MINI_LAYOUTS = f"""\
 miniImageNet, or the splits that are needed, in one of these forms below miniimagenet/ in the data root:
-  miniimagenet_<split>.zip               one JPEG an image, named miniimagenet/<split>/<synset>/<image>.jpg\
+  miniimagenet_<split>.zip               one JPEG per image, named miniimagenet/<split>/<synset>/<image>.jpg\
 {FOLDERS_AND_LISTS}
   part-<number>.zip                      as python -m benchmarks.data pack writes them"""
 TIERED_LAYOUTS = f"""\
@@ -63,19 +63,19 @@ OMNIGLOT_LAYOUTS = """Omniglot's background and evaluation sets in one of these 
 
 @dataclass(frozen=True)
 class Entry:
-    """What there is to know about a data set that is read from files.
+    """The description of a data set that is read from files.
 
     Attributes:
-        name: by which it is asked for, and the folder of its lists of classes.
+        name: its name in `load`, and the folder of its class lists.
         channels: 1 or 3.
-        size: height and width of the images as they are returned.
-        images_per_class: how many a complete class has.
-        layouts: what to put where, for people.
-        forms: ways to find the images, the preferred one first; the packed form comes after them.
-        exact: whether every class has just `images_per_class`, or at least as many.
-        resampling: filter that brings images to `size`; None where they must have it.
-        checksums: name of the file of checksums beside the lists, if the pixels are the same in every copy.
-        finish: what remains to be done to a split once it is read.
+        size: height and width of the returned images.
+        images_per_class: images of a complete class.
+        layouts: the supported file layouts, as text for users.
+        forms: functions that find the images, the preferred one first; packed files are tried after them.
+        exact: whether every class has exactly `images_per_class` images, or at least that many.
+        resampling: filter that resizes images to `size`; None if all images must have that size.
+        checksums: file of checksums beside the class lists, for data sets whose pixels are the same in every copy.
+        finish: applied to each split after reading.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Entry:
 
     @property
     def mode(self) -> Literal["L", "RGB"]:
-        """Pillow's name for the kind of pixel."""
+        """Pillow's mode of the images."""
         return "L" if self.channels == 1 else "RGB"
 
     def complete(self, count: int) -> bool:
@@ -100,7 +100,7 @@ class Entry:
 
 
 def white_on_black(data: ImageSet) -> ImageSet:
-    """White ink on black paper, with every turn of a character as a class of its own (see `every_turn`)."""
+    """White ink on black paper, with every rotation of a character as a separate class (see `every_turn`)."""
     return every_turn(ImageSet(255 - data.images, data.labels, data.classes))
 
 
@@ -175,17 +175,17 @@ DATASETS = ("digits", "glyphs", *CATALOGUE)
 def load(
     dataset: str, root: Path | None = None, *, splits: Sequence[str] = SPLITS, progress: bool = False
 ) -> dict[str, ImageSet]:
-    """Read splits of a data set, no two of which share a class.
+    """Read splits of a data set; no two splits share a class.
 
     Args:
         dataset: "digits" (comes with scikit-learn and has no validation classes), "glyphs" (drawn from matplotlib's
             fonts) or a name in `CATALOGUE`.
         root: folder that holds the data; only read, never written to. Digits and glyphs need none.
-        splits: which of "train", "val" and "test" to read; the others need not be there.
+        splits: which of "train", "val" and "test" to read; the others may be missing.
         progress: show a progress bar on the terminal.
 
     Raises:
-        InputError: the data set or a split is unknown, no split is wanted, or `root` does not hold a split completely.
+        InputError: the data set or a split is unknown, `splits` is empty, or a split in `root` is incomplete.
     """
     check_splits(splits)
     if dataset == "digits":
@@ -204,7 +204,7 @@ def load(
 def read(
     entry: Entry, root: Path | None, *, splits: Sequence[str] = SPLITS, progress: bool = False
 ) -> dict[str, ImageSet]:
-    """As `load`, of a data set that is read from files.
+    """The same as `load`, for a data set that is read from files.
 
     Raises:
         InputError: nothing usable below `root`, a split is missing, or a class of it is missing or incomplete.
@@ -216,7 +216,7 @@ def read(
 
 
 def look_for(entry: Entry, root: Path | None, splits: Sequence[str]) -> Source:
-    """Find the images of those splits, all of them.
+    """Find all images of these splits.
 
     Raises:
         InputError: nothing usable below `root`, a split is missing, or a class of it is missing or incomplete.
@@ -235,17 +235,17 @@ def look_for(entry: Entry, root: Path | None, splits: Sequence[str]) -> Source:
 
 
 def check_splits(splits: Sequence[str]) -> None:
-    """Refuse splits that there are not, and none at all.
+    """Check the names of splits.
 
     Raises:
-        InputError: in either case.
+        InputError: a split is unknown, or there is none.
     """
     if not splits or set(splits) - set(SPLITS):
         raise InputError("splits", list(splits), f"some of {', '.join(SPLITS)}")
 
 
 def look(entry: Entry, root: Path | None) -> Source:
-    """Find a data set's images, complete or not.
+    """Find a data set's images, which may be incomplete.
 
     Raises:
         InputError: there is nothing usable below `root`.
@@ -261,7 +261,7 @@ def look(entry: Entry, root: Path | None) -> Source:
 
 
 def present(entry: Entry, source: Source) -> list[str]:
-    """The splits of which there is at least one image."""
+    """The splits that have at least one image."""
     return [split for split in SPLITS if any(source.images.get(name) for name in split_classes(entry.name, split))]
 
 
@@ -273,8 +273,8 @@ def split_classes(dataset: str, split: str) -> tuple[str, ...]:
 def _read_split(entry: Entry, source: Source, classes: tuple[str, ...], bar: tqdm) -> ImageSet:
     counts = torch.tensor([len(source.images[name]) for name in classes])
     images = torch.empty(int(counts.sum()), entry.channels, entry.size, entry.size, dtype=torch.uint8)
-    for name, own in zip(classes, images.split(counts.tolist()), strict=True):
-        for place, file in zip(own, source.images[name], strict=True):
+    for name, of_class in zip(classes, images.split(counts.tolist()), strict=True):
+        for place, file in zip(of_class, source.images[name], strict=True):
             place.copy_(_pixels(entry, name, file))
         bar.update()
     data = ImageSet(images, torch.arange(len(classes)).repeat_interleave(counts), classes)
@@ -287,10 +287,10 @@ def _pixels(entry: Entry, name: str, file: Read) -> Tensor:
 
 
 def fit(entry: Entry, name: str, image: Image) -> Image:
-    """An image of the class of that name, brought to the data set's size.
+    """An image of the named class, resized to the data set's size.
 
     Raises:
-        InputError: it has another size, and the data set's images are not resized.
+        InputError: it has another size, and the data set allows no resizing.
     """
     if image.size == (entry.size, entry.size):
         return image
@@ -303,10 +303,10 @@ def fit(entry: Entry, name: str, image: Image) -> Image:
 def load_digits() -> dict[str, ImageSet]:
     """scikit-learn's 1,797 handwritten digits: 0 to 4 to train, 5 to 9 to test.
 
-    Five classes are too few to learn from how classes differ: a backbone trained on them is worse on the others than
-    its initial weights. So every digit, turned by a multiple of 90 degrees or mirrored, counts as a training class of
-    its own, 40 in all, after the rotated characters of Santoro et al., "Meta-Learning with Memory-Augmented Neural
-    Networks" (ICML 2016). The 8 x 8 images are enlarged to CIFAR's 32 x 32.
+    Five training classes are too few: a backbone trained on them is worse on the other digits than its initial weights.
+    So every digit, rotated by a multiple of 90 degrees or mirrored, is a separate training class, 40 in total, after
+    the rotated characters of Santoro et al., "Meta-Learning with Memory-Augmented Neural Networks" (ICML 2016). The
+    8 x 8 images are enlarged to CIFAR's 32 x 32.
     """
     from sklearn import datasets  # slow to import, and needed here only
 

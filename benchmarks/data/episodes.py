@@ -1,4 +1,4 @@
-"""The episodes of a training, made on the device that trains, and learn2learn's way to the same episodes."""
+"""Training episodes, assembled on the training device; and the same kind of episodes by learn2learn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.data.augmentation import augmentation, to_device
+from benchmarks.data.augmentation import augmentation
 from benchmarks.data.images import ImageSet
 from convexheads.episodes import Episode
 from convexheads.integrations import require
@@ -19,29 +19,29 @@ if TYPE_CHECKING:
 
 
 class Episodes(nn.Module):
-    """A batch of episodes for each training step, gathered and augmented on the device that trains.
+    """A batch of episodes for each training step, gathered and augmented on the training device.
 
-    The images lie on the device, and `forward` makes a batch of them there. What is random, `draw` draws on the CPU,
-    from the seed and the step alone: so every device, every number of processes and every resumption sees the same
-    episodes with the same augmentation. Neither waits for the device.
+    All images are stored on the device, and `forward` gathers and augments a batch there. `draw` draws the random
+    numbers on the CPU, and they depend on the seed and the step only: any device, any number of processes and any
+    resumed run sees the same episodes with the same augmentation. Both are asynchronous: they never wait for a GPU.
 
     Args:
         data: images and labels to draw from.
-        ways: classes of an episode.
+        ways: classes per episode.
         shots: support images per class.
         queries: query images per class.
-        tasks: episodes of a step, over all processes.
-        seed: of all draws.
+        tasks: episodes per step, over all processes.
+        seed: of all random numbers.
         augment: one of `AUGMENTATIONS`.
-        device: where the batches are made. Default: the CPU.
-        rank: which of the processes this one is. Default 0.
-        processes: how many share each step. Default 1.
+        device: the training device. Default: the CPU.
+        rank: the rank of this process. Default 0.
+        processes: the number of processes that share each step. Default 1.
 
     Attributes:
-        labels: of the episodes of every step, class by class, int64 `(tasks, ways * (shots + queries))`.
+        labels: the same for every step, class by class, int64 `(tasks, ways * (shots + queries))`.
 
     Raises:
-        InputError: a size is not positive, there is no such augmentation, or `data` has too few classes or images.
+        InputError: a size is not positive, the augmentation is unknown, or `data` has too few classes or images.
     """
 
     images: Tensor
@@ -81,16 +81,16 @@ class Episodes(nn.Module):
         self.register_buffer("labels", labels.expand(tasks // processes, -1), persistent=False)
 
     def draw(self, step: int) -> Tensor:
-        """What is random in a step: a row of numbers for each image, float64 `(tasks * n, numbers)`, on the device."""
+        """The random numbers of a step: one row per image, float64 `(tasks * n, numbers)`, on the device."""
         indices = self.loader.indices(step)
         columns = [indices.flatten()[:, None]]
         if self.augmentation is not None:
             loader, (height, width) = self.loader, self.images.shape[-2:]
-            random = np.random.default_rng([loader.seed, step, loader.tasks])  # the tasks have the numbers below
+            random = np.random.default_rng([loader.seed, step, loader.tasks])  # the loader draws with the numbers below
             draws = self.augmentation.draw(loader.tasks * indices.shape[1], height, width, random)
-            own = draws.unflatten(0, (loader.tasks, -1))[loader.rank :: loader.processes]
-            columns.append(own.flatten(0, 1))
-        return to_device(torch.cat(columns, 1).double(), self.device)
+            local = draws.unflatten(0, (loader.tasks, -1))[loader.rank :: loader.processes]
+            columns.append(local.flatten(0, 1))
+        return _to_device(torch.cat(columns, 1).double(), self.device)
 
     def forward(self, drawn: Tensor) -> Tensor:
         """The images of a step, uint8 `(tasks * n, channels, height, width)`, task by task and class by class.
@@ -100,10 +100,6 @@ class Episodes(nn.Module):
         """
         images = self.images.index_select(0, drawn[:, 0].long())  # on the CPU ten times as fast as by brackets
         return images if self.augmentation is None else self.augmentation(images, drawn[:, 1:])
-
-    def batch(self, step: int) -> Tensor:
-        """The images of a step, uint8 `(tasks, ways * (shots + queries), channels, height, width)`."""
-        return self(self.draw(step)).unflatten(0, tuple(self.labels.shape))
 
     def split(self, features: Tensor) -> Episode:
         """Split the features of a batch, `(tasks, ways * (shots + queries), d)`, into support and query."""
@@ -115,13 +111,18 @@ class Episodes(nn.Module):
         return Episode(support, support_labels, query, query_labels)
 
 
+def _to_device(value: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the CPU to a device without waiting for the device."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
 def taskset(data: ImageSet, *, ways: int, samples: int) -> Taskset:
-    """learn2learn's way to the same episodes: `taskset(...).sample()` is a task's images and labels.
+    """Tasks by learn2learn, of the same distribution: `taskset(...).sample()` is a task's images and labels.
 
     Args:
         data: the classes and images to draw from.
-        ways: classes of a task.
-        samples: images a class, support and query together.
+        ways: classes per task.
+        samples: images per class, support and query together.
 
     Raises:
         MissingDependencyError: learn2learn is not installed.

@@ -1,6 +1,6 @@
-"""Letters of eleven scripts, drawn from the DejaVu fonts that come with matplotlib: a data set without a download.
+"""Letters of eleven scripts, drawn with the DejaVu fonts of matplotlib: a data set without a download.
 
-A backbone that trains on the scripts of one split is tested on scripts that it has never seen.
+The splits share no script, so that a backbone is tested on scripts that it was not trained on.
 """
 
 from __future__ import annotations
@@ -33,42 +33,42 @@ SCRIPTS = {
     "val": ("GREEK", "LAO"),
     "test": ("GEORGIAN", "ARMENIAN", "HEBREW", "TIFINAGH", "NKO"),
 }
-"""The scripts of each split, as the names of their letters in Unicode begin."""
+"""The scripts of each split: how the Unicode names of their letters begin."""
 STYLES = ("Sans", "Sans-Bold", "Sans-Oblique", "Serif", "Serif-Bold", "SansMono")
-"""The fonts that letters are drawn in. The first one has all letters."""
+"""The fonts to draw letters with. The first one has all letters."""
 SIZE = 28
 """Height and width of an image in pixels."""
 
-_VERSION = 1  # increase it with every change to what is drawn
+_VERSION = 1  # increase with every change of the images
 _KEY = "glyphs"
-_CANVAS, _EM, _LARGEST = 2 * SIZE, 46, 42  # images are drawn at twice their size: canvas, font, limit of a letter
+_CANVAS, _EM, _LARGEST = 2 * SIZE, 46, 42  # images are drawn at twice their size: canvas, font, largest letter
 _ROTATION, _SCALE, _ASPECT, _SHEAR, _SHIFT = 0.35, 0.25, 0.1, 0.3, 4.0  # largest absolute values
 
 
 def load_glyphs(
     *, max_per_script: int = 150, images_per_class: int = 20, seed: int = 0, progress: bool = False
 ) -> dict[str, ImageSet]:
-    """The three splits: from the cache, or drawn, which takes seconds, and then kept in the cache.
+    """The three splits: loaded from a cache file, or drawn within seconds and then cached.
 
-    A class is a letter, named as in Unicode, such as "GEORGIAN LETTER AN". Its images (white on black) take turns with
-    the styles that have the letter; each is rotated, scaled, sheared and shifted at random.
+    A class is a letter, with its Unicode name, such as "GEORGIAN LETTER AN". Its images (white on black) cycle through
+    the fonts that have the letter; each is rotated, scaled, sheared and shifted at random.
 
     Args:
-        max_per_script: limit of letters per script: the first ones in the order of Unicode.
-        images_per_class: images of each letter.
+        max_per_script: maximum number of letters per script: the first ones in the order of Unicode.
+        images_per_class: images per letter.
         seed: seed of the random transforms.
-        progress: whether to show a progress bar while images are drawn.
+        progress: whether to show a progress bar while drawing.
     """
     options = {"max_per_script": max_per_script, "images_per_class": images_per_class, "seed": seed}
     path = cache_file(options)
     try:
         images, classes = storage.load(path, key=_KEY, needed_by="glyphs")
-    except (OSError, LookupError, ValueError):  # there is none yet, or it is damaged
+    except (OSError, LookupError, ValueError):  # missing or damaged
         letters = choose_letters(max_per_script)
         total = sum(map(len, letters.values()))
         with tqdm(total=total, desc="drawing letters", unit="class", disable=not progress) as bar:
-            images = {split: _draw_split(own, images_per_class, seed, bar) for split, own in letters.items()}
-        classes = {split: [unicodedata.name(letter) for letter in own] for split, own in letters.items()}
+            images = {split: _draw_split(chosen, images_per_class, seed, bar) for split, chosen in letters.items()}
+        classes = {split: [unicodedata.name(letter) for letter in chosen] for split, chosen in letters.items()}
         with suppress(OSError):  # without a cache, the next call draws again
             path.parent.mkdir(parents=True, exist_ok=True)
             storage.save(path, images, classes, key=_KEY, needed_by="glyphs")
@@ -79,7 +79,7 @@ def load_glyphs(
 
 
 def cache_file(options: dict[str, int]) -> Path:
-    """The file that keeps the images drawn with these options and the installed versions of matplotlib and Pillow."""
+    """The cache file of images drawn with these options and the installed versions of matplotlib and Pillow."""
     key = json.dumps([_VERSION, matplotlib.__version__, PIL.__version__, SCRIPTS, STYLES, SIZE, options])
     home = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else os.environ.get("XDG_CACHE_HOME")
     folder = Path(home) if home else Path.home() / ".cache"
@@ -89,8 +89,8 @@ def cache_file(options: dict[str, int]) -> Path:
 def choose_letters(max_per_script: int) -> dict[str, list[str]]:
     """The letters of each split, script by script.
 
-    Letters that Unicode decomposes, such as those with an accent, are left out. So is a letter that looks like one
-    before it, in whatever split: the Greek capital alpha, for example, is a Latin A.
+    Letters that Unicode decomposes, such as those with an accent, are left out. So is a letter that looks like an
+    earlier one of any split: the Greek capital alpha, for example, looks like a Latin A.
     """
     candidates = [letter for letter in map(chr, sorted(_fonts()[0][1])) if _is_plain_letter(letter)]
     seen: set[tuple[tuple[int, int], bytes]] = set()
@@ -98,21 +98,21 @@ def choose_letters(max_per_script: int) -> dict[str, list[str]]:
     for split, scripts in SCRIPTS.items():
         chosen[split] = []
         for script in scripts:
-            own = []
+            letters = []
             for letter in candidates:
-                if len(own) == max_per_script or not unicodedata.name(letter).startswith(f"{script} "):
+                if len(letters) == max_per_script or not unicodedata.name(letter).startswith(f"{script} "):
                     continue
                 ink = _ink(letter, _fonts()[0][0])
                 if ink is None or (look := (ink.size, ink.tobytes())) in seen:
                     continue
                 seen.add(look)
-                own.append(letter)
-            chosen[split] += own
+                letters.append(letter)
+            chosen[split] += letters
     return chosen
 
 
 def draw_class(letter: str, count: int, seed: int) -> Tensor:
-    """Images of a letter, uint8 of shape (count, 1, 28, 28), white on black. They depend on the arguments alone."""
+    """Images of a letter, uint8 of shape (count, 1, 28, 28), white on black; they depend on the arguments only."""
     draw = Random(f"{seed} {letter}")  # noqa: S311
     inks = [ink for font, codes in _fonts() if ord(letter) in codes and (ink := _ink(letter, font))]
     images = [_transform(inks[number % len(inks)], draw) for number in range(count)]
@@ -129,7 +129,7 @@ def _draw_split(letters: list[str], images_per_class: int, seed: int, bar: tqdm)
 
 @cache
 def _fonts() -> list[tuple[ImageFont.FreeTypeFont, frozenset[int]]]:
-    """Each style's font, and the code points that it has a glyph for."""
+    """The font of each style, and the code points that it has glyphs for."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     paths = [str(folder / f"DejaVu{style}.ttf") for style in STYLES]
     fonts = [ImageFont.truetype(path, _EM, layout_engine=ImageFont.Layout.BASIC) for path in paths]
@@ -141,7 +141,7 @@ def _is_plain_letter(character: str) -> bool:
 
 
 def _ink(letter: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
-    """The letter as a grey image that ends where the ink ends; None if there is no ink."""
+    """The letter as a grayscale image, cropped to the ink; None if there is no ink."""
     left, top, right, bottom = font.getbbox(letter)
     image = Image.new("L", (int(right - left) + 8, int(bottom - top) + 8))
     ImageDraw.Draw(image).text((4 - left, 4 - top), letter, 255, font)
@@ -150,17 +150,17 @@ def _ink(letter: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
 
 
 def _transform(ink: Image.Image, draw: Random) -> np.ndarray:
-    """The letter in the middle of an image, rotated, scaled, sheared and shifted at random."""
+    """The letter centered in an image, then rotated, scaled, sheared and shifted at random."""
     rotation, scale, aspect, shear, right, down = (
         draw.uniform(-most, most) for most in (_ROTATION, _SCALE, _ASPECT, _SHEAR, _SHIFT, _SHIFT)
     )
-    # Pillow takes the map from the image to the letter: rotation first, then shear and scale.
+    # Pillow expects the map from the image to the letter: rotation first, then shear and scale.
     fit, cos, sin = max(1.0, *(side / _LARGEST for side in ink.size)), math.cos(rotation), math.sin(rotation)
     wide, high = fit * math.exp(scale + aspect), fit * math.exp(scale - aspect)
     xx, xy, yx, yy = wide * (cos + shear * sin), wide * (shear * cos - sin), high * sin, high * cos
     source, x, y = ImageOps.expand(ink, 2), _CANVAS / 2 + right, _CANVAS / 2 + down
     matrix = (xx, xy, source.width / 2 - xx * x - xy * y, yx, yy, source.height / 2 - yx * x - yy * y)
-    # Rounded, as the last bits of a cosine differ between machines.
+    # Rounded, because the last bits of a cosine differ between machines.
     rounded = tuple(round(value, 6) for value in matrix)
     image = source.transform((_CANVAS, _CANVAS), Image.Transform.AFFINE, rounded, Image.Resampling.BILINEAR)
     return np.asarray(image.reduce(2))

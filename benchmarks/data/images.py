@@ -33,7 +33,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
 
 def join(first: ImageSet, second: ImageSet) -> ImageSet:
-    """The classes of both, those of the first in front."""
+    """A set with the classes of both, those of the first one before those of the second."""
     labels = torch.cat([first.labels, second.labels + len(first.classes)])
     return ImageSet(torch.cat([first.images, second.images]), labels, (*first.classes, *second.classes))
 

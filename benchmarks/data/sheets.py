@@ -1,4 +1,4 @@
-"""Data sets packed into few files: a class's images as one sheet, compressed without loss."""
+"""Data sets packed into few files: one losslessly compressed sheet per class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.data.sources import Source, grid, open_image
 from convexheads.errors import InputError
 
 _METHOD = 4  # one class of CIFAR-100: methods 0, 2, 4, 6 make 1.12, 1.03, 1.02, 1.01 MB in 0.1, 0.4, 0.5, 1.3 s
-_END = 22  # bytes at the end of a zip file
+_END = 22  # bytes of a zip file's end record
 
 
 def pack(
@@ -27,26 +27,26 @@ def pack(
     part_size: int = 40_000_000,
     progress: bool = False,
 ) -> list[Path]:
-    """Write a data set so that it can be carried to another machine and read there with `output` as the data root.
+    """Pack a data set to copy it to another machine, where `output` serves as the data root.
 
-    The files, <output>/<dataset>/part-<number>.zip, hold whole classes, those of the training split first. A class is
-    one sheet, <class>/<number of images>.webp, with its images in their order. Nothing is lost: images whose checksums
-    are known keep the pixels and the size of the original, others are brought to the data set's size as `load` does it.
+    The files, <output>/<dataset>/part-<number>.zip, contain whole classes, those of the training split first. A class
+    is one sheet, <class>/<number of images>.webp, with its images in order. It is lossless: images of data sets with
+    known checksums keep their original pixels and size; others are resized to the data set's size, as in `load`.
 
     Args:
         dataset: a name in `CATALOGUE`.
         root: folder that holds the data; only read, never written to.
-        output: folder to write to; made if there is none.
-        splits: which of "train", "val" and "test" to write; the others need not be there.
-        part_size: how many bytes a file may have.
+        output: folder to write to; created if necessary.
+        splits: which of "train", "val" and "test" to write; the others may be missing.
+        part_size: the maximum size of a file in bytes.
         progress: show a progress bar on the terminal.
 
     Returns:
         The files.
 
     Raises:
-        InputError: the data set or a split is unknown, no split is wanted, `root` does not hold a split completely, an
-            image is damaged, the sheet of a class is larger than a part, or `output` holds parts already.
+        InputError: the data set or a split is unknown, `splits` is empty, a split in `root` is incomplete, an image is
+            damaged, the sheet of a class is larger than a part, or `output` contains parts already.
     """
     if dataset not in CATALOGUE:
         raise InputError("dataset", repr(dataset), f"one of {', '.join(CATALOGUE)}")
@@ -60,7 +60,7 @@ def pack(
     parts, members, used = [], {}, _END
     for name in tqdm(names, desc=f"packing {dataset}", unit="class", disable=not progress):
         member, content = f"{name}/{len(source.images[name])}.webp", _sheet(entry, source, name)
-        size = len(content) + 76 + 2 * len(member.encode())  # with what a zip file says of a member
+        size = len(content) + 76 + 2 * len(member.encode())  # including the headers of a zip member
         if _END + size > part_size:
             raise InputError("part size", f"{part_size:,} bytes", f"at least {_END + size:,}, for class {name!r}")
         if used + size > part_size:
@@ -90,5 +90,5 @@ def _sheet(entry: Entry, source: Source, name: str) -> bytes:
 def _write(path: Path, members: dict[str, bytes]) -> Path:
     with ZipFile(path, "x") as archive:
         for member, content in members.items():
-            archive.writestr(ZipInfo(member), content)  # as of 1980, so that the same images give the same file
+            archive.writestr(ZipInfo(member), content)  # with the date 1980, so that the same images give the same file
     return path

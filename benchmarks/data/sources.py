@@ -1,7 +1,7 @@
-"""Where images may lie below the data root: in archives, class folders, beside lists, torchvision's files, or packed.
+"""Find images below the data root: in archives, class folders, CSV lists, torchvision's files, or packed files.
 
-Nothing is decoded before it is asked for. Archives are read where they are and never extracted, and no foreign file is
-unpickled.
+Images are decoded only when they are read. Archives are read in place, never extracted, and no file is unpickled unless
+its checksum is the published one.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from convexheads.errors import InputError
 Read = Callable[[], Image.Image]
 """Opens one image."""
 Splits = Mapping[str, Sequence[str]]
-"""The class names wanted of each split."""
+"""The names of the classes to find, by split."""
 
 
 class Source(NamedTuple):
-    """What was found: the archives, folders and lists that there are, and each class's images in order of file names.
+    """The archives, folders and lists that were found, and the images of each class, sorted by file name.
 
-    A class with no image may be absent.
+    Classes without images may be absent.
     """
 
     places: list[Path]
     images: dict[str, list[Read]]
 
 
-_LARGEST = 2**26  # bytes of an image's file, unpacked
+_LARGEST = 2**26  # bytes of an image file, uncompressed
 _SHEET = re.compile(r"(?P<name>.+)/(?P<count>[1-9][0-9]{0,4})\.webp")
-# What damaged, encrypted, oddly packed and oversized files raise.
+# The errors of damaged, encrypted, unusually compressed and oversized files.
 _DAMAGE = (
     *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, BadZipFile, zlib.error),
     Image.DecompressionBombError,
 )
 
 Form = Callable[[Path, Splits], Source]
-"""Looks below a data root for images of the wanted classes."""
+"""Finds images of some classes below a data root."""
 
 
 def find(forms: Iterable[Form], root: Path, splits: Splits) -> Source:
-    """The images of the wanted classes, each class from the first form that has it.
+    """Find the images of some classes, each class by the first form that has it.
 
     Raises:
         InputError: an archive, a list or torchvision's files are damaged.
@@ -67,7 +67,7 @@ def find(forms: Iterable[Form], root: Path, splits: Splits) -> Source:
 
 
 def open_image(name: str, read: Read, mode: Literal["L", "RGB"]) -> Image.Image:
-    """Decode an image of the class of that name.
+    """Decode an image of the named class.
 
     Raises:
         InputError: its file is missing or damaged.
@@ -81,10 +81,10 @@ def open_image(name: str, read: Read, mode: Literal["L", "RGB"]) -> Image.Image:
 
 
 def archives(names: Sequence[str], root: Path, splits: Splits) -> Source:
-    """Zip files, whose members' paths end in <class>/<file>; the first one that has a class counts.
+    """Find images in zip files, with members whose paths end in <class>/<file>; the first file that has a class wins.
 
     Raises:
-        InputError: one is no complete zip file.
+        InputError: a zip file is incomplete or damaged.
     """
     wanted = {name for names in splits.values() for name in names}
     depth = 1 + next(iter(wanted)).count("/")
@@ -101,7 +101,7 @@ def archives(names: Sequence[str], root: Path, splits: Splits) -> Source:
 
 
 def class_folders(parents: Sequence[str], root: Path, splits: Splits) -> Source:
-    """A folder a class; `{split}` stands for the split in the folders above; the first that has a class counts."""
+    """Find one folder per class below `parents`, where `{split}` is the split; the first that has a class wins."""
     places, images = {}, {}
     for split, names in splits.items():
         folders = [root / parent.format(split=split) for parent in parents]
@@ -115,9 +115,9 @@ def class_folders(parents: Sequence[str], root: Path, splits: Splits) -> Source:
 
 
 def csv_lists(parent: str, root: Path, splits: Splits) -> Source:
-    """A list a split, <split>.csv with the columns filename and label, beside a folder `images`.
+    """Find images by one list per split, <split>.csv with the columns filename and label, beside a folder `images`.
 
-    A class whose images are all absent counts as not found, so that the lists may name more than there is.
+    The lists may name missing images: a class without any image counts as not found.
 
     Raises:
         InputError: a list can't be read, or names a file outside of that folder.
@@ -146,7 +146,7 @@ def csv_lists(parent: str, root: Path, splits: Splits) -> Source:
 
 
 def torchvision_cifar(root: Path, splits: Splits) -> Source:
-    """The pickles that torchvision.datasets.CIFAR100 leaves in cifar-100-python, in their own order.
+    """Find the pickles that torchvision.datasets.CIFAR100 writes to cifar-100-python; images stay in their order.
 
     Raises:
         InputError: they are not the published files.
@@ -155,7 +155,7 @@ def torchvision_cifar(root: Path, splits: Splits) -> Source:
         return Source([], {})
     from torchvision.datasets import CIFAR100  # needed here only
 
-    try:  # torchvision compares the files' md5 with the published one before it unpickles them
+    try:  # torchvision compares the files' MD5 with the published one before unpickling them
         parts = [CIFAR100(root, train=train, download=False) for train in (True, False)]
     except RuntimeError as error:
         raise InputError("data root", f"{folder}, incomplete or altered", "torchvision's download, whole") from error
@@ -169,13 +169,13 @@ def torchvision_cifar(root: Path, splits: Splits) -> Source:
 
 
 def sheets(dataset: str, root: Path, splits: Splits) -> Source:
-    """The parts that `benchmarks.data.sheets.pack` writes, <dataset>/part-<number>.zip, with a sheet a class.
+    """Find the parts that `benchmarks.data.sheets.pack` writes, <dataset>/part-<number>.zip, with one sheet per class.
 
-    A sheet is named <class>/<number of images>.webp. Each part keeps the last sheet that it decoded, so that a class
-    that is read image after image is decoded once.
+    A sheet is named <class>/<number of images>.webp. The last decoded sheet of each part is cached, so that reading all
+    images of a class in a row decodes its sheet once.
 
     Raises:
-        InputError: a part is no complete zip file.
+        InputError: a part is an incomplete or damaged zip file.
     """
     wanted = {name for names in splits.values() for name in names}
     paths, images = sorted((root / dataset).glob("part-*.zip")), {}
@@ -191,7 +191,7 @@ def sheets(dataset: str, root: Path, splits: Splits) -> Source:
 
 
 def grid(count: int) -> tuple[int, int]:
-    """Columns and rows of a sheet of that many images, as near to a square as fits; they fill it row by row."""
+    """Columns and rows of a nearly square sheet of `count` images, which are placed row by row."""
     columns = math.ceil(math.sqrt(count))
     return columns, math.ceil(count / columns)
 
@@ -220,7 +220,7 @@ def _open_archive(path: Path) -> ZipFile:
 
 
 def _unpack(archive: ZipFile, member: str) -> bytes:
-    if (size := archive.getinfo(member).file_size) > _LARGEST:  # zipfile unpacks no more than a member claims to have
+    if (size := archive.getinfo(member).file_size) > _LARGEST:  # zipfile never unpacks more than this size
         raise ValueError(f"{member} of {size:,} bytes")
     return archive.read(member)
 

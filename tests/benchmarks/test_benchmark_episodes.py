@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chi2_contingency
+from tasks import images_of_step
 from torchvision.transforms import v2
 
 from benchmarks.data import AUGMENTATIONS, Episodes, ImageSet, augmentation, taskset
@@ -127,10 +128,10 @@ def test_a_resumed_training_sees_the_same_augmentations(augment: str) -> None:
     """Whatever was drawn before, by these episodes and by PyTorch."""
     settings = {"ways": 3, "shots": 1, "queries": 3, "tasks": 4, "seed": 0, "augment": augment}
     whole, resumed = (Episodes(images(), **settings) for _ in range(2))
-    expected = [whole.batch(step) for step in range(5)]
+    expected = [images_of_step(whole, step) for step in range(5)]
     torch.manual_seed(99)
     before = torch.get_rng_state()
-    torch.testing.assert_close([resumed.batch(step) for step in (3, 4)], expected[3:], rtol=0, atol=0)
+    torch.testing.assert_close([images_of_step(resumed, step) for step in (3, 4)], expected[3:], rtol=0, atol=0)
     assert torch.equal(before, torch.get_rng_state())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import many_classes, overhead, report, solvers
+from convexheads.solvers import base
 
 SMALL: dict[str, Any] = {"device": "cpu", "features": 12, "queries": 2, "repeats": 2, "threads": 1}
 
@@ -24,8 +26,8 @@ def test_times_errors_and_memory_of_every_contender(tmp_path: Path):
     assert (rows["memory"].dropna() >= 0).all()
     errors = rows.set_index("contender")["gradient_error"]
     assert errors[["native", "native in torch"]].max() < 1e-8
-    assert errors[["qpth", "cvxpylayers", "interior point"]].max() < 1e-2
-    assert errors[["ridge", "learn2learn"]].isna().all()
+    assert errors.filter(["qpth", "cvxpylayers", "interior point"]).max() < 1e-2
+    assert errors.filter(["ridge", "learn2learn"]).isna().all()
     assert solvers.show(rows, "title").row_count == len(rows)
     solvers.draw(rows, "title", tmp_path / "solvers.png")
     assert (tmp_path / "solvers.png").stat().st_size > 10_000
@@ -74,12 +76,36 @@ def test_memory_is_seen():
 
 def test_large_problems_leave_out_what_would_take_minutes():
     slow = {name for name, each in solvers.contenders().items() if each.largest < 2000}
-    assert slow == {"cvxpylayers", "learn2learn"}
+    assert slow == {"cvxpylayers", "learn2learn"} - {*solvers.missing()}
 
 
 def test_unknown_size(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.argv", ["solvers", "--sizes", "[3w3s]"])
     with pytest.raises(SystemExit, match="error: sizes: got 3w3s, wanted some of 5w1s"):
+        solvers.main()
+
+
+def test_contenders_whose_package_is_missing_are_left_out_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Without Moreau, which is the reference too, there are no errors."""
+    found = base.find_spec
+    monkeypatch.setattr(base, "find_spec", lambda name: None if name in ("qpth", "moreau") else found(name))
+    assert {"qpth", "moreau"} <= {*solvers.missing()}
+    command = ["solvers", "--sizes", "[5w1s]", "--tasks", "[1]", "--features", "8", "--queries", "2", "--repeats", "1"]
+    command += ["--threads", "1", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*command, "--names", "[ridge,qpth,native]"])
+    solvers.main()
+    said = capsys.readouterr().err
+    assert f"qpth {solvers.LEFT_OUT}" in said
+    assert "pip install" in said
+    assert f"moreau {solvers.LEFT_OUT}" not in said  # it was not asked for
+    record = json.loads((tmp_path / "solvers.json").read_text())
+    assert record["settings"]["names"] == ["ridge", "native"]
+    assert [row["contender"] for row in record["results"]] == ["ridge", "native"]
+    assert all(row["both"] > 0 and row["logits_error"] is None for row in record["results"])
+    monkeypatch.setattr("sys.argv", [*command, "--names", "[qpth,moreau]"])
+    with pytest.raises(SystemExit, match="error: names"):
         solvers.main()
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tasks import ROOT
 import convexheads as ch
 from benchmarks import gpu
 from benchmarks.options import Options
+from benchmarks.solvers import LEFT_OUT
 from convexheads.pretrained import make_untrained, save_pretrained
 
 
@@ -67,6 +69,7 @@ def finished(folder: Path) -> Path:
     for name in ("checkpoints/last.safetensors", "tensorboard/events"):
         (folder / name).parent.mkdir()
         (folder / name).write_bytes(bytes(1000))
+    (folder / ".model.safetensors.part").write_bytes(bytes(1000))  # as a process leaves it that is killed
     return folder
 
 
@@ -82,6 +85,7 @@ def test_results_come_home_with_weights_of_half_the_size(tmp_path: Path, monkeyp
     assert sum(part.stat().st_size for part in parts) < 0.6 * len(before)
     assert (folder / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".model.safetensors.part",
         "checkpoints",
         "model.safetensors",
         "result.json",
@@ -134,12 +138,40 @@ def test_without_time_the_speed_is_not_measured(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
+def test_the_speed_is_measured_with_one_thread_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    def timed(*_: object, **__: object) -> tuple[float, float]:
+        used.append(torch.get_num_threads())
+        return 10.0, 1.0
+
+    monkeypatch.setattr(gpu, "_time", timed)
+    monkeypatch.setattr(gpu, "VARIANTS", gpu.VARIANTS[-1:])
+    session = gpu.Session(tmp_path, None, time.monotonic() + 600, smoke=True, queue=gpu.SMOKE_QUEUE)
+    torch.set_num_threads(2)
+    said = gpu.speed(session)
+    assert torch.get_num_threads() == 2
+    assert used == [1, 1, 1]
+    assert said.startswith("100.0 steps per second")
+    record = json.loads((tmp_path / "speed" / "speed.json").read_text())
+    assert [row["threads"] for row in record["results"]] == used
+    assert record["machine"]["threads"] == 1
+
+
+def test_the_stage_of_solvers_names_what_was_left_out(tmp_path: Path) -> None:
+    (tmp_path / "solvers.end").write_text("exit status 0: done\n")  # as an earlier call left it
+    (tmp_path / "solvers.txt").write_text(f"qpth {LEFT_OUT} its package\nanother line\n")
+    session = gpu.Session(tmp_path, None, time.monotonic() + 600, smoke=True, queue=gpu.SMOKE_QUEUE)
+    assert gpu.solvers(session) == f"exit status 0: done; qpth {LEFT_OUT} its package"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_killed_at_a_random_moment_it_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--minutes", "20", "--output", str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for seconds in (random.Random(0).uniform(5, 120), None):
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "inductor")  # nothing is compiled yet, as in a fresh clone
+    for seconds in (random.Random(0).uniform(5, 70), None):
         with (tmp_path / "log").open("a") as log:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -164,5 +196,7 @@ def test_killed_at_a_random_moment_it_goes_on(tmp_path: Path) -> None:
     assert all(row["ms"] > 0 for row in speed["results"])
     for name in ("tests", "solvers"):
         assert (tmp_path / "out" / f"{name}.end").read_text().startswith("exit status 0"), name
+    timed = json.loads((tmp_path / "out" / "solvers" / "solvers.json").read_text())["results"]
+    assert ("qpth" in {row["contender"] for row in timed}) == (find_spec("qpth") is not None)
     names = gpu.take_home(tmp_path / "out" / "home", tmp_path / "home")
     assert {f"{entry.name}/model.safetensors" for entry in gpu.SMOKE_QUEUE} <= set(names)

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from damage import damaged, foreign, plain, refused_or_same
+from damage import foreign, refusals
 from tasks import ROOT
 
 from benchmarks import loop, report, train
@@ -219,19 +219,15 @@ def test_damaged_and_foreign_checkpoints_are_refused(undisturbed, tmp_path, monk
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
     checkpoint = checkpoint_of(folder)
-    whole, before = checkpoint.read_bytes(), (folder / "config.yaml").read_bytes()
+    before = (folder / "config.yaml").read_bytes()
     options = train.Options.parse([*SMALL, "--output", str(folder), "--resume"], description="")
 
     def resume() -> Any:
         train.prepare(options)
         return storage.load(checkpoint, **KIND)
 
-    expected, refused = plain(resume()), 0
-    for content in damaged(whole, random.Random(0)):
-        checkpoint.write_bytes(content)
-        refused += refused_or_same(resume, expected, f"resume: got {checkpoint}, damaged")
-        assert checkpoint.read_bytes() == content
-    assert refused > 30  # a bit of padding alters nothing
+    # A bit of padding alters nothing.
+    assert refusals(checkpoint, resume, f"resume: got {checkpoint}, damaged") > 30
     others = [undisturbed / name for name in ("checkpoints/best.safetensors", "model.safetensors")]  # weights only
     for content in (*foreign(tmp_path, monkeypatch), *(other.read_bytes() for other in others)):
         checkpoint.write_bytes(content)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chi2_contingency, chisquare, ks_2samp
+from tasks import images_of_step
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
@@ -183,15 +184,13 @@ def test_episodes_are_those_of_the_library() -> None:
     data = set_of()
     own = Episodes(data, **SIZES, augment="none")
     for step, (samples, labels) in enumerate(EpisodeLoader(data.images, data.labels, steps=4, **SIZES)):
-        batch = own.batch(step)
-        assert torch.equal(batch, samples)
+        assert torch.equal(images_of_step(own, step), samples)
         drawn = own.draw(step)
         assert drawn.shape == (4 * 15, 1)
         assert drawn.dtype == torch.float64
         assert torch.equal(data.images[drawn[:, 0].long()], samples.flatten(0, 1))
-        assert torch.equal(own(drawn), samples.flatten(0, 1))
         assert torch.equal(own.labels, labels)
-        features = batch.double().flatten(2)
+        features = samples.double().flatten(2)
         for found, expected in zip(own.split(features), split_task(features, labels, shots=2), strict=True):
             assert torch.equal(found, expected)
 
@@ -208,7 +207,6 @@ def test_a_draw_has_the_images_and_what_is_done_to_them() -> None:
         images = data.images[drawn[:, 0].long()]
         assert own.augmentation is not None
         assert torch.equal(own(drawn), own.augmentation(images, drawn[:, 1:]))
-        assert torch.equal(own.batch(3), own(drawn).unflatten(0, (4, 15)))
         assert not torch.equal(own(drawn), images)
 
 
@@ -216,13 +214,13 @@ def test_a_draw_has_the_images_and_what_is_done_to_them() -> None:
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_the_episodes_of_a_step(augment: str, processes: int) -> None:
     """Whatever each of them drew before."""
-    whole = Episodes(set_of(), **SIZES, augment=augment).batch(7)
+    whole = images_of_step(Episodes(set_of(), **SIZES, augment=augment), 7)
     found = torch.empty_like(whole)
     for rank in range(processes):
         own = Episodes(set_of(), **SIZES, augment=augment, rank=rank, processes=processes)
         for step in range(rank):
-            own.batch(step)
-        found[rank::processes] = own.batch(7)
+            images_of_step(own, step)
+        found[rank::processes] = images_of_step(own, 7)
         assert len(own.labels) == 4 // processes
     assert torch.equal(found, whole)
 
@@ -230,7 +228,7 @@ def test_processes_share_the_episodes_of_a_step(augment: str, processes: int) ->
 def test_steps_tasks_and_seeds_have_other_augmentations() -> None:
     same = ImageSet(noise(1, 3, 16, 16).expand(60, -1, -1, -1).contiguous(), torch.arange(60) % 6, tuple("abcdef"))
     seen = [
-        Episodes(same, **(SIZES | {"seed": seed, "augment": "flip-crop-jitter"})).batch(step).flatten(2)
+        images_of_step(Episodes(same, **(SIZES | {"seed": seed, "augment": "flip-crop-jitter"})), step).flatten(2)
         for seed in (0, 1)
         for step in (0, 1)
     ]
@@ -550,7 +548,7 @@ def test_the_loss_is_that_of_the_options() -> None:
     for smoothing in (0.0, 0.3):
         own = training(label_smoothing=smoothing, steps=1)
         own.backbone.dropout = nn.Identity()
-        batch, labels = own.episodes.batch(0), own.episodes.labels
+        batch, labels = images_of_step(own.episodes, 0), own.episodes.labels
         episode = split_task(own.backbone(batch.flatten(0, 1)).unflatten(0, labels.shape), labels, shots=2)
         logits = own.head(episode.support, episode.support_labels, episode.query)
         targets = episode.query_labels.flatten()
@@ -685,7 +683,7 @@ def test_only_svms_with_a_plain_linear_kernel_run_from_gram_matrices(cuda: torch
 def test_a_gpu_sees_the_same_images(augment: str, cuda: torch.device) -> None:
     here, there = (Episodes(set_of(), **SIZES, augment=augment, device=device) for device in ("cpu", cuda))
     for step in range(20):
-        expected, found = here.batch(step), there.batch(step)
+        expected, found = (images_of_step(each, step) for each in (here, there))
         assert found.device.type == "cuda"
         difference = (found.cpu().int() - expected.int()).abs()
         assert difference.max() <= (augment == "flip-crop-jitter")
