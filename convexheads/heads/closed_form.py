@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from convexheads._functorch import look_at
 from convexheads.errors import SolverError
 from convexheads.heads.inputs import first
-from convexheads.transforms import look_at
 
 
 def cholesky(matrix: Float[Tensor, "*batch n n"], *, of: str, each_class: bool = False) -> Float[Tensor, "*batch n n"]:

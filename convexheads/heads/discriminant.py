@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from convexheads._functorch import look_at
 from convexheads.errors import InputError
 from convexheads.heads import inputs
 from convexheads.heads.base import Dual, Head
 from convexheads.heads.closed_form import cholesky, plus_diagonal
 from convexheads.hyperparameters import Hyperparameter, display, positive, value_of
 from convexheads.kernels import Kernel
-from convexheads.transforms import look_at
 
 
 class LinearDiscriminantHead(Head):

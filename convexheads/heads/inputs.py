@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
+from convexheads._functorch import look_at
 from convexheads.errors import InputError, SolverError, described, is_count
 from convexheads.precision import is_dense, is_of_floats, is_of_integers, kind
-from convexheads.transforms import look_at
 
 # More classes than this are labels that nobody renumbered, and would fill the memory.
 _MOST_WAYS = 2**20

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from convexheads._functorch import compute
 from convexheads.errors import InputError, is_count
 from convexheads.heads.base import Dual, Head
 from convexheads.heads.inputs import label_all
@@ -15,7 +16,6 @@ from convexheads.hyperparameters import Hyperparameter, display, positive, value
 from convexheads.kernels import Kernel
 from convexheads.solvers import OnFailure, Solution, Status, softmax
 from convexheads.solvers.base import check_on_failure, complain
-from convexheads.transforms import compute
 
 _ENOUGH_STEPS = 100
 _TOLERANCE = 1e-6

@@ -8,13 +8,13 @@ from typing import ClassVar
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from convexheads._functorch import look_at
 from convexheads.errors import ConvexHeadsError
 from convexheads.heads import inputs
 from convexheads.heads.base import BaseLearner, Fitted
 from convexheads.hyperparameters import value_of
 from convexheads.kernels import for_support
 from convexheads.precision import full_precision, working_dtype
-from convexheads.transforms import look_at
 
 
 @dataclass(frozen=True)

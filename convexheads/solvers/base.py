@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from convexheads._functorch import look_at
 from convexheads.errors import InputError, MissingDependencyError, SolverError, SolverWarning, check_flag, is_count
 from convexheads.hyperparameters import positive
 from convexheads.precision import full_precision, is_of_floats, kind, working_dtype
 from convexheads.solvers.active_set import ActiveSet
 from convexheads.solvers.interior_point import Relaxed
 from convexheads.solvers.problem import QP, Certificate, Solution, Status
-from convexheads.transforms import look_at
 
 OnFailure = Literal["raise", "warn", "return"]
 """What to do about a task that is not solved: "raise" `SolverError`, emit `SolverWarning`, or just "return" it."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from convexheads.transforms import differentiated_once
+from convexheads._functorch import differentiated_once
 
 
 def call(solve: Callable[..., Tensor], *inputs: Tensor, backend: str) -> Tensor:

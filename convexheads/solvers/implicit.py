@@ -27,11 +27,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from convexheads._functorch import differentiated_once, in_front, is_transforming
 from convexheads.solvers.active_set import ActiveSet
 from convexheads.solvers.interior_point import Relaxed
 from convexheads.solvers.kkt import KKT
 from convexheads.solvers.problem import QP
-from convexheads.transforms import differentiated_once, in_front, is_transforming
 
 _REFINEMENTS = 3
 
