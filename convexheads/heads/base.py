@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.nn import functional
 
-from convexheads._functorch import look_at
+from convexheads._functorch import inspect_values
 from convexheads.errors import InputError
 from convexheads.heads import inputs
 from convexheads.hyperparameters import Hyperparameter, OneLine, display, positive, value_of
@@ -303,7 +303,7 @@ class Head(BaseLearner):
             SolverError: as in `forward`.
         """
         sizes = ways if isinstance(ways, Tensor) else None
-        ways = look_at(
+        ways = inspect_values(
             partial(inputs.check_support, needs_every_class=self.needs_every_class), support, labels, ways, mask
         )
         with full_precision(support.device):

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from convexheads._functorch import compute, is_transforming
+from convexheads._functorch import compute_without_grad, is_transforming
 from convexheads.errors import InputError
 from convexheads.hyperparameters import positive
 from convexheads.solvers import active_set, implicit
@@ -160,7 +160,7 @@ class NativeSolver(Solver):
             return tuple(part.reshape((*batch, *part.shape[1:])) for part in parts)
 
         names = qp.tensors()
-        parts = iter(compute(solve, *names.values()))
+        parts = iter(compute_without_grad(solve, *names.values()))
         solution, found = like[-1]
         solution = solution.map(lambda *_: next(parts))
         scale = next(parts)
