@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 
 import convexheads as ch
 from benchmarks import report
-from convexheads.backbones import BACKBONES, make_backbone
-from convexheads.pretrained import make_head
+from convexheads.models import build_backbone, build_head
+from convexheads.models.build import BACKBONES
 
 HEADS = ("prototypes", "ridge", "svm")
 WAYS, SHOTS = 5, 5
@@ -51,7 +51,7 @@ def training(*, backbone: str, device: str, episodes: int, queries: int, repeats
     labels = (torch.arange(images.shape[1]) % WAYS).expand(episodes, -1).to(device)
     parts: dict[str, tuple[nn.Module, ch.Head, torch.optim.Optimizer]] = {}
     for name in HEADS:
-        network, head = make_backbone(backbone, images.flatten(0, 1)).to(device), make_head(name).to(device)
+        network, head = build_backbone(backbone, images.flatten(0, 1)).to(device), build_head(name).to(device)
         parameters = [*network.parameters(), *head.parameters()]
         parts[name] = network, head, torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, nesterov=True)
     images = images.to(device)
@@ -78,7 +78,7 @@ def evaluation(*, device: str, episodes: int, queries: int, features: int) -> di
     settings: dict[str, Any] = {"ways": WAYS, "shots": SHOTS, "queries": queries}
     found = {}
     for name in HEADS:
-        head = make_head(name)
+        head = build_head(name)
         ch.evaluate(head, cached, labels, episodes=100, progress=False, **settings)  # warms up
         begin = time.perf_counter()
         ch.evaluate(head, cached, labels, episodes=episodes, **settings)

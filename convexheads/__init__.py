@@ -3,8 +3,9 @@
 Two lines: `head = SVMHead(C=0.1)`, then `logits = head(support, labels, query)`.
 """
 
-from convexheads.episodes import Episode, Evaluation, calibrate, embed, evaluate, split_task
+from convexheads.episodes import Episode, split_task
 from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError, SolverError, SolverWarning
+from convexheads.evaluation import Evaluation, calibrate, embed, evaluate
 from convexheads.heads import (
     CvxpyHead,
     CvxpyTask,
@@ -31,8 +32,8 @@ from convexheads.heads import (
 from convexheads.hyperparameters import Learnable
 from convexheads.kernels import RBF, Constant, Cosine, Kernel, Linear, Polynomial, Product, Sum
 from convexheads.loader import EpisodeLoader
-from convexheads.presets import metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
-from convexheads.pretrained import Pretrained, load_pretrained
+from convexheads.models.presets import metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
+from convexheads.models.pretrained import Pretrained, list_pretrained, load_pretrained
 from convexheads.solvers import (
     QP,
     CvxpylayersSolver,
@@ -99,6 +100,7 @@ __all__ = [
     "calibrate",
     "embed",
     "evaluate",
+    "list_pretrained",
     "load_pretrained",
     "metaoptnet_ridge",
     "metaoptnet_svm",
