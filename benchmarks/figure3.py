@@ -39,7 +39,7 @@ SCALES: dict[tables.Scale, tuple[str, str]] = {
 def solvers(iterations: int) -> dict[str, Solver]:
     """Those that are compared, stopped after so many iterations."""
     return {
-        "qpth": ch.QpthSolver(max_iterations=iterations, on_failure="return"),
+        "qpth": ch.solvers.QpthSolver(max_iterations=iterations, on_failure="return"),
         "ours": ch.NativeSolver(max_iterations=iterations, on_failure="return"),
     }
 

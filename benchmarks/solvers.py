@@ -85,9 +85,11 @@ def contenders() -> dict[str, Contender]:
         "native": Contender(of(ch.SVMHead(C))),
         "native in torch": Contender(of(ch.SVMHead(C, solver=ch.NativeSolver(compiled=False)))),
         "interior point": Contender(of(ch.SVMHead(C, solver=ch.NativeSolver(max_iterations=100)))),
-        "moreau": Contender(of(ch.SVMHead(C, solver=ch.MoreauSolver())), largest=2500),
-        "qpth": Contender(of(ch.SVMHead(C, solver=ch.QpthSolver(max_iterations=15))), largest=2000),
-        "cvxpylayers": Contender(of(ch.SVMHead(C, solver=ch.CvxpylayersSolver(on_failure="return"))), largest=375),
+        "moreau": Contender(of(ch.SVMHead(C, solver=ch.solvers.MoreauSolver())), largest=2500),
+        "qpth": Contender(of(ch.SVMHead(C, solver=ch.solvers.QpthSolver(max_iterations=15))), largest=2000),
+        "cvxpylayers": Contender(
+            of(ch.SVMHead(C, solver=ch.solvers.CvxpylayersSolver(on_failure="return"))), largest=375
+        ),
         "learn2learn": Contender(looped, largest=375, exact=False),
     }
     if find_spec("learn2learn") is None:
@@ -157,7 +159,7 @@ class Reference(NamedTuple):
 
 def reference(data: tuple[Tensor, Tensor, Tensor], ways: int, nk: int) -> Reference:
     """Solve with Moreau at a tight tolerance."""
-    head = ch.SVMHead(C, solver=ch.MoreauSolver(tolerance=1e-8))
+    head = ch.SVMHead(C, solver=ch.solvers.MoreauSolver(tolerance=1e-8))
     _, _, logits, gradient = once(lambda s, y, q, k: head(s, y, q, ways=k), *data, ways)
     return Reference(logits, gradient if nk <= _OWN_GRADIENTS else None)
 

@@ -13,7 +13,7 @@ import convexheads as ch
 from convexheads.models.pretrained import WEIGHTS_DIR, save_pretrained
 
 
-def check_pretrained(loaded: ch.Pretrained) -> None:
+def check_pretrained(loaded: ch.models.Pretrained) -> None:
     assert isinstance(loaded.backbone, torch.nn.Module)
     assert isinstance(loaded.head, ch.Head)
 

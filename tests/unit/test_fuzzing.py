@@ -135,7 +135,7 @@ def test_calls_of_regression_heads():
         fitted = head.fit(**{name: value for name, value in call.items() if name != "query"})
         with pytest.raises(ch.ConvexHeadsError):
             fitted.probabilities(call["query"])
-        if isinstance(fitted, ch.FittedGaussianProcess):
+        if isinstance(fitted, ch.heads.FittedGaussianProcess):
             assert fitted.variance(call["query"]).shape == call["query"].shape[:-1]
             assert fitted.log_marginal_likelihood().shape == call["support"].shape[:-2]
             outcome(lambda: fitted.variance(data.draw(spoilt(call["query"]))))
@@ -206,7 +206,7 @@ def test_problems():
         }
         for name in data.draw(st.sets(st.sampled_from([*fields, "root"]), max_size=2)):
             fields[name] = data.draw(spoilt(fields.get(name)), label=name)
-        solution = outcome(lambda: get_solver(solver).solve(ch.QP(**fields)))
+        solution = outcome(lambda: get_solver(solver).solve(ch.solvers.QP(**fields)))
         if solution is not None:
             batch = fields["linear"].shape[:-2]
             assert solution.coef.shape == fields["linear"].shape
@@ -313,8 +313,10 @@ class Life(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fits: list[tuple[ch.Fitted, Tensor, Tensor]] = []
-        self.differentiable: list[ch.Fitted] = []  # torch refuses gradients through a parameter that has changed since
+        self.fits: list[tuple[ch.heads.Fitted, Tensor, Tensor]] = []
+        self.differentiable: list[
+            ch.heads.Fitted
+        ] = []  # torch refuses gradients through a parameter that has changed since
 
     @initialize(make=st.sampled_from(LIVES))
     def create(self, make):
