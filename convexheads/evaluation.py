@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convexheads._progress import progress_bar
-from convexheads.episodes import FeatureEpisodes
+from convexheads._sampling import FeatureEpisodes
 from convexheads.errors import InputError, check_counts, check_flag
 from convexheads.heads.base import Head
 from convexheads.hyperparameters import Learnable, value_of

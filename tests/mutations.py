@@ -276,7 +276,7 @@ MUTATIONS = [
     ),
     Mutation(
         "evaluation-ranks",
-        "episodes.py",
+        "_sampling.py",
         "draws = islice(draws, self.rank, None, self.world_size)",
         "draws = islice(draws, 0, None, self.world_size)",
         "test_episodes.py::test_processes_share_an_evaluation",

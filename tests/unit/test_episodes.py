@@ -55,10 +55,10 @@ def test_evaluates_as_a_plain_loop_does():
     """Mean, interval and certificates against the same episodes solved one by one."""
     features, labels = clusters()
     result = evaluate(SVMHead(), features, labels, ways=4, shots=2, queries=5, episodes=30, seed=3, progress=False)
-    from convexheads.episodes import _sample_episodes
+    from convexheads._sampling import sample_episodes
 
     accuracies = []
-    for chosen in _sample_episodes(labels, 4, 7, 30, 3):
+    for chosen in sample_episodes(labels, 4, 7, 30, 3):
         assert len({labels[row[0]].item() for row in chosen}) == 4
         assert chosen.unique().numel() == 4 * 7
         episode = split_task(features[chosen.flatten()], torch.arange(4).repeat_interleave(7), shots=2)

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("solvers",),
     ("heads",),
     ("loader",),
-    ("episodes",),
+    ("episodes", "_sampling"),
     ("evaluation", "training"),
     ("models",),
     ("",),  # the package itself, whose `__init__` exports the public names
