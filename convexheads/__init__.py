@@ -6,6 +6,11 @@ Kernels are reached as `convexheads.kernels.RBF`, other solvers as `convexheads.
 `convexheads.models.Conv4`, and adapters to other libraries by importing a module of `convexheads.integrations`.
 """
 
+# Modules by their own name, so that type checkers know them as attributes.
+from convexheads import heads as heads
+from convexheads import kernels as kernels
+from convexheads import models as models
+from convexheads import solvers as solvers
 from convexheads.episodes import Episode, split_task
 from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError, SolverError, SolverWarning
 from convexheads.evaluation import Evaluation, calibrate, embed, evaluate
