@@ -39,7 +39,7 @@ SCALES: dict[tables.Scale, tuple[str, str]] = {
 def solvers(iterations: int) -> dict[str, Solver]:
     """Those that are compared, stopped after so many iterations."""
     return {
-        "qpth": ch.QpthSolver(max_iterations=iterations, on_failure="return"),
+        "qpth": ch.solvers.QpthSolver(max_iterations=iterations, on_failure="return"),
         "ours": ch.NativeSolver(max_iterations=iterations, on_failure="return"),
     }
 
@@ -72,8 +72,8 @@ def measure(
                     "shots": n,
                     "solver": name,
                     "iterations": count,
-                    "accuracy": 100 * result.mean,
-                    "interval": 100 * result.interval,
+                    "accuracy": 100 * result.accuracy,
+                    "interval": 100 * result.confidence_interval,
                     "difference": 100 * (result.accuracies - optimum[n]).mean().item(),
                     "median gap": result.gaps.median().item(),
                     "milliseconds": 1e3 * seconds / episodes,

@@ -33,9 +33,9 @@ from benchmarks.options import Options
 from benchmarks.processes import Processes
 from benchmarks.solvers import LEFT_OUT
 from benchmarks.train import device, episodes, run
-from convexheads import storage
+from convexheads import _storage
 from convexheads.errors import ConvexHeadsError
-from convexheads.pretrained import make_untrained
+from convexheads.models import build_model
 
 CONFIGS = Path(__file__).parent / "configs"
 TESTS = Path(__file__).parent.parent / "tests"
@@ -181,7 +181,7 @@ class Session:
                 return "the time was up"
         lines = path.read_text(errors="replace").splitlines()
         end = f"{end}: {lines[-1] if lines else 'no output'}"
-        storage.write(end_of, f"{end}\n".encode())
+        _storage.atomic_write(end_of, f"{end}\n".encode())
         return end
 
 
@@ -242,7 +242,8 @@ def _speed(session: Session) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         record = {"results": rows, "flop": flop, "peak_flop_per_s": peak, "floor_ms": floor, "steps": steps, **origin}
         _write_speed(rows, record, path.with_suffix(".md"))
-        storage.write(path, (json.dumps(record, indent=2) + "\n").encode())  # last: what is in it is not measured again
+        # Written last: what is in it is not measured again.
+        _storage.atomic_write(path, (json.dumps(record, indent=2) + "\n").encode())
         del training
         torch.cuda.empty_cache()
     if not rows:
@@ -294,7 +295,7 @@ def _on_noise(options: Options, *, channels_last: bool) -> Training:
     data = ImageSet(images, torch.arange(len(images)) % 64, tuple(map(str, range(64))))
     torch.manual_seed(0)
     training = Training(
-        options, *make_untrained(options.record(), images), episodes(data, options, Processes()), Processes()
+        options, *build_model(options.record(), images), episodes(data, options, Processes()), Processes()
     )
     if not channels_last:
         training.backbone.to(memory_format=torch.contiguous_format)
@@ -400,7 +401,7 @@ def bring_home(output: Path) -> list[Path]:
     parts = []
     for number, start in enumerate(range(0, len(content), PART)):
         parts.append(folder / f"part-{number:02}")
-        storage.write(parts[-1], content[start : start + PART])
+        _storage.atomic_write(parts[-1], content[start : start + PART])
     return parts
 
 
@@ -415,13 +416,13 @@ def take_home(folder: Path, output: Path) -> list[str]:
 def _halved(path: Path) -> bytes:
     """Weights of which the large ones are in float16; `load_pretrained` reads them as they are."""
     key = {"key": "settings", "needed_by": "benchmarks.gpu"}
-    tensors, settings = storage.load(path, **key)
+    tensors, settings = _storage.load(path, **key)
     half = {
         name: value.half() if value.ndim > 1 and value.is_floating_point() else value for name, value in tensors.items()
     }
     small = path.with_name(".half.safetensors")
     try:
-        storage.save(small, half, settings, **key)
+        _storage.save(small, half, settings, **key)
         return small.read_bytes()
     finally:
         small.unlink(missing_ok=True)

@@ -27,11 +27,11 @@ from benchmarks.loop import Training
 from benchmarks.options import Options
 from benchmarks.processes import Processes
 from benchmarks.train import episodes
-from convexheads import Learnable, NativeSolver, PrototypeHead, RidgeHead, SVMHead, storage
-from convexheads.episodes import embed, evaluate
+from convexheads import Learnable, NativeSolver, PrototypeHead, RidgeHead, SVMHead, _storage
+from convexheads.evaluation import embed, evaluate
 from convexheads.hyperparameters import value_of
 from convexheads.kernels import Composable
-from convexheads.pretrained import make_untrained
+from convexheads.models import build_model
 
 CONFIG = Path(__file__).parent / "configs" / "conv4" / "cifar-fs_svm.yaml"
 
@@ -118,7 +118,7 @@ def measure(name: str, options: Options, data: dict[str, ImageSet], test_episode
     setting = SETTINGS[name]
     options = Options(**(vars(options) | setting.changes))
     torch.manual_seed(options.seed)
-    backbone, _ = make_untrained(options.record(), data["train"].images)
+    backbone, _ = build_model(options.record(), data["train"].images)
     training = setting.training(
         options, backbone, setting.make(), episodes(data["train"], options, Processes()), Processes()
     )
@@ -135,7 +135,7 @@ def measure(name: str, options: Options, data: dict[str, ImageSet], test_episode
     for head, own in heads.items():
         for shots in (1, 5):
             found = evaluate(own, features, labels, shots=shots, episodes=test_episodes, progress=False)
-            result[f"{head}, {shots}-shot"] = 100 * found.mean
+            result[f"{head}, {shots}-shot"] = 100 * found.accuracy
     return {
         "setting": name,
         "training accuracy": sum(accuracies) / max(1, len(accuracies)),
@@ -184,7 +184,7 @@ def main() -> None:
                 continue
             rows.append(measure(name, options, data, chosen.episodes) | {"seed": seed})
             record = {"sizes": known, "results": rows, **report.provenance()}
-            storage.write(path, (json.dumps(record, indent=2) + "\n").encode())
+            _storage.atomic_write(path, (json.dumps(record, indent=2) + "\n").encode())
     if not rows:
         raise SystemExit("error: minutes: expected enough for one training, got none done")
     table = Table(title=f"Conv-4 after {chosen.steps} steps on {chosen.dataset}, by the head", title_justify="left")

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 import convexheads as ch
 from benchmarks import report
 from benchmarks.data import ImageSet, load
-from convexheads.episodes import calibrate, embed, evaluate
+from convexheads.evaluation import calibrate, embed, evaluate
 
 SLACK = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 WEIGHT = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
@@ -87,7 +87,8 @@ def compare(
         bar.set_description(f"{n}-shot {name}")
         make, grid = FAMILIES[name]
         scores = {
-            value: evaluate(make(value), *val, shots=n, episodes=validation_episodes, **options).mean for value in grid
+            value: evaluate(make(value), *val, shots=n, episodes=validation_episodes, **options).accuracy
+            for value in grid
         }
         value = max(scores, key=scores.__getitem__)
         head = calibrate(make(value), *val, shots=n, episodes=validation_episodes, **options)
@@ -102,12 +103,12 @@ def compare(
                 "shots": n,
                 "head": name,
                 "value": value,
-                "accuracy": result.mean,
-                "interval": result.interval,
+                "accuracy": result.accuracy,
+                "interval": result.confidence_interval,
                 "difference": difference.mean().item(),
                 "difference_interval": 1.96 * difference.std().item() / math.sqrt(episodes),
-                "calibration_error": result.calibration_error,
-                "uncalibrated_error": raw.calibration_error,
+                "calibration_error": result.expected_calibration_error,
+                "uncalibrated_error": raw.expected_calibration_error,
                 "milliseconds": 1e3 * seconds / episodes,
                 "certified": None if result.converged is None else result.converged.double().mean().item(),
             }

@@ -19,20 +19,21 @@ from tqdm.auto import tqdm
 from benchmarks.data import Episodes, ImageSet
 from benchmarks.options import Options
 from benchmarks.processes import Processes
-from convexheads import storage
-from convexheads.episodes import Episode, embed, evaluate
+from convexheads import _storage
+from convexheads.episodes import Episode
 from convexheads.errors import ConvexHeadsError, InputError, SolverError
+from convexheads.evaluation import embed, evaluate
 from convexheads.heads import Head
 from convexheads.heads.svm import MulticlassSVM
 from convexheads.kernels import Linear
-from convexheads.training import SCHEDULES, EpisodeLoss, episode_loss, refuse, tasks_with_bad_values, where
+from convexheads.training import SCHEDULES, EpisodeLoss, episode_loss, format_step, non_finite_tasks, raise_failure
 
 METRICS = ("loss", "accuracy", "gap", "certified", "iterations")
 """The metrics of a step, of which a head may have only some; see `convexheads.training.EpisodeLoss`."""
 INTERVAL = 10
 """Steps between two reads of the metrics from the device."""
 KIND = {"key": "training", "needed_by": "benchmarks.train"}
-"""Identifies a file as a checkpoint, for `convexheads.storage`."""
+"""Identifies a file as a checkpoint, for `convexheads._storage`."""
 
 _log = logging.getLogger(__name__)
 
@@ -57,8 +58,8 @@ class Training:
         failures: the failed steps, each a dictionary with the keys "step", "tasks" (numbered across all processes, as
             `EpisodeLoader` distributes them) and "cause".
         best: the highest accuracy on validation classes so far.
-        averages: with `options.average`, the moving averages of weights and statistics, by the names that checkpoints use.
-            They are what is validated and saved.
+        averages: with `options.average`, the moving averages of weights and statistics, which are validated and
+            saved, by the names that checkpoints use.
         seconds: the training time so far, including that of the runs before this one was resumed.
         gram_on_host: whether only the Gram matrix of the features is copied from the GPU and the CPU does the rest of
             the head's work. True for SVMs with a linear kernel, whose solver runs on the CPU: the GPU then waits for
@@ -168,7 +169,7 @@ class Training:
                 return _loss_on_host(self.head, features, self.episodes, **settings)
             return episode_loss(self.head, episode, **settings)
         except (InputError, SolverError) as error:
-            tasks = tasks_with_bad_values(features, 1)
+            tasks = non_finite_tasks(features, 1)
             if isinstance(error, InputError) and not tasks:
                 raise  # not caused by the values
             if isinstance(error, SolverError) and error.solution is not None:
@@ -236,12 +237,12 @@ class Training:
             name = next(self._trained[each["gradient"]] for each in reports if each["gradient"] >= 0)
             failures = [{"step": step, "tasks": [], "cause": f"the gradient of {name}"}]
         if self.options.on_failure == "raise":
-            refuse(failures[0])
+            raise_failure(failures[0])
         self.stopped = self.options.on_failure == "stop"
         self.failures += failures
         for failure in failures if self.processes.first else ():
             action = "the training stops before" if self.stopped else "skipped"
-            _log.warning("%s %s (%s)", action, where(failure), failure["cause"])
+            _log.warning("%s %s (%s)", action, format_step(failure), failure["cause"])
 
     def _log(self, step: int) -> None:
         """Add a row to the log: the means of the metrics that were read, and the largest duality gap."""
@@ -269,10 +270,11 @@ class Training:
                 queries=options.test_queries,
                 episodes=options.validation_episodes,
                 seed=options.seed,
-                part=(processes.rank, processes.count),
+                rank=processes.rank,
+                world_size=processes.count,
                 progress=False,
             )
-        accuracy = float(np.mean(processes.gather(result.mean)))
+        accuracy = float(np.mean(processes.gather(result.accuracy)))
         self.rows.setdefault(self.step - 1, {})["val_accuracy"] = accuracy
         improved, self.best = accuracy > self.best, max(accuracy, self.best)
         return improved
@@ -312,7 +314,7 @@ class Training:
         names = ("step", "seconds", "best", "rows", "failures", "_pending")
         path.parent.mkdir(parents=True, exist_ok=True)
         record = {"options": self.options.record()} | {name: getattr(self, name) for name in names}
-        storage.save(path, state | momentum | averages, record, **KIND)
+        _storage.save(path, state | momentum | averages, record, **KIND)
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint.
@@ -320,7 +322,7 @@ class Training:
         Raises:
             OSError, ValueError, LookupError: there is no checkpoint, it is damaged, or it is another kind of file.
         """
-        tensors, record = storage.load(path, **KIND)
+        tensors, record = _storage.load(path, **KIND)
         self.load_weights(tensors)
         for name, value in self.parameters.items():
             self.optimizer.state[value]["momentum_buffer"].copy_(tensors[f"momentum.{name}"])
@@ -365,7 +367,7 @@ def train(options: Options, data: dict[str, ImageSet], training: Training, *, de
                 training.read()
                 if validates and not training.stopped and training.validate(data["val"]) and first:
                     best.parent.mkdir(parents=True, exist_ok=True)
-                    storage.save(best, training.weights(), {"step": done}, **KIND)
+                    _storage.save(best, training.weights(), {"step": done}, **KIND)
                 training.seconds = before + time.monotonic() - begin
                 log(bar)
                 if (saves or training.stopped) and first:
@@ -377,7 +379,7 @@ def train(options: Options, data: dict[str, ImageSet], training: Training, *, de
         why = f"step {failure['step']} failed ({failure['cause']}), training has stopped"
         raise ConvexHeadsError(f"{why}; {options.checkpoint} is from before the step, --resume continues after it")
     if first and training.step == total:
-        training.load_weights(storage.load(best, **KIND)[0] if best.is_file() else training.weights())
+        training.load_weights(_storage.load(best, **KIND)[0] if best.is_file() else training.weights())
 
 
 class _Gram(nn.Module):
@@ -410,7 +412,7 @@ def _loss_on_host(head: Head, features: Tensor, episodes: Episodes, **settings: 
 def write_log(rows: dict[int, dict[str, float]], path: Path) -> None:
     """Write the rows of the log as CSV, sorted by step."""
     table = pandas.DataFrame.from_dict(rows, orient="index").sort_index().sort_index(axis="columns")
-    storage.write(path, table.to_csv(index_label="step").encode())
+    _storage.atomic_write(path, table.to_csv(index_label="step").encode())
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class Options:
     ] = "digits"
     data_root: Annotated[Path | None, "folder of the data, only read; else variable CONVEXHEADS_DATA"] = None
     backbone: Annotated[Literal["conv4", "r2d2", "resnet12", "wrn28"], "network to train"] = "conv4"
-    dropblock: Annotated[Literal["paper", "official", "none"], "of resnet12, see convexheads/backbones.py"] = "paper"
+    dropblock: Annotated[Literal["paper", "reference_code", "none"], "of `ResNet12`"] = "paper"
     head: Annotated[
         Literal["svm", "svm-smoothed", "ridge", "prototypes"],
         "head to train through; svm, ridge and prototypes are evaluated in any case",

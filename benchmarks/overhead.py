@@ -30,8 +30,8 @@ from benchmarks.loop import Training
 from benchmarks.options import Options
 from benchmarks.processes import Processes
 from benchmarks.train import episodes as make_episodes
-from convexheads.backbones import BACKBONES, Backbone, make_backbone
-from convexheads.pretrained import make_head
+from convexheads.models import Backbone, build_backbone, build_head
+from convexheads.models.build import BACKBONES
 from convexheads.training import episode_loss
 
 HEADS = ("prototypes", "ridge", "svm")
@@ -64,7 +64,7 @@ def training(*, backbone: str, device: str, episodes: int, queries: int, repeats
     labels = (torch.arange(images.shape[1]) % WAYS).expand(episodes, -1).to(device)
     parts: dict[str, tuple[nn.Module, ch.Head, torch.optim.Optimizer]] = {}
     for name in HEADS:
-        network, head = make_backbone(backbone, images.flatten(0, 1)).to(device), make_head(name).to(device)
+        network, head = build_backbone(backbone, images.flatten(0, 1)).to(device), build_head(name).to(device)
         parameters = [*network.parameters(), *head.parameters()]
         parts[name] = network, head, torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, nesterov=True)
     images = images.to(device)
@@ -91,7 +91,7 @@ def evaluation(*, device: str, episodes: int, queries: int, features: int) -> di
     settings: dict[str, Any] = {"ways": WAYS, "shots": SHOTS, "queries": queries}
     found = {}
     for name in HEADS:
-        head = make_head(name)
+        head = build_head(name)
         ch.evaluate(head, cached, labels, episodes=100, progress=False, **settings)  # warms up
         begin = time.perf_counter()
         ch.evaluate(head, cached, labels, episodes=episodes, **settings)
@@ -100,15 +100,11 @@ def evaluation(*, device: str, episodes: int, queries: int, features: int) -> di
 
 
 class OneLayer(Backbone):
-    """64 features that are linear in the pixels: next to no network, so that a loop shows.
+    """64 features that are linear in the pixels of 32 x 32 images, so that the time of the loop itself shows."""
 
-    Args:
-        examples: uint8 images (m, channels, height, width), as for every backbone.
-    """
-
-    def __init__(self, examples: Tensor) -> None:
-        super().__init__(examples)
-        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(examples[0].numel(), 64))
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 64))
 
 
 def one_layer_training(*, device: Literal["cpu", "cuda"], tasks: int, queries: int, steps: int) -> Training:
@@ -130,7 +126,7 @@ def one_layer_training(*, device: Literal["cpu", "cuda"], tasks: int, queries: i
         compile="none",
     )
     batches = make_episodes(data, options, Processes())
-    return Training(options, OneLayer(images), make_head(options.head), batches, Processes())
+    return Training(options, OneLayer(), build_head(options.head), batches, Processes())
 
 
 def step_alone(own: Training, images: Tensor) -> None:
@@ -186,7 +182,7 @@ def in_lightning(own: Training, steps: int) -> float:
             ends.append(report.now(batch[0]))
 
     settings: dict[str, Any] = {"learning_rate": own.options.learning_rate, "schedule": own.options.schedule}
-    module = EpisodicModule(own.backbone, own.head, ways=WAYS, shots=SHOTS, steps=steps + 1, **settings)
+    module = EpisodicModule(own.backbone, own.head, ways=WAYS, shots=SHOTS, total_steps=steps + 1, **settings)
     trainer = pl.Trainer(
         accelerator="gpu" if own.device.type == "cuda" else "cpu",
         devices=1,

@@ -99,10 +99,10 @@ def _made() -> dict[str, Contender | ch.MissingDependencyError]:
         "native": lambda: Contender(of(ch.SVMHead(C))),
         "native in torch": lambda: Contender(of(ch.SVMHead(C, solver=ch.NativeSolver(compiled=False)))),
         "interior point": lambda: Contender(of(ch.SVMHead(C, solver=ch.NativeSolver(max_iterations=100)))),
-        "moreau": lambda: Contender(of(ch.SVMHead(C, solver=ch.MoreauSolver())), largest=2500),
-        "qpth": lambda: Contender(of(ch.SVMHead(C, solver=ch.QpthSolver(max_iterations=15))), largest=2000),
+        "moreau": lambda: Contender(of(ch.SVMHead(C, solver=ch.solvers.MoreauSolver())), largest=2500),
+        "qpth": lambda: Contender(of(ch.SVMHead(C, solver=ch.solvers.QpthSolver(max_iterations=15))), largest=2000),
         "cvxpylayers": lambda: Contender(
-            of(ch.SVMHead(C, solver=ch.CvxpylayersSolver(on_failure="return"))), largest=375
+            of(ch.SVMHead(C, solver=ch.solvers.CvxpylayersSolver(on_failure="return"))), largest=375
         ),
         "learn2learn": learn2learn,
     }
@@ -177,7 +177,7 @@ class Reference(NamedTuple):
 
 def reference(data: tuple[Tensor, Tensor, Tensor], ways: int, nk: int) -> Reference:
     """Solve with Moreau at a tight tolerance."""
-    head = ch.SVMHead(C, solver=ch.MoreauSolver(tolerance=1e-8))
+    head = ch.SVMHead(C, solver=ch.solvers.MoreauSolver(tolerance=1e-8))
     _, _, logits, gradient = once(lambda s, y, q, k: head(s, y, q, ways=k), *data, ways)
     return Reference(logits, gradient if nk <= _OWN_GRADIENTS else None)
 

@@ -25,8 +25,7 @@ import convexheads as ch
 from benchmarks import report, table1, tables
 from benchmarks.options import Options
 from benchmarks.tables import HEADS, HERE, Row, Scale, Table
-from convexheads.backbones import make_backbone
-from convexheads.pretrained import make_head
+from convexheads.models import build_backbone, build_head
 
 BACKBONES = {"conv4": "64-64-64-64", "resnet12": "ResNet-12"}
 DATASETS = ("miniimagenet", "tieredimagenet")
@@ -65,8 +64,8 @@ def measure(
         images = torch.randint(
             256, (TABLE.ways * (max(shots) + queries), 3, size, size), dtype=torch.uint8, device=device
         )
-        backbone = make_backbone(name, images.cpu()).eval().to(device)
-        heads = {head: make_head(head) for head in HEADS}
+        backbone = build_backbone(name, images.cpu()).eval().to(device)
+        heads = {head: build_head(head) for head in HEADS}
         for n in shots:
             labels = torch.arange(TABLE.ways, device=device).repeat_interleave(n)
             batch = images[: TABLE.ways * (n + queries)]

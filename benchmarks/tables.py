@@ -27,7 +27,7 @@ import convexheads as ch
 from benchmarks import report, require_modules
 from benchmarks.data import ImageSet, load
 from benchmarks.options import Options
-from convexheads.pretrained import ZOO
+from convexheads.models.pretrained import WEIGHTS_DIR
 
 HERE = Path(__file__).parent
 TITLES = {
@@ -133,7 +133,7 @@ class Table:
 def find_weights(configuration: str) -> Path | None:
     """The weights of a finished training with that configuration: the committed ones, else those below `runs/`."""
     name = run_name(configuration)
-    files = [ZOO / f"{name.replace('_', '-')}.safetensors"]
+    files = [WEIGHTS_DIR / f"{name.replace('_', '-')}.safetensors"]
     files += [parent / name / "model.safetensors" for parent in (HERE / "results", Path("runs"))]
     return next((file for file in files if file.is_file()), None)
 
@@ -145,7 +145,7 @@ def run_name(configuration: str) -> str:
 
 def features(
     configuration: str, dataset: str, *, root: Path | None, train: bool
-) -> tuple[Tensor, Tensor, ch.Pretrained]:
+) -> tuple[Tensor, Tensor, ch.models.Pretrained]:
     """Features and labels of a data set's test classes by the backbone of that configuration, and its weights.
 
     Images of another size than the backbone was trained on are brought to that.
@@ -189,7 +189,7 @@ def _test_classes(dataset: str, root: Path | None) -> ImageSet:
 
 
 @cache
-def _features(weights: Path, dataset: str, root: Path | None) -> tuple[Tensor, ch.Pretrained]:
+def _features(weights: Path, dataset: str, root: Path | None) -> tuple[Tensor, ch.models.Pretrained]:
     trained, images = ch.load_pretrained(weights), _test_classes(dataset, root).images
     if images.shape[-1] != (size := trained.settings["image_size"]):
         require_modules("torchvision")
@@ -226,12 +226,12 @@ def measure(
                 "backbone": row.backbone,
                 "dataset": dataset,
                 "shots": shots,
-                "accuracy": 100 * result.mean,
-                "interval": 100 * result.interval,
+                "accuracy": 100 * result.accuracy,
+                "interval": 100 * result.confidence_interval,
                 "difference": difference.mean().item(),
                 "difference interval": 1.96 * difference.std().item() / math.sqrt(len(difference)),
                 "largest gap": None if result.gaps is None else result.gaps.max().item(),
-                "text": f"{100 * result.mean:.2f} ± {100 * result.interval:.2f}",
+                "text": f"{100 * result.accuracy:.2f} ± {100 * result.confidence_interval:.2f}",
                 "configuration": configuration,
                 "trained on": trained["dataset"],
                 "training shots": trained["shots"],

@@ -30,9 +30,9 @@ from benchmarks.data import join as concatenate
 from benchmarks.loop import KIND, Training, train
 from benchmarks.options import Options, read_settings
 from benchmarks.processes import Processes, join, leave
-from convexheads import storage
-from convexheads.episodes import embed, evaluate
-from convexheads.pretrained import make_head, make_untrained, save_pretrained
+from convexheads import _storage
+from convexheads.evaluation import embed, evaluate
+from convexheads.models import build_head, build_model, save_pretrained
 
 HEADS = ("svm", "ridge", "prototypes")
 """The heads that every run evaluates."""
@@ -76,7 +76,7 @@ def test(options: Options, data: ImageSet, backbones: Mapping[str, nn.Module]) -
     """Evaluate heads on the features of each backbone: all heads on the first, the trained one's on the others."""
     tasks, rows = [(options.ways, shots) for shots in options.test_shots], []
     for name, backbone in backbones.items():
-        heads = {head: make_head(head) for head in ([options.head] if rows else [options.head, *HEADS])}
+        heads = {head: build_head(head) for head in ([options.head] if rows else [options.head, *HEADS])}
         rows += measure(options, data, name, backbone, heads, tasks)
     return rows
 
@@ -104,7 +104,9 @@ def measure(
             seed=options.seed,
         )
         gap = None if result.gaps is None else result.gaps.max().item()
-        rows.append(report.Row(name, head, ways, shots, result.mean, result.interval, result.episodes, gap))
+        rows.append(
+            report.Row(name, head, ways, shots, result.accuracy, result.confidence_interval, result.episodes, gap)
+        )
     return rows
 
 
@@ -143,7 +145,7 @@ def run(
             data["train"] = every_turn(data["train"])
         images = data["train"].images
         torch.manual_seed(options.seed)
-        backbone, head = make_untrained(options.record(), images)
+        backbone, head = build_model(options.record(), images)
         untrained = deepcopy(backbone)
         training = Training(options, backbone, head, episodes(data["train"], options, processes), processes)
         if options.resume:
@@ -194,13 +196,13 @@ def prepare(options: Options) -> None:
 def write_config(options: Options) -> None:
     """Write the options into the output folder, for `--config` and for `--resume`."""
     text = f"# {options.command()}\n{yaml.safe_dump(options.record(), sort_keys=False)}"
-    storage.write(options.folder / "config.yaml", text.encode())
+    _storage.atomic_write(options.folder / "config.yaml", text.encode())
 
 
 def _check_checkpoint(options: Options) -> None:
     path, wanted = options.checkpoint, "a complete checkpoint of this run"
     try:
-        _, record = storage.load(path, **KIND)
+        _, record = _storage.load(path, **KIND)
         saved = dict(record["options"])
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise ch.InputError("resume", f"{path}, damaged or something else: {error}", wanted) from error
@@ -237,7 +239,7 @@ def write(
     console.print(table, note, f"All of it is in {options.folder}", sep="\n")
     report.write_markdown(table, f"{note}\n\n{details}", options.folder / "result.md")
     report.draw(rows, title, options.folder / "accuracy.png")
-    storage.write(options.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    _storage.atomic_write(options.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
 
 
 def main(

@@ -1,23 +1,26 @@
 """Few-shot classification heads whose base learner is a convex problem.
 
-Two lines: `head = SVMHead(C=0.1)`, then `logits = head(support, labels, query)`.
+A head is used in two lines: `head = SVMHead(C=0.1)`, then `logits = head(support, labels, query)`.
+
+Kernels are reached as `convexheads.kernels.RBF`, other solvers as `convexheads.solvers.QpthSolver`, backbones as
+`convexheads.models.Conv4`, and adapters to other libraries by importing a module of `convexheads.integrations`.
 """
 
-from convexheads.episodes import Episode, Evaluation, calibrate, embed, evaluate, split_task
+# Modules by their own name, so that type checkers know them as attributes.
+from convexheads import heads as heads
+from convexheads import kernels as kernels
+from convexheads import models as models
+from convexheads import solvers as solvers
+from convexheads.episodes import Episode, split_task
 from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError, SolverError, SolverWarning
+from convexheads.evaluation import Evaluation, calibrate, embed, evaluate
 from convexheads.heads import (
     CvxpyHead,
-    CvxpyTask,
-    Dual,
-    Fitted,
-    FittedGaussianProcess,
-    FittedRegression,
     GaussianProcessHead,
     Head,
     LinearDiscriminantHead,
     LogisticHead,
     MahalanobisHead,
-    MulticlassSVM,
     OneVsRestHead,
     PrototypeHead,
     RegressionHead,
@@ -31,78 +34,60 @@ from convexheads.heads import (
 from convexheads.hyperparameters import Learnable
 from convexheads.kernels import RBF, Constant, Cosine, Kernel, Linear, Polynomial, Product, Sum
 from convexheads.loader import EpisodeLoader
-from convexheads.presets import metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
-from convexheads.pretrained import Pretrained, load_pretrained
-from convexheads.solvers import (
-    QP,
-    CvxpylayersSolver,
-    MoreauSolver,
-    NativeSolver,
-    QpthSolver,
-    Solution,
-    Solved,
-    Solver,
-    Status,
-)
+from convexheads.models import list_pretrained, load_pretrained, metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
+from convexheads.solvers import NativeSolver
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "QP",
-    "RBF",
-    "Constant",
-    "ConvexHeadsError",
-    "Cosine",
+__all__ = [  # noqa: RUF022 (by subject)
+    # classification
+    "Head",
+    "SVMHead",
+    "WestonWatkinsHead",
+    "OneVsRestHead",
+    "SimplifiedSVMHead",
+    "LogisticHead",
+    "RidgeHead",
+    "PrototypeHead",
+    "LinearDiscriminantHead",
+    "MahalanobisHead",
     "CvxpyHead",
-    "CvxpyTask",
-    "CvxpylayersSolver",
-    "Dual",
+    # regression
+    "RegressionHead",
+    "RidgeRegressionHead",
+    "GaussianProcessHead",
+    "SupportVectorRegressionHead",
+    # hyperparameters and solvers
+    "Learnable",
+    "NativeSolver",
+    # episodes
     "Episode",
     "EpisodeLoader",
     "Evaluation",
-    "Fitted",
-    "FittedGaussianProcess",
-    "FittedRegression",
-    "GaussianProcessHead",
-    "Head",
-    "InputError",
-    "Kernel",
-    "Learnable",
-    "Linear",
-    "LinearDiscriminantHead",
-    "LogisticHead",
-    "MahalanobisHead",
-    "MissingDependencyError",
-    "MoreauSolver",
-    "MulticlassSVM",
-    "NativeSolver",
-    "OneVsRestHead",
-    "Polynomial",
-    "Pretrained",
-    "Product",
-    "PrototypeHead",
-    "QpthSolver",
-    "RegressionHead",
-    "RidgeHead",
-    "RidgeRegressionHead",
-    "SVMHead",
-    "SimplifiedSVMHead",
-    "Solution",
-    "Solved",
-    "Solver",
-    "SolverError",
-    "SolverWarning",
-    "Status",
-    "Sum",
-    "SupportVectorRegressionHead",
-    "WestonWatkinsHead",
     "calibrate",
     "embed",
     "evaluate",
-    "load_pretrained",
+    "split_task",
+    # settings of the literature and trained weights
     "metaoptnet_ridge",
     "metaoptnet_svm",
     "protonet",
     "r2d2",
-    "split_task",
+    "list_pretrained",
+    "load_pretrained",
+    # errors
+    "ConvexHeadsError",
+    "InputError",
+    "MissingDependencyError",
+    "SolverError",
+    "SolverWarning",
+    # kernels
+    "RBF",
+    "Constant",
+    "Cosine",
+    "Kernel",
+    "Linear",
+    "Polynomial",
+    "Product",
+    "Sum",
 ]

@@ -1,9 +1,10 @@
-"""Training episodes, drawn from samples in memory."""
+"""Training episodes, sampled from a tensor in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from operator import index
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Integer
@@ -18,38 +19,41 @@ if TYPE_CHECKING:
 
 
 class EpisodeLoader:
-    """A batch of episodes for every training step.
+    """An iterable over batches of episodes, one batch per training step.
 
-    An episode depends on the seed, the step and its place in the step alone. So a training that is resumed
-    (`state_dict` holds the position, Lightning keeps it in its checkpoints), or spread over several processes, sees
-    what one that runs alone and without a break would see. Classes and samples are drawn without replacement, as by
-    learn2learn's tasksets. A pass has `steps` batches, and the next pass draws others.
+    An episode depends only on the seed, the step and its index in the batch. A training that is resumed or that is
+    spread over several processes therefore sees the same episodes as an uninterrupted one on a single process. Classes
+    and samples are drawn without replacement, as in learn2learn's tasksets.
 
-    Yields samples `(tasks, ways * (shots + queries), *sample)` and labels, int64, `(tasks, ways * (shots + queries))`,
-    class by class, for `split_task` or `EpisodicModule`. Needs NumPy.
+    Each iteration is an epoch of `steps_per_epoch` batches and has episodes of its own, even if the one before was left
+    early. `state_dict` and `load_state_dict` resume within an epoch; Lightning keeps this state in its checkpoints.
+
+    Yields samples `(tasks, n, *sample)` and labels `(tasks, n)`, int64 and sorted by class, for `split_task` or
+    `EpisodicModule`: of each episode n = ways * (shots + queries) samples. NumPy has to be installed.
+
+    Use it when all samples fit into memory, such as images in uint8.
 
     Args:
-        samples: `(n, *sample)`, of any dtype, such as images as uint8.
-        labels: their classes, `(n,)`, any integers.
-        ways: classes of an episode. Default 5.
-        shots: support samples a class. Default 5.
-        queries: query samples a class. Default 15.
-        tasks: episodes of a step, over all processes. Default 8.
-        steps: batches of a pass. Default 1,000.
-        seed: of all the draws. Default 0.
-        augment: a random transform, applied to every sample anew; what it draws from PyTorch depends on the seed too.
-            None (default) for none.
-        classes: names for the error messages, in the order of the sorted labels; None (default): the labels.
-        fixed: whether every pass has the same episodes, as for validation. Default False.
-        rank: which of the processes this one is; it gets every `processes`-th episode. Default 0.
-        processes: how many there are. Default 1.
-        workers: processes of this one that draw and augment the next batches meanwhile, by PyTorch's `DataLoader`; the
-            batches are the same. Default 0, none: worth it where augmenting takes as long as training does.
+        samples: Samples of any dtype, `(n, *sample)`.
+        labels: The class of each sample, any integers, `(n,)`.
+        ways: Number of classes per episode.
+        shots: Number of support samples per class.
+        queries: Number of query samples per class.
+        batch_size: Number of episodes per batch, over all processes.
+        steps_per_epoch: Number of batches per epoch.
+        seed: Random seed.
+        transform: A random transform, applied to each sample. Its draws from PyTorch depend on `seed` as well.
+        class_names: Names for error messages, in the order of the sorted labels; by default the labels.
+        resample_each_epoch: Whether every epoch has other episodes. False gives the same ones in each, for validation.
+        rank: Rank of this process, which gets every `world_size`-th episode.
+        world_size: Number of processes.
+        num_workers: Number of worker processes of PyTorch's `DataLoader`, which prepare the next batches. The batches
+            do not depend on it. Workers pay off where `transform` takes about as long as a training step.
 
     Raises:
-        InputError: a size is not positive, an argument is of another type, samples and labels don't go together, there
-            are too few classes, a class has too few samples, episodes cannot be shared out evenly, or there are workers
-            for samples on another device than the CPU.
+        InputError: An argument is unusable: for example, there are fewer classes than `ways`, a class has fewer samples
+            than `shots + queries`, `batch_size` is not a multiple of `world_size`, or there are workers for samples
+            on another device than the CPU.
 
     Example:
         `for samples, labels in EpisodeLoader(images, classes, ways=5, shots=1): ...`
@@ -63,31 +67,31 @@ class EpisodeLoader:
         ways: int = 5,
         shots: int = 5,
         queries: int = 15,
-        tasks: int = 8,
-        steps: int = 1000,
+        batch_size: int = 8,
+        steps_per_epoch: int = 1000,
         seed: int = 0,
-        augment: Callable[[Tensor], Tensor] | None = None,
-        classes: Sequence[str] | None = None,
-        fixed: bool = False,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        class_names: Sequence[str] | None = None,
+        resample_each_epoch: bool = True,
         rank: int = 0,
-        processes: int = 1,
-        workers: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
     ) -> None:
-        check_counts(ways=ways, shots=shots, queries=queries, tasks=tasks, steps=steps, processes=processes)
+        counts = {"ways": ways, "shots": shots, "queries": queries, "batch_size": batch_size}
+        check_counts(**counts, steps_per_epoch=steps_per_epoch)
         check_seed(seed)
-        check_flag("fixed", fixed)
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank not in range(processes):
-            raise InputError("rank", repr(rank), f"an integer from 0 to processes - 1 = {processes - 1}")
-        if augment is not None and not callable(augment):
-            raise InputError("augment", repr(augment), "a function from a sample to a sample, or None")
+        check_flag("resample_each_epoch", resample_each_epoch)
+        check_rank(rank, world_size)
+        if transform is not None and not callable(transform):
+            raise InputError("transform", repr(transform), "a function from a sample to a sample, or None")
         if not is_dense(samples):
             raise InputError("samples", kind(samples), "a tensor, (n, *sample)")
         if not is_of_integers(labels):
             raise InputError("labels", kind(labels), "a tensor of integers")
-        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-            raise InputError("workers", described(workers), "a number of processes, 0 for none")
+        if (workers := _as_integer(num_workers)) is None or workers < 0:
+            raise InputError("num_workers", described(num_workers), "a number of processes, 0 for none")
         if workers and samples.device.type != "cpu":
-            raise InputError("samples", f"device {samples.device}", "the CPU, or workers=0")
+            raise InputError("samples", f"device {samples.device}", "the CPU, or num_workers=0")
         labels = labels.cpu().long()
         if labels.shape != samples.shape[:1] or not labels.ndim:
             got = f"shapes {tuple(samples.shape)} and {tuple(labels.shape)}"
@@ -96,84 +100,121 @@ class EpisodeLoader:
         self.members = [(labels == label).nonzero().flatten().numpy() for label in present]
         if len(self.members) < ways:
             raise InputError("ways", ways, f"at most the {len(self.members)} classes of the data")
-        if classes is not None and (not isinstance(classes, Sequence) or len(classes) != len(present)):
-            raise InputError("classes", repr(classes), f"a name for each of the {len(present)} classes, or None")
-        self.each = shots + queries
-        if short := [number for number, own in enumerate(self.members) if len(own) < self.each]:
-            name, count = (classes or present)[short[0]], len(self.members[short[0]])
-            wanted = f"at least {self.each}, for support and query of an episode"
+        if class_names is not None and (not isinstance(class_names, Sequence) or len(class_names) != len(present)):
+            raise InputError(
+                "class_names", repr(class_names), f"a name for each of the {len(present)} classes, or None"
+            )
+        self.samples_per_class = index(shots) + index(queries)
+        if short := [n for n, members in enumerate(self.members) if len(members) < self.samples_per_class]:
+            name, count = (class_names or present)[short[0]], len(self.members[short[0]])
+            wanted = f"at least {self.samples_per_class}, for support and query of an episode"
             raise InputError("labels", f"{count} samples of class {name!r}", wanted)
-        if tasks % processes:
-            raise InputError("tasks", tasks, f"a multiple of the {processes} processes")
-        self.samples, self.ways, self.tasks, self.steps, self.seed = samples, ways, tasks, steps, seed
-        self.augment, self.fixed, self.rank, self.processes = augment, fixed, rank, processes
-        self.workers = workers
+        if batch_size % world_size:
+            raise InputError("batch_size", batch_size, f"a multiple of the {world_size} processes")
+        self.samples, self.transform = samples, transform
+        self.ways, self.batch_size, self.steps_per_epoch = index(ways), index(batch_size), index(steps_per_epoch)
+        self.seed, self.rank, self.world_size = index(seed), index(rank), index(world_size)
+        self.num_workers, self.resample_each_epoch = workers, resample_each_epoch
         self.step = 0
+        self._resumes = False
 
     def __len__(self) -> int:
-        return self.steps
+        return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        labels = torch.arange(self.ways).repeat_interleave(self.each)
-        if self.fixed:
-            self.step = 0
-        pass_of_steps = range(self.step, self.step + self.steps - self.step % self.steps)
-        for samples in self._ahead(pass_of_steps) if self.workers else map(self._batch, pass_of_steps):
-            self.step += 1
+        steps = self.steps_per_epoch
+        epoch, done = divmod(self.step, steps)
+        if self._resumes:
+            self._resumes = False
+        else:
+            epoch, done = epoch + (done > 0), 0
+        first = epoch * steps if self.resample_each_epoch else 0
+        labels = torch.arange(self.ways).repeat_interleave(self.samples_per_class)
+        epoch_steps = range(first + done, first + steps)
+        for step, samples in zip(epoch_steps, self._batches(epoch_steps), strict=True):
+            self.step = step + 1 if self.resample_each_epoch else (step + 1) % steps
             yield samples, labels.expand(len(samples), -1)
 
-    def _ahead(self, steps: range) -> Iterable[Tensor]:
-        # With a generator of its own, or it would draw from that of the training.
-        generator, settings = torch.Generator(), {"batch_size": None, "num_workers": self.workers}
+    def _batches(self, steps: range) -> Iterable[Tensor]:
+        if not self.num_workers:
+            return map(self._batch, steps)
+        # With a generator of its own: the default one would be that of the training.
+        generator, settings = torch.Generator(), {"batch_size": None, "num_workers": self.num_workers}
         return DataLoader(_Batches(self._batch), sampler=steps, generator=generator, **settings)
 
+    def _own_tasks(self) -> range:
+        return range(self.rank, self.batch_size, self.world_size)
+
     def _batch(self, step: int) -> Tensor:
-        return torch.stack([self._episode(step, task) for task in range(self.rank, self.tasks, self.processes)])
+        return torch.stack([self._episode(step, task) for task in self._own_tasks()])
 
     def state_dict(self) -> dict[str, int]:
-        """The position, for a checkpoint: the number of steps taken."""
+        """Return the position for a checkpoint: the number of steps taken."""
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from a position.
+        """Continue the next iteration from a position.
 
         Args:
-            state: what `state_dict` returned.
+            state: What `state_dict` returned.
 
         Raises:
-            KeyError: it is something else.
+            KeyError: The state has no position.
         """
-        self.step = state["step"]
+        self.step, self._resumes = state["step"], True
 
     def indices(self, step: int) -> Integer[Tensor, "tasks n"]:
-        """Which samples the episodes of a step have, for samples that lie elsewhere, such as on a GPU.
+        """Return the indices of the samples of a step, for samples that are stored elsewhere, such as on a GPU.
 
         Args:
-            step: counted from 0 over all passes.
+            step: The step, counted from 0 over all epochs.
 
         Returns:
-            Indices into the samples, int64 on the CPU, `(tasks, ways * (shots + queries))`, class by class; of several
-                processes, this one's tasks.
+            Indices into the samples, int64 on the CPU, `(tasks, ways * (shots + queries))`, sorted by class; with
+                several processes, those of this one.
         """
-        return torch.stack([self._draw(step, task)[0] for task in range(self.rank, self.tasks, self.processes)])
+        return torch.stack([self._draw(step, task)[0] for task in self._own_tasks()])
 
     def _draw(self, step: int, task: int) -> tuple[Tensor, Generator]:
-        """The samples of an episode, and the generator for what else is drawn for it."""
+        """Draw the samples of an episode; also returns the generator for its further random numbers."""
         import numpy as np
 
         draw = np.random.default_rng([self.seed, step, task])
         classes = draw.choice(len(self.members), self.ways, replace=False)
-        chosen = [draw.choice(self.members[label], self.each, replace=False) for label in classes]
+        chosen = [draw.choice(self.members[label], self.samples_per_class, replace=False) for label in classes]
         return torch.from_numpy(np.concatenate(chosen)), draw
 
     def _episode(self, step: int, task: int) -> Tensor:
         chosen, draw = self._draw(step, task)
         samples = self.samples[chosen]
-        if self.augment is None:
+        if self.transform is None:
             return samples
-        with torch.random.fork_rng(devices=[]):  # which torchvision draws from
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the default generator
             torch.manual_seed(int(draw.integers(2**63)))
-            return torch.stack([self.augment(sample) for sample in samples])
+            return torch.stack([self.transform(sample) for sample in samples])
+
+
+def check_rank(rank: object, world_size: object) -> None:
+    """Raise `InputError` unless a process with this rank exists.
+
+    Args:
+        rank: Rank of the process.
+        world_size: Number of processes.
+
+    Raises:
+        InputError: `world_size` is no positive integer, or `rank` is no integer from 0 to `world_size - 1`.
+    """
+    check_counts(world_size=world_size)
+    if _as_integer(rank) not in range(size := _as_integer(world_size) or 0):
+        raise InputError("rank", described(rank), f"an integer from 0 to world_size - 1 = {size - 1}")
+
+
+def _as_integer(value: Any) -> int | None:
+    """The value as an integer of Python; None where it is none, or a boolean."""
+    try:
+        return None if isinstance(value, bool) else index(value)
+    except (TypeError, RuntimeError):  # a RuntimeError of tensors without values
+        return None
 
 
 class _Batches(Dataset[Tensor]):

@@ -1,4 +1,4 @@
-"""What all episodic training shares: the loss, learning-rate schedules, and the errors of failed steps."""
+"""The parts that every episodic training shares: the loss, the learning rate, and the report of a failed step."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "paper": _paper,
     "constant": lambda _: 1.0,
 }
-"""Factors of the learning rate as functions of the training progress, from 0 to 1.
+"""The factor of the learning rate as a function of the completed fraction of the training.
 
-"cosine" falls to zero along half a cosine, and "constant" is 1. "paper" is the schedule of Lee et al. 2019 (Section
-4.1): learning rates of 0.1, 0.006, 0.0012 and 0.00024, which change after 20, 40 and 50 of 60 epochs.
+"cosine" falls to zero along one cosine and "constant" stays at 1. "paper" is the schedule of Lee et al. 2019
+(Section 4.1), whose learning rates 0.1, 0.006, 0.0012 and 0.00024 change after 20, 40 and 50 of 60 epochs.
 """
 
 
-OnFailure = Literal["raise", "skip", "stop"]
-"""What to do about a step with a non-finite loss or gradient, or with episodes that could not be solved."""
+OnFailedStep = Literal["raise", "skip", "stop"]
+"""Policy for a step whose loss or gradient is not finite, or whose episodes could not be solved."""
 
 
 class EpisodeLoss(NamedTuple):
-    """The loss of a batch of episodes, and metrics for the log. `episode_loss` computes it.
+    """The loss of a batch of episodes and the metrics to log. `episode_loss` returns it.
 
     Attributes:
-        loss: the mean cross-entropy of the query logits over all episodes, a scalar `()`.
-        metrics: scalars by name: "loss" and "accuracy" (0 to 1) of the queries; where the head solves iteratively,
+        loss: The mean cross-entropy of the query logits over all episodes, a scalar `()`.
+        metrics: Scalars by name: "loss" and "accuracy" (0 to 1) of the queries. Where the head solves iteratively, also
             "gap", the largest certified relative duality gap, and "certified", the share of tasks whose gap is within
             the solver's tolerance; and "iterations", the mean over the tasks, where the solver reports them.
-        logits: the query logits, `(*tasks, q, ways)`.
+        logits: Logits of the queries, `(*tasks, q, ways)`.
     """
 
     loss: Float[Tensor, ""]
@@ -52,22 +52,22 @@ class EpisodeLoss(NamedTuple):
 
 
 def episode_loss(head: Head, episode: Episode, *, ways: int, label_smoothing: float = 0.0) -> EpisodeLoss:
-    """The loss that trains a backbone through a head: fit the head to each support set, score each query set.
+    """Compute the loss for training a backbone with a head: fit on each support set, score each query set.
 
-    Only the head may wait for the device.
+    Only the head reads values from the device.
 
     Args:
-        head: fitted to every episode of the batch.
-        episode: features and labels, integers from 0 to ways - 1, of support and query; any leading dimensions.
-        ways: classes per episode.
-        label_smoothing: label smoothing of the cross-entropy, from 0 (default) to below 1.
+        head: The head, which is fitted on every episode of the batch.
+        episode: Features and labels, integers from 0 to ways - 1, of support and query; any leading dimensions.
+        ways: Number of classes per episode.
+        label_smoothing: Label smoothing of the cross-entropy, from 0 to below 1.
 
     Returns:
-        The loss, the metrics and the logits.
+        The loss, the metrics to log, and the logits.
 
     Raises:
-        InputError: the labels are unusable, or (on the CPU) the features are non-finite.
-        SolverError: an episode could not be solved (see the solver's `on_failure`).
+        InputError: Labels are unusable, or features are not finite.
+        SolverError: An episode could not be solved (see the solver's `on_failure`).
 
     Source: Eq. 12 of Lee et al., "Meta-Learning with Differentiable Convex Optimization" (CVPR 2019).
     """
@@ -84,39 +84,39 @@ def episode_loss(head: Head, episode: Episode, *, ways: int, label_smoothing: fl
     return EpisodeLoss(loss, metrics, logits)
 
 
-def where(failure: dict[str, Any]) -> str:
-    """The step and the tasks of a failure as text.
+def format_step(failure: dict[str, Any]) -> str:
+    """Name the step and the tasks of a failure.
 
     Args:
-        failure: with the keys "step", "tasks" (their numbers; empty if they are unknown) and "cause".
+        failure: A dictionary of "step", "tasks" (their numbers, empty where they cannot be told apart) and "cause".
     """
     tasks = ", ".join(map(str, failure["tasks"]))
     return f"step {failure['step']}" + (f", task {tasks}" if tasks else "")
 
 
-def refuse(failure: dict[str, Any], error: Exception | None = None) -> NoReturn:
-    """Raise the error of a failed step for `on_failure="raise"`.
+def raise_failure(failure: dict[str, Any], error: Exception | None = None) -> NoReturn:
+    """Raise the error of a failed step for the policy "raise".
 
     Args:
-        failure: as for `where`.
-        error: the exception of the head, if it raised one.
+        failure: A dictionary as for `format_step`.
+        error: The error of the head, if it raised one.
 
     Raises:
-        SolverError: the head raised a `SolverError`.
-        InputError: otherwise.
+        SolverError: The head raised one.
+        InputError: In all other cases.
     """
     if isinstance(error, SolverError):
-        raise SolverError(f"{where(failure)}: {error}", error.solution) from error
-    wanted = "finite values, or another on_failure: 'skip' goes on without the step, 'stop' ends before it"
-    raise InputError("batch", f"{where(failure)} ({failure['cause']})", wanted) from error
+        raise SolverError(f"{format_step(failure)}: {error}", error.solution) from error
+    wanted = "finite values; the policy 'skip' skips such a step, 'stop' ends the training before it"
+    raise InputError("batch", f"{format_step(failure)} ({failure['cause']})", wanted) from error
 
 
-def tasks_with_bad_values(values: Tensor, dimensions: int) -> list[int]:
-    """The flat indices of the tasks that have a non-finite value.
+def non_finite_tasks(values: Tensor, dimensions: int) -> list[int]:
+    """List the flat indices of the tasks that contain a value that is not finite.
 
     Args:
-        values: `(*tasks, ...)`.
-        dimensions: the number of task dimensions.
+        values: A tensor `(*tasks, ...)`.
+        dimensions: Number of dimensions of `*tasks`.
     """
     nonfinite = (~values.isfinite()).flatten(dimensions).any(-1)
     return nonfinite.flatten().nonzero().flatten().tolist()

@@ -17,15 +17,8 @@ from matplotlib import rcParams
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from convexheads import (
-    RBF,
-    FittedGaussianProcess,
-    Head,
-    NativeSolver,
-    RegressionHead,
-    SupportVectorRegressionHead,
-    SVMHead,
-)
+from convexheads import RBF, Head, NativeSolver, RegressionHead, SupportVectorRegressionHead, SVMHead
+from convexheads.heads import FittedGaussianProcess
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 COLOURS = ("#4c8dd6", "#e58a2e", "#3fae6a", "#c85fb0", "#9a8cf0", "#b5a13c")

@@ -49,7 +49,20 @@ HUGE = [2**31, 2**40, 2**62]
 NO_TENSORS = [
     *(None, True, False, 0, 1, 2, -1, 3, 10**400, 0.0, -0.0, 0.5, 2.5, -0.5, 5e-324, 1e-320, 1e-50, 1e50, 1e308),
     *(math.nan, math.inf, -math.inf, 1j, "", "text", "native", "raise", "paper", "svm", b"raw", "\0", "x" * 300),
-    *([], [0.5], (), (0, 1), {}, {1}, range(3), object(), slice(None), ch.Status.FAILED, SimpleNamespace(), Path("x")),
+    *(
+        [],
+        [0.5],
+        (),
+        (0, 1),
+        {},
+        {1},
+        range(3),
+        object(),
+        slice(None),
+        ch.solvers.Status.FAILED,
+        SimpleNamespace(),
+        Path("x"),
+    ),
     *(
         torch.float32,
         torch.device("cpu"),

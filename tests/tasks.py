@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from convexheads import QP
+from convexheads.solvers import QP
 
 if TYPE_CHECKING:
     from benchmarks.data import Episodes

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks import train
-from convexheads.pretrained import make_head
+from convexheads.models import build_head
 
 
 class Linear(nn.Module):
@@ -24,5 +24,5 @@ class Linear(nn.Module):
 
 
 if __name__ == "__main__":
-    train.make_untrained = lambda settings, examples: (Linear(), make_head(settings["head"]))
+    train.build_model = lambda settings, examples: (Linear(), build_head(settings["head"]))
     train.main(sys.argv[1:])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.data.augmentation import augmentation
 from benchmarks.data.images import ImageSet
 from convexheads.episodes import Episode
-from convexheads.integrations import require
+from convexheads.integrations import require_version
 from convexheads.loader import EpisodeLoader
 
 if TYPE_CHECKING:
@@ -71,11 +71,11 @@ class Episodes(nn.Module):
             ways=ways,
             shots=shots,
             queries=queries,
-            tasks=tasks,
+            batch_size=tasks,
             seed=seed,
-            classes=data.classes,
+            class_names=data.classes,
             rank=rank,
-            processes=processes,
+            world_size=processes,
         )
         labels = torch.arange(ways, device=self.device).repeat_interleave(shots + queries)
         self.register_buffer("labels", labels.expand(tasks // processes, -1), persistent=False)
@@ -86,9 +86,10 @@ class Episodes(nn.Module):
         columns = [indices.flatten()[:, None]]
         if self.augmentation is not None:
             loader, (height, width) = self.loader, self.images.shape[-2:]
-            random = np.random.default_rng([loader.seed, step, loader.tasks])  # the loader draws with the numbers below
-            draws = self.augmentation.draw(loader.tasks * indices.shape[1], height, width, random)
-            local = draws.unflatten(0, (loader.tasks, -1))[loader.rank :: loader.processes]
+            # The loader draws tasks with the numbers below `batch_size`.
+            random = np.random.default_rng([loader.seed, step, loader.batch_size])
+            draws = self.augmentation.draw(loader.batch_size * indices.shape[1], height, width, random)
+            local = draws.unflatten(0, (loader.batch_size, -1))[loader.rank :: loader.world_size]
             columns.append(local.flatten(0, 1))
         return _to_device(torch.cat(columns, 1).double(), self.device)
 
@@ -127,7 +128,7 @@ def taskset(data: ImageSet, *, ways: int, samples: int) -> Taskset:
     Raises:
         MissingDependencyError: learn2learn is not installed.
     """
-    require("learn2learn", "learn2learn", "0.2", "0.3", extra="learn2learn", needed_by="taskset")
+    require_version("learn2learn", "learn2learn", "0.2", "0.3", extra="learn2learn", needed_by="taskset")
     from learn2learn.data import MetaDataset, Taskset
     from learn2learn.data.transforms import ConsecutiveLabels, FusedNWaysKShots, LoadData, RemapLabels
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from benchmarks.data.images import ImageSet
-from convexheads import storage
+from convexheads import _storage
 
 SCRIPTS = {
     "train": ("LATIN", "CYRILLIC", "CANADIAN SYLLABICS", "ARABIC LETTER"),
@@ -62,7 +62,7 @@ def load_glyphs(
     options = {"max_per_script": max_per_script, "images_per_class": images_per_class, "seed": seed}
     path = cache_file(options)
     try:
-        images, classes = storage.load(path, key=_KEY, needed_by="glyphs")
+        images, classes = _storage.load(path, key=_KEY, needed_by="glyphs")
     except (OSError, LookupError, ValueError):  # missing or damaged
         letters = choose_letters(max_per_script)
         total = sum(map(len, letters.values()))
@@ -71,7 +71,7 @@ def load_glyphs(
         classes = {split: [unicodedata.name(letter) for letter in chosen] for split, chosen in letters.items()}
         with suppress(OSError):  # without a cache, the next call draws again
             path.parent.mkdir(parents=True, exist_ok=True)
-            storage.save(path, images, classes, key=_KEY, needed_by="glyphs")
+            _storage.save(path, images, classes, key=_KEY, needed_by="glyphs")
     return {
         split: ImageSet(images[split], torch.arange(len(names)).repeat_interleave(images_per_class), tuple(names))
         for split, names in classes.items()

@@ -69,17 +69,19 @@ def contenders() -> dict[str, Contender]:
         "prototypes": Contender(_prototypes, **exact),
         "linear discriminant": Contender(_linear_discriminant, **exact),
         "Mahalanobis": Contender(_mahalanobis, **exact),
-        "SVM on qpth, by our adapter": Contender(_on(ch.QpthSolver(tolerance=1e-6)), peer=True, largest=300),
+        "SVM on qpth, by our adapter": Contender(_on(ch.solvers.QpthSolver(tolerance=1e-6)), peer=True, largest=300),
         "SVM on cvxpylayers, by our adapter": Contender(
-            _on(ch.CvxpylayersSolver(tolerance=1e-6)), peer=True, largest=150
+            _on(ch.solvers.CvxpylayersSolver(tolerance=1e-6)), peer=True, largest=150
         ),
-        "SVM on Moreau, by our adapter": Contender(_on(ch.MoreauSolver(tolerance=1e-6)), peer=True, largest=1000),
+        "SVM on Moreau, by our adapter": Contender(
+            _on(ch.solvers.MoreauSolver(tolerance=1e-6)), peer=True, largest=1000
+        ),
         "SVM on qpth alone": Contender(_qpth, peer=True, largest=300, documented=(RuntimeError,)),
         "SVM on cvxpylayers alone": Contender(_cvxpylayers, peer=True, largest=150, documented=_cvxpylayers_errors()),
     }
 
 
-def _on(solver: ch.Solver) -> Callable[[HardTask], Answer]:
+def _on(solver: ch.solvers.Solver) -> Callable[[HardTask], Answer]:
     return partial(_svm, partial(ch.SVMHead, solver=solver), judges.crammer_singer)
 
 
@@ -97,7 +99,7 @@ def _numpy(value: Tensor) -> np.ndarray:
     return (value.double() if value.is_floating_point() else value).numpy()
 
 
-def _svm(head: Callable[..., ch.MulticlassSVM], judge: Callable[..., float], task: HardTask) -> Answer:
+def _svm(head: Callable[..., ch.heads.MulticlassSVM], judge: Callable[..., float], task: HardTask) -> Answer:
     made = head(task.C)
     fitted = made.fit(task.support, task.labels, ways=task.ways)
     assert fitted.solution is not None
@@ -167,7 +169,7 @@ def _qpth(task: HardTask) -> Answer:
     from qpth.qp import QPFunction
 
     _, gram, own = _problem(task)
-    dense = ch.QP(gram[None], own[None], upper=task.C * own[None]).dense()
+    dense = ch.solvers.QP(gram[None], own[None], upper=task.C * own[None]).dense()
     coef = QPFunction(verbose=-1)(*dense).detach().view(own.shape)
     return Answer(judges.crammer_singer(*_arrays(task), task.C, _numpy(coef)), bool(coef.isfinite().all()))
 
@@ -202,7 +204,7 @@ _CLEAR = 1e-3
 _DEFINITE = 1e-7
 
 
-def _is_regular(head: ch.MulticlassSVM, fitted: ch.Fitted, task: HardTask) -> bool:
+def _is_regular(head: ch.heads.MulticlassSVM, fitted: ch.heads.Fitted, task: HardTask) -> bool:
     """Whether there is a derivative on both sides.
 
     Each entry is clearly free or clearly held (strict complementarity), and the free ones are determined by the

@@ -13,13 +13,13 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.nn import functional
 
+from convexheads._functorch import inspect_values
 from convexheads.errors import InputError
 from convexheads.heads import inputs
 from convexheads.hyperparameters import Hyperparameter, OneLine, display, positive, value_of
 from convexheads.kernels import Kernel, Linear, for_support, is_kernel
 from convexheads.precision import full_precision, working_dtype
 from convexheads.solvers import Solution
-from convexheads.transforms import look_at
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ class Head(BaseLearner):
             SolverError: as in `forward`.
         """
         sizes = ways if isinstance(ways, Tensor) else None
-        ways = look_at(
+        ways = inspect_values(
             partial(inputs.check_support, needs_every_class=self.needs_every_class), support, labels, ways, mask
         )
         with full_precision(support.device):

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from convexheads._functorch import inspect_values
 from convexheads.errors import SolverError
 from convexheads.heads.inputs import first
-from convexheads.transforms import look_at
 
 
 def cholesky(matrix: Float[Tensor, "*batch n n"], *, of: str, each_class: bool = False) -> Float[Tensor, "*batch n n"]:
@@ -21,7 +21,7 @@ def cholesky(matrix: Float[Tensor, "*batch n n"], *, of: str, each_class: bool =
     factor, info = torch.linalg.cholesky_ex(matrix)
     if matrix.device.type != "cpu":
         return factor.masked_fill((info > 0)[..., None, None], torch.nan)
-    look_at(_check_factor, info.any(-1) if each_class else info, of)
+    inspect_values(_check_factor, info.any(-1) if each_class else info, of)
     return factor
 
 

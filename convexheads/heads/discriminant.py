@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from convexheads._functorch import inspect_values
 from convexheads.errors import InputError
 from convexheads.heads import inputs
 from convexheads.heads.base import Dual, Head
 from convexheads.heads.closed_form import cholesky, plus_diagonal
 from convexheads.hyperparameters import Hyperparameter, display, positive, value_of
 from convexheads.kernels import Kernel
-from convexheads.transforms import look_at
 
 
 class LinearDiscriminantHead(Head):
@@ -85,7 +85,7 @@ class LinearDiscriminantHead(Head):
         if self.variance is None:
             variance = scatter.diagonal(dim1=-2, dim2=-1).sum(-1) / features
             if gram.device.type == "cpu":  # on a GPU, that task gets NaN from its Cholesky factor
-                look_at(_check_variance, variance, gram, examples)
+                inspect_values(_check_variance, variance, gram, examples)
         else:
             variance = value_of(self.variance, gram).expand(examples.shape)
         ridge = self.shrinkage * variance

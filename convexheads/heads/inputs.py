@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
+from convexheads._functorch import inspect_values
 from convexheads.errors import InputError, SolverError, described, is_count
 from convexheads.precision import is_dense, is_of_floats, is_of_integers, kind
-from convexheads.transforms import look_at
 
 # More classes than this are labels that nobody renumbered, and would fill the memory.
 _MOST_WAYS = 2**20
@@ -149,7 +149,7 @@ def check_gram(gram: object, features: Tensor, others: Tensor) -> None:
 
 def check_finite(name: str, value: Tensor) -> None:
     """Raise `InputError`, which names the row, where a value is not finite."""
-    look_at(_check_finite, name, value)
+    inspect_values(_check_finite, name, value)
 
 
 def _check_finite(name: str, value: Tensor) -> None:
@@ -174,7 +174,7 @@ def failing_on_indefinite(gram: Tensor) -> Iterator[None]:
 
 def check_definite(gram: Tensor) -> None:
     """Raise `InputError` where a Gram matrix has an eigenvalue that is negative beyond rounding."""
-    look_at(_check_definite, gram)
+    inspect_values(_check_definite, gram)
 
 
 def _check_definite(gram: Tensor) -> None:

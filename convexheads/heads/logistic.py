@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from convexheads._functorch import compute_without_grad
 from convexheads.errors import InputError, is_count
 from convexheads.heads.base import Dual, Head
 from convexheads.heads.inputs import label_all
@@ -15,7 +16,6 @@ from convexheads.hyperparameters import Hyperparameter, display, positive, value
 from convexheads.kernels import Kernel
 from convexheads.solvers import OnFailure, Solution, Status, softmax
 from convexheads.solvers.base import check_on_failure, complain
-from convexheads.transforms import compute
 
 _ENOUGH_STEPS = 100
 _TOLERANCE = 1e-6
@@ -80,7 +80,7 @@ class LogisticHead(Head):
             taken, gap = None, softmax.certified_gap(gram.detach(), targets, coef.detach())
         else:
             solve = partial(softmax.solve, tolerance=_AIM, max_steps=_ENOUGH_STEPS)
-            coef, gap, taken = compute(solve, gram, targets)
+            coef, gap, taken = compute_without_grad(solve, gram, targets)
             coef = softmax.attach(gram, targets, coef)
         otherwise = Status.FAILED if self.steps is None else Status.STOPPED
         status = torch.where(gap <= _TOLERANCE, Status.CONVERGED, otherwise)

@@ -8,13 +8,13 @@ from typing import ClassVar
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from convexheads._functorch import inspect_values
 from convexheads.errors import ConvexHeadsError
 from convexheads.heads import inputs
 from convexheads.heads.base import BaseLearner, Fitted
 from convexheads.hyperparameters import value_of
 from convexheads.kernels import for_support
 from convexheads.precision import full_precision, working_dtype
-from convexheads.transforms import look_at
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class RegressionHead(BaseLearner):
             InputError: as in `forward`.
             SolverError: as in `forward`.
         """
-        flat = look_at(inputs.check_targets, targets, support, mask)
+        flat = inspect_values(inputs.check_targets, targets, support, mask)
         with full_precision(support.device):
             features = support.to(working_dtype(support.device))
             values = (targets.unsqueeze(-1) if flat else targets).to(features.dtype)

@@ -9,29 +9,35 @@ from torch import Tensor, nn
 
 from convexheads.errors import InputError
 from convexheads.heads import Fitted, Head
-from convexheads.integrations import require
+from convexheads.integrations import require_version
 
-require("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="convexheads.integrations.easyfsl")
+require_version("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="convexheads.integrations.easyfsl")
 
 import easyfsl.samplers
 from easyfsl.methods import FewShotClassifier
 
 
 class HeadClassifier(FewShotClassifier):
-    """A head as a `FewShotClassifier`: `process_support_set(images, labels)`, then a call with query images.
+    """A head as one of easyfsl's `FewShotClassifier`s.
 
     It runs with easyfsl's `TaskSampler`, `evaluate` and training scripts, as its `PrototypicalNetworks` does. What
-    differs: prototypes are not kept, and labels other than 0 to k - 1, on which easyfsl's own methods go wrong, are an
-    error.
+    differs: prototypes are not kept, and labels other than 0 to k - 1, with which easyfsl's own methods return wrong
+    results, are an error.
+
+    Use it when you evaluate or train with easyfsl's scripts.
 
     Args:
-        head: any classification head.
-        backbone: from images `(n, *image)` to features `(n, d)`; None (default): the images are features already.
-        settings: easyfsl's further ones: `use_softmax`, `feature_centering`, `feature_normalization`.
+        head: A classification head.
+        backbone: Maps images `(n, *image)` to features `(n, d)`; without one, the images are the features.
+        settings: Further arguments of easyfsl: `use_softmax`, `feature_centering`, `feature_normalization`.
 
     Raises:
-        InputError: no head.
-        TypeError: a setting that easyfsl doesn't have.
+        InputError: The head is no classification head.
+        TypeError: easyfsl has no such setting.
+
+    Example:
+        `classifier = HeadClassifier(SVMHead(C=0.1), backbone)`, then
+        `classifier.process_support_set(images, labels)` and `classifier(query_images)`
     """
 
     def __init__(self, head: Head, backbone: nn.Module | None = None, **settings: Any) -> None:
@@ -45,13 +51,13 @@ class HeadClassifier(FewShotClassifier):
         """Fit the head and keep the result until the next call.
 
         Args:
-            support_images: `(n, *image)`, or features `(n, d)` where there is no backbone.
-            support_labels: integers from 0 to k - 1, `(n,)`.
+            support_images: Images `(n, *image)`, or features `(n, d)` if there is no backbone.
+            support_labels: Integers from 0 to k - 1, `(n,)`.
 
         Raises:
-            InputError: other labels, or features that are unusable.
-            ValueError: features of more than one dimension an image, which is easyfsl's own error.
-            SolverError: the task could not be solved (see the solver's `on_failure`).
+            InputError: The labels are others, or the features are unusable.
+            ValueError: The features have more than one dimension per image; this is easyfsl's own error.
+            SolverError: The task could not be solved (see the solver's `on_failure`).
         """
         classes = support_labels.unique()
         if not torch.equal(classes, torch.arange(len(classes), device=classes.device)):
@@ -64,13 +70,13 @@ class HeadClassifier(FewShotClassifier):
         """Score queries.
 
         Args:
-            query_images: `(q, *image)`.
+            query_images: Images, `(q, *image)`.
 
         Returns:
-            Logits `(q, k)`; probabilities with `use_softmax=True`.
+            Logits, `(q, k)`; with `use_softmax=True`, probabilities.
 
         Raises:
-            InputError: no support set yet, or features that don't go with it.
+            InputError: `process_support_set` was not called yet, or the features do not match the support.
         """
         if self.fitted is None:
             raise InputError("classifier", "a query before any support", "a call of process_support_set first")
@@ -78,22 +84,22 @@ class HeadClassifier(FewShotClassifier):
 
     @staticmethod
     def is_transductive() -> bool:
-        """Queries are classified one by one."""
+        """Return False: queries are classified independently of each other."""
         return False
 
 
 class _DataSource:
-    """Takes the argument that PyTorch's samplers had until they lost their constructor."""
+    """Accepts the argument `data_source`, which the samplers of recent PyTorch versions do not."""
 
     def __init__(self, data_source: object = None) -> None: ...
 
 
 class TaskSampler(easyfsl.samplers.TaskSampler, _DataSource):
-    """easyfsl's `TaskSampler`, with the same arguments, for current versions of PyTorch too, where that fails.
+    """easyfsl's `TaskSampler` for current versions of PyTorch, with which the original fails.
 
-    Takes `dataset`, one of easyfsl's with a method `get_labels`; `n_way`, classes of a task; `n_shot` and `n_query`,
-    support and query images a class; and `n_tasks`, how many tasks.
+    Takes `dataset`, a data set of easyfsl with a method `get_labels`; `n_way`, the number of classes per task; `n_shot`
+    and `n_query`, the numbers of support and query images per class; and `n_tasks`, the number of tasks.
 
     Raises:
-        ValueError: too few classes or images in the data set, which is easyfsl's own error.
+        ValueError: The data set has too few classes or images; this is easyfsl's own error.
     """

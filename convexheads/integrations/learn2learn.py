@@ -1,6 +1,6 @@
-"""Any head behind learn2learn's protocol of classifiers.
+"""Any head with learn2learn's classifier interface, for learn2learn 0.2.
 
-For learn2learn 0.2. A head needs no adapter in a loop of one's own: `split_task` takes what a taskset samples.
+A training loop of your own needs no adapter: `split_task` accepts the tasks that a taskset samples.
 """
 
 from __future__ import annotations
@@ -9,34 +9,37 @@ from torch import Tensor, nn
 
 from convexheads.errors import InputError
 from convexheads.heads import Fitted, Head
-from convexheads.integrations import require
+from convexheads.integrations import require_version
 
-require(
+require_version(
     "learn2learn", "learn2learn", "0.2", "0.3", extra="learn2learn", needed_by="convexheads.integrations.learn2learn"
 )
 
 
 class HeadClassifier(nn.Module):
-    """A head in the place of learn2learn's `SVClassifier` or `PrototypicalClassifier`.
+    """A head with the interface of learn2learn's `SVClassifier` and `PrototypicalClassifier`.
 
-    `classifier.fit_(support, labels)`, then `classifier(query)`. `LightningPrototypicalNetworks` and
-    `LightningMetaOptNet` train with it when it is set as their `.classifier`.
-    With `SVMHead(C=0.1, smoothing=1.0)` it gives what `SVClassifier()` gives, but for the latter's early stopping; with
-    `PrototypeHead()` what `PrototypicalClassifier()` gives.
+    `LightningPrototypicalNetworks` and `LightningMetaOptNet` train with it when it is set as their `.classifier`. With
+    `SVMHead(C=0.1, smoothing=1.0)` it computes the same as `SVClassifier()`, except that the latter stops early; with
+    `PrototypeHead()` the same as `PrototypicalClassifier()`.
 
-    What differs: labels may be any integers, of which the smallest is class 0, and so on, as `PrototypicalClassifier`
-    has it (`SVClassifier` wants 0 to k - 1); several tasks may be fitted at once, in leading dimensions; calling it
-    before it is fitted is an error that says so.
+    What differs: labels may be any integers, which are renumbered in ascending order, as `PrototypicalClassifier` does
+    (`SVClassifier` expects 0 to k - 1); leading dimensions hold several tasks; and a call before the fit is an error.
+
+    Use it when you train with learn2learn's Lightning modules.
 
     Args:
-        head: any classification head.
-        support: features `(*batch, n, d)` to fit on at once; None (default) for later.
-        labels: theirs, `(*batch, n)`; None (default) for later.
-        ways: as in `fit_`. Default None.
+        head: A classification head.
+        support: Features to fit on immediately, `(*batch, n, d)`; optional.
+        labels: Labels of the support, `(*batch, n)`; optional.
+        ways: Number of classes, as for `fit_`.
 
     Raises:
-        InputError: no head, only one of support and labels is given, or they are unusable.
-        SolverError: a task could not be solved (see the solver's `on_failure`).
+        InputError: The head is no classification head, only one of support and labels is given, or they are unusable.
+        SolverError: A task could not be solved (see the solver's `on_failure`).
+
+    Example:
+        `classifier = HeadClassifier(SVMHead(C=0.1))`, then `classifier.fit_(support, labels)` and `classifier(query)`
     """
 
     def __init__(
@@ -57,13 +60,14 @@ class HeadClassifier(nn.Module):
         """Fit the head and keep the result, with its gradients, until the next call.
 
         Args:
-            support: features `(*batch, n, d)`.
-            labels: integers, `(*batch, n)`. Unless `ways` is given they are renumbered: the smallest is class 0.
-            ways: number of classes; labels are then 0 to ways - 1. None, the default: as many as there are labels.
+            support: Features, `(*batch, n, d)`.
+            labels: Integers, `(*batch, n)`. Unless `ways` is given, they are renumbered in ascending order from 0.
+            ways: Number of classes, if the labels are integers from 0 to ways - 1; by default the number of distinct
+                labels.
 
         Raises:
-            InputError: unusable support or labels.
-            SolverError: a task could not be solved (see the solver's `on_failure`).
+            InputError: Support or labels are unusable.
+            SolverError: A task could not be solved (see the solver's `on_failure`).
         """
         if ways is None:
             classes, labels = labels.unique(return_inverse=True)
@@ -74,13 +78,13 @@ class HeadClassifier(nn.Module):
         """Score queries.
 
         Args:
-            query: features `(*batch, q, d)`.
+            query: Features, `(*batch, q, d)`.
 
         Returns:
-            Logits `(*batch, q, k)`.
+            Logits, `(*batch, q, k)`.
 
         Raises:
-            InputError: it was not fitted yet, or the queries don't go with the support.
+            InputError: `fit_` was not called yet, or the queries do not match the support.
         """
         if self.fitted is None:
             raise InputError("classifier", "a query before any support", "a call of fit_(support, labels) first")

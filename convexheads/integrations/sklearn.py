@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from copy import deepcopy
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from convexheads.errors import InputError
 from convexheads.heads import Head, SVMHead
-from convexheads.integrations import require
+from convexheads.integrations import require_version
 
-require("sklearn", "scikit-learn", "1.6", "2", extra="sklearn", needed_by="convexheads.integrations.sklearn")
+require_version("sklearn", "scikit-learn", "1.6", "2", extra="sklearn", needed_by="convexheads.integrations.sklearn")
 
+import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -26,84 +27,125 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     Labels may be strings or any numbers. There is no intercept unless the kernel has one:
     `SVMHead(C=1.0, kernel=Linear() + Constant(1.0))`. Memory grows with the square of the number of samples.
 
+    The arguments of the head are parameters too, with the prefix `head__`, so that a search can vary them.
+
+    Use it when you compare a head with scikit-learn's classifiers on up to a few thousand samples.
+
     Args:
-        head: any classification head; None (default) is `SVMHead(C=1.0)`, the Crammer-Singer SVM. In a grid search,
-            heads are the values: `GridSearchCV(HeadClassifier(), {"head": [SVMHead(C) for C in (0.1, 1, 10)]})`.
+        head: A classification head; None stands for `SVMHead(C=1.0)`, the Crammer-Singer SVM.
 
     Attributes:
-        classes_: the labels, sorted, `(k,)`.
-        fitted_: the fit, with its certificate: `classifier.fitted_.solution.gap`.
-        n_features_in_: the number of features, d.
-        feature_names_in_: their names, where they came with names.
+        classes_: The sorted labels, `(k,)`.
+        fitted_: The fitted head, with its certificate: `classifier.fitted_.solution.gap`.
+        n_features_in_: Number of features, d.
+        feature_names_in_: Names of the features, if the data had names.
 
     Raises:
-        ValueError: as scikit-learn's own estimators, for unusable data; `convexheads.InputError` is one of these.
-        SolverError: the problem could not be solved (see the solver's `on_failure`).
+        ValueError: The data are unusable, as for scikit-learn's own estimators; `convexheads.InputError` is a subclass.
+        SolverError: The problem could not be solved (see the solver's `on_failure`).
+
+    Example:
+        `GridSearchCV(HeadClassifier(SVMHead()), {"head__C": [0.1, 1.0, 10.0]}).fit(X, y)`
     """
 
-    def __init__(self, head: Any = None) -> None:  # anything, and checked in `fit`, as scikit-learn wants it
+    def __init__(self, head: Any = None) -> None:  # of any type, and checked in `fit`, as scikit-learn requires it
         self.head = head
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return the parameters.
+
+        Args:
+            deep: Whether to include the arguments of the head, as `head__C` and the like.
+        """
+        nested = _arguments_of(self._head()) if deep else {}
+        return super().get_params(deep) | {f"head__{name}": value for name, value in nested.items()}
+
+    def set_params(self, **params: Any) -> HeadClassifier:
+        """Set parameters. An argument of the head makes a new head; the old one stays unchanged.
+
+        Args:
+            params: `head`, or arguments of the head such as `head__C`.
+
+        Returns:
+            The classifier itself.
+
+        Raises:
+            ValueError: There is no such parameter, or its value is unusable.
+        """
+        nested = {name: params.pop(name) for name in tuple(params) if name.startswith("head__")}
+        super().set_params(**params)
+        if nested:
+            head = self._head()
+            arguments = _arguments_of(head)
+            for name, value in nested.items():
+                if (argument := name.removeprefix("head__")) not in arguments:
+                    raise ValueError(f"Invalid parameter {name!r} for {self}. Valid ones: {sorted(self.get_params())}.")
+                arguments[argument] = value
+            self.head = type(head)(**deepcopy(arguments))
+        return self
 
     def fit(self, X: Any, y: Any) -> HeadClassifier:
         """Fit the head.
 
         Args:
-            X: samples, array-like `(n, d)`.
-            y: labels, array-like `(n,)`, of at least two classes.
+            X: Samples, array-like `(n, d)`.
+            y: Labels of at least two classes, array-like `(n,)`.
 
         Returns:
-            Itself.
+            The classifier itself.
 
         Raises:
-            ValueError: unusable data or one class only; `InputError` for a `head` that is none.
-            SolverError: the problem could not be solved (see the solver's `on_failure`).
+            ValueError: The data are unusable or have one class only; `InputError` if `head` is no classification head.
+            SolverError: The problem could not be solved (see the solver's `on_failure`).
         """
         X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(f"HeadClassifier needs two classes at least; y holds one class only: {self.classes_[0]!r}")
+            raise ValueError(f"HeadClassifier needs at least two classes; y has one class only: {self.classes_[0]!r}")
         if self.head is not None and not isinstance(self.head, Head):
             raise InputError(
                 "head", repr(self.head), "a classification head of convexheads, such as SVMHead(C=1.0), or None"
             )
-        head = SVMHead(C=1.0) if self.head is None else deepcopy(self.head)
+        head = deepcopy(self._head())
         with torch.no_grad():
             self.fitted_ = head.fit(torch.tensor(X), torch.tensor(labels), ways=len(self.classes_))
         return self
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """Logits `(q, k)`; of two classes the second one's minus the first one's, `(q,)`.
+        """Compute the logits `(q, k)`; for two classes, the second one minus the first one, `(q,)`.
 
         Args:
-            X: samples, array-like `(q, d)`.
+            X: Samples, array-like `(q, d)`.
 
         Raises:
-            ValueError: unusable samples; `sklearn.exceptions.NotFittedError`, which is one, before a fit.
+            ValueError: The samples are unusable; its subclass `sklearn.exceptions.NotFittedError` before a fit.
         """
         logits = self._logits(X).numpy()
         return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
     def predict(self, X: Any) -> np.ndarray:
-        """The likeliest label of each sample, `(q,)`.
+        """Predict the most probable label of each sample, `(q,)`.
 
         Args:
-            X: samples, array-like `(q, d)`.
+            X: Samples, array-like `(q, d)`.
 
         Raises:
-            ValueError: as `decision_function`.
+            ValueError: As for `decision_function`.
         """
         best = self._logits(X).argmax(-1).numpy()
         return self.classes_[best]
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """The softmax of the logits, `(q, k)`; as good as the head's scale (see `convexheads.calibrate`).
+        """Compute the softmax of the logits, `(q, k)`. Its calibration depends on the head's scale.
+
+        `convexheads.calibrate` and scikit-learn's `CalibratedClassifierCV` calibrate it.
 
         Args:
-            X: samples, array-like `(q, d)`.
+            X: Samples, array-like `(q, d)`.
 
         Raises:
-            ValueError: as `decision_function`.
+            ValueError: As for `decision_function`.
         """
         return self._logits(X).softmax(-1).numpy()
 
@@ -112,3 +154,15 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         return self.fitted_(torch.tensor(X, dtype=self.fitted_.dtype))
+
+    def _head(self) -> Any:
+        return SVMHead(C=1.0) if self.head is None else self.head
+
+
+def _arguments_of(head: Any) -> dict[str, Any]:
+    """The arguments that make a head like this one, where it has an attribute for each of them."""
+    if not isinstance(head, Head):
+        return {}
+    names = inspect.signature(type(head)).parameters
+    arguments = {name: getattr(head, name) for name in names if hasattr(head, name)}
+    return arguments if len(arguments) == len(names) and not any(map(inspect.ismethod, arguments.values())) else {}

@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from convexheads._functorch import inspect_values
 from convexheads.errors import InputError, MissingDependencyError, SolverError, SolverWarning, check_flag, is_count
 from convexheads.hyperparameters import positive
 from convexheads.precision import full_precision, is_of_floats, kind, working_dtype
 from convexheads.solvers.active_set import ActiveSet
 from convexheads.solvers.interior_point import Relaxed
 from convexheads.solvers.problem import QP, Certificate, Solution, Status
-from convexheads.transforms import look_at
 
 OnFailure = Literal["raise", "warn", "return"]
 """What to do about a task that is not solved: "raise" `SolverError`, emit `SolverWarning`, or just "return" it."""
@@ -186,7 +186,7 @@ def complain(name: str, solution: Solution, tolerance: float, on_failure: OnFail
     """Raise or warn, as asked for, if a task of the solution failed."""
     if on_failure == "return":
         return
-    failures = look_at(_failures, solution.status, solution.gap, solution.residual)
+    failures = inspect_values(_failures, solution.status, solution.gap, solution.residual)
     if not failures:
         return
     message = (
@@ -236,7 +236,7 @@ def _check_bounds(qp: QP) -> None:
     if qp.lower is None and qp.upper is None:
         raise InputError("QP(lower, upper)", "None for both", "at least one of them")
     if qp.lower is not None and qp.upper is not None and qp.linear.device.type == "cpu":
-        look_at(_check_order, qp.lower, qp.upper)
+        inspect_values(_check_order, qp.lower, qp.upper)
 
 
 def _check_order(lower: Tensor, upper: Tensor) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from convexheads.transforms import differentiated_once
+from convexheads._functorch import once_differentiable
 
 
 def call(solve: Callable[..., Tensor], *inputs: Tensor, backend: str) -> Tensor:
@@ -50,4 +50,4 @@ class _Call(torch.autograd.Function):
         found = [next(found) if x.requires_grad else None for x in ctx.inputs]
         back = [None if g is None else g * size.view(-1, *[1] * (g.ndim - 1)) for g in found]
         # Tied to the incoming gradient, so that differentiating once more arrives at the refusal.
-        return None, None, *(None if g is None else differentiated_once(g, gradient, ctx.backend) for g in back)
+        return None, None, *(None if g is None else once_differentiable(g, gradient, ctx.backend) for g in back)

@@ -27,11 +27,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from convexheads._functorch import is_transforming, move_vmap_dim_to_front, once_differentiable
 from convexheads.solvers.active_set import ActiveSet
 from convexheads.solvers.interior_point import Relaxed
 from convexheads.solvers.kkt import KKT
 from convexheads.solvers.problem import QP
-from convexheads.transforms import differentiated_once, in_front, is_transforming
 
 _REFINEMENTS = 3
 
@@ -148,7 +148,7 @@ class _Barrier(_System):
         outer = u @ x.mT
         found = -(outer + outer.mT) / 2, None if smoothing is None else -u * x, u
         by = "a NativeSolver whose gradient is not exact"
-        found = (None if value is None else differentiated_once(value, grad_x, by) for value in found)
+        found = (None if value is None else once_differentiable(value, grad_x, by) for value in found)
         return None, *found, *(None,) * (4 + len(factors))
 
     @staticmethod
@@ -173,7 +173,7 @@ def _mapped(function: type[_System], size: int, in_dims: Any, kkt: Callable[...,
     if all(dimension is None for dimension in in_dims[7:]):  # one factorised system, several right-hand sides
         each = [function.apply(kkt, *(t if dim is None else t.select(dim, i) for dim, t in pairs)) for i in range(size)]
         return tuple(torch.stack(values) for values in zip(*each, strict=True)), (0, 0)
-    mapped = [in_front(size, *pair) for pair in pairs]
+    mapped = [move_vmap_dim_to_front(size, *pair) for pair in pairs]
     tasks = mapped[0].shape[1]
     flat = (None if tensor is None else tensor.reshape(-1, *tensor.shape[2:]) for tensor in mapped)
     return tuple(value.reshape(size, tasks, *value.shape[1:]) for value in function.apply(kkt, *flat)), (0, 0)

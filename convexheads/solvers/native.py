@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from convexheads._functorch import compute_without_grad, is_transforming
 from convexheads.errors import InputError
 from convexheads.hyperparameters import positive
 from convexheads.solvers import active_set, implicit
@@ -20,7 +21,6 @@ from convexheads.solvers.interior_point import Relaxed, central_path, interior_p
 from convexheads.solvers.kkt import BlockKKT, find_root
 from convexheads.solvers.problem import QP, Certificate, Solution, Status
 from convexheads.solvers.splitting import proximal_step, splitting
-from convexheads.transforms import compute, is_transforming
 
 _ENOUGH_ROUNDS = 12
 # Rows and columns from which on a start by splitting saves more than it costs, and how long it is.
@@ -160,7 +160,7 @@ class NativeSolver(Solver):
             return tuple(part.reshape((*batch, *part.shape[1:])) for part in parts)
 
         names = qp.tensors()
-        parts = iter(compute(solve, *names.values()))
+        parts = iter(compute_without_grad(solve, *names.values()))
         solution, found = like[-1]
         solution = solution.map(lambda *_: next(parts))
         scale = next(parts)

@@ -43,8 +43,8 @@ torch.manual_seed(0)
 learner = Learner().to(device)
 parallel = DistributedDataParallel(learner) if processes > 1 else learner
 optimizer = torch.optim.SGD(learner.parameters(), lr=0.05, momentum=0.9)
-share = {"rank": rank, "processes": processes}  # every process has its share of the same episodes
-loader = EpisodeLoader(images[known], labels[known], ways=WAYS, shots=SHOTS, tasks=8, steps=100, **share)
+share = {"rank": rank, "world_size": processes}  # every process has its share of the same episodes
+loader = EpisodeLoader(images[known], labels[known], ways=WAYS, shots=SHOTS, batch_size=8, steps_per_epoch=100, **share)
 for step, (samples, targets) in enumerate(loader, 1):
     with torch.autocast(device.partition(":")[0], torch.bfloat16):
         loss = parallel(samples.to(device), targets.to(device)) / ACCUMULATE

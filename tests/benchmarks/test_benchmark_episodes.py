@@ -34,8 +34,15 @@ TRANSFORM = v2.Compose([v2.RandomCrop(16, padding=2), v2.ColorJitter(0.4, 0.4, 0
 
 def loader(**changes: Any) -> EpisodeLoader:
     data = images()
-    settings: dict[str, Any] = {"ways": 3, "shots": 1, "queries": 3, "tasks": 4, "steps": 5, "seed": 0} | changes
-    return EpisodeLoader(data.images, data.labels, augment=TRANSFORM, classes=data.classes, **settings)
+    settings: dict[str, Any] = {
+        "ways": 3,
+        "shots": 1,
+        "queries": 3,
+        "batch_size": 4,
+        "steps_per_epoch": 5,
+        "seed": 0,
+    } | changes
+    return EpisodeLoader(data.images, data.labels, transform=TRANSFORM, class_names=data.classes, **settings)
 
 
 def augmented(images: torch.Tensor, name: str, seed: int = 0) -> torch.Tensor:
@@ -48,27 +55,30 @@ def augmented(images: torch.Tensor, name: str, seed: int = 0) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12, wherever a thread was started before
 def test_workers_change_nothing() -> None:
     """But the time: the batches, their order, the position and the training's own draws stay."""
-    expected, ahead = list(loader()), loader(workers=2)
+    expected, ahead = list(loader()), loader(num_workers=2)
     torch.manual_seed(99)
     before, iterator = torch.get_rng_state(), cast("Generator", iter(ahead))
     found = [next(iterator), next(iterator)]
     assert ahead.state_dict() == {"step": 2}  # however far they are ahead
     iterator.close()
+    ahead.load_state_dict(ahead.state_dict())
     found += list(ahead)
     assert torch.equal(before, torch.get_rng_state())
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     for workers, got in ((-1, "-1"), (True, "True")):
-        with pytest.raises(InputError, match=f"workers: got {got}, wanted a number of processes, 0 for none"):
-            loader(workers=workers)
+        with pytest.raises(InputError, match=f"num_workers: got {got}, wanted a number of processes, 0 for none"):
+            loader(num_workers=workers)
     meta = images().images.to("meta")
-    with pytest.raises(InputError, match=r"samples: got device meta, wanted the CPU, or workers=0"):
-        EpisodeLoader(meta, images().labels, ways=2, shots=1, queries=1, workers=1)
+    with pytest.raises(InputError, match=r"samples: got device meta, wanted the CPU, or num_workers=0"):
+        EpisodeLoader(meta, images().labels, ways=2, shots=1, queries=1, num_workers=1)
 
 
 def test_same_distribution_as_learn2learns_tasksets() -> None:
     data = join(images(4, 8), images(2, 13))  # classes of different sizes
     ours, theirs = Counter(), Counter()
-    for pixels, labels in EpisodeLoader(data.images, data.labels, ways=3, shots=1, queries=3, steps=150, seed=1):
+    for pixels, labels in EpisodeLoader(
+        data.images, data.labels, ways=3, shots=1, queries=3, steps_per_epoch=150, seed=1
+    ):
         classes = [
             frozenset(zip(task[:, 0, 0, 0].tolist(), own.tolist(), strict=True))
             for task, own in zip(pixels, labels, strict=True)

@@ -10,8 +10,7 @@ import torch
 from benchmarks import heads
 from benchmarks.data import ImageSet
 from convexheads import RidgeHead, embed, evaluate
-from convexheads.backbones import Conv4
-from convexheads.pretrained import make_head, save_pretrained
+from convexheads.models import Conv4, build_head, save_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +27,9 @@ def data() -> dict[str, ImageSet]:
 
 
 def test_features_are_those_of_the_weights(data, tmp_path: Path):
-    backbone = Conv4(data["train"].images).eval()
+    backbone = Conv4.from_images(data["train"].images).eval()
     settings = {"backbone": "conv4", "head": "svm", "image_size": 16}
-    save_pretrained(tmp_path / "own.safetensors", backbone, make_head("svm"), settings)
+    save_pretrained(tmp_path / "own.safetensors", backbone, build_head("svm"), settings)
     found = heads.features(data, str(tmp_path / "own.safetensors"))
     assert set(found) == {"val", "test"}
     torch.testing.assert_close(found["test"], embed(backbone, data["test"].images, progress=False))
@@ -55,7 +54,7 @@ def test_every_head_is_compared_on_the_same_episodes(data, tmp_path: Path):
     ridge = rows[(rows["head"] == "ridge") & (rows["shots"] == 3)].iloc[0]
     head = RidgeHead(ridge["value"] * found["test"].shape[-1])  # the kernel divided by d
     again = evaluate(head, found["test"], data["test"].labels, shots=3, episodes=20, progress=False)
-    assert again.mean == pytest.approx(ridge["accuracy"])
+    assert again.accuracy == pytest.approx(ridge["accuracy"])
 
     table = heads.show(rows, "title")
     assert table.row_count == len(rows)

@@ -21,7 +21,7 @@ import convexheads as ch
 from benchmarks import gpu
 from benchmarks.options import Options
 from benchmarks.solvers import LEFT_OUT
-from convexheads.pretrained import make_untrained, save_pretrained
+from convexheads.models import build_model, save_pretrained
 
 
 def test_every_training_of_the_queue_can_begin() -> None:
@@ -34,7 +34,7 @@ def test_every_training_of_the_queue_can_begin() -> None:
         assert options.folder == Path("out") / entry.name
         assert isinstance(options.test_shots, tuple)
         assert options.precision == "bfloat16"
-        make_untrained(options.record(), torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8))
+        build_model(options.record(), torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8))
     for entry in entries:
         options = gpu._small(entry.options())
         assert (options.dataset, options.total_steps, options.checkpoint_every) == ("digits", 4, 1)
@@ -64,7 +64,7 @@ def finished(folder: Path) -> Path:
     images = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     settings = {"backbone": "conv4", "head": "svm", "image_size": 32}
     folder.mkdir(parents=True)
-    save_pretrained(folder / "model.safetensors", *make_untrained(settings, images), settings)
+    save_pretrained(folder / "model.safetensors", *build_model(settings, images), settings)
     (folder / "result.json").write_text(json.dumps({"seed": 0}))
     for name in ("checkpoints/last.safetensors", "tensorboard/events"):
         (folder / name).parent.mkdir()

@@ -26,7 +26,7 @@ from tasks import ROOT
 from benchmarks import loop, report, train
 from benchmarks.data import ImageSet
 from benchmarks.loop import KIND, Training
-from convexheads import InputError, storage
+from convexheads import InputError, _storage
 
 SMALL = [
     *["--steps", "4", "--tasks", "1", "--queries", "2", "--test-episodes", "2", "--test-queries", "2"],
@@ -133,7 +133,7 @@ def checkpoint_of(folder: Path) -> Path:
 
 def what_remains(folder: Path) -> dict[str, Any]:
     """All that a run leaves behind that doesn't depend on the time."""
-    tensors, record = storage.load(checkpoint_of(folder), **KIND)
+    tensors, record = _storage.load(checkpoint_of(folder), **KIND)
     del record["seconds"]
     result = json.loads((folder / "result.json").read_text())
     values = {name: (value.dtype, value.tolist()) for name, value in tensors.items()}
@@ -196,7 +196,7 @@ def test_killed_while_a_checkpoint_is_written_the_old_one_is_there(server, undis
     writes = [number for number, event in enumerate(happened(undisturbed)) if event in LAST]
     assert len(writes) == 4  # of each step
     assert trained(server, folder, moment=writes[1]) == -signal.SIGKILL
-    assert storage.load(checkpoint_of(folder), **KIND)[1]["step"] == 1
+    assert _storage.load(checkpoint_of(folder), **KIND)[1]["step"] == 1
     part = folder / "checkpoints" / ".last.safetensors.part"
     assert 0 < part.stat().st_size < checkpoint_of(folder).stat().st_size
 
@@ -224,7 +224,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(undisturbed, tmp_path, monk
 
     def resume() -> Any:
         train.prepare(options)
-        return storage.load(checkpoint, **KIND)
+        return _storage.load(checkpoint, **KIND)
 
     # A bit of padding alters nothing.
     assert refusals(checkpoint, resume, f"resume: got {checkpoint}, damaged") > 30
@@ -233,13 +233,13 @@ def test_damaged_and_foreign_checkpoints_are_refused(undisturbed, tmp_path, monk
         checkpoint.write_bytes(content)
         with pytest.raises(InputError, match=r"resume: got .*last\.safetensors, damaged or something else"):
             train.prepare(options)
-    tensors, record = storage.load(checkpoint_of(undisturbed), **KIND)
+    tensors, record = _storage.load(checkpoint_of(undisturbed), **KIND)
     for options_of_it in ([], None, "seed"):
-        storage.save(checkpoint, tensors, record | {"options": options_of_it}, **KIND)
+        _storage.save(checkpoint, tensors, record | {"options": options_of_it}, **KIND)
         with pytest.raises(InputError, match=r"resume: got .*last\.safetensors"):
             train.prepare(options)
     record["options"]["seed"] = 5
-    storage.save(checkpoint, tensors, record, **KIND)
+    _storage.save(checkpoint, tensors, record, **KIND)
     with pytest.raises(InputError, match=r"last\.safetensors, that of another run \(seed\)"):
         train.prepare(options)
     assert not (tmp_path / "unpickled").exists()
@@ -277,8 +277,8 @@ def test_the_benchmark_does_as_configured(tmp_path, caplog) -> None:
         train.main([*arguments, str(folders["raise"])])
     with pytest.raises(SystemExit, match=r"error: step 2 failed \(a loss of nan\), training has stopped; .*--resume"):
         train.main([*arguments, str(folders["stop"]), "--on-failure", "stop"])
-    assert storage.load(checkpoint_of(folders["stop"]), **KIND)[1]["step"] == 3
-    assert storage.load(checkpoint_of(folders["raise"]), **KIND)[1]["step"] == 2
+    assert _storage.load(checkpoint_of(folders["stop"]), **KIND)[1]["step"] == 3
+    assert _storage.load(checkpoint_of(folders["raise"]), **KIND)[1]["step"] == 2
     train.main([*arguments, str(folders["skip"]), "--on-failure", "skip"])
     for name in ("raise", "stop"):
         assert not (folders[name] / "result.json").exists()
@@ -310,7 +310,7 @@ def hang(self, drawn):
         time.sleep(600)
     take(self, drawn)
 Training.take = hang
-train.make_untrained = lambda settings, examples: (script.Linear(), script.make_head(settings["head"]))
+train.build_model = lambda settings, examples: (script.Linear(), script.build_head(settings["head"]))
 train.main(sys.argv[4:])
 """
 
@@ -332,7 +332,7 @@ def slow(self, path):
     time.sleep(3)
     save(self, path)
 loop.episode_loss, Training.save = altered, slow
-train.make_untrained = lambda settings, examples: (script.Linear(), script.make_head(settings["head"]))
+train.build_model = lambda settings, examples: (script.Linear(), script.build_head(settings["head"]))
 train.main(sys.argv[3:])
 """
 
@@ -355,7 +355,7 @@ def test_when_a_step_of_two_processes_fails_the_first_one_says_so(tmp_path, on_f
     path = checkpoint_of(tmp_path / "run")
     assert path.is_file() == (on_failure == "stop")
     if on_failure == "stop":
-        _, record = storage.load(path, **KIND)
+        _, record = _storage.load(path, **KIND)
         assert record["step"] == 3
         assert record["failures"] == [{"step": 2, "tasks": [1, 3], "cause": "a loss of nan"}]
 

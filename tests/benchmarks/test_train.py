@@ -24,9 +24,8 @@ import convexheads as ch
 from benchmarks import train
 from benchmarks.data import ImageSet
 from benchmarks.loop import KIND, Training
-from convexheads import storage
-from convexheads.backbones import Conv4
-from convexheads.pretrained import make_head
+from convexheads import _storage
+from convexheads.models import Conv4, build_head
 
 SHORT = [
     "--steps",
@@ -46,7 +45,7 @@ SHORT = [
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """What the last checkpoint holds: weights, statistics and momentum."""
-    return storage.load(folder / "checkpoints" / "last.safetensors", **KIND)[0]
+    return _storage.load(folder / "checkpoints" / "last.safetensors", **KIND)[0]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -218,15 +217,15 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_backbone_standardises_pixels_and_gives_256_features() -> None:
     images = torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8)
-    backbone = Conv4(images)
+    backbone = Conv4.from_images(images)
     assert backbone(images).shape == (50, 256)
     assert backbone.mean.flatten().tolist() == pytest.approx(images.double().mean((0, 2, 3)).tolist())
-    assert {"mean", "deviation"} < backbone.state_dict().keys()
+    assert {"mean", "std"} < backbone.state_dict().keys()
 
 
 def test_refuses_an_unknown_head() -> None:
     with pytest.raises(ch.InputError, match="svm, ridge, prototypes"):
-        make_head("forest")
+        build_head("forest")
 
 
 def run_as_a_command(*arguments: str, script: str = "-m benchmarks.train") -> subprocess.CompletedProcess[str]:
@@ -295,7 +294,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
                 train.main(arguments)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert storage.load(checkpoint, **KIND)[1]["step"] == 2
+    assert _storage.load(checkpoint, **KIND)[1]["step"] == 2
     assert [path.name for path in checkpoint.parent.iterdir()] == ["last.safetensors"]
     train.main([*arguments, "--resume"])
     expected, found = weights(finished), weights(tmp_path)
@@ -359,7 +358,7 @@ def test_the_best_weights_on_validation_classes_are_kept(tmp_path: Path) -> None
     with (tmp_path / "metrics.csv").open() as file:
         accuracies = {int(row["step"]): row["val_accuracy"] for row in csv.DictReader(file) if row["val_accuracy"]}
     assert list(accuracies) == [1, 3, 5]
-    best, record = storage.load(tmp_path / "checkpoints" / "best.safetensors", **KIND)
+    best, record = _storage.load(tmp_path / "checkpoints" / "best.safetensors", **KIND)
     assert record["step"] - 1 == max(accuracies, key=lambda step: float(accuracies[step]))
     saved = ch.load_pretrained(tmp_path)
     for name, value in saved.backbone.state_dict().items():

@@ -8,8 +8,9 @@ from pathlib import Path
 import griffe
 
 PACKAGE = griffe.load("convexheads", search_paths=[Path(__file__).parents[2]])
-MODULES = [PACKAGE, *PACKAGE.modules.values(), *PACKAGE["integrations"].modules.values()]
-INTERNAL = {"precision", "storage", "training", "transforms"}  # besides what the `__all__` of a package leaves out
+OPEN = [PACKAGE, *(PACKAGE[name] for name in ("integrations", "models", "cli"))]  # of which every module is public
+MODULES = [PACKAGE, *(module for package in OPEN for module in package.modules.values() if module.is_public)]
+INTERNAL = {"precision", "training"}  # besides what the `__all__` of a package leaves out
 FOREIGN = {"extra_repr", "TaskSampler"}  # described by torch; with the arguments of easyfsl's
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from public_api import PUBLIC
 
-from convexheads.__main__ import main
+from convexheads.cli.command import main
 
 ROOT = Path(__file__).parents[2]
 

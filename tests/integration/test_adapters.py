@@ -11,7 +11,8 @@ import torch
 from qpth.qp import QPFunction
 from tasks import close, crammer_singer, task
 
-from convexheads import ConvexHeadsError, CvxpylayersSolver, Learnable, NativeSolver, QpthSolver, SVMHead
+from convexheads import ConvexHeadsError, Learnable, NativeSolver, SVMHead
+from convexheads.solvers import CvxpylayersSolver, QpthSolver
 from convexheads.solvers.cvxpylayers import _layer
 
 adapters = pytest.mark.parametrize("solver", [QpthSolver, CvxpylayersSolver])
@@ -78,7 +79,8 @@ def test_batches_on_several_threads_do_not_hang(shots):
     """5-way 10-shot through qpth hangs in torch's batched LU: in a process of its own, that a time limit can end."""
     script = f"""
         import torch
-        from convexheads import NativeSolver, QpthSolver, SVMHead
+        from convexheads import NativeSolver, SVMHead
+        from convexheads.solvers import QpthSolver
         torch.set_num_threads(2)
         labels = torch.arange(5).repeat({shots}).expand(2, -1)
         support = torch.randn(2, {5 * shots}, 640, dtype=torch.float64, requires_grad=True)

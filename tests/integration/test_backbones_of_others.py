@@ -10,7 +10,7 @@ from learn2learn.vision.models import CNN4Backbone, ResNet12Backbone, WRN28Backb
 from torch import nn
 from torchvision.ops import DropBlock2d
 
-from convexheads.backbones import WRN28, Conv4, DropBlock, ResNet12, make_backbone
+from convexheads.models import WRN28, Conv4, DropBlock, ResNet12, build_backbone
 
 
 def pictures(n: int, size: int) -> torch.Tensor:
@@ -24,7 +24,7 @@ def parameters(module: nn.Module) -> int:
 @pytest.mark.parametrize(("channels", "size"), [(3, 32), pytest.param(1, 84, marks=pytest.mark.slow)])
 def test_wrn28_is_a_backbone_like_the_others(channels: int, size: int) -> None:
     images = pictures(2, size)[:, :channels]
-    backbone = make_backbone("wrn28", images)
+    backbone = build_backbone("wrn28", images)
     features = backbone(images)
     assert features.shape == (2, 640)
     features.square().mean().backward()
@@ -36,17 +36,17 @@ def test_wrn28_is_a_backbone_like_the_others(channels: int, size: int) -> None:
 def test_as_many_parameters_as_learn2learns() -> None:
     images = pictures(2, 32)
     conv4 = CNN4Backbone(hidden_size=64, channels=3, max_pool=True)
-    assert parameters(make_backbone("conv4", images)) == parameters(conv4) == 113_088
-    assert parameters(make_backbone("resnet12", images)) == parameters(ResNet12Backbone(avg_pool=False)) == 12_424_320
-    assert parameters(make_backbone("wrn28", images)) == parameters(WRN28Backbone())
+    assert parameters(build_backbone("conv4", images)) == parameters(conv4) == 113_088
+    assert parameters(build_backbone("resnet12", images)) == parameters(ResNet12Backbone(avg_pool=False)) == 12_424_320
+    assert parameters(build_backbone("wrn28", images)) == parameters(WRN28Backbone())
     widths = (3, 96, 192, 384, 512)  # weights and biases of convolutions, scales and offsets of normalisations
     by_hand = sum(9 * before * after + 3 * after for before, after in pairwise(widths))
-    assert parameters(make_backbone("r2d2", images)) == by_hand
+    assert parameters(build_backbone("r2d2", images)) == by_hand
 
 
 def test_initial_weights_of_resnet12_are_those_of_the_published_code() -> None:
     """Of variance 2 over the outputs' connections: as for a slope of 0. So has learn2learn, which took over that code."""
-    ours, theirs = ResNet12(pictures(2, 32)), ResNet12Backbone()
+    ours, theirs = ResNet12(), ResNet12Backbone()
     for network in (ours, theirs):
         weight = [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)][-2]
         assert weight.shape == (640, 640, 3, 3)
@@ -56,7 +56,7 @@ def test_initial_weights_of_resnet12_are_those_of_the_published_code() -> None:
 def test_resnet12_computes_what_learn2learns_does() -> None:
     """With its weights, in evaluation mode, where nothing is dropped."""
     images = pictures(2, 84)
-    ours, theirs = ResNet12(images, average_pool=True), ResNet12Backbone(avg_pool=True)
+    ours, theirs = ResNet12.from_images(images, average_pool=True), ResNet12Backbone(avg_pool=True)
     for module in theirs.modules():  # statistics that are not trivial
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
@@ -66,7 +66,7 @@ def test_resnet12_computes_what_learn2learns_does() -> None:
         for mine, other in pairs:
             mine.load_state_dict(other.state_dict())
     with torch.no_grad():
-        expected = theirs.eval()((images - ours.mean) / ours.deviation)
+        expected = theirs.eval()((images - ours.mean) / ours.std)
         found = ours.eval()(images)
     torch.testing.assert_close(found, expected.flatten(1), rtol=1e-4, atol=1e-4)
 
@@ -74,32 +74,30 @@ def test_resnet12_computes_what_learn2learns_does() -> None:
 def test_conv4_computes_what_learn2learns_does() -> None:
     """With its weights, which have the same names."""
     images = pictures(4, 32)
-    ours, theirs = Conv4(images).eval(), CNN4Backbone(hidden_size=64, channels=3, max_pool=True).eval()
+    ours, theirs = Conv4.from_images(images).eval(), CNN4Backbone(hidden_size=64, channels=3, max_pool=True).eval()
     for layer in theirs.modules():  # statistics that are not trivial
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_mean.normal_()
             layer.running_var.uniform_(0.5, 2)
     ours.layers.load_state_dict(theirs.state_dict())
     with torch.no_grad():
-        expected = theirs((images - ours.mean) / ours.deviation)
+        expected = theirs((images - ours.mean) / ours.std)
         torch.testing.assert_close(ours(images), expected.flatten(1), rtol=1e-4, atol=1e-4)
 
 
 def test_wrn28_computes_what_learn2learns_does() -> None:
     images = pictures(1, 84)
-    ours, theirs = WRN28(pictures(2, 84)).eval(), WRN28Backbone().eval()
+    ours, theirs = WRN28.from_images(pictures(2, 84)).eval(), WRN28Backbone().eval()
     state, names = theirs.state_dict(), ("conv1", "layer1", "layer2", "layer3", "bn1")
     for name, layer in zip(names, ours.layers, strict=False):
         own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
         layer.load_state_dict(own)
     with torch.no_grad():
-        torch.testing.assert_close(ours(images), theirs((images - ours.mean) / ours.deviation), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours(images), theirs((images - ours.mean) / ours.std), rtol=1e-4, atol=1e-4)
 
 
 def test_dropblock_drops_as_much_as_torchvisions() -> None:
     """Which takes odd sizes only."""
     value = torch.ones(16, 64, 20, 20)
-    ours, theirs = (
-        (layer(value) == 0).double().mean().item() for layer in (DropBlock(5, grow=False), DropBlock2d(0.1, 5))
-    )
+    ours, theirs = ((layer(value) == 0).double().mean().item() for layer in (DropBlock(5), DropBlock2d(0.1, 5)))
     assert ours == pytest.approx(theirs, abs=0.01)

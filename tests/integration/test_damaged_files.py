@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,17 @@ from tasks import clusters
 
 import convexheads as ch
 from convexheads import InputError
-from convexheads.integrations.folder import FewShotClassifier
-from convexheads.integrations.lightning import EpisodicDataModule, WholeCheckpointIO
-from convexheads.pretrained import make_untrained, save_pretrained
+from convexheads.cli.folder import FolderClassifier
+from convexheads.integrations.lightning import AtomicCheckpointIO, EpisodicDataModule
+from convexheads.models import build_model, save_pretrained
+from convexheads.models.pretrained import WEIGHTS_DIR
+
+SETTINGS = {"backbone": "conv4", "head": "ridge", "image_size": 32}
 
 
 def test_damaged_and_foreign_weights_are_refused(tmp_path, monkeypatch) -> None:
-    settings = {"backbone": "conv4", "head": "ridge", "image_size": 32}
     path = tmp_path / "own.safetensors"
-    save_pretrained(path, *make_untrained(settings, torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)), settings)
+    save_pretrained(path, *build_model(SETTINGS, torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)), SETTINGS)
 
     def load() -> Any:
         backbone, head, told = ch.load_pretrained(path)
@@ -38,26 +41,26 @@ def test_damaged_and_foreign_classifiers_are_refused(tmp_path, monkeypatch) -> N
     support, labels = clusters(3, each=4)
     settings = {"classes": ["a", "b", "c"], "features": "npy", "head": "ridge", "scale": 1.0}
     path = tmp_path / "own.classifier"
-    FewShotClassifier(**settings, support=support, labels=labels).save(path)
+    FolderClassifier(**settings, support=support, labels=labels).save(path)
     whole = path.read_bytes()
     for content in (*damaged(whole, random.Random(0)), *foreign(tmp_path, monkeypatch)):
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"classifier: got .*own\.classifier"):
-            FewShotClassifier.load(path)
+            FolderClassifier.load(path)
     assert not (tmp_path / "unpickled").exists()
 
 
-def test_weights_of_older_versions_have_no_checksum_and_load() -> None:
-    from safetensors import safe_open
+def test_weights_without_a_checksum_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
 
-    path = ch.pretrained.ZOO / "conv4-cifar-fs-ridge.safetensors"
-    with safe_open(path, framework="pt") as file:
-        assert file.metadata()["settings"].startswith("{")
-    ch.load_pretrained(path)
+    tensors, settings = load_file(WEIGHTS_DIR / "conv4-cifar-fs-ridge.safetensors"), json.dumps(SETTINGS)
+    save_file(tensors, tmp_path / "own.safetensors", {"settings": settings})
+    with pytest.raises(InputError, match="checksum"):
+        ch.load_pretrained(tmp_path / "own.safetensors")
 
 
 def test_damaged_and_foreign_checkpoints_of_lightning_are_refused(tmp_path, monkeypatch) -> None:
-    path, files = tmp_path / "checkpoints" / "own.ckpt", WholeCheckpointIO()
+    path, files = tmp_path / "checkpoints" / "own.ckpt", AtomicCheckpointIO()
     files.save_checkpoint({"state_dict": {"weight": torch.randn(40, 30)}, "global_step": 3, "name": "own"}, path)
 
     def load() -> Any:
@@ -71,7 +74,7 @@ def test_damaged_and_foreign_checkpoints_of_lightning_are_refused(tmp_path, monk
 
 
 def test_a_checkpoint_of_lightning_that_can_not_be_written_leaves_the_old_one(tmp_path, monkeypatch) -> None:
-    path, files = tmp_path / "own.ckpt", WholeCheckpointIO()
+    path, files = tmp_path / "own.ckpt", AtomicCheckpointIO()
     files.save_checkpoint({"global_step": 3}, path)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", lambda *_: 1 / 0)

@@ -9,7 +9,7 @@ from tasks import clusters
 from torchmetrics.classification import MulticlassCalibrationError
 
 from convexheads import RidgeHead, SVMHead, evaluate, split_task
-from convexheads.episodes import _draw
+from convexheads._sampling import sample_episodes
 
 
 def taskset(ways: int = 3, samples: int = 7):
@@ -53,12 +53,12 @@ def test_calibration_error_is_torchmetrics():
     result = evaluate(head, features, labels, shots=2, queries=5, episodes=30, progress=False)
     reference = MulticlassCalibrationError(num_classes=5, n_bins=15, norm="l1")
     split = []
-    for index in _draw(labels, 5, 7, 30, seed=0):
+    for index in sample_episodes(labels, 5, 7, 30, seed=0):
         support, query = features[index[:, :2]].flatten(0, 1), features[index[:, 2:]].flatten(0, 1)
         fitted = head.fit(support, torch.arange(5).repeat_interleave(2))
         split.append((fitted.probabilities(query), torch.arange(5).repeat_interleave(5)))
     reference.update(torch.cat([p for p, _ in split]), torch.cat([y for _, y in split]))
-    assert result.calibration_error == pytest.approx(reference.compute().item(), abs=1e-6)
+    assert result.expected_calibration_error == pytest.approx(reference.compute().item(), abs=1e-6)
     assert result.converged is None
     assert evaluate(SVMHead(), features, labels, shots=1, episodes=9, progress=False).converged.all()
 

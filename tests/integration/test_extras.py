@@ -16,7 +16,7 @@ import torch
 from installing import installs, requirements_of
 
 import convexheads as ch
-from convexheads.pretrained import names
+from convexheads.models import list_pretrained
 
 torch.manual_seed(0)
 SUPPORT, LABELS, QUERY = torch.randn(2, 10, 8), torch.arange(10).expand(2, 10) % 5, torch.randn(2, 3, 8)
@@ -40,8 +40,10 @@ def lightning() -> None:
     module = import_module("convexheads.integrations.lightning")
     import pytorch_lightning as pl
 
-    data = module.EpisodicDataModule((torch.randn(200, 8), torch.arange(200) % 10), shots=2, queries=2, steps=2)
-    model = module.EpisodicModule(torch.nn.Linear(8, 6), ch.SVMHead(C=0.1), ways=5, shots=2, steps=2)
+    data = module.EpisodicDataModule(
+        (torch.randn(200, 8), torch.arange(200) % 10), shots=2, queries=2, steps_per_epoch=2
+    )
+    model = module.EpisodicModule(torch.nn.Linear(8, 6), ch.SVMHead(C=0.1), ways=5, shots=2, total_steps=2)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
     trainer = pl.Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **quiet)
     trainer.fit(model, data)
@@ -62,18 +64,18 @@ def sklearn() -> None:
 
 
 def text(folder: Path) -> None:
-    from convexheads.integrations.folder import FewShotClassifier
+    from convexheads.cli.folder import FolderClassifier
 
     for name in ("sea", "sky"):
         (folder / name).mkdir()
         (folder / name / "one.txt").write_text(f"something of the {name}")
-    FewShotClassifier.from_folder(folder, features="text").save(folder / "own.safetensors")
-    (found,) = FewShotClassifier.load(folder / "own.safetensors").predict([folder / "sky" / "one.txt"])
+    FolderClassifier.from_folder(folder, features="text").save(folder / "own.safetensors")
+    (found,) = FolderClassifier.load(folder / "own.safetensors").predict([folder / "sky" / "one.txt"])
     assert found.label == "sky"
 
 
 def pretrained() -> None:
-    backbone, head, _ = ch.load_pretrained(names()[0])
+    backbone, head, _ = ch.load_pretrained(list_pretrained()[0])
     features = backbone(torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8))
     assert head(features, torch.arange(10) % 5, features).shape == (10, 5)
 
@@ -117,8 +119,8 @@ def test_the_core_works_with_numba_and_without() -> None:
 def test_images_need_pillow_as_well(tmp_path: Path) -> None:
     if find_spec("PIL"):
         pytest.skip("Pillow is installed")
-    from convexheads.integrations.folder import find_features
+    from convexheads.cli.features import load_feature_extractor
 
     with pytest.raises(ch.MissingDependencyError) as caught:
-        find_features(names()[0])
+        load_feature_extractor(list_pretrained()[0])
     assert installs(str(caught.value)) == requirements_of("pretrained")

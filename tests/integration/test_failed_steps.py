@@ -41,7 +41,9 @@ def learner(on_failure: str, head: ch.Head | None = None, normed: bool = True) -
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5) if normed else nn.Identity())
     head = head or SVMHead(C=0.1, scale=Learnable(1.0))
-    return EpisodicModule(backbone, head, ways=3, shots=2, steps=5, schedule="constant", on_failure=on_failure)
+    return EpisodicModule(
+        backbone, head, ways=3, shots=2, total_steps=5, schedule="constant", on_failed_step=on_failure
+    )
 
 
 def fit(module: EpisodicModule, batches: list, **settings: Any) -> pl.Trainer:
@@ -57,12 +59,12 @@ def same_state(one: nn.Module, other: nn.Module) -> bool:
 def test_a_failed_step_raises_by_default() -> None:
     with pytest.raises(InputError, match=r"batch: got step 2, task 2 \(support: got non-finite.*wanted finite values"):
         fit(learner("raise"), poisoned())
-    assert EpisodicModule(nn.Identity(), RidgeHead(), ways=2, shots=1, steps=1).on_failure == "raise"
+    assert EpisodicModule(nn.Identity(), RidgeHead(), ways=2, shots=1, total_steps=1).on_failed_step == "raise"
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_there_are_three_ways_to_go_on() -> None:
-    with pytest.raises(InputError, match="on_failure: got 'ignore', wanted one of raise, skip, stop"):
+    with pytest.raises(InputError, match="on_failed_step: got 'ignore', wanted one of raise, skip, stop"):
         learner("ignore")
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 import convexheads as ch
 from convexheads import InputError, MissingDependencyError
+from convexheads.cli.features import _backbone, _exists, _text
 from convexheads.heads.cvxpy_problem import _is_solved
-from convexheads.integrations.folder import _backbone, _exists, _text
 from convexheads.integrations.lightning import EpisodicModule
 from convexheads.integrations.sklearn import HeadClassifier
 from convexheads.solvers import cvxpylayers
@@ -91,7 +91,7 @@ def test_a_problem_may_leave_the_labels_out() -> None:
 
 
 def test_without_a_trainer_the_batch_counts_as_the_step() -> None:
-    module = EpisodicModule(nn.Identity(), ch.RidgeHead(), ways=2, shots=1, steps=9)
+    module = EpisodicModule(nn.Identity(), ch.RidgeHead(), ways=2, shots=1, total_steps=9)
     samples, labels = torch.full((1, 4, 3), torch.nan), torch.tensor([[0, 0, 1, 1]])
     with pytest.raises(InputError, match="step 7, task 0"):
         module.training_step((samples, labels), 7)

@@ -18,9 +18,11 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch.nn import functional
 
+import convexheads
 from convexheads import InputError, LogisticHead
-from convexheads.__main__ import main
-from convexheads.integrations.folder import HEADS, FewShotClassifier
+from convexheads.cli import FolderClassifier
+from convexheads.cli.command import main
+from convexheads.cli.folder import HEADS
 
 
 def docstrings(module: str, count: int) -> list[str]:
@@ -44,7 +46,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_text_is_told_apart_after_a_few_examples(texts: Path, head: str) -> None:
-    classifier = FewShotClassifier.from_folder(texts / "train", features="text", head=head)
+    classifier = FolderClassifier.from_folder(texts / "train", features="text", head=head)
     assert classifier.classes == ("numpy.linalg", "pandas", "sklearn.metrics", "torch.optim")
     files = sorted((texts / "test").rglob("*.txt"))
     predictions = classifier.predict(files)
@@ -60,10 +62,10 @@ def test_text_is_told_apart_after_a_few_examples(texts: Path, head: str) -> None
 
 
 def test_saved_and_loaded_it_predicts_the_same(texts: Path, tmp_path: Path) -> None:
-    classifier = FewShotClassifier.from_folder(texts / "train", features="text", head="svm")
+    classifier = FolderClassifier.from_folder(texts / "train", features="text", head="svm")
     classifier.save(tmp_path / "own.safetensors")
     files = sorted((texts / "test").rglob("*.txt"))
-    assert FewShotClassifier.load(tmp_path / "own.safetensors").predict(files) == classifier.predict(files)
+    assert FolderClassifier.load(tmp_path / "own.safetensors").predict(files) == classifier.predict(files)
     assert [path.name for path in tmp_path.iterdir()] == ["own.safetensors"]
 
 
@@ -72,7 +74,7 @@ def test_the_head_sees_features_of_length_one(tmp_path: Path) -> None:
     for name, row in zip("abc", rows, strict=True):
         (tmp_path / "train" / name).mkdir(parents=True)
         np.save(tmp_path / "train" / name / "x.npy", row.numpy())
-    classifier = FewShotClassifier.from_folder(tmp_path / "train", features="npy")
+    classifier = FolderClassifier.from_folder(tmp_path / "train", features="npy")
     assert not classifier.calibrated
     query = tmp_path / "train" / "b" / "x.npy"
     (prediction,) = classifier.predict([query])
@@ -88,7 +90,7 @@ def test_images_by_a_pretrained_backbone(tmp_path: Path) -> None:
         folder = tmp_path / ("train" if number < 60 else "test") / f"digit {label}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray((pixels * 15).astype(np.uint8)).save(folder / f"{number}.png")
-    classifier = FewShotClassifier.from_folder(tmp_path / "train", features="conv4-cifar-fs-ridge")
+    classifier = FolderClassifier.from_folder(tmp_path / "train", features="conv4-cifar-fs-ridge")
     predictions = classifier.predict(sorted((tmp_path / "test").rglob("*.png")))
     right = [prediction.label == prediction.path.parent.name for prediction in predictions]
     assert sum(right) / len(right) > 0.9
@@ -103,7 +105,7 @@ def test_as_a_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     main(["predict", str(classifier), *(row["file"] for row in rows), "--output", str(tmp_path / "out.csv")])
     with (tmp_path / "out.csv").open(newline="") as file:
         assert list(csv.DictReader(file)) == rows
-    predictions = FewShotClassifier.load(classifier).predict([row["file"] for row in rows])
+    predictions = FolderClassifier.load(classifier).predict([row["file"] for row in rows])
     assert [row["label"] for row in rows] == [prediction.label for prediction in predictions]
     assert len(rows) == len(list((texts / "test").rglob("*.txt")))
     (tmp_path / "empty").mkdir()
@@ -120,14 +122,14 @@ def test_as_a_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fit", "{0}/nowhere"], "folder: got .*nowhere, wanted a folder that holds"),
+        (["fit", "{0}/nowhere"], "folder: got .*nowhere, wanted a folder that contains"),
         (["fit", "{0}/train/pandas"], "with 0 class folders in it, wanted at least 2"),
         (
             ["fit", "{0}/train", "--features", "vgg"],
             "features: got 'vgg', wanted one of text, npy, conv4-cifar-fs-prototypes",
         ),
         (["fit", "{0}/train", "--features", "nowhere:f"], "wanted a function of a module that can be imported"),
-        (["fit", "{0}/train", "--features", "npy"], r"file: got .*0\.txt \(.*wanted one that can be read"),
+        (["fit", "{0}/train", "--features", "npy"], r"file: got .*0\.txt \(.*wanted a file that can be read"),
         (["fit", "{0}/train", "--output", "{0}/nowhere/x"], "output: got .*nowhere/x, wanted a file in a folder"),
         (["fit", "{0}/train", "--output", "{0}/train"], "output: got .*train, wanted a file in a folder"),
         (["predict", "{0}/nowhere", "x.txt"], "classifier: got .*nowhere"),
@@ -138,8 +140,34 @@ def test_errors_say_what_is_wrong(texts: Path, arguments: list[str], message: st
         main([argument.format(texts) for argument in arguments])
 
 
+def test_images_without_a_backbone_are_an_error_that_says_so(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "x.png")
+    with pytest.raises(InputError, match=r"x\.png.*--features"):
+        FolderClassifier.from_folder(tmp_path, features="text")
+
+
+def test_files_that_windows_adds_are_no_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "x.npy", np.eye(2)["ab".index(name)])
+        for junk in ("Thumbs.db", "desktop.ini", ".DS_Store"):
+            (tmp_path / name / junk).write_bytes(b"junk")
+    FolderClassifier.from_folder(tmp_path, features="npy").save(tmp_path / "own.safetensors")
+    main(["predict", str(tmp_path / "own.safetensors"), str(tmp_path / "a"), str(tmp_path / "b")])
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_the_command_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.split() == ["convexheads", convexheads.__version__]
+
+
 def test_unusable_files_are_named(texts: Path, tmp_path: Path) -> None:
-    classifier = FewShotClassifier.from_folder(texts / "train", features="text")
+    classifier = FolderClassifier.from_folder(texts / "train", features="text")
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     with pytest.raises(InputError, match=r"file: got .*latin\.txt"):
         classifier.predict([tmp_path / "latin.txt"])
@@ -152,21 +180,21 @@ def test_unusable_files_are_named(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "classes" / "b").mkdir()
     (tmp_path / "classes" / "a" / "x.npy").write_bytes(pickle.dumps([1.0]))
     with pytest.raises(InputError, match="class 'b' without any file"):
-        FewShotClassifier.from_folder(tmp_path / "classes", features="npy")
+        FolderClassifier.from_folder(tmp_path / "classes", features="npy")
     (tmp_path / "classes" / "b" / "x.npy").write_bytes(pickle.dumps([1.0]))
     with pytest.raises(InputError, match=r"file: got .*a/x\.npy"):  # nothing is unpickled
-        FewShotClassifier.from_folder(tmp_path / "classes", features="npy")
+        FolderClassifier.from_folder(tmp_path / "classes", features="npy")
     np.save(tmp_path / "classes" / "a" / "x.npy", np.ones(3))
     np.save(tmp_path / "classes" / "b" / "x.npy", np.zeros(3))
     with pytest.raises(
         InputError, match=r"file: got .*b/x\.npy, with unusable features, wanted finite ones, not all zero"
     ):
-        FewShotClassifier.from_folder(tmp_path / "classes", features="npy")
+        FolderClassifier.from_folder(tmp_path / "classes", features="npy")
     np.save(tmp_path / "classes" / "b" / "x.npy", np.zeros(4))
     with pytest.raises(InputError, match=r"b/x\.npy with 4 values, wanted 3, as in"):
-        FewShotClassifier.from_folder(tmp_path / "classes", features="npy")
+        FolderClassifier.from_folder(tmp_path / "classes", features="npy")
     with pytest.raises(InputError, match="head: got 'forest'"):
-        FewShotClassifier.from_folder(tmp_path / "classes", features="npy", head="forest")
+        FolderClassifier.from_folder(tmp_path / "classes", features="npy", head="forest")
 
 
 def test_features_of_ones_own(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,21 +203,21 @@ def test_features_of_ones_own(texts: Path, tmp_path: Path, monkeypatch: pytest.M
         "\ndef g(paths):\n    return [1.0 for path in paths]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    classifier = FewShotClassifier.from_folder(texts / "train", features="mine:f")
+    classifier = FolderClassifier.from_folder(texts / "train", features="mine:f")
     assert classifier.predict(sorted((texts / "train" / "pandas").iterdir()))
     with pytest.raises(InputError, match="features: got list, wanted a row of floating-point values for each of 24"):
-        FewShotClassifier.from_folder(texts / "train", features="mine:g")
+        FolderClassifier.from_folder(texts / "train", features="mine:g")
 
 
 def test_damaged_classifiers_are_refused(texts: Path, tmp_path: Path) -> None:
     path = tmp_path / "own.safetensors"
-    FewShotClassifier.from_folder(texts / "train", features="text").save(path)
+    FolderClassifier.from_folder(texts / "train", features="text").save(path)
     content = path.read_bytes()
     for damaged in (content[:-100], b"", pickle.dumps({})):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=r"classifier: got .*own\.safetensors"):
-            FewShotClassifier.load(path)
+            FolderClassifier.load(path)
     path.unlink()
     save_file({"support": torch.zeros(2, 2)}, path)
     with pytest.raises(InputError, match="wanted a complete file"):
-        FewShotClassifier.load(path)
+        FolderClassifier.load(path)

@@ -10,10 +10,10 @@ from strategies import anything, outcome
 from tasks import examples
 
 import convexheads as ch
-from convexheads.pretrained import ZOO, save_pretrained
+from convexheads.models.pretrained import WEIGHTS_DIR, save_pretrained
 
 
-def check_pretrained(loaded: ch.Pretrained) -> None:
+def check_pretrained(loaded: ch.models.Pretrained) -> None:
     assert isinstance(loaded.backbone, torch.nn.Module)
     assert isinstance(loaded.head, ch.Head)
 
@@ -29,7 +29,7 @@ def test_names_of_weights(name):
 
 def test_files_of_weights(tmp_path):
     """Whatever is loaded is what was saved, to the last bit."""
-    backbone, head, told = ch.load_pretrained(ZOO / "conv4-cifar-fs-svm.safetensors")
+    backbone, head, told = ch.load_pretrained(WEIGHTS_DIR / "conv4-cifar-fs-svm.safetensors")
     save_pretrained(tmp_path / "whole.safetensors", backbone, head, told)
     content = (tmp_path / "whole.safetensors").read_bytes()
 

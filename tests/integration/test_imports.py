@@ -116,7 +116,24 @@ def test_the_command_names_the_package_where_convexheads_is_not_installed(monkey
 
 
 def test_adapters_import_without_their_packages():
-    assert run("from convexheads import QpthSolver, CvxpylayersSolver; print(QpthSolver.__name__)") == "QpthSolver\n"
+    assert (
+        run("from convexheads.solvers import QpthSolver, CvxpylayersSolver; print(QpthSolver.__name__)")
+        == "QpthSolver\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["learn2learn", "easyfsl", "sklearn", "lightning"])
+def test_an_adapter_names_its_extra_where_nothing_is_installed(name: str):
+    script = f"""
+        import sys, convexheads
+        hidden = ("numpy", "packaging", "learn2learn", "easyfsl", "sklearn", "pytorch_lightning")
+        sys.modules.update(dict.fromkeys(hidden))  # None: an import of it fails
+        try:
+            import convexheads.integrations.{name}
+        except convexheads.MissingDependencyError as error:
+            print(error)
+    """
+    assert installs(run(script)) == requirements_of(name)
 
 
 def test_importing_benchmarks_imports_nothing_else():

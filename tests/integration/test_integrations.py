@@ -16,8 +16,9 @@ from easyfsl.utils import evaluate as easyfsl_evaluate
 from installing import installs, requirements_of
 from learn2learn.algorithms import LightningMetaOptNet, LightningPrototypicalNetworks
 from learn2learn.nn import PrototypicalClassifier, SVClassifier
+from scipy.stats import loguniform
 from sklearn.datasets import load_digits
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
@@ -36,7 +37,7 @@ from convexheads import (
     RidgeHead,
     SVMHead,
 )
-from convexheads.integrations import easyfsl, learn2learn, require, sklearn
+from convexheads.integrations import easyfsl, learn2learn, require_version, sklearn
 
 
 def task(ways: int = 4, shots: int = 3, queries: int = 5, d: int = 12, seed: int = 0):
@@ -234,13 +235,42 @@ def test_in_pipelines_searches_and_cross_validation() -> None:
     np.testing.assert_allclose(search.predict_proba(X).sum(1), 1)
 
 
+def test_searches_vary_the_arguments_of_the_head() -> None:
+    X, y = load_digits(return_X_y=True)
+    X, y = X[:200], y[:200]
+    pipeline = make_pipeline(StandardScaler(), sklearn.HeadClassifier(SVMHead(squared_hinge=True)))
+    grid = {"headclassifier__head__C": [1e-6, 0.01]}
+    search = GridSearchCV(pipeline, grid, cv=3).fit(X, y)
+    assert search.best_estimator_[-1].head.C == 0.01
+    assert search.best_estimator_[-1].head.squared_hinge
+    random_search = RandomizedSearchCV(sklearn.HeadClassifier(), {"head__C": loguniform(1e-3, 10)}, n_iter=2, cv=2)
+    assert 1e-3 < random_search.fit(X, y).best_estimator_.head.C < 10
+
+
+def test_an_argument_of_the_head_makes_a_new_head() -> None:
+    head = LogisticHead(0.1, scale=Learnable(2.0))
+    classifier = sklearn.HeadClassifier(head)
+    assert classifier.get_params()["head__regularization"] == 0.1
+    assert classifier.set_params(head__regularization=0.5) is classifier
+    assert classifier.head.regularization == 0.5
+    assert classifier.head.scale is not head.scale
+    assert classifier.head.scale.value == head.scale.value
+    assert head.regularization == 0.1
+    with pytest.raises(ValueError, match="head__C"):
+        classifier.set_params(head__C=1.0)
+    with pytest.raises(InputError, match="regularization"):
+        classifier.set_params(head__regularization=-1.0)
+    assert sklearn.HeadClassifier().set_params(head__C=3.0).head.C == 3.0
+    assert "head__C" not in sklearn.HeadClassifier().get_params(deep=False)
+
+
 def test_two_classes_have_one_decision() -> None:
     X, y = load_digits(n_class=2, return_X_y=True)
     classifier = sklearn.HeadClassifier(RidgeHead()).fit(X, y.astype(str))
     decision = classifier.decision_function(X)
     assert decision.shape == (len(X),)
     assert ((decision > 0) == (classifier.predict(X) == "1")).all()
-    with pytest.raises(ValueError, match="two classes at least; y holds one class only: '0'"):
+    with pytest.raises(ValueError, match=r"at least two classes.*'0'"):
         classifier.fit(X[y == 0], y[y == 0].astype(str))
 
 
@@ -248,18 +278,22 @@ def test_versions_that_are_not_supported_are_named(monkeypatch: pytest.MonkeyPat
     versions = {"easyfsl": "1.2.0"}
     monkeypatch.setattr("convexheads.integrations.version", lambda name: versions[name])
     with pytest.raises(MissingDependencyError, match=r"easyfsl>=1\.5,<2, not 1\.2\.0'") as caught:
-        require("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="it")
+        require_version("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="it")
     assert installs(str(caught.value)) == requirements_of("easyfsl")
-    for supported in ("1.5", "1.5.0", "1.10.2rc1"):
+    for unsupported in ("2.0rc1", "2", "1.5rc1"):
+        versions["easyfsl"] = unsupported
+        with pytest.raises(MissingDependencyError, match=unsupported):
+            require_version("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="it")
+    for supported in ("1.5", "1.5.0", "1.10.2rc1", "1.5.post1"):
         versions["easyfsl"] = supported
-        require("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="it")
+        require_version("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="it")
 
     def missing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr("convexheads.integrations.version", missing)
     with pytest.raises(MissingDependencyError, match="'easyfsl'") as caught:
-        require("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="it")
+        require_version("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="it")
     assert installs(str(caught.value)) == requirements_of("easyfsl")
 
 

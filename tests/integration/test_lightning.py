@@ -29,12 +29,12 @@ def part(classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def data(**changes) -> EpisodicDataModule:
-    settings = {"ways": 3, "shots": 2, "queries": 4, "tasks": 2, "steps": 4, "val_steps": 3} | changes
+    settings = {"ways": 3, "shots": 2, "queries": 4, "batch_size": 2, "steps_per_epoch": 4, "eval_steps": 3} | changes
     return EpisodicDataModule(part(8), part(5, seed=1), part(4, seed=2), **settings)
 
 
 def module(backbone: nn.Module | None = None, **changes) -> EpisodicModule:
-    settings = {"ways": 3, "shots": 2, "steps": 8} | changes
+    settings = {"ways": 3, "shots": 2, "total_steps": 8} | changes
     return EpisodicModule(backbone or nn.Linear(6, 5), SVMHead(C=0.1, scale=Learnable(1.0)), **settings)
 
 
@@ -98,7 +98,7 @@ def test_a_resumed_training_sees_the_episodes_that_were_left(tmp_path: Path) -> 
 
 
 def test_without_validation_there_is_none() -> None:
-    own = EpisodicDataModule(part(8), ways=3, shots=2, queries=4, tasks=2, steps=2)
+    own = EpisodicDataModule(part(8), ways=3, shots=2, queries=4, batch_size=2, steps_per_epoch=2)
     trainer = pl.Trainer(max_epochs=1, enable_checkpointing=False, **QUIET)
     with pytest.warns(UserWarning, match="have no `val_dataloader`"):
         trainer.fit(module(), own)
@@ -113,8 +113,14 @@ def test_on_lightnings_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     torch.save(part(8), tmp_path / "train.pt")
     torch.save(part(5, seed=1), tmp_path / "val.pt")
     arguments = ["fit", f"--data.train={tmp_path / 'train.pt'}", f"--data.val={tmp_path / 'val.pt'}"]
-    arguments += ["--data.ways=3", "--data.shots=2", "--data.queries=4", "--data.steps=4", "--data.val_steps=2"]
-    arguments += ["--model.ways=3", "--model.shots=2", "--model.steps=4", "--model.backbone=torch.nn.Linear"]
+    arguments += [
+        "--data.ways=3",
+        "--data.shots=2",
+        "--data.queries=4",
+        "--data.steps_per_epoch=4",
+        "--data.eval_steps=2",
+    ]
+    arguments += ["--model.ways=3", "--model.shots=2", "--model.total_steps=4", "--model.backbone=torch.nn.Linear"]
     arguments += ["--model.backbone.in_features=6", "--model.backbone.out_features=5"]
     arguments += ["--model.head=convexheads.RidgeHead", "--model.head.regularization=3.5", "--trainer.max_epochs=1"]
     arguments += [f"--trainer.{name}={str(value).lower()}" for name, value in QUIET.items()]
@@ -135,7 +141,7 @@ def test_on_lightnings_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_schedules(schedule: str, expected: list[float]) -> None:
-    own = EpisodicModule(nn.Linear(2, 2), RidgeHead(), ways=2, shots=1, steps=6, schedule=schedule)
+    own = EpisodicModule(nn.Linear(2, 2), RidgeHead(), ways=2, shots=1, total_steps=6, schedule=schedule)
     found = own.configure_optimizers()
     optimizer, scheduler = found["optimizer"], found["lr_scheduler"]["scheduler"]
     rates = []
@@ -151,7 +157,7 @@ def test_label_smoothing_and_what_is_logged(monkeypatch: pytest.MonkeyPatch) -> 
     samples, labels = torch.randn(2, 8, 5), torch.arange(8).expand(2, -1) % 2
     logged = {}
     for smoothing in (0.0, 0.2):
-        own = EpisodicModule(nn.Identity(), SVMHead(), ways=2, shots=2, steps=1, label_smoothing=smoothing)
+        own = EpisodicModule(nn.Identity(), SVMHead(), ways=2, shots=2, total_steps=1, label_smoothing=smoothing)
         monkeypatch.setattr(own, "log_dict", lambda values, **_: logged.update(values))
         loss = own.training_step((samples, labels), 0)
         episode = split_task(samples, labels, shots=2)
@@ -164,7 +170,7 @@ def test_label_smoothing_and_what_is_logged(monkeypatch: pytest.MonkeyPatch) -> 
     assert logged["iterations"] >= 1
     for wrong in ({"schedule": "linear"}, {"label_smoothing": 1.0}):
         with pytest.raises(InputError, match=next(iter(wrong))):
-            EpisodicModule(nn.Identity(), SVMHead(), ways=2, shots=2, steps=1, **wrong)
+            EpisodicModule(nn.Identity(), SVMHead(), ways=2, shots=2, total_steps=1, **wrong)
 
 
 @pytest.mark.slow
@@ -195,10 +201,51 @@ def test_two_processes_share_the_episodes(tmp_path: Path) -> None:
     assert found[0][1].item() == pytest.approx(found[1][1].item())
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_data_sets_are_read_from_files(tmp_path: Path, kind: type) -> None:
+    torch.save(part(8), tmp_path / "train.pt")
+    own = EpisodicDataModule(kind(tmp_path / "train.pt"), ways=3, shots=2, queries=4, batch_size=2, steps_per_epoch=4)
+    for (samples, _), (expected, _) in zip(own.train_dataloader(), data().train_dataloader(), strict=True):
+        assert torch.equal(samples, expected)
+
+
+def test_an_epoch_that_is_limited_is_followed_by_other_episodes() -> None:
+    seen = []
+
+    class Recorded(EpisodicModule):
+        def training_step(self, batch, batch_index):
+            seen.append(batch[0])
+            return super().training_step(batch, batch_index)
+
+    own = Recorded(nn.Linear(6, 5), RidgeHead(), ways=3, shots=2, total_steps=4)
+    trainer = pl.Trainer(max_epochs=2, limit_train_batches=2, limit_val_batches=0, enable_checkpointing=False, **QUIET)
+    trainer.fit(own, data())
+    loader = data().train_dataloader()
+    epochs = [[samples for samples, _ in loader] for _ in range(2)]
+    for found, expected in zip(seen, epochs[0][:2] + epochs[1][:2], strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_training_is_resumed_within_an_epoch(tmp_path: Path) -> None:
+    def train(steps: int, **settings) -> dict[str, torch.Tensor]:
+        pl.seed_everything(0, verbose=False)
+        own = module()
+        trainer = pl.Trainer(max_steps=steps, limit_val_batches=0, enable_checkpointing=False, **QUIET)
+        trainer.fit(own, data(), **settings)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return own.state_dict()
+
+    whole = train(7)
+    train(2)
+    resumed = train(7, ckpt_path=tmp_path / "2.ckpt", weights_only=True)
+    for name, value in whole.items():
+        assert torch.equal(resumed[name], value)
+
+
 def test_unusable_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "train.pt"
     with pytest.raises(InputError, match=r"train: got .*train\.pt"):
-        EpisodicDataModule(str(path))
+        EpisodicDataModule(path)
     path.write_bytes(pickle.dumps(PrototypeHead, protocol=2))
     with pytest.raises(InputError, match=r"wanted a file of torch.save"):
         EpisodicDataModule(str(path))

@@ -89,7 +89,7 @@ def test_native_heads(rounds, warm_up):
     stays_flat(step, rounds, warm_up)
 
 
-def ridge(problem: ch.CvxpyTask):
+def ridge(problem: ch.heads.CvxpyTask):
     return problem.squared_norm + cvxpy.sum_squares(problem.targets - problem.scores)
 
 

@@ -12,16 +12,14 @@ from tasks import close, task
 from torch.nn import functional
 
 from convexheads import (
-    CvxpylayersSolver,
     OneVsRestHead,
     PrototypeHead,
-    QpthSolver,
     SimplifiedSVMHead,
     SupportVectorRegressionHead,
     SVMHead,
     WestonWatkinsHead,
 )
-from convexheads.solvers import SOLVERS
+from convexheads.solvers import SOLVERS, CvxpylayersSolver, QpthSolver
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 1.0])

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from solver_contract import *  # noqa: F403
 from tasks import COMFORTABLE, PRECISION, close, examples, tasks
 
-from convexheads import CvxpylayersSolver, NativeSolver, QpthSolver, Solver, SVMHead
-from convexheads.solvers import SOLVERS
+from convexheads import NativeSolver, SVMHead
+from convexheads.solvers import SOLVERS, CvxpylayersSolver, QpthSolver, Solver
 
 OTHERS = [name for name in SOLVERS if name != "native"]
 

@@ -11,30 +11,32 @@ import torch
 from safetensors.torch import save_file
 
 from convexheads import InputError, embed, evaluate, load_pretrained
-from convexheads.pretrained import HEADS, ZOO, make_head, make_untrained, names, save_pretrained
+from convexheads.models import build_head, build_model, list_pretrained, save_pretrained
+from convexheads.models.build import HEADS
+from convexheads.models.pretrained import WEIGHTS_DIR
 
 
 def settings(backbone: str = "conv4", head: str = "svm", **more: object) -> dict[str, object]:
     return {"backbone": backbone, "head": head, "image_size": 32, "dropblock": "none"} | more
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", list_pretrained())
 def test_what_comes_with_the_package(name: str) -> None:
     trained = load_pretrained(name)
     assert name == f"{trained.settings['backbone']}-{trained.settings['dataset']}-{trained.settings['head']}"
     assert not trained.backbone.training
-    assert (ZOO / f"{name}.safetensors").stat().st_size < 1_000_000
+    assert (WEIGHTS_DIR / f"{name}.safetensors").stat().st_size < 1_000_000
     size, channels = trained.settings["image_size"], trained.backbone.mean.shape[1]
     images = torch.randint(256, (10, channels, size, size), dtype=torch.uint8)
     features = trained.backbone(images)
     logits = trained.head(features, torch.arange(10) % 5, features)
     assert logits.shape == (10, 5)
-    assert {type(make_head(trained.settings["head"]))} == {type(trained.head)}
+    assert {type(build_head(trained.settings["head"]))} == {type(trained.head)}
     assert trained.head.scale.value.item() != 1  # it was learned
 
 
 def test_there_are_some() -> None:
-    assert {"conv4-cifar-fs-ridge", "conv4-cifar-fs-svm"} <= set(names())
+    assert {"conv4-cifar-fs-ridge", "conv4-cifar-fs-svm"} <= set(list_pretrained())
 
 
 def test_they_are_trained(data_root: Path) -> None:
@@ -44,10 +46,10 @@ def test_they_are_trained(data_root: Path) -> None:
     data = load("cifar-fs", data_root, splits=("test",))["test"]
     images, labels = data.images[::12], data.labels[::12]
     trained = load_pretrained("conv4-cifar-fs-ridge")
-    untrained, head = make_untrained(trained.settings, images[:500])
+    untrained, head = build_model(trained.settings, images[:500])
     options = {"shots": 5, "episodes": 200, "progress": False}
     means = [
-        evaluate(head, embed(backbone, images, progress=False), labels, **options).mean
+        evaluate(head, embed(backbone, images, progress=False), labels, **options).accuracy
         for backbone in (trained.backbone, untrained)
     ]
     assert means[0] > 0.74
@@ -58,7 +60,7 @@ def test_they_are_trained(data_root: Path) -> None:
 @pytest.mark.parametrize("backbone", ["conv4", "r2d2", pytest.param("resnet12", marks=pytest.mark.slow)])
 def test_what_is_saved_comes_back(tmp_path: Path, backbone: str, head: str) -> None:
     examples = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
-    network, own = make_untrained(settings(backbone, head), examples)
+    network, own = build_model(settings(backbone, head), examples)
     network(examples)  # statistics
     with torch.no_grad():
         own.scale.log_value.fill_(0.5)
@@ -81,13 +83,13 @@ def test_unknown_names_list_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="wanted a file or folder of trained weights"):
         load_pretrained(tmp_path)
     with pytest.raises(InputError, match="head: got 'forest', wanted one of svm, ridge, prototypes"):
-        make_head("forest")
+        build_head("forest")
 
 
 def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     examples = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
     path, whole = tmp_path / "own.safetensors", tmp_path / "whole.safetensors"
-    save_pretrained(whole, *make_untrained(settings(), examples), settings())
+    save_pretrained(whole, *build_model(settings(), examples), settings())
     content = whole.read_bytes()
     malicious = pickle.dumps({"settings": settings()})
     for damaged in (content[:-1000], content[:100], b"", b"no weights", malicious):
@@ -103,23 +105,28 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
             load_pretrained(path)
 
 
-def test_images_that_are_not_uint8_are_refused() -> None:
-    """Those from 0 to 1, say, would give other features without a word."""
+def test_images_of_another_range_or_shape_are_refused() -> None:
+    """Standardized pixels, say, would give other features without an error."""
     backbone = load_pretrained("conv4-cifar-fs-svm").backbone
-    for wrong in (
-        torch.rand(2, 3, 32, 32),
-        torch.zeros(2, 1, 32, 32, dtype=torch.uint8),
-        torch.zeros(3, 32, 32).byte(),
-    ):
-        with pytest.raises(InputError, match=r"images: got shape .*wanted \(n, 3, height, width\) of torch.uint8"):
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(backbone(images / 255), backbone(images), rtol=1e-4, atol=1e-4)
+    for wrong in (images.float(), torch.randn(2, 3, 32, 32), images[:, :1], images[0]):
+        with pytest.raises(InputError, match=r"^images: got"):
             backbone(wrong)
-    with pytest.raises(InputError, match="settings: got no head, wanted the names"):
-        make_untrained({"backbone": "conv4"}, torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    with pytest.raises(InputError, match="config: got no head, wanted the names"):
+        build_model({"backbone": "conv4"}, images)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_paths_may_be_strings(tmp_path: Path, kind: type) -> None:
+    path = kind(tmp_path / "own.safetensors")
+    save_pretrained(path, *build_model(settings()), settings())
+    assert load_pretrained(path).settings == settings()
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     examples = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
-    save_pretrained(tmp_path / "own.safetensors", *make_untrained(settings(), examples), settings("r2d2"))
+    save_pretrained(tmp_path / "own.safetensors", *build_model(settings(), examples), settings("r2d2"))
     with pytest.raises(InputError, match=r"own\.safetensors, not the weights of a r2d2"):
         load_pretrained(tmp_path / "own.safetensors")
 
@@ -127,7 +134,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
     path = tmp_path / "own.safetensors"
-    save_pretrained(path, *make_untrained(settings(), examples), settings())
+    save_pretrained(path, *build_model(settings(), examples), settings())
     before = path.read_bytes()
 
     def full(self: Path, content: bytes) -> int:
@@ -137,6 +144,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
-        save_pretrained(path, *make_untrained(settings(), examples), settings())
+        save_pretrained(path, *build_model(settings(), examples), settings())
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["own.safetensors"]

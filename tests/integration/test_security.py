@@ -28,9 +28,9 @@ from benchmarks.data import load
 from benchmarks.data.sources import Source, archives, csv_lists, open_image
 from benchmarks.options import Options
 from convexheads import InputError, load_pretrained
-from convexheads.__main__ import main
-from convexheads.integrations.folder import FewShotClassifier
-from convexheads.integrations.lightning import EpisodicDataModule, WholeCheckpointIO
+from convexheads.cli.command import main
+from convexheads.cli.folder import FolderClassifier
+from convexheads.integrations.lightning import AtomicCheckpointIO, EpisodicDataModule
 
 
 class Trap:
@@ -98,7 +98,7 @@ def resume(folder: Path, content: bytes) -> None:
 def in_class_folders(folder: Path, content: bytes, *, features: str, suffix: str) -> None:
     for name in "ab":
         put(folder / name / f"x.{suffix}", content)
-    FewShotClassifier.from_folder(folder, features=features)
+    FolderClassifier.from_folder(folder, features=features)
 
 
 def cifar(folder: Path, content: bytes) -> None:
@@ -120,10 +120,10 @@ def read_all(source: Source) -> None:
 
 
 READERS: dict[str, Callable[[Path, bytes], object]] = {
-    "WholeCheckpointIO": lambda folder, content: WholeCheckpointIO().load_checkpoint(put(folder / "x.ckpt", content)),
+    "AtomicCheckpointIO": lambda folder, content: AtomicCheckpointIO().load_checkpoint(put(folder / "x.ckpt", content)),
     "EpisodicDataModule": lambda folder, content: EpisodicDataModule(str(put(folder / "x.pt", content))),
     "load_pretrained": lambda folder, content: load_pretrained(put(folder / "x.safetensors", content)),
-    "FewShotClassifier.load": lambda folder, content: FewShotClassifier.load(put(folder / "x.safetensors", content)),
+    "FolderClassifier.load": lambda folder, content: FolderClassifier.load(put(folder / "x.safetensors", content)),
     "vectors": lambda folder, content: in_class_folders(folder, content, features="npy", suffix="npy"),
     "images": lambda folder, content: in_class_folders(folder, content, features="conv4-cifar-fs-ridge", suffix="png"),
     "benchmarks.train --resume": resume,
@@ -322,15 +322,15 @@ def test_a_classifier_imports_nothing_that_only_its_file_names(tmp_path: Path, m
     path = foreign_classifier(tmp_path, "theirs:f")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InputError, match=r"features: got nothing, for .*, wanted features='theirs:f' \(--features\)"):
-        FewShotClassifier.load(path)
+        FolderClassifier.load(path)
     with pytest.raises(InputError, match="features: got 'os:system', wanted 'theirs:f', as in"):
-        FewShotClassifier.load(path, features="os:system")
+        FolderClassifier.load(path, features="os:system")
     assert not (tmp_path / "imported").exists()
-    (found,) = FewShotClassifier.load(path, features="theirs:f").predict([path])
+    (found,) = FolderClassifier.load(path, features="theirs:f").predict([path])
     assert found.label == "a"
     assert (tmp_path / "imported").exists()
     with pytest.raises(InputError, match="features: got nothing"):
-        FewShotClassifier.load(foreign_classifier(tmp_path, "os:system"))
+        FolderClassifier.load(foreign_classifier(tmp_path, "os:system"))
 
 
 @pytest.mark.usefixtures("_own_modules")
@@ -386,14 +386,14 @@ OFFLINE = {
     "pretrained": """
         import torch
         import convexheads as ch
-        from convexheads.pretrained import names
-        for name in names():
+        from convexheads.models import list_pretrained
+        for name in list_pretrained():
             backbone, _, settings = ch.load_pretrained(name)
             size = settings["image_size"]
             backbone(torch.zeros(2, backbone.mean.shape[1], size, size, dtype=torch.uint8))
     """,
     "text": """
-        from convexheads.__main__ import main
+        from convexheads.cli.command import main
         main(["fit", "texts"])
         main(["predict", "classifier.safetensors", "texts"])
     """,

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional
 
 from convexheads import InputError
-from convexheads.backbones import BACKBONES, Conv4, DropBlock, ResNet12, make_backbone
+from convexheads.models import Conv4, DropBlock, ResNet12, build_backbone
+from convexheads.models.build import BACKBONES
 
 OWN = [name for name in BACKBONES if name != "wrn28"]  # whose layers are learn2learn's
 
@@ -34,18 +35,19 @@ def parameters(module: nn.Module) -> int:
 )
 def test_feature_sizes(name: str, size: int, features: int) -> None:
     images = pictures(2, size)
-    backbone = make_backbone(name, images).eval()
+    backbone = build_backbone(name, images).eval()
     with torch.no_grad():
         found = backbone(images)
     assert found.shape == (2, features)
+    assert backbone.num_features == features
     assert torch.isfinite(found).all()
-    assert {"mean", "deviation"} < backbone.state_dict().keys()
+    assert {"mean", "std"} < backbone.state_dict().keys()
 
 
 @pytest.mark.parametrize("size", [32, pytest.param(84, marks=pytest.mark.slow)])
 def test_average_pooling_is_the_mean_over_positions(size: int) -> None:
     images = pictures(2, size)
-    backbone, pooled = ResNet12(images).eval(), ResNet12(images, average_pool=True).eval()
+    backbone, pooled = ResNet12.from_images(images).eval(), ResNet12.from_images(images, average_pool=True).eval()
     pooled.load_state_dict(backbone.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(pooled(images), backbone(images).unflatten(1, (640, -1)).mean(2))
@@ -55,31 +57,75 @@ def test_average_pooling_is_the_mean_over_positions(size: int) -> None:
 @pytest.mark.parametrize("name", OWN)
 def test_any_channels(name: str, channels: int) -> None:
     images = pictures(2, 32)[:, :channels]
-    assert make_backbone(name, images).eval()(images).ndim == 2
+    assert build_backbone(name, images).eval()(images).ndim == 2
 
 
 def test_names_in_the_state_of_conv4() -> None:
     """Weights on disk are kept by these."""
     normalisation = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     parts = [f"normalize.{name}" for name in normalisation] + ["conv.weight", "conv.bias"]
-    wanted = {"mean", "deviation"} | {f"layers.{number}.{part}" for number in range(4) for part in parts}
-    assert Conv4(pictures(2, 32)).state_dict().keys() == wanted
+    wanted = {"mean", "std"} | {f"layers.{number}.{part}" for number in range(4) for part in parts}
+    assert Conv4().state_dict().keys() == wanted
 
 
 def test_pixels_are_standardised_by_the_examples() -> None:
     images = pictures(8, 32)
-    backbone = Conv4(images)
+    backbone = Conv4.from_images(images)
     backbone.layers = nn.Identity()
     values = backbone(images).unflatten(1, (3, 32, 32))
     torch.testing.assert_close(values.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(values.std((0, 2, 3)), torch.ones(3))
-    torch.testing.assert_close(values[0, 1] * backbone.deviation[0, 1] + backbone.mean[0, 1], images[0, 1].float())
+    torch.testing.assert_close(values[0, 1] * backbone.std[0, 1] + backbone.mean[0, 1], images[0, 1].float())
+
+
+def test_float_images_are_pixels_from_0_to_1() -> None:
+    images = pictures(4, 32)
+    backbone, same = Conv4.from_images(images).eval(), Conv4.from_images(images / 255).eval()
+    torch.testing.assert_close(same.mean, backbone.mean)
+    torch.testing.assert_close(same.std, backbone.std)
+    for dtype in (torch.float32, torch.float64):
+        torch.testing.assert_close(backbone((images / 255).to(dtype)), backbone(images), rtol=1e-4, atol=1e-4)
+    overshooting = (images / 255).requires_grad_()
+    (backbone(overshooting * 1.2 - 0.1)).sum().backward()
+    assert overshooting.grad.abs().sum() > 0
+    for wrong in (images.float(), (images - backbone.mean) / backbone.std, images.long(), images[0], images[:, :1]):
+        with pytest.raises(InputError, match=r"^images: got"):
+            backbone(wrong)
+
+
+def test_mean_and_std_are_those_of_torchvision() -> None:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    backbone = Conv4(mean=mean, std=std)
+    assert backbone.mean.shape == backbone.std.shape == (1, 3, 1, 1)
+    backbone.layers = nn.Identity()
+    pixels = pictures(2, 16)
+    expected = (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(backbone(pixels), expected.flatten(1), rtol=1e-5, atol=1e-5)
+    for wrong in ({"mean": (0.5, 0.5)}, {"std": 0.0}, {"std": float("nan")}, {"in_channels": 0}, {"image_size": 0}):
+        with pytest.raises(InputError):
+            Conv4(**wrong)
+
+
+def test_the_statistics_of_images_keep_their_bits() -> None:
+    images = pictures(8, 32)
+    std, mean = torch.std_mean(images.float(), dim=(0, 2, 3), keepdim=True)
+    backbone = Conv4.from_images(images)
+    assert torch.equal(backbone.mean, mean)
+    assert torch.equal(backbone.std, std)
+    assert torch.isfinite(Conv4.from_images(torch.zeros(2, 3, 16, 16)).eval()(images)).all()  # no division by zero
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_features_of_images_that_are_not_square(name: str) -> None:
+    images = torch.randint(256, (2, 1, 48, 32), dtype=torch.uint8)
+    backbone = build_backbone(name, images).eval()
+    assert backbone(images).shape == (2, backbone.num_features)
 
 
 def test_r2d2_computes_what_is_described() -> None:
     images = pictures(2, 84)
-    backbone = make_backbone("r2d2", images).eval()
-    value, outputs = (images - backbone.mean) / backbone.deviation, []
+    backbone = build_backbone("r2d2", images).eval()
+    value, outputs = (images - backbone.mean) / backbone.std, []
     with torch.no_grad():
         for number, block in enumerate(backbone.layers):
             value = functional.conv2d(value, block[0].weight, block[0].bias, padding=1)
@@ -92,7 +138,7 @@ def test_r2d2_computes_what_is_described() -> None:
 @pytest.mark.parametrize("name", OWN)
 def test_gradients_reach_every_parameter(name: str) -> None:
     images = pictures(4, 32)
-    backbone = make_backbone(name, images)
+    backbone = build_backbone(name, images)
     backbone(images).square().mean().backward()
     for parameter, value in backbone.named_parameters():
         assert value.grad is not None, parameter
@@ -100,7 +146,7 @@ def test_gradients_reach_every_parameter(name: str) -> None:
 
 
 def test_dropblock_drops_blocks_and_keeps_the_mean() -> None:
-    layer, value = DropBlock(5, grow=False), torch.ones(8, 16, 20, 20)
+    layer, value = DropBlock(5, drop_prob=0.1), torch.ones(8, 16, 20, 20)
     dropped = layer(value)
     share = (dropped == 0).double().mean()
     assert 0.05 < share < 0.15
@@ -115,13 +161,13 @@ def test_dropblock_drops_blocks_and_keeps_the_mean() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dropblock_in_other_precisions(dtype: torch.dtype) -> None:
-    dropped = DropBlock(2, grow=False)(torch.ones(8, 64, 16, 16, dtype=dtype))
+    dropped = DropBlock(2, drop_prob=0.1)(torch.ones(8, 64, 16, 16, dtype=dtype))
     assert dropped.dtype == dtype
     assert dropped.double().mean() == pytest.approx(1, abs=0.01)
 
 
-def test_the_official_share_grows_with_training_steps_alone() -> None:
-    layer, value = DropBlock(2, grow=True), torch.ones(16, 64, 16, 16)
+def test_the_rate_of_the_reference_code_grows_with_training_steps_alone() -> None:
+    layer, value = DropBlock(2, warmup_steps=40_000), torch.ones(16, 64, 16, 16)
     assert (layer(value) == 0).double().mean() < 1e-3
     layer.eval()(value)
     assert layer.state_dict()["steps"] == 1
@@ -131,9 +177,9 @@ def test_the_official_share_grows_with_training_steps_alone() -> None:
     assert (layer(value) == 0).double().mean() == pytest.approx(0.1, abs=0.01)
 
 
-def test_the_official_share_goes_on_from_a_checkpoint() -> None:
+def test_the_rate_of_the_reference_code_goes_on_from_a_checkpoint() -> None:
     images = pictures(4, 32)
-    backbone, resumed = (make_backbone("resnet12", images, dropblock="official") for _ in range(2))
+    backbone, resumed = (build_backbone("resnet12", images, dropblock="reference_code") for _ in range(2))
     for name, buffer in backbone.named_buffers():
         if name.endswith("steps"):
             buffer.fill_(30_000)
@@ -149,27 +195,31 @@ def test_the_official_share_goes_on_from_a_checkpoint() -> None:
 
 def test_dropout_of_r2d2_in_training_only() -> None:
     images = pictures(4, 32)
-    backbone = make_backbone("r2d2", images)
+    backbone = build_backbone("r2d2", images)
     assert not torch.equal(backbone(images), backbone(images))
     backbone.eval()
     assert torch.equal(backbone(images), backbone(images))
 
 
-@pytest.mark.parametrize("dropblock", ["paper", "official", "none"])
+@pytest.mark.parametrize("dropblock", ["paper", "reference_code", "none"])
 def test_random_in_training_only(dropblock: str) -> None:
     images = pictures(4, 32)
-    backbone = make_backbone("resnet12", images, dropblock=dropblock)
+    backbone = build_backbone("resnet12", images, dropblock=dropblock)
     random = not torch.equal(backbone(images), backbone(images))
     assert random is (dropblock != "none")
     backbone.eval()
     assert torch.equal(backbone(images), backbone(images))
-    sizes = [module.size for module in backbone.modules() if isinstance(module, DropBlock)]
+    sizes = [module.block_size for module in backbone.modules() if isinstance(module, DropBlock)]
     assert sizes == ([] if dropblock == "none" else [2, 2])
 
 
 def test_the_size_of_blocks_follows_from_that_of_images_unless_given() -> None:
     def sizes(images: torch.Tensor, **settings: int) -> list[int]:
-        return [layer.size for layer in ResNet12(images, **settings).modules() if isinstance(layer, DropBlock)]
+        return [
+            layer.block_size
+            for layer in ResNet12.from_images(images, **settings).modules()
+            if isinstance(layer, DropBlock)
+        ]
 
     assert sizes(pictures(2, 84)) == [5, 5]
     assert sizes(pictures(2, 32), block_size=3) == [3, 3]
@@ -179,10 +229,10 @@ def test_the_size_of_blocks_follows_from_that_of_images_unless_given() -> None:
 def test_refuses_what_there_is_not() -> None:
     images = pictures(2, 32)
     with pytest.raises(InputError, match=f"wanted one of {', '.join(BACKBONES)}"):
-        make_backbone("vgg", images)
+        build_backbone("vgg", images)
     with pytest.raises(InputError, match="conv4 with"):
-        make_backbone("conv4", images, dropblock="paper")
-    with pytest.raises(InputError, match="wanted one of paper, official, none"):
-        make_backbone("resnet12", images, dropblock="some")
+        build_backbone("conv4", images, dropblock="paper")
+    with pytest.raises(InputError, match="wanted one of paper, reference_code, none"):
+        build_backbone("resnet12", images, dropblock="some")
     with pytest.raises(InputError, match="block_size: got 0"):
-        make_backbone("resnet12", images, block_size=0)
+        build_backbone("resnet12", images, block_size=0)

@@ -55,10 +55,10 @@ def test_evaluates_as_a_plain_loop_does():
     """Mean, interval and certificates against the same episodes solved one by one."""
     features, labels = clusters()
     result = evaluate(SVMHead(), features, labels, ways=4, shots=2, queries=5, episodes=30, seed=3, progress=False)
-    from convexheads.episodes import _draw
+    from convexheads._sampling import sample_episodes
 
     accuracies = []
-    for chosen in _draw(labels, 4, 7, 30, 3):
+    for chosen in sample_episodes(labels, 4, 7, 30, 3):
         assert len({labels[row[0]].item() for row in chosen}) == 4
         assert chosen.unique().numel() == 4 * 7
         episode = split_task(features[chosen.flatten()], torch.arange(4).repeat_interleave(7), shots=2)
@@ -66,11 +66,11 @@ def test_evaluates_as_a_plain_loop_does():
         accuracies.append((logits.argmax(-1) == episode.query_labels).double().mean())
     torch.testing.assert_close(result.accuracies, torch.stack(accuracies))
     assert result.episodes == 30
-    assert result.mean == pytest.approx(torch.stack(accuracies).mean().item())
-    assert result.interval == pytest.approx(1.96 * torch.stack(accuracies).std().item() / math.sqrt(30))
+    assert result.accuracy == pytest.approx(torch.stack(accuracies).mean().item())
+    assert result.confidence_interval == pytest.approx(1.96 * torch.stack(accuracies).std().item() / math.sqrt(30))
     assert result.gaps.shape == (30,)
     assert result.gaps.max() < 1e-9
-    assert str(result) == f"{100 * result.mean:.2f} ± {100 * result.interval:.2f} % (30 episodes)"
+    assert str(result) == f"{100 * result.accuracy:.2f} ± {100 * result.confidence_interval:.2f} % (30 episodes)"
 
 
 def test_episodes_depend_on_the_seed_only():
@@ -86,10 +86,10 @@ def test_episodes_depend_on_the_seed_only():
 
 def test_chance_level_on_noise_and_certainty_on_clean_clusters():
     features, labels = clusters(noise=0.0)
-    assert evaluate(PrototypeHead(), features, labels, shots=1, episodes=20, progress=False).mean == 1
+    assert evaluate(PrototypeHead(), features, labels, shots=1, episodes=20, progress=False).accuracy == 1
     noise = torch.randn(400, 5)
     result = evaluate(PrototypeHead(), noise, torch.arange(400) % 10, shots=1, episodes=400, progress=False)
-    assert abs(result.mean - 0.2) < 4 * result.interval / 1.96
+    assert abs(result.accuracy - 0.2) < 4 * result.confidence_interval / 1.96
 
 
 def test_uneven_classes():
@@ -139,10 +139,10 @@ def test_calibrates_on_other_classes(head):
     calibrated = calibrate(head, features[seen], labels[seen], **options)
     before, after = (evaluate(h, features[unseen], labels[unseen], **options) for h in (head, calibrated))
     assert torch.equal(before.accuracies, after.accuracies)
-    assert after.calibration_error < 0.05 < 0.15 < before.calibration_error
+    assert after.expected_calibration_error < 0.05 < 0.15 < before.expected_calibration_error
     # Calibrating twice changes nothing, wherever one starts.
     again = calibrate(calibrated, features[seen], labels[seen], **options)
-    assert again.scale == pytest.approx(calibrated.scale, rel=1e-4)
+    assert again.scale.value.item() == pytest.approx(calibrated.scale.value.item(), rel=1e-4)
 
 
 class Backbone(nn.Module):
@@ -186,10 +186,44 @@ def test_processes_share_an_evaluation():
     features, labels = clusters()
     settings = {"ways": 4, "shots": 2, "queries": 3, "episodes": 11, "batch_size": 2, "progress": False}
     whole = evaluate(RidgeHead(), features, labels, **settings)
-    parts = [evaluate(RidgeHead(), features, labels, part=(rank, 3), **settings) for rank in range(3)]
+    parts = [evaluate(RidgeHead(), features, labels, rank=rank, world_size=3, **settings) for rank in range(3)]
     assert [part.episodes for part in parts] == [4, 4, 3]
     for rank, part in enumerate(parts):
         assert torch.equal(part.accuracies, whole.accuracies[rank::3])
-    for part in ((3, 3), (-1, 2), (11, 12)):
-        with pytest.raises(InputError, match=r"part: got .*wanted \(rank, processes\)"):
-            evaluate(RidgeHead(), features, labels, part=part, **settings)
+    for rank, world_size, name in ((3, 3, "rank"), (-1, 2, "rank"), (0, 0, "world_size"), (0, 12, "world_size")):
+        with pytest.raises(InputError, match=f"^{name}: got"):
+            evaluate(RidgeHead(), features, labels, rank=rank, world_size=world_size, **settings)
+
+
+def test_differences_are_paired():
+    features, labels = clusters(noise=2.0)
+    settings = {"shots": 1, "episodes": 200, "progress": False}
+    first, second = (evaluate(RidgeHead(), each, labels, **settings) for each in (features, features + 0.1))
+    difference = first.compare(second)
+    assert difference.mean == pytest.approx(first.accuracy - second.accuracy)
+    assert difference.confidence_interval < min(first.confidence_interval, second.confidence_interval)
+    errors = (first.accuracies - second.accuracies).std() / math.sqrt(200)
+    assert difference.confidence_interval == pytest.approx(1.96 * errors.item())
+    assert first == first
+    assert first != second
+    with pytest.raises(InputError, match="episodes"):
+        first.compare(evaluate(RidgeHead(), features, labels, **settings | {"episodes": 10}))
+
+
+@pytest.mark.parametrize("scale", [7.0, Learnable(7.0)], ids=str)
+def test_a_calibrated_scale_is_part_of_the_state(scale):
+    features, labels = clusters()
+    calibrated = calibrate(RidgeHead(1.0, scale=scale), features, labels, shots=2, episodes=20, progress=False)
+    assert calibrated.scale.value.item() != pytest.approx(7.0, rel=0.01)
+    assert not any(parameter.requires_grad for parameter in calibrated.parameters())
+    loaded = RidgeHead(1.0, scale=Learnable(1.0))
+    loaded.load_state_dict(calibrated.state_dict())
+    task = features[:10], labels[:10] * 0 + torch.arange(10) % 2, features[10:]
+    assert torch.equal(loaded(*task), calibrated(*task))
+
+
+def test_the_scale_of_a_head_worse_than_chance_stays_positive():
+    features, labels = clusters(noise=0.0)
+    contrary = RidgeHead(1.0, kernel=lambda x, y: x @ y.mT if x is y else -x @ y.mT)
+    calibrated = calibrate(contrary, features, labels, shots=2, episodes=20, progress=False)
+    assert 0 < calibrated.scale.value.item() < 1e-3

@@ -9,7 +9,8 @@ import torch
 from tasks import close, crammer_singer, task
 from torch.func import grad, vmap
 
-from convexheads import QP, ConvexHeadsError, InputError, Learnable, NativeSolver, OneVsRestHead, SVMHead
+from convexheads import ConvexHeadsError, InputError, Learnable, NativeSolver, OneVsRestHead, SVMHead
+from convexheads.solvers import QP
 from convexheads.solvers.interior_point import central_path
 
 

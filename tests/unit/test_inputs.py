@@ -13,7 +13,6 @@ from tasks import crammer_singer, task
 from convexheads import (
     RBF,
     ConvexHeadsError,
-    Dual,
     Head,
     InputError,
     Learnable,
@@ -31,6 +30,7 @@ from convexheads import (
     Sum,
     SVMHead,
 )
+from convexheads.heads import Dual
 from convexheads.heads.inputs import failing_on_indefinite
 
 pytestmark = pytest.mark.usefixtures("unchecked")

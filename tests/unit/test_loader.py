@@ -13,7 +13,7 @@ CLASSES = tuple("abcdef")
 
 
 def brightened(image: torch.Tensor) -> torch.Tensor:
-    """An augmentation that draws from torch's generator; the image stays recognizable by its last pixel."""
+    """An transformation that draws from torch's generator; the image stays recognizable by its last pixel."""
     altered = image.clone()
     altered[..., :-1] += torch.randint(0, 100, (1,), dtype=torch.uint8)
     return altered
@@ -21,7 +21,15 @@ def brightened(image: torch.Tensor) -> torch.Tensor:
 
 def loader(**changes) -> EpisodeLoader:
     """Episodes of images of 16 x 16; image i has the value i everywhere and belongs to class i modulo 6."""
-    settings = {"ways": 3, "shots": 1, "queries": 3, "tasks": 4, "steps": 5, "seed": 0, "classes": CLASSES}
+    settings = {
+        "ways": 3,
+        "shots": 1,
+        "queries": 3,
+        "batch_size": 4,
+        "steps_per_epoch": 5,
+        "seed": 0,
+        "class_names": CLASSES,
+    }
     images = torch.arange(60, dtype=torch.uint8)[:, None, None, None].expand(60, 1, 16, 16).contiguous()
     return EpisodeLoader(images, torch.arange(60) % 6, **settings | changes)
 
@@ -42,26 +50,26 @@ def test_episodes_hold_distinct_images_of_few_classes() -> None:
     assert len(pairs) == 18  # and for another one in the next episode
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_indices_are_those_of_the_samples(processes) -> None:
-    for rank in range(processes):
-        own = loader(rank=rank, processes=processes)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_indices_are_those_of_the_samples(world_size) -> None:
+    for rank in range(world_size):
+        own = loader(rank=rank, world_size=world_size)
         for step, (samples, _) in enumerate(own):
             indices = own.indices(step)
             assert indices.dtype == torch.int64
             assert torch.equal(own.samples[indices], samples)
-            assert torch.equal(loader(rank=rank, processes=processes, augment=brightened).indices(step), indices)
+            assert torch.equal(loader(rank=rank, world_size=world_size, transform=brightened).indices(step), indices)
         assert own.step == 5  # which asking for indices does not change
 
 
-@pytest.mark.parametrize("augment", [None, brightened])
-def test_a_resumed_loader_continues_where_it_stood(augment) -> None:
-    whole = list(loader(augment=augment))
-    first = loader(augment=augment)
+@pytest.mark.parametrize("transform", [None, brightened])
+def test_a_resumed_loader_continues_where_it_stood(transform) -> None:
+    whole = list(loader(transform=transform))
+    first = loader(transform=transform)
     iterator = iter(first)
     for _ in range(2):
         next(iterator)
-    resumed = loader(augment=augment)
+    resumed = loader(transform=transform)
     resumed.load_state_dict(first.state_dict())
     random.seed(99)
     torch.manual_seed(99)
@@ -75,17 +83,57 @@ def test_a_resumed_loader_continues_where_it_stood(augment) -> None:
     assert not torch.equal(next(iter(loader(seed=1)))[0], next(iter(loader()))[0])
 
 
-def test_every_pass_has_other_episodes_unless_they_are_fixed() -> None:
-    for fixed in (False, True):
-        own = loader(fixed=fixed)
-        passes = [torch.stack([pixels for pixels, _ in own]) for _ in range(2)]
-        assert len(passes[0]) == len(passes[1]) == 5
-        assert torch.equal(*passes) is fixed
+@pytest.mark.parametrize("resample", [True, False])
+def test_every_epoch_has_other_episodes_unless_they_are_not_resampled(resample: bool) -> None:
+    own = loader(resample_each_epoch=resample)
+    epochs = [torch.stack([pixels for pixels, _ in own]) for _ in range(2)]
+    assert len(epochs[0]) == len(epochs[1]) == 5
+    assert torch.equal(*epochs) is not resample
+
+
+@pytest.mark.parametrize("resample", [True, False])
+def test_an_iteration_that_was_left_early_is_not_continued(resample: bool) -> None:
+    own, undisturbed = loader(resample_each_epoch=resample), loader(resample_each_epoch=resample)
+    epochs = [[pixels for pixels, _ in undisturbed] for _ in range(2)]
+    assert torch.equal(next(iter(own))[0], epochs[0][0])
+    again = [pixels for pixels, _ in own]
+    assert len(again) == len(own)
+    for found, expected in zip(again, epochs[1], strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_iterators_are_independent() -> None:
+    own = loader()
+    epochs = [[pixels for pixels, _ in undisturbed] for undisturbed in [loader()] for _ in range(2)]
+    for first, second, *expected in zip(own, own, *epochs, strict=True):
+        assert torch.equal(first[0], expected[0])
+        assert torch.equal(second[0], expected[1])
+
+
+def test_a_state_is_resumed_once() -> None:
+    own = loader(resample_each_epoch=False)
+    whole = [pixels for pixels, _ in own]
+    own.load_state_dict({"step": 3})
+    assert [len(list(own)) for _ in range(3)] == [2, 5, 5]
+    own.load_state_dict({"step": 3})
+    for (pixels, _), expected in zip(own, whole[3:], strict=True):
+        assert torch.equal(pixels, expected)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_integers_are_what_has_an_index() -> None:
+    own = loader(rank=torch.tensor(1), world_size=2, num_workers=torch.tensor(0))
+    assert torch.equal(own.indices(0), loader().indices(0)[1::2])
+    assert own.state_dict() == {"step": 0}
+    for wrong in (True, 1.0, torch.tensor(1.0), torch.tensor([0, 1]), torch.tensor(0, device="meta"), "0", None):
+        for name in ("rank", "num_workers"):
+            with pytest.raises(InputError, match=name):
+                loader(**{name: wrong}, world_size=2)
 
 
 def test_processes_share_the_episodes_of_a_step() -> None:
-    whole = list(loader(augment=brightened))
-    parts = [list(loader(augment=brightened, rank=rank, processes=2)) for rank in (0, 1)]
+    whole = list(loader(transform=brightened))
+    parts = [list(loader(transform=brightened, rank=rank, world_size=2)) for rank in (0, 1)]
     for (pixels, labels), *own in zip(whole, *parts, strict=True):
         for rank, (part, answers) in enumerate(own):
             assert torch.equal(part, pixels[rank::2])
@@ -95,12 +143,12 @@ def test_processes_share_the_episodes_of_a_step() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps: got 0, wanted an integer of at least 1"),
+        ({"steps_per_epoch": 0}, "steps_per_epoch: got 0, wanted an integer of at least 1"),
         ({"ways": 7}, "ways: got 7, wanted at most the 6 classes"),
         ({"queries": 10}, "labels: got 10 samples of class 'a', wanted at least 11"),
-        ({"processes": 3}, "tasks: got 4, wanted a multiple of the 3 processes"),
-        ({"processes": 0}, "processes: got 0, wanted an integer of at least 1"),
-        ({"rank": 1}, "rank: got 1, wanted an integer from 0 to processes - 1 = 0"),
+        ({"world_size": 3}, "batch_size: got 4, wanted a multiple of the 3 processes"),
+        ({"world_size": 0}, "world_size: got 0, wanted an integer of at least 1"),
+        ({"rank": 1}, "rank: got 1, wanted an integer from 0 to world_size - 1 = 0"),
     ],
 )
 def test_says_what_cannot_be_drawn(changes: dict, message: str) -> None:

@@ -11,18 +11,19 @@ from convexheads import InputError, RidgeHead, metaoptnet_ridge, metaoptnet_svm,
 
 def test_hyper_parameters():
     assert repr(metaoptnet_svm()) == "SVMHead(C=0.1, scale=Learnable(1.0))"
-    assert repr(metaoptnet_svm("official")) == "SVMHead(C=0.1, smoothing=1.0, scale=Learnable(1.0))"
+    assert repr(metaoptnet_svm("reference_code")) == "SVMHead(C=0.1, smoothing=1.0, scale=Learnable(1.0))"
     assert repr(metaoptnet_ridge()) == "RidgeHead(regularization=50.0, scale=Learnable(1.0))"
     assert repr(protonet()) == "PrototypeHead(kernel=Linear(normalize=True), scale=Learnable(1.0))"
     learnt = "RidgeHead(regularization=Learnable(1.0), bias=Learnable(0.0, signed=True), scale=Learnable(0.0001))"
     assert repr(r2d2()) == learnt
-    assert repr(r2d2("official")) == "RidgeHead(regularization=50.0, scale=Learnable(1.0))"
+    assert repr(r2d2("reference_code")) == "RidgeHead(regularization=50.0, scale=Learnable(1.0))"
 
 
-def test_official_ridge_returns_twice_the_scores():
+def test_ridge_of_the_reference_code_returns_twice_the_scores():
     support, labels, query, _ = task()
     assert (
-        close(metaoptnet_ridge("official")(support, labels, query), 2 * RidgeHead(50.0)(support, labels, query)) < 1e-6
+        close(metaoptnet_ridge("reference_code")(support, labels, query), 2 * RidgeHead(50.0)(support, labels, query))
+        < 1e-6
     )
 
 
@@ -45,6 +46,6 @@ def test_r2d2_bias_is_added_after_the_scale():
 
 @pytest.mark.parametrize("preset", [metaoptnet_svm, metaoptnet_ridge, protonet, r2d2])
 @pytest.mark.usefixtures("unchecked")
-def test_unknown_version(preset):
-    with pytest.raises(InputError, match="version: got 'v2', wanted 'paper' or 'official'"):
+def test_unknown_variant(preset):
+    with pytest.raises(InputError, match="variant: got 'v2', wanted 'paper' or 'reference_code'"):
         preset("v2")

@@ -12,8 +12,8 @@ from torch import nn
 
 import convexheads as ch
 from convexheads import EpisodeLoader, InputError, MissingDependencyError
-from convexheads.backbones import WRN28, DropBlock
 from convexheads.loader import _Batches
+from convexheads.models import WRN28, DropBlock
 from convexheads.solvers import QP, NativeSolver
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -33,13 +33,13 @@ def problem(**changes: Any) -> QP:
 
 
 REFUSED: dict[str, Callable[[], object]] = {
-    "rank": lambda: loader(tasks=4, processes=2, rank=2),
-    "augment": lambda: loader(augment="flip"),
+    "rank": lambda: loader(batch_size=4, world_size=2, rank=2),
+    "transform": lambda: loader(transform="flip"),
     "samples": lambda: loader(samples=[1, 2]),
     "labels": lambda: loader(labels=LABELS.float()),
-    "workers": lambda: loader(workers=-1),
+    "num_workers": lambda: loader(num_workers=-1),
     "samples, labels": lambda: loader(labels=LABELS[:5]),
-    "classes": lambda: loader(classes=["one"]),
+    "class_names": lambda: loader(class_names=["one"]),
     "labels: got shape": lambda: ch.split_task(torch.zeros(0, 4, 3), torch.zeros(0, 4, dtype=torch.long), shots=1),
     "backbone": lambda: ch.embed(nn.Flatten(0), torch.zeros(4, 3), progress=False),
     "features": lambda: ch.evaluate(ch.RidgeHead(), FEATURES.long(), LABELS, ways=2, shots=1, queries=1),
@@ -61,11 +61,11 @@ def test_messages_name_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> 
     assert "bench" in str(MissingDependencyError("rich", "bench", "benchmarks"))
     monkeypatch.setitem(sys.modules, "learn2learn.vision.models", None)
     with pytest.raises(MissingDependencyError, match=r"WRN28 needs .*learn2learn"):
-        WRN28(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+        WRN28()
 
 
 def test_objects_describe_themselves() -> None:
-    assert repr(DropBlock(2, grow=True)) == "DropBlock(2, grow=True)"
+    assert repr(DropBlock(2, warmup_steps=9)) == "DropBlock(2, drop_prob=0.1, warmup_steps=9)"
     head = ch.SupportVectorRegressionHead(solver=NativeSolver(tolerance=1e-4))
     assert "tolerance=0.0001" in repr(head)
 

@@ -22,10 +22,10 @@ from convexheads import (
     NativeSolver,
     RegressionHead,
     RidgeRegressionHead,
-    Status,
     SupportVectorRegressionHead,
     evaluate,
 )
+from convexheads.solvers import Status
 
 HEADS: dict[str, Callable[..., RegressionHead]] = {
     "ridge": lambda **kw: RidgeRegressionHead(Learnable(0.5), **kw),

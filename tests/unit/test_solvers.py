@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from solver_contract import *  # noqa: F403
 from tasks import close, crammer_singer, examples, task, tasks
 
-from convexheads import QP, InputError, Learnable, NativeSolver, OneVsRestHead, Status, SVMHead
-from convexheads.solvers import active_set
+from convexheads import InputError, Learnable, NativeSolver, OneVsRestHead, SVMHead
+from convexheads.solvers import QP, Status, active_set
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convexheads import storage
+from convexheads import _storage
 
 
 def test_a_file_is_replaced_only_when_the_new_one_is_on_the_disk(
@@ -26,7 +26,7 @@ def test_a_file_is_replaced_only_when_the_new_one_is_on_the_disk(
     path.write_bytes(b"old")
     monkeypatch.setattr(os, "fsync", note("fsync", os.fsync))
     monkeypatch.setattr(Path, "replace", note("replace", Path.replace))
-    storage.write(path, b"new")
+    _storage.atomic_write(path, b"new")
     assert done == [("fsync", b"old"), ("replace", b"old")]
     assert path.read_bytes() == b"new"
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
@@ -42,14 +42,14 @@ def test_a_write_that_is_cut_off_leaves_the_old_file(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="no space"):
-        storage.write(path, b"new")
+        _storage.atomic_write(path, b"new")
     assert path.read_bytes() == b"old"
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
 def test_every_part_of_a_file_is_in_its_checksum() -> None:
     def digest(value: torch.Tensor, name: str = "weight", text: str = "{}") -> str:
-        return storage._digest({name: value, "bias": torch.zeros(2)}, text)
+        return _storage._digest({name: value, "bias": torch.zeros(2)}, text)
 
     value = torch.arange(6, dtype=torch.float32)
     digests = [
@@ -68,13 +68,13 @@ def test_an_altered_bit_is_noticed(tmp_path: Path) -> None:
     path, values = tmp_path / "file", {"weight": torch.arange(1000, dtype=torch.float64), "step": 3}
     torch.save(values, path)
     content = path.read_bytes()
-    found = storage.load_torch(path)
+    found = _storage.load_torch(path)
     assert torch.equal(found["weight"], values["weight"])
     assert found["step"] == 3
     place = content.index(values["weight"].numpy().tobytes()) + 4000
     path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     with pytest.raises(ValueError, match="checksum"):
-        storage.load_torch(path)
+        _storage.load_torch(path)
     path.write_bytes(content[:-10])
     with pytest.raises(ValueError, match=r"."):
-        storage.load_torch(path)
+        _storage.load_torch(path)

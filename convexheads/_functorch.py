@@ -1,7 +1,8 @@
-"""Code that looks at values (to stop, to branch, to complain) where `torch.func` hides them.
+"""Run data-dependent control flow under the transforms of `torch.func`.
 
-Inside `torch.func.vmap` a tensor stands for a batch of them, and no loop can end on its values. Everything here works
-on any number of leading dimensions anyway: so such code is called once, with the mapped dimension as one more in front.
+Inside `torch.func.vmap`, code cannot branch on the values of a tensor, because the tensor stands for a batch. All
+functions of this library accept any number of leading dimensions, so the rules here call them once, with the mapped
+dimension as an additional first dimension.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from torch import Tensor
 from convexheads.errors import ConvexHeadsError
 
 _T = TypeVar("_T")
-# What torch itself asks before it takes the slow way through its rules; without it, that way is always taken.
+# torch asks the same before it takes the slow path through its rules. Without this function we always take that path.
 is_transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-"""Whether a transform of `torch.func` is at work here."""
+"""Whether a transform of `torch.func` is active."""
 
 
-def compute(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tuple[Tensor, ...]:
-    """`function(*arguments)`, without gradient, on tensors whose values can be looked at.
+def compute_without_grad(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tuple[Tensor, ...]:
+    """Call a function without gradient, on tensors whose values can be inspected.
 
     Args:
-        function: takes the tensors with any number of leading dimensions and returns tensors with the same ones.
-        arguments: tensors with leading dimensions in common; anything else passes as it is.
+        function: It takes tensors with any number of leading dimensions and returns tensors with the same ones.
+        arguments: Tensors with the same leading dimensions; anything else is passed on unchanged.
     """
     if is_transforming():
         return _Computed.apply(function, *arguments)
@@ -33,32 +34,32 @@ def compute(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tup
         return function(*arguments)
 
 
-def look_at(function: Callable[..., _T], *arguments: Any) -> _T:
-    """As `compute`, for a function that returns anything else, or raises."""
+def inspect_values(function: Callable[..., _T], *arguments: Any) -> _T:
+    """Like `compute_without_grad`, for a function that returns anything else than tensors, or raises."""
     seen: list[_T] = []
 
     def call(*values: Any) -> tuple[Tensor, ...]:
         seen.append(function(*values))
         return ()
 
-    compute(call, *arguments)
+    compute_without_grad(call, *arguments)
     return seen[0]
 
 
-def in_front(size: int, dimension: int | None, value: Any) -> Any:
-    """A tensor with its mapped dimension first, where a rule for `vmap` finds it; repeated if it has none."""
+def move_vmap_dim_to_front(size: int, dimension: int | None, value: Any) -> Any:
+    """Move the mapped dimension of a tensor to the front; a tensor that is not mapped is expanded by `size`."""
     if not isinstance(value, Tensor):
         return value
     return value.expand(size, *value.shape) if dimension is None else value.movedim(dimension, 0)
 
 
-def differentiated_once(value: Tensor, gradient: Tensor, by: str) -> Tensor:
-    """A first derivative, with an error for whoever asks for the next.
+def once_differentiable(value: Tensor, gradient: Tensor, by: str) -> Tensor:
+    """Return a first derivative that raises an error when it is differentiated.
 
     Args:
-        value: the derivative, outside the graph.
-        gradient: that came in; what asks for another derivative gets at it through this.
-        by: what differentiated, for the error.
+        value: The derivative, outside the graph.
+        gradient: The incoming gradient, which connects `value` to the graph of a second derivative.
+        by: Name of the solver, for the error message.
     """
     return _Refuse.apply(value, gradient, by)
 
@@ -93,5 +94,5 @@ class _Computed(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, function, *arguments):
         pairs = zip(in_dims[1:], arguments, strict=True)
-        outputs = _Computed.apply(function, *(in_front(info.batch_size, *pair) for pair in pairs))
+        outputs = _Computed.apply(function, *(move_vmap_dim_to_front(info.batch_size, *pair) for pair in pairs))
         return outputs, (0,) * len(outputs)

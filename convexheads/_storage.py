@@ -1,4 +1,4 @@
-"""Files that are complete or not there, that tell when they are damaged, and of which nothing is unpickled."""
+"""Atomic, checksummed files that are read without unpickling."""
 
 from __future__ import annotations
 
@@ -16,40 +16,47 @@ from torch import Tensor
 from convexheads.errors import MissingDependencyError
 
 
-def write(path: Path, content: bytes | memoryview) -> None:
-    """Write a file under another name first, and wait for the disk: whenever this is cut off, the old file is there.
+def atomic_write(path: str | Path, content: bytes | memoryview) -> None:
+    """Replace a file by a complete new one, or leave it as it is.
+
+    The content is written under a temporary name and flushed to the disk before the file is renamed.
 
     Raises:
-        OSError: it can't be written.
+        OSError: The file cannot be written.
     """
+    path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_bytes(content)
         with part.open("rb+") as file:
-            os.fsync(file.fileno())  # or a crash of the machine may leave the new name without the content
+            os.fsync(file.fileno())  # otherwise a crash may leave the new name without the content
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def save(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any], *, key: str, needed_by: str) -> None:
-    """Write tensors with settings beside them as safetensors; `key` says what kind of file it is.
+def save(path: str | Path, tensors: dict[str, Tensor], settings: dict[str, Any], *, key: str, needed_by: str) -> None:
+    """Write tensors and settings as safetensors; `key` names the kind of file.
 
-    Under the key stand the checksum of all else and the settings. (Another key would make the order of the two, and so
-    the file, another one each time.)
+    The value of this key consists of the checksum of everything else and the settings. (With two keys, their order
+    would change from one file to the next.)
+
+    Raises:
+        OSError: The file cannot be written.
+        MissingDependencyError: safetensors is not installed.
     """
     safetensors = _safetensors(needed_by)
     tensors, text = {name: value.contiguous() for name, value in tensors.items()}, json.dumps(settings)
-    write(path, safetensors.torch.save(tensors, {key: f"{_digest(tensors, text)} {text}"}))
+    atomic_write(path, safetensors.torch.save(tensors, {key: f"{_digest(tensors, text)} {text}"}))
 
 
-def load(path: Path, *, key: str, needed_by: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the settings of a file of that kind. One without a checksum is from an older version.
+def load(path: str | Path, *, key: str, needed_by: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and the settings of a file of the kind `key`.
 
     Raises:
-        OSError: there is no such file.
-        KeyError: it is of another kind.
-        ValueError: it is damaged.
+        OSError: There is no such file.
+        KeyError: The file is of another kind.
+        ValueError: The file is damaged.
         MissingDependencyError: safetensors is not installed.
     """
     safetensors = _safetensors(needed_by)
@@ -59,21 +66,20 @@ def load(path: Path, *, key: str, needed_by: str) -> tuple[dict[str, Tensor], di
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except safetensors.SafetensorError as error:
         raise ValueError(str(error)) from error
-    if not text.startswith("{"):
-        digest, _, text = text.partition(" ")
-        if digest != _digest(tensors, text):
-            raise ValueError("its content does not match its checksum")
+    digest, _, text = text.partition(" ")
+    if digest != _digest(tensors, text):
+        raise ValueError("its content does not match its checksum")
     return tensors, json.loads(text)
 
 
-def load_torch(path: Path) -> Any:
-    """What `torch.save` wrote, on the CPU; tensors, numbers, text and containers of them only.
+def load_torch(path: str | Path) -> Any:
+    """Read a file of `torch.save` that contains only tensors, numbers, text and containers of them, on the CPU.
 
-    `torch.load` alone takes altered bytes for values: it passes over the checksums that are in the file.
+    Unlike `torch.load`, this verifies the checksums in the file, so that altered bytes are not read as values.
 
     Raises:
-        OSError: there is no such file.
-        ValueError: it is damaged, or holds something else.
+        OSError: There is no such file.
+        ValueError: The file is damaged or contains something else.
     """
     try:
         with ZipFile(path) as archive:
@@ -83,15 +89,15 @@ def load_torch(path: Path) -> Any:
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except pickle.UnpicklingError as error:
-        raise ValueError("it holds more than tensors, numbers and text") from error
-    except Exception as error:  # the two readers have as many errors as there are ways to damage a file
+        raise ValueError("it contains more than tensors, numbers and text") from error
+    except Exception as error:  # damaged files raise many types of errors in the two readers
         raise ValueError(str(error) or type(error).__name__) from error
 
 
 def _is_stored(member: ZipInfo) -> bool:
-    """Whether PyTorch reads just the bytes that `testzip` looks at; with other flags it may return any memory."""
+    """Whether PyTorch reads exactly the bytes that `testzip` verifies; with other flags it may return any memory."""
     size_is_right = (member.compress_type, member.file_size) == (ZIP_STORED, member.compress_size)
-    return size_is_right and not member.external_attr & 0x10  # which says that it is a folder
+    return size_is_right and not member.external_attr & 0x10  # the flag of a folder
 
 
 def _digest(tensors: dict[str, Tensor], text: str) -> str:

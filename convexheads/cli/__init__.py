@@ -1,0 +1,5 @@
+"""Few-shot classification of files, from Python and as the command `convexheads`."""
+
+from convexheads.cli.folder import FolderClassifier, Prediction
+
+__all__ = ["FolderClassifier", "Prediction"]

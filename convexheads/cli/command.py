@@ -1,0 +1,86 @@
+"""The command `convexheads`: few-shot classification of files.
+
+convexheads fit DIR --features text          # a folder per class, with a few files in each
+convexheads predict classifier.safetensors FILES
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from convexheads import __version__
+from convexheads.cli.features import FEATURES, list_files
+from convexheads.cli.folder import HEADS, FolderClassifier
+from convexheads.errors import ConvexHeadsError, InputError
+from convexheads.models.pretrained import list_pretrained
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        arguments: Command-line arguments; by default those of the process.
+
+    Raises:
+        SystemExit: With a message and status 1 for every error of convexheads or the file system, with status 2 for
+            arguments that the command does not have, and with 0 after `--help` and `--version`.
+    """
+    description, _, _ = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(prog="convexheads", description=description)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    fit = commands.add_parser("fit", help="fit a classifier on a folder of folders", description="Fit a classifier.")
+    fit.add_argument("folder", type=Path, help="folder that contains one folder per class, with a few files in each")
+    text = f"{', '.join(FEATURES)}; for images {', '.join(list_pretrained())}; or MODULE:FUNCTION (default: text)"
+    fit.add_argument("--features", default="text", help=text)
+    fit.add_argument("--head", default="logistic", choices=HEADS, help="(default: logistic)")
+    text = "output file (default: classifier.safetensors)"
+    fit.add_argument("--output", type=Path, default=Path("classifier.safetensors"), help=text)
+
+    text = "classify files: print a line of CSV per file, with the probability of every class"
+    predict = commands.add_parser("predict", help=text, description=f"C{text[1:]}.")
+    predict.add_argument("classifier", type=Path, help="file that `convexheads fit` wrote")
+    predict.add_argument("files", type=Path, nargs="+", help="files or folders")
+    text = "if the features of the classifier are MODULE:FUNCTION: repeat the name to allow importing it"
+    predict.add_argument("--features", help=text)
+    predict.add_argument("--output", type=Path, help="output file (default: the terminal)")
+
+    options = parser.parse_args(arguments)
+    if ":" in (options.features or ""):
+        sys.path.append("")  # finds MODULE in the current folder; at the end, so that it hides no installed package
+    try:
+        _check_output(options.output)
+        if options.command == "fit":
+            classifier = FolderClassifier.from_folder(options.folder, features=options.features, head=options.head)
+            classifier.save(options.output)
+            hint = "" if classifier.calibrated else " (probabilities are not calibrated: a class has a single file)"
+            print(f"{options.output}: {len(classifier.classes)} classes, {', '.join(classifier.classes)}{hint}")
+        else:
+            classifier = FolderClassifier.load(options.classifier, features=options.features)
+            _predict(classifier, options.files, options.output)
+    except (ConvexHeadsError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def _check_output(path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise InputError("output", path, "a file in a folder that exists")
+
+
+def _predict(classifier: FolderClassifier, places: Sequence[Path], output: Path | None) -> None:
+    lists = (list_files(place, recursive=True) if place.is_dir() else [place] for place in places)
+    files = [file for found in lists for file in found]
+    if not files:
+        raise InputError("files", f"no file in {', '.join(map(str, places))}", "at least one")
+    predictions = classifier.predict(files)
+    with output.open("w", newline="") if output else nullcontext(sys.stdout) as target:
+        writer = csv.writer(target)
+        writer.writerow(["file", "label", *classifier.classes])
+        for path, label, probabilities in predictions:
+            writer.writerow([path, label, *(f"{value:.4f}" for value in probabilities.values())])

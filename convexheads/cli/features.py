@@ -1,0 +1,173 @@
+"""Feature extractors for files, by name: text, vectors, images, or a function of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from convexheads.errors import InputError, MissingDependencyError
+from convexheads.evaluation import embed
+from convexheads.models.pretrained import list_pretrained, load_pretrained
+
+FeatureExtractor = Callable[[Sequence[Path]], Tensor]
+"""A function from files to one row of features per file, floating point, `(n, d)`."""
+
+_JUNK = {"thumbs.db", "desktop.ini"}  # which Windows leaves in folders
+_T = TypeVar("_T")
+
+
+def load_feature_extractor(name: str) -> FeatureExtractor:
+    """Load the feature extractor of a name, as `FolderClassifier.from_folder` describes them.
+
+    Args:
+        name: One of `FEATURES`, a name or a file of `load_pretrained`, or "MODULE:FUNCTION".
+
+    Returns:
+        A function from files to features, `(n, d)`.
+
+    Raises:
+        InputError: There is no such feature extractor.
+        MissingDependencyError: A package that it needs is not installed.
+    """
+    if name in FEATURES:
+        return FEATURES[name]()
+    if name in list_pretrained() or _exists(name):
+        return _backbone(name)
+    module, _, function = name.partition(":")
+    if not function:
+        names = ", ".join([*FEATURES, *list_pretrained()])
+        raise InputError("features", repr(name), f"one of {names}, or MODULE:FUNCTION")
+    try:
+        return getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InputError("features", f"{name!r} ({error})", "a function of a module that can be imported") from error
+
+
+def refers_to_code(name: str) -> bool:
+    """Whether the features of this `name` are a function to import, not the library's own or a file of weights."""
+    return ":" in name and name not in [*FEATURES, *list_pretrained()] and not _exists(name)
+
+
+def extract_features(extractor: FeatureExtractor, paths: Sequence[Path]) -> Tensor:
+    """Compute the features of files, scaled to length one.
+
+    Args:
+        extractor: What `load_feature_extractor` returned.
+        paths: Paths of the files.
+
+    Returns:
+        Features in float64, `(n, d)`.
+
+    Raises:
+        InputError: A file is missing or unusable; the message names it. Or the extractor returns something else.
+    """
+    if missing := [path for path in paths if not path.is_file()]:
+        raise InputError("file", f"{missing[0]}, which is no file", "a file")
+    found = extractor(paths)
+    if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim != 2 or len(found) != len(paths):
+        got = f"shape {tuple(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
+        raise InputError("features", got, f"a row of floating-point values for each of {len(paths)} files")
+    usable = found.isfinite().all(-1) & found.any(-1)
+    if not usable.all():
+        raise InputError(
+            "file", f"{paths[int(usable.int().argmin())]}, with unusable features", "finite ones, not all zero"
+        )
+    return functional.normalize(found.double(), dim=-1)
+
+
+def list_files(folder: Path, *, recursive: bool = False) -> list[Path]:
+    """List the files of a folder, sorted, without hidden files and those that Windows adds by itself.
+
+    Args:
+        folder: Path of the folder.
+        recursive: Whether to include the files of its subfolders.
+    """
+    files = (path for path in (folder.rglob("*") if recursive else folder.iterdir()) if path.is_file())
+    return sorted(path for path in files if path.name[0] != "." and path.name.lower() not in _JUNK)
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except OSError:  # the name is too long for the file system
+        return False
+
+
+def _text() -> FeatureExtractor:
+    try:
+        import wordllama
+    except ImportError as error:
+        raise MissingDependencyError("wordllama", "text", "FolderClassifier(features='text')") from error
+
+    (folder,) = map(Path, wordllama.__path__)
+
+    class Packaged(wordllama.WordLlama):
+        """The model that the package contains, so that nothing is downloaded. Before version 0.4 it was elsewhere."""
+
+        @staticmethod
+        def get_cache_dir(is_tokenizer_config: bool = False) -> Path:
+            return folder / ("tokenizers" if is_tokenizer_config else "weights")
+
+    model = Packaged.load(cache_dir=folder, disable_download=True)
+    expected = "text in UTF-8; images need the name of a pretrained backbone as features (--features)"
+
+    def text(paths: Sequence[Path]) -> Tensor:
+        documents = [_read(path, lambda path: path.read_text(encoding="utf-8"), expected) for path in paths]
+        if empty := [path for path, document in zip(paths, documents, strict=True) if not document.strip()]:
+            raise InputError("file", f"{empty[0]} without any text", "a file with some text in it")
+        return torch.from_numpy(model.embed(documents))
+
+    return text
+
+
+def _npy() -> FeatureExtractor:
+    import numpy as np
+
+    def vector(path: Path) -> Tensor:
+        return torch.from_numpy(np.load(path, allow_pickle=False)).flatten()
+
+    def npy(paths: Sequence[Path]) -> Tensor:
+        rows = [_read(path, vector) for path in paths]
+        for path, row in zip(paths, rows, strict=True):
+            if row.shape != rows[0].shape:
+                raise InputError("file", f"{path} with {len(row)} values", f"{len(rows[0])}, as in {paths[0]}")
+        return torch.stack(rows)
+
+    return npy
+
+
+def _backbone(name: str) -> FeatureExtractor:
+    try:
+        import numpy as np
+        from PIL import Image
+    except ImportError as error:
+        raise MissingDependencyError("pillow", "pretrained", f"FolderClassifier(features={name!r})") from error
+    backbone, _, settings = load_pretrained(name)
+    size, mode = settings["image_size"], "L" if backbone.in_channels == 1 else "RGB"
+
+    def image(path: Path) -> Tensor:
+        try:
+            with Image.open(path) as picture:
+                pixels = np.array(picture.convert(mode).resize((size, size), Image.Resampling.BICUBIC))
+        except (SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(str(error)) from error
+        return torch.from_numpy(pixels).reshape(size, size, -1).permute(2, 0, 1)
+
+    return lambda paths: embed(backbone, torch.stack([_read(path, image) for path in paths]), progress=False)
+
+
+FEATURES: Mapping[str, Callable[[], FeatureExtractor]] = {"text": _text, "npy": _npy}
+"""The functions that make a feature extractor, by its name."""
+
+
+def _read(path: Path, read: Callable[[Path], _T], expected: str = "a file that can be read") -> _T:
+    try:
+        return read(path)
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError("file", f"{path} ({error})", expected) from error

@@ -1,0 +1,282 @@
+"""Evaluation of heads on many episodes of cached features, and calibration of their probabilities."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from convexheads._progress import progress_bar
+from convexheads._sampling import FeatureEpisodes
+from convexheads.errors import InputError, check_counts, check_flag
+from convexheads.heads.base import Head
+from convexheads.hyperparameters import Learnable, value_of
+from convexheads.precision import is_dense, kind
+
+_SCALE_BOUNDS = (1e-30, 1e30)  # well within what a `Learnable` represents
+
+
+class Difference(NamedTuple):
+    """The mean difference between the accuracies of two evaluations. `Evaluation.compare` returns it.
+
+    Attributes:
+        mean: Mean difference per episode, positive where the first one is better.
+        confidence_interval: Half width of the 95 % confidence interval of `mean`; NaN for a single episode.
+    """
+
+    mean: float
+    confidence_interval: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:+.2f} ± {100 * self.confidence_interval:.2f} %"
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Accuracies over episodes, and how well the head's probabilities are calibrated. `evaluate` returns it.
+
+    Attributes:
+        accuracies: Accuracy of each episode, in [0, 1], `(episodes,)`.
+        expected_calibration_error: Expected calibration error of the probabilities over all queries of all episodes, in
+            [0, 1]: the mean distance between confidence and accuracy in 15 bins of equal width (Guo et al. 2017).
+            `calibrate` makes it small.
+        gaps: Certified relative duality gap of each episode's fit, `(episodes,)`; None for a closed form.
+        converged: Whether each episode's fit is certified to the solver's tolerance, `(episodes,)`; None for a closed
+            form.
+    """
+
+    accuracies: Float[Tensor, " episodes"]
+    expected_calibration_error: float
+    gaps: Float[Tensor, " episodes"] | None
+    converged: Bool[Tensor, " episodes"] | None
+
+    @property
+    def episodes(self) -> int:
+        """Number of episodes."""
+        return len(self.accuracies)
+
+    @property
+    def accuracy(self) -> float:
+        """Mean accuracy, in [0, 1]."""
+        return self.accuracies.mean().item()
+
+    @property
+    def confidence_interval(self) -> float:
+        """Half width of the 95 % confidence interval of `accuracy`: 1.96 standard errors; NaN for a single episode."""
+        return _half_width(self.accuracies)
+
+    def compare(self, other: Evaluation) -> Difference:
+        """Compare two heads, or two backbones, on the same episodes, where their accuracies differ least by chance.
+
+        Args:
+            other: Another evaluation with the same labels, sizes and seed.
+
+        Returns:
+            The mean of the differences `self - other` per episode, with its confidence interval, which is usually much
+                narrower than those of the two accuracies.
+
+        Raises:
+            InputError: The numbers of episodes differ.
+
+        Example:
+            `print(evaluate(SVMHead(), features, labels).compare(evaluate(RidgeHead(), features, labels)))`
+        """
+        if self.episodes != other.episodes:
+            raise InputError("other", f"{other.episodes} episodes", f"the same {self.episodes} episodes")
+        differences = self.accuracies - other.accuracies
+        return Difference(differences.mean().item(), _half_width(differences))
+
+    def __str__(self) -> str:
+        return f"{100 * self.accuracy:.2f} ± {100 * self.confidence_interval:.2f} % ({self.episodes} episodes)"
+
+
+def _half_width(values: Tensor) -> float:
+    return 1.96 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def evaluate(
+    head: Head,
+    features: Float[Tensor, "examples d"],
+    labels: Integer[Tensor, " examples"],
+    *,
+    ways: int = 5,
+    shots: int = 5,
+    queries: int = 15,
+    episodes: int = 2000,
+    batch_size: int = 50,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure the accuracy of a head over random episodes of cached features.
+
+    The episodes depend only on `labels`, the sizes and `seed`: two heads, or two backbones, that are evaluated with the
+    same seed see the same episodes, so `Evaluation.compare` can pair their accuracies.
+
+    Args:
+        head: A classification head.
+        features: One row per image, as `embed` returns them, `(examples, d)`.
+        labels: The class of each image, any integers, `(examples,)`.
+        ways: Number of classes per episode.
+        shots: Number of support examples per class.
+        queries: Number of query examples per class.
+        episodes: Number of episodes.
+        batch_size: Number of episodes that are solved at once. It only affects the speed.
+        seed: Random seed.
+        rank: Rank of this process, if several share the work; it evaluates every `world_size`-th episode.
+        world_size: Number of processes.
+        progress: Whether to show a progress bar, which needs tqdm.
+
+    Returns:
+        Accuracies, calibration error and certificates, on the CPU.
+
+    Raises:
+        InputError: The head is no classification head, or an argument is unusable: for example, a class has fewer than
+            `shots + queries` examples.
+        SolverError: An episode could not be solved and the head's solver has `on_failure="raise"`.
+
+    Example:
+        `print(evaluate(SVMHead(C=0.1), features, labels, ways=5, shots=1))`
+    """
+    accuracies, confidences, correct, gaps, converged = [], [], [], [], []
+    episodes_of = FeatureEpisodes(features, labels, ways, shots, queries, episodes, batch_size, seed, rank, world_size)
+    for fitted, logits, truth in episodes_of.fit_batches(head, f"{ways}-way {shots}-shot", progress):
+        confidence, guess = logits.double().softmax(-1).max(-1)
+        correct.append(guess == truth)
+        accuracies.append(correct[-1].double().mean(-1))
+        confidences.append(confidence)
+        if fitted.solution is not None:
+            gaps.append(fitted.solution.gap)
+            converged.append(fitted.solution.converged)
+    return Evaluation(
+        torch.cat(accuracies).cpu(),
+        _expected_calibration_error(torch.cat(confidences).flatten(), torch.cat(correct).flatten()),
+        torch.cat(gaps).cpu() if gaps else None,
+        torch.cat(converged).cpu() if converged else None,
+    )
+
+
+def calibrate(
+    head: Head,
+    features: Float[Tensor, "examples d"],
+    labels: Integer[Tensor, " examples"],
+    *,
+    ways: int = 5,
+    shots: int = 5,
+    queries: int = 15,
+    episodes: int = 200,
+    batch_size: int = 50,
+    seed: int = 0,
+    progress: bool = True,
+) -> Head:
+    """Return a copy of a head whose `scale` gives the best probabilities on held-out episodes (temperature scaling).
+
+    The temperature, one positive number, minimizes the cross-entropy over all queries of all episodes (Guo et al.
+    2017, Section 4.2). The scale of the copy is that of the head, divided by the temperature. It is a `Learnable` that
+    does not require gradients: `state_dict` contains it, and a training leaves it unchanged. Accuracies stay the same.
+
+    Use it when probabilities matter, and not only the predicted class.
+
+    Args:
+        head: A classification head whose scores grow with `scale`. It stays unchanged.
+        features: One row per image of classes that were held out from training, `(examples, d)`.
+        labels: The class of each image, any integers, `(examples,)`.
+        ways: Number of classes per episode.
+        shots: Number of support examples per class; the best temperature depends on it.
+        queries: Number of query examples per class.
+        episodes: Number of episodes.
+        batch_size: Number of episodes that are solved at once. It only affects the speed.
+        seed: Random seed.
+        progress: Whether to show a progress bar, which needs tqdm.
+
+    Returns:
+        The calibrated copy.
+
+    Raises:
+        InputError: The head is no classification head, or an argument is unusable: for example, a class has fewer than
+            `shots + queries` examples.
+        SolverError: An episode could not be solved and the head's solver has `on_failure="raise"`.
+
+    Example:
+        `head = calibrate(RidgeHead(), features, labels, shots=5)`, then
+        `head.fit(support, support_labels).probabilities(query)`
+    """
+    episodes_of = FeatureEpisodes(features, labels, ways, shots, queries, episodes, batch_size, seed)
+    scored = [(logits, truth) for _, logits, truth in episodes_of.fit_batches(head, "calibrating", progress)]
+    logits = torch.cat([scores.double().flatten(0, -2) for scores, _ in scored])
+    truth = torch.cat([truth.expand(scores.shape[:-1]).flatten() for scores, truth in scored])
+    # The cross-entropy is convex in the factor, which is around one relative to the spread of the logits.
+    logits = logits - logits.mean(-1, keepdim=True)
+    unit = logits.std().clamp_min(torch.finfo(logits.dtype).tiny)
+    factor = torch.ones((), dtype=logits.dtype, device=logits.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([factor], max_iter=100, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = functional.cross_entropy(factor * logits / unit, truth)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    calibrated = copy.deepcopy(head)
+    # A factor of zero or below means that the head predicts worse than chance, and any tiny scale is as good.
+    scale = value_of(head.scale, unit).item() * (factor / unit).clamp(*_SCALE_BOUNDS).item()
+    device = head.scale.value.device if isinstance(head.scale, Learnable) else unit.device
+    del calibrated.scale
+    calibrated.scale = Learnable(min(max(scale, _SCALE_BOUNDS[0]), _SCALE_BOUNDS[1])).to(device).requires_grad_(False)
+    return calibrated
+
+
+def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progress: bool = True) -> Tensor:
+    """Compute the features of all images, for `evaluate`: in evaluation mode and without gradients.
+
+    Args:
+        backbone: Maps a batch of images to features, which are flattened to `(batch, d)`. Its mode is restored.
+        images: Images of any dtype that the backbone accepts, `(examples, ...)`.
+        batch_size: Number of images per call of the backbone.
+        progress: Whether to show a progress bar, which needs tqdm.
+
+    Returns:
+        Features `(examples, d)`, on the device of the images.
+
+    Raises:
+        InputError: An argument is unusable, or the backbone does not return features for each image.
+
+    Example:
+        `features = embed(backbone, images)`
+    """
+    check_counts(batch_size=batch_size)
+    check_flag("progress", progress)
+    if not isinstance(backbone, nn.Module):
+        raise InputError("backbone", type(backbone).__name__, "a module")
+    if not is_dense(images) or not images.ndim:
+        raise InputError("images", kind(images), "a tensor of images, (examples, ...)")
+    training = backbone.training
+    parameter = next(backbone.parameters(), images)
+    backbone.eval()
+    features = []
+    try:
+        with torch.no_grad(), progress_bar(len(images), "embedding", progress) as bar:
+            for batch in images.split(min(batch_size, max(1, len(images)))):
+                found = backbone(batch.to(parameter.device))
+                if not is_dense(found) or found.ndim < 2 or len(found) != len(batch):
+                    got = f"a result of shape {tuple(found.shape)}" if isinstance(found, Tensor) else kind(found)
+                    raise InputError("backbone", got, "features of each image, (batch, ...)")
+                features.append(found.flatten(1).to(images.device))
+                bar.update(len(batch))
+    finally:
+        backbone.train(training)
+    return torch.cat(features)
+
+
+def _expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
+    indices = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    excess = torch.zeros(bins, dtype=confidence.dtype, device=confidence.device)
+    return (excess.index_add(0, indices, confidence - correct.to(confidence.dtype)).abs().sum() / len(indices)).item()

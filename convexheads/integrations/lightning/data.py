@@ -1,0 +1,120 @@
+"""Episodes of a data set in memory, for Lightning's trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor
+
+from convexheads import _storage
+from convexheads.errors import InputError
+from convexheads.loader import EpisodeLoader
+
+
+class EpisodicDataModule(pl.LightningDataModule):
+    """Episodes for `EpisodicModule`, drawn by `EpisodeLoader` from samples in memory and shared among processes.
+
+    Each data set is a pair of samples `(n, *sample)` and labels `(n,)`, or the path of a file that
+    `torch.save((samples, labels), path)` wrote, which is read without unpickling anything else.
+
+    Use it when you train `EpisodicModule` on samples in memory, or from the command line with `LightningCLI`.
+
+    Args:
+        train: The samples `(n, *sample)` and labels `(n,)` to train on, or a file.
+        val: The samples `(n, *sample)` and labels `(n,)` of other classes to validate on, or a file; optional.
+        test: The samples `(n, *sample)` and labels `(n,)` to test on, or a file; optional.
+        ways: Number of classes per episode.
+        shots: Number of support samples per class, the same as for `EpisodicModule`.
+        queries: Number of query samples per class.
+        batch_size: Number of episodes per step, over all processes.
+        steps_per_epoch: Number of training steps per epoch.
+        eval_steps: Number of steps of a validation, with the same episodes every time, and of a test.
+        seed: Random seed.
+        transform: A random transform of a training sample; optional.
+        class_names: Names of the training classes for error messages; by default their labels.
+        num_workers: Number of worker processes that prepare training batches.
+
+    Raises:
+        InputError: A file cannot be read. The errors of `EpisodeLoader` are raised when a loader is requested.
+
+    Example:
+        `data = EpisodicDataModule((images, classes), ways=5, shots=1)`, then `trainer.fit(module, data)`
+    """
+
+    def __init__(
+        self,
+        train: tuple[Tensor, Tensor] | str | Path,
+        val: tuple[Tensor, Tensor] | str | Path | None = None,
+        test: tuple[Tensor, Tensor] | str | Path | None = None,
+        *,
+        ways: int = 5,
+        shots: int = 5,
+        queries: int = 15,
+        batch_size: int = 8,
+        steps_per_epoch: int = 1000,
+        eval_steps: int = 25,
+        seed: int = 0,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        class_names: Sequence[str] | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.parts = {name: _read(name, part) for name, part in (("train", train), ("val", val), ("test", test))}
+        self._common: dict[str, Any] = {"ways": ways, "shots": shots, "queries": queries}
+        self._common |= {"batch_size": batch_size, "seed": seed}
+        self._training: dict[str, Any] = {"steps_per_epoch": steps_per_epoch, "transform": transform}
+        self._training |= {"class_names": class_names, "num_workers": num_workers}
+        self._state, self._train = {"step": 0}, None
+        settings: dict[str, Any] = {"steps_per_epoch": eval_steps, "resample_each_epoch": False}
+        for name in ("val", "test"):  # Lightning checks whether the method exists
+            if self.parts[name] is not None:
+                setattr(self, f"{name}_dataloader", partial(self._loader, name, **settings))
+
+    def train_dataloader(self) -> EpisodeLoader:
+        """Return the training episodes of this process, from the position that `load_state_dict` set.
+
+        Raises:
+            InputError: As for `EpisodeLoader`.
+        """
+        self._train = self._loader("train", **self._training)
+        self._train.load_state_dict(self._state)
+        return self._train
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position of the training episodes. Lightning alone restores that of a loader within an epoch."""
+        return dict(self._state) if self._train is None else self._train.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue from the position of a checkpoint.
+
+        Args:
+            state_dict: What `state_dict` returned.
+
+        Raises:
+            KeyError: The state has no position.
+        """
+        self._state = {"step": state_dict["step"]}
+
+    def _loader(self, name: str, **settings: Any) -> EpisodeLoader:
+        part, trainer = self.parts[name], self.trainer
+        assert part is not None
+        if trainer is not None:
+            settings |= {"rank": trainer.global_rank, "world_size": trainer.world_size}
+        return EpisodeLoader(*part, **self._common, **settings)
+
+
+def _read(name: str, part: tuple[Tensor, Tensor] | str | Path | None) -> tuple[Tensor, Tensor] | None:
+    if not isinstance(part, str | Path):
+        return part
+    wanted = "a file of torch.save((samples, labels), path)"
+    try:
+        samples, labels = _storage.load_torch(part)
+        if not isinstance(samples, Tensor) or not isinstance(labels, Tensor):
+            raise TypeError("it does not contain two tensors")
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(name, f"{part} ({error})", wanted) from error
+    return samples, labels

@@ -1,0 +1,28 @@
+"""Backbones, heads with the settings of the literature, and weights that the package contains."""
+
+from convexheads.models.backbone import Backbone
+from convexheads.models.build import build_backbone, build_head, build_model
+from convexheads.models.convolutional import Conv4, R2D2Network
+from convexheads.models.presets import metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
+from convexheads.models.pretrained import Pretrained, list_pretrained, load_pretrained, save_pretrained
+from convexheads.models.resnet import WRN28, DropBlock, ResNet12
+
+__all__ = [
+    "WRN28",
+    "Backbone",
+    "Conv4",
+    "DropBlock",
+    "Pretrained",
+    "R2D2Network",
+    "ResNet12",
+    "build_backbone",
+    "build_head",
+    "build_model",
+    "list_pretrained",
+    "load_pretrained",
+    "metaoptnet_ridge",
+    "metaoptnet_svm",
+    "protonet",
+    "r2d2",
+    "save_pretrained",
+]

@@ -1,0 +1,107 @@
+"""Backbones and heads by name, as configurations and saved weights name them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from convexheads.errors import InputError
+from convexheads.heads import Head, SVMHead
+from convexheads.hyperparameters import Learnable
+from convexheads.kernels import Linear
+from convexheads.models.backbone import Backbone
+from convexheads.models.convolutional import Conv4, R2D2Network
+from convexheads.models.presets import metaoptnet_ridge, metaoptnet_svm, protonet
+from convexheads.models.resnet import WRN28, ResNet12
+
+BACKBONES: dict[str, type[Backbone]] = {"conv4": Conv4, "r2d2": R2D2Network, "resnet12": ResNet12, "wrn28": WRN28}
+"""The classes that `build_backbone` knows, by name."""
+
+
+def _svm_smoothed() -> SVMHead:
+    # Smoothing is relative to the Gram matrix, whose diagonal this kernel scales to about 1.
+    return SVMHead(C=1.0, smoothing=1.0, kernel=Linear(normalize=True), scale=Learnable(1.0))
+
+
+HEADS: dict[str, Callable[[], Head]] = {
+    "svm": metaoptnet_svm,
+    "ridge": metaoptnet_ridge,
+    "prototypes": protonet,
+    "svm-smoothed": _svm_smoothed,
+}
+"""The functions that `build_head` calls, by name."""
+
+
+def build_backbone(name: str, images: Tensor | None = None, **settings: Any) -> Backbone:
+    """Build a backbone by its name.
+
+    Args:
+        name: One of `BACKBONES`: "conv4", "r2d2", "resnet12", "wrn28".
+        images: Example images `(n, channels, height, width)`, from which the backbone takes the number of channels,
+            the size, and the mean and standard deviation of the pixels (see `Backbone.from_images`); by default these
+            are settings.
+        settings: Arguments of the backbone's class.
+
+    Returns:
+        A new backbone, in training mode.
+
+    Raises:
+        InputError: There is no such backbone, or it has no such setting.
+        MissingDependencyError: The backbone is "wrn28" and learn2learn is not installed.
+
+    Example:
+        `backbone = build_backbone("resnet12", image_size=84, dropblock="none")`
+    """
+    if not isinstance(name, str) or name not in BACKBONES:
+        raise InputError("backbone", repr(name), f"one of {', '.join(BACKBONES)}")
+    backbone = BACKBONES[name]
+    try:
+        return backbone(**settings) if images is None else backbone.from_images(images, **settings)
+    except TypeError as error:
+        raise InputError("backbone", f"{name} with {settings} ({error})", "settings that it has") from error
+
+
+def build_head(name: str) -> Head:
+    """Build a head for training a backbone, with a learnable scale of its logits.
+
+    Args:
+        name: One of `HEADS`: "svm", "ridge" and "prototypes" are `metaoptnet_svm`, `metaoptnet_ridge` and `protonet`.
+            "svm-smoothed" smooths the hinge loss, as the reference code of MetaOptNet does, but strongly enough to
+            matter: features learn faster through it.
+
+    Returns:
+        A new head.
+
+    Raises:
+        InputError: There is no such head.
+    """
+    if not isinstance(name, str) or name not in HEADS:
+        raise InputError("head", repr(name), f"one of {', '.join(HEADS)}")
+    return HEADS[name]()
+
+
+def build_model(config: dict[str, Any], images: Tensor | None = None, **settings: Any) -> tuple[Backbone, Head]:
+    """Build the backbone and the head with which a training starts.
+
+    Args:
+        config: "backbone" and "head" are their names; for a "resnet12", "dropblock" is its variant.
+        images: Example images, as for `build_backbone`.
+        settings: Further arguments of the backbone's class.
+
+    Returns:
+        The backbone and the head, in training mode.
+
+    Raises:
+        InputError: There is no such backbone, head or variant.
+        MissingDependencyError: The backbone is "wrn28" and learn2learn is not installed.
+
+    Example:
+        `backbone, head = build_model({"backbone": "conv4", "head": "svm"}, images)`
+    """
+    if missing := {"backbone", "head"} - config.keys():
+        raise InputError("config", f"no {' and no '.join(sorted(missing))}", "the names of a backbone and of a head")
+    if config["backbone"] == "resnet12":
+        settings = {"dropblock": config.get("dropblock", "paper")} | settings
+    return build_backbone(config["backbone"], images, **settings), build_head(config["head"])

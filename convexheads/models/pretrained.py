@@ -1,0 +1,107 @@
+"""Meta-trained backbones with their heads, stored as safetensors: nothing is downloaded or unpickled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from convexheads import _storage
+from convexheads.errors import InputError, described
+from convexheads.heads import Head
+from convexheads.models.backbone import Backbone
+from convexheads.models.build import build_model
+
+WEIGHTS_DIR = Path(__file__).parent / "weights"
+"""The folder of the weights that the package contains."""
+
+
+class Pretrained(NamedTuple):
+    """A backbone and the head with which it was meta-trained. `load_pretrained` returns it.
+
+    Attributes:
+        backbone: Maps images `(n, channels, height, width)` to features `(n, d)`; in evaluation mode.
+        head: The head, with the scale that it learned.
+        settings: The settings of the training, such as data set, steps, shots and seed, named as the options of
+            `benchmarks.train`.
+    """
+
+    backbone: Backbone
+    head: Head
+    settings: dict[str, Any]
+
+
+def list_pretrained() -> list[str]:
+    """List the names of the weights that the package contains, for `load_pretrained`."""
+    return sorted(path.stem for path in WEIGHTS_DIR.glob("*.safetensors"))
+
+
+def load_pretrained(name: str | Path) -> Pretrained:
+    """Load a meta-trained backbone and its head, on the CPU.
+
+    Args:
+        name: The name of weights that the package contains, such as "conv4-cifar-fs-svm" (architecture, data set,
+            head); the output folder of `benchmarks.train`; or a file that `save_pretrained` wrote.
+
+    Returns:
+        The backbone in evaluation mode, the head with the scale that it learned, and the settings of the training.
+
+    Raises:
+        InputError: There are no such weights, or the file is damaged or belongs to another architecture.
+        MissingDependencyError: safetensors is not installed; or learn2learn, for a "wrn28".
+
+    Example:
+        `backbone, head, _ = load_pretrained("conv4-cifar-fs-svm")`, then
+        `head(backbone(support_images), labels, backbone(query_images))` with 32 x 32 images.
+    """
+    if not isinstance(name, str | Path):
+        raise InputError("name", described(name), "a name or a path")
+    try:
+        places = WEIGHTS_DIR / f"{name}.safetensors", Path(name) / "model.safetensors", Path(name)
+        path = next((path for path in places if path.is_file()), None)
+    except OSError:  # the name is too long for the file system
+        path = None
+    if path is None:
+        wanted = f"a file or folder of trained weights, or one of {', '.join(list_pretrained())}"
+        raise InputError("name", repr(str(name)), wanted)
+    wanted = "a complete file of `save_pretrained`"
+    try:
+        state, settings = _storage.load(path, key="settings", needed_by="load_pretrained")
+        channels = state["backbone.mean"].shape[1]
+        modules = build_model(settings, in_channels=channels, image_size=settings["image_size"])
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise InputError("name", f"{path} ({error})", wanted) from error
+    try:
+        for prefix, module in zip(("backbone.", "head."), modules, strict=True):
+            values = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            module.load_state_dict(values)
+    except RuntimeError as error:
+        raise InputError("name", f"{path}, not the weights of a {settings['backbone']}", wanted) from error
+    backbone, head = modules
+    return Pretrained(backbone.eval(), head.eval(), settings)
+
+
+def save_pretrained(path: str | Path, backbone: nn.Module, head: Head, settings: dict[str, Any]) -> None:
+    """Write weights for `load_pretrained`.
+
+    The file is written under a temporary name and renamed when it is complete.
+
+    Args:
+        path: Path of the file, in an existing folder.
+        backbone: A backbone that `build_backbone` makes.
+        head: A head that `build_head` makes.
+        settings: "backbone" and "head" are their names and "image_size" is the size of the images in pixels;
+            `load_pretrained` requires these three. Any other values that JSON can represent may describe the training.
+
+    Raises:
+        OSError: The file cannot be written.
+        TypeError: `settings` contain something that JSON cannot represent.
+        MissingDependencyError: safetensors is not installed.
+
+    Example:
+        `save_pretrained("model.safetensors", backbone, head, {"backbone": "conv4", "head": "svm", "image_size": 32})`
+    """
+    state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+    state |= {f"head.{name}": value for name, value in head.state_dict().items()}
+    _storage.save(path, state, settings, key="settings", needed_by="save_pretrained")

@@ -1,0 +1,195 @@
+"""Residual backbones: ResNet-12 with DropBlock, and WRN-28-10."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from convexheads.errors import InputError, MissingDependencyError, check_counts
+from convexheads.models.backbone import NEGATIVE_SLOPE, Backbone
+
+
+class ResNet12(Backbone):
+    """Four residual blocks of 64, 160, 320 and 640 filters, each of three 3 x 3 convolutions.
+
+    This is the network of Lee et al. 2019 (Section 4.1). Each block ends with 2 x 2 max pooling and DropBlock. There
+    is no global average pooling: the network has 2,560 features for images of 32 x 32 pixels and 16,000 for 84 x 84.
+    The initial weights are Kaiming's, as in the authors' code. learn2learn's `ResNet12Backbone` computes the same in
+    evaluation, but keeps the step counter of DropBlock in a plain integer, which is lost in checkpoints.
+
+    Use it when accuracy matters most and you train on a GPU.
+
+    Args:
+        in_channels: Number of channels of an image.
+        image_size: Height and width of the images, at least 16 pixels; a pair where the two differ.
+        mean: Mean of the pixels in [0, 1]; one number, or one per channel.
+        std: Standard deviation of the pixels in [0, 1]; one number, or one per channel.
+        dropblock: "paper" drops 10 % of the units after every block: single units (dropout) after the first two,
+            square blocks after the last two. "reference_code" does the same, but increases the rate of the last two
+            from 0 to 10 % over 40,000 forward passes in training, as the authors' code does. Their counter also counts
+            evaluation, is lost on resumption and stays at zero with several GPUs; it counts two passes per training
+            step, because support and query images are passed apart, so that one pass per step reaches the full rate
+            after 40,000 steps, not 20,000. "none" drops nothing.
+        block_size: Height and width of a dropped block in units of the feature maps; by default 5 for images of at
+            least 84 x 84 pixels and 2 for smaller ones, as the authors have it for ImageNet and for CIFAR.
+        average_pool: Whether to average over positions, which leaves 640 features.
+
+    Raises:
+        InputError: An argument is unusable.
+
+    Example:
+        `features = ResNet12(image_size=84)(torch.rand(8, 3, 84, 84))`
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        image_size: int | tuple[int, int] = 32,
+        mean: float | Sequence[float] = 0.5,
+        std: float | Sequence[float] = 0.5,
+        *,
+        dropblock: str = "paper",
+        block_size: int | None = None,
+        average_pool: bool = False,
+    ) -> None:
+        super().__init__(in_channels, image_size, mean, std)
+        if dropblock not in ("paper", "reference_code", "none"):
+            raise InputError("dropblock", repr(dropblock), "one of paper, reference_code, none")
+        if block_size is None:
+            block_size = 5 if min(self.image_size) >= 84 else 2
+        check_counts(block_size=block_size)
+        warmup_steps = 40_000 if dropblock == "reference_code" else 0
+        blocks: list[nn.Module] = []
+        for number, (before, after) in enumerate(pairwise((self.in_channels, 64, 160, 320, 640))):
+            drop: nn.Module = nn.Identity()
+            if dropblock != "none":
+                drop = nn.Dropout(0.1) if number < 2 else DropBlock(block_size, warmup_steps=warmup_steps)
+            blocks += [_ResidualBlock(before, after), nn.MaxPool2d(2), drop]
+        self.layers = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1) if average_pool else nn.Identity())
+        self.num_features = 640 * (1 if average_pool else self._positions(4))
+        for module in self.layers.modules():
+            if isinstance(module, nn.Conv2d):
+                # with the gain for a slope of 0, not 0.1, as in the reference code
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
+
+
+class _ResidualBlock(nn.Module):
+    """Three convolutions, with a 1 x 1 convolution as the shortcut."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for channels in (before, after, after):
+            convolution = nn.Conv2d(channels, after, 3, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(after), nn.LeakyReLU(NEGATIVE_SLOPE)]
+        self.branch = nn.Sequential(*layers[:-1])
+        self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after))
+        self.activation = layers[-1]
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.activation(self.branch(value) + self.shortcut(value))
+
+
+class DropBlock(nn.Module):
+    """Drops square blocks of each channel in training (Ghiasi et al. 2018).
+
+    `torchvision.ops.DropBlock2d` accepts odd sizes only; for these it is equal in distribution. As there, the units
+    that are kept are scaled by their share of the whole batch, so that the mean stays the same, and overlapping blocks
+    drop slightly less than `drop_prob`.
+
+    Use it when you build a residual network of your own; `ResNet12` contains it.
+
+    Args:
+        block_size: Height and width of a block, at least 1; on smaller maps, their height and width.
+        drop_prob: Expected fraction of dropped units, in [0, 1).
+        warmup_steps: Number of forward passes in training over which the fraction increases from 0 to `drop_prob`.
+
+    Raises:
+        InputError: An argument is out of range.
+
+    Example:
+        `maps = DropBlock(block_size=5, drop_prob=0.1)(torch.randn(8, 64, 21, 21))`
+    """
+
+    steps: Tensor
+
+    def __init__(self, block_size: int, *, drop_prob: float = 0.1, warmup_steps: int = 0) -> None:
+        super().__init__()
+        check_counts(block_size=block_size)
+        if not 0 <= drop_prob < 1:
+            raise InputError("drop_prob", drop_prob, "a number from 0 to below 1")
+        if warmup_steps:
+            check_counts(warmup_steps=warmup_steps)
+        self.block_size, self.drop_prob, self.warmup_steps = block_size, drop_prob, warmup_steps
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # a buffer, so that checkpoints contain it
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Drop blocks in training; return the maps unchanged in evaluation.
+
+        Args:
+            value: Feature maps, `(n, channels, height, width)`.
+
+        Returns:
+            Feature maps of the same shape, `(n, channels, height, width)`.
+        """
+        if not self.training:
+            return value
+        self.steps += 1
+        warmup = (self.steps / self.warmup_steps).clamp(max=1) if self.warmup_steps else 1
+        size, (height, width) = min(self.block_size, *value.shape[-2:]), value.shape[-2:]
+        places = height - size + 1, width - size + 1
+        rate = self.drop_prob * warmup * height * width / (size**2 * places[0] * places[1])
+        corners = (torch.rand(*value.shape[:2], *places, device=value.device) < rate).to(value.dtype)
+        kept = 1 - functional.max_pool2d(functional.pad(corners, [size - 1] * 4), size, stride=1)
+        return value * (kept / kept.mean().clamp_min(1e-6))  # a mean, because a sum may overflow in half precision
+
+    def extra_repr(self) -> str:
+        return f"{self.block_size}, drop_prob={self.drop_prob}, warmup_steps={self.warmup_steps}"
+
+
+class WRN28(Backbone):
+    """The wide residual network WRN-28-10 (Zagoruyko & Komodakis 2016): 640 features, the means over positions.
+
+    It consists of the layers of learn2learn's `WRN28Backbone` and needs that package. There, the last pooling is for
+    images of 84 x 84 pixels and the first convolution for three channels; here, both fit any image. Like learn2learn's,
+    it differs from the paper: convolutions have biases, the initial weights are PyTorch's, and the statistics of the
+    last normalization have a momentum of 0.9, so that they are nearly those of the last batch.
+
+    Use it when you compare with published results for WRN-28-10.
+
+    Args:
+        in_channels: Number of channels of an image.
+        image_size: Height and width of the images; a pair where the two differ.
+        mean: Mean of the pixels in [0, 1]; one number, or one per channel.
+        std: Standard deviation of the pixels in [0, 1]; one number, or one per channel.
+
+    Raises:
+        InputError: An argument is unusable.
+        MissingDependencyError: learn2learn is not installed.
+
+    Example:
+        `backbone = WRN28(in_channels=3, image_size=84)`
+    """
+
+    num_features = 640
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        image_size: int | tuple[int, int] = 32,
+        mean: float | Sequence[float] = 0.5,
+        std: float | Sequence[float] = 0.5,
+    ) -> None:
+        super().__init__(in_channels, image_size, mean, std)
+        try:
+            from learn2learn.vision.models import WRN28Backbone
+        except ImportError as error:
+            raise MissingDependencyError("learn2learn", "learn2learn", "WRN28") from error
+        network = WRN28Backbone()
+        first = nn.Conv2d(self.in_channels, 16, 3, padding=1)
+        last = nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+        self.layers = nn.Sequential(first, network.layer1, network.layer2, network.layer3, network.bn1, *last)
