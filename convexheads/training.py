@@ -107,7 +107,7 @@ def refuse(failure: dict[str, Any], error: Exception | None = None) -> NoReturn:
     """
     if isinstance(error, SolverError):
         raise SolverError(f"{where(failure)}: {error}", error.solution) from error
-    wanted = "finite values, or another on_failure: 'skip' goes on without the step, 'stop' ends before it"
+    wanted = "finite values, or another on_failure: 'skip' continues without the step, 'stop' stops before it"
     raise InputError("batch", f"{where(failure)} ({failure['cause']})", wanted) from error
 
 
