@@ -1,8 +1,8 @@
-"""Everything that needs a GPU, most valuable first, within the minutes that there are.
+"""Everything that needs a GPU, most valuable first, within a time limit.
 
-python -m benchmarks.gpu --minutes 12 --data-root DIR --output OUT    # again to go on where the last call ended
-python -m benchmarks.gpu --pack DIR2 --data-root DIR                  # data that fits through a narrow door
-python -m benchmarks.gpu --unpack OUT                                 # on the machine at home
+python -m benchmarks.gpu --minutes 12 --data-root DIR --output OUT    # run it again to continue
+python -m benchmarks.gpu --pack DIR2 --data-root DIR                  # pack the data into a few small files
+python -m benchmarks.gpu --unpack OUT                                 # unpack results copied from another machine
 python -m benchmarks.gpu --smoke                                      # every stage with tiny sizes, on any machine
 """
 
@@ -40,18 +40,19 @@ from convexheads.models import build_model
 CONFIGS = Path(__file__).parent / "configs"
 TESTS = Path(__file__).parent.parent / "tests"
 PART = 15_000_000
-"""Bytes of the largest file that comes home."""
+"""The largest size of a file of packed results, in bytes."""
 SHORT = 10_000
+"""Training steps of the rows of Table 4 and the points of Figure 2."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A training of the queue.
+    """A training in the queue.
 
     Attributes:
         name: the folder of its results.
-        config: the configuration that it starts from, below `benchmarks/configs`.
-        changes: options that are other than there.
+        config: its configuration file below `benchmarks/configs`, without the extension.
+        changes: options that override the configuration file.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Entry:
 
 
 def _table4() -> Iterator[Entry]:
-    """The rows of Table 4 on CIFAR-FS: each adds what its name says last."""
+    """The rows of Table 4 on CIFAR-FS, named after what they add to a plain training."""
     plain = {"augment": "none", "weight_decay": 0.0, "dropblock": "none", "steps": SHORT}
     added: dict[str, dict[str, Any]] = {
         "augmentation": {"augment": "flip-crop-jitter"},
@@ -116,13 +117,13 @@ SMOKE_QUEUE = (
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to take the steps of the training path.
+    """A way to execute training steps.
 
     Attributes:
-        name: in the table.
-        precision: of the backbone.
-        compile: how `torch.compile` treats the backbone.
-        channels_last: whether the weights are in that memory format; images always are.
+        name: its name in the table.
+        precision: the precision of the backbone.
+        compile: the mode of `torch.compile` for the backbone.
+        channels_last: whether the weights have that memory format; images always have it.
     """
 
     name: str
@@ -143,15 +144,15 @@ NETWORK = "none: the network alone"
 
 @dataclass(frozen=True)
 class Session:
-    """A call of this script.
+    """A run of this script.
 
     Attributes:
         output: folder for all results.
         data_root: folder of the data.
-        deadline: by `time.monotonic()`.
-        smoke: whether all sizes are tiny.
+        deadline: when to stop, by `time.monotonic()`.
+        smoke: whether to use tiny sizes.
         queue: the trainings.
-        changes: options of the trainings that are other than in the queue.
+        changes: options that override those of all trainings in the queue.
     """
 
     output: Path
@@ -167,10 +168,14 @@ class Session:
         return self.deadline - time.monotonic()
 
     def command(self, name: str, *arguments: str) -> str:
-        """Run a command of Python unless that is done; its output goes to a file, and how it ended is returned."""
-        path, end_of = self.output / f"{name}.txt", self.output / f"{name}.end"
-        if end_of.is_file():
-            return end_of.read_text().strip()
+        """Run a Python command, unless an earlier run finished it; write its output to a file.
+
+        Returns:
+            The exit status and the last line of the output.
+        """
+        path, end_path = self.output / f"{name}.txt", self.output / f"{name}.end"
+        if end_path.is_file():
+            return end_path.read_text().strip()
         with path.open("w") as file:
             try:
                 done = subprocess.run(
@@ -178,34 +183,34 @@ class Session:
                 )
                 end = f"exit status {done.returncode}"
             except subprocess.TimeoutExpired:
-                return "the time was up"
+                return "stopped at the time limit"
         lines = path.read_text(errors="replace").splitlines()
         end = f"{end}: {lines[-1] if lines else 'no output'}"
-        _storage.atomic_write(end_of, f"{end}\n".encode())
+        _storage.atomic_write(end_path, f"{end}\n".encode())
         return end
 
 
 def tests(session: Session) -> str:
-    """The tests that need a GPU."""
+    """Run the tests that need a GPU."""
     files = [str(path) for path in sorted(TESTS.rglob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
     settings = ["-m", "gpu", "--no-header", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     return session.command("tests", "-m", "pytest", *settings, *(files[-1:] if session.smoke else files))
 
 
 def solvers(session: Session) -> str:
-    """The times of the SVM's solvers beside ridge regression; those whose package is missing are left out and named."""
+    """Time the SVM's solvers and ridge regression; solvers whose package is missing are left out and named."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = ["[5w1s]", "--repeats", "1"] if session.smoke else ["[5w1s,5w5s,20w5s]", "--repeats", "5"]
     names = ["--names", "[ridge,native,native in torch,interior point,qpth]"]
     settings = ["--device", where, "--threads", "1" if session.smoke else "4", "--output"]
     output = str(session.output / "solvers")
-    said = session.command("solvers", "-m", "benchmarks.solvers", "--sizes", *sizes, *names, *settings, output)
+    outcome = session.command("solvers", "-m", "benchmarks.solvers", "--sizes", *sizes, *names, *settings, output)
     lines = (session.output / "solvers.txt").read_text(errors="replace").splitlines()
-    return "; ".join([said, *(line for line in lines if LEFT_OUT in line)])
+    return "; ".join([outcome, *(line for line in lines if LEFT_OUT in line)])
 
 
 def speed(session: Session) -> str:
-    """Steps per second of the training path by variant, against what the arithmetic allows, on one processor thread."""
+    """Time training steps by variant, relative to the GPU's peak performance, with one processor thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -228,7 +233,7 @@ def _speed(session: Session) -> str:
         if (variant.name, head) in known or session.left < (0 if session.smoke else 45):
             continue
         if session.smoke and variant.compile != "none" and (head != "svm" or variant.name == "captured"):
-            continue  # compiling takes a minute; on the CPU nothing is captured
+            continue  # compiling takes a minute, and the CPU has no CUDA graphs
         changes: dict[str, Any] = {"precision": variant.precision, "compile": variant.compile}
         changes["head"] = "prototypes" if head == NETWORK else head
         options = _small(entry.options(**changes)) if session.smoke else entry.options(**changes)
@@ -242,7 +247,7 @@ def _speed(session: Session) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         record = {"results": rows, "flop": flop, "peak_flop_per_s": peak, "floor_ms": floor, "steps": steps, **origin}
         _write_speed(rows, record, path.with_suffix(".md"))
-        # Written last: what is in it is not measured again.
+        # Written last: its rows are not measured again.
         _storage.atomic_write(path, (json.dumps(record, indent=2) + "\n").encode())
         del training
         torch.cuda.empty_cache()
@@ -272,7 +277,7 @@ def _write_speed(rows: list[dict[str, Any]], record: dict[str, Any], path: Path)
 
 
 def _small(options: Options) -> Options:
-    """The same with a network and numbers that take seconds anywhere."""
+    """The same options with a network and sizes that take seconds on any machine."""
     return replace(
         options,
         dataset="digits",
@@ -289,7 +294,7 @@ def _small(options: Options) -> Options:
 
 
 def _on_noise(options: Options, *, channels_last: bool) -> Training:
-    """A training on images of noise."""
+    """A training on random images."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (64 * 30, 3, 32, 32), dtype=torch.uint8, generator=generator)
     data = ImageSet(images, torch.arange(len(images)) % 64, tuple(map(str, range(64))))
@@ -303,7 +308,7 @@ def _on_noise(options: Options, *, channels_last: bool) -> Training:
 
 
 def _flop(training: Training) -> int:
-    """Floating-point operations of the backbone's forward and backward pass in a step."""
+    """Floating-point operations of the backbone's forward and backward pass in one step."""
     images = training.episodes(training.episodes.draw(0))
     with FlopCounterMode(display=False) as counter:
         training.backbone(images).sum().backward()
@@ -313,8 +318,8 @@ def _flop(training: Training) -> int:
 def _time(training: Training, steps: int, warmup: int, *, network_only: bool) -> tuple[float, float]:
     """Milliseconds per step, and seconds of the first step.
 
-    A step includes its images and the reading of its metrics; with `network_only`, it is the forward and backward pass
-    of the backbone on one batch.
+    A step includes drawing its images and reading its metrics. With `network_only`, it is a forward and backward pass
+    that gathers and augments the same images every time.
     """
     drawn = training.episodes.draw(0)
     begin, first = report.now(drawn), 0.0
@@ -345,7 +350,7 @@ def _peak(where: torch.device, size: int) -> float:
 
 
 def trainings(session: Session) -> str:
-    """The queue, each training from its last checkpoint."""
+    """Run the queue, resuming each training from its last checkpoint."""
     finished = 0
     for entry in session.queue:
         folder = session.output / entry.name
@@ -363,7 +368,7 @@ def trainings(session: Session) -> str:
         try:
             rows = run(options, deadline=session.deadline - (0 if session.smoke else 15))
         except ConvexHeadsError as error:
-            print(f"{entry.name}: {error}", flush=True)  # the other trainings go on
+            print(f"{entry.name}: {error}", flush=True)  # the other trainings continue
             continue
         finished += bool(rows)
     return f"{finished} of {len(session.queue)} trainings are finished"
@@ -375,11 +380,11 @@ STAGES: dict[str, Callable[[Session], str]] = {
     "solvers": solvers,
     "trainings": trainings,
 }
-"""In the order of their value."""
+"""The stages, most valuable first."""
 
 
-def bring_home(output: Path) -> list[Path]:
-    """Write everything but checkpoints into parts of one archive, weights with half the digits.
+def pack_results(output: Path) -> list[Path]:
+    """Pack all results except checkpoints into one archive, split into parts; large weights become float16.
 
     Returns:
         The parts, `OUT/home/part-NN`.
@@ -390,7 +395,7 @@ def bring_home(output: Path) -> list[Path]:
             name = path.relative_to(output)
             if not path.is_file() or path.name[0] == "." or {"checkpoints", "tensorboard", "home"} & set(name.parts):
                 continue
-            content = _halved(path) if path.name == "model.safetensors" else path.read_bytes()
+            content = _in_half_precision(path) if path.name == "model.safetensors" else path.read_bytes()
             information = tarfile.TarInfo(str(name))
             information.size = len(content)
             tar.addfile(information, BytesIO(content))
@@ -405,16 +410,16 @@ def bring_home(output: Path) -> list[Path]:
     return parts
 
 
-def take_home(folder: Path, output: Path) -> list[str]:
-    """Join the parts that `bring_home` wrote and unpack them; returns the names of the files."""
+def unpack_results(folder: Path, output: Path) -> list[str]:
+    """Unpack the parts that `pack_results` wrote; returns the names of the files."""
     content = b"".join(path.read_bytes() for path in sorted(folder.glob("part-*")))
     with tarfile.open(fileobj=BytesIO(content), mode="r:") as tar:
         tar.extractall(output, filter="data")
         return tar.getnames()
 
 
-def _halved(path: Path) -> bytes:
-    """Weights of which the large ones are in float16; `load_pretrained` reads them as they are."""
+def _in_half_precision(path: Path) -> bytes:
+    """A file of weights with all matrices and filters in float16, which `load_pretrained` can read."""
     key = {"key": "settings", "needed_by": "benchmarks.gpu"}
     tensors, settings = _storage.load(path, **key)
     half = {
@@ -433,25 +438,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser = jsonargparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--minutes", type=float, default=12.0, help="time for all stages")
-    parser.add_argument("--data-root", type=Path | None, default=None, help="folder of the data, packed or not")
+    parser.add_argument("--minutes", type=float, default=12.0, help="time limit for all stages together")
+    parser.add_argument("--data-root", type=Path | None, default=None, help="folder of the data, which may be packed")
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder for all results")
     parser.add_argument(
-        "--stages", type=list[Literal[tuple(STAGES)]], default=list(STAGES), help="which, in this order"
+        "--stages", type=list[Literal[tuple(STAGES)]], default=list(STAGES), help="the stages to run, in this order"
     )
-    parser.add_argument("--only", type=list[str], default=[], help="names of the trainings; all unless given")
-    text = "options of the trainings that are other than in the queue, as in '{steps: 10000}'"
+    parser.add_argument("--only", type=list[str], default=[], help="names of the trainings to run; default: all")
+    text = "options that override those of all trainings, as in '{steps: 10000}'"
     parser.add_argument("--changes", type=dict[str, Any], default={}, help=text)
-    parser.add_argument("--smoke", action="store_true", help="every stage with tiny sizes, on any machine")
-    parser.add_argument("--pack", type=Path | None, default=None, help="write the data there in small files, and end")
-    parser.add_argument("--unpack", type=Path | None, default=None, help="unpack what came home there, and end")
+    parser.add_argument("--smoke", action="store_true", help="run every stage with tiny sizes, on any machine")
+    text = "only pack the data into small files in this folder"
+    parser.add_argument("--pack", type=Path | None, default=None, help=text)
+    text = "only unpack the packed results in this output folder"
+    parser.add_argument("--unpack", type=Path | None, default=None, help=text)
     chosen = parser.parse_args(arguments)
     if chosen.pack:
         for dataset in ("cifar-fs", "fc100"):
             pack(dataset, chosen.data_root, chosen.pack, progress=True)
         return
     if chosen.unpack:
-        print(*take_home(chosen.unpack / "home", chosen.unpack), sep="\n")
+        print(*unpack_results(chosen.unpack / "home", chosen.unpack), sep="\n")
         return
     queue = SMOKE_QUEUE if chosen.smoke else tuple(e for e in QUEUE if not chosen.only or e.name in chosen.only)
     deadline = time.monotonic() + 60 * chosen.minutes
@@ -462,12 +469,12 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{name}: no time left", flush=True)
             continue
         begin = time.monotonic()
-        said = STAGES[name](session)
-        print(f"{name}: {said} ({time.monotonic() - begin:.0f} s)", flush=True)
-    parts = bring_home(session.output)
+        outcome = STAGES[name](session)
+        print(f"{name}: {outcome} ({time.monotonic() - begin:.0f} s)", flush=True)
+    parts = pack_results(session.output)
     unfinished = [entry.name for entry in queue if not (session.output / entry.name / "result.json").is_file()]
-    print(f"To bring home: {', '.join(str(part) for part in parts)}")
-    print(f"Next: {unfinished[0] if unfinished else 'nothing is left'}; call this again to go on")
+    print(f"Packed results: {', '.join(str(part) for part in parts)}")
+    print(f"Next: {unfinished[0]}; run this again to continue" if unfinished else "All trainings are finished")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The options of a training run, from the command line or from a configuration file."""
+"""The options of a training run, from the command line or a configuration file."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import yaml
 from convexheads.errors import InputError
 
 BUILT_IN = {"digits": 60, "glyphs": 120}
-"""The data sets that need no files, with the number of training steps unless it is given."""
+"""The data sets that need no files, with their default numbers of training steps."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a run, each with the text that `--help` shows.
+    """The options of a run, annotated with their `--help` texts.
 
-    A subclass may be the options of another command, with other defaults.
+    A subclass may define the options of another command, with other defaults.
     """
 
     program: ClassVar[str] = "benchmarks.train"
@@ -31,56 +31,59 @@ class Options:
 
     dataset: Annotated[
         Literal["digits", "glyphs", "cifar-fs", "fc100", "miniimagenet", "tieredimagenet", "omniglot"],
-        "digits and glyphs need nothing, the others DATA_ROOT",
+        "digits and glyphs need no files, the others need DATA_ROOT",
     ] = "digits"
-    data_root: Annotated[Path | None, "folder of the data, only read; else variable CONVEXHEADS_DATA"] = None
+    data_root: Annotated[
+        Path | None, "folder of the data (read-only); default: the environment variable CONVEXHEADS_DATA"
+    ] = None
     backbone: Annotated[Literal["conv4", "r2d2", "resnet12", "wrn28"], "network to train"] = "conv4"
-    dropblock: Annotated[Literal["paper", "reference_code", "none"], "of `ResNet12`"] = "paper"
+    dropblock: Annotated[Literal["paper", "reference_code", "none"], "DropBlock of resnet12, see `ResNet12`"] = "paper"
     head: Annotated[
         Literal["svm", "svm-smoothed", "ridge", "prototypes"],
-        "head to train through; svm, ridge and prototypes are evaluated in any case",
+        "head to train through; svm, ridge and prototypes are always evaluated",
     ] = "svm"
-    steps: Annotated[int | None, "training steps; unless given 60 for digits, 120 for glyphs, 5000 for others"] = None
-    tasks: Annotated[int, "episodes of a training step"] = 8
-    ways: Annotated[int, "classes of an episode, in training and in evaluation"] = 5
+    steps: Annotated[int | None, "training steps; default: 60 for digits, 120 for glyphs, 5000 for others"] = None
+    tasks: Annotated[int, "episodes per training step"] = 8
+    ways: Annotated[int, "classes per episode, in training and evaluation"] = 5
     shots: Annotated[int, "support images per class in training"] = 5
     queries: Annotated[int, "query images per class in training"] = 6
-    learning_rate: Annotated[float, "of SGD with Nesterov momentum 0.9, at the start"] = 0.1
-    schedule: Annotated[Literal["cosine", "paper", "constant"], "how the learning rate falls"] = "cosine"
-    weight_decay: Annotated[float, "of SGD"] = 5e-4
-    label_smoothing: Annotated[float, "of the cross-entropy"] = 0.0
+    learning_rate: Annotated[float, "initial learning rate of SGD, which has Nesterov momentum 0.9"] = 0.1
+    schedule: Annotated[Literal["cosine", "paper", "constant"], "learning-rate schedule"] = "cosine"
+    weight_decay: Annotated[float, "weight decay of SGD"] = 5e-4
+    label_smoothing: Annotated[float, "label smoothing of the cross-entropy"] = 0.0
     augment: Annotated[
         Literal["none", "flip-crop", "flip-crop-jitter"] | None,
-        "of training images; unless given none for digits and glyphs",
+        "augmentation of training images; default: none for digits and glyphs, flip-crop for others",
     ] = None
-    trainval: Annotated[bool, "train on the validation classes too, and take the last weights"] = False
+    trainval: Annotated[bool, "train on the validation classes too, and keep the last weights"] = False
     rotations: Annotated[bool, "train on classes rotated by 90, 180 and 270 degrees too, as further classes"] = False
     average: Annotated[
         float, "decay per step of a moving average of the weights, which is then validated and saved; 0 for none"
     ] = 0.0
     on_failure: Annotated[
         Literal["raise", "skip", "stop"],
-        "when a step's loss or gradient is not finite: end with an error, leave the step out, or end before it",
+        "for a step with a non-finite loss or gradient: raise an error, skip the step, or stop before it",
     ] = "raise"
-    validate_every: Annotated[int, "training steps between validations, the best of which chooses the weights"] = 500
-    validation_episodes: Annotated[int, "episodes of a validation"] = 500
+    validate_every: Annotated[int, "training steps between validations; the best one selects the weights"] = 500
+    validation_episodes: Annotated[int, "episodes per validation"] = 500
     validation_shots: Annotated[int, "support images per class in validation"] = 5
     checkpoint_every: Annotated[int, "training steps between checkpoints"] = 100
     test_shots: Annotated[tuple[int, ...], "support images per class in evaluation, as in [1,5]"] = (1, 5)
     test_queries: Annotated[int, "query images per class in evaluation and validation"] = 15
-    test_episodes: Annotated[int, "episodes of the evaluation, the same ones for every head"] = 2000
-    seed: Annotated[int, "of the weights and of every draw"] = 0
-    threads: Annotated[int | None, "processor threads; PyTorch's choice unless given"] = None
-    device: Annotated[Literal["auto", "cpu", "cuda"], "where to compute"] = "auto"
+    test_episodes: Annotated[int, "episodes of the evaluation, the same for every head"] = 2000
+    seed: Annotated[int, "seed of the initial weights and of all random draws"] = 0
+    threads: Annotated[int | None, "processor threads; default: PyTorch's choice"] = None
+    device: Annotated[Literal["auto", "cpu", "cuda"], "device to compute on"] = "auto"
     precision: Annotated[
-        Literal["float32", "bfloat16"], "of the backbone in training, the latter by autocast; heads solve in float64"
+        Literal["float32", "bfloat16"],
+        "precision of the backbone in training (bfloat16 by autocast); heads solve in float64",
     ] = "float32"
     processes: Annotated[int, "processes that share every training step, one per device"] = 1
     compile: Annotated[
         Literal["none", "default", "reduce-overhead", "max-autotune"] | None,
-        "how torch.compile treats the backbone; unless given none on the CPU and default on a GPU",
+        "mode of torch.compile for the backbone; default: none on the CPU, default on a GPU",
     ] = None
-    output: Annotated[Path | None, "folder for checkpoints and results; runs/DATASET_BACKBONE_HEAD unless given"] = None
+    output: Annotated[Path | None, "folder for checkpoints and results; default: runs/DATASET_BACKBONE_HEAD"] = None
     resume: Annotated[bool, "continue the unfinished run in the output folder"] = False
 
     def __post_init__(self) -> None:
@@ -120,18 +123,18 @@ class Options:
         return self.compile or ("default" if device.type == "cuda" else "none")
 
     def record(self) -> dict[str, Any]:
-        """What shapes the result, ready for YAML: no path of this machine, nothing of the resumption."""
+        """The options that determine the result, ready for YAML; those of paths, hardware and resuming are left out."""
         record = asdict(self) | {"steps": self.total_steps, "augment": self.augmentation}
         for name in ("data_root", "output", "resume", "threads", "device", "processes", "compile"):
             del record[name]
         return record | {"test_shots": list(self.test_shots)}
 
     def record_of_dataset(self) -> dict[str, Any]:
-        """What goes without saying once the data set is known."""
+        """The options whose defaults depend on the data set."""
         return {name: self.record()[name] for name in ("dataset", "steps", "augment")}
 
     def command(self) -> str:
-        """The command that repeats the run, with DIR for the folder of the data."""
+        """The command that reproduces the run, with DIR for the folder of the data."""
         words, plain = ["python", "-m", self.program], type(self)(**self.defaults)
         if self.dataset != plain.dataset:
             words += ["--dataset", self.dataset]
@@ -145,19 +148,19 @@ class Options:
 
     @classmethod
     def read(cls, path: Path, **changes: Any) -> Options:
-        """Read a configuration file; `changes` have precedence.
+        """Read a configuration file; `changes` override it.
 
         Raises:
-            InputError: it can't be read, or names an option that there is not.
+            InputError: it can't be read, or has an unknown option.
         """
         return cls(**(_typed(read_settings(path)) | changes))
 
     @classmethod
     def parse(cls, arguments: Sequence[str] | None, *, description: str) -> Self:
-        """Read the command line; what stands there has precedence over configuration files.
+        """Read the command line, which overrides configuration files.
 
         Raises:
-            InputError: a number out of range, or an unusable configuration file.
+            InputError: a number is out of range, or a configuration file is unusable.
         """
         parser = jsonargparse.ArgumentParser(prog=f"python -m {cls.program}", description=description)
         text = "read options from a YAML file, such as one of benchmarks/configs or a run's config.yaml"
@@ -177,31 +180,31 @@ class Options:
 
 
 def read_settings(path: Path, *, within: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The options that a configuration file sets: those of its `parts`, file by file, and then its own.
+    """The options that a configuration file sets: those of the files in its `parts`, overridden by its own.
 
     Args:
-        path: of the file.
-        within: the files that have this one as a part.
+        path: the file.
+        within: the files that include this one as a part.
 
     Raises:
-        InputError: it can't be read, has itself as a part, or names an option that there is not.
+        InputError: it can't be read, includes itself, or has an unknown option.
     """
     if path.resolve() in within:
         raise InputError("config", f"{path}, which is a part of itself", "parts that are other files")
     try:
-        own = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise InputError("config", f"{path}: {error}", "a YAML file of options") from error
-    if not isinstance(own, dict):
-        raise InputError("config", f"{path}, which holds a {type(own).__name__}", "a YAML file of options by name")
+    if not isinstance(content, dict):
+        raise InputError("config", f"{path}, which holds a {type(content).__name__}", "a YAML file of options by name")
     settings: dict[str, Any] = {}
-    for part in own.pop("parts", []):
+    for part in content.pop("parts", []):
         settings |= read_settings(path.parent / part, within=(*within, path.resolve()))
-    if unknown := sorted(own.keys() - {each.name for each in fields(Options)}):
+    if unknown := sorted(content.keys() - {each.name for each in fields(Options)}):
         raise InputError(
             "config", f"{path} with {', '.join(map(str, unknown))}", "options of `--help`, with underscores"
         )
-    return settings | own
+    return settings | content
 
 
 def _typed(settings: dict[str, Any]) -> dict[str, Any]:

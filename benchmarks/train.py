@@ -38,13 +38,13 @@ HEADS = ("svm", "ridge", "prototypes")
 """The heads that every run evaluates."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says when a disk, a quota or a file is full."""
+"""The errors of a full disk, quota or file."""
 
 
 class Pixels(nn.Module):
-    """No backbone at all: uint8 images (n, channels, height, width) as rows of numbers from 0 to 1.
+    """No backbone: flattens uint8 images (n, channels, height, width) into rows of numbers from 0 to 1.
 
-    What a head reaches on these is the level that a backbone has to beat.
+    A backbone should beat the accuracy of a head on these.
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Pixels(nn.Module):
 
 
 def episodes(data: ImageSet, options: Options, processes: Processes) -> Episodes:
-    """The training episodes of a run, of which this process has its share."""
+    """The training episodes of a run, or this process's share of them."""
     return Episodes(
         data,
         ways=options.ways,
@@ -68,12 +68,12 @@ def episodes(data: ImageSet, options: Options, processes: Processes) -> Episodes
 
 
 def device(options: Options) -> torch.device:
-    """Where a run computes."""
+    """The device of a run."""
     return torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def test(options: Options, data: ImageSet, backbones: Mapping[str, nn.Module]) -> list[report.Row]:
-    """Evaluate heads on the features of each backbone: all heads on the first, the trained one's on the others."""
+    """Evaluate heads on the features of each backbone: all heads on the first, `options.head` on the others."""
     tasks, rows = [(options.ways, shots) for shots in options.test_shots], []
     for name, backbone in backbones.items():
         heads = {head: build_head(head) for head in ([options.head] if rows else [options.head, *HEADS])}
@@ -89,12 +89,12 @@ def measure(
     heads: Mapping[str, ch.Head],
     tasks: Iterable[tuple[int, int]],
 ) -> list[report.Row]:
-    """The accuracy of each head on the features of the backbone of that name, for each of the tasks' ways and shots."""
+    """The accuracy of each head on the features of a backbone, for each pair of ways and shots in `tasks`."""
     where = device(options)
     features, labels, rows = embed(backbone.to(where), data.images.to(where)), data.labels.to(where), []
-    for (head, own), (ways, shots) in product(heads.items(), tasks):
+    for (head_name, head), (ways, shots) in product(heads.items(), tasks):
         result = evaluate(
-            own,
+            head,
             features,
             labels,
             ways=ways,
@@ -105,7 +105,7 @@ def measure(
         )
         gap = None if result.gaps is None else result.gaps.max().item()
         rows.append(
-            report.Row(name, head, ways, shots, result.accuracy, result.confidence_interval, result.episodes, gap)
+            report.Row(name, head_name, ways, shots, result.accuracy, result.confidence_interval, result.episodes, gap)
         )
     return rows
 
@@ -116,15 +116,15 @@ def run(
     *,
     deadline: float = math.inf,
 ) -> list[report.Row]:
-    """Train, evaluate as `test` does, and write everything into the output folder.
+    """Train, evaluate by `test`, and write everything to the output folder.
 
     Args:
-        options: of the run.
+        options: the options of the run.
         test: evaluates heads on the features of each backbone.
-        deadline: by `time.monotonic()`, when to stop in the middle of the training, to be resumed later.
+        deadline: by `time.monotonic()`; after it, the training stops early and can be resumed later.
 
     Returns:
-        The accuracies; none if the deadline came first, or if this is not the first of several processes.
+        The accuracies; empty if the training stopped early, or if this is not the first of several processes.
 
     Raises:
         InputError: an option is unusable, or the data is missing.
@@ -169,7 +169,7 @@ def run(
 
 
 def prepare(options: Options) -> None:
-    """Make the output folder ready for a new run, or check that it holds the run to resume."""
+    """Prepare the output folder for a new run, or check that it contains the run to resume."""
     folder, config = options.folder, options.folder / "config.yaml"
     if options.resume:
         if not options.checkpoint.is_file() or not config.is_file():
@@ -184,7 +184,7 @@ def prepare(options: Options) -> None:
     result, resumable = folder / "result.json", options.checkpoint.is_file()
     if resumable and not result.is_file():
         raise ch.InputError("output", f"{folder}, which holds an unfinished run", "--resume, or another --output")
-    options.checkpoint.unlink(missing_ok=True)  # first: what is left over must not look like a run to resume
+    options.checkpoint.unlink(missing_ok=True)  # first: the leftovers must not look like a run to resume
     result.unlink(missing_ok=True)
     if resumable:
         for logs in ("tensorboard", "checkpoints"):
@@ -194,7 +194,7 @@ def prepare(options: Options) -> None:
 
 
 def write_config(options: Options) -> None:
-    """Write the options into the output folder, for `--config` and for `--resume`."""
+    """Write the options to the output folder, for `--config` and `--resume`."""
     text = f"# {options.command()}\n{yaml.safe_dump(options.record(), sort_keys=False)}"
     _storage.atomic_write(options.folder / "config.yaml", text.encode())
 
@@ -211,7 +211,7 @@ def _check_checkpoint(options: Options) -> None:
 
 
 def _changed(record: dict[str, Any], saved: dict[str, Any]) -> list[str]:
-    # A training that a failed step has ended may go on without it.
+    # A training that stopped at a failed step may resume and skip such steps.
     return sorted(name for name in record if name != "on_failure" and record[name] != saved.get(name))
 
 
@@ -222,14 +222,14 @@ def write(
     provenance: dict[str, Any],
     failures: list[dict[str, Any]],
 ) -> None:
-    """Write the result as table, picture and, when all else is there, JSON; and show the table."""
+    """Show the table of results; write it as Markdown, as a figure and, last, as JSON."""
     title = f"{options.dataset}, accuracy in %: {options.backbone} meta-trained through {options.head}"
     note = (
         f"Mean over {options.test_episodes:,} episodes of unseen classes, the same for every line, "
         f"± half the 95 % confidence interval."
     )
     if gaps := [row.largest_gap for row in rows if row.largest_gap is not None]:
-        largest = max(1e-15, *gaps)  # which is as much as rounding can show
+        largest = max(1e-15, *gaps)  # the resolution of rounding
         note += f" Solutions of solvers are certified: the relative duality gap is at most {largest:.0e}."
     result = {"command": options.command(), "results": [row._asdict() for row in rows], "seconds": seconds}
     result |= {"seed": options.seed, **provenance} | ({"skipped": failures} if failures else {})
@@ -249,20 +249,22 @@ def main(
     run: Callable[[Any], object] = run,
     description: str = (__doc__ or "").partition("\n")[0],
 ) -> None:
-    """The command line: `run` with options of that `kind`."""
+    """The command line: `run` with options of the class `kind`."""
     try:
         options = kind.parse(arguments, description=description)
         try:
             run(options)
         except KeyboardInterrupt:
-            hope = "; --resume goes on from the last checkpoint" if options.checkpoint.is_file() else ""
-            raise SystemExit(f"interrupted{hope}") from None
+            advice = "; --resume continues from the last checkpoint" if options.checkpoint.is_file() else ""
+            raise SystemExit(f"interrupted{advice}") from None
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            hope = "; the last checkpoint is whole, --resume continues from it" if options.checkpoint.is_file() else ""
+            advice = (
+                "; the last checkpoint is complete, --resume continues from it" if options.checkpoint.is_file() else ""
+            )
             got = f"{options.folder} ({error.strerror})"
-            raise ch.InputError("output", got, f"room to write{hope}") from error
+            raise ch.InputError("output", got, f"room to write{advice}") from error
     except ch.ConvexHeadsError as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -1,4 +1,4 @@
-"""The command for machines with a GPU: its queue, the way home of its results, and that it may be killed."""
+"""The command for machines with a GPU: its queue, packing and unpacking of its results, and that it may be killed."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ def finished(folder: Path) -> Path:
     return folder
 
 
-def test_results_come_home_with_weights_of_half_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_results_have_weights_of_half_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "PART", 100_000)
     folder = finished(tmp_path / "out" / "one")
     before = (folder / "model.safetensors").read_bytes()
-    parts = gpu.bring_home(tmp_path / "out")
-    assert gpu.bring_home(tmp_path / "out") == parts  # which takes the place of the first, and leaves it out
+    parts = gpu.pack_results(tmp_path / "out")
+    assert gpu.pack_results(tmp_path / "out") == parts  # which takes the place of the first, and leaves it out
     assert len(parts) > 1
     assert sorted((tmp_path / "out" / "home").iterdir()) == parts
     assert all(part.stat().st_size <= 100_000 for part in parts)
@@ -92,7 +92,7 @@ def test_results_come_home_with_weights_of_half_the_size(tmp_path: Path, monkeyp
         "tensorboard",
     ]
 
-    names = gpu.take_home(tmp_path / "out" / "home", tmp_path / "home")
+    names = gpu.unpack_results(tmp_path / "out" / "home", tmp_path / "home")
     assert names == ["one/model.safetensors", "one/result.json"]
     assert json.loads((tmp_path / "home" / "one" / "result.json").read_text()) == {"seed": 0}
     backbone, head, settings = ch.load_pretrained(folder)
@@ -108,7 +108,7 @@ def test_results_come_home_with_weights_of_half_the_size(tmp_path: Path, monkeyp
     torch.testing.assert_close(own.eval()(images), backbone.eval()(images), rtol=1e-2, atol=1e-2)
 
 
-def test_what_came_home_writes_nothing_elsewhere(tmp_path: Path) -> None:
+def test_unpacking_writes_nothing_outside_the_folder(tmp_path: Path) -> None:
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as tar:
         member = tarfile.TarInfo("../outside")
@@ -117,17 +117,16 @@ def test_what_came_home_writes_nothing_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "part-00").write_bytes(content.getvalue())
     with pytest.raises(tarfile.TarError):
-        gpu.take_home(tmp_path / "home", tmp_path / "here")
+        gpu.unpack_results(tmp_path / "home", tmp_path / "here")
     assert not (tmp_path / "outside").exists()
 
 
 def test_an_unfinished_training_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where the time is over at once, the queue is told to go on."""
     arguments = ["--smoke", "--stages", "[trainings]", "--minutes", "0", "--output", str(tmp_path)]
     gpu.main(arguments)
     said = capsys.readouterr().out
     assert "trainings: no time left" in said
-    assert "Next: smoke_svm; call this again to go on" in said
+    assert "Next: smoke_svm" in said
 
 
 def test_without_time_the_speed_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +183,7 @@ def test_killed_at_a_random_moment_it_goes_on(tmp_path: Path) -> None:
                 time.sleep(1)
     said = (tmp_path / "log").read_text()
     assert code == 0, said
-    assert "Next: nothing is left" in said
+    assert "All trainings are finished" in said
     for entry in gpu.SMOKE_QUEUE:
         folder = tmp_path / "out" / entry.name
         assert json.loads((folder / "result.json").read_text())["results"]
@@ -198,5 +197,5 @@ def test_killed_at_a_random_moment_it_goes_on(tmp_path: Path) -> None:
         assert (tmp_path / "out" / f"{name}.end").read_text().startswith("exit status 0"), name
     timed = json.loads((tmp_path / "out" / "solvers" / "solvers.json").read_text())["results"]
     assert ("qpth" in {row["contender"] for row in timed}) == (find_spec("qpth") is not None)
-    names = gpu.take_home(tmp_path / "out" / "home", tmp_path / "home")
+    names = gpu.unpack_results(tmp_path / "out" / "home", tmp_path / "home")
     assert {f"{entry.name}/model.safetensors" for entry in gpu.SMOKE_QUEUE} <= set(names)

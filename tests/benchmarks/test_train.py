@@ -290,7 +290,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(Training, "save", fill_up)
         try:
-            with pytest.raises(SystemExit, match=r"output: got .*too large.*the last checkpoint is whole, --resume"):
+            with pytest.raises(SystemExit, match=r"output: got .*too large.*the last checkpoint is complete, --resume"):
                 train.main(arguments)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
