@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from convexheads import InputError, embed, evaluate, load_pretrained
+from convexheads import InputError, _storage, embed, evaluate, load_pretrained
 from convexheads.models import build_head, build_model, list_pretrained, save_pretrained
 from convexheads.models.build import HEADS
 from convexheads.models.pretrained import WEIGHTS_DIR
@@ -86,6 +85,7 @@ def test_unknown_names_list_what_there_is(tmp_path: Path) -> None:
         build_head("forest")
 
 
+@pytest.mark.usefixtures("unchecked")  # settings that are no dictionary
 def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     examples = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
     path, whole = tmp_path / "own.safetensors", tmp_path / "whole.safetensors"
@@ -100,7 +100,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="wanted a complete file"):
         load_pretrained(path)
     for wrong in (settings(backbone="vgg"), settings(head="forest"), {"backbone": "conv4", "head": "svm"}, "conv4"):
-        save_file({"backbone.mean": torch.zeros(1, 3, 1, 1)}, path, {"settings": json.dumps(wrong)})
+        _storage.save(path, {"backbone.mean": torch.zeros(1, 3, 1, 1)}, wrong, key="settings", needed_by="the test")
         with pytest.raises(InputError, match="wanted a complete file"):
             load_pretrained(path)
 

@@ -27,7 +27,7 @@ from benchmarks import train
 from benchmarks.data import load
 from benchmarks.data.sources import Source, archives, csv_lists, open_image
 from benchmarks.options import Options
-from convexheads import InputError, load_pretrained
+from convexheads import InputError, _storage, load_pretrained
 from convexheads.cli.command import main
 from convexheads.cli.folder import FolderClassifier
 from convexheads.integrations.lightning import AtomicCheckpointIO, EpisodicDataModule
@@ -305,9 +305,9 @@ def foreign_classifier(folder: Path, features: str) -> Path:
             return torch.eye(len(paths), 2)
     """
     put(folder / "theirs.py", dedent(code).encode())
-    settings = f'{{"classes": ["a", "b"], "features": "{features}", "head": "ridge", "scale": null}}'
+    settings = {"classes": ["a", "b"], "features": features, "head": "ridge", "scale": None}
     tensors = {"support": torch.eye(2, dtype=torch.float64), "labels": torch.arange(2)}
-    save_file(tensors, folder / "own.safetensors", {"classifier": settings})
+    _storage.save(folder / "own.safetensors", tensors, settings, key="classifier", needed_by="the test")
     return folder / "own.safetensors"
 
 
