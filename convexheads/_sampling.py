@@ -12,10 +12,9 @@ from jaxtyping import Integer
 from torch import Tensor
 
 from convexheads._progress import progress_bar
-from convexheads.errors import InputError, check_counts, check_flag, check_seed
+from convexheads.errors import InputError, check_counts, check_flag, check_rank, check_seed
 from convexheads.heads.base import Fitted, Head
 from convexheads.heads.inputs import check_finite
-from convexheads.loader import check_rank
 from convexheads.precision import is_of_floats, is_of_integers, kind
 
 

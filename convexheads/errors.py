@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib.metadata import PackageNotFoundError, requires
+from operator import index
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
@@ -72,6 +73,36 @@ def check_seed(seed: object) -> None:
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise InputError("seed", described(seed), "an integer from 0 to 2**63 - 1")
+
+
+def check_rank(rank: object, world_size: object) -> None:
+    """Raise `InputError` unless a process with this rank exists.
+
+    Args:
+        rank: Rank of the process.
+        world_size: Number of processes.
+
+    Raises:
+        InputError: `world_size` is no positive integer, or `rank` is no integer from 0 to `world_size - 1`.
+    """
+    check_counts(world_size=world_size)
+    if as_integer(rank) not in range(size := as_integer(world_size) or 0):
+        raise InputError("rank", described(rank), f"an integer from 0 to world_size - 1 = {size - 1}")
+
+
+def as_integer(value: Any) -> int | None:
+    """Convert an integer of any kind, such as NumPy's, to one of Python.
+
+    Args:
+        value: The value to convert.
+
+    Returns:
+        The integer, or None if the value is a boolean or no integer.
+    """
+    try:
+        return None if isinstance(value, bool) else index(value)
+    except (TypeError, RuntimeError):  # a RuntimeError of tensors without values
+        return None
 
 
 def check_flag(name: str, value: object) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Integer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from convexheads.errors import InputError, check_counts, check_flag, check_seed, described
+from convexheads.errors import InputError, as_integer, check_counts, check_flag, check_rank, check_seed, described
 from convexheads.precision import is_dense, is_of_integers, kind
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class EpisodeLoader:
             raise InputError("samples", kind(samples), "a tensor, (n, *sample)")
         if not is_of_integers(labels):
             raise InputError("labels", kind(labels), "a tensor of integers")
-        if (workers := _as_integer(num_workers)) is None or workers < 0:
+        if (workers := as_integer(num_workers)) is None or workers < 0:
             raise InputError("num_workers", described(num_workers), "a number of processes, 0 for none")
         if workers and samples.device.type != "cpu":
             raise InputError("samples", f"device {samples.device}", "the CPU, or num_workers=0")
@@ -192,29 +192,6 @@ class EpisodeLoader:
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the default generator
             torch.manual_seed(int(draw.integers(2**63)))
             return torch.stack([self.transform(sample) for sample in samples])
-
-
-def check_rank(rank: object, world_size: object) -> None:
-    """Raise `InputError` unless a process with this rank exists.
-
-    Args:
-        rank: Rank of the process.
-        world_size: Number of processes.
-
-    Raises:
-        InputError: `world_size` is no positive integer, or `rank` is no integer from 0 to `world_size - 1`.
-    """
-    check_counts(world_size=world_size)
-    if _as_integer(rank) not in range(size := _as_integer(world_size) or 0):
-        raise InputError("rank", described(rank), f"an integer from 0 to world_size - 1 = {size - 1}")
-
-
-def _as_integer(value: Any) -> int | None:
-    """The value as an integer of Python; None where it is none, or a boolean."""
-    try:
-        return None if isinstance(value, bool) else index(value)
-    except (TypeError, RuntimeError):  # a RuntimeError of tensors without values
-        return None
 
 
 class _Batches(Dataset[Tensor]):
