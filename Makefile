@@ -16,13 +16,12 @@ PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-# Make an environment and install requirements: $(call install,FOLDER,REQUIREMENTS). Python compiles what is imported,
-# when it is; pip would compile all of torch.
+# Make an environment and install requirements: $(call install,FOLDER,REQUIREMENTS)
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Expected Python 3.11 or newer, got $$($(PYTHON) --version). Choose one with: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(1)
-	$(1)/$(BIN)/python -m pip install --no-compile $(2)
+	$(1)/$(BIN)/python -m pip install $(2)
 	@touch $(1)/.ready
 endef
 
