@@ -208,6 +208,7 @@ def test_figure3_sweeps_the_iterations_of_both_solvers(tmp_path: Path) -> None:
     assert (tmp_path / "figure3.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_table3_shows_times_beside_accuracies(tmp_path: Path) -> None:
     rows = table3.measure(backbones=["conv4", "resnet12"], shots=[1, 5], queries=1, size=32, repeats=2, device="cpu")
     assert len(rows) == 2 * 2 * len(tables.HEADS)
@@ -248,6 +249,7 @@ def test_figure2_draws_a_curve_for_each_head_and_number_of_shots(tmp_path: Path)
     assert len(labels) == 4 * 2 * 4
 
 
+@pytest.mark.slow
 def test_images_of_another_size_are_brought_to_that_of_the_training(
     small: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
