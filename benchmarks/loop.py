@@ -22,8 +22,7 @@ from benchmarks.processes import Processes
 from convexheads import storage
 from convexheads.episodes import Episode, embed, evaluate
 from convexheads.errors import ConvexHeadsError, InputError, SolverError
-from convexheads.heads import Head
-from convexheads.heads.svm import MulticlassSVM
+from convexheads.heads import ClassificationHead, MulticlassSVM
 from convexheads.kernels import Linear
 from convexheads.training import SCHEDULES, EpisodeLoss, episode_loss, refuse, tasks_with_bad_values, where
 
@@ -66,7 +65,7 @@ class Training:
     """
 
     def __init__(
-        self, options: Options, backbone: nn.Module, head: Head, episodes: Episodes, processes: Processes
+        self, options: Options, backbone: nn.Module, head: ClassificationHead, episodes: Episodes, processes: Processes
     ) -> None:
         self.options, self.episodes, self.processes = options, episodes, processes
         self.device = episodes.device
@@ -80,6 +79,8 @@ class Training:
             self.network = torch.compile(self.network, mode=mode)
         linear = isinstance(head.kernel, Linear) and not head.kernel.normalize
         self.gram_on_host = self.device.type == "cuda" and isinstance(head, MulticlassSVM) and linear
+        if self.device.type == "cuda" and not self.gram_on_host:
+            self.head.validate = False  # checks would wait for the device, and a step that fails is found anyway
         self.parameters = dict(_named(self.backbone, self.head, nn.Module.named_parameters))
         self.buffers = dict(_named(self.backbone, self.head, nn.Module.named_buffers))
         self.optimizer = torch.optim.SGD(
@@ -385,7 +386,7 @@ class _Gram(nn.Module):
         return self.support if x is y else self.query
 
 
-def _loss_on_host(head: Head, features: Tensor, episodes: Episodes, **settings: Any) -> EpisodeLoss:
+def _loss_on_host(head: ClassificationHead, features: Tensor, episodes: Episodes, **settings: Any) -> EpisodeLoss:
     """As `episode_loss` on the features, `(tasks, n, d)`, computed on the CPU from their Gram matrices."""
     device, episode = features.device, episodes.split(features.double())
     both = torch.cat([episode.support, episode.query], 1) @ episode.support.mT

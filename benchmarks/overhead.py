@@ -28,7 +28,9 @@ HEADS = ("prototypes", "ridge", "svm")
 WAYS, SHOTS = 5, 5
 
 
-def step(backbone: nn.Module, head: ch.Head, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
+def step(
+    backbone: nn.Module, head: ch.ClassificationHead, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+) -> float:
     """Seconds of one training step: forward, backward and update, support and query in one batch."""
     begin = report.now(images)
     features = backbone(images.flatten(0, 1)).unflatten(0, labels.shape)
@@ -49,7 +51,7 @@ def training(*, backbone: str, device: str, episodes: int, queries: int, repeats
     torch.manual_seed(0)
     images = torch.randint(0, 256, (episodes, WAYS * (SHOTS + queries), 3, 32, 32), dtype=torch.uint8)
     labels = (torch.arange(images.shape[1]) % WAYS).expand(episodes, -1).to(device)
-    parts: dict[str, tuple[nn.Module, ch.Head, torch.optim.Optimizer]] = {}
+    parts: dict[str, tuple[nn.Module, ch.ClassificationHead, torch.optim.Optimizer]] = {}
     for name in HEADS:
         network, head = make_backbone(backbone, images.flatten(0, 1)).to(device), make_head(name).to(device)
         parameters = [*network.parameters(), *head.parameters()]

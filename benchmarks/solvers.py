@@ -67,7 +67,7 @@ def contenders() -> dict[str, Contender]:
     learn2learn's is left out where that package, which the extra `bench` does not install, is missing.
     """
 
-    def of(head: ch.Head) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+    def of(head: ch.ClassificationHead) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
         return lambda support, labels, query, ways: head(support, labels, query, ways=ways)
 
     def looped(support: Tensor, labels: Tensor, query: Tensor, ways: int) -> Tensor:
@@ -83,11 +83,13 @@ def contenders() -> dict[str, Contender]:
     found = {
         "ridge": Contender(of(ch.RidgeHead()), exact=False),
         "native": Contender(of(ch.SVMHead(C))),
-        "native in torch": Contender(of(ch.SVMHead(C, solver=ch.NativeSolver(compiled=False)))),
-        "interior point": Contender(of(ch.SVMHead(C, solver=ch.NativeSolver(max_iterations=100)))),
-        "moreau": Contender(of(ch.SVMHead(C, solver=ch.MoreauSolver())), largest=2500),
-        "qpth": Contender(of(ch.SVMHead(C, solver=ch.QpthSolver(max_iterations=15))), largest=2000),
-        "cvxpylayers": Contender(of(ch.SVMHead(C, solver=ch.CvxpylayersSolver(on_failure="return"))), largest=375),
+        "native in torch": Contender(of(ch.SVMHead(C, solver=ch.solvers.NativeSolver(compiled=False)))),
+        "interior point": Contender(of(ch.SVMHead(C, solver=ch.solvers.NativeSolver(max_iterations=100)))),
+        "moreau": Contender(of(ch.SVMHead(C, solver=ch.solvers.MoreauSolver())), largest=2500),
+        "qpth": Contender(of(ch.SVMHead(C, solver=ch.solvers.QpthSolver(max_iterations=15))), largest=2000),
+        "cvxpylayers": Contender(
+            of(ch.SVMHead(C, solver=ch.solvers.CvxpylayersSolver(on_failure="return"))), largest=375
+        ),
         "learn2learn": Contender(looped, largest=375, exact=False),
     }
     if find_spec("learn2learn") is None:
@@ -157,7 +159,7 @@ class Reference(NamedTuple):
 
 def reference(data: tuple[Tensor, Tensor, Tensor], ways: int, nk: int) -> Reference:
     """Solve with Moreau at a tight tolerance."""
-    head = ch.SVMHead(C, solver=ch.MoreauSolver(tolerance=1e-8))
+    head = ch.SVMHead(C, solver=ch.solvers.MoreauSolver(tolerance=1e-8))
     _, _, logits, gradient = once(lambda s, y, q, k: head(s, y, q, ways=k), *data, ways)
     return Reference(logits, gradient if nk <= _OWN_GRADIENTS else None)
 

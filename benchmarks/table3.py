@@ -84,7 +84,9 @@ def measure(
 
 
 @torch.no_grad()
-def _once(backbone: torch.nn.Module, head: ch.Head, images: Tensor, labels: Tensor) -> tuple[float, float]:
+def _once(
+    backbone: torch.nn.Module, head: ch.ClassificationHead, images: Tensor, labels: Tensor
+) -> tuple[float, float]:
     begin = report.now(images)
     features = backbone(images)
     middle = report.now(images)

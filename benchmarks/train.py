@@ -86,7 +86,7 @@ def measure(
     data: ImageSet,
     name: str,
     backbone: nn.Module,
-    heads: Mapping[str, ch.Head],
+    heads: Mapping[str, ch.ClassificationHead],
     tasks: Iterable[tuple[int, int]],
 ) -> list[report.Row]:
     """The accuracy of each head on the features of the backbone of that name, for each of the tasks' ways and shots."""

@@ -1,108 +1,71 @@
-"""Few-shot classification heads whose base learner is a convex problem.
+"""Few-shot heads that solve a convex problem for each task, and are differentiated through its solution.
 
-Two lines: `head = SVMHead(C=0.1)`, then `logits = head(support, labels, query)`.
+Two lines: `head = SVMHead(C=0.1)`, then `logits = head(support, labels, query)`. Kernels are in `convexheads.kernels`,
+solvers in `convexheads.solvers`, heads with the settings of the literature in `convexheads.presets`.
 """
 
-from convexheads.episodes import Episode, Evaluation, calibrate, embed, evaluate, split_task
+from convexheads import kernels, presets, solvers
+from convexheads.episodes import calibrate, embed, evaluate, split_task
 from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError, SolverError, SolverWarning
 from convexheads.heads import (
+    ClassificationHead,
     CvxpyHead,
-    CvxpyTask,
-    Dual,
-    Fitted,
-    FittedGaussianProcess,
-    FittedRegression,
     GaussianProcessHead,
     Head,
+    KernelExpansion,
     LinearDiscriminantHead,
     LogisticHead,
     MahalanobisHead,
-    MulticlassSVM,
-    OneVsRestHead,
+    OneVsRestSVMHead,
     PrototypeHead,
     RegressionHead,
     RidgeHead,
     RidgeRegressionHead,
     SimplifiedSVMHead,
+    SupportSet,
     SupportVectorRegressionHead,
     SVMHead,
-    WestonWatkinsHead,
+    WestonWatkinsSVMHead,
 )
-from convexheads.hyperparameters import Learnable
-from convexheads.kernels import RBF, Constant, Cosine, Kernel, Linear, Polynomial, Product, Sum
+from convexheads.hyperparameters import Learnable, parameter_groups
 from convexheads.loader import EpisodeLoader
-from convexheads.presets import metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
-from convexheads.pretrained import Pretrained, load_pretrained
-from convexheads.solvers import (
-    QP,
-    CvxpylayersSolver,
-    MoreauSolver,
-    NativeSolver,
-    QpthSolver,
-    Solution,
-    Solved,
-    Solver,
-    Status,
-)
+from convexheads.pretrained import load_pretrained
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "QP",
-    "RBF",
-    "Constant",
+    "ClassificationHead",
     "ConvexHeadsError",
-    "Cosine",
     "CvxpyHead",
-    "CvxpyTask",
-    "CvxpylayersSolver",
-    "Dual",
-    "Episode",
     "EpisodeLoader",
-    "Evaluation",
-    "Fitted",
-    "FittedGaussianProcess",
-    "FittedRegression",
     "GaussianProcessHead",
     "Head",
     "InputError",
-    "Kernel",
+    "KernelExpansion",
     "Learnable",
-    "Linear",
     "LinearDiscriminantHead",
     "LogisticHead",
     "MahalanobisHead",
     "MissingDependencyError",
-    "MoreauSolver",
-    "MulticlassSVM",
-    "NativeSolver",
-    "OneVsRestHead",
-    "Polynomial",
-    "Pretrained",
-    "Product",
+    "OneVsRestSVMHead",
     "PrototypeHead",
-    "QpthSolver",
     "RegressionHead",
     "RidgeHead",
     "RidgeRegressionHead",
     "SVMHead",
     "SimplifiedSVMHead",
-    "Solution",
-    "Solved",
-    "Solver",
     "SolverError",
     "SolverWarning",
-    "Status",
-    "Sum",
+    "SupportSet",
     "SupportVectorRegressionHead",
-    "WestonWatkinsHead",
+    "WestonWatkinsSVMHead",
     "calibrate",
     "embed",
     "evaluate",
+    "kernels",
     "load_pretrained",
-    "metaoptnet_ridge",
-    "metaoptnet_svm",
-    "protonet",
-    "r2d2",
+    "parameter_groups",
+    "presets",
+    "solvers",
     "split_task",
 ]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convexheads.errors import InputError, MissingDependencyError, check_counts
+from convexheads._validation import check_positive_ints
+from convexheads.errors import InputError, MissingDependencyError
 
 SLOPE = 0.1
 """Of leaky ReLUs, in Lee et al. 2019 (Section 4.1)."""
@@ -217,7 +218,7 @@ class DropBlock(nn.Module):
 
     def __init__(self, size: int, *, grow: bool) -> None:
         super().__init__()
-        check_counts(size=size)
+        check_positive_ints(size=size)
         self.size, self.grow = size, grow
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # of training; checkpoints keep it
 

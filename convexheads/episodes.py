@@ -14,11 +14,19 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convexheads.errors import InputError, check_counts, check_flag, check_seed
-from convexheads.heads.base import Fitted, Head
-from convexheads.heads.inputs import check_finite
-from convexheads.hyperparameters import value_of
-from convexheads.precision import is_dense, is_of_floats, is_of_integers, kind
+from convexheads._validation import (
+    check_bool,
+    check_finite,
+    check_positive_ints,
+    check_seed,
+    describe_type,
+    is_dense,
+    is_float_tensor,
+    is_integer_tensor,
+)
+from convexheads.errors import InputError
+from convexheads.heads import ClassificationHead, FittedClassifier
+from convexheads.hyperparameters import as_tensor
 
 
 class Episode(NamedTuple):
@@ -95,11 +103,11 @@ def split_task(data: Tensor, labels: Integer[Tensor, "*batch n"], *, shots: int)
     Example:
         `episode = split_task(*taskset.sample(), shots=5)`
     """
-    check_counts(shots=shots)
+    check_positive_ints(shots=shots)
     if not is_dense(data):
-        raise InputError("data", kind(data), "a tensor of images or features")
-    if not is_of_integers(labels):
-        raise InputError("labels", kind(labels), "a tensor of integers")
+        raise InputError("data", describe_type(data), "a tensor of images or features")
+    if not is_integer_tensor(labels):
+        raise InputError("labels", describe_type(labels), "a tensor of integers")
     if data.shape[: labels.ndim] != labels.shape or labels.ndim < 1:
         raise InputError(
             "data", f"shape {tuple(data.shape)}", f"the leading dimensions of labels, {tuple(labels.shape)}"
@@ -132,7 +140,7 @@ def split_task(data: Tensor, labels: Integer[Tensor, "*batch n"], *, shots: int)
 
 
 def evaluate(
-    head: Head,
+    head: ClassificationHead,
     features: Float[Tensor, "examples d"],
     labels: Integer[Tensor, " examples"],
     *,
@@ -191,7 +199,7 @@ def evaluate(
 
 
 def calibrate(
-    head: Head,
+    head: ClassificationHead,
     features: Float[Tensor, "examples d"],
     labels: Integer[Tensor, " examples"],
     *,
@@ -202,7 +210,7 @@ def calibrate(
     batch_size: int = 50,
     seed: int = 0,
     progress: bool = True,
-) -> Head:
+) -> ClassificationHead:
     """A copy of a head whose `scale` gives the best probabilities on held-out episodes (temperature scaling).
 
     The temperature, one positive number, minimises the cross-entropy over all queries of all episodes (Guo et al.
@@ -247,7 +255,7 @@ def calibrate(
 
     optimizer.step(loss)
     calibrated = copy.deepcopy(head)
-    scale = value_of(head.scale, unit).item() * (factor / unit).item()
+    scale = as_tensor(head.scale, unit).item() * (factor / unit).item()
     del calibrated.scale
     calibrated.scale = scale
     return calibrated
@@ -268,12 +276,12 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
     Raises:
         InputError: no module, no tensor of images, an unusable size, or a result that is no row for each image.
     """
-    check_counts(batch_size=batch_size)
-    check_flag("progress", progress)
+    check_positive_ints(batch_size=batch_size)
+    check_bool("progress", progress)
     if not isinstance(backbone, nn.Module):
         raise InputError("backbone", type(backbone).__name__, "a module")
     if not is_dense(images) or not images.ndim:
-        raise InputError("images", kind(images), "a tensor of images, (examples, ...)")
+        raise InputError("images", describe_type(images), "a tensor of images, (examples, ...)")
     training = backbone.training
     parameter = next(backbone.parameters(), images)
     backbone.eval()
@@ -283,7 +291,9 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
             for batch in images.split(min(batch_size, max(1, len(images)))):
                 found = backbone(batch.to(parameter.device))
                 if not is_dense(found) or found.ndim < 2 or len(found) != len(batch):
-                    got = f"a result of shape {tuple(found.shape)}" if isinstance(found, Tensor) else kind(found)
+                    got = (
+                        f"a result of shape {tuple(found.shape)}" if isinstance(found, Tensor) else describe_type(found)
+                    )
                     raise InputError("backbone", got, "features of each image, (batch, ...)")
                 features.append(found.flatten(1).to(images.device))
                 bar.update(len(batch))
@@ -333,27 +343,29 @@ class _Episodes:
 
     def __post_init__(self) -> None:
         names = ("ways", "shots", "queries", "episodes", "batch_size")
-        check_counts(**{name: getattr(self, name) for name in names})
+        check_positive_ints(**{name: getattr(self, name) for name in names})
         check_seed(self.seed)
         pair = isinstance(self.part, tuple) and [type(number) for number in self.part] == [int, int]
         if not pair or not 0 <= self.part[0] < min(self.part[1], self.episodes):
             raise InputError("part", repr(self.part), f"(rank, processes) with rank < processes <= {self.episodes}")
         for name, value, right, wanted in (
-            ("features", self.features, is_of_floats, "floating-point"),
-            ("labels", self.labels, is_of_integers, "integer"),
+            ("features", self.features, is_float_tensor, "floating-point"),
+            ("labels", self.labels, is_integer_tensor, "integer"),
         ):
             if not right(value):
-                raise InputError(name, kind(value), f"a tensor of {wanted} values")
+                raise InputError(name, describe_type(value), f"a tensor of {wanted} values")
         if self.features.ndim != 2 or self.labels.shape != self.features.shape[:1]:
             got = f"shapes {tuple(self.features.shape)} and {tuple(self.labels.shape)}"
             raise InputError("features, labels", got, "(examples, d) and (examples,)")
         check_finite("features", self.features)
 
-    def fits(self, head: Head, title: str, progress: bool) -> Iterator[tuple[Fitted, Tensor, Tensor]]:
+    def fits(
+        self, head: ClassificationHead, title: str, progress: bool
+    ) -> Iterator[tuple[FittedClassifier, Tensor, Tensor]]:
         """The head fitted on each batch of episodes, its logits and their labels, without gradient."""
-        if not isinstance(head, Head):
+        if not isinstance(head, ClassificationHead):
             raise InputError("head", type(head).__name__, "a classification head")
-        check_flag("progress", progress)
+        check_bool("progress", progress)
         device, ways, shots = self.features.device, self.ways, self.shots
         rank, processes = self.part
         draws = _draw(self.labels, ways, shots + self.queries, self.episodes, self.seed)

@@ -10,8 +10,16 @@ from jaxtyping import Integer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from convexheads.errors import InputError, check_counts, check_flag, check_seed, described
-from convexheads.precision import is_dense, is_of_integers, kind
+from convexheads._validation import (
+    check_bool,
+    check_positive_ints,
+    check_seed,
+    describe,
+    describe_type,
+    is_dense,
+    is_integer_tensor,
+)
+from convexheads.errors import InputError
 
 if TYPE_CHECKING:
     from numpy.random import Generator
@@ -73,19 +81,19 @@ class EpisodeLoader:
         processes: int = 1,
         workers: int = 0,
     ) -> None:
-        check_counts(ways=ways, shots=shots, queries=queries, tasks=tasks, steps=steps, processes=processes)
+        check_positive_ints(ways=ways, shots=shots, queries=queries, tasks=tasks, steps=steps, processes=processes)
         check_seed(seed)
-        check_flag("fixed", fixed)
+        check_bool("fixed", fixed)
         if isinstance(rank, bool) or not isinstance(rank, int) or rank not in range(processes):
             raise InputError("rank", repr(rank), f"an integer from 0 to processes - 1 = {processes - 1}")
         if augment is not None and not callable(augment):
             raise InputError("augment", repr(augment), "a function from a sample to a sample, or None")
         if not is_dense(samples):
-            raise InputError("samples", kind(samples), "a tensor, (n, *sample)")
-        if not is_of_integers(labels):
-            raise InputError("labels", kind(labels), "a tensor of integers")
+            raise InputError("samples", describe_type(samples), "a tensor, (n, *sample)")
+        if not is_integer_tensor(labels):
+            raise InputError("labels", describe_type(labels), "a tensor of integers")
         if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-            raise InputError("workers", described(workers), "a number of processes, 0 for none")
+            raise InputError("workers", describe(workers), "a number of processes, 0 for none")
         if workers and samples.device.type != "cpu":
             raise InputError("samples", f"device {samples.device}", "the CPU, or workers=0")
         labels = labels.cpu().long()

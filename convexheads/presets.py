@@ -88,7 +88,7 @@ def r2d2(version: Version = "paper") -> RidgeHead:
     """
     if _official(version):
         return RidgeHead(50.0, scale=Learnable(1.0))
-    return RidgeHead(Learnable(1.0), bias=Learnable(0.0, signed=True), scale=Learnable(1e-4))
+    return RidgeHead(Learnable(1.0), bias=Learnable(0.0, positive=False), scale=Learnable(1e-4))
 
 
 def _official(version: str) -> bool:

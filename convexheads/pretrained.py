@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from convexheads import storage
+from convexheads._validation import describe
 from convexheads.backbones import Backbone, make_backbone
-from convexheads.errors import InputError, described
-from convexheads.heads import Head, SVMHead
+from convexheads.errors import InputError
+from convexheads.heads import ClassificationHead, SVMHead
 from convexheads.hyperparameters import Learnable
 from convexheads.kernels import Linear
 from convexheads.presets import metaoptnet_ridge, metaoptnet_svm, protonet
@@ -26,7 +27,7 @@ def _svm_smoothed() -> SVMHead:
     return SVMHead(C=1.0, smoothing=1.0, kernel=Linear(normalize=True), scale=Learnable(1.0))
 
 
-HEADS: dict[str, Callable[[], Head]] = {
+HEADS: dict[str, Callable[[], ClassificationHead]] = {
     "svm": metaoptnet_svm,
     "ridge": metaoptnet_ridge,
     "prototypes": protonet,
@@ -35,7 +36,7 @@ HEADS: dict[str, Callable[[], Head]] = {
 """By name, for `make_head`."""
 
 
-def make_head(name: str) -> Head:
+def make_head(name: str) -> ClassificationHead:
     """A head to train a backbone through, with a learnable scale of its logits.
 
     Args:
@@ -64,11 +65,11 @@ class Pretrained(NamedTuple):
     """
 
     backbone: Backbone
-    head: Head
+    head: ClassificationHead
     settings: dict[str, Any]
 
 
-def make_untrained(settings: dict[str, Any], examples: Tensor) -> tuple[Backbone, Head]:
+def make_untrained(settings: dict[str, Any], examples: Tensor) -> tuple[Backbone, ClassificationHead]:
     """The backbone and the head that a training with these settings begins with.
 
     Args:
@@ -112,7 +113,7 @@ def load_pretrained(name: str | Path) -> Pretrained:
         `head(backbone(support_images), labels, backbone(query_images))` with 32 x 32 images.
     """
     if not isinstance(name, str | Path):
-        raise InputError("name", described(name), "a name or a path")
+        raise InputError("name", describe(name), "a name or a path")
     try:
         places = ZOO / f"{name}.safetensors", Path(name) / "model.safetensors", Path(name)
         path = next((path for path in places if path.is_file()), None)
@@ -138,7 +139,7 @@ def load_pretrained(name: str | Path) -> Pretrained:
     return Pretrained(backbone.eval(), head.eval(), settings)
 
 
-def save_pretrained(path: Path, backbone: nn.Module, head: Head, settings: dict[str, Any]) -> None:
+def save_pretrained(path: Path, backbone: nn.Module, head: ClassificationHead, settings: dict[str, Any]) -> None:
     """Write weights for `load_pretrained`.
 
     The file is complete or not there at all: it is written under another name first.

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from convexheads.episodes import Episode
 from convexheads.errors import InputError, SolverError
-from convexheads.heads.base import Head
+from convexheads.heads import ClassificationHead
 
 
 def _paper(progress: float) -> float:
@@ -51,7 +51,7 @@ class EpisodeLoss(NamedTuple):
     logits: Float[Tensor, "*tasks q ways"]
 
 
-def episode_loss(head: Head, episode: Episode, *, ways: int, label_smoothing: float = 0.0) -> EpisodeLoss:
+def episode_loss(head: ClassificationHead, episode: Episode, *, ways: int, label_smoothing: float = 0.0) -> EpisodeLoss:
     """The loss by which a backbone is trained through a head: fit on each support set, score each query set.
 
     Nothing is read from the device, except by the head.

@@ -1,7 +1,7 @@
-"""Code that looks at values (to stop, to branch, to complain) where `torch.func` hides them.
+"""Run control flow that depends on values under the transforms of `torch.func`.
 
-Inside `torch.func.vmap` a tensor stands for a batch of them, and no loop can end on its values. Everything here works
-on any number of leading dimensions anyway: so such code is called once, with the mapped dimension as one more in front.
+Inside `torch.func.vmap` a tensor stands for a batch of tensors, and no loop can end on its values. But all functions
+here accept any number of leading dimensions, so they are called once, with the mapped dimension in front.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 from convexheads.errors import ConvexHeadsError
 
 _T = TypeVar("_T")
-# What torch itself asks before it takes the slow way through its rules; without it, that way is always taken.
+# torch itself asks this before it uses the slow rules for transforms; without it, they are always used.
 is_transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-"""Whether a transform of `torch.func` is at work here."""
+"""Whether the caller runs under a transform of `torch.func`."""
 
 
 def compute(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tuple[Tensor, ...]:
-    """`function(*arguments)`, without gradient, on tensors whose values can be looked at.
+    """Call `function(*arguments)` without gradient, on tensors whose values can be read.
 
     Args:
         function: takes the tensors with any number of leading dimensions and returns tensors with the same ones.
-        arguments: tensors with leading dimensions in common; anything else passes as it is.
+        arguments: tensors with leading dimensions in common; all other values are passed on unchanged.
     """
     if is_transforming():
         return _Computed.apply(function, *arguments)
@@ -34,7 +34,7 @@ def compute(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tup
 
 
 def look_at(function: Callable[..., _T], *arguments: Any) -> _T:
-    """As `compute`, for a function that returns anything else, or raises."""
+    """Call a function that reads values, and raises or returns something else than tensors, like `compute` does."""
     seen: list[_T] = []
 
     def call(*values: Any) -> tuple[Tensor, ...]:
@@ -46,19 +46,19 @@ def look_at(function: Callable[..., _T], *arguments: Any) -> _T:
 
 
 def in_front(size: int, dimension: int | None, value: Any) -> Any:
-    """A tensor with its mapped dimension first, where a rule for `vmap` finds it; repeated if it has none."""
+    """Move the mapped dimension of a tensor to the front, as rules for `vmap` expect; repeat a tensor without one."""
     if not isinstance(value, Tensor):
         return value
     return value.expand(size, *value.shape) if dimension is None else value.movedim(dimension, 0)
 
 
 def differentiated_once(value: Tensor, gradient: Tensor, by: str) -> Tensor:
-    """A first derivative, with an error for whoever asks for the next.
+    """A first derivative that raises an error when it is differentiated.
 
     Args:
         value: the derivative, outside the graph.
-        gradient: that came in; what asks for another derivative gets at it through this.
-        by: what differentiated, for the error.
+        gradient: the incoming gradient, which connects the graph of a second derivative.
+        by: name of the solver, for the error.
     """
     return _Refuse.apply(value, gradient, by)
 
@@ -76,9 +76,7 @@ class _Refuse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _):
-        raise ConvexHeadsError(
-            f"second derivative: got a request for one through {ctx.by}, wanted a solver that has it (NativeSolver)"
-        )
+        raise ConvexHeadsError(f"second derivative: {ctx.by} does not have one; use NativeSolver()")
 
 
 class _Computed(torch.autograd.Function):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convexheads import QP
+from convexheads.solvers import QP
 
 
 def known_problem(

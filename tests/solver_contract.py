@@ -11,8 +11,8 @@ from hypothesis import assume, example
 from problems import known, known_problem
 from tasks import close, crammer_singer, examples, task
 
-from convexheads import QP, InputError, SolverError, SolverWarning, Status, SVMHead
-from convexheads.solvers import SOLVERS, get_solver
+from convexheads import InputError, SolverError, SolverWarning, SVMHead
+from convexheads.solvers import QP, SOLVERS, Status, get_solver
 
 
 @example(n=2, k=2, seed=0, bounds="upper", smoothing="none", row_sum=True)  # whose optimal value is below zero

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from convexheads import QP
+from convexheads.solvers import QP
 
 ROOT = Path(__file__).parent.parent
 """The checkout."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convexheads.errors import InputError
-from convexheads.heads import Fitted, Head
+from convexheads.heads import ClassificationHead, FittedClassifier
 from convexheads.integrations import require
 
 require("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="convexheads.integrations.easyfsl")
@@ -34,12 +34,12 @@ class HeadClassifier(FewShotClassifier):
         TypeError: a setting that easyfsl doesn't have.
     """
 
-    def __init__(self, head: Head, backbone: nn.Module | None = None, **settings: Any) -> None:
+    def __init__(self, head: ClassificationHead, backbone: nn.Module | None = None, **settings: Any) -> None:
         super().__init__(backbone=backbone, **settings)
-        if not isinstance(head, Head):
+        if not isinstance(head, ClassificationHead):
             raise InputError("head", repr(head), "a classification head of convexheads, such as SVMHead(C=0.1)")
         self.head = head
-        self.fitted: Fitted | None = None
+        self.fitted: FittedClassifier | None = None
 
     def process_support_set(self, support_images: Tensor, support_labels: Tensor) -> None:
         """Fit the head and keep the result until the next call.

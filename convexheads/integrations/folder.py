@@ -17,10 +17,17 @@ from torch.nn import functional
 from convexheads import storage
 from convexheads.episodes import calibrate, embed
 from convexheads.errors import InputError, MissingDependencyError
-from convexheads.heads import Head, LinearDiscriminantHead, LogisticHead, PrototypeHead, RidgeHead, SVMHead
+from convexheads.heads import (
+    ClassificationHead,
+    LinearDiscriminantHead,
+    LogisticHead,
+    PrototypeHead,
+    RidgeHead,
+    SVMHead,
+)
 from convexheads.pretrained import load_pretrained, names
 
-HEADS: dict[str, Callable[[], Head]] = {
+HEADS: dict[str, Callable[[], ClassificationHead]] = {
     "logistic": lambda: LogisticHead(regularization=0.1),
     "svm": lambda: SVMHead(C=10.0),
     "ridge": lambda: RidgeHead(regularization=0.1),
@@ -215,7 +222,7 @@ class FewShotClassifier:
         return cls(**values, support=support, labels=labels)
 
 
-def make_head(name: str) -> Head:
+def make_head(name: str) -> ClassificationHead:
     """The head of that name.
 
     Args:

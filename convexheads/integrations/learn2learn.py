@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from convexheads.errors import InputError
-from convexheads.heads import Fitted, Head
+from convexheads.heads import ClassificationHead, FittedClassifier
 from convexheads.integrations import require
 
 require(
@@ -40,13 +40,17 @@ class HeadClassifier(nn.Module):
     """
 
     def __init__(
-        self, head: Head, support: Tensor | None = None, labels: Tensor | None = None, ways: int | None = None
+        self,
+        head: ClassificationHead,
+        support: Tensor | None = None,
+        labels: Tensor | None = None,
+        ways: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(head, Head):
+        if not isinstance(head, ClassificationHead):
             raise InputError("head", repr(head), "a classification head of convexheads, such as SVMHead(C=0.1)")
         self.head = head
-        self.fitted: Fitted | None = None
+        self.fitted: FittedClassifier | None = None
         if (support is None) != (labels is None):
             missing = "support" if support is None else "labels"
             raise InputError(missing, "None", "support and labels together, or neither")

@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn, optim
 from convexheads import storage
 from convexheads.episodes import split_task
 from convexheads.errors import InputError, SolverError
-from convexheads.heads.base import Head
+from convexheads.heads import ClassificationHead
 from convexheads.integrations import require
 from convexheads.loader import EpisodeLoader
 from convexheads.training import (
@@ -115,7 +115,7 @@ class EpisodicModule(pl.LightningModule):
     def __init__(
         self,
         backbone: nn.Module,
-        head: Head,
+        head: ClassificationHead,
         *,
         ways: int,
         shots: int,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convexheads.errors import InputError
-from convexheads.heads import Head, SVMHead
+from convexheads.heads import ClassificationHead, SVMHead
 from convexheads.integrations import require
 
 require("sklearn", "scikit-learn", "1.6", "2", extra="sklearn", needed_by="convexheads.integrations.sklearn")
@@ -63,7 +63,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(f"HeadClassifier needs two classes at least; y holds one class only: {self.classes_[0]!r}")
-        if self.head is not None and not isinstance(self.head, Head):
+        if self.head is not None and not isinstance(self.head, ClassificationHead):
             raise InputError(
                 "head", repr(self.head), "a classification head of convexheads, such as SVMHead(C=1.0), or None"
             )

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from convexheads.errors import InputError, MissingDependencyError, SolverError, SolverWarning, check_flag, is_count
-from convexheads.hyperparameters import positive
-from convexheads.precision import full_precision, is_of_floats, kind, working_dtype
+from convexheads._validation import check_bool, check_positive, describe_type, is_float_tensor, is_positive_int
+from convexheads.errors import InputError, MissingDependencyError, SolverError, SolverWarning
+from convexheads.precision import full_precision, working_dtype
 from convexheads.solvers.active_set import ActiveSet
 from convexheads.solvers.interior_point import Relaxed
 from convexheads.solvers.problem import QP, Certificate, Solution, Status
@@ -74,12 +74,14 @@ class Solver(ABC):
         name = type(self).__name__
         if self.package is not None and find_spec(self.package) is None:
             raise MissingDependencyError(self.package, extra=self.package, needed_by=name)
-        if max_iterations is not None and not is_count(max_iterations):
+        if max_iterations is not None and not is_positive_int(max_iterations):
             raise InputError(f"{name}(max_iterations)", repr(max_iterations), "an integer of at least 1, or None")
         check_on_failure(name, on_failure)
         self.max_iterations = max_iterations
         self.tolerance = (
-            self.default_tolerance if tolerance is None else positive(f"{name}(tolerance)", tolerance, learnable=False)
+            self.default_tolerance
+            if tolerance is None
+            else check_positive(f"{name}(tolerance)", tolerance, learnable=False)
         )
         self.on_failure: OnFailure = on_failure
 
@@ -212,11 +214,11 @@ def _failures(status: Tensor, gap: Tensor, residual: Tensor) -> list[str]:
 def _check_kinds(qp: object) -> None:
     if not isinstance(qp, QP):
         raise InputError("qp", type(qp).__name__, "a QP")
-    check_flag("QP(row_sum)", qp.row_sum)
+    check_bool("QP(row_sum)", qp.row_sum)
     for name, value in vars(qp).items():
         optional = name not in ("gram", "linear")
-        if name != "row_sum" and not (is_of_floats(value) or (value is None and optional)):
-            raise InputError(f"QP({name})", kind(value), "a tensor of floating-point values")
+        if name != "row_sum" and not (is_float_tensor(value) or (value is None and optional)):
+            raise InputError(f"QP({name})", describe_type(value), "a tensor of floating-point values")
 
 
 def _check_shapes(qp: QP) -> None:

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from convexheads._validation import check_positive
 from convexheads.errors import InputError
-from convexheads.hyperparameters import positive
 from convexheads.solvers import active_set, implicit
 from convexheads.solvers.active_set import ActiveSet
 from convexheads.solvers.base import OnFailure, Solved, Solver
@@ -119,7 +119,7 @@ class NativeSolver(Solver):
             wanted = "a number" if gradient == "truncated" else "None"
             raise InputError("NativeSolver(max_iterations)", max_iterations, f"{wanted} with gradient={gradient!r}")
         self.gradient: Gradient = gradient
-        self.relaxation = positive("NativeSolver(relaxation)", relaxation, learnable=False)
+        self.relaxation = check_positive("NativeSolver(relaxation)", relaxation, learnable=False)
         if compiled is not None and compiled is not False:
             raise InputError("NativeSolver(compiled)", repr(compiled), "False, or None for where that is possible")
         self.compiled = compiled

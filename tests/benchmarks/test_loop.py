@@ -32,7 +32,7 @@ from convexheads import (
     Learnable,
     SolverError,
     SVMHead,
-    WestonWatkinsHead,
+    WestonWatkinsSVMHead,
     split_task,
     storage,
 )
@@ -473,7 +473,7 @@ def test_averages_are_torchs() -> None:
         if not step:
             reference.n_averaged += 1  # else torch's first average would be the first weights
         reference.update_parameters(model)
-    assert {"backbone.linear.weight", "backbone.norm.running_var", "head.scale.log_value"} <= own.averages.keys()
+    assert {"backbone.linear.weight", "backbone.norm.running_var", "head.scale.raw_value"} <= own.averages.keys()
     for name, value in own.averages.items():
         torch.testing.assert_close(value, reference.module.state_dict()[name])
         assert not torch.equal(value, own._state()[name])
@@ -565,7 +565,7 @@ def test_the_loss_is_that_of_the_options() -> None:
 ON_HOST = {
     "svm": lambda: SVMHead(scale=Learnable(2.0)),
     "svm, smoothed": lambda: SVMHead(C=0.5, smoothing=1.0, scale=Learnable(2.0)),
-    "Weston-Watkins": lambda: WestonWatkinsHead(scale=Learnable(2.0)),
+    "Weston-Watkins": lambda: WestonWatkinsSVMHead(scale=Learnable(2.0)),
 }
 
 

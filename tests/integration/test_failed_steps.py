@@ -37,7 +37,7 @@ def poisoned(rank: int = 0, processes: int = 1) -> list[tuple[torch.Tensor, torc
     return steps
 
 
-def learner(on_failure: str, head: ch.Head | None = None, normed: bool = True) -> EpisodicModule:
+def learner(on_failure: str, head: ch.ClassificationHead | None = None, normed: bool = True) -> EpisodicModule:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5) if normed else nn.Identity())
     head = head or SVMHead(C=0.1, scale=Learnable(1.0))

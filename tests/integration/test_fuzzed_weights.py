@@ -13,9 +13,9 @@ import convexheads as ch
 from convexheads.pretrained import ZOO, save_pretrained
 
 
-def check_pretrained(loaded: ch.Pretrained) -> None:
+def check_pretrained(loaded: ch.pretrained.Pretrained) -> None:
     assert isinstance(loaded.backbone, torch.nn.Module)
-    assert isinstance(loaded.head, ch.Head)
+    assert isinstance(loaded.head, ch.ClassificationHead)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -26,17 +26,9 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from convexheads import (
-    RBF,
-    InputError,
-    Learnable,
-    LogisticHead,
-    MissingDependencyError,
-    PrototypeHead,
-    RidgeHead,
-    SVMHead,
-)
+from convexheads import InputError, Learnable, LogisticHead, MissingDependencyError, PrototypeHead, RidgeHead, SVMHead
 from convexheads.integrations import easyfsl, learn2learn, require, sklearn
+from convexheads.kernels import RBF
 
 
 def task(ways: int = 4, shots: int = 3, queries: int = 5, d: int = 12, seed: int = 0):
@@ -121,7 +113,7 @@ def test_learn2learns_lightning_modules_train_with_it(module: type[LightningProt
     trainer.fit(trained, Batches())
     assert trainer.callback_metrics["train_accuracy"] > 0.5
     changed = {name for name, value in trained.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {"features.weight", "features.bias", "classifier.head.scale.log_value"}
+    assert changed == {"features.weight", "features.bias", "classifier.head.scale.raw_value"}
 
 
 def test_a_head_in_the_inner_loop_of_maml() -> None:

@@ -61,7 +61,7 @@ def test_what_is_saved_comes_back(tmp_path: Path, backbone: str, head: str) -> N
     network, own = make_untrained(settings(backbone, head), examples)
     network(examples)  # statistics
     with torch.no_grad():
-        own.scale.log_value.fill_(0.5)
+        own.scale.raw_value.fill_(0.5)
     save_pretrained(tmp_path / "model.safetensors", network, own, settings(backbone, head, note="mine"))
     for place in (tmp_path, str(tmp_path), tmp_path / "model.safetensors"):
         trained = load_pretrained(place)

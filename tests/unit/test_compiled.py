@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from problems import known, known_problem
 from tasks import close, crammer_singer, examples, task, tasks
 
-from convexheads import InputError, NativeSolver
-from convexheads.solvers import active_set, compiled
+from convexheads import InputError
+from convexheads.solvers import NativeSolver, active_set, compiled
 from convexheads.solvers.native import can_be_compiled
 from convexheads.solvers.splitting import proximal_step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -11,27 +12,24 @@ from installing import installs, requirements_of
 from tasks import crammer_singer, task
 
 from convexheads import (
-    RBF,
+    ClassificationHead,
     ConvexHeadsError,
-    Dual,
-    Head,
     InputError,
+    KernelExpansion,
     Learnable,
     LinearDiscriminantHead,
     LogisticHead,
     MahalanobisHead,
     MissingDependencyError,
-    NativeSolver,
-    OneVsRestHead,
-    Polynomial,
-    Product,
+    OneVsRestSVMHead,
     PrototypeHead,
     RidgeHead,
     SolverError,
-    Sum,
     SVMHead,
 )
-from convexheads.heads.inputs import failing_on_indefinite
+from convexheads._validation import check_definite
+from convexheads.kernels import RBF, Polynomial, Product, Sum
+from convexheads.solvers import NativeSolver
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -153,8 +151,8 @@ BAD_ARGUMENTS = {
     "smoothing negative": (lambda: SVMHead(smoothing=-1), "smoothing: got -1, wanted a non-negative"),
     "lambda zero": (lambda: RidgeHead(0), "regularization: got 0, wanted a positive"),
     "scale nan": (lambda: PrototypeHead(scale=torch.nan), "scale: got nan, wanted a positive"),
-    "learnable zero": (lambda: Learnable(0), r"Learnable\(initial\): got 0, wanted a positive"),
-    "width": (lambda: RBF(-1.0), r"RBF\(width\): got -1.0, wanted a positive"),
+    "learnable zero": (lambda: Learnable(0), r"Learnable\(value\): got 0, wanted a positive"),
+    "width": (lambda: RBF(-1.0), r"RBF\(length_scale\): got -1.0, wanted a positive"),
     "degree": (lambda: Polynomial(1.5), r"Polynomial\(degree\): got 1.5, wanted an integer"),
     "offset": (lambda: Polynomial(offset=-1), r"Polynomial\(offset\): got -1, wanted a non-negative"),
     "kernel": (lambda: SVMHead(kernel="rbf"), r"kernel: got 'rbf', wanted a callable"),
@@ -168,7 +166,7 @@ BAD_ARGUMENTS = {
         lambda: NativeSolver(tolerance=Learnable(1.0)),
         r"\(tolerance\): .*, wanted a positive finite number$",
     ),
-    "signed C": (lambda: SVMHead(C=Learnable(-1.0, signed=True)), "C: got Learnable.*, wanted a positive"),
+    "signed C": (lambda: SVMHead(C=Learnable(-1.0, positive=False)), "C: got Learnable.*, wanted a positive"),
     "bias": (lambda: RidgeHead(bias=torch.nan), "bias: got nan, wanted a finite number"),
     "squared hinge": (lambda: SVMHead(squared_hinge=1), "squared_hinge: got 1, wanted True or False"),
     "steps": (lambda: LogisticHead(steps=0), "steps: got 0, wanted an integer of at least 1"),
@@ -185,12 +183,12 @@ def test_bad_argument(make, message):
         make()
 
 
-def test_dual_that_is_no_dual():
-    class Wrong(SVMHead):
-        def dual(self, gram, targets):
-            return targets
+def test_solve_that_returns_no_expansion():
+    class Wrong(ClassificationHead):
+        def solve(self, support):
+            return support.targets
 
-    with pytest.raises(InputError, match=r"Wrong\.dual: got a result of Tensor, wanted a Dual"):
+    with pytest.raises(InputError, match=r"Wrong\.solve: got a result of Tensor, wanted a KernelExpansion"):
         Wrong()(*GOOD[:3])
 
 
@@ -203,7 +201,7 @@ def test_mask_that_leaves_a_class_empty():
 
 
 def test_class_without_examples_where_the_head_needs_one():
-    with pytest.raises(InputError, match=r"labels: got no example of class 3 in task \(0,\), wanted one .* 4 classes"):
+    with pytest.raises(InputError, match=r"labels: got no example of class 3 in task \(0,\), wanted at least one"):
         PrototypeHead()(*GOOD[:3], ways=4)
 
 
@@ -223,7 +221,14 @@ def test_bad_kernel(kernel, message):
 
 @pytest.mark.parametrize(
     "head",
-    [SVMHead, RidgeHead, LogisticHead, OneVsRestHead, MahalanobisHead, partial(LinearDiscriminantHead, variance=1.0)],
+    [
+        SVMHead,
+        RidgeHead,
+        LogisticHead,
+        OneVsRestSVMHead,
+        MahalanobisHead,
+        partial(LinearDiscriminantHead, variance=1.0),
+    ],
     ids=lambda head: getattr(head, "__name__", "LinearDiscriminantHead"),
 )
 def test_kernel_that_is_not_positive_semi_definite(head):
@@ -249,37 +254,73 @@ def test_missing_package(name, monkeypatch):
     assert installs(str(caught.value)) == requirements_of(name)
 
 
-@pytest.mark.gpu
-def test_label_out_of_range_on_a_device_shows_in_its_task(cuda):
-    """With `ways` given nothing waits for the device, so a bad label can't raise; it must not pass for a good one."""
-    support, labels, query = (x.to(cuda) for x in GOOD[:3])
+def test_without_validation_a_bad_label_shows_in_its_task():
+    """It can't raise, but it must not pass for a good one."""
+    labels = LABELS.clone()
     labels[1, 0] = 7
-    logits = RidgeHead()(support, labels, query, ways=WAYS)
+    logits = RidgeHead(validate=False)(SUPPORT, labels, QUERY, ways=WAYS)
     assert torch.isfinite(logits[0]).all()
     assert logits[1].isnan().all()
 
 
+@pytest.mark.parametrize("make", [partial(RidgeHead, 1e-300), LinearDiscriminantHead])
+def test_without_validation_a_closed_form_that_fails_is_nan_in_its_task(make):
+    support = SUPPORT.clone()
+    support[1] = 1
+    with pytest.raises((InputError, SolverError)):
+        make()(support, LABELS, QUERY)
+    logits = make(validate=False)(support, LABELS, QUERY, ways=WAYS)
+    assert logits[1].isnan().any()
+    assert logits[0].isfinite().all()
+
+
+@pytest.mark.parametrize("make", [RidgeHead, PrototypeHead, MahalanobisHead, LinearDiscriminantHead])
+def test_without_validation_no_value_is_read(make, monkeypatch):
+    """Reading a value waits for the device; on the CPU it can be seen by what makes Python objects of tensors."""
+    read = ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+    head = make(validate=False)
+    for name in read:
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"read by {name}"))
+    support = SUPPORT.clone().requires_grad_()
+    head(support, LABELS, QUERY, ways=WAYS).sum().backward()
+    with pytest.raises(pytest.fail.Exception, match="read by"):
+        make()(SUPPORT, LABELS, QUERY, ways=WAYS)
+
+
+@pytest.mark.gpu
+def test_values_on_a_device_are_checked(cuda):
+    support, labels, query = (x.to(cuda) for x in GOOD[:3])
+    wrong, infinite = labels.clone(), query.clone()
+    wrong[1, 0] = 7
+    infinite[1, 2, 3] = torch.inf
+    with pytest.raises(InputError, match=r"labels: .*task \(1,\)"):
+        RidgeHead()(support, wrong, query, ways=WAYS)
+    with pytest.raises(InputError, match=r"query: .*row 2 of task \(1,\)"):
+        RidgeHead()(support, labels, infinite, ways=WAYS)
+
+
 def test_a_gram_matrix_that_is_not_finite_is_no_indefinite_one():
-    """On a GPU nobody has looked at its values, and torch would raise an error of its own over its eigenvalues."""
+    """Without validation nothing has checked its values, and torch would raise an error of its own over them."""
     gram = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
     gram[1, 0, 0] = torch.nan
-    with pytest.raises(SolverError, match="not solved"), failing_on_indefinite(gram):
-        raise SolverError("not solved")
+    check_definite(gram)
     gram[0] *= -1
-    with pytest.raises(InputError, match=r"the eigenvalue -1 in task \(0,\)"), failing_on_indefinite(gram):
-        raise SolverError("not solved")
+    with pytest.raises(InputError, match=r"the eigenvalue -1 in task \(0,\)"):
+        check_definite(gram)
 
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
-def test_with_ways_given_prototypes_do_not_wait_for_the_device(cuda):
+@pytest.mark.parametrize("make", [RidgeHead, PrototypeHead, MahalanobisHead, LinearDiscriminantHead])
+def test_without_validation_closed_forms_do_not_wait_for_the_device(make, cuda):
     support, labels, query = (x.to(cuda) for x in GOOD[:3])
-    PrototypeHead()(support, labels, query, ways=WAYS)
+    head = make(validate=False)
+    head(support, labels, query, ways=WAYS)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        PrototypeHead()(support, labels, query, ways=WAYS)
+        head(support, labels, query, ways=WAYS)
         with pytest.raises(RuntimeError, match="synchronizing"):
-            PrototypeHead()(support, labels, query)
+            head(support, labels, query)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -307,25 +348,55 @@ def test_failures_name_the_task_and_its_own_value():
         NativeSolver().solve(qp)
 
 
-def test_numbers_that_are_not_pythons_own():
-    with pytest.raises(
-        InputError, match=r"C: got .*numpy.float32.*, wanted a positive finite number|C: got np.float32"
-    ):
-        SVMHead(C=np.float32(0.1))
+@pytest.mark.parametrize("number", [np.float32(0.5), np.int64(2), Fraction(1, 2), torch.tensor(0.5), torch.tensor(2)])
+def test_all_real_numbers_are_numbers(number):
+    assert float(number) == SVMHead(C=number).C
+    assert type(SVMHead(C=number).C) is float
+    assert Learnable(number).value.item() == pytest.approx(float(number))
+
+
+@pytest.mark.parametrize("ways", [np.int64(3), torch.tensor(3), LABELS.max() + 1], ids=repr)
+def test_all_integers_are_integers(ways):
+    torch.testing.assert_close(RidgeHead()(*GOOD[:3], ways=ways), RidgeHead()(*GOOD[:3], ways=3))
+    assert RidgeHead(kernel=Polynomial(ways)).kernel.degree == 3
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        True,
+        10**400,
+        1j,
+        "1",
+        None,
+        np.float64("nan"),
+        torch.tensor([0.5]),
+        torch.tensor(True),
+        torch.ones((), device="meta"),
+    ],
+    ids=repr,
+)
+def test_what_is_no_number_is_refused(value):
+    with pytest.raises(InputError, match=r"C: got .*, wanted a positive finite number"):
+        SVMHead(C=value)
+    with pytest.raises(InputError, match="C: "):
+        SVMHead(C=torch.ones((), requires_grad=True))  # it would not learn
+    with pytest.raises(InputError, match="ways: "):
+        RidgeHead()(*GOOD[:3], ways=2.5 if value is None or isinstance(value, torch.Tensor) else value)
 
 
 @pytest.mark.parametrize(
     ("coef", "message"),
     [
-        (lambda gram, targets: targets.mT, r"OwnHead.dual: got coef of shape \(2, 3, 6\) in torch.float64, wanted"),
-        (lambda gram, targets: targets.float(), r"got coef of shape .* in torch.float32, wanted \(2, 6, 3\) in .*64"),
+        (lambda targets: targets.mT, r"OwnHead.solve: got coef of shape \(2, 3, 6\) in torch.float64, wanted"),
+        (lambda targets: targets.float(), r"got coef of shape .* in torch.float32, wanted \(2, 6, 3\) in .*64"),
     ],
     ids=["transposed", "float32"],
 )
 def test_head_of_ones_own_with_wrong_coefficients(coef, message):
-    class OwnHead(Head):
-        def dual(self, gram, targets):
-            return Dual(coef(gram, targets))
+    class OwnHead(ClassificationHead):
+        def solve(self, support):
+            return KernelExpansion(coef(support.targets))
 
     with pytest.raises(InputError, match=message):
         OwnHead()(SUPPORT[:, :6], LABELS[:, :6], QUERY, ways=3)

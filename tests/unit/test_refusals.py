@@ -76,4 +76,4 @@ def test_a_worker_asks_for_the_batch_of_a_step() -> None:
 
 def test_a_kernel_can_be_called_by_itself() -> None:
     x, y = torch.randn(4, 3), torch.randn(5, 3)
-    torch.testing.assert_close(ch.Polynomial(2)(x, y), (x @ y.mT + 1) ** 2)
+    torch.testing.assert_close(ch.kernels.Polynomial(2)(x, y), (x @ y.mT + 1) ** 2)

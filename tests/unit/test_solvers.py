@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from solver_contract import *  # noqa: F403
 from tasks import close, crammer_singer, examples, task, tasks
 
-from convexheads import QP, InputError, Learnable, NativeSolver, OneVsRestHead, Status, SVMHead
-from convexheads.solvers import active_set
+from convexheads import InputError, Learnable, OneVsRestSVMHead, SVMHead
+from convexheads.solvers import QP, NativeSolver, Status, active_set
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def test_an_optimal_projection_does_not_prove_an_active_set(monkeypatch):
     """A search that ends astray, but whose projection happens to be optimal: values right, gradient not its own."""
     support, labels, query, _ = task(3, shots=(3, 3, 3), d=10)
     solver = NativeSolver(compiled=False)
-    head = OneVsRestHead(Learnable(1e-4), solver=solver)  # all coefficients end at their bounds
+    head = OneVsRestSVMHead(Learnable(1e-4), solver=solver)  # all coefficients end at their bounds
     expected = head(support, labels, query)
     gradient = torch.autograd.grad(expected.square().sum(), list(head.parameters()))
     search = active_set.search

@@ -1,0 +1,393 @@
+"""Every check of what users pass in: numbers, tensors, support sets, queries, kernels and Gram matrices.
+
+Types and shapes are always checked. Checks that read values take `validate`; where it is False, they read nothing, and
+so never wait for a GPU.
+"""
+
+from __future__ import annotations
+
+import numbers
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor
+
+from convexheads.errors import InputError
+from convexheads.transforms import look_at
+
+Check = Callable[[str, Any], Any]
+"""From the name of an argument and its value to the value to keep; raises `InputError`."""
+_T = TypeVar("_T")
+_FLOAT64_MAX = torch.finfo(torch.float64).max
+# With more classes than this, labels are almost certainly raw class ids, and the one-hot matrix would exhaust memory.
+_MAX_WAYS = 2**20
+
+# Plain values
+
+
+def describe(value: object) -> str:
+    """The `value` as an error shows it: its repr, plus the type unless it is a builtin."""
+    kind = type(value)
+    plain = kind.__module__ == "builtins" or kind.__name__ in repr(value)
+    return repr(value) if plain else f"{value!r} ({kind.__module__}.{kind.__name__})"
+
+
+def as_integer(value: object) -> int | None:
+    """The integer that the `value` stands for, anything with `__index__` but a bool; None for all else."""
+    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.ndim or value.dtype == torch.bool)):
+        return None
+    try:
+        return operator.index(value)  # pyright: ignore[reportArgumentType]
+    except (TypeError, RuntimeError):  # the latter of a tensor without values
+        return None
+
+
+def as_real(value: object) -> float | None:
+    """The finite real number that the `value` stands for, be it a tensor without dimensions; None for all else."""
+    if isinstance(value, Tensor):
+        if value.ndim or value.is_complex() or value.dtype == torch.bool or value.requires_grad or value.is_meta:
+            return None
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(value) <= _FLOAT64_MAX:
+        return None
+    return float(value)
+
+
+def is_positive_int(value: object) -> bool:
+    """Whether the `value` is an integer of at least 1."""
+    return (as_integer(value) or 0) >= 1
+
+
+def check_positive_int(name: str, value: object) -> int:
+    """Return the `value` as an integer of at least 1, or raise `InputError`."""
+    number = as_integer(value)
+    if number is None or number < 1:
+        raise InputError(name, describe(value), "an integer of at least 1")
+    return number
+
+
+def check_positive_ints(**values: object) -> None:
+    """Raise `InputError` unless each is an integer of at least 1; by the names that the error is to show."""
+    for name, value in values.items():
+        check_positive_int(name, value)
+
+
+def check_seed(seed: object) -> None:
+    """Raise `InputError` unless this is a seed of PyTorch's and NumPy's generators."""
+    number = as_integer(seed)
+    if number is None or not 0 <= number < 2**63:
+        raise InputError("seed", describe(seed), "an integer from 0 to 2**63 - 1")
+
+
+def check_bool(name: str, value: object) -> bool:
+    """Return the `value` if it is True or False, or raise `InputError`."""
+    if not isinstance(value, bool):
+        raise InputError(name, describe(value), "True or False")
+    return value
+
+
+def check_positive(name: str, value: Any, *, allow_zero: bool = False, learnable: bool = True) -> Any:
+    """Return a hyper-parameter, a float or a positive `Learnable`, or raise `InputError`.
+
+    Args:
+        name: of the argument, for the error.
+        value: anything.
+        allow_zero: whether zero is allowed. Defaults to False.
+        learnable: whether a `Learnable` is allowed. Defaults to True.
+    """
+    wanted = (
+        f"a {'non-negative' if allow_zero else 'positive'} finite number{' or Learnable(...)' if learnable else ''}"
+    )
+    if is_learnable(value):
+        if learnable and value.positive:
+            return value
+        raise InputError(name, repr(value), wanted + (", of positive values" if learnable else ""))
+    number = as_real(value)
+    if number is None or number < 0 or (number == 0 and not allow_zero):
+        raise InputError(name, describe(value), wanted)
+    return number
+
+
+def check_number(name: str, value: Any, *, learnable: bool = True) -> Any:
+    """Return a hyper-parameter of any sign, a float or a `Learnable`, or raise `InputError`."""
+    if learnable and is_learnable(value):
+        return value
+    number = as_real(value)
+    if number is None:
+        wanted = "a finite number" + (" or Learnable(..., positive=False)" if learnable else "")
+        raise InputError(name, describe(value), wanted)
+    return number
+
+
+def is_learnable(value: object) -> TypeGuard[Any]:
+    """Whether the `value` is a `Learnable`."""
+    from convexheads.hyperparameters import Learnable  # which checks its own arguments with this module
+
+    return isinstance(value, Learnable)
+
+
+def optional(check: Callable[[str, Any], _T]) -> Callable[[str, Any], _T | None]:
+    """The check, for a value that may also be None."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def is_kernel(value: object) -> TypeGuard[Callable[[Tensor, Tensor], Tensor]]:
+    """Whether the `value` can be called, and is neither a class nor a `Learnable`."""
+    return callable(value) and not isinstance(value, type) and not is_learnable(value)
+
+
+def check_kernel(name: str, value: Any) -> Any:
+    """Return the `value` if it is a kernel, or raise `InputError`."""
+    if not is_kernel(value):
+        raise InputError(name, repr(value), "a callable (x, y) -> gram, such as convexheads.kernels.RBF(1.0)")
+    return value
+
+
+# Tensors
+
+
+def is_dense(value: object) -> TypeGuard[Tensor]:
+    """Whether the `value` is a tensor, and not a sparse one."""
+    return isinstance(value, Tensor) and value.layout == torch.strided
+
+
+def is_float_tensor(value: object) -> TypeGuard[Tensor]:
+    """Whether the `value` is a tensor of floating-point numbers, excluding float8, which torch cannot sum."""
+    return is_dense(value) and value.is_floating_point() and value.dtype.itemsize > 1
+
+
+def is_integer_tensor(value: object) -> TypeGuard[Tensor]:
+    """Whether the `value` is a tensor of integers of any width."""
+    return is_dense(value) and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+
+
+def describe_type(value: object) -> str:
+    """The type of a `value` that should have been another kind of tensor, in words."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"a tensor of {value.dtype}" if is_dense(value) else f"a tensor of {value.dtype}, {value.layout}"
+
+
+def describe_first_task(tasks: Tensor) -> str:
+    """The first of the tasks of which this is true, in words."""
+    return f"task {tuple(tasks.nonzero()[0].tolist())}" if tasks.ndim else "the task"
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Raise `InputError`, which names the row, where a value is not finite."""
+    look_at(_check_finite, name, value)
+
+
+def _check_finite(name: str, value: Tensor) -> None:
+    if torch.isfinite(value.sum()):  # fast path: one reduction
+        return
+    bad = ~torch.isfinite(value).all(-1)
+    if bad.any():
+        *task, row = bad.nonzero()[0].tolist()
+        where = f" of task {tuple(task)}" if task else ""
+        raise InputError(name, f"non-finite values in row {row}{where}", "finite values")
+
+
+def _check_features(name: str, value: object) -> None:
+    if not is_float_tensor(value):
+        raise InputError(name, describe_type(value), "a tensor of floating-point features")
+    if value.ndim < 2:
+        raise InputError(name, _shape(value), "at least two dimensions, (*batch, examples, features)")
+
+
+def _check_device(name: str, value: Tensor, support: Tensor) -> None:
+    if value.device != support.device:
+        raise InputError(name, f"device {value.device}", f"the support's device, {support.device}")
+
+
+def _shape(value: Tensor) -> str:
+    return f"shape {tuple(value.shape)}"
+
+
+# Support sets and queries
+
+
+def check_classification(
+    support: Any, labels: Any, ways: Any, mask: Any, *, requires_all_classes: bool, validate: bool
+) -> int:
+    """Return the number of classes (the largest, where `ways` has that of each task), or raise `InputError`.
+
+    Args:
+        support: features, `(*batch, n, d)`.
+        labels: integers, `(*batch, n)`.
+        ways: number of classes, that of each task, `(*batch,)`, or None for the largest label plus one.
+        mask: `(*batch, n)`, or None.
+        requires_all_classes: whether a class without examples is an error.
+        validate: whether to check values.
+    """
+    _check_examples(support, mask)
+    if not is_integer_tensor(labels):
+        raise InputError("labels", describe_type(labels), "a tensor of integers 0..ways-1")
+    if labels.shape == support.shape[: labels.ndim] and support.ndim > labels.ndim + 1:
+        raise InputError("support", _shape(support), f"flat features, {(*labels.shape, 'd')}".replace("'", ""))
+    if labels.shape != support.shape[:-1]:
+        raise InputError("labels", _shape(labels), f"one label per support example, {tuple(support.shape[:-1])}")
+    _check_device("labels", labels, support)
+    if isinstance(ways, Tensor) and (ways.ndim or not is_integer_tensor(ways)):
+        if ways.shape != labels.shape[:-1] or not is_integer_tensor(ways):
+            got = f"a tensor of {ways.dtype}, shape {tuple(ways.shape)}"
+            raise InputError("ways", got, f"integers, one per task, {tuple(labels.shape[:-1])}")
+        _check_device("ways", ways, support)
+    elif ways is not None:
+        number = as_integer(ways)
+        if number is None or number < 1:
+            raise InputError("ways", describe(ways), "an integer of at least 1, a tensor of them, or None")
+        _check_max_ways(number)
+        if not validate:
+            return number
+        ways = number
+    check = partial(_check_labels, requires_all_classes=requires_all_classes, validate=validate)
+    return look_at(check, support, labels, ways, mask)
+
+
+def _check_labels(
+    support: Tensor,
+    labels: Tensor,
+    ways: int | Tensor | None,
+    mask: Tensor | None,
+    *,
+    requires_all_classes: bool,
+    validate: bool,
+) -> int:
+    labels = labels.long()  # torch cannot compare its unsigned types
+    if mask is not None:
+        labels = labels.masked_fill(~mask, 0)
+    highest = ways - 1 if isinstance(ways, int) else "ways-1"
+    if isinstance(ways, Tensor):
+        ways = ways.long()
+        max_ways = int(ways.max().item()) if ways.numel() else 1
+    elif ways is None:
+        ways = max_ways = max(1, int(labels.max().item()) + 1) if labels.numel() else 1
+    else:
+        max_ways = ways
+    if not validate:
+        return max_ways
+    _check_values(support, mask)
+    if isinstance(ways, Tensor) and (ways < 1).any():
+        raise InputError("ways", f"{ways[ways < 1][0].item()} in {describe_first_task(ways < 1)}", "at least 1")
+    limit = ways.unsqueeze(-1) if isinstance(ways, Tensor) else ways
+    wrong = (labels < 0) | (labels >= limit)
+    if wrong.any():
+        got = f"{labels[wrong][0].item()} in {describe_first_task(wrong.any(-1))}"
+        raise InputError("labels", got, f"values 0..{highest}")
+    _check_max_ways(max_ways)
+    if requires_all_classes:
+        classes = torch.arange(max_ways, device=labels.device)
+        present = labels.unsqueeze(-1) == classes
+        present = (present if mask is None else present & mask.unsqueeze(-1)).any(-2)
+        missing = ~present & (classes < limit)
+        if missing.any():
+            *task, label = missing.nonzero()[0].tolist()
+            where = f" in task {tuple(task)}" if task else ""
+            raise InputError("labels", f"no example of class {label}{where}", "at least one example of every class")
+    return max_ways
+
+
+def _check_max_ways(ways: int) -> None:
+    if ways > _MAX_WAYS:
+        wanted = f"at most {_MAX_WAYS}; without ways=, it is the largest label plus one: number the classes from 0"
+        raise InputError("ways", ways, wanted)
+
+
+def check_regression(support: Any, targets: Any, mask: Any, *, validate: bool) -> bool:
+    """Return whether targets lack a dimension of outputs, or raise `InputError`.
+
+    Args:
+        support: features, `(*batch, n, d)`.
+        targets: values, `(*batch, n)` or `(*batch, n, outputs)`.
+        mask: `(*batch, n)`, or None.
+        validate: whether to check values.
+    """
+    _check_examples(support, mask)
+    if not is_float_tensor(targets):
+        raise InputError("targets", describe_type(targets), "a tensor of floating-point values")
+    single = targets.shape == support.shape[:-1]
+    if not single and (
+        targets.ndim != support.ndim or targets.shape[:-1] != support.shape[:-1] or not targets.shape[-1]
+    ):
+        wanted = f"one value, or one row of values, per support example, {tuple(support.shape[:-1])} or with outputs"
+        raise InputError("targets", _shape(targets), wanted)
+    _check_device("targets", targets, support)
+    if validate:
+        look_at(_check_targets, support, targets if not single else targets.unsqueeze(-1), mask)
+    return single
+
+
+def _check_targets(support: Tensor, targets: Tensor, mask: Tensor | None) -> None:
+    _check_values(support, mask)
+    _check_finite("targets", targets if mask is None else targets.masked_fill(~mask.unsqueeze(-1), 0))
+
+
+def _check_examples(support: Any, mask: Any) -> None:
+    _check_features("support", support)
+    *batch, n, d = support.shape
+    if n == 0 or d == 0:
+        raise InputError("support", _shape(support), "at least one example and one feature, (*batch, n, d)")
+    if mask is not None:
+        if not is_dense(mask) or mask.dtype != torch.bool:
+            raise InputError("mask", describe_type(mask), "a tensor of bool, False at examples to leave out")
+        if mask.shape != (*batch, n):
+            raise InputError("mask", _shape(mask), f"one entry per support example, {(*batch, n)}")
+        _check_device("mask", mask, support)
+
+
+def _check_values(support: Tensor, mask: Tensor | None) -> None:
+    if mask is not None:
+        empty = ~mask.any(-1)
+        if empty.any():
+            got = f"no example left in {describe_first_task(empty)}"
+            raise InputError("mask", got, "at least one example in every task")
+        support = support.masked_fill(~mask.unsqueeze(-1), 0)
+    _check_finite("support", support)
+
+
+def check_query(query: Any, support: Tensor, *, validate: bool) -> None:
+    """Raise `InputError` unless `query` goes with the support features of the fit."""
+    _check_features("query", query)
+    wanted = (*support.shape[:-2], query.shape[-2], support.shape[-1])
+    if query.shape != wanted:
+        what = "feature size" if query.shape[:-1] == wanted[:-1] else "task dimensions"
+        raise InputError(
+            "query", _shape(query), f"the {what} of the support, {(*wanted[:-2], 'q', wanted[-1])}".replace("'", "")
+        )
+    _check_device("query", query, support)
+    if validate:
+        check_finite("query", query)
+
+
+# Kernels
+
+
+def check_gram(gram: Any, features: Tensor, others: Tensor, *, validate: bool) -> None:
+    """Raise `InputError` unless a kernel returned a Gram matrix of the two, of finite values."""
+    wanted = (*features.shape[:-1], others.shape[-2])
+    if not isinstance(gram, Tensor) or gram.shape != wanted:
+        got = _shape(gram) if isinstance(gram, Tensor) else type(gram).__name__
+        raise InputError("kernel", f"a result of {got}", f"a Gram matrix of shape {wanted}")
+    if gram.dtype != features.dtype:
+        raise InputError("kernel", f"a result of {gram.dtype}", f"the dtype of its arguments, {features.dtype}")
+    if validate:
+        check_finite("kernel", gram)
+
+
+def check_definite(gram: Tensor) -> None:
+    """Raise `InputError` where a Gram matrix has an eigenvalue that is negative beyond rounding."""
+    look_at(_check_definite, gram)
+
+
+def _check_definite(gram: Tensor) -> None:
+    finite = torch.isfinite(gram).all(-1).all(-1)[..., None, None]  # torch raises an error of its own elsewhere
+    values = torch.linalg.eigvalsh(gram.where(finite, 0))
+    smallest, size = values[..., 0], values.abs().amax(-1)
+    negative = smallest < -1e-9 * size
+    if negative.any():
+        got = f"a Gram matrix with the eigenvalue {smallest[negative][0].item():.3g} in {describe_first_task(negative)}"
+        raise InputError("kernel", got, "a positive semi-definite kernel")
