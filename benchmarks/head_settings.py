@@ -30,14 +30,14 @@ from benchmarks.train import episodes
 from convexheads import Learnable, PrototypeHead, RidgeHead, SVMHead, storage
 from convexheads.episodes import embed, evaluate
 from convexheads.hyperparameters import as_tensor
-from convexheads.kernels import KernelLike
+from convexheads.kernels import Kernel
 from convexheads.pretrained import make_untrained
 from convexheads.solvers import NativeSolver
 
 CONFIG = Path(__file__).parent / "configs" / "conv4" / "cifar-fs_svm.yaml"
 
 
-class UnitLength(KernelLike):
+class UnitLength(Kernel):
     """The dot product in units of the mean squared length of a task's support features."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ import convexheads as ch
 from benchmarks import report, require_modules
 from benchmarks.data import ImageSet, load
 from benchmarks.options import Options
-from convexheads.pretrained import ZOO
+from convexheads.episodes import Evaluation
+from convexheads.pretrained import ZOO, Pretrained
 
 HERE = Path(__file__).parent
 TITLES = {
@@ -143,9 +144,7 @@ def run_name(configuration: str) -> str:
     return configuration.replace("/", "_")
 
 
-def features(
-    configuration: str, dataset: str, *, root: Path | None, train: bool
-) -> tuple[Tensor, Tensor, ch.pretrained.Pretrained]:
+def features(configuration: str, dataset: str, *, root: Path | None, train: bool) -> tuple[Tensor, Tensor, Pretrained]:
     """Features and labels of a data set's test classes by the backbone of that configuration, and its weights.
 
     Images of another size than the backbone was trained on are brought to that.
@@ -159,7 +158,7 @@ def features(
 
 def evaluate(
     configuration: str, dataset: str, shots: int, *, root: Path | None, train: bool, **settings: Any
-) -> tuple[ch.episodes.Evaluation, dict[str, Any]]:
+) -> tuple[Evaluation, dict[str, Any]]:
     """Accuracies of a trained backbone with the head that it was trained through, and what it was trained with.
 
     Raises:
@@ -189,7 +188,7 @@ def _test_classes(dataset: str, root: Path | None) -> ImageSet:
 
 
 @cache
-def _features(weights: Path, dataset: str, root: Path | None) -> tuple[Tensor, ch.pretrained.Pretrained]:
+def _features(weights: Path, dataset: str, root: Path | None) -> tuple[Tensor, Pretrained]:
     trained, images = ch.load_pretrained(weights), _test_classes(dataset, root).images
     if images.shape[-1] != (size := trained.settings["image_size"]):
         require_modules("torchvision")

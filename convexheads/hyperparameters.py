@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Mapping
 from functools import cache
 from typing import Any, ClassVar, TypeVar
 
@@ -119,7 +118,7 @@ class Configurable(nn.Module):
     read and write settings as scikit-learn does.
     """
 
-    checks: ClassVar[Mapping[str, Check]] = {}
+    checks: ClassVar[dict[str, Check]] = {}
     """By setting, the function `(name, value) -> value` that checks it, and returns what to keep."""
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -9,7 +9,7 @@ The kernels of this module add and multiply: `Linear() + 0.5 * RBF()`, `Linear()
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -116,7 +116,7 @@ class Linear(Kernel):
         `PrototypeHead(kernel=Linear(normalize=True))`
     """
 
-    checks: ClassVar[Mapping[str, Check]] = {"normalize": check_bool}
+    checks: ClassVar[dict[str, Check]] = {"normalize": check_bool}
 
     def __init__(self, *, normalize: bool = False) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Constant(Kernel):
         `SVMHead(kernel=Linear() + Constant(2.0))`
     """
 
-    checks: ClassVar[Mapping[str, Check]] = {"value": check_positive}
+    checks: ClassVar[dict[str, Check]] = {"value": check_positive}
 
     def __init__(self, value: Hyperparameter = 1.0) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class RBF(Kernel):
         `SVMHead(C=10.0, kernel=RBF(Learnable(8.0)))`
     """
 
-    checks: ClassVar[Mapping[str, Check]] = {"length_scale": optional(check_positive)}
+    checks: ClassVar[dict[str, Check]] = {"length_scale": optional(check_positive)}
 
     def __init__(self, length_scale: Hyperparameter | None = None) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class Polynomial(Kernel):
         `RidgeHead(kernel=Polynomial(3, scale=1 / 64))`
     """
 
-    checks: ClassVar[Mapping[str, Check]] = {
+    checks: ClassVar[dict[str, Check]] = {
         "degree": check_positive_int,
         "offset": partial(check_positive, allow_zero=True),
         "scale": check_positive,

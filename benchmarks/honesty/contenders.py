@@ -16,6 +16,7 @@ from torch.nn import functional
 import convexheads as ch
 from benchmarks.honesty import judges
 from benchmarks.honesty.tasks import HardTask
+from convexheads.heads import FittedClassifier, MulticlassSVM
 
 
 class Answer(NamedTuple):
@@ -100,7 +101,7 @@ def _numpy(value: Tensor) -> np.ndarray:
     return (value.double() if value.is_floating_point() else value).numpy()
 
 
-def _svm(head: Callable[..., ch.heads.MulticlassSVM], judge: Callable[..., float], task: HardTask) -> Answer:
+def _svm(head: Callable[..., MulticlassSVM], judge: Callable[..., float], task: HardTask) -> Answer:
     made = head(task.C)
     fitted = made.fit(task.support, task.labels, ways=task.ways)
     assert fitted.solution is not None
@@ -205,7 +206,7 @@ _CLEAR = 1e-3
 _DEFINITE = 1e-7
 
 
-def _is_regular(head: ch.heads.MulticlassSVM, fitted: ch.heads.FittedClassifier, task: HardTask) -> bool:
+def _is_regular(head: MulticlassSVM, fitted: FittedClassifier, task: HardTask) -> bool:
     """Whether there is a derivative on both sides.
 
     Each entry is clearly free or clearly held (strict complementarity), and the free ones are determined by the
@@ -239,7 +240,7 @@ def _is_regular(head: ch.heads.MulticlassSVM, fitted: ch.heads.FittedClassifier,
     return bool(values[0] > _DEFINITE * values[-1])
 
 
-def _dual(head: ch.heads.MulticlassSVM, fitted: ch.heads.FittedClassifier) -> ch.solvers.QP:
+def _dual(head: MulticlassSVM, fitted: FittedClassifier) -> ch.solvers.QP:
     """The problem that the head gives to its solver."""
     head, recorder = copy.copy(head), _Recorder(on_failure="return")
     head.solver = recorder

@@ -62,8 +62,9 @@ def ridge_regression(support: SupportSet, regularization: Hyperparameter, *, nam
     *_, n, d = support.features.shape
     penalty = as_tensor(regularization, support.features)
     name = f"{name}: the Gram matrix plus the regularization on its diagonal"
-    if type(support.kernel) is Linear and n > d:
-        features = support.kernel.feature_map(support.features)
+    kernel = support.kernel
+    if isinstance(kernel, Linear) and type(kernel) is Linear and n > d:  # not a subclass, which may be another kernel
+        features = kernel.feature_map(support.features)
         return _primal_ridge_regression(features, support.targets, penalty, name=name, validate=support.validate)
     factor = cholesky(add_to_diagonal(support.gram, penalty), name=name, validate=support.validate)
     return torch.cholesky_solve(support.targets, factor)

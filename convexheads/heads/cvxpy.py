@@ -116,10 +116,12 @@ class CvxpyHead(ClassificationHead):
         `CvxpyHead(lambda task: cvxpy.norm1(task.coef) + 10 * cvxpy.sum_squares(task.targets - task.scores))`
     """
 
-    checks: ClassVar[Mapping[str, Check]] = ClassificationHead.checks | {
+    checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {
         "build": _check_build,
         "hyperparameters": optional(_check_hyperparameters),
     }
+
+    hyperparameters: Any
 
     def __init__(
         self,

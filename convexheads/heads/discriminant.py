@@ -6,7 +6,6 @@ of n x n. So few examples of many features are as stable as the reverse, and any
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -61,7 +60,7 @@ class LinearDiscriminantHead(ClassificationHead):
         `logits = LinearDiscriminantHead(0.2)(support, labels, query)`
     """
 
-    checks: ClassVar[Mapping[str, Check]] = ClassificationHead.checks | {
+    checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {
         "shrinkage": _check_shrinkage,
         "variance": optional(check_positive),
     }
@@ -135,7 +134,7 @@ class MahalanobisHead(ClassificationHead):
         `logits = MahalanobisHead()(support, labels, query)`
     """
 
-    checks: ClassVar[Mapping[str, Check]] = ClassificationHead.checks | {"regularization": check_positive}
+    checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {"regularization": check_positive}
     requires_all_classes: ClassVar[bool] = True
 
     def __init__(

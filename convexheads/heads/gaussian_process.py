@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -104,7 +103,7 @@ class GaussianProcessHead(RegressionHead):
         `variance = GaussianProcessHead().fit(support, targets).variance(query)`
     """
 
-    checks: ClassVar[Mapping[str, Check]] = RegressionHead.checks | {"noise_variance": check_positive}
+    checks: ClassVar[dict[str, Check]] = RegressionHead.checks | {"noise_variance": check_positive}
     default_kernel: ClassVar[type[Kernel]] = RBF
     _fitted_class: ClassVar[type[FittedRegressor]] = FittedGaussianProcess
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -64,11 +63,13 @@ class LogisticHead(ClassificationHead):
         `probabilities = LogisticHead().fit(support, labels).probabilities(query)`
     """
 
-    checks: ClassVar[Mapping[str, Check]] = ClassificationHead.checks | {
+    checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {
         "regularization": check_positive,
         "steps": optional(check_positive_int),
         "on_failure": _check_on_failure,
     }
+
+    on_failure: OnFailure
 
     def __init__(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 from convexheads._validation import Check, check_number, check_positive
@@ -43,7 +42,7 @@ class RidgeHead(ClassificationHead):
         `logits = RidgeHead(10.0)(support, labels, query)`
     """
 
-    checks: ClassVar[Mapping[str, Check]] = ClassificationHead.checks | {
+    checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {
         "regularization": check_positive,
         "bias": check_number,
     }
@@ -89,7 +88,7 @@ class RidgeRegressionHead(RegressionHead):
         `values = RidgeRegressionHead(0.1)(support, targets, query)`
     """
 
-    checks: ClassVar[Mapping[str, Check]] = RegressionHead.checks | {"regularization": check_positive}
+    checks: ClassVar[dict[str, Check]] = RegressionHead.checks | {"regularization": check_positive}
 
     def __init__(
         self, regularization: Hyperparameter = 1.0, *, kernel: KernelLike | None = None, validate: bool = True

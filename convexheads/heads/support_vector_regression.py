@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -43,11 +42,13 @@ class SupportVectorRegressionHead(RegressionHead):
         `values = SupportVectorRegressionHead(C=10.0, kernel=RBF())(support, targets, query)`
     """
 
-    checks: ClassVar[Mapping[str, Check]] = RegressionHead.checks | {
+    checks: ClassVar[dict[str, Check]] = RegressionHead.checks | {
         "C": check_positive,
         "epsilon": check_positive,
         "solver": lambda _, solver: get_solver(solver),
     }
+
+    solver: Solver
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class SupportVectorRegressionHead(RegressionHead):
         validate: bool = True,
     ) -> None:
         super().__init__(kernel=kernel, validate=validate)
-        self.C, self.epsilon, self.solver = C, epsilon, solver
+        self.C, self.epsilon, self.solver = C, epsilon, get_solver(solver)
 
     def solve(self, support: SupportSet) -> KernelExpansion:
         gram, targets = support.gram, support.targets

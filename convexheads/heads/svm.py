@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import ClassVar
@@ -44,12 +43,14 @@ class MulticlassSVM(ClassificationHead):
         MissingDependencyError: the named solver's package is not installed.
     """
 
-    checks: ClassVar[Mapping[str, Check]] = ClassificationHead.checks | {
+    checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {
         "C": check_positive,
         "squared_hinge": check_bool,
         "smoothing": partial(check_positive, allow_zero=True),
         "solver": lambda _, solver: get_solver(solver),
     }
+
+    solver: Solver
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class MulticlassSVM(ClassificationHead):
         validate: bool = True,
     ) -> None:
         super().__init__(kernel=kernel, scale=scale, validate=validate)
-        self.C, self.squared_hinge, self.smoothing, self.solver = C, squared_hinge, smoothing, solver
+        self.C, self.squared_hinge, self.smoothing, self.solver = C, squared_hinge, smoothing, get_solver(solver)
 
     def upper_bound(self, like: Tensor) -> Float[Tensor, ""]:
         """The upper bound of the multipliers of slacks, a scalar `()`: C, or infinity where the hinge is squared.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar
 
@@ -44,7 +43,7 @@ class WestonWatkinsSVMHead(MulticlassSVM):
         `logits = WestonWatkinsSVMHead(C=0.05)(support, labels, query)`
     """
 
-    checks: ClassVar[Mapping[str, Check]] = MulticlassSVM.checks | {"margin": partial(check_positive, learnable=False)}
+    checks: ClassVar[dict[str, Check]] = MulticlassSVM.checks | {"margin": partial(check_positive, learnable=False)}
 
     def __init__(
         self,

@@ -261,17 +261,17 @@ def _map(value: Any, on_tensor: Callable[[Tensor], Tensor], on_module: Callable[
 
 def _affine_form(kernel: KernelLike, features: int) -> tuple[Any, Any] | None:
     r"""The a and c of a kernel that is \(a \langle x, y \rangle + c\); None for other kernels."""
-    if type(kernel) is Linear:
+    if isinstance(kernel, Linear) and type(kernel) is Linear:
         return (1 / features if kernel.normalize else 1.0), 0.0
     if isinstance(kernel, partial) and kernel.func is constant:
         return 0.0, kernel.keywords["value"]
     if not isinstance(kernel, Sum | Product):
         return None
-    forms = [_affine_form(part, features) for part in kernel.kernels]
-    if None in forms:
+    forms = [form for part in kernel.kernels if (form := _affine_form(part, features)) is not None]
+    if len(forms) < len(kernel.kernels):
         return None
-    (slope, intercept), *others = forms  # pyright: ignore[reportGeneralTypeIssues]
-    for a, c in others:
+    slope, intercept = forms[0]
+    for a, c in forms[1:]:
         if isinstance(kernel, Sum):
             slope, intercept = slope + a, intercept + c
         elif slope != 0 and a != 0:

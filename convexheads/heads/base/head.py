@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from jaxtyping import Bool, Float
@@ -35,7 +34,7 @@ class Head(Configurable, ABC):
         InputError: an argument is unusable.
     """
 
-    checks: ClassVar[Mapping[str, Check]] = {"kernel": check_kernel, "scale": check_positive, "validate": check_bool}
+    checks: ClassVar[dict[str, Check]] = {"kernel": check_kernel, "scale": check_positive, "validate": check_bool}
     default_kernel: ClassVar[type[Kernel]] = Linear
     """The kernel of a head that was not given one."""
 

@@ -1,4 +1,4 @@
-"""Every check of what users pass in: numbers, tensors, support sets, queries, kernels and Gram matrices.
+"""Checks of tensors: support sets, queries and Gram matrices.
 
 Types and shapes are always checked. Checks that read values take `validate`; where it is False, they read nothing, and
 so never wait for a GPU.
@@ -6,147 +6,18 @@ so never wait for a GPU.
 
 from __future__ import annotations
 
-import numbers
-import operator
-from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from convexheads._validation.values import as_integer, describe
 from convexheads.errors import InputError
 from convexheads.transforms import look_at
 
-Check = Callable[[str, Any], Any]
-"""From the name of an argument and its value to the value to keep; raises `InputError`."""
-_T = TypeVar("_T")
-_FLOAT64_MAX = torch.finfo(torch.float64).max
 # With more classes than this, labels are almost certainly raw class ids, and the one-hot matrix would exhaust memory.
 _MAX_WAYS = 2**20
-
-# Plain values
-
-
-def describe(value: object) -> str:
-    """The `value` as an error shows it: its repr, plus the type unless it is a builtin."""
-    kind = type(value)
-    plain = kind.__module__ == "builtins" or kind.__name__ in repr(value)
-    return repr(value) if plain else f"{value!r} ({kind.__module__}.{kind.__name__})"
-
-
-def as_integer(value: object) -> int | None:
-    """The integer that the `value` stands for, anything with `__index__` but a bool; None for all else."""
-    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.ndim or value.dtype == torch.bool)):
-        return None
-    try:
-        return operator.index(value)  # pyright: ignore[reportArgumentType]
-    except (TypeError, RuntimeError):  # the latter of a tensor without values
-        return None
-
-
-def as_real(value: object) -> float | None:
-    """The finite real number that the `value` stands for, be it a tensor without dimensions; None for all else."""
-    if isinstance(value, Tensor):
-        if value.ndim or value.is_complex() or value.dtype == torch.bool or value.requires_grad or value.is_meta:
-            return None
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(value) <= _FLOAT64_MAX:
-        return None
-    return float(value)
-
-
-def is_positive_int(value: object) -> bool:
-    """Whether the `value` is an integer of at least 1."""
-    return (as_integer(value) or 0) >= 1
-
-
-def check_positive_int(name: str, value: object) -> int:
-    """Return the `value` as an integer of at least 1, or raise `InputError`."""
-    number = as_integer(value)
-    if number is None or number < 1:
-        raise InputError(name, describe(value), "an integer of at least 1")
-    return number
-
-
-def check_positive_ints(**values: object) -> None:
-    """Raise `InputError` unless each is an integer of at least 1; by the names that the error is to show."""
-    for name, value in values.items():
-        check_positive_int(name, value)
-
-
-def check_seed(seed: object) -> None:
-    """Raise `InputError` unless this is a seed of PyTorch's and NumPy's generators."""
-    number = as_integer(seed)
-    if number is None or not 0 <= number < 2**63:
-        raise InputError("seed", describe(seed), "an integer from 0 to 2**63 - 1")
-
-
-def check_bool(name: str, value: object) -> bool:
-    """Return the `value` if it is True or False, or raise `InputError`."""
-    if not isinstance(value, bool):
-        raise InputError(name, describe(value), "True or False")
-    return value
-
-
-def check_positive(name: str, value: Any, *, allow_zero: bool = False, learnable: bool = True) -> Any:
-    """Return a hyper-parameter, a float or a positive `Learnable`, or raise `InputError`.
-
-    Args:
-        name: of the argument, for the error.
-        value: anything.
-        allow_zero: whether zero is allowed. Defaults to False.
-        learnable: whether a `Learnable` is allowed. Defaults to True.
-    """
-    wanted = (
-        f"a {'non-negative' if allow_zero else 'positive'} finite number{' or Learnable(...)' if learnable else ''}"
-    )
-    if is_learnable(value):
-        if learnable and value.positive:
-            return value
-        raise InputError(name, repr(value), wanted + (", of positive values" if learnable else ""))
-    number = as_real(value)
-    if number is None or number < 0 or (number == 0 and not allow_zero):
-        raise InputError(name, describe(value), wanted)
-    return number
-
-
-def check_number(name: str, value: Any, *, learnable: bool = True) -> Any:
-    """Return a hyper-parameter of any sign, a float or a `Learnable`, or raise `InputError`."""
-    if learnable and is_learnable(value):
-        return value
-    number = as_real(value)
-    if number is None:
-        wanted = "a finite number" + (" or Learnable(..., positive=False)" if learnable else "")
-        raise InputError(name, describe(value), wanted)
-    return number
-
-
-def is_learnable(value: object) -> TypeGuard[Any]:
-    """Whether the `value` is a `Learnable`."""
-    from convexheads.hyperparameters import Learnable  # which checks its own arguments with this module
-
-    return isinstance(value, Learnable)
-
-
-def optional(check: Callable[[str, Any], _T]) -> Callable[[str, Any], _T | None]:
-    """The check, for a value that may also be None."""
-    return lambda name, value: None if value is None else check(name, value)
-
-
-def is_kernel(value: object) -> TypeGuard[Callable[[Tensor, Tensor], Tensor]]:
-    """Whether the `value` can be called, and is neither a class nor a `Learnable`."""
-    return callable(value) and not isinstance(value, type) and not is_learnable(value)
-
-
-def check_kernel(name: str, value: Any) -> Any:
-    """Return the `value` if it is a kernel, or raise `InputError`."""
-    if not is_kernel(value):
-        raise InputError(name, repr(value), "a callable (x, y) -> gram, such as convexheads.kernels.RBF(1.0)")
-    return value
-
-
-# Tensors
 
 
 def is_dense(value: object) -> TypeGuard[Tensor]:
