@@ -27,8 +27,8 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     `SVMHead(C=1.0, kernel=Linear() + Constant(1.0))`. Memory grows with the square of the number of samples.
 
     Args:
-        head: any classification head; None (default) is `SVMHead(C=1.0)`, the Crammer-Singer SVM. In a grid search,
-            heads are the values: `GridSearchCV(HeadClassifier(), {"head": [SVMHead(C) for C in (0.1, 1, 10)]})`.
+        head: any classification head; None (default) is `SVMHead(C=1.0)`, the Crammer-Singer SVM. Its settings are
+            parameters: `GridSearchCV(HeadClassifier(SVMHead()), {"head__C": [0.1, 1, 10]})`.
 
     Attributes:
         classes_: the labels, sorted, `(k,)`.

@@ -226,6 +226,19 @@ def test_in_pipelines_searches_and_cross_validation() -> None:
     np.testing.assert_allclose(search.predict_proba(X).sum(1), 1)
 
 
+def test_settings_of_a_head_are_parameters_of_a_grid() -> None:
+    X, y = load_digits(return_X_y=True)
+    X, y = X[:200], y[:200]
+    head = SVMHead(kernel=RBF(1.0), scale=Learnable(2.0))
+    grid = {"head__C": [1e-6, 10.0], "head__kernel__length_scale": [0.01, 30.0]}
+    search = GridSearchCV(sklearn.HeadClassifier(head), grid, cv=3).fit(X, y)
+    assert search.best_params_ == {"head__C": 10.0, "head__kernel__length_scale": 30.0}
+    assert repr(search.best_estimator_.head) == repr(SVMHead(10.0, kernel=RBF(30.0), scale=Learnable(2.0)))
+    assert repr(head) == repr(SVMHead(kernel=RBF(1.0), scale=Learnable(2.0)))
+    with pytest.raises(InputError):
+        sklearn.HeadClassifier(head).set_params(head__C=-1)
+
+
 def test_two_classes_have_one_decision() -> None:
     X, y = load_digits(n_class=2, return_X_y=True)
     classifier = sklearn.HeadClassifier(RidgeHead()).fit(X, y.astype(str))
