@@ -133,8 +133,6 @@ def test_calls_of_regression_heads():
             outputs = call["targets"].shape[-1]
         check_logits(values, call, outputs, finite=False)
         fitted = head.fit(**{name: value for name, value in call.items() if name != "query"})
-        with pytest.raises(ch.ConvexHeadsError):
-            fitted.probabilities(call["query"])
         if isinstance(fitted, ch.heads.FittedGaussianProcess):
             assert fitted.variance(call["query"]).shape == call["query"].shape[:-1]
             assert fitted.log_marginal_likelihood().shape == call["support"].shape[:-2]

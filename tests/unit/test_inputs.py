@@ -1,4 +1,4 @@
-"""Bad input: an error of the library's own that names the argument, what came and what was wanted."""
+"""Bad input: an error of the library's own that names the argument, the expected and the received value."""
 
 from __future__ import annotations
 
