@@ -337,7 +337,7 @@ def main() -> None:
     known = {"sizes": list(SIZES), "names": list(contenders()), "precisions": PRECISIONS}
     for name, wanted in known.items():
         if unknown := set(settings[name]) - set(wanted):
-            raise SystemExit(f"error: {name}: got {', '.join(sorted(unknown))}, wanted some of {', '.join(wanted)}")
+            raise SystemExit(f"error: {name}: expected some of {', '.join(wanted)}, got {', '.join(sorted(unknown))}")
     torch.set_num_threads(options.threads)
     rows = measure(**settings)
     write(rows, settings, report.provenance(), options.output)

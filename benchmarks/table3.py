@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/table3"), help="folder for the result")
     options = parser.parse_args(arguments)
     if unknown := set(options.backbones) - set(BACKBONES):
-        raise SystemExit(f"error: backbones: got {', '.join(sorted(unknown))}, wanted some of {', '.join(BACKBONES)}")
+        raise SystemExit(f"error: backbones: expected some of {', '.join(BACKBONES)}, got {', '.join(sorted(unknown))}")
     names = ("backbones", "shots", "queries", "size", "repeats", "device")
     settings: dict[str, Any] = {name: options[name] for name in names}
     try:

@@ -173,7 +173,7 @@ def _weights(configuration: str, root: Path | None, train: bool) -> Path:
         return weights
     if not train:
         command = f"python -m benchmarks.train --config benchmarks/configs/{configuration}.yaml --data-root DIR"
-        raise ch.InputError("weights", f"none of {configuration}", f"--train, or what this leaves behind: {command}")
+        raise ch.InputError("weights", f"--train, or what this leaves behind: {command}", f"none of {configuration}")
     from benchmarks.train import run
 
     options = Options.read(HERE / "configs" / f"{configuration}.yaml", data_root=root)

@@ -67,13 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _check_output(path: Path | None) -> None:
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise InputError("output", path, "a file in a folder that exists")
+        raise InputError("output", "a file in a folder that exists", path)
 
 
 def _predict(classifier: FewShotClassifier, places: Sequence[Path], output: Path | None) -> None:
     files = [file for place in places for file in (_files(place) if place.is_dir() else [place])]
     if not files:
-        raise InputError("files", f"no file in {', '.join(map(str, places))}", "one at least")
+        raise InputError("files", "one at least", f"no file in {', '.join(map(str, places))}")
     predictions = classifier.predict(files)
     with output.open("w", newline="") if output else nullcontext(sys.stdout) as target:
         writer = csv.writer(target)

@@ -57,7 +57,7 @@ class Backbone(nn.Module):
         channels = self.mean.shape[1]
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != channels:
             got = f"shape {tuple(images.shape)} of {images.dtype}"
-            raise InputError("images", got, f"(n, {channels}, height, width) of torch.uint8, from 0 to 255")
+            raise InputError("images", f"(n, {channels}, height, width) of torch.uint8, from 0 to 255", got)
         images = images.contiguous(memory_format=torch.channels_last)  # a fifth faster on CPU
         return self.layers((images - self.mean) / self.deviation).flatten(1)
 
@@ -163,11 +163,11 @@ class ResNet12(Backbone):
     ) -> None:
         super().__init__(examples)
         if dropblock not in ("paper", "official", "none"):
-            raise InputError("dropblock", repr(dropblock), "one of paper, official, none")
+            raise InputError("dropblock", "one of paper, official, none", repr(dropblock))
         if block_size is None:
             block_size = 5 if min(examples.shape[-2:]) >= 84 else 2
         if block_size < 1:
-            raise InputError("block_size", block_size, "1 or more")
+            raise InputError("block_size", "1 or more", block_size)
         widths = (examples.shape[1], 64, 160, 320, 640)
         blocks: list[nn.Module] = []
         for number, (before, after) in enumerate(pairwise(widths)):
@@ -299,8 +299,8 @@ def make_backbone(name: str, examples: Tensor, **settings: object) -> Backbone:
         MissingDependencyError: "wrn28", and learn2learn is not installed.
     """
     if not isinstance(name, str) or name not in BACKBONES:
-        raise InputError("backbone", repr(name), f"one of {', '.join(BACKBONES)}")
+        raise InputError("backbone", f"one of {', '.join(BACKBONES)}", repr(name))
     try:
         return BACKBONES[name](examples, **settings)
     except TypeError as error:
-        raise InputError("backbone", f"{name} with {settings} ({error})", "settings that it has") from error
+        raise InputError("backbone", "settings that it has", f"{name} with {settings} ({error})") from error

@@ -105,28 +105,28 @@ def split_task(data: Tensor, labels: Integer[Tensor, "*batch n"], *, shots: int)
     """
     check_positive_ints(shots=shots)
     if not is_dense(data):
-        raise InputError("data", describe_type(data), "a tensor of images or features")
+        raise InputError("data", "a tensor of images or features", describe_type(data))
     if not is_integer_tensor(labels):
-        raise InputError("labels", describe_type(labels), "a tensor of integers")
+        raise InputError("labels", "a tensor of integers", describe_type(labels))
     if data.shape[: labels.ndim] != labels.shape or labels.ndim < 1:
         raise InputError(
-            "data", f"shape {tuple(data.shape)}", f"the leading dimensions of labels, {tuple(labels.shape)}"
+            "data", f"the leading dimensions of labels, {tuple(labels.shape)}", f"shape {tuple(data.shape)}"
         )
     batch, n = labels.shape[:-1], labels.shape[-1]
     rows, flat = labels.reshape(batch.numel(), n), data.reshape(batch.numel(), *data.shape[labels.ndim - 1 :])
     if not len(rows):
-        raise InputError("labels", f"shape {tuple(labels.shape)}", "one task at least")
+        raise InputError("labels", "one task at least", f"shape {tuple(labels.shape)}")
     same = rows.long().unsqueeze(-1) == rows.long().unsqueeze(-2)
     short = same.sum(-1) <= min(shots, n)
     if short.any():
         task, example = short.nonzero()[0].tolist()
         count, label = int(same[task, example].sum()), int(rows[task, example])
-        raise InputError("labels", f"{count} examples of class {label} in task {task}", f"more than shots={shots}")
+        raise InputError("labels", f"more than shots={shots}", f"{count} examples of class {label} in task {task}")
     in_support = same.tril(-1).sum(-1) < min(shots, n)
     sizes = in_support.sum(-1)
     if (sizes != sizes[0]).any():
         raise InputError(
-            "labels", "tasks with different numbers of classes", "the same number in every task of a batch"
+            "labels", "the same number in every task of a batch", "tasks with different numbers of classes"
         )
     order = (~in_support).to(torch.uint8).argsort(dim=-1, stable=True)
     task = torch.arange(len(rows), device=order.device).unsqueeze(-1)
@@ -279,9 +279,9 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
     check_positive_ints(batch_size=batch_size)
     check_bool("progress", progress)
     if not isinstance(backbone, nn.Module):
-        raise InputError("backbone", type(backbone).__name__, "a module")
+        raise InputError("backbone", "a module", type(backbone).__name__)
     if not is_dense(images) or not images.ndim:
-        raise InputError("images", describe_type(images), "a tensor of images, (examples, ...)")
+        raise InputError("images", "a tensor of images, (examples, ...)", describe_type(images))
     training = backbone.training
     parameter = next(backbone.parameters(), images)
     backbone.eval()
@@ -294,7 +294,7 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
                     got = (
                         f"a result of shape {tuple(found.shape)}" if isinstance(found, Tensor) else describe_type(found)
                     )
-                    raise InputError("backbone", got, "features of each image, (batch, ...)")
+                    raise InputError("backbone", "features of each image, (batch, ...)", got)
                 features.append(found.flatten(1).to(images.device))
                 bar.update(len(batch))
     finally:
@@ -307,13 +307,13 @@ def _draw(labels: Tensor, ways: int, per_class: int, episodes: int, seed: int) -
     labels = labels.cpu().long()
     classes, counts = labels.unique(return_counts=True)
     if len(classes) < ways:
-        raise InputError("labels", f"{len(classes)} classes", f"at least ways={ways}")
+        raise InputError("labels", f"at least ways={ways}", f"{len(classes)} classes")
     if (counts < per_class).any():
         worst = int(counts.argmin())
         raise InputError(
             "labels",
-            f"{counts[worst].item()} examples of class {classes[worst].item()}",
             f"at least shots + queries = {per_class}",
+            f"{counts[worst].item()} examples of class {classes[worst].item()}",
         )
     members = [(labels == label).nonzero().squeeze(-1) for label in classes]
     generator = torch.Generator().manual_seed(seed)
@@ -347,16 +347,16 @@ class _Episodes:
         check_seed(self.seed)
         pair = isinstance(self.part, tuple) and [type(number) for number in self.part] == [int, int]
         if not pair or not 0 <= self.part[0] < min(self.part[1], self.episodes):
-            raise InputError("part", repr(self.part), f"(rank, processes) with rank < processes <= {self.episodes}")
-        for name, value, right, wanted in (
+            raise InputError("part", f"(rank, processes) with rank < processes <= {self.episodes}", repr(self.part))
+        for name, value, right, expected in (
             ("features", self.features, is_float_tensor, "floating-point"),
             ("labels", self.labels, is_integer_tensor, "integer"),
         ):
             if not right(value):
-                raise InputError(name, describe_type(value), f"a tensor of {wanted} values")
+                raise InputError(name, f"a tensor of {expected} values", describe_type(value))
         if self.features.ndim != 2 or self.labels.shape != self.features.shape[:1]:
             got = f"shapes {tuple(self.features.shape)} and {tuple(self.labels.shape)}"
-            raise InputError("features, labels", got, "(examples, d) and (examples,)")
+            raise InputError("features, labels", "(examples, d) and (examples,)", got)
         check_finite("features", self.features)
 
     def fits(
@@ -364,7 +364,7 @@ class _Episodes:
     ) -> Iterator[tuple[FittedClassifier, Tensor, Tensor]]:
         """The head fitted on each batch of episodes, its logits and their labels, without gradient."""
         if not isinstance(head, ClassificationHead):
-            raise InputError("head", type(head).__name__, "a classification head")
+            raise InputError("head", "a classification head", type(head).__name__)
         check_bool("progress", progress)
         device, ways, shots = self.features.device, self.ways, self.shots
         rank, processes = self.part

@@ -23,16 +23,16 @@ class InputError(ConvexHeadsError, ValueError):
 
     Args:
         argument: its name.
+        expected: the expected value, in words.
         got: the received value, as the message shows it.
-        wanted: the expected value, in words.
 
     Attributes:
         argument: its name.
     """
 
-    def __init__(self, argument: str, got: Any, wanted: str) -> None:
+    def __init__(self, argument: str, expected: str, got: Any) -> None:
         self.argument = argument
-        super().__init__(f"{argument}: got {got}, wanted {wanted}")
+        super().__init__(f"{argument}: expected {expected}, got {got}")
 
 
 class SolverError(ConvexHeadsError, RuntimeError):

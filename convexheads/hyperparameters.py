@@ -43,7 +43,7 @@ class Learnable(nn.Module):
         self.positive = check_bool("Learnable(positive)", positive)
         number = (check_positive if positive else check_number)("Learnable(value)", value, learnable=False)
         if abs(number) > _LARGEST or (positive and number < _SMALLEST):
-            raise InputError("Learnable(value)", number, f"a number that float32 holds, {_SMALLEST} to {_LARGEST}")
+            raise InputError("Learnable(value)", f"a number that float32 holds, {_SMALLEST} to {_LARGEST}", number)
         self.raw_value = nn.Parameter(torch.tensor(math.log(number) if positive else number))
 
     @property
@@ -158,13 +158,13 @@ class Configurable(nn.Module):
         for name, value in params.items():
             outer, _, inner = name.partition("__")
             if outer not in _arguments(type(self)):
-                raise InputError(outer, "no such setting", f"one of {', '.join(_arguments(type(self)))}")
+                raise InputError(outer, f"one of {', '.join(_arguments(type(self)))}", "no such setting")
             if not inner:
                 setattr(self, name, value)
             elif isinstance(part := getattr(self, outer), Configurable):
                 part.set_params(**{inner: value})
             else:
-                raise InputError(name, f"{outer}={part!r}", f"a {outer} that has settings")
+                raise InputError(name, f"a {outer} that has settings", f"{outer}={part!r}")
         return self
 
     def __sklearn_clone__(self: _C) -> _C:

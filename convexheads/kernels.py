@@ -242,10 +242,10 @@ class _CompositeKernel(Kernel):
     def __init__(self, *kernels: KernelLike) -> None:
         super().__init__()
         if not kernels:
-            raise InputError(self._argument("kernels"), "none", "at least one kernel")
+            raise InputError(self._argument("kernels"), "at least one kernel", "none")
         for number, kernel in enumerate(kernels):
             if not is_kernel(kernel):
-                raise InputError(self._argument("kernels"), repr(kernel), "kernels, callables (x, y) -> gram")
+                raise InputError(self._argument("kernels"), "kernels, callables (x, y) -> gram", repr(kernel))
             if isinstance(kernel, nn.Module):
                 self.add_module(str(number), kernel)
         self.kernels = kernels

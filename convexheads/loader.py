@@ -85,34 +85,34 @@ class EpisodeLoader:
         check_seed(seed)
         check_bool("fixed", fixed)
         if isinstance(rank, bool) or not isinstance(rank, int) or rank not in range(processes):
-            raise InputError("rank", repr(rank), f"an integer from 0 to processes - 1 = {processes - 1}")
+            raise InputError("rank", f"an integer from 0 to processes - 1 = {processes - 1}", repr(rank))
         if augment is not None and not callable(augment):
-            raise InputError("augment", repr(augment), "a function from a sample to a sample, or None")
+            raise InputError("augment", "a function from a sample to a sample, or None", repr(augment))
         if not is_dense(samples):
-            raise InputError("samples", describe_type(samples), "a tensor, (n, *sample)")
+            raise InputError("samples", "a tensor, (n, *sample)", describe_type(samples))
         if not is_integer_tensor(labels):
-            raise InputError("labels", describe_type(labels), "a tensor of integers")
+            raise InputError("labels", "a tensor of integers", describe_type(labels))
         if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-            raise InputError("workers", describe(workers), "a number of processes, 0 for none")
+            raise InputError("workers", "a number of processes, 0 for none", describe(workers))
         if workers and samples.device.type != "cpu":
-            raise InputError("samples", f"device {samples.device}", "the CPU, or workers=0")
+            raise InputError("samples", "the CPU, or workers=0", f"device {samples.device}")
         labels = labels.cpu().long()
         if labels.shape != samples.shape[:1] or not labels.ndim:
             got = f"shapes {tuple(samples.shape)} and {tuple(labels.shape)}"
-            raise InputError("samples, labels", got, "(n, *sample) and (n,)")
+            raise InputError("samples, labels", "(n, *sample) and (n,)", got)
         present = labels.unique().tolist()
         self.members = [(labels == label).nonzero().flatten().numpy() for label in present]
         if len(self.members) < ways:
-            raise InputError("ways", ways, f"at most the {len(self.members)} classes of the data")
+            raise InputError("ways", f"at most the {len(self.members)} classes of the data", ways)
         if classes is not None and (not isinstance(classes, Sequence) or len(classes) != len(present)):
-            raise InputError("classes", repr(classes), f"a name for each of the {len(present)} classes, or None")
+            raise InputError("classes", f"a name for each of the {len(present)} classes, or None", repr(classes))
         self.each = shots + queries
         if short := [number for number, own in enumerate(self.members) if len(own) < self.each]:
             name, count = (classes or present)[short[0]], len(self.members[short[0]])
-            wanted = f"at least {self.each}, for support and query of an episode"
-            raise InputError("labels", f"{count} samples of class {name!r}", wanted)
+            expected = f"at least {self.each}, for support and query of an episode"
+            raise InputError("labels", expected, f"{count} samples of class {name!r}")
         if tasks % processes:
-            raise InputError("tasks", tasks, f"a multiple of the {processes} processes")
+            raise InputError("tasks", f"a multiple of the {processes} processes", tasks)
         self.samples, self.ways, self.tasks, self.steps, self.seed = samples, ways, tasks, steps, seed
         self.augment, self.fixed, self.rank, self.processes = augment, fixed, rank, processes
         self.workers = workers

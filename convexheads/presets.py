@@ -93,5 +93,5 @@ def r2d2(version: Version = "paper") -> RidgeHead:
 
 def _official(version: str) -> bool:
     if not isinstance(version, str) or version not in get_args(Version):
-        raise InputError("version", repr(version), "'paper' or 'official'")
+        raise InputError("version", "'paper' or 'official'", repr(version))
     return version == "official"

@@ -51,7 +51,7 @@ def make_head(name: str) -> ClassificationHead:
         InputError: no such head.
     """
     if not isinstance(name, str) or name not in HEADS:
-        raise InputError("head", repr(name), f"one of {', '.join(HEADS)}")
+        raise InputError("head", f"one of {', '.join(HEADS)}", repr(name))
     return HEADS[name]()
 
 
@@ -84,7 +84,7 @@ def make_untrained(settings: dict[str, Any], examples: Tensor) -> tuple[Backbone
         MissingDependencyError: the backbone is "wrn28", and learn2learn is not installed.
     """
     if missing := {"backbone", "head"} - settings.keys():
-        raise InputError("settings", f"no {' and no '.join(sorted(missing))}", "the names of a backbone and of a head")
+        raise InputError("settings", "the names of a backbone and of a head", f"no {' and no '.join(sorted(missing))}")
     own = {"dropblock": settings.get("dropblock", "paper")} if settings["backbone"] == "resnet12" else {}
     return make_backbone(settings["backbone"], examples, **own), make_head(settings["head"])
 
@@ -113,28 +113,28 @@ def load_pretrained(name: str | Path) -> Pretrained:
         `head(backbone(support_images), labels, backbone(query_images))` with 32 x 32 images.
     """
     if not isinstance(name, str | Path):
-        raise InputError("name", describe(name), "a name or a path")
+        raise InputError("name", "a name or a path", describe(name))
     try:
         places = ZOO / f"{name}.safetensors", Path(name) / "model.safetensors", Path(name)
         path = next((path for path in places if path.is_file()), None)
     except OSError:  # too long for a name
         path = None
     if path is None:
-        wanted = f"a file or folder of trained weights, or one of {', '.join(names())}"
-        raise InputError("name", repr(str(name)), wanted)
-    wanted = "a complete file of `save_pretrained`"
+        expected = f"a file or folder of trained weights, or one of {', '.join(names())}"
+        raise InputError("name", expected, repr(str(name)))
+    expected = "a complete file of `save_pretrained`"
     try:
         state, settings = storage.load(path, key="settings", needed_by="load_pretrained")
         channels, size = state["backbone.mean"].shape[1], settings["image_size"]
         modules = make_untrained(settings, torch.zeros(2, channels, size, size, dtype=torch.uint8))
     except (OSError, LookupError, TypeError, ValueError) as error:
-        raise InputError("name", f"{path} ({error})", wanted) from error
+        raise InputError("name", expected, f"{path} ({error})") from error
     try:
         for prefix, module in zip(("backbone.", "head."), modules, strict=True):
             own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
             module.load_state_dict(own)
     except RuntimeError as error:
-        raise InputError("name", f"{path}, not the weights of a {settings['backbone']}", wanted) from error
+        raise InputError("name", expected, f"{path}, not the weights of a {settings['backbone']}") from error
     backbone, head = modules
     return Pretrained(backbone.eval(), head.eval(), settings)
 

@@ -107,8 +107,8 @@ def refuse(failure: dict[str, Any], error: Exception | None = None) -> NoReturn:
     """
     if isinstance(error, SolverError):
         raise SolverError(f"{where(failure)}: {error}", error.solution) from error
-    wanted = "finite values, or another on_failure: 'skip' goes on without the step, 'stop' ends before it"
-    raise InputError("batch", f"{where(failure)} ({failure['cause']})", wanted) from error
+    expected = "finite values, or another on_failure: 'skip' goes on without the step, 'stop' ends before it"
+    raise InputError("batch", expected, f"{where(failure)} ({failure['cause']})") from error
 
 
 def tasks_with_bad_values(values: Tensor, dimensions: int) -> list[int]:

@@ -103,5 +103,5 @@ def augmentation(name: str) -> Augmentation | None:
         InputError: there is no such augmentation.
     """
     if name not in AUGMENTATIONS:
-        raise InputError("augment", repr(name), f"one of {', '.join(AUGMENTATIONS)}")
+        raise InputError("augment", f"one of {', '.join(AUGMENTATIONS)}", repr(name))
     return None if name == "none" else Augmentation(jitter=name.endswith("jitter"))

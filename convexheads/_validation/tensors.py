@@ -59,19 +59,19 @@ def _check_finite(name: str, value: Tensor) -> None:
     if bad.any():
         *task, row = bad.nonzero()[0].tolist()
         where = f" of task {tuple(task)}" if task else ""
-        raise InputError(name, f"non-finite values in row {row}{where}", "finite values")
+        raise InputError(name, "finite values", f"non-finite values in row {row}{where}")
 
 
 def _check_features(name: str, value: object) -> None:
     if not is_float_tensor(value):
-        raise InputError(name, describe_type(value), "a tensor of floating-point features")
+        raise InputError(name, "a tensor of floating-point features", describe_type(value))
     if value.ndim < 2:
-        raise InputError(name, _shape(value), "at least two dimensions, (*batch, examples, features)")
+        raise InputError(name, "at least two dimensions, (*batch, examples, features)", _shape(value))
 
 
 def _check_device(name: str, value: Tensor, support: Tensor) -> None:
     if value.device != support.device:
-        raise InputError(name, f"device {value.device}", f"the support's device, {support.device}")
+        raise InputError(name, f"the support's device, {support.device}", f"device {value.device}")
 
 
 def _shape(value: Tensor) -> str:
@@ -96,21 +96,21 @@ def check_classification(
     """
     _check_examples(support, mask)
     if not is_integer_tensor(labels):
-        raise InputError("labels", describe_type(labels), "a tensor of integers 0..ways-1")
+        raise InputError("labels", "a tensor of integers 0..ways-1", describe_type(labels))
     if labels.shape == support.shape[: labels.ndim] and support.ndim > labels.ndim + 1:
-        raise InputError("support", _shape(support), f"flat features, {(*labels.shape, 'd')}".replace("'", ""))
+        raise InputError("support", f"flat features, {(*labels.shape, 'd')}".replace("'", ""), _shape(support))
     if labels.shape != support.shape[:-1]:
-        raise InputError("labels", _shape(labels), f"one label per support example, {tuple(support.shape[:-1])}")
+        raise InputError("labels", f"one label per support example, {tuple(support.shape[:-1])}", _shape(labels))
     _check_device("labels", labels, support)
     if isinstance(ways, Tensor) and (ways.ndim or not is_integer_tensor(ways)):
         if ways.shape != labels.shape[:-1] or not is_integer_tensor(ways):
             got = f"a tensor of {ways.dtype}, shape {tuple(ways.shape)}"
-            raise InputError("ways", got, f"integers, one per task, {tuple(labels.shape[:-1])}")
+            raise InputError("ways", f"integers, one per task, {tuple(labels.shape[:-1])}", got)
         _check_device("ways", ways, support)
     elif ways is not None:
         number = as_integer(ways)
         if number is None or number < 1:
-            raise InputError("ways", describe(ways), "an integer of at least 1, a tensor of them, or None")
+            raise InputError("ways", "an integer of at least 1, a tensor of them, or None", describe(ways))
         _check_max_ways(number)
         if not validate:
             return number
@@ -143,12 +143,12 @@ def _check_labels(
         return max_ways
     _check_values(support, mask)
     if isinstance(ways, Tensor) and (ways < 1).any():
-        raise InputError("ways", f"{ways[ways < 1][0].item()} in {describe_first_task(ways < 1)}", "at least 1")
+        raise InputError("ways", "at least 1", f"{ways[ways < 1][0].item()} in {describe_first_task(ways < 1)}")
     limit = ways.unsqueeze(-1) if isinstance(ways, Tensor) else ways
     wrong = (labels < 0) | (labels >= limit)
     if wrong.any():
         got = f"{labels[wrong][0].item()} in {describe_first_task(wrong.any(-1))}"
-        raise InputError("labels", got, f"values 0..{highest}")
+        raise InputError("labels", f"values 0..{highest}", got)
     _check_max_ways(max_ways)
     if requires_all_classes:
         classes = torch.arange(max_ways, device=labels.device)
@@ -158,14 +158,14 @@ def _check_labels(
         if missing.any():
             *task, label = missing.nonzero()[0].tolist()
             where = f" in task {tuple(task)}" if task else ""
-            raise InputError("labels", f"no example of class {label}{where}", "at least one example of every class")
+            raise InputError("labels", "at least one example of every class", f"no example of class {label}{where}")
     return max_ways
 
 
 def _check_max_ways(ways: int) -> None:
     if ways > _MAX_WAYS:
-        wanted = f"at most {_MAX_WAYS}; without ways=, it is the largest label plus one: number the classes from 0"
-        raise InputError("ways", ways, wanted)
+        expected = f"at most {_MAX_WAYS}; without ways=, it is the largest label plus one: number the classes from 0"
+        raise InputError("ways", expected, ways)
 
 
 def check_regression(support: Any, targets: Any, mask: Any, *, validate: bool) -> bool:
@@ -179,13 +179,13 @@ def check_regression(support: Any, targets: Any, mask: Any, *, validate: bool) -
     """
     _check_examples(support, mask)
     if not is_float_tensor(targets):
-        raise InputError("targets", describe_type(targets), "a tensor of floating-point values")
+        raise InputError("targets", "a tensor of floating-point values", describe_type(targets))
     single = targets.shape == support.shape[:-1]
     if not single and (
         targets.ndim != support.ndim or targets.shape[:-1] != support.shape[:-1] or not targets.shape[-1]
     ):
-        wanted = f"one value, or one row of values, per support example, {tuple(support.shape[:-1])} or with outputs"
-        raise InputError("targets", _shape(targets), wanted)
+        expected = f"one value, or one row of values, per support example, {tuple(support.shape[:-1])} or with outputs"
+        raise InputError("targets", expected, _shape(targets))
     _check_device("targets", targets, support)
     if validate:
         look_at(_check_targets, support, targets if not single else targets.unsqueeze(-1), mask)
@@ -201,12 +201,12 @@ def _check_examples(support: Any, mask: Any) -> None:
     _check_features("support", support)
     *batch, n, d = support.shape
     if n == 0 or d == 0:
-        raise InputError("support", _shape(support), "at least one example and one feature, (*batch, n, d)")
+        raise InputError("support", "at least one example and one feature, (*batch, n, d)", _shape(support))
     if mask is not None:
         if not is_dense(mask) or mask.dtype != torch.bool:
-            raise InputError("mask", describe_type(mask), "a tensor of bool, False at examples to leave out")
+            raise InputError("mask", "a tensor of bool, False at examples to leave out", describe_type(mask))
         if mask.shape != (*batch, n):
-            raise InputError("mask", _shape(mask), f"one entry per support example, {(*batch, n)}")
+            raise InputError("mask", f"one entry per support example, {(*batch, n)}", _shape(mask))
         _check_device("mask", mask, support)
 
 
@@ -215,7 +215,7 @@ def _check_values(support: Tensor, mask: Tensor | None) -> None:
         empty = ~mask.any(-1)
         if empty.any():
             got = f"no example left in {describe_first_task(empty)}"
-            raise InputError("mask", got, "at least one example in every task")
+            raise InputError("mask", "at least one example in every task", got)
         support = support.masked_fill(~mask.unsqueeze(-1), 0)
     _check_finite("support", support)
 
@@ -223,11 +223,11 @@ def _check_values(support: Tensor, mask: Tensor | None) -> None:
 def check_query(query: Any, support: Tensor, *, validate: bool) -> None:
     """Raise `InputError` unless `query` goes with the support features of the fit."""
     _check_features("query", query)
-    wanted = (*support.shape[:-2], query.shape[-2], support.shape[-1])
-    if query.shape != wanted:
-        what = "feature size" if query.shape[:-1] == wanted[:-1] else "task dimensions"
+    expected = (*support.shape[:-2], query.shape[-2], support.shape[-1])
+    if query.shape != expected:
+        what = "feature size" if query.shape[:-1] == expected[:-1] else "task dimensions"
         raise InputError(
-            "query", _shape(query), f"the {what} of the support, {(*wanted[:-2], 'q', wanted[-1])}".replace("'", "")
+            "query", f"the {what} of the support, {(*expected[:-2], 'q', expected[-1])}".replace("'", ""), _shape(query)
         )
     _check_device("query", query, support)
     if validate:
@@ -239,12 +239,12 @@ def check_query(query: Any, support: Tensor, *, validate: bool) -> None:
 
 def check_gram(gram: Any, features: Tensor, others: Tensor, *, validate: bool) -> None:
     """Raise `InputError` unless a kernel returned a Gram matrix of the two, of finite values."""
-    wanted = (*features.shape[:-1], others.shape[-2])
-    if not isinstance(gram, Tensor) or gram.shape != wanted:
+    expected = (*features.shape[:-1], others.shape[-2])
+    if not isinstance(gram, Tensor) or gram.shape != expected:
         got = _shape(gram) if isinstance(gram, Tensor) else type(gram).__name__
-        raise InputError("kernel", f"a result of {got}", f"a Gram matrix of shape {wanted}")
+        raise InputError("kernel", f"a Gram matrix of shape {expected}", f"a result of {got}")
     if gram.dtype != features.dtype:
-        raise InputError("kernel", f"a result of {gram.dtype}", f"the dtype of its arguments, {features.dtype}")
+        raise InputError("kernel", f"the dtype of its arguments, {features.dtype}", f"a result of {gram.dtype}")
     if validate:
         check_finite("kernel", gram)
 
@@ -261,4 +261,4 @@ def _check_definite(gram: Tensor) -> None:
     negative = smallest < -1e-9 * size
     if negative.any():
         got = f"a Gram matrix with the eigenvalue {smallest[negative][0].item():.3g} in {describe_first_task(negative)}"
-        raise InputError("kernel", got, "a positive semi-definite kernel")
+        raise InputError("kernel", "a positive semi-definite kernel", got)

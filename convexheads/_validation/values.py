@@ -59,7 +59,7 @@ def check_positive_int(name: str, value: object) -> int:
     """Return the `value` as an integer of at least 1, or raise `InputError`."""
     number = as_integer(value)
     if number is None or number < 1:
-        raise InputError(name, describe(value), "an integer of at least 1")
+        raise InputError(name, "an integer of at least 1", describe(value))
     return number
 
 
@@ -73,13 +73,13 @@ def check_seed(seed: object) -> None:
     """Raise `InputError` unless this is a seed of PyTorch's and NumPy's generators."""
     number = as_integer(seed)
     if number is None or not 0 <= number < 2**63:
-        raise InputError("seed", describe(seed), "an integer from 0 to 2**63 - 1")
+        raise InputError("seed", "an integer from 0 to 2**63 - 1", describe(seed))
 
 
 def check_bool(name: str, value: object) -> bool:
     """Return the `value` if it is True or False, or raise `InputError`."""
     if not isinstance(value, bool):
-        raise InputError(name, describe(value), "True or False")
+        raise InputError(name, "True or False", describe(value))
     return value
 
 
@@ -92,16 +92,16 @@ def check_positive(name: str, value: Any, *, allow_zero: bool = False, learnable
         allow_zero: whether zero is allowed. Defaults to False.
         learnable: whether a `Learnable` is allowed. Defaults to True.
     """
-    wanted = (
+    expected = (
         f"a {'non-negative' if allow_zero else 'positive'} finite number{' or Learnable(...)' if learnable else ''}"
     )
     if is_learnable(value):
         if learnable and value.positive:
             return value
-        raise InputError(name, repr(value), wanted + (", of positive values" if learnable else ""))
+        raise InputError(name, expected + (", of positive values" if learnable else ""), repr(value))
     number = as_real(value)
     if number is None or number < 0 or (number == 0 and not allow_zero):
-        raise InputError(name, describe(value), wanted)
+        raise InputError(name, expected, describe(value))
     return number
 
 
@@ -111,8 +111,8 @@ def check_number(name: str, value: Any, *, learnable: bool = True) -> Any:
         return value
     number = as_real(value)
     if number is None:
-        wanted = "a finite number" + (" or Learnable(..., positive=False)" if learnable else "")
-        raise InputError(name, describe(value), wanted)
+        expected = "a finite number" + (" or Learnable(..., positive=False)" if learnable else "")
+        raise InputError(name, expected, describe(value))
     return number
 
 
@@ -136,5 +136,5 @@ def is_kernel(value: object) -> TypeGuard[Callable[[Tensor, Tensor], Tensor]]:
 def check_kernel(name: str, value: Any) -> Any:
     """Return the `value` if it is a kernel, or raise `InputError`."""
     if not is_kernel(value):
-        raise InputError(name, repr(value), "a callable (x, y) -> gram, such as convexheads.kernels.RBF(1.0)")
+        raise InputError(name, "a callable (x, y) -> gram, such as convexheads.kernels.RBF(1.0)", repr(value))
     return value

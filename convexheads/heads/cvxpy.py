@@ -54,7 +54,7 @@ class CvxpyTask:
 
 def _check_build(name: str, value: Any) -> Any:
     if not callable(value):
-        raise InputError(name, repr(value), "a function from a CvxpyTask to an expression to minimize")
+        raise InputError(name, "a function from a CvxpyTask to an expression to minimize", repr(value))
     return value
 
 
@@ -76,7 +76,7 @@ def _check_hyperparameters(name: str, value: Any) -> _Hyperparameters:
     if isinstance(value, _Hyperparameters):
         return value
     if not isinstance(value, Mapping) or not all(map(_is_name, value)):
-        raise InputError(name, describe(value), "hyper-parameters by name, which is an identifier")
+        raise InputError(name, "hyper-parameters by name, which is an identifier", describe(value))
     return _Hyperparameters({key: check_positive(f"{name}[{key!r}]", number) for key, number in value.items()})
 
 
@@ -200,19 +200,19 @@ def _compile(build: Callable[[CvxpyTask], Any], n: int, k: int, names: tuple[str
     if isinstance(problem, cvxpy.Minimize):
         problem = cvxpy.Problem(problem)
     if not isinstance(problem, cvxpy.Problem):
-        raise InputError("build", f"a {type(problem).__name__} from it", "an expression to minimize or a cvxpy.Problem")
+        raise InputError("build", "an expression to minimize or a cvxpy.Problem", f"a {type(problem).__name__} from it")
     # Scores and weights (in an orthonormal basis of the support's span) are variables of their own, so that their
     # products with parameters are DPP.
     coupling_constraints = [scores == gram @ coef, weights == root @ coef]
     problem = cvxpy.Problem(problem.objective, [*problem.constraints, *coupling_constraints])
     if not problem.is_dcp():
-        raise InputError("build", "a problem that is not convex by CVXPY's rules (is_dcp)", "a convex problem")
+        raise InputError("build", "a convex problem", "a problem that is not convex by CVXPY's rules (is_dcp)")
     if not problem.is_dpp():
-        wanted = (
+        expected = (
             "one in which parameters (targets, hyper-parameters) do not multiply each other: multiply "
             "`squared_norm` by a hyper-parameter, for instance"
         )
-        raise InputError("build", "a problem that is convex, but not DPP", wanted)
+        raise InputError("build", expected, "a problem that is convex, but not DPP")
     used = {parameter.id for parameter in problem.parameters()}
     given = [gram, root, targets, *parameters.values()]
     # cvxpylayers requires that every parameter is used; a term of zero uses those that the problem does not.

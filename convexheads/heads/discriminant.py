@@ -25,7 +25,7 @@ from convexheads.transforms import look_at
 def _check_shrinkage(name: str, value: Any) -> float:
     number = check_positive(name, value, learnable=False)
     if number > 1:
-        raise InputError(name, number, "a number above 0 and at most 1")
+        raise InputError(name, "a number above 0 and at most 1", number)
     return number
 
 
@@ -187,6 +187,6 @@ def _check_variance(variance: Tensor, gram: Tensor, examples: Tensor) -> None:
         check_definite(gram)
         raise InputError(
             "support",
-            f"a within-class covariance of zero in {describe_first_task(none)}",
             "two different examples of some class, or LinearDiscriminantHead(variance=...)",
+            f"a within-class covariance of zero in {describe_first_task(none)}",
         )

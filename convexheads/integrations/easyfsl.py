@@ -37,7 +37,7 @@ class HeadClassifier(FewShotClassifier):
     def __init__(self, head: ClassificationHead, backbone: nn.Module | None = None, **settings: Any) -> None:
         super().__init__(backbone=backbone, **settings)
         if not isinstance(head, ClassificationHead):
-            raise InputError("head", repr(head), "a classification head of convexheads, such as SVMHead(C=0.1)")
+            raise InputError("head", "a classification head of convexheads, such as SVMHead(C=0.1)", repr(head))
         self.head = head
         self.fitted: FittedClassifier | None = None
 
@@ -55,7 +55,7 @@ class HeadClassifier(FewShotClassifier):
         """
         classes = support_labels.unique()
         if not torch.equal(classes, torch.arange(len(classes), device=classes.device)):
-            raise InputError("support_labels", f"classes {classes.tolist()}", "0 to k - 1, each at least once")
+            raise InputError("support_labels", "0 to k - 1, each at least once", f"classes {classes.tolist()}")
         features = self.compute_features(support_images)
         self._raise_error_if_features_are_multi_dimensional(features)
         self.fitted = self.head.fit(features, support_labels, ways=len(classes))
@@ -73,7 +73,7 @@ class HeadClassifier(FewShotClassifier):
             InputError: no support set yet, or features that don't go with it.
         """
         if self.fitted is None:
-            raise InputError("classifier", "a query before any support", "a call of process_support_set first")
+            raise InputError("classifier", "a call of process_support_set first", "a query before any support")
         return self.softmax_if_specified(self.fitted(self.compute_features(query_images)))
 
     @staticmethod

@@ -133,12 +133,12 @@ class FewShotClassifier:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise InputError("folder", folder, "a folder that holds a folder for each class")
+            raise InputError("folder", "a folder that holds a folder for each class", folder)
         files = {part.name: _files(part) for part in sorted(folder.iterdir()) if part.is_dir() and part.name[0] != "."}
         if len(files) < 2:
-            raise InputError("folder", f"{folder} with {len(files)} class folders in it", "at least 2")
+            raise InputError("folder", "at least 2", f"{folder} with {len(files)} class folders in it")
         if empty := [name for name, own in files.items() if not own]:
-            raise InputError("folder", f"class {empty[0]!r} without any file", "one file at least of each class")
+            raise InputError("folder", "one file at least of each class", f"class {empty[0]!r} without any file")
         make_head(head)  # before the work
         embed = find_features(features)
         support = _features(embed, [path for own in files.values() for path in own])
@@ -212,13 +212,13 @@ class FewShotClassifier:
             named = values["features"] = str(values["features"])
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(
-                "classifier", f"{path} ({error})", "a complete file of `FewShotClassifier.save`"
+                "classifier", "a complete file of `FewShotClassifier.save`", f"{path} ({error})"
             ) from error
         if features is None and _names_code(named):
             wish = f"features={named!r} (--features): the file names code, which runs only if you name it too"
-            raise InputError("features", f"nothing, for {path}", wish)
+            raise InputError("features", wish, f"nothing, for {path}")
         if features not in (None, named):
-            raise InputError("features", repr(features), f"{named!r}, as in {path}")
+            raise InputError("features", f"{named!r}, as in {path}", repr(features))
         return cls(**values, support=support, labels=labels)
 
 
@@ -235,7 +235,7 @@ def make_head(name: str) -> ClassificationHead:
         InputError: there is none.
     """
     if name not in HEADS:
-        raise InputError("head", repr(name), f"one of {', '.join(HEADS)}")
+        raise InputError("head", f"one of {', '.join(HEADS)}", repr(name))
     return HEADS[name]()
 
 
@@ -258,11 +258,11 @@ def find_features(name: str) -> Features:
         return _backbone(name)
     module, _, function = name.partition(":")
     if not function:
-        raise InputError("features", repr(name), f"one of {', '.join([*FEATURES, *names()])}, or MODULE:FUNCTION")
+        raise InputError("features", f"one of {', '.join([*FEATURES, *names()])}, or MODULE:FUNCTION", repr(name))
     try:
         return getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise InputError("features", f"{name!r} ({error})", "a function of a module that can be imported") from error
+        raise InputError("features", "a function of a module that can be imported", f"{name!r} ({error})") from error
 
 
 def _names_code(name: str) -> bool:
@@ -297,7 +297,7 @@ def _text() -> Features:
     def text(paths: Sequence[Path]) -> Tensor:
         documents = [_read(path, lambda path: path.read_text(encoding="utf-8")) for path in paths]
         if empty := [path for path, document in zip(paths, documents, strict=True) if not document.strip()]:
-            raise InputError("file", f"{empty[0]} without any text", "a file with some text in it")
+            raise InputError("file", "a file with some text in it", f"{empty[0]} without any text")
         return torch.from_numpy(model.embed(documents))
 
     return text
@@ -313,7 +313,7 @@ def _npy() -> Features:
         rows = [_read(path, vector) for path in paths]
         for path, row in zip(paths, rows, strict=True):
             if row.shape != rows[0].shape:
-                raise InputError("file", f"{path} with {len(row)} values", f"{len(rows[0])}, as in {paths[0]}")
+                raise InputError("file", f"{len(rows[0])}, as in {paths[0]}", f"{path} with {len(row)} values")
         return torch.stack(rows)
 
     return npy
@@ -347,20 +347,20 @@ def _read(path: Path, read: Callable[[Path], T]) -> T:
     try:
         return read(path)
     except (OSError, TypeError, ValueError) as error:
-        raise InputError("file", f"{path} ({error})", "one that can be read") from error
+        raise InputError("file", "one that can be read", f"{path} ({error})") from error
 
 
 def _features(embed: Features, paths: Sequence[Path]) -> Tensor:
     if missing := [path for path in paths if not path.is_file()]:
-        raise InputError("file", f"{missing[0]}, which is no file", "a file")
+        raise InputError("file", "a file", f"{missing[0]}, which is no file")
     found = embed(paths)
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim != 2 or len(found) != len(paths):
         got = f"shape {tuple(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
-        raise InputError("features", got, f"a row of floating-point values for each of {len(paths)} files")
+        raise InputError("features", f"a row of floating-point values for each of {len(paths)} files", got)
     usable = found.isfinite().all(-1) & found.any(-1)
     if not usable.all():
         raise InputError(
-            "file", f"{paths[int(usable.int().argmin())]}, with unusable features", "finite ones, not all zero"
+            "file", "finite ones, not all zero", f"{paths[int(usable.int().argmin())]}, with unusable features"
         )
     return functional.normalize(found.double(), dim=-1)
 

@@ -48,12 +48,12 @@ class HeadClassifier(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(head, ClassificationHead):
-            raise InputError("head", repr(head), "a classification head of convexheads, such as SVMHead(C=0.1)")
+            raise InputError("head", "a classification head of convexheads, such as SVMHead(C=0.1)", repr(head))
         self.head = head
         self.fitted: FittedClassifier | None = None
         if (support is None) != (labels is None):
             missing = "support" if support is None else "labels"
-            raise InputError(missing, "None", "support and labels together, or neither")
+            raise InputError(missing, "support and labels together, or neither", "None")
         if support is not None and labels is not None:
             self.fit_(support, labels, ways)
 
@@ -87,5 +87,5 @@ class HeadClassifier(nn.Module):
             InputError: it was not fitted yet, or the queries don't go with the support.
         """
         if self.fitted is None:
-            raise InputError("classifier", "a query before any support", "a call of fit_(support, labels) first")
+            raise InputError("classifier", "a call of fit_(support, labels) first", "a query before any support")
         return self.fitted(query)

@@ -129,11 +129,11 @@ class EpisodicModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         if schedule not in SCHEDULES:
-            raise InputError("schedule", repr(schedule), f"one of {', '.join(SCHEDULES)}")
+            raise InputError("schedule", f"one of {', '.join(SCHEDULES)}", repr(schedule))
         if not 0 <= label_smoothing < 1:
-            raise InputError("label_smoothing", label_smoothing, "a number from 0 to below 1")
+            raise InputError("label_smoothing", "a number from 0 to below 1", label_smoothing)
         if on_failure not in get_args(OnFailure):
-            raise InputError("on_failure", repr(on_failure), f"one of {', '.join(get_args(OnFailure))}")
+            raise InputError("on_failure", f"one of {', '.join(get_args(OnFailure))}", repr(on_failure))
         self.backbone = backbone
         self.head = head
         self.ways, self.shots, self.steps = ways, shots, steps
@@ -357,13 +357,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
         Raises:
             InputError: there is no such file, it is damaged, or it holds objects.
         """
-        wanted = "a complete checkpoint of tensors, numbers and text"
+        expected = "a complete checkpoint of tensors, numbers and text"
         try:
             checkpoint = storage.load_torch(Path(path))
             if not isinstance(checkpoint, dict):
                 raise TypeError(f"it holds a {type(checkpoint).__name__}")
         except (OSError, TypeError, ValueError) as error:
-            raise InputError("checkpoint", f"{path} ({error})", wanted) from error
+            raise InputError("checkpoint", expected, f"{path} ({error})") from error
         return checkpoint
 
 
@@ -456,11 +456,11 @@ class EpisodicDataModule(pl.LightningDataModule):
 def _read(name: str, part: tuple[Tensor, Tensor] | str | None) -> tuple[Tensor, Tensor] | None:
     if not isinstance(part, str):
         return part
-    wanted = "a file of torch.save((samples, labels), path)"
+    expected = "a file of torch.save((samples, labels), path)"
     try:
         samples, labels = storage.load_torch(Path(part))
         if not isinstance(samples, Tensor) or not isinstance(labels, Tensor):
             raise TypeError("it holds something else than two tensors")
     except (OSError, TypeError, ValueError) as error:
-        raise InputError(name, f"{part} ({error})", wanted) from error
+        raise InputError(name, expected, f"{part} ({error})") from error
     return samples, labels

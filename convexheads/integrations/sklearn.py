@@ -65,7 +65,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(f"HeadClassifier needs two classes at least; y holds one class only: {self.classes_[0]!r}")
         if self.head is not None and not isinstance(self.head, ClassificationHead):
             raise InputError(
-                "head", repr(self.head), "a classification head of convexheads, such as SVMHead(C=1.0), or None"
+                "head", "a classification head of convexheads, such as SVMHead(C=1.0), or None", repr(self.head)
             )
         head = SVMHead(C=1.0) if self.head is None else deepcopy(self.head)
         with torch.no_grad():

@@ -114,14 +114,14 @@ class NativeSolver(Solver):
     ) -> None:
         super().__init__(max_iterations=max_iterations, tolerance=tolerance, on_failure=on_failure)
         if not isinstance(gradient, str) or gradient not in get_args(Gradient):
-            raise InputError("NativeSolver(gradient)", repr(gradient), f"one of {get_args(Gradient)}")
+            raise InputError("NativeSolver(gradient)", f"one of {get_args(Gradient)}", repr(gradient))
         if (gradient == "truncated") is (max_iterations is None) and gradient != "exact":
-            wanted = "a number" if gradient == "truncated" else "None"
-            raise InputError("NativeSolver(max_iterations)", max_iterations, f"{wanted} with gradient={gradient!r}")
+            expected = "a number" if gradient == "truncated" else "None"
+            raise InputError("NativeSolver(max_iterations)", f"{expected} with gradient={gradient!r}", max_iterations)
         self.gradient: Gradient = gradient
         self.relaxation = check_positive("NativeSolver(relaxation)", relaxation, learnable=False)
         if compiled is not None and compiled is not False:
-            raise InputError("NativeSolver(compiled)", repr(compiled), "False, or None for where that is possible")
+            raise InputError("NativeSolver(compiled)", "False, or None for where that is possible", repr(compiled))
         self.compiled = compiled
 
     def __repr__(self) -> str:

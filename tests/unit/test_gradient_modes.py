@@ -123,11 +123,13 @@ def test_arguments():
     assert repr(NativeSolver(gradient="smoothed")) == "NativeSolver(gradient='smoothed')"
     solver = NativeSolver(max_iterations=3, gradient="truncated")
     assert repr(solver) == "NativeSolver(max_iterations=3, gradient='truncated')"
-    with pytest.raises(InputError, match=r"NativeSolver\(gradient\): got 'sharp', wanted one of \('exact', 'smoothed'"):
+    with pytest.raises(
+        InputError, match=r"NativeSolver\(gradient\): expected one of \('exact', 'smoothed'.*, got 'sharp'"
+    ):
         NativeSolver(gradient="sharp")
-    with pytest.raises(InputError, match=r"max_iterations\): got None, wanted a number with gradient='truncated'"):
+    with pytest.raises(InputError, match=r"max_iterations\): expected a number with gradient='truncated'.*, got None"):
         NativeSolver(gradient="truncated")
-    with pytest.raises(InputError, match=r"max_iterations\): got 3, wanted None with gradient='smoothed'"):
+    with pytest.raises(InputError, match=r"max_iterations\): expected None with gradient='smoothed'.*, got 3"):
         NativeSolver(gradient="smoothed", max_iterations=3)
-    with pytest.raises(InputError, match=r"NativeSolver\(relaxation\): got 0"):
+    with pytest.raises(InputError, match=r"NativeSolver\(relaxation\): expected .*, got 0"):
         NativeSolver(gradient="smoothed", relaxation=0)

@@ -47,5 +47,5 @@ def test_r2d2_bias_is_added_after_the_scale():
 @pytest.mark.parametrize("preset", [metaoptnet_svm, metaoptnet_ridge, protonet, r2d2])
 @pytest.mark.usefixtures("unchecked")
 def test_unknown_version(preset):
-    with pytest.raises(InputError, match="version: got 'v2', wanted 'paper' or 'official'"):
+    with pytest.raises(InputError, match=r"version: expected 'paper' or 'official'.*, got 'v2'"):
         preset("v2")

@@ -40,7 +40,9 @@ REFUSED: dict[str, Callable[[], object]] = {
     "workers": lambda: loader(workers=-1),
     "samples, labels": lambda: loader(labels=LABELS[:5]),
     "classes": lambda: loader(classes=["one"]),
-    "labels: got shape": lambda: ch.split_task(torch.zeros(0, 4, 3), torch.zeros(0, 4, dtype=torch.long), shots=1),
+    r"labels: expected .*, got shape": lambda: ch.split_task(
+        torch.zeros(0, 4, 3), torch.zeros(0, 4, dtype=torch.long), shots=1
+    ),
     "backbone": lambda: ch.embed(nn.Flatten(0), torch.zeros(4, 3), progress=False),
     "features": lambda: ch.evaluate(ch.RidgeHead(), FEATURES.long(), LABELS, ways=2, shots=1, queries=1),
     "features, labels": lambda: ch.evaluate(ch.RidgeHead(), FEATURES, LABELS[:5], ways=2, shots=1, queries=1),

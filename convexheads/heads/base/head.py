@@ -82,11 +82,11 @@ class Head(Configurable, ABC):
         support.release_gram()
         name = f"{type(self).__name__}.solve"
         if not isinstance(expansion, KernelExpansion):
-            raise InputError(name, f"a result of {type(expansion).__name__}", "a KernelExpansion")
+            raise InputError(name, "a KernelExpansion", f"a result of {type(expansion).__name__}")
         coef, targets = expansion.coef, support.targets
         if coef.shape != targets.shape or coef.dtype != targets.dtype:
             got = f"coef of shape {tuple(coef.shape)} in {coef.dtype}"
-            raise InputError(name, got, f"{tuple(targets.shape)} in {targets.dtype}")
+            raise InputError(name, f"{tuple(targets.shape)} in {targets.dtype}", got)
         return expansion
 
     def _default(self, name: str, default: Any) -> Any:
