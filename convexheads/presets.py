@@ -16,7 +16,7 @@ Version = Literal["paper", "official"]
 def metaoptnet_svm(version: Version = "paper") -> SVMHead:
     """MetaOptNet-SVM (Lee et al. 2019): C = 0.1 and a learnable scale that starts at 1.
 
-    What differs from both versions: the dual is solved to the end. The paper stops qpth after 3 iterations, the code
+    What differs from both versions: the dual is solved to optimality. The paper stops qpth after 3 iterations, the code
     after 15; `head.solver = QpthSolver(max_iterations=3)` does so. The code's scale may become negative, here it can't.
 
     Args:
