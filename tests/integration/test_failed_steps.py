@@ -77,7 +77,7 @@ def test_a_failed_step_is_skipped_as_if_it_had_not_been_there(caplog) -> None:
     assert module.state_dict()["backbone.1.num_batches_tracked"] == 4
     assert trainer.global_step == 5
     assert [(each["step"], each["tasks"]) for each in module.failures] == [(2, [2])]
-    assert r"skipped step 2, task 2 (support: expected .*, got non-finite values" in caplog.text
+    assert "skipped step 2, task 2 (support: expected finite values, got non-finite values" in caplog.text
     assert trainer.callback_metrics["skipped"] == 1
 
 
