@@ -670,7 +670,7 @@ def test_damaged_archives_of_images_are_refused(tmp_path) -> None:
 
     whole, expected = path.read_bytes(), load()
     refused = sum(
-        refused_or_same(load, expected, "data root: got")
+        refused_or_same(load, expected, "data root: expected")
         for content in damaged(whole, random.Random(0), 400)
         if path.write_bytes(content)
     )

@@ -220,7 +220,7 @@ def test_damaged_parts_are_refused(tmp_path: Path, write) -> None:
 
     whole, expected = part.read_bytes(), load()
     refused = sum(
-        refused_or_same(load, expected, "data root: got")
+        refused_or_same(load, expected, "data root: expected")
         for content in damaged(whole, random.Random(0), 300)
         if part.write_bytes(content)
     )
