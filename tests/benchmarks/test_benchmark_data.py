@@ -358,7 +358,7 @@ def test_reads_every_form_of_imagenets_subsets(tmp_path: Path, dataset: str, wri
 def test_one_split_of_miniimagenet_is_enough_where_no_other_is_wanted(tmp_path: Path, write: Write) -> None:
     write(tmp_path / "miniimagenet", {"test": split_classes("miniimagenet", "test")})
     assert len(read(small("miniimagenet", 2), tmp_path, splits=("test",))["test"]) == 40
-    with pytest.raises(InputError, match=r"nothing of train, only test of miniimagenet(.|\n)*miniimagenet_<split>.zip"):
+    with pytest.raises(InputError, match=r"miniimagenet_<split>.zip(.|\n)*nothing of train, only test of miniimagenet"):
         read(small("miniimagenet", 2), tmp_path, splits=("train", "test"))
 
 
@@ -411,7 +411,7 @@ def test_names_a_listed_image_that_is_missing_and_a_list_that_is_none(tmp_path: 
     with pytest.raises(InputError, match=f"missing or damaged image of class '{name}'.*{name}_1.jpg"):
         read(small("tieredimagenet", 2), tmp_path)
     (folder / "val.csv").write_text("nothing,of,the,kind\n1,2,3,4")
-    with pytest.raises(InputError, match=r"val.csv.*columns filename and label"):
+    with pytest.raises(InputError, match=r"columns filename and label.*val.csv"):
         read(small("tieredimagenet", 2), tmp_path)
 
 
@@ -551,9 +551,9 @@ def test_verify_names_what_is_altered_short_damaged_or_of_the_wrong_size(
     faults = verify("cifar-fs", "--data-root", small_cifar)
     for message in (
         "the pixels of 'whale' differ",
-        r"expected 3.*2 images of class 'bear'",
+        "expected 3 images of class 'bear', got 2",
         "damaged image of class 'baby'",
-        r"expected 32 x 32.*a 20 x 16 image of class 'rose'",
+        "expected images of 32 x 32 in class 'rose', got 20 x 16",
     ):
         assert faults.count(message) == 1
     assert faults.count("differ") == 1

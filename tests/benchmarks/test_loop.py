@@ -326,7 +326,11 @@ def quiet(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 
     if request.param == "the loss says":
         monkeypatch.setattr(loop, "episode_loss", unchecked)
-    return "a loss of nan" if request.param == "the loss says" else "support: expected finite values, got non-finite values"
+    return (
+        "a loss of nan"
+        if request.param == "the loss says"
+        else "support: expected finite values, got non-finite values"
+    )
 
 
 @pytest.mark.parametrize("head", HEADS)

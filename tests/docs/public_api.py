@@ -9,7 +9,14 @@ import griffe
 
 PACKAGE = griffe.load("convexheads", search_paths=[Path(__file__).parents[2]])
 MODULES = [PACKAGE, *PACKAGE.modules.values(), *PACKAGE["integrations"].modules.values()]
-INTERNAL = {"precision", "storage", "training", "transforms"}  # besides what the `__all__` of a package leaves out
+INTERNAL = {
+    "_gram",
+    "_validation",
+    "precision",
+    "storage",
+    "training",
+    "transforms",
+}  # besides what the `__all__` of a package leaves out
 FOREIGN = {"extra_repr", "TaskSampler"}  # described by torch; with the arguments of easyfsl's
 
 

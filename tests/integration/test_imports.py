@@ -116,7 +116,10 @@ def test_the_command_names_the_package_where_convexheads_is_not_installed(monkey
 
 
 def test_adapters_import_without_their_packages():
-    assert run("from convexheads.solvers import QpthSolver, CvxpylayersSolver; print(QpthSolver.__name__)") == "QpthSolver\n"
+    assert (
+        run("from convexheads.solvers import QpthSolver, CvxpylayersSolver; print(QpthSolver.__name__)")
+        == "QpthSolver\n"
+    )
 
 
 def test_importing_benchmarks_imports_nothing_else():
