@@ -76,6 +76,13 @@ def check_seed(seed: object) -> None:
         raise InputError("seed", "an integer from 0 to 2**63 - 1", describe(seed))
 
 
+def check_rank(rank: object, world_size: object) -> None:
+    """Raise `InputError` unless there is a process of this rank among `world_size` processes."""
+    size = check_positive_int("world_size", world_size)
+    if as_integer(rank) not in range(size):
+        raise InputError("rank", f"an integer from 0 to world_size - 1 = {size - 1}", describe(rank))
+
+
 def check_bool(name: str, value: object) -> bool:
     """Return the `value` if it is True or False, or raise `InputError`."""
     if not isinstance(value, bool):
