@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     repeats = options.repeats if options.repeats is not None else 3 if options.against is None else 5
     if repeats < 2:
-        raise SystemExit(f"error: --repeats: got {repeats}, expected at least 2, to tell changes from noise")
+        raise SystemExit(f"error: --repeats: expected at least 2, to tell changes from noise, got {repeats}")
     settings = {"repeats": repeats, "seconds": options.seconds}
     threshold = THRESHOLD if options.fail_above is None else options.fail_above
     console = Console(width=max(100, Console().width))

@@ -40,7 +40,7 @@ def solvers(iterations: int) -> dict[str, Solver]:
     """Those that are compared, stopped after so many iterations."""
     return {
         "qpth": ch.solvers.QpthSolver(max_iterations=iterations, on_failure="return"),
-        "ours": ch.NativeSolver(max_iterations=iterations, on_failure="return"),
+        "ours": ch.solvers.NativeSolver(max_iterations=iterations, on_failure="return"),
     }
 
 
@@ -59,7 +59,7 @@ def measure(
     jobs = [(n, count) for n in shots for count in (math.inf, *iterations)]
     for n, count in (bar := tqdm(jobs, unit="point")):
         bar.set_description(f"{n}-shot, {count} iterations")
-        contenders = {"ours": ch.NativeSolver()} if count == math.inf else solvers(int(count))
+        contenders = {"ours": ch.solvers.NativeSolver()} if count == math.inf else solvers(int(count))
         for name, solver in contenders.items():
             ch.evaluate(ch.SVMHead(C=0.1, solver=solver), features, labels, shots=n, **warm_up)
             begin = time.perf_counter()

@@ -27,22 +27,23 @@ from benchmarks.loop import Training
 from benchmarks.options import Options
 from benchmarks.processes import Processes
 from benchmarks.train import episodes
-from convexheads import Learnable, NativeSolver, PrototypeHead, RidgeHead, SVMHead, _storage
+from convexheads import Learnable, PrototypeHead, RidgeHead, SVMHead, _storage
 from convexheads.evaluation import embed, evaluate
-from convexheads.hyperparameters import value_of
-from convexheads.kernels import Composable
+from convexheads.hyperparameters import as_tensor
+from convexheads.kernels import Kernel
 from convexheads.models import build_model
+from convexheads.solvers import NativeSolver
 
 CONFIG = Path(__file__).parent / "configs" / "conv4" / "cifar-fs_svm.yaml"
 
 
-class UnitLength(Composable):
+class UnitLength(Kernel):
     """The dot product in units of the mean squared length of a task's support features."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return x @ y.mT
 
-    def for_support(self, support: Tensor, mask: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+    def condition_on(self, support: Tensor, mask: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
         unit = support.square().sum(-1).mean(-1)
         return lambda x, y: x @ y.mT / unit[..., None, None]
 
@@ -72,7 +73,7 @@ class Setting:
         changes: options of the run that are other than usual.
     """
 
-    make: Callable[[], ch.Head]
+    make: Callable[[], ch.ClassificationHead]
     training: type[Training] = Training
     changes: dict[str, Any] = field(default_factory=dict)
 
@@ -83,7 +84,7 @@ def _svm(scale: float = 1.0, **settings: Any) -> SVMHead:
 
 SETTINGS: dict[str, Setting] = {
     "ridge, lambda = 50": Setting(lambda: RidgeHead(50.0, scale=Learnable(1.0))),
-    "prototypes / d": Setting(lambda: PrototypeHead(kernel=ch.Linear(normalize=True), scale=Learnable(1.0))),
+    "prototypes / d": Setting(lambda: PrototypeHead(kernel=ch.kernels.Linear(normalize=True), scale=Learnable(1.0))),
     "SVM, C = 0.1": Setting(partial(_svm, C=0.1)),
     "SVM, C = 0.1, smoothing 30": Setting(partial(_svm, C=0.1, smoothing=30.0)),
     "SVM, C = 0.1, smoothing 100": Setting(partial(_svm, C=0.1, smoothing=100.0)),
@@ -140,7 +141,7 @@ def measure(name: str, options: Options, data: dict[str, ImageSet], test_episode
         "setting": name,
         "training accuracy": sum(accuracies) / max(1, len(accuracies)),
         "squared length": features.square().sum(1).mean().item(),
-        "scale": value_of(training.head.scale, features).item(),
+        "scale": as_tensor(training.head.scale, features).item(),
         "failures": len(training.failures),
         "seconds": seconds,
         **result,

@@ -30,21 +30,21 @@ SLACK = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 WEIGHT = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 
 
-def _kernel() -> ch.Linear:
-    return ch.Linear(normalize=True)  # brings the diagonal of the Gram matrix to about 1
+def _kernel() -> ch.kernels.Linear:
+    return ch.kernels.Linear(normalize=True)  # brings the diagonal of the Gram matrix to about 1
 
 
-FAMILIES: dict[str, tuple[Callable[[float], ch.Head], tuple[float, ...]]] = {
+FAMILIES: dict[str, tuple[Callable[[float], ch.ClassificationHead], tuple[float, ...]]] = {
     "SVM": (lambda C: ch.SVMHead(C, kernel=_kernel()), SLACK),
     "SVM, squared hinge": (lambda C: ch.SVMHead(C, squared_hinge=True, kernel=_kernel()), SLACK),
     "SVM, smoothing 1": (lambda C: ch.SVMHead(C, smoothing=1.0, kernel=_kernel()), SLACK),
-    "SVM, RBF kernel": (lambda C: ch.SVMHead(C, kernel=ch.RBF()), SLACK),
-    "Weston-Watkins SVM": (lambda C: ch.WestonWatkinsHead(C, kernel=_kernel()), SLACK),
-    "one-vs-rest SVM": (lambda C: ch.OneVsRestHead(C, kernel=_kernel()), SLACK),
+    "SVM, RBF kernel": (lambda C: ch.SVMHead(C, kernel=ch.kernels.RBF()), SLACK),
+    "Weston-Watkins SVM": (lambda C: ch.WestonWatkinsSVMHead(C, kernel=_kernel()), SLACK),
+    "one-vs-rest SVM": (lambda C: ch.OneVsRestSVMHead(C, kernel=_kernel()), SLACK),
     "simplified SVM": (lambda C: ch.SimplifiedSVMHead(C, kernel=_kernel()), SLACK),
     "logistic regression": (lambda weight: ch.LogisticHead(weight, kernel=_kernel()), WEIGHT),
     "ridge": (lambda weight: ch.RidgeHead(weight, kernel=_kernel()), WEIGHT),
-    "ridge, RBF kernel": (lambda weight: ch.RidgeHead(weight, kernel=ch.RBF()), WEIGHT),
+    "ridge, RBF kernel": (lambda weight: ch.RidgeHead(weight, kernel=ch.kernels.RBF()), WEIGHT),
     "linear discriminant": (
         lambda shrinkage: ch.LinearDiscriminantHead(shrinkage, variance=1.0, kernel=_kernel()),
         (0.01, 0.03, 0.1, 0.3, 0.6, 1.0),

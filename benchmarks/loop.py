@@ -23,8 +23,7 @@ from convexheads import _storage
 from convexheads.episodes import Episode
 from convexheads.errors import ConvexHeadsError, InputError, SolverError
 from convexheads.evaluation import embed, evaluate
-from convexheads.heads import Head
-from convexheads.heads.svm import MulticlassSVM
+from convexheads.heads import ClassificationHead, MulticlassSVM
 from convexheads.kernels import Linear
 from convexheads.training import SCHEDULES, EpisodeLoss, episode_loss, format_step, non_finite_tasks, raise_failure
 
@@ -69,7 +68,7 @@ class Training:
     """
 
     def __init__(
-        self, options: Options, backbone: nn.Module, head: Head, episodes: Episodes, processes: Processes
+        self, options: Options, backbone: nn.Module, head: ClassificationHead, episodes: Episodes, processes: Processes
     ) -> None:
         self.options, self.episodes, self.processes = options, episodes, processes
         self.device = episodes.device
@@ -83,6 +82,8 @@ class Training:
             self.network = torch.compile(self.network, mode=mode)
         linear = isinstance(head.kernel, Linear) and not head.kernel.normalize
         self.gram_on_host = self.device.type == "cuda" and isinstance(head, MulticlassSVM) and linear
+        if self.device.type == "cuda" and not self.gram_on_host:
+            self.head.validate = False  # checks would wait for the device, and a step that fails is found anyway
         self.parameters = dict(_named(self.backbone, self.head, nn.Module.named_parameters))
         self.buffers = dict(_named(self.backbone, self.head, nn.Module.named_buffers))
         self.optimizer = torch.optim.SGD(
@@ -392,7 +393,7 @@ class _Gram(nn.Module):
         return self.support if x is y else self.query
 
 
-def _loss_on_host(head: Head, features: Tensor, episodes: Episodes, **settings: Any) -> EpisodeLoss:
+def _loss_on_host(head: ClassificationHead, features: Tensor, episodes: Episodes, **settings: Any) -> EpisodeLoss:
     """The `episode_loss` of features `(tasks, n, d)`, computed on the CPU from their Gram matrices."""
     device, episode = features.device, episodes.split(features.double())
     both = torch.cat([episode.support, episode.query], 1) @ episode.support.mT

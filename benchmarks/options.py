@@ -91,11 +91,11 @@ class Options:
             for number in value if isinstance(value, tuple) else (value,):
                 if name in ("seed", "weight_decay", "label_smoothing", "average"):
                     if number < 0:
-                        raise InputError(name, number, "0 or more")
+                        raise InputError(name, "0 or more", number)
                 elif isinstance(number, int | float) and not isinstance(number, bool) and number <= 0:
-                    raise InputError(name, number, "more than 0")
+                    raise InputError(name, "more than 0", number)
         if self.average >= 1:
-            raise InputError("average", self.average, "less than 1")
+            raise InputError("average", "less than 1", self.average)
 
     @property
     def total_steps(self) -> int:
@@ -190,19 +190,19 @@ def read_settings(path: Path, *, within: tuple[Path, ...] = ()) -> dict[str, Any
         InputError: it can't be read, includes itself, or has an unknown option.
     """
     if path.resolve() in within:
-        raise InputError("config", f"{path}, which is a part of itself", "parts that are other files")
+        raise InputError("config", "parts that are other files", f"{path}, which is a part of itself")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise InputError("config", f"{path}: {error}", "a YAML file of options") from error
+        raise InputError("config", "a YAML file of options", f"{path}: {error}") from error
     if not isinstance(content, dict):
-        raise InputError("config", f"{path}, which holds a {type(content).__name__}", "a YAML file of options by name")
+        raise InputError("config", "a YAML file of options by name", f"{path}, which holds a {type(content).__name__}")
     settings: dict[str, Any] = {}
     for part in content.pop("parts", []):
         settings |= read_settings(path.parent / part, within=(*within, path.resolve()))
     if unknown := sorted(content.keys() - {each.name for each in fields(Options)}):
         raise InputError(
-            "config", f"{path} with {', '.join(map(str, unknown))}", "options of `--help`, with underscores"
+            "config", "options of `--help`, with underscores", f"{path} with {', '.join(map(str, unknown))}"
         )
     return settings | content
 

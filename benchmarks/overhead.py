@@ -41,7 +41,9 @@ BLOCK = 20
 ALONE, NEW_BATCH, PLAIN, LIGHTNING = "the step alone", "with a new batch", "the plain loop", "Lightning"
 
 
-def step(backbone: nn.Module, head: ch.Head, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
+def step(
+    backbone: nn.Module, head: ch.ClassificationHead, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+) -> float:
     """Seconds of one training step: forward, backward and update, support and query in one batch."""
     begin = report.now(images)
     features = backbone(images.flatten(0, 1)).unflatten(0, labels.shape)
@@ -62,7 +64,7 @@ def training(*, backbone: str, device: str, episodes: int, queries: int, repeats
     torch.manual_seed(0)
     images = torch.randint(0, 256, (episodes, WAYS * (SHOTS + queries), 3, 32, 32), dtype=torch.uint8)
     labels = (torch.arange(images.shape[1]) % WAYS).expand(episodes, -1).to(device)
-    parts: dict[str, tuple[nn.Module, ch.Head, torch.optim.Optimizer]] = {}
+    parts: dict[str, tuple[nn.Module, ch.ClassificationHead, torch.optim.Optimizer]] = {}
     for name in HEADS:
         network, head = build_backbone(backbone, images.flatten(0, 1)).to(device), build_head(name).to(device)
         parameters = [*network.parameters(), *head.parameters()]

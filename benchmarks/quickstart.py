@@ -26,7 +26,7 @@ from benchmarks.options import Options
 
 TASKS = ((5, 1), (5, 5), (20, 1))
 """Ways and shots of the episodes that heads are compared on."""
-HEADS: dict[str, ch.Head] = {
+HEADS: dict[str, ch.ClassificationHead] = {
     "svm": ch.SVMHead(C=1.0, smoothing=5.0),
     "ridge": ch.RidgeHead(10.0),
     "prototypes": ch.PrototypeHead(),
@@ -95,7 +95,7 @@ def run(options: QuickstartOptions) -> None:
 
 
 def draw_letters(
-    backbone: nn.Module, head: ch.Head, data: ImageSet, path: Path, *, ways: int = 10, seed: int = 0
+    backbone: nn.Module, head: ch.ClassificationHead, data: ImageSet, path: Path, *, ways: int = 10, seed: int = 0
 ) -> None:
     """Draw an episode of each script: the examples, a new image of each letter, and the example it was taken for.
 

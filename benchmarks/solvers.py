@@ -76,7 +76,7 @@ def missing() -> dict[str, ch.MissingDependencyError]:
 def _made() -> dict[str, Contender | ch.MissingDependencyError]:
     """The paper's SVM on each solver, learn2learn's smoothed one in a loop, and ridge regression as the floor."""
 
-    def of(head: ch.Head) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+    def of(head: ch.ClassificationHead) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
         return lambda support, labels, query, ways: head(support, labels, query, ways=ways)
 
     def looped(support: Tensor, labels: Tensor, query: Tensor, ways: int) -> Tensor:
@@ -97,8 +97,8 @@ def _made() -> dict[str, Contender | ch.MissingDependencyError]:
     makers: dict[str, Callable[[], Contender]] = {
         "ridge": lambda: Contender(of(ch.RidgeHead()), exact=False),
         "native": lambda: Contender(of(ch.SVMHead(C))),
-        "native in torch": lambda: Contender(of(ch.SVMHead(C, solver=ch.NativeSolver(compiled=False)))),
-        "interior point": lambda: Contender(of(ch.SVMHead(C, solver=ch.NativeSolver(max_iterations=100)))),
+        "native in torch": lambda: Contender(of(ch.SVMHead(C, solver=ch.solvers.NativeSolver(compiled=False)))),
+        "interior point": lambda: Contender(of(ch.SVMHead(C, solver=ch.solvers.NativeSolver(max_iterations=100)))),
         "moreau": lambda: Contender(of(ch.SVMHead(C, solver=ch.solvers.MoreauSolver())), largest=2500),
         "qpth": lambda: Contender(of(ch.SVMHead(C, solver=ch.solvers.QpthSolver(max_iterations=15))), largest=2000),
         "cvxpylayers": lambda: Contender(
@@ -362,7 +362,7 @@ def main() -> None:
     known = {"sizes": list(SIZES), "names": every, "precisions": PRECISIONS}
     for name, wanted in known.items():
         if unknown := set(settings[name]) - set(wanted):
-            raise SystemExit(f"error: {name}: got {', '.join(sorted(unknown))}, wanted some of {', '.join(wanted)}")
+            raise SystemExit(f"error: {name}: expected some of {', '.join(wanted)}, got {', '.join(sorted(unknown))}")
     for name in settings["names"]:
         if name in absent:
             print(f"{name} {LEFT_OUT} {absent[name]}", file=sys.stderr)

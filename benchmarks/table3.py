@@ -83,7 +83,9 @@ def measure(
 
 
 @torch.no_grad()
-def _once(backbone: torch.nn.Module, head: ch.Head, images: Tensor, labels: Tensor) -> tuple[float, float]:
+def _once(
+    backbone: torch.nn.Module, head: ch.ClassificationHead, images: Tensor, labels: Tensor
+) -> tuple[float, float]:
     begin = report.now(images)
     features = backbone(images)
     middle = report.now(images)
@@ -129,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/table3"), help="folder for the result")
     options = parser.parse_args(arguments)
     if unknown := set(options.backbones) - set(BACKBONES):
-        raise SystemExit(f"error: backbones: got {', '.join(sorted(unknown))}, wanted some of {', '.join(BACKBONES)}")
+        raise SystemExit(f"error: backbones: expected some of {', '.join(BACKBONES)}, got {', '.join(sorted(unknown))}")
     names = ("backbones", "shots", "queries", "size", "repeats", "device")
     settings: dict[str, Any] = {name: options[name] for name in names}
     try:

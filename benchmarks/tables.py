@@ -27,6 +27,7 @@ import convexheads as ch
 from benchmarks import report, require_modules
 from benchmarks.data import ImageSet, load
 from benchmarks.options import Options
+from convexheads.evaluation import Evaluation
 from convexheads.models.pretrained import WEIGHTS_DIR
 
 HERE = Path(__file__).parent
@@ -38,7 +39,7 @@ TITLES = {
     "omniglot": "Omniglot",
 }
 HEADS = {"prototypes": "Prototypical Networks", "ridge": "MetaOptNet-RR", "svm": "MetaOptNet-SVM"}
-"""By the names of `convexheads.pretrained`, those of the paper."""
+"""By the names of `convexheads.models.list_pretrained`, those of the paper."""
 
 Scale = Literal["paper", "laptop"]
 
@@ -159,7 +160,7 @@ def features(
 
 def evaluate(
     configuration: str, dataset: str, shots: int, *, root: Path | None, train: bool, **settings: Any
-) -> tuple[ch.Evaluation, dict[str, Any]]:
+) -> tuple[Evaluation, dict[str, Any]]:
     """Accuracies of a trained backbone with the head that it was trained through, and what it was trained with.
 
     Raises:
@@ -174,7 +175,7 @@ def _weights(configuration: str, root: Path | None, train: bool) -> Path:
         return weights
     if not train:
         command = f"python -m benchmarks.train --config benchmarks/configs/{configuration}.yaml --data-root DIR"
-        raise ch.InputError("weights", f"none of {configuration}", f"--train, or what this leaves behind: {command}")
+        raise ch.InputError("weights", f"--train, or what this leaves behind: {command}", f"none of {configuration}")
     from benchmarks.train import run
 
     options = Options.read(HERE / "configs" / f"{configuration}.yaml", data_root=root)

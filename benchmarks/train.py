@@ -86,7 +86,7 @@ def measure(
     data: ImageSet,
     name: str,
     backbone: nn.Module,
-    heads: Mapping[str, ch.Head],
+    heads: Mapping[str, ch.ClassificationHead],
     tasks: Iterable[tuple[int, int]],
 ) -> list[report.Row]:
     """The accuracy of each head on the features of a backbone, for each pair of ways and shots in `tasks`."""
@@ -173,17 +173,17 @@ def prepare(options: Options) -> None:
     folder, config = options.folder, options.folder / "config.yaml"
     if options.resume:
         if not options.checkpoint.is_file() or not config.is_file():
-            raise ch.InputError("resume", f"{folder} without a checkpoint", "a folder that an earlier run wrote to")
+            raise ch.InputError("resume", "a folder that an earlier run wrote to", f"{folder} without a checkpoint")
         saved, record = read_settings(config), options.record()
         if changed := _changed(record, saved):
-            raise ch.InputError("resume", f"another value of {', '.join(changed)}", f"the options of {config}")
+            raise ch.InputError("resume", f"the options of {config}", f"another value of {', '.join(changed)}")
         _check_checkpoint(options)
         if record != saved:
             write_config(options)
         return
     result, resumable = folder / "result.json", options.checkpoint.is_file()
     if resumable and not result.is_file():
-        raise ch.InputError("output", f"{folder}, which holds an unfinished run", "--resume, or another --output")
+        raise ch.InputError("output", "--resume, or another --output", f"{folder}, which holds an unfinished run")
     options.checkpoint.unlink(missing_ok=True)  # first: the leftovers must not look like a run to resume
     result.unlink(missing_ok=True)
     if resumable:
@@ -200,14 +200,14 @@ def write_config(options: Options) -> None:
 
 
 def _check_checkpoint(options: Options) -> None:
-    path, wanted = options.checkpoint, "a complete checkpoint of this run"
+    path, expected = options.checkpoint, "a complete checkpoint of this run"
     try:
         _, record = _storage.load(path, **KIND)
         saved = dict(record["options"])
     except (OSError, LookupError, TypeError, ValueError) as error:
-        raise ch.InputError("resume", f"{path}, damaged or something else: {error}", wanted) from error
+        raise ch.InputError("resume", expected, f"{path}, damaged or something else: {error}") from error
     if changed := _changed(options.record(), saved):
-        raise ch.InputError("resume", f"{path}, that of another run ({', '.join(changed)})", wanted)
+        raise ch.InputError("resume", expected, f"{path}, that of another run ({', '.join(changed)})")
 
 
 def _changed(record: dict[str, Any], saved: dict[str, Any]) -> list[str]:
@@ -264,7 +264,7 @@ def main(
                 "; the last checkpoint is complete, --resume continues from it" if options.checkpoint.is_file() else ""
             )
             got = f"{options.folder} ({error.strerror})"
-            raise ch.InputError("output", got, f"room to write{advice}") from error
+            raise ch.InputError("output", f"room to write{advice}", got) from error
     except ch.ConvexHeadsError as error:
         raise SystemExit(f"error: {error}") from error
 

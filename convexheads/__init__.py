@@ -1,9 +1,10 @@
-"""Few-shot classification heads whose base learner is a convex problem.
+"""Few-shot heads that solve a convex problem for each task, and are differentiated through its solution.
 
 A head is used in two lines: `head = SVMHead(C=0.1)`, then `logits = head(support, labels, query)`.
 
-Kernels are reached as `convexheads.kernels.RBF`, other solvers as `convexheads.solvers.QpthSolver`, backbones as
-`convexheads.models.Conv4`, and adapters to other libraries by importing a module of `convexheads.integrations`.
+Kernels are reached as `convexheads.kernels.RBF`, solvers as `convexheads.solvers.QpthSolver`, backbones and the
+settings of the literature as `convexheads.models.Conv4` and `convexheads.models.metaoptnet_svm`, and adapters to other
+libraries by importing a module of `convexheads.integrations`.
 """
 
 # Modules by their own name, so that type checkers know them as attributes.
@@ -11,40 +12,41 @@ from convexheads import heads as heads
 from convexheads import kernels as kernels
 from convexheads import models as models
 from convexheads import solvers as solvers
-from convexheads.episodes import Episode, split_task
+from convexheads.episodes import split_task
 from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError, SolverError, SolverWarning
-from convexheads.evaluation import Evaluation, calibrate, embed, evaluate
+from convexheads.evaluation import calibrate, embed, evaluate
 from convexheads.heads import (
+    ClassificationHead,
     CvxpyHead,
     GaussianProcessHead,
     Head,
+    KernelExpansion,
     LinearDiscriminantHead,
     LogisticHead,
     MahalanobisHead,
-    OneVsRestHead,
+    OneVsRestSVMHead,
     PrototypeHead,
     RegressionHead,
     RidgeHead,
     RidgeRegressionHead,
     SimplifiedSVMHead,
+    SupportSet,
     SupportVectorRegressionHead,
     SVMHead,
-    WestonWatkinsHead,
+    WestonWatkinsSVMHead,
 )
-from convexheads.hyperparameters import Learnable
-from convexheads.kernels import RBF, Constant, Cosine, Kernel, Linear, Polynomial, Product, Sum
+from convexheads.hyperparameters import Learnable, parameter_groups
 from convexheads.loader import EpisodeLoader
-from convexheads.models import list_pretrained, load_pretrained, metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
-from convexheads.solvers import NativeSolver
+from convexheads.models import list_pretrained, load_pretrained
 
 __version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022 (by subject)
     # classification
-    "Head",
+    "ClassificationHead",
     "SVMHead",
-    "WestonWatkinsHead",
-    "OneVsRestHead",
+    "WestonWatkinsSVMHead",
+    "OneVsRestSVMHead",
     "SimplifiedSVMHead",
     "LogisticHead",
     "RidgeHead",
@@ -57,22 +59,20 @@ __all__ = [  # noqa: RUF022 (by subject)
     "RidgeRegressionHead",
     "GaussianProcessHead",
     "SupportVectorRegressionHead",
-    # hyperparameters and solvers
+    # what a head of one's own is made of
+    "Head",
+    "SupportSet",
+    "KernelExpansion",
+    # hyperparameters
     "Learnable",
-    "NativeSolver",
+    "parameter_groups",
     # episodes
-    "Episode",
     "EpisodeLoader",
-    "Evaluation",
     "calibrate",
     "embed",
     "evaluate",
     "split_task",
-    # settings of the literature and trained weights
-    "metaoptnet_ridge",
-    "metaoptnet_svm",
-    "protonet",
-    "r2d2",
+    # trained weights
     "list_pretrained",
     "load_pretrained",
     # errors
@@ -81,13 +81,4 @@ __all__ = [  # noqa: RUF022 (by subject)
     "MissingDependencyError",
     "SolverError",
     "SolverWarning",
-    # kernels
-    "RBF",
-    "Constant",
-    "Cosine",
-    "Kernel",
-    "Linear",
-    "Polynomial",
-    "Product",
-    "Sum",
 ]

@@ -78,7 +78,7 @@ class _Refuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _):
         raise ConvexHeadsError(
-            f"second derivative: got a request for one through {ctx.by}, wanted a solver that has it (NativeSolver)"
+            f"second derivative: expected a solver that has one, such as NativeSolver(), got {ctx.by}, which does not"
         )
 
 

@@ -12,10 +12,18 @@ from jaxtyping import Integer
 from torch import Tensor
 
 from convexheads._progress import progress_bar
-from convexheads.errors import InputError, check_counts, check_flag, check_rank, check_seed
-from convexheads.heads.base import Fitted, Head
-from convexheads.heads.inputs import check_finite
-from convexheads.precision import is_of_floats, is_of_integers, kind
+from convexheads._validation import (
+    check_bool,
+    check_finite,
+    check_positive_ints,
+    check_rank,
+    check_seed,
+    describe_type,
+    is_float_tensor,
+    is_integer_tensor,
+)
+from convexheads.errors import InputError
+from convexheads.heads import ClassificationHead, FittedClassifier
 
 
 def sample_episodes(
@@ -25,13 +33,13 @@ def sample_episodes(
     labels = labels.cpu().long()
     classes, counts = labels.unique(return_counts=True)
     if len(classes) < ways:
-        raise InputError("labels", f"{len(classes)} classes", f"at least ways={ways}")
+        raise InputError("labels", f"at least ways={ways}", f"{len(classes)} classes")
     if (counts < per_class).any():
         worst = int(counts.argmin())
         raise InputError(
             "labels",
-            f"{counts[worst].item()} examples of class {classes[worst].item()}",
             f"at least shots + queries = {per_class}",
+            f"{counts[worst].item()} examples of class {classes[worst].item()}",
         )
     members = [(labels == label).nonzero().squeeze(-1) for label in classes]
     generator = torch.Generator().manual_seed(seed)
@@ -62,29 +70,31 @@ class FeatureEpisodes:
 
     def __post_init__(self) -> None:
         names = ("ways", "shots", "queries", "episodes", "batch_size")
-        check_counts(**{name: getattr(self, name) for name in names})
+        check_positive_ints(**{name: getattr(self, name) for name in names})
         check_seed(self.seed)
         check_rank(self.rank, self.world_size)
         for name in (*names, "seed", "rank", "world_size"):  # as Python's integers, whatever has an `__index__`
             object.__setattr__(self, name, index(getattr(self, name)))
         if self.world_size > self.episodes:
-            raise InputError("world_size", self.world_size, f"at most the {self.episodes} episodes")
-        for name, value, right, wanted in (
-            ("features", self.features, is_of_floats, "floating-point"),
-            ("labels", self.labels, is_of_integers, "integer"),
+            raise InputError("world_size", f"at most the {self.episodes} episodes", self.world_size)
+        for name, value, right, expected in (
+            ("features", self.features, is_float_tensor, "floating-point"),
+            ("labels", self.labels, is_integer_tensor, "integer"),
         ):
             if not right(value):
-                raise InputError(name, kind(value), f"a tensor of {wanted} values")
+                raise InputError(name, f"a tensor of {expected} values", describe_type(value))
         if self.features.ndim != 2 or self.labels.shape != self.features.shape[:1]:
             got = f"shapes {tuple(self.features.shape)} and {tuple(self.labels.shape)}"
-            raise InputError("features, labels", got, "(examples, d) and (examples,)")
+            raise InputError("features, labels", "(examples, d) and (examples,)", got)
         check_finite("features", self.features)
 
-    def fit_batches(self, head: Head, title: str, progress: bool) -> Iterator[tuple[Fitted, Tensor, Tensor]]:
+    def fit_batches(
+        self, head: ClassificationHead, title: str, progress: bool
+    ) -> Iterator[tuple[FittedClassifier, Tensor, Tensor]]:
         """Yield the head fitted on each batch of episodes, its logits and the labels, without gradients."""
-        if not isinstance(head, Head):
-            raise InputError("head", type(head).__name__, "a classification head")
-        check_flag("progress", progress)
+        if not isinstance(head, ClassificationHead):
+            raise InputError("head", "a classification head", type(head).__name__)
+        check_bool("progress", progress)
         device, ways, shots = self.features.device, self.ways, self.shots
         draws = sample_episodes(self.labels, ways, shots + self.queries, self.episodes, self.seed)
         draws = islice(draws, self.rank, None, self.world_size)

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Integer
 from torch import Tensor
 
-from convexheads.errors import InputError, check_counts
-from convexheads.precision import is_dense, is_of_integers, kind
+from convexheads._validation import check_positive_ints, describe_type, is_dense, is_integer_tensor
+from convexheads.errors import InputError
 
 
 class Episode(NamedTuple):
@@ -48,30 +48,30 @@ def split_task(data: Tensor, labels: Integer[Tensor, "*batch n"], *, shots: int)
     Example:
         `episode = split_task(*taskset.sample(), shots=5)`
     """
-    check_counts(shots=shots)
+    check_positive_ints(shots=shots)
     if not is_dense(data):
-        raise InputError("data", kind(data), "a tensor of images or features")
-    if not is_of_integers(labels):
-        raise InputError("labels", kind(labels), "a tensor of integers")
+        raise InputError("data", "a tensor of images or features", describe_type(data))
+    if not is_integer_tensor(labels):
+        raise InputError("labels", "a tensor of integers", describe_type(labels))
     if data.shape[: labels.ndim] != labels.shape or labels.ndim < 1:
         raise InputError(
-            "data", f"shape {tuple(data.shape)}", f"the leading dimensions of labels, {tuple(labels.shape)}"
+            "data", f"the leading dimensions of labels, {tuple(labels.shape)}", f"shape {tuple(data.shape)}"
         )
     batch, n = labels.shape[:-1], labels.shape[-1]
     rows, flat = labels.reshape(batch.numel(), n), data.reshape(batch.numel(), *data.shape[labels.ndim - 1 :])
     if not len(rows):
-        raise InputError("labels", f"shape {tuple(labels.shape)}", "at least one task")
+        raise InputError("labels", "at least one task", f"shape {tuple(labels.shape)}")
     same = rows.long().unsqueeze(-1) == rows.long().unsqueeze(-2)
     short = same.sum(-1) <= min(shots, n)
     if short.any():
         task, example = short.nonzero()[0].tolist()
         count, label = int(same[task, example].sum()), int(rows[task, example])
-        raise InputError("labels", f"{count} examples of class {label} in task {task}", f"more than shots={shots}")
+        raise InputError("labels", f"more than shots={shots}", f"{count} examples of class {label} in task {task}")
     in_support = same.tril(-1).sum(-1) < min(shots, n)
     sizes = in_support.sum(-1)
     if (sizes != sizes[0]).any():
         raise InputError(
-            "labels", "tasks with different numbers of classes", "the same number in every task of a batch"
+            "labels", "the same number in every task of a batch", "tasks with different numbers of classes"
         )
     order = (~in_support).to(torch.uint8).argsort(dim=-1, stable=True)
     task = torch.arange(len(rows), device=order.device).unsqueeze(-1)

@@ -1,134 +1,50 @@
-"""The library's own errors: every message names the argument, what came and what was wanted."""
+"""The exceptions of convexheads, whose messages name the argument, the expected and the received value."""
 
 from __future__ import annotations
 
 import re
 from importlib.metadata import PackageNotFoundError, requires
-from operator import index
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convexheads.solvers.problem import Solution
 
 
 class ConvexHeadsError(Exception):
-    """Base of every error that convexheads raises on purpose.
+    """Base class of all convexheads exceptions.
 
-    Raised as such where none of the others fits: for the probabilities of a regression head, and for a second
-    derivative through a solver that has only the first.
+    It is raised itself where no subclass fits: for a second derivative through a solver that has only the first, and
+    for the weights of a fitted head that is not linear.
     """
 
 
 class InputError(ConvexHeadsError, ValueError):
-    """An argument is unusable; a `ValueError` too. The message names it, what came and what was wanted.
+    """An argument is unusable; a `ValueError` too. The message names it, the expected and the received value.
 
     Args:
         argument: its name.
-        got: what came, as the message is to show it.
-        wanted: what would do.
+        expected: the expected value, in words.
+        got: the received value, as the message shows it.
 
     Attributes:
         argument: its name.
     """
 
-    def __init__(self, argument: str, got: Any, wanted: str) -> None:
+    def __init__(self, argument: str, expected: str, got: Any) -> None:
         self.argument = argument
-        super().__init__(f"{argument}: got {got}, wanted {wanted}")
-
-
-def described(value: object) -> str:
-    """The `value` as an error shows it: as Python writes it, with the type where that is not Python's own."""
-    kind = type(value)
-    plain = kind.__module__ == "builtins" or kind.__name__ in repr(value)
-    return repr(value) if plain else f"{value!r} ({kind.__module__}.{kind.__name__})"
-
-
-def is_count(value: object) -> TypeGuard[int]:
-    """Whether the `value` is an integer of at least 1, and not True."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def check_counts(**counts: object) -> None:
-    """Raise `InputError` unless each is an integer of at least 1.
-
-    Args:
-        counts: by the name that the error is to show.
-
-    Raises:
-        InputError: one is no integer, is a bool, or is below 1.
-    """
-    for name, count in counts.items():
-        if not is_count(count):
-            raise InputError(name, described(count), "an integer of at least 1")
-
-
-def check_seed(seed: object) -> None:
-    """Raise `InputError` unless it is a seed of PyTorch's and NumPy's generators.
-
-    Args:
-        seed: anything.
-
-    Raises:
-        InputError: it is no integer, is a bool, is negative, or has more than 63 bits.
-    """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise InputError("seed", described(seed), "an integer from 0 to 2**63 - 1")
-
-
-def check_rank(rank: object, world_size: object) -> None:
-    """Raise `InputError` unless a process with this rank exists.
-
-    Args:
-        rank: Rank of the process.
-        world_size: Number of processes.
-
-    Raises:
-        InputError: `world_size` is no positive integer, or `rank` is no integer from 0 to `world_size - 1`.
-    """
-    check_counts(world_size=world_size)
-    if as_integer(rank) not in range(size := as_integer(world_size) or 0):
-        raise InputError("rank", described(rank), f"an integer from 0 to world_size - 1 = {size - 1}")
-
-
-def as_integer(value: Any) -> int | None:
-    """Convert an integer of any kind, such as NumPy's, to one of Python.
-
-    Args:
-        value: The value to convert.
-
-    Returns:
-        The integer, or None if the value is a boolean or no integer.
-    """
-    try:
-        return None if isinstance(value, bool) else index(value)
-    except (TypeError, RuntimeError):  # a RuntimeError of tensors without values
-        return None
-
-
-def check_flag(name: str, value: object) -> None:
-    """Raise `InputError` unless it is True or False.
-
-    Args:
-        name: of the argument, for the error.
-        value: anything.
-
-    Raises:
-        InputError: it is neither.
-    """
-    if not isinstance(value, bool):
-        raise InputError(name, described(value), "True or False")
+        super().__init__(f"{argument}: expected {expected}, got {got}")
 
 
 class SolverError(ConvexHeadsError, RuntimeError):
     """At least one task of a batch could not be solved to the tolerance asked for; a `RuntimeError` too.
 
     Args:
-        message: which tasks, and how far they came.
-        solution: as below; None by default.
+        message: the failed tasks, with their gap and residual.
+        solution: see below. Defaults to None.
 
     Attributes:
-        solution: the whole batch's `Solution`, with its per-task status, so that the tasks that succeeded are not lost.
-            None where a closed form failed.
+        solution: the `Solution` of the whole batch, with the status of each task, so that the tasks that succeeded are
+            not lost; None where a closed form failed.
     """
 
     def __init__(self, message: str, solution: Solution | None = None) -> None:
@@ -137,7 +53,7 @@ class SolverError(ConvexHeadsError, RuntimeError):
 
 
 class MissingDependencyError(ConvexHeadsError, ImportError):
-    """An optional package is needed and not installed, or not in a supported version; an `ImportError` too.
+    """An optional package is needed and not installed, or the installed version is unsupported; an `ImportError` too.
 
     The message ends with the pip command that installs what is needed. The command names the packages themselves,
     so it works whether convexheads was installed from a checkout or from a package index.
@@ -173,4 +89,4 @@ def _requirements(extra: str) -> list[str]:
 
 
 class SolverWarning(UserWarning):
-    """What `on_failure="warn"` emits where "raise" would raise `SolverError`; a `UserWarning`."""
+    """Warning of `on_failure="warn"`, where "raise" raises `SolverError`; a `UserWarning`."""

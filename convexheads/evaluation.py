@@ -14,10 +14,10 @@ from torch.nn import functional
 
 from convexheads._progress import progress_bar
 from convexheads._sampling import FeatureEpisodes
-from convexheads.errors import InputError, check_counts, check_flag
-from convexheads.heads.base import Head
-from convexheads.hyperparameters import Learnable, value_of
-from convexheads.precision import is_dense, kind
+from convexheads._validation import check_bool, check_positive_ints, describe_type, is_dense
+from convexheads.errors import InputError
+from convexheads.heads import ClassificationHead
+from convexheads.hyperparameters import Learnable, as_tensor
 
 _SCALE_BOUNDS = (1e-30, 1e30)  # well within what a `Learnable` represents
 
@@ -88,7 +88,7 @@ class Evaluation:
             `print(evaluate(SVMHead(), features, labels).compare(evaluate(RidgeHead(), features, labels)))`
         """
         if self.episodes != other.episodes:
-            raise InputError("other", f"{other.episodes} episodes", f"the same {self.episodes} episodes")
+            raise InputError("other", f"the same {self.episodes} episodes", f"{other.episodes} episodes")
         differences = self.accuracies - other.accuracies
         return Difference(differences.mean().item(), _half_width(differences))
 
@@ -101,7 +101,7 @@ def _half_width(values: Tensor) -> float:
 
 
 def evaluate(
-    head: Head,
+    head: ClassificationHead,
     features: Float[Tensor, "examples d"],
     labels: Integer[Tensor, " examples"],
     *,
@@ -164,7 +164,7 @@ def evaluate(
 
 
 def calibrate(
-    head: Head,
+    head: ClassificationHead,
     features: Float[Tensor, "examples d"],
     labels: Integer[Tensor, " examples"],
     *,
@@ -175,7 +175,7 @@ def calibrate(
     batch_size: int = 50,
     seed: int = 0,
     progress: bool = True,
-) -> Head:
+) -> ClassificationHead:
     """Return a copy of a head whose `scale` gives the best probabilities on held-out episodes (temperature scaling).
 
     The temperature, one positive number, minimizes the cross-entropy over all queries of all episodes (Guo et al.
@@ -227,7 +227,7 @@ def calibrate(
     optimizer.step(loss)
     calibrated = copy.deepcopy(head)
     # A factor of zero or below means that the head predicts worse than chance, and any tiny scale is as good.
-    scale = value_of(head.scale, unit).item() * (factor / unit).clamp(*_SCALE_BOUNDS).item()
+    scale = as_tensor(head.scale, unit).item() * (factor / unit).clamp(*_SCALE_BOUNDS).item()
     device = head.scale.value.device if isinstance(head.scale, Learnable) else unit.device
     del calibrated.scale
     calibrated.scale = Learnable(min(max(scale, _SCALE_BOUNDS[0]), _SCALE_BOUNDS[1])).to(device).requires_grad_(False)
@@ -252,12 +252,12 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
     Example:
         `features = embed(backbone, images)`
     """
-    check_counts(batch_size=batch_size)
-    check_flag("progress", progress)
+    check_positive_ints(batch_size=batch_size)
+    check_bool("progress", progress)
     if not isinstance(backbone, nn.Module):
-        raise InputError("backbone", type(backbone).__name__, "a module")
+        raise InputError("backbone", "a module", type(backbone).__name__)
     if not is_dense(images) or not images.ndim:
-        raise InputError("images", kind(images), "a tensor of images, (examples, ...)")
+        raise InputError("images", "a tensor of images, (examples, ...)", describe_type(images))
     training = backbone.training
     parameter = next(backbone.parameters(), images)
     backbone.eval()
@@ -267,8 +267,10 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
             for batch in images.split(min(batch_size, max(1, len(images)))):
                 found = backbone(batch.to(parameter.device))
                 if not is_dense(found) or found.ndim < 2 or len(found) != len(batch):
-                    got = f"a result of shape {tuple(found.shape)}" if isinstance(found, Tensor) else kind(found)
-                    raise InputError("backbone", got, "features of each image, (batch, ...)")
+                    got = (
+                        f"a result of shape {tuple(found.shape)}" if isinstance(found, Tensor) else describe_type(found)
+                    )
+                    raise InputError("backbone", "features of each image, (batch, ...)", got)
                 features.append(found.flatten(1).to(images.device))
                 bar.update(len(batch))
     finally:

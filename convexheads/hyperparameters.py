@@ -1,116 +1,106 @@
-"""Hyper-parameters: floats, or parameters that learn along with the backbone."""
+"""Hyper-parameters: floats, or parameters that learn along with the backbone; and modules that are made of them."""
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
-from typing import TypeVar
+from functools import cache
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from convexheads.errors import InputError, check_flag, described
+from convexheads._validation import Check, check_bool, check_real
+from convexheads.errors import InputError
 
-_LARGEST = torch.finfo(torch.float64).max
-_LEAST, _MOST = 1e-37, 1e38  # in float32, a little less than its range
-
-
-class OneLine(nn.Module):
-    """A module that prints as the call that made it, parts included; `extra_repr` gives the arguments."""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})"
+_C = TypeVar("_C", bound="Configurable")
+_SMALLEST, _LARGEST = 1e-37, 1e38  # of positive values in float32; a little less than its range
 
 
-class Learnable(OneLine):
+class Learnable(nn.Module):
     """A hyper-parameter that receives gradients.
 
-    A positive one is stored as its logarithm, so that no optimiser step can make it negative. What differs: the code
-    published by Lee et al. 2019 keeps the scale of their Eq. 12 as an unconstrained parameter.
+    Use it when a number such as C, a kernel's length scale or a logit scale should be trained along with the backbone.
+    A positive one is stored as its logarithm, so that no optimizer step can make it negative. The parameter stays in
+    float32 or float64 when the model is cast to a smaller dtype. Weight decay would pull the logarithm to zero, and the
+    value to one: see `parameter_groups`. What differs: the code published by Lee et al. 2019 keeps the scale of their
+    Eq. 12 as an unconstrained parameter.
 
     Args:
-        initial: starting value, a number that float32 holds (at most 1e38), and from 1e-37 on unless `signed`.
-        signed: whether it may take any sign, as a bias may. Default False.
+        value: starting value, a number that float32 holds (at most 1e38), and from 1e-37 on if `positive`.
+        positive: whether the value stays positive. False allows any sign, as for a bias. Defaults to True.
 
     Raises:
-        InputError: `initial` is not such a number.
+        InputError: `value` is not such a number.
 
     Example:
         `SVMHead(C=Learnable(0.1), scale=Learnable(1.0))`
     """
 
-    def __init__(self, initial: float, *, signed: bool = False) -> None:
+    def __init__(self, value: float, *, positive: bool = True) -> None:
         super().__init__()
-        check_flag("Learnable(signed)", signed)
-        self.signed = signed
-        (finite if signed else positive)("Learnable(initial)", initial, learnable=False)
-        if abs(initial) > _MOST or (initial < _LEAST and not signed):
-            raise InputError("Learnable(initial)", initial, f"one that float32 holds, from {_LEAST} to {_MOST}")
-        if signed:
-            self.signed_value = nn.Parameter(torch.tensor(float(initial)))
-        else:
-            self.log_value = nn.Parameter(torch.tensor(math.log(initial)))
+        self.positive = check_bool("Learnable(positive)", positive)
+        number = check_real("Learnable(value)", value, positive=positive)
+        if abs(number) > _LARGEST or (positive and number < _SMALLEST):
+            raise InputError("Learnable(value)", f"a number that float32 holds, {_SMALLEST} to {_LARGEST}", number)
+        self.raw_value = nn.Parameter(torch.tensor(math.log(number) if positive else number))
 
     @property
     def value(self) -> Tensor:
         """The current value, a scalar tensor `()` with gradient, on the device of the module."""
-        return self.signed_value if self.signed else self.log_value.exp()
+        return self.raw_value.exp() if self.positive else self.raw_value
 
-    def extra_repr(self) -> str:
-        return repr(float(f"{self.value.item():.6g}")) + (", signed=True" if self.signed else "")
+    def _apply(self, fn, recurse=True):  # `half()`, `to(dtype)` and the like all come here
+        def keep_precision(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype.itemsize >= 4 else tensor.to(result.device)
+
+        return super()._apply(keep_precision, recurse)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in ("log_value", "signed_value"):  # the parameter's name in weights that were saved before 0.1
+            if (value := state_dict.pop(prefix + name, None)) is not None:
+                state_dict[prefix + "raw_value"] = value
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __repr__(self) -> str:
+        return f"Learnable({float(f'{self.value.item():.6g}')!r}{'' if self.positive else ', positive=False'})"
 
 
 Hyperparameter = float | Learnable
 """A constant, or a parameter that learns."""
-_T = TypeVar("_T", float, Learnable, Hyperparameter)
 
 
-def positive(name: str, value: _T, *, or_zero: bool = False, learnable: bool = True) -> _T:
-    """Return `value` if it is a positive finite number (or zero, or a positive `Learnable`, where allowed).
+def check_positive(name: str, value: Any, *, allow_zero: bool = False) -> Hyperparameter:
+    """Return a float or a positive `Learnable`, or raise `InputError`.
 
     Args:
         name: of the argument, for the error.
-        value: a number or a `Learnable`.
-        or_zero: whether zero will do. Default False.
-        learnable: whether a `Learnable` will do. Default True.
-
-    Raises:
-        InputError: it is not.
+        value: anything.
+        allow_zero: whether zero is allowed. Defaults to False.
     """
-    wanted = f"a {'non-negative' if or_zero else 'positive'} finite number{' or Learnable(...)' if learnable else ''}"
     if isinstance(value, Learnable):
-        if value.signed or not learnable:
-            raise InputError(name, repr(value), wanted + (", not signed" if learnable else ""))
-        return value
-    if not _is_number(value):
-        raise InputError(name, described(value), wanted)
-    if value < 0 or (value == 0 and not or_zero):
-        raise InputError(name, value, wanted)
-    return value
+        if value.positive:
+            return value
+        raise InputError(name, "a positive finite number or Learnable(...), of positive values", repr(value))
+    return check_real(name, value, positive=True, allow_zero=allow_zero, alternative=" or Learnable(...)")
 
 
-def finite(name: str, value: _T, *, learnable: bool = True) -> _T:
-    """Return `value` if it is a finite number or, if `learnable`, a `Learnable`, of any sign.
+def check_any_sign(name: str, value: Any) -> Hyperparameter:
+    """Return a float or a `Learnable`, of any sign, or raise `InputError`.
 
     Args:
         name: of the argument, for the error.
-        value: a number or a `Learnable`.
-        learnable: whether a `Learnable` will do. Default True.
-
-    Raises:
-        InputError: it is neither.
+        value: anything.
     """
-    if not (learnable and isinstance(value, Learnable)) and not _is_number(value):
-        wanted = "a finite number" + (" or Learnable(..., signed=True)" if learnable else "")
-        raise InputError(name, described(value), wanted)
-    return value
+    if isinstance(value, Learnable):
+        return value
+    return check_real(name, value, alternative=" or Learnable(..., positive=False)")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(abs(value) <= _LARGEST)
-
-
-def value_of(hyperparameter: Hyperparameter, like: Tensor) -> Tensor:
-    """The hyper-parameter as a scalar tensor of the dtype and device of `like`, through which gradients reach it.
+def as_tensor(hyperparameter: Hyperparameter, like: Tensor) -> Tensor:
+    """The hyper-parameter as a scalar tensor, through which gradients reach it.
 
     Args:
         hyperparameter: a number or a `Learnable`.
@@ -121,9 +111,120 @@ def value_of(hyperparameter: Hyperparameter, like: Tensor) -> Tensor:
     """
     if isinstance(hyperparameter, Learnable):
         return hyperparameter.value.to(like)
-    return torch.full((), hyperparameter, dtype=like.dtype, device=like.device)  # which nothing waits for
+    return torch.full((), hyperparameter, dtype=like.dtype, device=like.device)  # created on the device, without a copy
 
 
-def display(hyperparameter: Hyperparameter) -> str:
-    """The `hyperparameter`, a number or a `Learnable`, as it stands in a constructor call."""
-    return repr(hyperparameter) if isinstance(hyperparameter, Learnable) else repr(float(hyperparameter))
+def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters of a module for an optimizer, with weight decay for all but `Learnable`s.
+
+    Use it when you train `Learnable`s with weight decay, which would pull each of them towards one.
+
+    Args:
+        module: such as an `nn.ModuleList` of a backbone and a head.
+        weight_decay: of all other parameters, at least 0.
+
+    Returns:
+        Two groups of parameters, each a dictionary as optimizers take them.
+
+    Raises:
+        InputError: `weight_decay` is negative.
+
+    Example:
+        `torch.optim.SGD(parameter_groups(model, weight_decay=5e-4), lr=0.1)`
+    """
+    decay = check_real("weight_decay", weight_decay, positive=True, allow_zero=True)
+    scalars = {part.raw_value: None for part in module.modules() if isinstance(part, Learnable)}
+    others = [parameter for parameter in module.parameters() if parameter not in scalars]
+    return [{"params": others, "weight_decay": decay}, {"params": list(scalars), "weight_decay": 0.0}]
+
+
+class Configurable(nn.Module):
+    """A module whose settings are the arguments of its constructor, kept in attributes of the same names.
+
+    Settings are checked whenever they are assigned. `repr` gives the constructor call; `get_params` and `set_params`
+    read and write settings as scikit-learn does.
+    """
+
+    checks: ClassVar[dict[str, Check]] = {}
+    """By setting, the function `(name, value) -> value` that checks it, and returns what to keep."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if check := self.checks.get(name):
+            value = check(self._argument(name), value)
+            if not isinstance(value, nn.Module):
+                self._modules.pop(name, None)  # a number in the place of a `Learnable`
+        super().__setattr__(name, value)
+
+    def _argument(self, name: str) -> str:
+        """What errors call the setting."""
+        return name
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The settings by name, as scikit-learn has them.
+
+        Args:
+            deep: whether to include those of a setting that has settings, such as "kernel__length_scale". Defaults to
+                True.
+        """
+        params = {name: getattr(self, name) for name in _arguments(type(self))}
+        if deep:
+            for name, value in list(params.items()):
+                if isinstance(value, Configurable):
+                    params |= {f"{name}__{inner}": setting for inner, setting in value.get_params().items()}
+        return params
+
+    def set_params(self: _C, **params: Any) -> _C:
+        """Change settings by name, as scikit-learn does, and return the module.
+
+        Args:
+            params: new values; "kernel__length_scale" is the `length_scale` of the `kernel`.
+
+        Raises:
+            InputError: there is no such setting, or its value is unusable.
+        """
+        for name, value in params.items():
+            outer, _, inner = name.partition("__")
+            if outer not in _arguments(type(self)):
+                raise InputError(outer, f"one of {', '.join(_arguments(type(self)))}", "no such setting")
+            if not inner:
+                setattr(self, name, value)
+            elif isinstance(part := getattr(self, outer), Configurable):
+                part.set_params(**{inner: value})
+            else:
+                raise InputError(name, f"a {outer} that has settings", f"{outer}={part!r}")
+        return self
+
+    def __sklearn_clone__(self: _C) -> _C:
+        return copy.deepcopy(self)
+
+    def __repr__(self) -> str:
+        """The constructor call: arguments that may be positional, and others that differ from their defaults."""
+        shown = []
+        for name, argument in _arguments(type(self)).items():
+            value, default = getattr(self, name), self._default(name, argument.default)
+            is_default = type(value) is type(default) and repr(value) == repr(default)
+            if is_default and (argument.kind is argument.KEYWORD_ONLY or value is None):
+                continue
+            shown.append(f"{name}={value.__name__ if inspect.isfunction(value) else repr(value)}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _default(self, name: str, default: Any) -> Any:
+        """The value of a setting for the default of its argument."""
+        if default is None or default is inspect.Parameter.empty or name not in self.checks:
+            return default
+        return self.checks[name](name, default)
+
+
+@cache
+def _arguments(kind: type) -> dict[str, inspect.Parameter]:
+    """The named arguments of a class's constructor, with those of the base classes' that it passes on by `**`."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in kind.__mro__:
+        if "__init__" not in vars(base) or base is Configurable:
+            continue
+        arguments = list(inspect.signature(base.__init__).parameters.values())[1:]
+        named = {a.name: a for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY)}
+        found |= {name: argument for name, argument in named.items() if name not in found}
+        if not any(argument.kind is argument.VAR_KEYWORD for argument in arguments):
+            break
+    return found

@@ -11,8 +11,18 @@ from jaxtyping import Integer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from convexheads.errors import InputError, as_integer, check_counts, check_flag, check_rank, check_seed, described
-from convexheads.precision import is_dense, is_of_integers, kind
+from convexheads._validation import (
+    as_integer,
+    check_bool,
+    check_positive_ints,
+    check_rank,
+    check_seed,
+    describe,
+    describe_type,
+    is_dense,
+    is_integer_tensor,
+)
+from convexheads.errors import InputError
 
 if TYPE_CHECKING:
     from numpy.random import Generator
@@ -78,39 +88,39 @@ class EpisodeLoader:
         num_workers: int = 0,
     ) -> None:
         counts = {"ways": ways, "shots": shots, "queries": queries, "batch_size": batch_size}
-        check_counts(**counts, steps_per_epoch=steps_per_epoch)
+        check_positive_ints(**counts, steps_per_epoch=steps_per_epoch)
         check_seed(seed)
-        check_flag("resample_each_epoch", resample_each_epoch)
+        check_bool("resample_each_epoch", resample_each_epoch)
         check_rank(rank, world_size)
         if transform is not None and not callable(transform):
-            raise InputError("transform", repr(transform), "a function from a sample to a sample, or None")
+            raise InputError("transform", "a function from a sample to a sample, or None", repr(transform))
         if not is_dense(samples):
-            raise InputError("samples", kind(samples), "a tensor, (n, *sample)")
-        if not is_of_integers(labels):
-            raise InputError("labels", kind(labels), "a tensor of integers")
+            raise InputError("samples", "a tensor, (n, *sample)", describe_type(samples))
+        if not is_integer_tensor(labels):
+            raise InputError("labels", "a tensor of integers", describe_type(labels))
         if (workers := as_integer(num_workers)) is None or workers < 0:
-            raise InputError("num_workers", described(num_workers), "a number of processes, 0 for none")
+            raise InputError("num_workers", "a number of processes, 0 for none", describe(num_workers))
         if workers and samples.device.type != "cpu":
-            raise InputError("samples", f"device {samples.device}", "the CPU, or num_workers=0")
+            raise InputError("samples", "the CPU, or num_workers=0", f"device {samples.device}")
         labels = labels.cpu().long()
         if labels.shape != samples.shape[:1] or not labels.ndim:
             got = f"shapes {tuple(samples.shape)} and {tuple(labels.shape)}"
-            raise InputError("samples, labels", got, "(n, *sample) and (n,)")
+            raise InputError("samples, labels", "(n, *sample) and (n,)", got)
         present = labels.unique().tolist()
         self.members = [(labels == label).nonzero().flatten().numpy() for label in present]
         if len(self.members) < ways:
-            raise InputError("ways", ways, f"at most the {len(self.members)} classes of the data")
+            raise InputError("ways", f"at most the {len(self.members)} classes of the data", ways)
         if class_names is not None and (not isinstance(class_names, Sequence) or len(class_names) != len(present)):
             raise InputError(
-                "class_names", repr(class_names), f"a name for each of the {len(present)} classes, or None"
+                "class_names", f"a name for each of the {len(present)} classes, or None", repr(class_names)
             )
         self.samples_per_class = index(shots) + index(queries)
         if short := [n for n, members in enumerate(self.members) if len(members) < self.samples_per_class]:
             name, count = (class_names or present)[short[0]], len(self.members[short[0]])
-            wanted = f"at least {self.samples_per_class}, for support and query of an episode"
-            raise InputError("labels", f"{count} samples of class {name!r}", wanted)
+            expected = f"at least {self.samples_per_class}, for support and query of an episode"
+            raise InputError("labels", expected, f"{count} samples of class {name!r}")
         if batch_size % world_size:
-            raise InputError("batch_size", batch_size, f"a multiple of the {world_size} processes")
+            raise InputError("batch_size", f"a multiple of the {world_size} processes", batch_size)
         self.samples, self.transform = samples, transform
         self.ways, self.batch_size, self.steps_per_epoch = index(ways), index(batch_size), index(steps_per_epoch)
         self.seed, self.rank, self.world_size = index(seed), index(rank), index(world_size)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from convexheads.episodes import Episode
 from convexheads.errors import InputError, SolverError
-from convexheads.heads.base import Head
+from convexheads.heads import ClassificationHead
 
 
 def _paper(progress: float) -> float:
@@ -51,7 +51,7 @@ class EpisodeLoss(NamedTuple):
     logits: Float[Tensor, "*tasks q ways"]
 
 
-def episode_loss(head: Head, episode: Episode, *, ways: int, label_smoothing: float = 0.0) -> EpisodeLoss:
+def episode_loss(head: ClassificationHead, episode: Episode, *, ways: int, label_smoothing: float = 0.0) -> EpisodeLoss:
     """Compute the loss for training a backbone with a head: fit on each support set, score each query set.
 
     Only the head reads values from the device.
@@ -107,8 +107,8 @@ def raise_failure(failure: dict[str, Any], error: Exception | None = None) -> No
     """
     if isinstance(error, SolverError):
         raise SolverError(f"{format_step(failure)}: {error}", error.solution) from error
-    wanted = "finite values; the policy 'skip' skips such a step, 'stop' ends the training before it"
-    raise InputError("batch", f"{format_step(failure)} ({failure['cause']})", wanted) from error
+    expected = "finite values; the policy 'skip' skips such a step, 'stop' ends the training before it"
+    raise InputError("batch", expected, f"{format_step(failure)} ({failure['cause']})") from error
 
 
 def non_finite_tasks(values: Tensor, dimensions: int) -> list[int]:

@@ -17,8 +17,10 @@ from matplotlib import rcParams
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from convexheads import RBF, Head, NativeSolver, RegressionHead, SupportVectorRegressionHead, SVMHead
+from convexheads import ClassificationHead, RegressionHead, SupportVectorRegressionHead, SVMHead
 from convexheads.heads import FittedGaussianProcess
+from convexheads.kernels import RBF
+from convexheads.solvers import NativeSolver
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 COLOURS = ("#4c8dd6", "#e58a2e", "#3fae6a", "#c85fb0", "#9a8cf0", "#b5a13c")
@@ -60,7 +62,7 @@ def picture(figure: Figure, caption: str) -> str:
     return f'<figure class="picture">{svg}<figcaption>{said}</figcaption></figure>'
 
 
-def boundaries(heads: Mapping[str, Head], *, ways: int = 3, shots: int = 7, seed: int = 5) -> Figure:
+def boundaries(heads: Mapping[str, ClassificationHead], *, ways: int = 3, shots: int = 7, seed: int = 5) -> Figure:
     """What heads decide everywhere in the plane, from the same support set; support vectors are ringed.
 
     Colours are the classes, stronger where the best logit is further ahead of the second.
@@ -85,7 +87,7 @@ def boundaries(heads: Mapping[str, Head], *, ways: int = 3, shots: int = 7, seed
         panel.imshow(image, origin="lower", extent=(-reach, reach, -reach, reach), interpolation="bilinear")
         panel.scatter(*support.T, c=[COLOURS[label] for label in labels], s=16, zorder=2, edgecolors="none")
         if fitted.solution is not None and fitted.solution.bound_multipliers is not None:
-            vectors = support[fitted.dual.coef.abs().amax(-1) > 1e-9]
+            vectors = support[fitted.expansion.coef.abs().amax(-1) > 1e-9]
             panel.scatter(*vectors.T, s=60, facecolors="none", edgecolors=_TEXT, linewidths=0.8, zorder=3)
         panel.set(xticks=[], yticks=[], title=name)
         panel.title.set_fontsize(10)

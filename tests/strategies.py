@@ -148,32 +148,36 @@ hyper = number | number.map(ch.Learnable)
 
 kernels = st.one_of(
     st.none(),
-    st.builds(ch.Linear, normalize=st.booleans()),
-    st.builds(ch.Cosine),
-    st.builds(ch.RBF, st.none() | hyper),
-    st.builds(ch.Polynomial, st.integers(1, 3), offset=hyper, scale=hyper),
+    st.builds(ch.kernels.Linear, normalize=st.booleans()),
+    st.builds(ch.kernels.Cosine),
+    st.builds(ch.kernels.RBF, st.none() | hyper),
+    st.builds(ch.kernels.Polynomial, st.integers(1, 3), offset=hyper, scale=hyper),
     st.just(lambda x, y: x @ y.mT + 1),
-    st.builds(lambda factor, constant: factor * ch.RBF() + ch.Linear() * ch.Cosine() + constant, hyper, hyper),
+    st.builds(
+        lambda factor, constant: factor * ch.kernels.RBF() + ch.kernels.Linear() * ch.kernels.Cosine() + constant,
+        hyper,
+        hyper,
+    ),
 )
 
 
 solvers = st.one_of(
     st.just("native"),
     st.builds(
-        ch.NativeSolver,
+        ch.solvers.NativeSolver,
         on_failure=st.sampled_from(["raise", "warn", "return"]),
         compiled=st.sampled_from([None, False]),
         max_iterations=st.none() | st.integers(1, 5),
     ),
-    st.builds(ch.NativeSolver, gradient=st.just("smoothed"), relaxation=number),
-    st.builds(ch.NativeSolver, gradient=st.just("truncated"), max_iterations=st.integers(1, 5)),
+    st.builds(ch.solvers.NativeSolver, gradient=st.just("smoothed"), relaxation=number),
+    st.builds(ch.solvers.NativeSolver, gradient=st.just("truncated"), max_iterations=st.integers(1, 5)),
 )
 
 
 own = {"kernel": kernels, "scale": hyper}
 
 
-SVMS = [ch.SVMHead, ch.WestonWatkinsHead, ch.OneVsRestHead, ch.SimplifiedSVMHead]
+SVMS = [ch.SVMHead, ch.WestonWatkinsSVMHead, ch.OneVsRestSVMHead, ch.SimplifiedSVMHead]
 
 
 svms = [
@@ -202,9 +206,9 @@ regressors = st.one_of(
 modes = st.sampled_from([torch.enable_grad, torch.no_grad, torch.inference_mode])
 
 
-def certain(head: ch.Head | ch.RegressionHead) -> bool:
+def certain(head: ch.ClassificationHead | ch.RegressionHead) -> bool:
     """Whether what the head returns is always the optimum, so that it is finite."""
-    solver = getattr(head, "solver", ch.NativeSolver())
+    solver = getattr(head, "solver", ch.solvers.NativeSolver())
     return solver.on_failure == "raise" and solver.max_iterations is None
 
 

@@ -68,7 +68,9 @@ def survey(entry: Entry, source: Source, split: str, *, progress: bool = False) 
             result.counts[name] = len(files)
         if not entry.complete(len(files)):
             least = "" if entry.exact else "at least "
-            faults.append(f"{split}: {len(files)} images of class {name!r}, wanted {least}{entry.images_per_class}")
+            faults.append(
+                f"{split}: expected {least}{entry.images_per_class} images of class {name!r}, got {len(files)}"
+            )
         for file in files:
             try:
                 image = open_image(name, file, entry.mode)
@@ -78,7 +80,7 @@ def survey(entry: Entry, source: Source, split: str, *, progress: bool = False) 
             result.sizes[image.size] += 1
             if entry.resampling is None and image.size != (entry.size, entry.size):
                 size = f"{image.width} x {image.height}"
-                faults.append(f"{split}: a {size} image of class {name!r}, wanted {entry.size} x {entry.size}")
+                faults.append(f"{split}: expected images of {entry.size} x {entry.size} in class {name!r}, got {size}")
             digests.append(hashlib.sha256(image.tobytes()).digest())
         groups[group].update(b"".join(sorted(digests)))
         if faults:

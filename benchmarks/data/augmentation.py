@@ -98,5 +98,5 @@ def augmentation(name: str) -> Augmentation | None:
         InputError: the augmentation is unknown.
     """
     if name not in AUGMENTATIONS:
-        raise InputError("augment", repr(name), f"one of {', '.join(AUGMENTATIONS)}")
+        raise InputError("augment", f"one of {', '.join(AUGMENTATIONS)}", repr(name))
     return None if name == "none" else Augmentation(jitter=name.endswith("jitter"))

@@ -197,7 +197,7 @@ def load(
         glyphs = load_glyphs(progress=progress)
         return {split: glyphs[split] for split in splits}
     if dataset not in CATALOGUE:
-        raise InputError("dataset", repr(dataset), f"one of {', '.join(DATASETS)}")
+        raise InputError("dataset", f"one of {', '.join(DATASETS)}", repr(dataset))
     return read(CATALOGUE[dataset], root, splits=splits, progress=progress)
 
 
@@ -225,12 +225,12 @@ def look_for(entry: Entry, root: Path | None, splits: Sequence[str]) -> Source:
     there = present(entry, source)
     if there and (missing := [split for split in splits if split not in there]):
         got = f"nothing of {' and '.join(missing)}, only {' and '.join(there)} of {entry.name}, in {root}"
-        raise InputError("data root", got, entry.layouts)
+        raise InputError("data root", entry.layouts, got)
     for name in (name for split in splits for name in split_classes(entry.name, split)):
         if not entry.complete(count := len(source.images.get(name, ()))):
             got = f"{count} images of class {name!r} in {' and '.join(map(str, source.places))}"
             least = "" if entry.exact else "at least "
-            raise InputError("data root", got, f"{least}{entry.images_per_class} images of every class")
+            raise InputError("data root", f"{least}{entry.images_per_class} images of every class", got)
     return source
 
 
@@ -241,7 +241,7 @@ def check_splits(splits: Sequence[str]) -> None:
         InputError: a split is unknown, or there is none.
     """
     if not splits or set(splits) - set(SPLITS):
-        raise InputError("splits", list(splits), f"some of {', '.join(SPLITS)}")
+        raise InputError("splits", f"some of {', '.join(SPLITS)}", list(splits))
 
 
 def look(entry: Entry, root: Path | None) -> Source:
@@ -251,12 +251,12 @@ def look(entry: Entry, root: Path | None) -> Source:
         InputError: there is nothing usable below `root`.
     """
     if root is None:
-        raise InputError("data root", "none (neither --data-root nor CONVEXHEADS_DATA is set)", entry.layouts)
+        raise InputError("data root", entry.layouts, "none (neither --data-root nor CONVEXHEADS_DATA is set)")
     forms = (*entry.forms, partial(sheets, entry.name))
     source = find(forms, root, {split: split_classes(entry.name, split) for split in SPLITS})
     if not source.places:
         got = f"{root} ({'nothing usable' if root.is_dir() else 'no such folder'})"
-        raise InputError("data root", got, entry.layouts)
+        raise InputError("data root", entry.layouts, got)
     return source
 
 
@@ -296,7 +296,7 @@ def fit(entry: Entry, name: str, image: Image) -> Image:
         return image
     if entry.resampling is None:
         got = f"an image of class {name!r} that is {image.width} x {image.height}"
-        raise InputError("data root", got, f"{entry.size} x {entry.size} for all of {entry.name}")
+        raise InputError("data root", f"{entry.size} x {entry.size} for all of {entry.name}", got)
     return image.resize((entry.size, entry.size), entry.resampling)
 
 

@@ -49,12 +49,12 @@ def pack(
             damaged, the sheet of a class is larger than a part, or `output` contains parts already.
     """
     if dataset not in CATALOGUE:
-        raise InputError("dataset", repr(dataset), f"one of {', '.join(CATALOGUE)}")
+        raise InputError("dataset", f"one of {', '.join(CATALOGUE)}", repr(dataset))
     check_splits(splits)
     entry = CATALOGUE[dataset]
     source, folder = look_for(entry, root, splits), output / dataset
     if old := sorted(folder.glob("part-*.zip")):
-        raise InputError("output", f"{folder}, which holds {old[0].name} already", "a folder without packed files")
+        raise InputError("output", "a folder without packed files", f"{folder}, which holds {old[0].name} already")
     folder.mkdir(parents=True, exist_ok=True)
     names = [name for split in SPLITS if split in splits for name in split_classes(dataset, split)]
     parts, members, used = [], {}, _END
@@ -62,7 +62,7 @@ def pack(
         member, content = f"{name}/{len(source.images[name])}.webp", _sheet(entry, source, name)
         size = len(content) + 76 + 2 * len(member.encode())  # including the headers of a zip member
         if _END + size > part_size:
-            raise InputError("part size", f"{part_size:,} bytes", f"at least {_END + size:,}, for class {name!r}")
+            raise InputError("part size", f"at least {_END + size:,}, for class {name!r}", f"{part_size:,} bytes")
         if used + size > part_size:
             parts.append(_write(folder / f"part-{len(parts)}.zip", members))
             members, used = {}, _END
@@ -77,7 +77,7 @@ def _sheet(entry: Entry, source: Source, name: str) -> bytes:
         images = [fit(entry, name, image) for image in images]
     if len(sizes := {image.size for image in images}) > 1:
         got = f"images of {len(sizes)} sizes of class {name!r}"
-        raise InputError("data root", got, f"one size, as {entry.name} has it")
+        raise InputError("data root", f"one size, as {entry.name} has it", got)
     columns, rows = grid(len(images))
     width, height = images[0].size
     sheet = Image.new(entry.mode, (columns * width, rows * height))

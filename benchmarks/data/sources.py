@@ -76,7 +76,7 @@ def open_image(name: str, read: Read, mode: Literal["L", "RGB"]) -> Image.Image:
         return read().convert(mode)
     except _DAMAGE as error:
         raise InputError(
-            "data root", f"a missing or damaged image of class {name!r}: {error}", "whole files"
+            "data root", "whole files", f"a missing or damaged image of class {name!r}: {error}"
         ) from error
 
 
@@ -133,11 +133,11 @@ def csv_lists(parent: str, root: Path, splits: Splits) -> Source:
                     file = PurePath(row["filename"])
                     if file.is_absolute() or ".." in file.parts:
                         raise InputError(
-                            "data root", f"{path}, which names {file}", "files of the folder images beside it"
+                            "data root", "files of the folder images beside it", f"{path}, which names {file}"
                         )
                     listed[row["label"]].append(root / parent / "images" / file)
         except (KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
-            raise InputError("data root", f"{path}, which can't be read", "columns filename and label") from error
+            raise InputError("data root", "columns filename and label", f"{path}, which can't be read") from error
         for name in names:
             if any(file.is_file() for file in listed[name]):
                 images[name] = [partial(_decode, file.read_bytes) for file in sorted(listed[name])]
@@ -158,7 +158,7 @@ def torchvision_cifar(root: Path, splits: Splits) -> Source:
     try:  # torchvision compares the files' MD5 with the published one before unpickling them
         parts = [CIFAR100(root, train=train, download=False) for train in (True, False)]
     except RuntimeError as error:
-        raise InputError("data root", f"{folder}, incomplete or altered", "torchvision's download, whole") from error
+        raise InputError("data root", "torchvision's download, whole", f"{folder}, incomplete or altered") from error
     wanted = {name for names in splits.values() for name in names}
     images = defaultdict(list)
     for part in parts:
@@ -216,7 +216,7 @@ def _open_archive(path: Path) -> ZipFile:
         return ZipFile(path)
     except _DAMAGE as error:
         wish = "a complete one (was the download cut off?)"
-        raise InputError("data root", f"{path}, no zip file", wish) from error
+        raise InputError("data root", wish, f"{path}, no zip file") from error
 
 
 def _unpack(archive: ZipFile, member: str) -> bytes:

@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/honesty"), help="folder for the result")
     options = parser.parse_args()
     if unknown := set(options.names) - set(known):
-        raise SystemExit(f"error: names: got {', '.join(sorted(unknown))}, wanted some of {', '.join(known)}")
+        raise SystemExit(f"error: names: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     rows = []
     for name in options.names:
         tasks = options.peer_tasks if tried[name].peer else options.tasks

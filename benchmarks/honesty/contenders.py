@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ from torch.nn import functional
 import convexheads as ch
 from benchmarks.honesty import judges
 from benchmarks.honesty.tasks import HardTask
+from convexheads.heads import FittedClassifier, MulticlassSVM
 
 
 class Answer(NamedTuple):
@@ -58,10 +60,10 @@ def contenders() -> dict[str, Contender]:
     }
     return {
         "SVM": Contender(partial(_svm, ch.SVMHead, judges.crammer_singer)),
-        "Weston-Watkins SVM": Contender(partial(_svm, ch.WestonWatkinsHead, judges.weston_watkins)),
-        "one-vs-rest SVM": Contender(partial(_svm, ch.OneVsRestHead, judges.one_vs_rest)),
+        "Weston-Watkins SVM": Contender(partial(_svm, ch.WestonWatkinsSVMHead, judges.weston_watkins)),
+        "one-vs-rest SVM": Contender(partial(_svm, ch.OneVsRestSVMHead, judges.one_vs_rest)),
         "simplified SVM": Contender(partial(_svm, ch.SimplifiedSVMHead, judges.simplified)),
-        "SVM, in torch": Contender(_on(ch.NativeSolver(compiled=False))),
+        "SVM, in torch": Contender(_on(ch.solvers.NativeSolver(compiled=False))),
         "logistic regression": Contender(_logistic),
         "ridge regression": Contender(_ridge),
         "Gaussian process": Contender(_gaussian_process),
@@ -99,11 +101,11 @@ def _numpy(value: Tensor) -> np.ndarray:
     return (value.double() if value.is_floating_point() else value).numpy()
 
 
-def _svm(head: Callable[..., ch.heads.MulticlassSVM], judge: Callable[..., float], task: HardTask) -> Answer:
+def _svm(head: Callable[..., MulticlassSVM], judge: Callable[..., float], task: HardTask) -> Answer:
     made = head(task.C)
     fitted = made.fit(task.support, task.labels, ways=task.ways)
     assert fitted.solution is not None
-    gap = judge(*_arrays(task), task.C, _numpy(fitted.dual.coef))
+    gap = judge(*_arrays(task), task.C, _numpy(fitted.expansion.coef))
     error = _gradient_error_of(made, task) if _can_be_differenced(task) and _is_regular(made, fitted, task) else None
     return Answer(gap, bool(fitted.solution.converged), error)
 
@@ -112,34 +114,34 @@ def _logistic(task: HardTask) -> Answer:
     head = ch.LogisticHead(1 / task.C)
     fitted = head.fit(task.support, task.labels, ways=task.ways)
     assert fitted.solution is not None
-    gap = judges.logistic(*_arrays(task), 1 / task.C, _numpy(fitted.dual.coef))
+    gap = judges.logistic(*_arrays(task), 1 / task.C, _numpy(fitted.expansion.coef))
     error = _gradient_error_of(head, task) if _can_be_differenced(task) else None
     return Answer(gap, bool(fitted.solution.converged), error)
 
 
 def _ridge(task: HardTask) -> Answer:
     head = ch.RidgeHead(1 / task.C)
-    coef = _numpy(head.fit(task.support, task.labels, ways=task.ways).dual.coef)
+    coef = _numpy(head.fit(task.support, task.labels, ways=task.ways).expansion.coef)
     support, labels, ways = _arrays(task)
     gap = judges.ridge(support, np.eye(ways)[labels], 1 / task.C, coef)
     return Answer(gap, True, _gradient_error_of(head, task) if _can_be_differenced(task) else None)
 
 
 def _gaussian_process(task: HardTask) -> Answer:
-    fitted = ch.GaussianProcessHead(1 / task.C, kernel=ch.Linear()).fit(task.support, task.values)
+    fitted = ch.GaussianProcessHead(1 / task.C, kernel=ch.kernels.Linear()).fit(task.support, task.values)
     targets = _numpy(task.values[:, None])
-    return Answer(judges.ridge(_numpy(task.support), targets, 1 / task.C, _numpy(fitted.dual.coef)), True)
+    return Answer(judges.ridge(_numpy(task.support), targets, 1 / task.C, _numpy(fitted.expansion.coef)), True)
 
 
 def _support_vector_regression(task: HardTask) -> Answer:
     fitted = ch.SupportVectorRegressionHead(task.C, epsilon=0.1).fit(task.support, task.values)
     assert fitted.solution is not None
-    support, coef = _numpy(task.support), _numpy(fitted.dual.coef)
+    support, coef = _numpy(task.support), _numpy(fitted.expansion.coef)
     gap = judges.support_vector_regression(support, _numpy(task.values), task.C, 0.1, coef)
     return Answer(gap, bool(fitted.solution.converged.all()))
 
 
-def _gaussians(head: ch.Head, covariances: judges.Covariances, task: HardTask) -> Answer:
+def _gaussians(head: ch.ClassificationHead, covariances: judges.Covariances, task: HardTask) -> Answer:
     support, query = task.support.double(), task.query.double()
     logits = head(support, task.labels, query, ways=task.ways)
     return Answer(judges.gaussian_classes(*_arrays(task), _numpy(query), _numpy(logits), covariances), True)
@@ -204,7 +206,7 @@ _CLEAR = 1e-3
 _DEFINITE = 1e-7
 
 
-def _is_regular(head: ch.heads.MulticlassSVM, fitted: ch.heads.Fitted, task: HardTask) -> bool:
+def _is_regular(head: MulticlassSVM, fitted: FittedClassifier, task: HardTask) -> bool:
     """Whether there is a derivative on both sides.
 
     Each entry is clearly free or clearly held (strict complementarity), and the free ones are determined by the
@@ -214,10 +216,9 @@ def _is_regular(head: ch.heads.MulticlassSVM, fitted: ch.heads.Fitted, task: Har
     assert fitted.solution is not None
     if task.ways == 1:  # all is zero
         return False
-    own = functional.one_hot(task.labels, task.ways).bool()
     coef, pull = fitted.solution.coef, fitted.solution.bound_multipliers
     assert pull is not None
-    qp, _ = head.problem(fitted.support @ fitted.support.mT, own.double(), coef.new_tensor(task.C))
+    qp = _dual(head, fitted)
     size, free = coef.abs().max().clamp_min(torch.finfo(coef.dtype).tiny), torch.ones_like(coef, dtype=torch.bool)
     for bound, sign in ((qp.upper, 1), (qp.lower, -1)):
         if bound is not None:
@@ -239,11 +240,29 @@ def _is_regular(head: ch.heads.MulticlassSVM, fitted: ch.heads.Fitted, task: Har
     return bool(values[0] > _DEFINITE * values[-1])
 
 
+def _dual(head: MulticlassSVM, fitted: FittedClassifier) -> ch.solvers.QP:
+    """The problem that the head gives to its solver."""
+    head, recorder = copy.copy(head), _Recorder(on_failure="return")
+    head.solver = recorder
+    head.solve(fitted.support)
+    return recorder.problem
+
+
+class _Recorder(ch.solvers.NativeSolver):
+    """A solver that keeps the last problem."""
+
+    problem: ch.solvers.QP
+
+    def solve(self, qp: ch.solvers.QP) -> ch.solvers.Solution:
+        self.problem = qp
+        return super().solve(qp)
+
+
 def _can_be_differenced(task: HardTask) -> bool:
     return task.support.dtype == torch.float64 and task.size <= _SMALL
 
 
-def _gradient_error_of(head: ch.Head, task: HardTask) -> float:
+def _gradient_error_of(head: ch.ClassificationHead, task: HardTask) -> float:
     return _gradient_error(lambda support: head(support, task.labels, task.query, ways=task.ways), task.support)
 
 

@@ -52,7 +52,7 @@ def crammer_singer(x: Array, labels: Array, ways: int, C: float, coef: Array) ->
 
 
 def weston_watkins(x: Array, labels: Array, ways: int, C: float, coef: Array) -> float:
-    """Of `WestonWatkinsHead` with a margin of 2."""
+    """Of `WestonWatkinsSVMHead` with a margin of 2."""
     x, a = _extended(x, coef)
     own = _one_hot(labels, ways)
     others = np.where(own, 0, np.clip(a, -C, 0))
@@ -68,7 +68,7 @@ def weston_watkins(x: Array, labels: Array, ways: int, C: float, coef: Array) ->
 
 
 def one_vs_rest(x: Array, labels: Array, ways: int, C: float, coef: Array) -> float:
-    """Of `OneVsRestHead`."""
+    """Of `OneVsRestSVMHead`."""
     x, a = _extended(x, coef)
     sign = 2 * _one_hot(labels, ways) - 1
     a = sign * np.clip(sign * a, 0, C)

@@ -70,14 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _check_output(path: Path | None) -> None:
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise InputError("output", path, "a file in a folder that exists")
+        raise InputError("output", "a file in a folder that exists", path)
 
 
 def _predict(classifier: FolderClassifier, places: Sequence[Path], output: Path | None) -> None:
     lists = (list_files(place, recursive=True) if place.is_dir() else [place] for place in places)
     files = [file for found in lists for file in found]
     if not files:
-        raise InputError("files", f"no file in {', '.join(map(str, places))}", "at least one")
+        raise InputError("files", "at least one", f"no file in {', '.join(map(str, places))}")
     predictions = classifier.predict(files)
     with output.open("w", newline="") if output else nullcontext(sys.stdout) as target:
         writer = csv.writer(target)

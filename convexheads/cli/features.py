@@ -42,11 +42,11 @@ def load_feature_extractor(name: str) -> FeatureExtractor:
     module, _, function = name.partition(":")
     if not function:
         names = ", ".join([*FEATURES, *list_pretrained()])
-        raise InputError("features", repr(name), f"one of {names}, or MODULE:FUNCTION")
+        raise InputError("features", f"one of {names}, or MODULE:FUNCTION", repr(name))
     try:
         return getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise InputError("features", f"{name!r} ({error})", "a function of a module that can be imported") from error
+        raise InputError("features", "a function of a module that can be imported", f"{name!r} ({error})") from error
 
 
 def refers_to_code(name: str) -> bool:
@@ -68,15 +68,15 @@ def extract_features(extractor: FeatureExtractor, paths: Sequence[Path]) -> Tens
         InputError: A file is missing or unusable; the message names it. Or the extractor returns something else.
     """
     if missing := [path for path in paths if not path.is_file()]:
-        raise InputError("file", f"{missing[0]}, which is no file", "a file")
+        raise InputError("file", "a file", f"{missing[0]}, which is no file")
     found = extractor(paths)
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim != 2 or len(found) != len(paths):
         got = f"shape {tuple(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
-        raise InputError("features", got, f"a row of floating-point values for each of {len(paths)} files")
+        raise InputError("features", f"a row of floating-point values for each of {len(paths)} files", got)
     usable = found.isfinite().all(-1) & found.any(-1)
     if not usable.all():
         raise InputError(
-            "file", f"{paths[int(usable.int().argmin())]}, with unusable features", "finite ones, not all zero"
+            "file", "finite ones, not all zero", f"{paths[int(usable.int().argmin())]}, with unusable features"
         )
     return functional.normalize(found.double(), dim=-1)
 
@@ -120,7 +120,7 @@ def _text() -> FeatureExtractor:
     def text(paths: Sequence[Path]) -> Tensor:
         documents = [_read(path, lambda path: path.read_text(encoding="utf-8"), expected) for path in paths]
         if empty := [path for path, document in zip(paths, documents, strict=True) if not document.strip()]:
-            raise InputError("file", f"{empty[0]} without any text", "a file with some text in it")
+            raise InputError("file", "a file with some text in it", f"{empty[0]} without any text")
         return torch.from_numpy(model.embed(documents))
 
     return text
@@ -136,7 +136,7 @@ def _npy() -> FeatureExtractor:
         rows = [_read(path, vector) for path in paths]
         for path, row in zip(paths, rows, strict=True):
             if row.shape != rows[0].shape:
-                raise InputError("file", f"{path} with {len(row)} values", f"{len(rows[0])}, as in {paths[0]}")
+                raise InputError("file", f"{len(rows[0])}, as in {paths[0]}", f"{path} with {len(row)} values")
         return torch.stack(rows)
 
     return npy
@@ -170,4 +170,4 @@ def _read(path: Path, read: Callable[[Path], _T], expected: str = "a file that c
     try:
         return read(path)
     except (OSError, TypeError, ValueError) as error:
-        raise InputError("file", f"{path} ({error})", expected) from error
+        raise InputError("file", expected, f"{path} ({error})") from error

@@ -22,10 +22,17 @@ from convexheads.cli.features import (
 )
 from convexheads.errors import InputError
 from convexheads.evaluation import calibrate
-from convexheads.heads import Head, LinearDiscriminantHead, LogisticHead, PrototypeHead, RidgeHead, SVMHead
-from convexheads.hyperparameters import value_of
+from convexheads.heads import (
+    ClassificationHead,
+    LinearDiscriminantHead,
+    LogisticHead,
+    PrototypeHead,
+    RidgeHead,
+    SVMHead,
+)
+from convexheads.hyperparameters import as_tensor
 
-HEADS: dict[str, Callable[[], Head]] = {
+HEADS: dict[str, Callable[[], ClassificationHead]] = {
     "logistic": lambda: LogisticHead(regularization=0.1),
     "svm": lambda: SVMHead(C=10.0),
     "ridge": lambda: RidgeHead(regularization=0.1),
@@ -130,13 +137,13 @@ class FolderClassifier:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise InputError("folder", folder, "a folder that contains one folder per class")
+            raise InputError("folder", "a folder that contains one folder per class", folder)
         subfolders = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
         files = {path.name: list_files(path) for path in subfolders}
         if len(files) < 2:
-            raise InputError("folder", f"{folder} with {len(files)} class folders in it", "at least 2")
+            raise InputError("folder", "at least 2", f"{folder} with {len(files)} class folders in it")
         if empty := [name for name, members in files.items() if not members]:
-            raise InputError("folder", f"class {empty[0]!r} without any file", "at least one file per class")
+            raise InputError("folder", "at least one file per class", f"class {empty[0]!r} without any file")
         _make_head(head)  # an unknown name is an error before the features are computed
         embed = load_feature_extractor(features)
         support = extract_features(embed, [path for members in files.values() for path in members])
@@ -146,7 +153,7 @@ class FolderClassifier:
         if (shots := int(counts.min()) - 1) > 0:
             settings = {"ways": len(files), "shots": shots, "queries": 1, "progress": False}
             calibrated = calibrate(_make_head(head), support, labels, **settings)
-            scale = value_of(calibrated.scale, support).item()
+            scale = as_tensor(calibrated.scale, support).item()
         return cls(tuple(files), features, head, support=support, labels=labels, scale=scale, embed=embed)
 
     def predict(self, paths: Sequence[str | Path]) -> list[Prediction]:
@@ -210,16 +217,16 @@ class FolderClassifier:
             values = {name: settings[name] for name in ("classes", "features", "head", "scale")}
             named = values["features"] = str(values["features"])
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise InputError("classifier", f"{path} ({error})", "a complete file of `FolderClassifier.save`") from error
+            raise InputError("classifier", "a complete file of `FolderClassifier.save`", f"{path} ({error})") from error
         if features is None and refers_to_code(named):
             expected = f"features={named!r} (--features), which allows importing the code that the file refers to"
-            raise InputError("features", f"nothing, for {path}", expected)
+            raise InputError("features", expected, f"nothing, for {path}")
         if features not in (None, named):
-            raise InputError("features", repr(features), f"{named!r}, as in {path}")
+            raise InputError("features", f"{named!r}, as in {path}", repr(features))
         return cls(**values, support=support, labels=labels)
 
 
-def _make_head(name: str) -> Head:
+def _make_head(name: str) -> ClassificationHead:
     if name not in HEADS:
-        raise InputError("head", repr(name), f"one of {', '.join(HEADS)}")
+        raise InputError("head", f"one of {', '.join(HEADS)}", repr(name))
     return HEADS[name]()

@@ -1,184 +1,181 @@
 """Gaussian classifiers: linear discriminant analysis and the Mahalanobis head of Simple CNAPS, through inner products.
 
-A covariance of d x d is never formed: the support spans all there is to know of it, and Woodbury's identity leaves
-matrices of n x n, so that few examples of many features are as stable as the reverse, and any kernel will do.
+A covariance of d x d is never formed: it lies in the span of the support set, and Woodbury's identity leaves matrices
+of n x n. So few examples of many features are as stable as the reverse, and any kernel can be used.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
+from convexheads._validation import Check, check_definite, check_real, describe_first_task, optional
 from convexheads.errors import InputError
-from convexheads.heads import inputs
-from convexheads.heads.base import Dual, Head
-from convexheads.heads.closed_form import cholesky, plus_diagonal
-from convexheads.hyperparameters import Hyperparameter, display, positive, value_of
-from convexheads.kernels import Kernel
+from convexheads.heads._linear_algebra import add_to_diagonal, cholesky
+from convexheads.heads.base.classification import ClassificationHead
+from convexheads.heads.base.support_set import KernelExpansion, SupportSet
+from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
+from convexheads.kernels import KernelLike
 
 
-class LinearDiscriminantHead(Head):
+def _check_shrinkage(name: str, value: Any) -> float:
+    number = check_real(name, value, positive=True)
+    if number > 1:
+        raise InputError(name, "a number above 0 and at most 1", number)
+    return number
+
+
+class LinearDiscriminantHead(ClassificationHead):
     r"""Linear discriminant analysis (Fisher 1936) with shrinkage: Gaussian classes of one shared covariance.
+
+    Use it with several shots and many features, where a shared covariance improves on the nearest class mean.
 
     With class means \(m_k\), class frequencies \(\pi_k\) and the pooled within-class covariance \(S\) (divided by n),
     \(\Sigma = (1 - s) S + s\, v I\), where v is the mean variance \(\operatorname{tr}(S) / d\) (Friedman 1989),
     and the score of class k is \(q^\top \Sigma^{-1} m_k - \frac12 m_k^\top \Sigma^{-1} m_k + \log \pi_k\). The same as
     scikit-learn's `LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s)`.
 
-    What differs from Friedman: all classes share the covariance. With one example a class there is no within-class
-    variance to shrink towards: give `variance`.
+    What differs from Friedman: all classes share the covariance. With one example per class there is no within-class
+    variance to shrink towards: pass `variance`.
 
     Args:
-        shrinkage: s, above 0 and at most 1, which makes it the nearest class mean (up to the frequencies). Default 0.5.
-        variance: v, positive, in squared units of the features; a float or `Learnable`. None, the default: the mean
-            variance. With a kernel other than the linear one, d is still the number of features that come in.
-        kernel: any callable `(x, y) -> gram`; default `Linear()`.
-        scale: factor of all logits (gamma in Eq. 12 of Lee et al. 2019), positive; a float or `Learnable`. Default 1.
+        shrinkage: s, above 0 and at most 1, which makes it the nearest class mean (up to the frequencies). Defaults to
+            0.5.
+        variance: v, positive, in squared units of the features; a float or `Learnable`. Defaults to None, the
+            mean variance. With a kernel other than the linear one, d is still the number of input features.
+        kernel: any callable `(x, y) -> gram`. Defaults to `Linear()`.
+        scale: factor of all logits (gamma in Eq. 12 of Lee et al. 2019), positive; a float or `Learnable`. Defaults to
+            1.
+        validate: whether to check the values of all input, see `Head`. Defaults to True.
 
     Raises:
-        InputError: an argument is unusable. Calls raise what `Head.forward` does, for a class without examples, and for
-            a task without within-class variance where `variance` is not given.
+        InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does, for a class without
+            examples, and for a task without within-class variance where `variance` is not given.
+
+    Example:
+        `logits = LinearDiscriminantHead(0.2)(support, labels, query)`
     """
 
-    needs_every_class: ClassVar[bool] = True
+    checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {
+        "shrinkage": _check_shrinkage,
+        "variance": optional(check_positive),
+    }
+    requires_all_classes: ClassVar[bool] = True
 
     def __init__(
         self,
         shrinkage: float = 0.5,
         *,
         variance: Hyperparameter | None = None,
-        kernel: Kernel | None = None,
+        kernel: KernelLike | None = None,
         scale: Hyperparameter = 1.0,
+        validate: bool = True,
     ) -> None:
-        super().__init__(kernel=kernel, scale=scale)
-        if positive("shrinkage", shrinkage, learnable=False) > 1:
-            raise InputError("shrinkage", shrinkage, "a number above 0 and at most 1")
-        self.shrinkage = shrinkage
-        self.variance = None if variance is None else positive("variance", variance)
+        super().__init__(kernel=kernel, scale=scale, validate=validate)
+        self.shrinkage, self.variance = shrinkage, variance
 
-    def dual(
-        self, gram: Float[Tensor, "*batch n n"], targets: Float[Tensor, "*batch n k"], *, features: int = 1
-    ) -> Dual:
-        """As `BaseLearner.dual`, in closed form.
-
-        Args:
-            gram: kernel matrix of the support set, `(*batch, n, n)`, in float64.
-            targets: one-hot labels, `(*batch, n, k)`.
-            features: d, their number, of which the mean variance is the mean. Default 1; a fit passes the right one.
-
-        Returns:
-            Coefficients `(*batch, n, k)` and biases `(*batch, k)`.
-
-        Raises:
-            InputError: there is no within-class variance, and `variance` is not given.
-            SolverError: `gram` is not positive semi-definite.
-        """
+    def solve(self, support: SupportSet) -> KernelExpansion:
+        gram, targets = support.gram, support.targets
         counts = targets.sum(-2)
         mean = targets / counts.unsqueeze(-2)
-        centre = torch.diag_embed(targets.sum(-1)) - mean @ targets.mT  # x -> x - its class mean, a projection
+        center = torch.diag_embed(targets.sum(-1)) - mean @ targets.mT  # x -> x - its class mean, a projection
         examples = counts.sum(-1)
-        scatter = centre @ gram @ centre / examples[..., None, None]
+        scatter = center @ gram @ center / examples[..., None, None]
         if self.variance is None:
-            variance = scatter.diagonal(dim1=-2, dim2=-1).sum(-1) / features
-            if gram.device.type == "cpu":  # on a GPU, that task gets NaN from its Cholesky factor
+            variance = scatter.diagonal(dim1=-2, dim2=-1).sum(-1) / support.features.shape[-1]
+            if support.validate:
                 inspect_values(_check_variance, variance, gram, examples)
         else:
-            variance = value_of(self.variance, gram).expand(examples.shape)
+            variance = as_tensor(self.variance, gram).expand(examples.shape)
         ridge = self.shrinkage * variance
         factor = cholesky(
-            plus_diagonal((1 - self.shrinkage) * scatter, ridge),
-            of="LinearDiscriminantHead: the Gram matrix of the centred support, shrunk,",
+            add_to_diagonal((1 - self.shrinkage) * scatter, ridge),
+            name="LinearDiscriminantHead: the Gram matrix of the centered support, shrunk,",
+            validate=support.validate,
         )
         spread = (1 - self.shrinkage) / examples[..., None, None]
-        inner = centre @ torch.cholesky_solve(centre @ gram @ mean, factor)
+        inner = center @ torch.cholesky_solve(center @ gram @ mean, factor)
         coef = (mean - spread * inner) / ridge[..., None, None]
-        return Dual(coef, bias=(counts / examples.unsqueeze(-1)).log() - (mean * (gram @ coef)).sum(-2) / 2)
-
-    def _learn(
-        self,
-        features: Float[Tensor, "*batch n d"],
-        kernel: Kernel,
-        targets: Float[Tensor, "*batch n k"],
-        mask: Bool[Tensor, "*batch n"] | None,
-    ) -> Dual:
-        gram = self._gram(features, kernel, mask)
-        with inputs.failing_on_indefinite(gram):
-            return self.dual(gram, targets, features=features.shape[-1])
-
-    def _settings(self) -> list[str]:
-        settings = [f"shrinkage={display(self.shrinkage)}"]
-        if self.variance is not None:
-            settings.append(f"variance={display(self.variance)}")
-        return settings + super()._settings()
+        bias = (counts / examples.unsqueeze(-1)).log() - (mean * (gram @ coef)).sum(-2) / 2
+        return KernelExpansion(coef, bias=bias)
 
 
-class MahalanobisHead(Head):
+class MahalanobisHead(ClassificationHead):
     r"""Gaussian classes, each with a covariance of its own: the head of Simple CNAPS (Bateni et al. 2020).
+
+    Use it with several shots and classes of different spread.
 
     The score of class k is \(-\frac12 (q - m_k)^\top Q_k^{-1} (q - m_k)\) with the class mean \(m_k\) and
     \(Q_k = \lambda_k S_k + (1 - \lambda_k) S + \beta I\), where \(S_k\) is the covariance of the class, \(S\) that of
     all examples of the task (each divided by its number of examples less one), \(\lambda_k = N_k / (N_k + 1)\) for
     \(N_k\) examples, and \(\beta = 1\). Of a class with one example, \(S_k\) is zero.
 
-    What differs from the paper: here is the head alone, without the adaptation networks that make its features. From
+    What differs from the paper: this is the head alone, without the adaptation networks that make its features. From
     its published code: that leaves out the one half (`scale=2.0` does so), and where a class has one example it adds
     half the variance among that example's features to every entry of \(Q_k\).
 
     Args:
-        regularization: beta, positive, in squared units of the features; a float or `Learnable`. Default 1, that of the
-            paper.
-        kernel: any callable `(x, y) -> gram`; default `Linear()`.
-        scale: factor of all logits (gamma in Eq. 12 of Lee et al. 2019), positive; a float or `Learnable`. Default 1.
+        regularization: beta, positive, in squared units of the features; a float or `Learnable`. Defaults to 1, that of
+            the paper.
+        kernel: any callable `(x, y) -> gram`. Defaults to `Linear()`.
+        scale: factor of all logits (gamma in Eq. 12 of Lee et al. 2019), positive; a float or `Learnable`. Defaults to
+            1.
+        validate: whether to check the values of all input, see `Head`. Defaults to True.
 
     Raises:
-        InputError: an argument is unusable. Calls raise what `Head.forward` does, and for a class without examples.
+        InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does, and for a class
+            without examples.
+
+    Example:
+        `logits = MahalanobisHead()(support, labels, query)`
     """
 
-    needs_every_class: ClassVar[bool] = True
+    checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {"regularization": check_positive}
+    requires_all_classes: ClassVar[bool] = True
 
     def __init__(
         self,
         regularization: Hyperparameter = 1.0,
         *,
-        kernel: Kernel | None = None,
+        kernel: KernelLike | None = None,
         scale: Hyperparameter = 1.0,
+        validate: bool = True,
     ) -> None:
-        super().__init__(kernel=kernel, scale=scale)
-        self.regularization = positive("regularization", regularization)
+        super().__init__(kernel=kernel, scale=scale, validate=validate)
+        self.regularization = regularization
 
-    def dual(self, gram: Float[Tensor, "*batch n n"], targets: Float[Tensor, "*batch n k"]) -> Dual:
-        beta = value_of(self.regularization, gram)
-        own = targets.mT  # class-major: (*batch, k, n)
-        counts = own.sum(-1)
-        # Q_k = beta I + (root_k X)' (root_k X), with the centred class above the centred task.
+    def solve(self, support: SupportSet) -> KernelExpansion:
+        beta = as_tensor(self.regularization, support.targets)
+        class_membership = support.targets.mT  # (*batch, k, n)
+        counts = class_membership.sum(-1)
+        # Q_k = beta I + (root_k X)' (root_k X), with the centered class above the centered task.
         share = counts / (counts + 1)
-        of_class = (share / (counts - 1).clamp_min(1)).sqrt()[..., None, None] * _centring(own)
-        everyone = own.sum(-2, keepdim=True)
-        of_task = ((1 - share) / (everyone.sum(-1) - 1).clamp_min(1)).sqrt()[..., None, None] * _centring(everyone)
-        root = torch.cat([of_class, of_task], -2)
-        shared = gram.unsqueeze(-3)
+        class_root = (share / (counts - 1).clamp_min(1)).sqrt()[..., None, None] * _center(class_membership)
+        all_members = class_membership.sum(-2, keepdim=True)
+        task_weight = ((1 - share) / (all_members.sum(-1) - 1).clamp_min(1)).sqrt()[..., None, None]
+        root = torch.cat([class_root, task_weight * _center(all_members)], -2)
+        shared = support.gram.unsqueeze(-3)
         factor = cholesky(
-            plus_diagonal(root @ shared @ root.mT, beta), of="MahalanobisHead: a covariance", each_class=True
+            add_to_diagonal(root @ shared @ root.mT, beta),
+            name="MahalanobisHead: a covariance",
+            validate=support.validate,
+            per_class=True,
         )
-        inverse = root.mT @ torch.cholesky_solve(root, factor)  # of beta Q_k, it is I less X' inverse X
-        mean = (own / counts.unsqueeze(-1)).unsqueeze(-1)
+        inverse = root.mT @ torch.cholesky_solve(root, factor)  # the inverse of beta Q_k is I - X' inverse X
+        mean = (class_membership / counts.unsqueeze(-1)).unsqueeze(-1)
         image = shared @ mean
         solved = inverse @ image
         bias = -(mean * image - image * solved).sum((-2, -1)) / (2 * beta)
         coef = ((mean - solved) / beta).squeeze(-1).mT
-        return Dual(coef, bias=bias, quadratic=inverse / (2 * beta), norm=-1 / (2 * beta))
-
-    def _settings(self) -> list[str]:
-        settings = [] if self.regularization == 1.0 else [f"regularization={display(self.regularization)}"]
-        return settings + super()._settings()
+        return KernelExpansion(coef, bias=bias, quadratic=inverse / (2 * beta), self_similarity_weight=-1 / (2 * beta))
 
 
-def _centring(members: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n n"]:
-    """The projection that takes the members' mean from each of them, and everything from the others."""
+def _center(members: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n n"]:
+    """The projection that subtracts the members' mean from each of them, and maps all others to zero."""
     outer = members.unsqueeze(-1) * members.unsqueeze(-2)
     return torch.diag_embed(members) - outer / members.sum(-1)[..., None, None]
 
@@ -187,9 +184,9 @@ def _check_variance(variance: Tensor, gram: Tensor, examples: Tensor) -> None:
     size = gram.diagonal(dim1=-2, dim2=-1).abs().sum(-1) / examples
     none = variance <= 1e-14 * size
     if none.any():
-        inputs.check_definite(gram)
+        check_definite(gram)
         raise InputError(
             "support",
-            f"a within-class covariance of zero in {inputs.first(none)}, which cannot be inverted",
             "two different examples of some class, or LinearDiscriminantHead(variance=...)",
+            f"a within-class covariance of zero in {describe_first_task(none)}",
         )

@@ -2,105 +2,99 @@
 
 from __future__ import annotations
 
-from jaxtyping import Bool, Float
-from torch import Tensor
+from typing import ClassVar
 
-from convexheads.heads.base import BaseLearner, Dual, Head
-from convexheads.heads.closed_form import ridge, ridge_primal
-from convexheads.heads.regression import RegressionHead
-from convexheads.hyperparameters import Hyperparameter, display, finite, positive, value_of
-from convexheads.kernels import Kernel, Linear
-
-
-class _Ridge(BaseLearner):
-    """Whatever the targets."""
-
-    regularization: Hyperparameter
-
-    def dual(self, gram: Float[Tensor, "*batch n n"], targets: Float[Tensor, "*batch n k"]) -> Dual:
-        return self._dual(ridge(gram, targets, value_of(self.regularization, gram), of=self._system()))
-
-    def _learn(
-        self,
-        features: Float[Tensor, "*batch n d"],
-        kernel: Kernel,
-        targets: Float[Tensor, "*batch n k"],
-        mask: Bool[Tensor, "*batch n"] | None,
-    ) -> Dual:
-        *_, n, d = features.shape
-        if not isinstance(kernel, Linear) or n <= d:
-            return super()._learn(features, kernel, targets, mask)
-        weight = value_of(self.regularization, features)
-        return self._dual(ridge_primal(kernel.features(features), targets, weight, of=self._system()))
-
-    def _dual(self, coef: Float[Tensor, "*batch n k"]) -> Dual:
-        return Dual(coef)
-
-    def _system(self) -> str:
-        return f"{type(self).__name__}: the Gram matrix plus {display(self.regularization)} on its diagonal"
-
-    def _settings(self) -> list[str]:
-        return [f"regularization={display(self.regularization)}", *super()._settings()]
+from convexheads._validation import Check
+from convexheads.heads._linear_algebra import ridge_regression
+from convexheads.heads.base.classification import ClassificationHead
+from convexheads.heads.base.regression import RegressionHead
+from convexheads.heads.base.support_set import KernelExpansion, SupportSet
+from convexheads.hyperparameters import Hyperparameter, as_tensor, check_any_sign, check_positive
+from convexheads.kernels import KernelLike
 
 
-class RidgeHead(_Ridge, Head):
+class RidgeHead(ClassificationHead):
     r"""Ridge regression on one-hot targets, Eq. 11 of Lee et al. 2019; R2D2 of Bertinetto et al. 2019.
 
+    Use it as a first choice: it has one hyper-parameter, and a closed form that is among the fastest.
+
     Primal: \(\min_W \frac12 |XW - Y|^2 + \frac{\lambda}{2} |W|^2\). Dual: \(\alpha = (K + \lambda I)^{-1} Y\), one
-    Cholesky of n x n for all classes. With fewer features than examples, and the linear kernel, one of d x d.
+    Cholesky factorization of n x n for all classes. With fewer features than examples, and the linear kernel, one of
+    d x d.
 
     What differs: this is Eq. 11 up to the constants printed there. The ridge code published by Lee et al. returns twice
     these coefficients, which their learnable scale absorbs; their R2D2 code returns these. R2D2 learns lambda, a scale
     and a bias (the same for all classes, so it matters for losses other than the softmax's cross-entropy only):
-    `convexheads.presets.r2d2()`.
+    `convexheads.models.r2d2()`.
 
     Args:
-        regularization: lambda, positive; a float or `Learnable`. Default 50, that of Lee et al. 2019.
-        bias: added to all logits, after `scale`; a float or `Learnable(..., signed=True)`. Default 0.
-        kernel: any callable `(x, y) -> gram`; default `Linear()`.
-        scale: factor of all logits (gamma in Eq. 12 of Lee et al. 2019), positive; a float or `Learnable`. Default 1.
+        regularization: lambda, positive; a float or `Learnable`. Defaults to 50, that of Lee et al. 2019.
+        bias: added to all logits, after `scale`; a float or `Learnable(..., positive=False)`. Defaults to 0.
+        kernel: any callable `(x, y) -> gram`. Defaults to `Linear()`.
+        scale: factor of all logits (gamma in Eq. 12 of Lee et al. 2019), positive; a float or `Learnable`. Defaults to
+            1.
+        validate: whether to check the values of all input, see `Head`. Defaults to True.
 
     Raises:
-        InputError: an argument is unusable. Calls raise what `Head.forward` does.
+        InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does.
+
+    Example:
+        `logits = RidgeHead(10.0)(support, labels, query)`
     """
+
+    checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {
+        "regularization": check_positive,
+        "bias": check_any_sign,
+    }
 
     def __init__(
         self,
         regularization: Hyperparameter = 50.0,
         *,
         bias: Hyperparameter = 0.0,
-        kernel: Kernel | None = None,
+        kernel: KernelLike | None = None,
         scale: Hyperparameter = 1.0,
+        validate: bool = True,
     ) -> None:
-        super().__init__(kernel=kernel, scale=scale)
-        self.regularization = positive("regularization", regularization)
-        self.bias = finite("bias", bias)
+        super().__init__(kernel=kernel, scale=scale, validate=validate)
+        self.regularization, self.bias = regularization, bias
 
-    def _dual(self, coef: Float[Tensor, "*batch n k"]) -> Dual:
+    def solve(self, support: SupportSet) -> KernelExpansion:
+        coef = ridge_regression(support, self.regularization, name="RidgeHead")
         if self.bias == 0:
-            return Dual(coef)
-        bias = value_of(self.bias, coef) / value_of(self.scale, coef)  # which multiplies it
-        return Dual(coef, bias=bias.expand(*coef.shape[:-2], coef.shape[-1]))
-
-    def _settings(self) -> list[str]:
-        regularization, *settings = super()._settings()
-        return [regularization, *([] if self.bias == 0 else [f"bias={display(self.bias)}"]), *settings]
+            return KernelExpansion(coef)
+        bias = as_tensor(self.bias, coef) / as_tensor(self.scale, coef)  # cancel `scale`, which is applied later
+        return KernelExpansion(coef, bias=bias.expand(*coef.shape[:-2], coef.shape[-1]))
 
 
-class RidgeRegressionHead(_Ridge, RegressionHead):
+class RidgeRegressionHead(RegressionHead):
     r"""Kernel ridge regression (Saunders, Gammerman & Vovk 1998).
 
+    Use it to predict values where neither uncertainty nor outliers matter.
+
     Primal: \(\min_w \frac12 |Xw - y|^2 + \frac{\lambda}{2} |w|^2\). Dual: \(\alpha = (K + \lambda I)^{-1} y\); with
-    fewer features than examples and the linear kernel, the d x d system of the primal. There is no intercept, as there.
+    fewer features than examples and the linear kernel, the d x d system of the primal. Like the original, it has no
+    intercept.
 
     Args:
-        regularization: lambda, positive; a float or `Learnable`. Default 1.
-        kernel: any callable `(x, y) -> gram`; default `Linear()`.
+        regularization: lambda, positive; a float or `Learnable`. Defaults to 1.
+        kernel: any callable `(x, y) -> gram`. Defaults to `Linear()`.
+        validate: whether to check the values of all input, see `Head`. Defaults to True.
 
     Raises:
         InputError: an argument is unusable. Calls raise what `RegressionHead.forward` does.
+
+    Example:
+        `values = RidgeRegressionHead(0.1)(support, targets, query)`
     """
 
-    def __init__(self, regularization: Hyperparameter = 1.0, *, kernel: Kernel | None = None) -> None:
-        super().__init__(kernel=kernel)
-        self.regularization = positive("regularization", regularization)
+    checks: ClassVar[dict[str, Check]] = RegressionHead.checks | {"regularization": check_positive}
+
+    def __init__(
+        self, regularization: Hyperparameter = 1.0, *, kernel: KernelLike | None = None, validate: bool = True
+    ) -> None:
+        super().__init__(kernel=kernel, validate=validate)
+        self.regularization = regularization
+
+    def solve(self, support: SupportSet) -> KernelExpansion:
+        return KernelExpansion(ridge_regression(support, self.regularization, name="RidgeRegressionHead"))

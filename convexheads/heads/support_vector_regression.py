@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing import ClassVar
 
-from convexheads.heads.base import Dual
-from convexheads.heads.regression import RegressionHead
-from convexheads.hyperparameters import Hyperparameter, display, positive, value_of
-from convexheads.kernels import Kernel
+import torch
+
+from convexheads._validation import Check
+from convexheads.heads.base.regression import RegressionHead
+from convexheads.heads.base.support_set import KernelExpansion, SupportSet
+from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
+from convexheads.kernels import KernelLike
 from convexheads.solvers import QP, Solver, get_solver
 
 
 class SupportVectorRegressionHead(RegressionHead):
     r"""Epsilon-SVR (Smola & Schoelkopf 2004): errors below epsilon are free, larger ones count linearly.
 
+    Use it when some targets are outliers, which count less than in ridge regression.
+
     Primal: \(\min_w \frac12 |w|^2 + C \sum_n \max(0, |y_n - w \cdot x_n| - \varepsilon)\). Dual, for the coefficients
     \(\alpha = a - b\): \(\max_{a, b} -\frac12 |w|^2 + \langle y, a - b \rangle - \varepsilon \sum_n (a_n + b_n)\)
     subject to \(0 \le a, b \le C\).
 
-    What differs: there is no intercept; a kernel with a constant (`RBF() + Constant(1.0)`) adds one, regularised as
-    weights are. The `solution` of a fit is about \(a\) above \(b\), `(*batch, 2n, outputs)`.
+    What differs: there is no intercept; a kernel with a constant (`RBF() + Constant(1.0)`) adds one, regularized as
+    weights are. The `solution` of a fitted head is that for \(a\) above \(b\), `(*batch, 2n, outputs)`.
 
     Args:
-        C: weight of the errors, positive; a float or `Learnable`. Default 1.
+        C: weight of the errors, positive; a float or `Learnable`. Defaults to 1.
         epsilon: half width of the free tube, positive, in the units of the targets; a float or `Learnable`.
-            Default 0.1.
+            Defaults to 0.1.
         solver: a `Solver` or the name of one: "native" (default), "qpth", "cvxpylayers", "moreau".
-        kernel: any callable `(x, y) -> gram`; default `Linear()`.
+        kernel: any callable `(x, y) -> gram`. Defaults to `Linear()`.
+        validate: whether to check the values of all input, see `Head`. Defaults to True.
 
     Raises:
         InputError: an argument is unusable. Calls raise what `RegressionHead.forward` does.
         MissingDependencyError: the named solver's package is not installed.
+
+    Example:
+        `values = SupportVectorRegressionHead(C=10.0, kernel=RBF())(support, targets, query)`
     """
+
+    checks: ClassVar[dict[str, Check]] = RegressionHead.checks | {
+        "C": check_positive,
+        "epsilon": check_positive,
+        "solver": lambda _, solver: get_solver(solver),
+    }
+
+    solver: Solver
 
     def __init__(
         self,
@@ -41,24 +56,18 @@ class SupportVectorRegressionHead(RegressionHead):
         *,
         epsilon: Hyperparameter = 0.1,
         solver: Solver | str = "native",
-        kernel: Kernel | None = None,
+        kernel: KernelLike | None = None,
+        validate: bool = True,
     ) -> None:
-        super().__init__(kernel=kernel)
-        self.C = positive("C", C)
-        self.epsilon = positive("epsilon", epsilon)
-        self.solver = get_solver(solver)
+        super().__init__(kernel=kernel, validate=validate)
+        self.C, self.epsilon, self.solver = C, epsilon, get_solver(solver)
 
-    def dual(self, gram: Float[Tensor, "*batch n n"], targets: Float[Tensor, "*batch n k"]) -> Dual:
-        epsilon = value_of(self.epsilon, gram)
+    def solve(self, support: SupportSet) -> KernelExpansion:
+        gram, targets = support.gram, support.targets
+        epsilon = as_tensor(self.epsilon, gram)
         linear = torch.cat([targets - epsilon, -targets - epsilon], -2)
         both = torch.cat([torch.cat([gram, -gram], -1), torch.cat([-gram, gram], -1)], -2)
-        most = value_of(self.C, gram).expand(linear.shape)
-        solution = self.solver.solve(QP(both, linear, lower=torch.zeros_like(linear), upper=most, row_sum=False))
+        upper = as_tensor(self.C, gram).expand(linear.shape)
+        solution = self.solver.solve(QP(both, linear, lower=torch.zeros_like(linear), upper=upper, row_sum=False))
         above, below = solution.coef.chunk(2, -2)
-        return Dual(above - below, solution=solution)
-
-    def _settings(self) -> list[str]:
-        settings = [f"C={display(self.C)}", f"epsilon={display(self.epsilon)}"]
-        if repr(self.solver) != "NativeSolver()":
-            settings.append(f"solver={self.solver!r}")
-        return settings + super()._settings()
+        return KernelExpansion(above - below, solution=solution)

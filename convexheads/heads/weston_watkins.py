@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
+from functools import partial
+from typing import ClassVar
 
+import torch
+
+from convexheads._validation import Check, check_real
+from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.heads.svm import MulticlassSVM
-from convexheads.hyperparameters import Hyperparameter, display, positive
-from convexheads.kernels import Kernel
+from convexheads.hyperparameters import Hyperparameter
+from convexheads.kernels import KernelLike
 from convexheads.solvers import QP, Solver
 
 
-class WestonWatkinsHead(MulticlassSVM):
-    r"""Multi-class SVM of Weston & Watkins (1999): one slack for each example and wrong class.
+class WestonWatkinsSVMHead(MulticlassSVM):
+    r"""Multi-class SVM of Weston & Watkins (1999): one slack per example and wrong class.
+
+    Use it when every wrong class should count, not only the nearest one.
 
     Primal, with margin m:
     \(\min_w \frac12 \sum_k |w_k|^2 + C \sum_n \sum_{k \ne y_n} \max(0, m - w_{y_n} \cdot x_n + w_k \cdot x_n)\).
@@ -21,19 +26,24 @@ class WestonWatkinsHead(MulticlassSVM):
     \(-C \le \alpha_n^k \le 0\) for \(k \ne y_n\) and \(\sum_k \alpha_n^k = 0\), where
     \(w_k = \sum_n \alpha_n^k x_n\).
 
-    What differs from the original: it has biases, which can be had here by a kernel with a constant
-    (`Linear() + Constant(1.0)`), then regularised as weights are. Lee et al. 2019 name this SVM as an alternative
+    What differs from the original: that has biases. Here a kernel with a constant (`Linear() + Constant(1.0)`) adds
+    them, regularized as weights are. Lee et al. 2019 name this SVM as an alternative
     (Section 3.3) without figures; their published code has it with that kernel and C = 1e-5.
 
     Args:
-        C: as for every `MulticlassSVM` (default 0.1), and so are `squared_hinge`, `smoothing`, `solver`, `kernel` and
-            `scale`.
-        margin: m, positive. Default 2, that of the original.
+        C: weight of the slacks, positive; a float or `Learnable`. Defaults to 0.1. This argument, `squared_hinge`,
+            `smoothing`, `solver`, `kernel`, `scale` and `validate` are those of `MulticlassSVM`.
+        margin: m, positive. Defaults to 2, that of the original.
 
     Raises:
-        InputError: an argument is unusable. Calls raise what `Head.forward` does.
+        InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does.
         MissingDependencyError: the named solver's package is not installed.
+
+    Example:
+        `logits = WestonWatkinsSVMHead(C=0.05)(support, labels, query)`
     """
+
+    checks: ClassVar[dict[str, Check]] = MulticlassSVM.checks | {"margin": partial(check_real, positive=True)}
 
     def __init__(
         self,
@@ -43,19 +53,23 @@ class WestonWatkinsHead(MulticlassSVM):
         squared_hinge: bool = False,
         smoothing: Hyperparameter = 0.0,
         solver: Solver | str = "native",
-        kernel: Kernel | None = None,
+        kernel: KernelLike | None = None,
         scale: Hyperparameter = 1.0,
+        validate: bool = True,
     ) -> None:
-        super().__init__(C, squared_hinge=squared_hinge, smoothing=smoothing, solver=solver, kernel=kernel, scale=scale)
-        self.margin = positive("margin", margin, learnable=False)
+        super().__init__(
+            C,
+            squared_hinge=squared_hinge,
+            smoothing=smoothing,
+            solver=solver,
+            kernel=kernel,
+            scale=scale,
+            validate=validate,
+        )
+        self.margin = margin
 
-    def problem(
-        self, gram: Float[Tensor, "*batch n n"], targets: Float[Tensor, "*batch n k"], most: Float[Tensor, ""]
-    ) -> tuple[QP, Bool[Tensor, "*batch n k"]]:
-        own = targets > 0
-        lower, upper = torch.where(own, -torch.inf, -most), torch.where(own, torch.inf, 0.0).to(gram)
-        return QP(gram, linear=self.margin * targets, lower=lower, upper=upper), ~own
-
-    def _settings(self) -> list[str]:
-        C, *settings = super()._settings()
-        return [C, *([] if self.margin == 2 else [f"margin={display(self.margin)}"]), *settings]
+    def solve(self, support: SupportSet) -> KernelExpansion:
+        targets = support.labeled_targets
+        own, bound = targets > 0, self.upper_bound(targets)
+        lower, upper = torch.where(own, -torch.inf, -bound), torch.where(own, torch.inf, 0.0).to(targets)
+        return self.solve_dual(QP(support.gram, linear=self.margin * targets, lower=lower, upper=upper), ~own)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convexheads.errors import InputError
-from convexheads.heads import Fitted, Head
+from convexheads.heads import ClassificationHead, FittedClassifier
 from convexheads.integrations import require_version
 
 require_version("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="convexheads.integrations.easyfsl")
@@ -40,12 +40,12 @@ class HeadClassifier(FewShotClassifier):
         `classifier.process_support_set(images, labels)` and `classifier(query_images)`
     """
 
-    def __init__(self, head: Head, backbone: nn.Module | None = None, **settings: Any) -> None:
+    def __init__(self, head: ClassificationHead, backbone: nn.Module | None = None, **settings: Any) -> None:
         super().__init__(backbone=backbone, **settings)
-        if not isinstance(head, Head):
-            raise InputError("head", repr(head), "a classification head of convexheads, such as SVMHead(C=0.1)")
+        if not isinstance(head, ClassificationHead):
+            raise InputError("head", "a classification head of convexheads, such as SVMHead(C=0.1)", repr(head))
         self.head = head
-        self.fitted: Fitted | None = None
+        self.fitted: FittedClassifier | None = None
 
     def process_support_set(self, support_images: Tensor, support_labels: Tensor) -> None:
         """Fit the head and keep the result until the next call.
@@ -61,7 +61,7 @@ class HeadClassifier(FewShotClassifier):
         """
         classes = support_labels.unique()
         if not torch.equal(classes, torch.arange(len(classes), device=classes.device)):
-            raise InputError("support_labels", f"classes {classes.tolist()}", "0 to k - 1, each at least once")
+            raise InputError("support_labels", "0 to k - 1, each at least once", f"classes {classes.tolist()}")
         features = self.compute_features(support_images)
         self._raise_error_if_features_are_multi_dimensional(features)
         self.fitted = self.head.fit(features, support_labels, ways=len(classes))
@@ -79,7 +79,7 @@ class HeadClassifier(FewShotClassifier):
             InputError: `process_support_set` was not called yet, or the features do not match the support.
         """
         if self.fitted is None:
-            raise InputError("classifier", "a query before any support", "a call of process_support_set first")
+            raise InputError("classifier", "a call of process_support_set first", "a query before any support")
         return self.softmax_if_specified(self.fitted(self.compute_features(query_images)))
 
     @staticmethod

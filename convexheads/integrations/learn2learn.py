@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from convexheads.errors import InputError
-from convexheads.heads import Fitted, Head
+from convexheads.heads import ClassificationHead, FittedClassifier
 from convexheads.integrations import require_version
 
 require_version(
@@ -43,16 +43,20 @@ class HeadClassifier(nn.Module):
     """
 
     def __init__(
-        self, head: Head, support: Tensor | None = None, labels: Tensor | None = None, ways: int | None = None
+        self,
+        head: ClassificationHead,
+        support: Tensor | None = None,
+        labels: Tensor | None = None,
+        ways: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(head, Head):
-            raise InputError("head", repr(head), "a classification head of convexheads, such as SVMHead(C=0.1)")
+        if not isinstance(head, ClassificationHead):
+            raise InputError("head", "a classification head of convexheads, such as SVMHead(C=0.1)", repr(head))
         self.head = head
-        self.fitted: Fitted | None = None
+        self.fitted: FittedClassifier | None = None
         if (support is None) != (labels is None):
             missing = "support" if support is None else "labels"
-            raise InputError(missing, "None", "support and labels together, or neither")
+            raise InputError(missing, "support and labels together, or neither", "None")
         if support is not None and labels is not None:
             self.fit_(support, labels, ways)
 
@@ -87,5 +91,5 @@ class HeadClassifier(nn.Module):
             InputError: `fit_` was not called yet, or the queries do not match the support.
         """
         if self.fitted is None:
-            raise InputError("classifier", "a query before any support", "a call of fit_(support, labels) first")
+            raise InputError("classifier", "a call of fit_(support, labels) first", "a query before any support")
         return self.fitted(query)

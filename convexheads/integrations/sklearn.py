@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from copy import deepcopy
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convexheads.errors import InputError
-from convexheads.heads import Head, SVMHead
+from convexheads.heads import ClassificationHead, SVMHead
 from convexheads.integrations import require_version
 
 require_version("sklearn", "scikit-learn", "1.6", "2", extra="sklearn", needed_by="convexheads.integrations.sklearn")
@@ -27,7 +26,8 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     Labels may be strings or any numbers. There is no intercept unless the kernel has one:
     `SVMHead(C=1.0, kernel=Linear() + Constant(1.0))`. Memory grows with the square of the number of samples.
 
-    The arguments of the head are parameters too, with the prefix `head__`, so that a search can vary them.
+    The arguments of the head and of its kernel are parameters too, such as `head__C` and `head__kernel__length_scale`,
+    so that a search can vary them.
 
     Use it when you compare a head with scikit-learn's classifiers on up to a few thousand samples.
 
@@ -51,39 +51,6 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     def __init__(self, head: Any = None) -> None:  # of any type, and checked in `fit`, as scikit-learn requires it
         self.head = head
 
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Return the parameters.
-
-        Args:
-            deep: Whether to include the arguments of the head, as `head__C` and the like.
-        """
-        nested = _arguments_of(self._head()) if deep else {}
-        return super().get_params(deep) | {f"head__{name}": value for name, value in nested.items()}
-
-    def set_params(self, **params: Any) -> HeadClassifier:
-        """Set parameters. An argument of the head makes a new head; the old one stays unchanged.
-
-        Args:
-            params: `head`, or arguments of the head such as `head__C`.
-
-        Returns:
-            The classifier itself.
-
-        Raises:
-            ValueError: There is no such parameter, or its value is unusable.
-        """
-        nested = {name: params.pop(name) for name in tuple(params) if name.startswith("head__")}
-        super().set_params(**params)
-        if nested:
-            head = self._head()
-            arguments = _arguments_of(head)
-            for name, value in nested.items():
-                if (argument := name.removeprefix("head__")) not in arguments:
-                    raise ValueError(f"Invalid parameter {name!r} for {self}. Valid ones: {sorted(self.get_params())}.")
-                arguments[argument] = value
-            self.head = type(head)(**deepcopy(arguments))
-        return self
-
     def fit(self, X: Any, y: Any) -> HeadClassifier:
         """Fit the head.
 
@@ -103,11 +70,11 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(f"HeadClassifier needs at least two classes; y has one class only: {self.classes_[0]!r}")
-        if self.head is not None and not isinstance(self.head, Head):
+        if self.head is not None and not isinstance(self.head, ClassificationHead):
             raise InputError(
-                "head", repr(self.head), "a classification head of convexheads, such as SVMHead(C=1.0), or None"
+                "head", "a classification head of convexheads, such as SVMHead(C=1.0), or None", repr(self.head)
             )
-        head = deepcopy(self._head())
+        head = SVMHead(C=1.0) if self.head is None else deepcopy(self.head)
         with torch.no_grad():
             self.fitted_ = head.fit(torch.tensor(X), torch.tensor(labels), ways=len(self.classes_))
         return self
@@ -154,15 +121,3 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
         return self.fitted_(torch.tensor(X, dtype=self.fitted_.dtype))
-
-    def _head(self) -> Any:
-        return SVMHead(C=1.0) if self.head is None else self.head
-
-
-def _arguments_of(head: Any) -> dict[str, Any]:
-    """The arguments that make a head like this one, where it has an attribute for each of them."""
-    if not isinstance(head, Head):
-        return {}
-    names = inspect.signature(type(head)).parameters
-    arguments = {name: getattr(head, name) for name in names if hasattr(head, name)}
-    return arguments if len(arguments) == len(names) and not any(map(inspect.ismethod, arguments.values())) else {}

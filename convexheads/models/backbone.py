@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from convexheads.errors import InputError, check_counts
+from convexheads._validation import check_positive_ints
+from convexheads.errors import InputError
 
 NEGATIVE_SLOPE = 0.1
 """Slope of the leaky ReLUs of Lee et al. 2019 (Section 4.1)."""
@@ -50,14 +51,14 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.image_size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
-        check_counts(in_channels=in_channels, **dict(zip(("height", "width"), self.image_size, strict=True)))
+        check_positive_ints(in_channels=in_channels, **dict(zip(("height", "width"), self.image_size, strict=True)))
         self.in_channels = in_channels
         for name, values in (("mean", mean), ("std", std)):
             per_channel = torch.as_tensor(values, dtype=torch.float64)
             usable = per_channel.isfinite().all() and (name == "mean" or (per_channel > 0).all())
             if per_channel.shape not in ((), (in_channels,)) or not usable:
                 sign = "" if name == "mean" else "positive "
-                raise InputError(name, values, f"a {sign}finite number, or one for each of {in_channels} channels")
+                raise InputError(name, f"a {sign}finite number, or one for each of {in_channels} channels", values)
             # In float64, so that the statistics of uint8 images survive the division by 255 and this product.
             buffer = (255 * per_channel).float().expand(in_channels).reshape(1, -1, 1, 1).clone()
             self.register_buffer(name, buffer)
@@ -82,7 +83,7 @@ class Backbone(nn.Module):
         """
         if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
             got = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-            raise InputError("images", got, "(n, channels, height, width), with at least one image")
+            raise InputError("images", "(n, channels, height, width), with at least one image", got)
         std, mean = torch.std_mean(_as_pixels(images, images.shape[1]).float(), dim=(0, 2, 3))
         std = std.where(std > 0, 1)  # a constant channel carries no scale
         statistics = {"mean": (mean.double() / 255).tolist(), "std": (std.double() / 255).tolist()}
@@ -118,10 +119,10 @@ def _as_pixels(images: Tensor, channels: int) -> Tensor:
     is_uint8 = images.dtype == torch.uint8
     if not (is_uint8 or images.is_floating_point()) or images.ndim != 4 or images.shape[1] != channels:
         got = f"shape {tuple(images.shape)} of {images.dtype}"
-        raise InputError("images", got, f"(n, {channels}, height, width) of torch.uint8 or of floats from 0 to 1")
+        raise InputError("images", f"(n, {channels}, height, width) of torch.uint8 or of floats from 0 to 1", got)
     if is_uint8:
         return images
     low, high = (value.item() for value in images.detach().aminmax()) if images.numel() else (0.0, 1.0)
     if low < -_FAR_OUTSIDE or high > 1 + _FAR_OUTSIDE:
-        raise InputError("images", f"values from {low:.3g} to {high:.3g}", "uint8, or floats from 0 to 1")
+        raise InputError("images", "uint8, or floats from 0 to 1", f"values from {low:.3g} to {high:.3g}")
     return 255 * images

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from convexheads.errors import InputError
-from convexheads.heads import Head, SVMHead
+from convexheads.heads import ClassificationHead, SVMHead
 from convexheads.hyperparameters import Learnable
 from convexheads.models.backbone import Backbone
 from convexheads.models.convolutional import Conv4, R2D2Network
@@ -24,7 +24,7 @@ def _svm_smoothed() -> SVMHead:
     return SVMHead(C=0.1, smoothing=100.0, scale=Learnable(1.0))
 
 
-HEADS: dict[str, Callable[[], Head]] = {
+HEADS: dict[str, Callable[[], ClassificationHead]] = {
     "svm": metaoptnet_svm,
     "ridge": metaoptnet_ridge,
     "prototypes": protonet,
@@ -54,15 +54,15 @@ def build_backbone(name: str, images: Tensor | None = None, **settings: Any) -> 
         `backbone = build_backbone("resnet12", image_size=84, dropblock="none")`
     """
     if not isinstance(name, str) or name not in BACKBONES:
-        raise InputError("backbone", repr(name), f"one of {', '.join(BACKBONES)}")
+        raise InputError("backbone", f"one of {', '.join(BACKBONES)}", repr(name))
     backbone = BACKBONES[name]
     try:
         return backbone(**settings) if images is None else backbone.from_images(images, **settings)
     except TypeError as error:
-        raise InputError("backbone", f"{name} with {settings} ({error})", "settings that it has") from error
+        raise InputError("backbone", "settings that it has", f"{name} with {settings} ({error})") from error
 
 
-def build_head(name: str) -> Head:
+def build_head(name: str) -> ClassificationHead:
     """Build a head for training a backbone, with a learnable scale of its logits.
 
     Args:
@@ -77,11 +77,13 @@ def build_head(name: str) -> Head:
         InputError: There is no such head.
     """
     if not isinstance(name, str) or name not in HEADS:
-        raise InputError("head", repr(name), f"one of {', '.join(HEADS)}")
+        raise InputError("head", f"one of {', '.join(HEADS)}", repr(name))
     return HEADS[name]()
 
 
-def build_model(config: dict[str, Any], images: Tensor | None = None, **settings: Any) -> tuple[Backbone, Head]:
+def build_model(
+    config: dict[str, Any], images: Tensor | None = None, **settings: Any
+) -> tuple[Backbone, ClassificationHead]:
     """Build the backbone and the head with which a training starts.
 
     Args:
@@ -100,7 +102,7 @@ def build_model(config: dict[str, Any], images: Tensor | None = None, **settings
         `backbone, head = build_model({"backbone": "conv4", "head": "svm"}, images)`
     """
     if missing := {"backbone", "head"} - config.keys():
-        raise InputError("config", f"no {' and no '.join(sorted(missing))}", "the names of a backbone and of a head")
+        raise InputError("config", "the names of a backbone and of a head", f"no {' and no '.join(sorted(missing))}")
     if config["backbone"] == "resnet12":
         settings = {"dropblock": config.get("dropblock", "paper")} | settings
     return build_backbone(config["backbone"], images, **settings), build_head(config["head"])

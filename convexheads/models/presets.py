@@ -109,10 +109,10 @@ def r2d2(variant: Variant = "paper") -> RidgeHead:
     """
     if _is_reference_code(variant):
         return RidgeHead(50.0, scale=Learnable(1.0))
-    return RidgeHead(Learnable(1.0), bias=Learnable(0.0, signed=True), scale=Learnable(1e-4))
+    return RidgeHead(Learnable(1.0), bias=Learnable(0.0, positive=False), scale=Learnable(1e-4))
 
 
 def _is_reference_code(variant: str) -> bool:
     if not isinstance(variant, str) or variant not in get_args(Variant):
-        raise InputError("variant", repr(variant), "'paper' or 'reference_code'")
+        raise InputError("variant", "'paper' or 'reference_code'", repr(variant))
     return variant == "reference_code"

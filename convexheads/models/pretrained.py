@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from convexheads import _storage
-from convexheads.errors import InputError, described
-from convexheads.heads import Head
+from convexheads._validation import describe
+from convexheads.errors import InputError
+from convexheads.heads import ClassificationHead
 from convexheads.models.backbone import Backbone
 from convexheads.models.build import build_model
 
@@ -28,7 +29,7 @@ class Pretrained(NamedTuple):
     """
 
     backbone: Backbone
-    head: Head
+    head: ClassificationHead
     settings: dict[str, Any]
 
 
@@ -56,33 +57,33 @@ def load_pretrained(name: str | Path) -> Pretrained:
         `head(backbone(support_images), labels, backbone(query_images))` with 32 x 32 images.
     """
     if not isinstance(name, str | Path):
-        raise InputError("name", described(name), "a name or a path")
+        raise InputError("name", "a name or a path", describe(name))
     try:
         places = WEIGHTS_DIR / f"{name}.safetensors", Path(name) / "model.safetensors", Path(name)
         path = next((path for path in places if path.is_file()), None)
     except OSError:  # the name is too long for the file system
         path = None
     if path is None:
-        wanted = f"a file or folder of trained weights, or one of {', '.join(list_pretrained())}"
-        raise InputError("name", repr(str(name)), wanted)
-    wanted = "a complete file of `save_pretrained`"
+        expected = f"a file or folder of trained weights, or one of {', '.join(list_pretrained())}"
+        raise InputError("name", expected, repr(str(name)))
+    expected = "a complete file of `save_pretrained`"
     try:
         state, settings = _storage.load(path, key="settings", needed_by="load_pretrained")
         channels = state["backbone.mean"].shape[1]
         modules = build_model(settings, in_channels=channels, image_size=settings["image_size"])
     except (OSError, LookupError, TypeError, ValueError) as error:
-        raise InputError("name", f"{path} ({error})", wanted) from error
+        raise InputError("name", expected, f"{path} ({error})") from error
     try:
         for prefix, module in zip(("backbone.", "head."), modules, strict=True):
             values = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
             module.load_state_dict(values)
     except RuntimeError as error:
-        raise InputError("name", f"{path}, not the weights of a {settings['backbone']}", wanted) from error
+        raise InputError("name", expected, f"{path}, not the weights of a {settings['backbone']}") from error
     backbone, head = modules
     return Pretrained(backbone.eval(), head.eval(), settings)
 
 
-def save_pretrained(path: str | Path, backbone: nn.Module, head: Head, settings: dict[str, Any]) -> None:
+def save_pretrained(path: str | Path, backbone: nn.Module, head: ClassificationHead, settings: dict[str, Any]) -> None:
     """Write weights for `load_pretrained`.
 
     The file is written under a temporary name and renamed when it is complete.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convexheads.errors import InputError, MissingDependencyError, check_counts
+from convexheads._validation import check_positive_ints
+from convexheads.errors import InputError, MissingDependencyError
 from convexheads.models.backbone import NEGATIVE_SLOPE, Backbone
 
 
@@ -58,10 +59,10 @@ class ResNet12(Backbone):
     ) -> None:
         super().__init__(in_channels, image_size, mean, std)
         if dropblock not in ("paper", "reference_code", "none"):
-            raise InputError("dropblock", repr(dropblock), "one of paper, reference_code, none")
+            raise InputError("dropblock", "one of paper, reference_code, none", repr(dropblock))
         if block_size is None:
             block_size = 5 if min(self.image_size) >= 84 else 2
-        check_counts(block_size=block_size)
+        check_positive_ints(block_size=block_size)
         warmup_steps = 40_000 if dropblock == "reference_code" else 0
         blocks: list[nn.Module] = []
         for number, (before, after) in enumerate(pairwise((self.in_channels, 64, 160, 320, 640))):
@@ -119,11 +120,11 @@ class DropBlock(nn.Module):
 
     def __init__(self, block_size: int, *, drop_prob: float = 0.1, warmup_steps: int = 0) -> None:
         super().__init__()
-        check_counts(block_size=block_size)
+        check_positive_ints(block_size=block_size)
         if not 0 <= drop_prob < 1:
-            raise InputError("drop_prob", drop_prob, "a number from 0 to below 1")
+            raise InputError("drop_prob", "a number from 0 to below 1", drop_prob)
         if warmup_steps:
-            check_counts(warmup_steps=warmup_steps)
+            check_positive_ints(warmup_steps=warmup_steps)
         self.block_size, self.drop_prob, self.warmup_steps = block_size, drop_prob, warmup_steps
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # a buffer, so that checkpoints contain it
 

@@ -51,4 +51,4 @@ def get_solver(solver: Solver | str) -> Solver:
         return solver
     if isinstance(solver, str) and solver in SOLVERS:
         return SOLVERS[solver]()
-    raise InputError("solver", repr(solver), f"a Solver or one of {', '.join(map(repr, SOLVERS))}")
+    raise InputError("solver", f"a Solver or one of {', '.join(map(repr, SOLVERS))}", repr(solver))

@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
-from convexheads.errors import InputError, MissingDependencyError, SolverError, SolverWarning, check_flag, is_count
-from convexheads.hyperparameters import positive
-from convexheads.precision import full_precision, is_of_floats, kind, working_dtype
+from convexheads._validation import check_bool, check_real, describe_type, is_float_tensor, is_positive_int
+from convexheads.errors import InputError, MissingDependencyError, SolverError, SolverWarning
+from convexheads.precision import full_precision, working_dtype
 from convexheads.solvers.active_set import ActiveSet
 from convexheads.solvers.interior_point import Relaxed
 from convexheads.solvers.problem import QP, Certificate, Solution, Status
@@ -74,12 +74,12 @@ class Solver(ABC):
         name = type(self).__name__
         if self.package is not None and find_spec(self.package) is None:
             raise MissingDependencyError(self.package, extra=self.package, needed_by=name)
-        if max_iterations is not None and not is_count(max_iterations):
-            raise InputError(f"{name}(max_iterations)", repr(max_iterations), "an integer of at least 1, or None")
+        if max_iterations is not None and not is_positive_int(max_iterations):
+            raise InputError(f"{name}(max_iterations)", "an integer of at least 1, or None", repr(max_iterations))
         check_on_failure(name, on_failure)
         self.max_iterations = max_iterations
         self.tolerance = (
-            self.default_tolerance if tolerance is None else positive(f"{name}(tolerance)", tolerance, learnable=False)
+            self.default_tolerance if tolerance is None else check_real(f"{name}(tolerance)", tolerance, positive=True)
         )
         self.on_failure: OnFailure = on_failure
 
@@ -179,7 +179,7 @@ class Solver(ABC):
 def check_on_failure(name: str, on_failure: object) -> None:
     """Raise `InputError` unless it is one of the three things to do about a failure."""
     if not isinstance(on_failure, str) or on_failure not in get_args(OnFailure):
-        raise InputError(f"{name}(on_failure)", repr(on_failure), f"one of {get_args(OnFailure)}")
+        raise InputError(f"{name}(on_failure)", f"one of {get_args(OnFailure)}", repr(on_failure))
 
 
 def complain(name: str, solution: Solution, tolerance: float, on_failure: OnFailure) -> None:
@@ -211,30 +211,30 @@ def _failures(status: Tensor, gap: Tensor, residual: Tensor) -> list[str]:
 
 def _check_kinds(qp: object) -> None:
     if not isinstance(qp, QP):
-        raise InputError("qp", type(qp).__name__, "a QP")
-    check_flag("QP(row_sum)", qp.row_sum)
+        raise InputError("qp", "a QP", type(qp).__name__)
+    check_bool("QP(row_sum)", qp.row_sum)
     for name, value in vars(qp).items():
         optional = name not in ("gram", "linear")
-        if name != "row_sum" and not (is_of_floats(value) or (value is None and optional)):
-            raise InputError(f"QP({name})", kind(value), "a tensor of floating-point values")
+        if name != "row_sum" and not (is_float_tensor(value) or (value is None and optional)):
+            raise InputError(f"QP({name})", "a tensor of floating-point values", describe_type(value))
 
 
 def _check_shapes(qp: QP) -> None:
     if qp.linear.ndim < 2 or not all(qp.linear.shape[-2:]):
-        raise InputError("QP(linear)", f"shape {tuple(qp.linear.shape)}", "(*batch, n, k), n and k at least 1")
+        raise InputError("QP(linear)", "(*batch, n, k), n and k at least 1", f"shape {tuple(qp.linear.shape)}")
     *batch, n, _ = qp.linear.shape
     square = {"gram": (*batch, n, n)} | ({} if qp.root is None else {"root": (*batch, n, *qp.root.shape[-1:])})
     for name, value in qp.tensors().items():
-        wanted = square.get(name, tuple(qp.linear.shape))
-        if value.shape != wanted:
-            raise InputError(f"QP({name})", f"shape {tuple(value.shape)}", f"{wanted}, to go with the linear term")
+        expected = square.get(name, tuple(qp.linear.shape))
+        if value.shape != expected:
+            raise InputError(f"QP({name})", f"{expected}, to go with the linear term", f"shape {tuple(value.shape)}")
         if value.device != qp.linear.device:
-            raise InputError(f"QP({name})", f"device {value.device}", f"that of the linear term, {qp.linear.device}")
+            raise InputError(f"QP({name})", f"that of the linear term, {qp.linear.device}", f"device {value.device}")
 
 
 def _check_bounds(qp: QP) -> None:
     if qp.lower is None and qp.upper is None:
-        raise InputError("QP(lower, upper)", "None for both", "at least one of them")
+        raise InputError("QP(lower, upper)", "at least one of them", "None for both")
     if qp.lower is not None and qp.upper is not None and qp.linear.device.type == "cpu":
         inspect_values(_check_order, qp.lower, qp.upper)
 
@@ -244,7 +244,7 @@ def _check_order(lower: Tensor, upper: Tensor) -> None:
     if crossed.any():
         where = tuple(crossed.nonzero()[0].tolist())
         got = f"{lower[where].item():g} above {upper[where].item():g} at {where}"
-        raise InputError("QP(lower, upper)", got, "lower <= upper everywhere")
+        raise InputError("QP(lower, upper)", "lower <= upper everywhere", got)
 
 
 def _without_broken_tasks(qp: QP) -> tuple[QP, Bool[Tensor, " tasks"]]:

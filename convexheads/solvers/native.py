@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from convexheads._functorch import compute_without_grad, is_transforming
+from convexheads._validation import check_real
 from convexheads.errors import InputError
-from convexheads.hyperparameters import positive
 from convexheads.solvers import active_set, implicit
 from convexheads.solvers.active_set import ActiveSet
 from convexheads.solvers.base import OnFailure, Solved, Solver
@@ -114,14 +114,14 @@ class NativeSolver(Solver):
     ) -> None:
         super().__init__(max_iterations=max_iterations, tolerance=tolerance, on_failure=on_failure)
         if not isinstance(gradient, str) or gradient not in get_args(Gradient):
-            raise InputError("NativeSolver(gradient)", repr(gradient), f"one of {get_args(Gradient)}")
+            raise InputError("NativeSolver(gradient)", f"one of {get_args(Gradient)}", repr(gradient))
         if (gradient == "truncated") is (max_iterations is None) and gradient != "exact":
-            wanted = "a number" if gradient == "truncated" else "None"
-            raise InputError("NativeSolver(max_iterations)", max_iterations, f"{wanted} with gradient={gradient!r}")
+            expected = "a number" if gradient == "truncated" else "None"
+            raise InputError("NativeSolver(max_iterations)", f"{expected} with gradient={gradient!r}", max_iterations)
         self.gradient: Gradient = gradient
-        self.relaxation = positive("NativeSolver(relaxation)", relaxation, learnable=False)
+        self.relaxation = check_real("NativeSolver(relaxation)", relaxation, positive=True)
         if compiled is not None and compiled is not False:
-            raise InputError("NativeSolver(compiled)", repr(compiled), "False, or None for where that is possible")
+            raise InputError("NativeSolver(compiled)", "False, or None for where that is possible", repr(compiled))
         self.compiled = compiled
 
     def __repr__(self) -> str:

@@ -199,7 +199,7 @@ def test_says_what_to_put_where(tmp_path: Path) -> None:
 def test_names_the_class_that_is_missing_or_short(tmp_path: Path, pictures: dict[str, torch.Tensor], write) -> None:
     short = pictures | {"whale": pictures["whale"][:2]}
     write(tmp_path, short)
-    with pytest.raises(InputError, match=r"2 images of class 'whale'.*wanted 3 images"):
+    with pytest.raises(InputError, match=r"expected 3 images.*2 images of class 'whale'"):
         read(small("cifar-fs"), tmp_path)
     for leftover in tmp_path.iterdir():
         shutil.rmtree(leftover)
@@ -357,7 +357,7 @@ def test_reads_every_form_of_imagenets_subsets(tmp_path: Path, dataset: str, wri
 def test_one_split_of_miniimagenet_is_enough_where_no_other_is_wanted(tmp_path: Path, write: Write) -> None:
     write(tmp_path / "miniimagenet", {"test": split_classes("miniimagenet", "test")})
     assert len(read(small("miniimagenet", 2), tmp_path, splits=("test",))["test"]) == 40
-    with pytest.raises(InputError, match=r"nothing of train, only test of miniimagenet(.|\n)*miniimagenet_<split>.zip"):
+    with pytest.raises(InputError, match=r"miniimagenet_<split>.zip(.|\n)*nothing of train, only test of miniimagenet"):
         read(small("miniimagenet", 2), tmp_path, splits=("train", "test"))
 
 
@@ -386,9 +386,9 @@ def test_classes_of_tieredimagenet_may_differ_in_size_but_not_fall_short(tmp_pat
     images = read(small("tieredimagenet", 2), tmp_path, splits=("val",))["val"]
     assert images.labels.bincount().tolist() == [2, 2, 2, 3] + [2] * 93
     assert images.images[8, :, 0, 0].tolist() == [7, 0, 9]  # the last of the fourth class
-    with pytest.raises(InputError, match=r"2 images of class 'n\d+'.*wanted at least 3 images"):
+    with pytest.raises(InputError, match=r"expected at least 3 images.*2 images of class 'n\d+'"):
         read(small("tieredimagenet", 3), tmp_path, splits=("val",))
-    with pytest.raises(InputError, match="wanted 2 images"):
+    with pytest.raises(InputError, match=r"expected 2 images"):
         read(replace(small("tieredimagenet", 2), exact=True), tmp_path, splits=("val",))
 
 
@@ -410,7 +410,7 @@ def test_names_a_listed_image_that_is_missing_and_a_list_that_is_none(tmp_path: 
     with pytest.raises(InputError, match=f"missing or damaged image of class '{name}'.*{name}_1.jpg"):
         read(small("tieredimagenet", 2), tmp_path)
     (folder / "val.csv").write_text("nothing,of,the,kind\n1,2,3,4")
-    with pytest.raises(InputError, match=r"val.csv.*columns filename and label"):
+    with pytest.raises(InputError, match=r"columns filename and label.*val.csv"):
         read(small("tieredimagenet", 2), tmp_path)
 
 
@@ -550,9 +550,9 @@ def test_verify_names_what_is_altered_short_damaged_or_of_the_wrong_size(
     faults = verify("cifar-fs", "--data-root", small_cifar)
     for message in (
         "the pixels of 'whale' differ",
-        "2 images of class 'bear', wanted 3",
+        "expected 3 images of class 'bear', got 2",
         "damaged image of class 'baby'",
-        "a 20 x 16 image of class 'rose', wanted 32 x 32",
+        "expected images of 32 x 32 in class 'rose', got 20 x 16",
     ):
         assert faults.count(message) == 1
     assert faults.count("differ") == 1
@@ -664,7 +664,7 @@ def test_damaged_archives_of_images_are_refused(tmp_path) -> None:
     def load() -> list[bytes]:
         found = archives(["images.zip"], tmp_path, splits).images
         if Counter({name: len(each) for name, each in found.items()}) != {"cat": 3, "dog": 3}:
-            raise InputError("data root", path, "three images of each")  # as `read` does
+            raise InputError("data root", "three images of each", path)  # as `read` does
         return [open_image(name, each, "RGB").tobytes() for name in found for each in found[name]]
 
-    assert refusals(path, load, "data root: got", flips=400) > 250
+    assert refusals(path, load, "data root: expected", flips=400) > 250

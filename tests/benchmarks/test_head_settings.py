@@ -20,7 +20,8 @@ from benchmarks.loop import Training
 from benchmarks.options import Options
 from benchmarks.processes import Processes
 from benchmarks.train import episodes
-from convexheads import Linear, SVMHead
+from convexheads import SVMHead
+from convexheads.kernels import Linear
 
 PLAIN, APART, UNIT = "SVM, C = 0.1", "ridge, statistics apart", "SVM, unit length, C = 30"
 
@@ -131,7 +132,7 @@ def test_apart_is_support_and_query_one_after_the_other() -> None:
 
 def test_unit_length_does_not_depend_on_the_scale_of_features() -> None:
     support, query = torch.randn(2, 10, 7, dtype=torch.float64), torch.randn(2, 4, 7, dtype=torch.float64)
-    kernel, scaled = (UnitLength().for_support(factor * support, None) for factor in (1, 30))
+    kernel, scaled = (UnitLength().condition_on(factor * support, None) for factor in (1, 30))
     torch.testing.assert_close(scaled(30 * query, 30 * support), kernel(query, support))
     torch.testing.assert_close(scaled(30 * support, 30 * support), kernel(support, support))
     gram = kernel(support, support)

@@ -227,16 +227,18 @@ def test_damaged_and_foreign_checkpoints_are_refused(undisturbed, tmp_path, monk
         return _storage.load(checkpoint, **KIND)
 
     # A bit of padding alters nothing.
-    assert refusals(checkpoint, resume, f"resume: got {checkpoint}, damaged") > 30
+    assert refusals(checkpoint, resume, f"got {checkpoint}, damaged") > 30
     others = [undisturbed / name for name in ("checkpoints/best.safetensors", "model.safetensors")]  # weights only
     for content in (*foreign(tmp_path, monkeypatch), *(other.read_bytes() for other in others)):
         checkpoint.write_bytes(content)
-        with pytest.raises(InputError, match=r"resume: got .*last\.safetensors, damaged or something else"):
+        with pytest.raises(
+            InputError, match=r"resume: expected .*, got .*last\.safetensors, damaged or something else"
+        ):
             train.prepare(options)
     tensors, record = _storage.load(checkpoint_of(undisturbed), **KIND)
     for options_of_it in ([], None, "seed"):
         _storage.save(checkpoint, tensors, record | {"options": options_of_it}, **KIND)
-        with pytest.raises(InputError, match=r"resume: got .*last\.safetensors"):
+        with pytest.raises(InputError, match=r"resume: expected .*, got .*last\.safetensors"):
             train.prepare(options)
     record["options"]["seed"] = 5
     _storage.save(checkpoint, tensors, record, **KIND)
@@ -273,7 +275,7 @@ def with_a_failure(monkeypatch) -> None:
 def test_the_benchmark_does_as_configured(tmp_path, caplog) -> None:
     arguments = [*SMALL, "--output"]
     folders = {name: tmp_path / name for name in ("raise", "skip", "stop")}
-    with pytest.raises(SystemExit, match=r"error: batch: got step 2, task 0 \(a loss of nan\)"):
+    with pytest.raises(SystemExit, match=r"error: batch: expected .*, got step 2, task 0 \(a loss of nan\)"):
         train.main([*arguments, str(folders["raise"])])
     with pytest.raises(SystemExit, match=r"error: step 2 failed \(a loss of nan\), training has stopped; .*--resume"):
         train.main([*arguments, str(folders["stop"]), "--on-failure", "stop"])
@@ -349,7 +351,11 @@ def test_when_a_step_of_two_processes_fails_the_first_one_says_so(tmp_path, on_f
         [*command, "--output", str(tmp_path / "run")], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 1, done.stderr
-    said = "batch: got step 2, task 1, 3" if on_failure == "raise" else "step 2 failed (a loss of nan), training has"
+    said = (
+        r"batch: expected .*, got step 2, task 1, 3"
+        if on_failure == "raise"
+        else "step 2 failed (a loss of nan), training has"
+    )
     assert said in done.stderr
     assert "all end" not in done.stderr
     path = checkpoint_of(tmp_path / "run")

@@ -33,7 +33,7 @@ from convexheads import (
     Learnable,
     SolverError,
     SVMHead,
-    WestonWatkinsHead,
+    WestonWatkinsSVMHead,
     _storage,
     split_task,
 )
@@ -325,7 +325,11 @@ def quiet(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 
     if request.param == "the loss says":
         monkeypatch.setattr(loop, "episode_loss", unchecked)
-    return "a loss of nan" if request.param == "the loss says" else "support: got non-finite values"
+    return (
+        "a loss of nan"
+        if request.param == "the loss says"
+        else "support: expected finite values, got non-finite values"
+    )
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -334,7 +338,7 @@ def test_a_failed_step_raises_when_it_is_read(head: str, quiet: str) -> None:
     own = take(training(head), range(2))
     before = {name: value for name, value in state(own).items() if name not in own.buffers}
     take(own, range(2, 5), poisoned(NAN))
-    with pytest.raises(InputError, match=rf"batch: got step 2, task 1 \({quiet}.*wanted finite values") as caught:
+    with pytest.raises(InputError, match=rf"batch: expected finite values.*, got step 2, task 1 \({quiet}") as caught:
         own.read()
     assert "'skip'" in str(caught.value)
     assert_same(before, {name: value for name, value in state(own).items() if name not in own.buffers})
@@ -411,7 +415,7 @@ def test_a_gradient_that_is_not_finite_is_named(name: str, on_failure: str) -> N
     own.parameters[name].register_hook(lambda gradient: gradient * (torch.inf if own.step == 2 else 1))
     take(own, range(5))
     if on_failure == "raise":
-        with pytest.raises(InputError, match=rf"batch: got step 2 \(the gradient of {name}\)"):
+        with pytest.raises(InputError, match=rf"batch: expected .*, got step 2 \(the gradient of {name}\)"):
             own.read()
         return
     own.read()
@@ -472,7 +476,7 @@ def test_averages_are_torchs() -> None:
         if not step:
             reference.n_averaged += 1  # else torch's first average would be the first weights
         reference.update_parameters(model)
-    assert {"backbone.linear.weight", "backbone.norm.running_var", "head.scale.log_value"} <= own.averages.keys()
+    assert {"backbone.linear.weight", "backbone.norm.running_var", "head.scale.raw_value"} <= own.averages.keys()
     for name, value in own.averages.items():
         torch.testing.assert_close(value, reference.module.state_dict()[name])
         assert not torch.equal(value, own._state()[name])
@@ -564,7 +568,7 @@ def test_the_loss_is_that_of_the_options() -> None:
 ON_HOST = {
     "svm": lambda: SVMHead(scale=Learnable(2.0)),
     "svm, smoothed": lambda: SVMHead(C=0.5, smoothing=1.0, scale=Learnable(2.0)),
-    "Weston-Watkins": lambda: WestonWatkinsHead(scale=Learnable(2.0)),
+    "Weston-Watkins": lambda: WestonWatkinsSVMHead(scale=Learnable(2.0)),
 }
 
 

@@ -187,7 +187,7 @@ def test_refuses_unusable_options(arguments: list[str], message: str, capsys: py
 
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--test-shots", "[1,-5]"], ["--seed", "-1"]])
 def test_refuses_numbers_out_of_range(arguments: list[str]) -> None:
-    with pytest.raises(SystemExit, match=arguments[0].strip("-").replace("-", "_") + r": got .*wanted"):
+    with pytest.raises(SystemExit, match=arguments[0].strip("-").replace("-", "_") + r": expected .*, got "):
         train.main(arguments)
 
 
@@ -290,7 +290,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(Training, "save", fill_up)
         try:
-            with pytest.raises(SystemExit, match=r"output: got .*too large.*the last checkpoint is complete, --resume"):
+            with pytest.raises(
+                SystemExit, match=r"output: expected .*the last checkpoint is complete, --resume.*, got .*too large"
+            ):
                 train.main(arguments)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -307,7 +309,7 @@ def test_a_full_disk_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Training, "save", full)
-    with pytest.raises(SystemExit, match=r"\(No space left on device\), wanted room to write$"):
+    with pytest.raises(SystemExit, match=r"expected room to write, got .*\(No space left on device\)$"):
         train.main([*SHORT, "--output", str(tmp_path)])
 
 
@@ -338,7 +340,7 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(finished: Path, tmp_path: 
     shutil.copytree(finished, tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoints" / "last.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-5000])
-    with pytest.raises(SystemExit, match=r"resume: got .*last\.safetensors, damaged.*wanted a complete checkpoint"):
+    with pytest.raises(SystemExit, match=r"resume: expected a complete checkpoint.*, got .*last\.safetensors, damaged"):
         train.main([*SHORT, "--output", str(tmp_path / "run"), "--resume"])
 
 

@@ -7,7 +7,8 @@ import torch
 import yaml
 from tasks import ROOT, crammer_singer, task
 
-from convexheads import NativeSolver, SVMHead
+from convexheads import SVMHead
+from convexheads.solvers import NativeSolver
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

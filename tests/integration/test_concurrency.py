@@ -22,11 +22,11 @@ from convexheads.solvers import compiled
 
 HEADS = {
     "svm": lambda: ch.SVMHead(ch.Learnable(0.3), scale=ch.Learnable(1.5)),
-    "svm-in-torch": lambda: ch.SVMHead(ch.Learnable(0.3), solver=ch.NativeSolver(compiled=False)),
-    "interior-point": lambda: ch.SVMHead(ch.Learnable(0.3), solver=ch.NativeSolver(max_iterations=5)),
-    "weston-watkins": lambda: ch.WestonWatkinsHead(ch.Learnable(0.3), kernel=ch.RBF()),
+    "svm-in-torch": lambda: ch.SVMHead(ch.Learnable(0.3), solver=ch.solvers.NativeSolver(compiled=False)),
+    "interior-point": lambda: ch.SVMHead(ch.Learnable(0.3), solver=ch.solvers.NativeSolver(max_iterations=5)),
+    "weston-watkins": lambda: ch.WestonWatkinsSVMHead(ch.Learnable(0.3), kernel=ch.kernels.RBF()),
     "logistic": lambda: ch.LogisticHead(ch.Learnable(0.5)),
-    "ridge": lambda: ch.RidgeHead(ch.Learnable(2.0), kernel=ch.RBF(ch.Learnable(3.0))),
+    "ridge": lambda: ch.RidgeHead(ch.Learnable(2.0), kernel=ch.kernels.RBF(ch.Learnable(3.0))),
     "mahalanobis": lambda: ch.MahalanobisHead(ch.Learnable(0.7)),
 }
 heads = pytest.mark.parametrize(
@@ -39,7 +39,7 @@ heads = pytest.mark.parametrize(
 SEEDS = range(24)
 
 
-def answers(head: ch.Head, seed: int) -> list[Tensor]:
+def answers(head: ch.ClassificationHead, seed: int) -> list[Tensor]:
     """Logits, and gradients for everything that has one."""
     support, labels, query, ways = task(4, shots=((5, 5, 5), (2, 3), (1, 4, 2, 6))[seed % 3], d=9, seed=seed)
     inputs = support.requires_grad_(), query.requires_grad_(), *head.parameters()
@@ -71,7 +71,7 @@ def test_one_head_shared_by_eight_threads(make, inner):
 
 
 class Answers(Dataset):
-    def __init__(self, head: ch.Head) -> None:
+    def __init__(self, head: ch.ClassificationHead) -> None:
         self.head = head
 
     def __len__(self) -> int:

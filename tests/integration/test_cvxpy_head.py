@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import cvxpy
 import pytest
@@ -17,9 +20,10 @@ from convexheads import (
     Learnable,
     LogisticHead,
     MissingDependencyError,
-    OneVsRestHead,
+    OneVsRestSVMHead,
     RidgeHead,
     SolverError,
+    SupportSet,
 )
 from convexheads.errors import ConvexHeadsError
 
@@ -45,7 +49,7 @@ def hinge_huber(task):
 
 
 SAME = {
-    "hinge": (hinge, 8.0, OneVsRestHead(Learnable(1 / 8.0))),
+    "hinge": (hinge, 8.0, OneVsRestSVMHead(Learnable(1 / 8.0))),
     "squares": (squares, 3.0, RidgeHead(Learnable(3.0))),
     "cross-entropy": (cross_entropy, 3.0, LogisticHead(Learnable(3.0))),
 }
@@ -54,7 +58,7 @@ SAME = {
 @pytest.mark.parametrize(("build", "weight", "own"), SAME.values(), ids=SAME.keys())
 def test_equals_our_own_heads_and_their_gradients(build, weight, own):
     support, labels, query, ways = task(2, d=20)
-    head = CvxpyHead(build, parameters={"lambda": Learnable(weight)}, scale=Learnable(1.3))
+    head = CvxpyHead(build, hyperparameters={"lambda": Learnable(weight)}, scale=Learnable(1.3))
     found = []
     for each in (head, own):
         features = support.clone().requires_grad_()
@@ -92,7 +96,7 @@ def test_l1_gives_scikit_learns_lasso():
     reference = Lasso(alpha=0.9 / len(gram), fit_intercept=False, tol=1e-12, max_iter=100_000).fit(gram, targets)
     expected = torch.from_numpy(reference.coef_.T)
     assert (expected == 0).any()
-    assert close(fitted.dual.coef, expected) < 1e-5
+    assert close(fitted.expansion.coef, expected) < 1e-5
 
 
 NONE = {
@@ -113,25 +117,26 @@ def test_problems_without_a_solution(build, gradient):
 
 
 def test_a_gram_matrix_that_is_not_finite_fails_in_its_task():
-    """As it may come on a GPU, where nobody has looked at the features."""
-    gram, targets = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1), torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
-    gram[1, 0, 0] = torch.nan
+    """Without validation, nothing has checked the features."""
+    targets = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
+    features = targets.clone()
+    features[1, 0, 0] = torch.nan
     with pytest.raises(SolverError, match=r"1 of 2 tasks not solved \(\(1,\)\)"):
-        CvxpyHead(squares, parameters={"lambda": 1.0}).dual(gram, targets)
+        CvxpyHead(squares, hyperparameters={"lambda": 1.0}).solve(SupportSet(features, targets, validate=False))
 
 
 def test_indefinite_kernel():
-    with pytest.raises(InputError, match="kernel: got a Gram matrix with the eigenvalue -"):
-        CvxpyHead(squares, parameters={"lambda": 1.0}, kernel=lambda x, y: -(x @ y.mT))(*task()[:3])
+    with pytest.raises(InputError, match=r"kernel: expected .*, got a Gram matrix with the eigenvalue -"):
+        CvxpyHead(squares, hyperparameters={"lambda": 1.0}, kernel=lambda x, y: -(x @ y.mT))(*task()[:3])
 
 
 BAD = {
-    "not convex": (lambda task: -task.squared_norm, "build: got a problem that is not convex"),
+    "not convex": (lambda task: -task.squared_norm, r"build: expected .*, got a problem that is not convex"),
     "not DPP": (
         lambda task: task.squared_norm + task.parameters["a"] * cvxpy.sum_squares(task.targets - task.scores),
-        "build: got a problem that is convex, but not DPP, wanted one in which parameters",
+        r"build: expected one in which parameters.*, got a problem that is convex, but not DPP",
     ),
-    "nothing": (lambda task: None, "build: got a NoneType from it, wanted an expression"),
+    "nothing": (lambda task: None, r"build: expected an expression.*, got a NoneType from it"),
 }
 
 
@@ -139,20 +144,49 @@ BAD = {
 @pytest.mark.usefixtures("unchecked")
 def test_bad_problems(build, message):
     with pytest.raises(InputError, match=message):
-        CvxpyHead(build, parameters={"a": 1.0})(*task()[:3])
+        CvxpyHead(build, hyperparameters={"a": 1.0})(*task()[:3])
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_bad_arguments_and_limits(monkeypatch):
-    with pytest.raises(InputError, match="build: got 3, wanted a function"):
+    with pytest.raises(InputError, match=r"build: expected a function.*, got 3"):
         CvxpyHead(3)
-    with pytest.raises(InputError, match=r"parameters\['a'\]: got -1, wanted a positive"):
-        CvxpyHead(squares, parameters={"a": -1})
+    with pytest.raises(InputError, match=r"hyperparameters\['a'\]: expected a positive.*, got -1"):
+        CvxpyHead(squares, hyperparameters={"a": -1})
     support, labels, query, _ = task()
-    logits = CvxpyHead(squares, parameters={"lambda": 1.0})(support.requires_grad_(), labels, query)
+    logits = CvxpyHead(squares, hyperparameters={"lambda": 1.0})(support.requires_grad_(), labels, query)
     (gradient,) = torch.autograd.grad(logits.sum(), support, create_graph=True)
     with pytest.raises(ConvexHeadsError, match=r"second derivative.*CvxpyHead"):
         gradient.sum().backward()
-    monkeypatch.setattr("convexheads.heads.cvxpy_problem.find_spec", lambda _: None)
+    monkeypatch.setattr("convexheads.heads.cvxpy.find_spec", lambda _: None)
     with pytest.raises(MissingDependencyError, match="CvxpyHead needs the package 'cvxpylayers'"):
         CvxpyHead(squares)
+
+
+def test_a_compiled_problem_lives_as_long_as_its_function():
+    support, labels, query, _ = task()
+
+    def make():
+        weight = 0.5
+        return lambda task: cvxpy.sum_squares(task.targets - task.scores) + weight * task.squared_norm
+
+    head = CvxpyHead(make())
+    head(support, labels, query)
+    function = weakref.ref(head.build)
+    assert CvxpyHead(head.build)(support, labels, query).equal(head(support, labels, query))
+    del head
+    gc.collect()
+    assert function() is None
+
+
+def test_threads_share_a_compiled_problem():
+    """Every task is checked in variables that belong to the problem; with a lambda so different, a mix-up shows."""
+    build = lambda task: task.parameters["lambda"] * task.squared_norm + cvxpy.sum_squares(task.targets - task.scores)  # noqa: E731
+    tasks = [task(4, seed=seed) for seed in range(12)]
+    heads = [CvxpyHead(build, hyperparameters={"lambda": 10.0 ** (seed % 6 - 3)}) for seed in range(12)]
+    expected = [head(*data[:3]) for head, data in zip(heads, tasks, strict=True)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            found = pool.map(lambda head, data: head(*data[:3]), heads, tasks)
+            for logits, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(logits, other, rtol=1e-9, atol=1e-12)

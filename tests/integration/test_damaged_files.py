@@ -33,7 +33,7 @@ def test_damaged_and_foreign_weights_are_refused(tmp_path, monkeypatch) -> None:
     whole, expected = path.read_bytes(), plain(list(load()))
     for content in (*damaged(whole, random.Random(0)), *foreign(tmp_path, monkeypatch)):
         path.write_bytes(content)
-        assert refused_or_same(load, expected, f"name: got {path}")
+        assert refused_or_same(load, expected, f"got {path}")
     assert not (tmp_path / "unpickled").exists()
 
 
@@ -45,7 +45,7 @@ def test_damaged_and_foreign_classifiers_are_refused(tmp_path, monkeypatch) -> N
     whole = path.read_bytes()
     for content in (*damaged(whole, random.Random(0)), *foreign(tmp_path, monkeypatch)):
         path.write_bytes(content)
-        with pytest.raises(InputError, match=r"classifier: got .*own\.classifier"):
+        with pytest.raises(InputError, match=r"classifier: expected .*, got .*own\.classifier"):
             FolderClassifier.load(path)
     assert not (tmp_path / "unpickled").exists()
 
@@ -66,10 +66,10 @@ def test_damaged_and_foreign_checkpoints_of_lightning_are_refused(tmp_path, monk
     def load() -> Any:
         return files.load_checkpoint(path)
 
-    assert refusals(path, load, f"checkpoint: got {path}") > 30  # a bit of padding alters nothing
+    assert refusals(path, load, f"got {path}") > 30  # a bit of padding alters nothing
     for content in foreign(tmp_path, monkeypatch):
         path.write_bytes(content)
-        assert refused_or_same(load, {"state_dict": {}}, f"checkpoint: got {path}") or b"state_dict" in content
+        assert refused_or_same(load, {"state_dict": {}}, f"got {path}") or b"state_dict" in content
     assert not (tmp_path / "unpickled").exists()
 
 
@@ -93,12 +93,12 @@ def test_damaged_and_foreign_data_files_are_refused(tmp_path, monkeypatch) -> No
         return EpisodicDataModule(str(path)).parts["train"]
 
     whole, expected = path.read_bytes(), plain(load())
-    assert refusals(path, load, f"train: got {path}", flips=300) > 200
+    assert refusals(path, load, f"got {path}", flips=300) > 200
     for place in range(whole.index(b"PK\x01\x02"), len(whole)):  # flags, with which PyTorch returns any memory
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
-        refused_or_same(load, expected, f"train: got {path}")
+        refused_or_same(load, expected, f"got {path}")
     for content in foreign(tmp_path, monkeypatch):
         path.write_bytes(content)
-        with pytest.raises(InputError, match=r"train: got .*train\.pt"):
+        with pytest.raises(InputError, match=r"train: expected .*, got .*train\.pt"):
             load()
     assert not (tmp_path / "unpickled").exists()

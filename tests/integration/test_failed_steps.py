@@ -37,7 +37,7 @@ def poisoned(rank: int = 0, processes: int = 1) -> list[tuple[torch.Tensor, torc
     return steps
 
 
-def learner(on_failure: str, head: ch.Head | None = None, normed: bool = True) -> EpisodicModule:
+def learner(on_failure: str, head: ch.ClassificationHead | None = None, normed: bool = True) -> EpisodicModule:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5) if normed else nn.Identity())
     head = head or SVMHead(C=0.1, scale=Learnable(1.0))
@@ -57,14 +57,16 @@ def same_state(one: nn.Module, other: nn.Module) -> bool:
 
 
 def test_a_failed_step_raises_by_default() -> None:
-    with pytest.raises(InputError, match=r"batch: got step 2, task 2 \(support: got non-finite.*wanted finite values"):
+    with pytest.raises(
+        InputError, match=r"batch: expected finite values.*, got step 2, task 2 \(support: expected .*, got non-finite"
+    ):
         fit(learner("raise"), poisoned())
     assert EpisodicModule(nn.Identity(), RidgeHead(), ways=2, shots=1, total_steps=1).on_failed_step == "raise"
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_there_are_three_ways_to_go_on() -> None:
-    with pytest.raises(InputError, match="on_failed_step: got 'ignore', wanted one of raise, skip, stop"):
+    with pytest.raises(InputError, match=r"on_failed_step: expected one of raise, skip, stop.*, got 'ignore'"):
         learner("ignore")
 
 
@@ -77,7 +79,7 @@ def test_a_failed_step_is_skipped_as_if_it_had_not_been_there(caplog) -> None:
     assert module.state_dict()["backbone.1.num_batches_tracked"] == 4
     assert trainer.global_step == 5
     assert [(each["step"], each["tasks"]) for each in module.failures] == [(2, [2])]
-    assert "skipped step 2, task 2 (support: got non-finite values" in caplog.text
+    assert "skipped step 2, task 2 (support: expected finite values, got non-finite values" in caplog.text
     assert trainer.callback_metrics["skipped"] == 1
 
 

@@ -14,7 +14,7 @@ from torch import nn
 import convexheads as ch
 from convexheads import InputError, MissingDependencyError
 from convexheads.cli.features import _backbone, _exists, _text
-from convexheads.heads.cvxpy_problem import _is_solved
+from convexheads.heads.cvxpy import _is_solved
 from convexheads.integrations.lightning import EpisodicModule
 from convexheads.integrations.sklearn import HeadClassifier
 from convexheads.solvers import cvxpylayers
@@ -30,9 +30,10 @@ def weighted(task):
 def test_a_problem_of_cvxpy_is_checked_and_described() -> None:
     with pytest.raises(InputError, match=r"^build"):
         ch.CvxpyHead(3)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(InputError, match=r"^parameters"):
-        ch.CvxpyHead(weighted, parameters={"not a name": 1.0})
-    assert repr(ch.CvxpyHead(weighted, parameters={"lambda": 2.0})) == "CvxpyHead(weighted, parameters={'lambda': 2.0})"
+    with pytest.raises(InputError, match=r"^hyperparameters"):
+        ch.CvxpyHead(weighted, hyperparameters={"not a name": 1.0})
+    head = ch.CvxpyHead(weighted, hyperparameters={"lambda": 2.0})
+    assert repr(eval(repr(head), vars(ch) | {"weighted": weighted})) == repr(head)
 
 
 def test_values_that_are_not_finite_solve_no_problem() -> None:
@@ -87,7 +88,7 @@ def test_one_class_and_what_is_no_head_are_refused() -> None:
 def test_a_problem_may_leave_the_labels_out() -> None:
     """Then nothing is learned: all coefficients are zero."""
     fitted = ch.CvxpyHead(lambda task: task.squared_norm).fit(torch.eye(4), torch.arange(4) % 2)
-    assert fitted.dual.coef.abs().max() < 1e-6
+    assert fitted.expansion.coef.abs().max() < 1e-6
 
 
 def test_without_a_trainer_the_batch_counts_as_the_step() -> None:

@@ -15,7 +15,7 @@ from convexheads.models.pretrained import WEIGHTS_DIR, save_pretrained
 
 def check_pretrained(loaded: ch.models.Pretrained) -> None:
     assert isinstance(loaded.backbone, torch.nn.Module)
-    assert isinstance(loaded.head, ch.Head)
+    assert isinstance(loaded.head, ch.ClassificationHead)
 
 
 @pytest.mark.usefixtures("unchecked")

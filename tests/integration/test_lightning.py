@@ -244,10 +244,10 @@ def test_a_training_is_resumed_within_an_epoch(tmp_path: Path) -> None:
 
 def test_unusable_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "train.pt"
-    with pytest.raises(InputError, match=r"train: got .*train\.pt"):
+    with pytest.raises(InputError, match=r"train: expected .*, got .*train\.pt"):
         EpisodicDataModule(path)
     path.write_bytes(pickle.dumps(PrototypeHead, protocol=2))
-    with pytest.raises(InputError, match=r"wanted a file of torch.save"):
+    with pytest.raises(InputError, match=r"expected a file of torch.save"):
         EpisodicDataModule(str(path))
-    with pytest.raises(InputError, match="ways: got 9, wanted at most the 8 classes"):
+    with pytest.raises(InputError, match=r"ways: expected at most the 8 classes.*, got 9"):
         data(ways=9).train_dataloader()

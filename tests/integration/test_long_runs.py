@@ -21,8 +21,8 @@ STATM = Path("/proc/self/statm")
 pytestmark = pytest.mark.skipif(not STATM.exists(), reason="resident memory is read from /proc/self/statm")
 
 NATIVE = [
-    ch.SVMHead(ch.Learnable(0.3), kernel=ch.RBF()),
-    ch.SVMHead(ch.Learnable(0.3), solver=ch.NativeSolver(compiled=False)),
+    ch.SVMHead(ch.Learnable(0.3), kernel=ch.kernels.RBF()),
+    ch.SVMHead(ch.Learnable(0.3), solver=ch.solvers.NativeSolver(compiled=False)),
     ch.RidgeHead(ch.Learnable(2.0)),
     ch.LogisticHead(ch.Learnable(0.5)),
 ]
@@ -41,7 +41,7 @@ def alive() -> tuple[int, int]:
     return len(objects), sum(issubclass(type(value), torch.Tensor) for value in objects)
 
 
-def train(head: ch.Head, drawn: tuple) -> None:
+def train(head: ch.ClassificationHead, drawn: tuple) -> None:
     support, labels, query, ways = drawn
     logits = head(support.clone().requires_grad_(), labels, query, ways=ways)
     logits.square().mean().backward()

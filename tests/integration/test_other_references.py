@@ -12,12 +12,12 @@ from tasks import close, task
 from torch.nn import functional
 
 from convexheads import (
-    OneVsRestHead,
+    OneVsRestSVMHead,
     PrototypeHead,
     SimplifiedSVMHead,
     SupportVectorRegressionHead,
     SVMHead,
-    WestonWatkinsHead,
+    WestonWatkinsSVMHead,
 )
 from convexheads.solvers import SOLVERS, CvxpylayersSolver, QpthSolver
 
@@ -41,7 +41,7 @@ def test_svm_equals_its_cvxpy_primal(smoothing):
     problem = cvxpy.Problem(cvxpy.Minimize(cvxpy.sum_squares(weights) / 2 + loss))
     problem.solve(solver=cvxpy.CLARABEL, tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12)
     fitted = SVMHead(C, smoothing=smoothing).fit(support, labels)
-    ours = (fitted.dual.coef.mT @ support).numpy()
+    ours = (fitted.expansion.coef.mT @ support).numpy()
     assert np.linalg.norm(ours - weights.value) < 1e-5 * np.linalg.norm(weights.value)
 
 
@@ -106,8 +106,8 @@ def simplified(scores, targets):
 
 SLACKS = {
     SVMHead: crammer_singer,
-    WestonWatkinsHead: weston_watkins,
-    OneVsRestHead: one_vs_rest,
+    WestonWatkinsSVMHead: weston_watkins,
+    OneVsRestSVMHead: one_vs_rest,
     SimplifiedSVMHead: simplified,
 }
 
@@ -128,7 +128,7 @@ def test_svms_equal_their_cvxpy_primals(head, solver, squared, C):
     problem.solve(solver=cvxpy.CLARABEL, **dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), precision))
     optimum, found = problem.value, weights.value
     fitted = head(C, squared_hinge=squared, solver=solver).fit(support, labels)
-    weights.value = (fitted.dual.coef.mT @ support).numpy()
+    weights.value = (fitted.expansion.coef.mT @ support).numpy()
     precise = 1e-7 if solver == "native" else 1e-5
     assert problem.objective.value == pytest.approx(optimum, rel=precise)
     assert np.linalg.norm(weights.value - found) < precise**0.5 * np.linalg.norm(found)
@@ -145,5 +145,5 @@ def test_support_vector_regression_equals_its_cvxpy_primal(solver, C):
     problem.solve(solver=cvxpy.CLARABEL, tol_gap_abs=1e-13, tol_gap_rel=1e-13, tol_feas=1e-13)
     optimum = problem.value
     fitted = SupportVectorRegressionHead(C, solver=solver).fit(x, y)
-    weights.value = (fitted.dual.coef.mT @ x).squeeze(0).numpy()
+    weights.value = (fitted.expansion.coef.mT @ x).squeeze(0).numpy()
     assert problem.objective.value == pytest.approx(optimum, rel=1e-7 if solver == "native" else 1e-5)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from solver_contract import *  # noqa: F403
 from tasks import COMFORTABLE, PRECISION, close, examples, tasks
 
-from convexheads import NativeSolver, SVMHead
-from convexheads.solvers import SOLVERS, CvxpylayersSolver, QpthSolver, Solver
+from convexheads import SVMHead
+from convexheads.solvers import SOLVERS, CvxpylayersSolver, NativeSolver, QpthSolver, Solver
 
 OTHERS = [name for name in SOLVERS if name != "native"]
 
@@ -39,7 +39,7 @@ def test_agrees_with_the_native_solver(name, drawn, smoothing):
     native, expected, gradient, direction = logits_and_gradients(NativeSolver(), drawn[0], C, smoothing)
     assert native.solution.converged.all()
     other, logits, other_gradient, _ = logits_and_gradients(SOLVERS[name](on_failure="return"), drawn[0], C, smoothing)
-    coef = native.dual.coef.detach()
+    coef = native.expansion.coef.detach()
     # Sizes below which differences are rounding: of a sum of terms that cancel.
     size = ((query @ support.mT).abs() @ coef.abs()).max().clamp_min(1e-3 * C)
     slope = (coef.abs() @ direction.abs().mT @ query.abs()).max().clamp_min(1e-3 * C)
@@ -48,13 +48,13 @@ def test_agrees_with_the_native_solver(name, drawn, smoothing):
     if unique and COMFORTABLE[0] <= curvature <= COMFORTABLE[1]:
         precision = PRECISION[name]
         assert other.solution.converged.all()
-        assert close(other.dual.coef.detach(), coef, C * 1e-3) < precision.coef
+        assert close(other.expansion.coef.detach(), coef, C * 1e-3) < precision.coef
         assert close(logits, expected, size) < precision.logits
         assert close(other_gradient, gradient, slope) < precision.gradient
     elif other.solution.converged.all() and smoothing == 0:
         # Elsewhere: no further from our weights than the two certificates allow.
         gram = support @ support.mT
-        difference = other.dual.coef.detach() - coef
+        difference = other.expansion.coef.detach() - coef
         distance = (difference * (gram @ difference)).sum().clamp_min(0)
         objective = (coef * (gram @ coef)).sum() / 2 + C * len(labels)
         allowed = objective * (other.solution.gap + native.solution.gap + 4 * other.solution.residual + 1e-9)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from problems import known, known_problem
 from tasks import close, crammer_singer, examples, task, tasks
 
-from convexheads import InputError, NativeSolver
-from convexheads.solvers import active_set, compiled
+from convexheads import InputError
+from convexheads.solvers import NativeSolver, active_set, compiled
 from convexheads.solvers.native import can_be_compiled
 from convexheads.solvers.splitting import proximal_step
 
@@ -143,7 +143,7 @@ def test_only_where_it_is_possible(monkeypatch):
 def test_argument():
     assert repr(NativeSolver(compiled=False)) == "NativeSolver(compiled=False)"
     assert repr(NativeSolver(tolerance=1e-8, compiled=False)) == "NativeSolver(tolerance=1e-08, compiled=False)"
-    with pytest.raises(InputError, match=r"NativeSolver\(compiled\): got True, wanted False, or None"):
+    with pytest.raises(InputError, match=r"NativeSolver\(compiled\): expected False, or None.*, got True"):
         NativeSolver(compiled=True)
 
 

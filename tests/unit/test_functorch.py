@@ -12,11 +12,11 @@ import convexheads as ch
 
 HEADS = {
     "svm": ch.SVMHead(0.3),
-    "svm in torch": ch.SVMHead(0.3, solver=ch.NativeSolver(compiled=False)),
-    "smoothed svm": ch.SVMHead(0.3, smoothing=0.5, squared_hinge=True, kernel=ch.RBF()),
-    "early-stopped svm": ch.SVMHead(0.3, solver=ch.NativeSolver(max_iterations=4)),
-    "weston-watkins": ch.WestonWatkinsHead(0.3),
-    "one-vs-rest": ch.OneVsRestHead(0.3),
+    "svm in torch": ch.SVMHead(0.3, solver=ch.solvers.NativeSolver(compiled=False)),
+    "smoothed svm": ch.SVMHead(0.3, smoothing=0.5, squared_hinge=True, kernel=ch.kernels.RBF()),
+    "early-stopped svm": ch.SVMHead(0.3, solver=ch.solvers.NativeSolver(max_iterations=4)),
+    "weston-watkins": ch.WestonWatkinsSVMHead(0.3),
+    "one-vs-rest": ch.OneVsRestSVMHead(0.3),
     "simplified": ch.SimplifiedSVMHead(0.3),
     "logistic": ch.LogisticHead(),
     "ridge": ch.RidgeHead(),
@@ -99,7 +99,7 @@ def test_hyperparameters_of_each_task():
     head = ch.SVMHead(ch.Learnable(0.3))
 
     def logits(value):
-        return functional_call(head, {"C.log_value": value}, (support, labels, query), {"ways": ways})
+        return functional_call(head, {"C.raw_value": value}, (support, labels, query), {"ways": ways})
 
     values = torch.tensor([0.01, 0.1, 1.0], dtype=torch.float64).log()
     expected = torch.stack([ch.SVMHead(value.exp().item())(support, labels, query) for value in values])
@@ -113,13 +113,13 @@ def test_errors_come_through(transform):
     head = ch.SVMHead()
     wrong, broken = labels.clone(), support.clone()
     wrong[1, 0], broken[2, 0] = 7, torch.nan
-    with pytest.raises(ch.InputError, match=r"labels: got 7 in task \(1,\)"):
+    with pytest.raises(ch.InputError, match=r"labels: expected .*, got 7 in task \(1,\)"):
         transform(lambda s, y, q: head(s, y, q, ways=3))(support, wrong, query)
-    with pytest.raises(ch.InputError, match=r"support: got non-finite values in row 0 of task \(2,\)"):
+    with pytest.raises(ch.InputError, match=r"support: expected .*, got non-finite values in row 0 of task \(2,\)"):
         transform(head)(broken, labels, query)
     gram = support @ support.mT
     gram[1] = -gram[1]
     with pytest.raises(ch.SolverError, match=r"NativeSolver: 1 of \d tasks .*task \(1,\)"):
-        transform(lambda k, m: ch.NativeSolver().solve(ch.solvers.QP(k, m, upper=m)).coef)(
+        transform(lambda k, m: ch.solvers.NativeSolver().solve(ch.solvers.QP(k, m, upper=m)).coef)(
             gram, one_hot(labels).to(gram)
         )

@@ -9,8 +9,8 @@ import torch
 from tasks import close, crammer_singer, task
 from torch.func import grad, vmap
 
-from convexheads import ConvexHeadsError, InputError, Learnable, NativeSolver, OneVsRestHead, SVMHead
-from convexheads.solvers import QP
+from convexheads import ConvexHeadsError, InputError, Learnable, OneVsRestSVMHead, SVMHead
+from convexheads.solvers import QP, NativeSolver
 from convexheads.solvers.interior_point import central_path
 
 
@@ -82,7 +82,7 @@ def test_smoothed_gradient_has_no_kink_where_a_bound_is_weakly_active():
     labels = torch.tensor([0, 1])
 
     def slopes(C, solver):
-        head = OneVsRestHead(C, solver=solver)
+        head = OneVsRestSVMHead(C, solver=solver)
 
         def value(x):
             return head(x, labels, support).square().sum()
@@ -114,7 +114,7 @@ def test_second_derivatives_are_refused(loss):
     support.requires_grad_()
     head = SVMHead(0.3, solver=NativeSolver(gradient="smoothed"))
     (first,) = torch.autograd.grad(loss(head(support, labels, query)), support, create_graph=True)
-    with pytest.raises(ConvexHeadsError, match="second derivative: got a request for one through a NativeSolver whose"):
+    with pytest.raises(ConvexHeadsError, match="second derivative.* NativeSolver whose"):
         first.sum().backward()
 
 
@@ -123,11 +123,13 @@ def test_arguments():
     assert repr(NativeSolver(gradient="smoothed")) == "NativeSolver(gradient='smoothed')"
     solver = NativeSolver(max_iterations=3, gradient="truncated")
     assert repr(solver) == "NativeSolver(max_iterations=3, gradient='truncated')"
-    with pytest.raises(InputError, match=r"NativeSolver\(gradient\): got 'sharp', wanted one of \('exact', 'smoothed'"):
+    with pytest.raises(
+        InputError, match=r"NativeSolver\(gradient\): expected one of \('exact', 'smoothed'.*, got 'sharp'"
+    ):
         NativeSolver(gradient="sharp")
-    with pytest.raises(InputError, match=r"max_iterations\): got None, wanted a number with gradient='truncated'"):
+    with pytest.raises(InputError, match=r"max_iterations\): expected a number with gradient='truncated'.*, got None"):
         NativeSolver(gradient="truncated")
-    with pytest.raises(InputError, match=r"max_iterations\): got 3, wanted None with gradient='smoothed'"):
+    with pytest.raises(InputError, match=r"max_iterations\): expected None with gradient='smoothed'.*, got 3"):
         NativeSolver(gradient="smoothed", max_iterations=3)
-    with pytest.raises(InputError, match=r"NativeSolver\(relaxation\): got 0"):
+    with pytest.raises(InputError, match=r"NativeSolver\(relaxation\): expected .*, got 0"):
         NativeSolver(gradient="smoothed", relaxation=0)

@@ -14,7 +14,8 @@ import convexheads
 ROOT = Path(convexheads.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("precision", "_functorch", "_storage", "_progress"),
+    ("precision", "_functorch", "_gram", "_storage", "_progress"),
+    ("_validation",),
     ("hyperparameters",),
     ("kernels",),
     ("solvers",),
@@ -113,7 +114,7 @@ def test_wrong_directions_are_found() -> None:
         from typing import TYPE_CHECKING
         import torch
         if TYPE_CHECKING:
-            from convexheads.heads.base import Head
+            from convexheads.heads.base import ClassificationHead
         def late():
             from convexheads import InputError, errors
             import convexheads.heads.svm

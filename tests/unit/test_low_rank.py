@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from problems import known_problem
 from tasks import close, examples, task
 
-from convexheads import NativeSolver, SVMHead
+from convexheads import SVMHead
+from convexheads.solvers import NativeSolver, native
 from convexheads.solvers import kkt as systems
-from convexheads.solvers import native
 from convexheads.solvers.interior_point import interior_point
 from convexheads.solvers.kkt import BlockKKT, LowRankKKT, find_root
 from convexheads.solvers.splitting import splitting

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tasks import close, task
 
-from convexheads import InputError, RidgeHead, metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
+from convexheads import InputError, RidgeHead
+from convexheads.models import metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
 
 
 def test_hyper_parameters():
@@ -14,7 +15,7 @@ def test_hyper_parameters():
     assert repr(metaoptnet_svm("reference_code")) == "SVMHead(C=0.1, smoothing=1.0, scale=Learnable(1.0))"
     assert repr(metaoptnet_ridge()) == "RidgeHead(regularization=50.0, scale=Learnable(1.0))"
     assert repr(protonet()) == "PrototypeHead(kernel=Linear(normalize=True), scale=Learnable(1.0))"
-    learnt = "RidgeHead(regularization=Learnable(1.0), bias=Learnable(0.0, signed=True), scale=Learnable(0.0001))"
+    learnt = "RidgeHead(regularization=Learnable(1.0), bias=Learnable(0.0, positive=False), scale=Learnable(0.0001))"
     assert repr(r2d2()) == learnt
     assert repr(r2d2("reference_code")) == "RidgeHead(regularization=50.0, scale=Learnable(1.0))"
 
@@ -40,12 +41,12 @@ def test_r2d2_bias_is_added_after_the_scale():
     head = r2d2()
     expected = head(support, labels, query) + 0.7
     with torch.no_grad():
-        head.bias.signed_value.fill_(0.7)
+        head.bias.raw_value.fill_(0.7)
     torch.testing.assert_close(head(support, labels, query), expected)
 
 
 @pytest.mark.parametrize("preset", [metaoptnet_svm, metaoptnet_ridge, protonet, r2d2])
 @pytest.mark.usefixtures("unchecked")
 def test_unknown_variant(preset):
-    with pytest.raises(InputError, match="variant: got 'v2', wanted 'paper' or 'reference_code'"):
+    with pytest.raises(InputError, match=r"variant: expected 'paper' or 'reference_code'.*, got 'v2'"):
         preset("v2")

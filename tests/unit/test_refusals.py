@@ -40,7 +40,9 @@ REFUSED: dict[str, Callable[[], object]] = {
     "num_workers": lambda: loader(num_workers=-1),
     "samples, labels": lambda: loader(labels=LABELS[:5]),
     "class_names": lambda: loader(class_names=["one"]),
-    "labels: got shape": lambda: ch.split_task(torch.zeros(0, 4, 3), torch.zeros(0, 4, dtype=torch.long), shots=1),
+    r"labels: expected .*, got shape": lambda: ch.split_task(
+        torch.zeros(0, 4, 3), torch.zeros(0, 4, dtype=torch.long), shots=1
+    ),
     "backbone": lambda: ch.embed(nn.Flatten(0), torch.zeros(4, 3), progress=False),
     "features": lambda: ch.evaluate(ch.RidgeHead(), FEATURES.long(), LABELS, ways=2, shots=1, queries=1),
     "features, labels": lambda: ch.evaluate(ch.RidgeHead(), FEATURES, LABELS[:5], ways=2, shots=1, queries=1),
@@ -76,4 +78,4 @@ def test_a_worker_asks_for_the_batch_of_a_step() -> None:
 
 def test_a_kernel_can_be_called_by_itself() -> None:
     x, y = torch.randn(4, 3), torch.randn(5, 3)
-    torch.testing.assert_close(ch.Polynomial(2)(x, y), (x @ y.mT + 1) ** 2)
+    torch.testing.assert_close(ch.kernels.Polynomial(2)(x, y), (x @ y.mT + 1) ** 2)

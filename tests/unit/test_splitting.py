@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from problems import known, known_problem
 from tasks import close, crammer_singer, examples, task
 
-from convexheads import NativeSolver, SVMHead
-from convexheads.solvers import native, rows
+from convexheads import SVMHead
+from convexheads.solvers import NativeSolver, native, rows
 from convexheads.solvers.kkt import BlockKKT
 from convexheads.solvers.splitting import splitting
 

@@ -59,11 +59,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             InputError: There is no such file, it is damaged, or it contains objects.
         """
-        wanted = "a complete checkpoint of tensors, numbers and text"
+        expected = "a complete checkpoint of tensors, numbers and text"
         try:
             checkpoint = _storage.load_torch(path)
             if not isinstance(checkpoint, dict):
                 raise TypeError(f"it contains a {type(checkpoint).__name__}")
         except (OSError, TypeError, ValueError) as error:
-            raise InputError("checkpoint", f"{path} ({error})", wanted) from error
+            raise InputError("checkpoint", expected, f"{path} ({error})") from error
         return checkpoint

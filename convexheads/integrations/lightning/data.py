@@ -110,11 +110,11 @@ class EpisodicDataModule(pl.LightningDataModule):
 def _read(name: str, part: tuple[Tensor, Tensor] | str | Path | None) -> tuple[Tensor, Tensor] | None:
     if not isinstance(part, str | Path):
         return part
-    wanted = "a file of torch.save((samples, labels), path)"
+    expected = "a file of torch.save((samples, labels), path)"
     try:
         samples, labels = _storage.load_torch(part)
         if not isinstance(samples, Tensor) or not isinstance(labels, Tensor):
             raise TypeError("it does not contain two tensors")
     except (OSError, TypeError, ValueError) as error:
-        raise InputError(name, f"{part} ({error})", wanted) from error
+        raise InputError(name, expected, f"{part} ({error})") from error
     return samples, labels

@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn, optim
 
 from convexheads.episodes import split_task
 from convexheads.errors import InputError, SolverError
-from convexheads.heads.base import Head
+from convexheads.heads import ClassificationHead
 from convexheads.training import (
     SCHEDULES,
     EpisodeLoss,
@@ -98,7 +98,7 @@ class EpisodicModule(pl.LightningModule):
     def __init__(
         self,
         backbone: nn.Module,
-        head: Head,
+        head: ClassificationHead,
         *,
         ways: int,
         shots: int,
@@ -112,11 +112,11 @@ class EpisodicModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         if schedule not in SCHEDULES:
-            raise InputError("schedule", repr(schedule), f"one of {', '.join(SCHEDULES)}")
+            raise InputError("schedule", f"one of {', '.join(SCHEDULES)}", repr(schedule))
         if not 0 <= label_smoothing < 1:
-            raise InputError("label_smoothing", label_smoothing, "a number from 0 to below 1")
+            raise InputError("label_smoothing", "a number from 0 to below 1", label_smoothing)
         if on_failed_step not in get_args(OnFailedStep):
-            raise InputError("on_failed_step", repr(on_failed_step), f"one of {', '.join(get_args(OnFailedStep))}")
+            raise InputError("on_failed_step", f"one of {', '.join(get_args(OnFailedStep))}", repr(on_failed_step))
         self.backbone = backbone
         self.head = head
         self.ways, self.shots, self.total_steps = ways, shots, total_steps

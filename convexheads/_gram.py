@@ -1,0 +1,45 @@
+"""The formulas of the kernels, as functions of tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def constant(x: Tensor, y: Tensor, value: Tensor) -> Tensor:
+    return value.expand(*x.shape[:-1], y.shape[-2])
+
+
+def polynomial(x: Tensor, y: Tensor, degree: int, scale: Tensor, offset: Tensor) -> Tensor:
+    return (scale * (x @ y.mT) + offset) ** degree
+
+
+def gaussian(x: Tensor, y: Tensor, length_scale: Tensor) -> Tensor:
+    # Distances don't change under a common shift, and a shift to the center loses fewer digits in their computation.
+    center = y.detach().mean(-2, keepdim=True)
+    scale = length_scale.reshape(*length_scale.shape, *[1] * (x.ndim - length_scale.ndim))
+    return torch.exp(-_squared_distance((x - center) / scale, (y - center) / scale) / 2)
+
+
+def _squared_distance(x: Tensor, y: Tensor) -> Tensor:
+    return (x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :] - 2 * (x @ y.mT)).clamp_min(0)
+
+
+def median_distance(features: Tensor, mask: Tensor | None) -> Tensor:
+    """The median over all pairs of examples, `(*batch,)`."""
+    n = features.shape[-2]
+    if n == 1:
+        return features.new_ones(features.shape[:-2])
+    first, second = torch.triu_indices(n, n, offset=1, device=features.device)
+    centered = features - features.detach().mean(-2, keepdim=True)
+    distance = _squared_distance(centered, centered)[..., first, second]
+    if mask is not None:
+        distance = distance.where(mask[..., first] & mask[..., second], torch.nan)
+    median = distance.nanmedian(-1).values
+    return torch.where(median > 0, median, 1).sqrt()
+
+
+def normalize(x: Tensor) -> Tensor:
+    squared = x.square().sum(-1, keepdim=True)
+    # The norm of a zero vector has no gradient: the vector stays zero, and its gradient is zero.
+    return x * torch.where(squared > 0, squared, torch.inf).rsqrt()

@@ -1,0 +1,1 @@
+"""What all heads have in common."""

@@ -1,0 +1,123 @@
+"""The base class of heads that classify."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor
+
+from convexheads._validation import check_classification
+from convexheads.heads.base.fitted import FittedClassifier
+from convexheads.heads.base.head import Head
+from convexheads.heads.base.support_set import KernelExpansion, SupportSet, merge_groups, one_hot
+from convexheads.hyperparameters import as_tensor
+from convexheads.precision import full_precision, working_dtype
+
+
+class ClassificationHead(Head):
+    """Base class of few-shot classifiers that solve a convex problem, the setting of Lee et al. 2019 (Section 3).
+
+    A subclass writes one method, `solve`, from a `SupportSet` with one-hot targets to a `KernelExpansion`.
+
+    Args:
+        kernel: any callable `(x, y) -> gram` (`convexheads.kernels`). Defaults to `Linear()`.
+        scale: factor of all logits (gamma in Eq. 12 of Lee et al. 2019), positive; a float or `Learnable`. Defaults to
+            1.
+        validate: whether to check the values of all input, see `Head`. Defaults to True.
+
+    Raises:
+        InputError: an argument is unusable.
+    """
+
+    requires_all_classes: ClassVar[bool] = False
+    """Whether a class without support examples is an error."""
+
+    def forward(
+        self,
+        support: Float[Tensor, "*batch n d"],
+        labels: Integer[Tensor, "*batch n"],
+        query: Float[Tensor, "*batch q d"],
+        *,
+        ways: int | Integer[Tensor, "*#batch"] | None = None,
+        mask: Bool[Tensor, "*batch n"] | None = None,
+    ) -> Float[Tensor, "*batch q k"]:
+        """Fit on the support and score the query: `head.fit(support, labels, ...)(query)`.
+
+        Args:
+            support: features, `(*batch, n, d)`; the leading dimensions are tasks, any number of them.
+            labels: `(*batch, n)`, any integer dtype, values 0..k-1 in any order (renumber others first:
+                `labels.unique(return_inverse=True)[1]`); shots may differ between classes.
+            query: features, `(*batch, q, d)`.
+            ways: number of classes k. Defaults to None, the largest label plus one (reading it waits for a GPU). A
+                tensor of integers, `(*batch,)`, has the number of classes of each task; k is then the largest of them,
+                and the logits of classes that a task does not have are minus infinity. The tasks of each size are
+                solved together.
+            mask: `(*batch, n)`, False at examples to leave out, so that tasks of different size fit one batch. Defaults
+                to None (no mask).
+
+        Returns:
+            Logits, `(*batch, q, k)`, in the support's dtype. Gradients reach support, query and `Learnable`s.
+
+        Raises:
+            InputError: an argument is unusable; the message names it, the expected and the received value. Likewise
+                for a kernel that returns no Gram matrix, or one that is not positive semi-definite and makes the
+                problem fail. With `validate=False`, wrong values are not an error: a label out of range gives NaN
+                logits in its task, or that task fails in the solver; and a closed form that has no solution gives NaN.
+            SolverError: a task could not be solved (see the solver's `on_failure`; with "warn", `SolverWarning`
+                instead).
+            ConvexHeadsError: in the backward pass, for a second derivative that the solver does not have.
+        """
+        return self.fit(support, labels, ways=ways, mask=mask)(query)
+
+    def fit(
+        self,
+        support: Float[Tensor, "*batch n d"],
+        labels: Integer[Tensor, "*batch n"],
+        *,
+        ways: int | Integer[Tensor, "*#batch"] | None = None,
+        mask: Bool[Tensor, "*batch n"] | None = None,
+    ) -> FittedClassifier:
+        """Fit on the support sets of a batch of tasks.
+
+        Args:
+            support: features, `(*batch, n, d)`, as in `forward`, and so are the other arguments.
+            labels: `(*batch, n)`, integers from 0 to k - 1.
+            ways: number of classes k, or that of each task, `(*batch,)`. Defaults to None, the largest label plus one.
+            mask: `(*batch, n)`, False at examples to leave out. Defaults to None (no mask).
+
+        Returns:
+            The fitted head, to be called on queries `(*batch, q, d)`. It holds everything it needs; its `solution` has
+                the certificate.
+
+        Raises:
+            InputError: as in `forward`.
+            SolverError: as in `forward`.
+        """
+        max_ways = check_classification(
+            support, labels, ways, mask, requires_all_classes=self.requires_all_classes, validate=self.validate
+        )
+        with full_precision(support.device):
+            features = support.to(working_dtype(support.device))
+            if mask is not None:  # masked rows may contain NaN
+                features = features.masked_fill(~mask.unsqueeze(-1), 0)
+            targets = one_hot(labels.long(), max_ways, mask, features.dtype)
+            examples = self._support_set(features, targets, mask)
+            each = ways.long() if isinstance(ways, Tensor) and ways.ndim else None
+            if each is None or not each.numel():
+                expansion = self._solve_checked(examples)
+            else:
+                expansion = self._solve_grouped_by_ways(examples, each)
+            return FittedClassifier(expansion, examples, as_tensor(self.scale, features), support.dtype, each)
+
+    def _solve_grouped_by_ways(self, support: SupportSet, ways: Integer[Tensor, "*batch"]) -> KernelExpansion:
+        """Solve the tasks with the same number of classes together; absent classes get coefficients of zero."""
+        groups, order = [], []
+        for k in ways.unique().tolist():
+            rows = ways == k
+            group_mask = None if support.mask is None else support.mask[rows]
+            group = self._support_set(support.features[rows], support.targets[rows][..., :k], group_mask)
+            groups.append(self._solve_checked(group))
+            order.append(rows.flatten().nonzero().squeeze(-1))
+        return merge_groups(groups, torch.cat(order).argsort(), ways.shape)

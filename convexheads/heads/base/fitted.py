@@ -1,0 +1,281 @@
+"""Heads that were fitted: frozen, and ready for queries."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor, nn
+
+from convexheads._gram import constant
+from convexheads._validation import check_gram, check_query
+from convexheads.errors import ConvexHeadsError
+from convexheads.heads.base.support_set import KernelExpansion, SupportSet
+from convexheads.kernels import KernelLike, Linear, Product, Sum
+from convexheads.precision import full_precision
+from convexheads.solvers import Solution
+
+_F = TypeVar("_F", bound="Fitted")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Fitted:
+    """A head fitted on the support sets of a batch of tasks: call it on queries. `Head.fit` makes it.
+
+    Attributes:
+        expansion: coefficients, bias and other terms, in float64.
+        support: the support sets, with the head's kernel as it was at the time of the fit.
+        scale: the head's scale at the time of the fit, a scalar, `()`.
+        dtype: dtype of the input features and of the returned scores.
+    """
+
+    expansion: KernelExpansion
+    support: SupportSet
+    scale: Float[Tensor, ""]
+    dtype: torch.dtype
+
+    @property
+    def solution(self) -> Solution | None:
+        """Status, certified gap and multipliers of each task; None for a closed form."""
+        return self.expansion.solution
+
+    def _scores(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q k"]:
+        expansion, features = self.expansion, self.support.features
+        check_query(query, features, validate=self.support.validate)
+        with full_precision(query.device):
+            query = query.to(features.dtype)
+            cross_gram = self.cross_gram(query)
+            scores = cross_gram @ expansion.coef
+            if expansion.bias is not None:
+                scores = scores + expansion.bias.unsqueeze(-2)
+            if expansion.quadratic is not None:
+                image = cross_gram.unsqueeze(-3) @ expansion.quadratic
+                scores = scores + (image * cross_gram.unsqueeze(-3)).sum(-1).mT
+            weight = expansion.self_similarity_weight
+            if not isinstance(weight, float) or weight != 0:
+                scores = scores + weight * self.query_gram_diagonal(query).unsqueeze(-1)
+            return (self.scale * scores).to(self.dtype)
+
+    def cross_gram(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q n"]:
+        """The kernel between queries and the support, zero at masked examples.
+
+        Args:
+            query: features, `(*batch, q, d)`, in working precision (float64).
+
+        Returns:
+            `(*batch, q, n)`.
+        """
+        features, mask = self.support.features, self.support.mask
+        gram = self.support.kernel(query, features)
+        check_gram(gram, query, features, validate=self.support.validate)
+        return gram if mask is None else gram.masked_fill(~mask.unsqueeze(-2), 0)
+
+    def query_gram_diagonal(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q"]:
+        """The kernel between each query and itself.
+
+        Args:
+            query: features, `(*batch, q, d)`, in working precision (float64).
+
+        Returns:
+            `(*batch, q)`.
+        """
+        itself = query.unsqueeze(-2)
+        return self.support.kernel(itself, itself)[..., 0, 0]
+
+    @property
+    def weight(self) -> Float[Tensor, "*batch k d"]:
+        """The weights `(*batch, k, d)` with which scores are `query @ weight.mT + bias`, with gradient.
+
+        Raises:
+            ConvexHeadsError: the scores are not linear in the features.
+        """
+        slope, _ = self._affine_form()
+        return (self.scale * slope * (self.expansion.coef.mT @ self.support.features)).to(self.dtype)
+
+    @property
+    def bias(self) -> Float[Tensor, "*batch k"]:
+        """The bias `(*batch, k)` that goes with `weight`.
+
+        Raises:
+            ConvexHeadsError: the scores are not linear in the features.
+        """
+        _, intercept = self._affine_form()
+        coef, mask, bias = self.expansion.coef, self.support.mask, self.expansion.bias
+        total = intercept * (coef if mask is None else coef * mask.unsqueeze(-1)).sum(-2)
+        return (self.scale * (total if bias is None else total + bias)).to(self.dtype)
+
+    def to_linear(self) -> nn.Linear:
+        """A new `nn.Linear` with the same scores, for a fit of one task.
+
+        Use it to deploy a fitted head, or to fine-tune it by gradient descent.
+
+        Raises:
+            ConvexHeadsError: the scores are not linear in the features, or there is a batch of tasks.
+        """
+        if self.support.features.ndim != 2:
+            shape = tuple(self.support.features.shape[:-2])
+            raise ConvexHeadsError(f"to_linear: expected the fit of one task, got tasks of shape {shape}")
+        weight, bias = self.weight.detach(), self.bias.detach()
+        linear = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            linear.weight.copy_(weight)
+            linear.bias.copy_(bias)
+        return linear
+
+    def _affine_form(self) -> tuple[Any, Any]:
+        expansion = self.expansion
+        distances = isinstance(expansion.self_similarity_weight, Tensor) or expansion.self_similarity_weight != 0
+        form = _affine_form(self.support.kernel, self.support.features.shape[-1])
+        if form is None or expansion.quadratic is not None or distances:
+            got = "another kernel" if form is None else "scores that are quadratic in the features"
+            raise ConvexHeadsError(f"weight, bias: expected scores that are linear in the features, got {got}")
+        return form
+
+    def to(self: _F, device: torch.device | str) -> _F:
+        """The same fit on another device.
+
+        Args:
+            device: where to move all tensors.
+        """
+        return _map(self, lambda tensor: tensor.to(device), lambda module: module.to(device))
+
+    def detach(self: _F) -> _F:
+        """The same fit without gradients to the support set and the hyper-parameters."""
+        return _map(self, torch.Tensor.detach, lambda module: module.requires_grad_(False))
+
+    def __repr__(self) -> str:
+        *batch, n, d = self.support.features.shape
+        return f"{type(self).__name__}(tasks={tuple(batch)}, examples={n}, features={d}, outputs={self._outputs})"
+
+    @property
+    def _outputs(self) -> int:
+        return self.expansion.coef.shape[-1]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FittedClassifier(Fitted):
+    """A classification head fitted on the support sets of a batch of tasks. `ClassificationHead.fit` makes it.
+
+    Attributes:
+        ways: the number of classes of each task, `(*batch,)`, where they differ; None (default) where all have k.
+
+    Example:
+        `logits = SVMHead().fit(support, labels)(query)`
+    """
+
+    ways: Integer[Tensor, "*batch"] | None = None
+
+    def __call__(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q k"]:
+        """Score queries.
+
+        Args:
+            query: features, `(*batch, q, d)`, with the leading dimensions, feature size and device of the support; of
+                any floating-point dtype.
+
+        Returns:
+            Logits `(*batch, q, k)` in the dtype of the support features that the head was fitted on; minus infinity for
+                classes that a task does not have.
+
+        Raises:
+            InputError: shape, dtype or device don't fit the support, or a feature is not finite.
+        """
+        logits = self._scores(query)
+        return logits if self.ways is None else logits.masked_fill(self._absent.unsqueeze(-2), -torch.inf)
+
+    def probabilities(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q k"]:
+        """The softmax of the logits; `calibrate` finds the scale for which it is well calibrated.
+
+        Args:
+            query: features, `(*batch, q, d)`.
+
+        Returns:
+            Probabilities `(*batch, q, k)`, which sum to one over the classes.
+
+        Raises:
+            InputError: as in a call.
+        """
+        return self(query).softmax(-1)
+
+    @property
+    def bias(self) -> Float[Tensor, "*batch k"]:
+        bias = super().bias
+        return bias if self.ways is None else bias.masked_fill(self._absent, -torch.inf)
+
+    @property
+    def _absent(self) -> Tensor:
+        assert self.ways is not None
+        return torch.arange(self._outputs, device=self.ways.device) >= self.ways.unsqueeze(-1)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FittedRegressor(Fitted):
+    """A regression head fitted on the support sets of a batch of tasks. `RegressionHead.fit` makes it.
+
+    Attributes:
+        single_output: whether targets had no last dimension of outputs, so that predictions have none. Defaults to
+            False.
+
+    Example:
+        `values = RidgeRegressionHead().fit(support, targets)(query)`
+    """
+
+    single_output: bool = False
+
+    def __call__(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "..."]:
+        """Predict.
+
+        Args:
+            query: features, `(*batch, q, d)`, with the leading dimensions, feature size and device of the support.
+
+        Returns:
+            `(*batch, q)` or `(*batch, q, outputs)`, like the targets, in the units of the targets and in the support's
+                dtype.
+
+        Raises:
+            InputError: shape, dtype or device don't fit the support, or a feature is not finite.
+        """
+        values = self._scores(query)
+        return values.squeeze(-1) if self.single_output else values
+
+
+def _map(value: Any, on_tensor: Callable[[Tensor], Tensor], on_module: Callable[[nn.Module], Any]) -> Any:
+    """A copy of a fitted head, or of a part of it, with all tensors and modules replaced."""
+    again = partial(_map, on_tensor=on_tensor, on_module=on_module)
+    if isinstance(value, Tensor):
+        return on_tensor(value)
+    if isinstance(value, partial):
+        return partial(value.func, *map(again, value.args), **{k: again(v) for k, v in value.keywords.items()})
+    if isinstance(value, Sum | Product):
+        return type(value)(*map(again, value.kernels))
+    if isinstance(value, nn.Module):
+        return on_module(copy.deepcopy(value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{item.name: again(getattr(value, item.name)) for item in fields(value)})
+    return value
+
+
+def _affine_form(kernel: KernelLike, features: int) -> tuple[Any, Any] | None:
+    r"""The a and c of a kernel that is \(a \langle x, y \rangle + c\); None for other kernels."""
+    if isinstance(kernel, Linear) and type(kernel) is Linear:
+        return (1 / features if kernel.normalize else 1.0), 0.0
+    if isinstance(kernel, partial) and kernel.func is constant:
+        return 0.0, kernel.keywords["value"]
+    if not isinstance(kernel, Sum | Product):
+        return None
+    forms = [form for part in kernel.kernels if (form := _affine_form(part, features)) is not None]
+    if len(forms) < len(kernel.kernels):
+        return None
+    slope, intercept = forms[0]
+    for a, c in forms[1:]:
+        if isinstance(kernel, Sum):
+            slope, intercept = slope + a, intercept + c
+        elif slope != 0 and a != 0:
+            return None
+        else:
+            slope, intercept = slope * c + intercept * a, intercept * c
+    return slope, intercept

@@ -1,0 +1,96 @@
+"""The base class of heads that predict values."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from convexheads._validation import check_regression
+from convexheads.heads.base.fitted import FittedRegressor
+from convexheads.heads.base.head import Head
+from convexheads.hyperparameters import as_tensor
+from convexheads.precision import full_precision, working_dtype
+
+
+class RegressionHead(Head):
+    """Base class of few-shot regressors that solve a convex problem.
+
+    A subclass writes one method, `solve`, from a `SupportSet` to a `KernelExpansion` (see the representer theorem,
+    Schoelkopf, Herbrich & Smola 2001). There is no intercept: center the targets, or give the kernel a constant
+    (`RBF() + Constant(1.0)`).
+
+    Args:
+        kernel: any callable `(x, y) -> gram`. Defaults to `Linear()`.
+        scale: factor of all predictions, positive; a float or `Learnable`. Defaults to 1.
+        validate: whether to check the values of all input, see `Head`. Defaults to True.
+
+    Raises:
+        InputError: an argument is unusable.
+    """
+
+    _fitted_class: ClassVar[type[FittedRegressor]] = FittedRegressor
+
+    def forward(
+        self,
+        support: Float[Tensor, "*batch n d"],
+        targets: Float[Tensor, "..."],
+        query: Float[Tensor, "*batch q d"],
+        *,
+        mask: Bool[Tensor, "*batch n"] | None = None,
+    ) -> Float[Tensor, "..."]:
+        """Fit on the support and predict for the query: `head.fit(support, targets, ...)(query)`.
+
+        Args:
+            support: features, `(*batch, n, d)`; the leading dimensions are tasks, any number of them.
+            targets: values to regress on, `(*batch, n)` or `(*batch, n, outputs)`, of any floating-point dtype.
+            query: features, `(*batch, q, d)`.
+            mask: `(*batch, n)`, False at examples to leave out, so that tasks of different size fit one batch. Defaults
+                to None (no mask).
+
+        Returns:
+            Predictions, `(*batch, q)` or `(*batch, q, outputs)`, in the units of the targets and in the support's
+                dtype. Gradients reach support, targets, query and `Learnable`s.
+
+        Raises:
+            InputError: an argument is unusable; the message names it, the expected and the received value. Likewise
+                for a kernel that returns no Gram matrix, or one that is not positive semi-definite and makes the
+                problem fail.
+            SolverError: a task could not be solved.
+            ConvexHeadsError: in the backward pass, for a second derivative that the solver does not have.
+        """
+        return self.fit(support, targets, mask=mask)(query)
+
+    def fit(
+        self,
+        support: Float[Tensor, "*batch n d"],
+        targets: Float[Tensor, "..."],
+        *,
+        mask: Bool[Tensor, "*batch n"] | None = None,
+    ) -> FittedRegressor:
+        """Fit on the support sets of a batch of tasks.
+
+        Args:
+            support: features, `(*batch, n, d)`, as in `forward`, and so are the other arguments.
+            targets: values to regress on, `(*batch, n)` or `(*batch, n, outputs)`.
+            mask: `(*batch, n)`, False at examples to leave out. Defaults to None (no mask).
+
+        Returns:
+            The fitted head, to be called on queries `(*batch, q, d)`.
+
+        Raises:
+            InputError: as in `forward`.
+            SolverError: as in `forward`.
+        """
+        single = check_regression(support, targets, mask, validate=self.validate)
+        with full_precision(support.device):
+            features = support.to(working_dtype(support.device))
+            values = (targets.unsqueeze(-1) if single else targets).to(features.dtype)
+            if mask is not None:  # masked rows may contain NaN
+                features = features.masked_fill(~mask.unsqueeze(-1), 0)
+                values = values.masked_fill(~mask.unsqueeze(-1), 0)
+            examples = self._support_set(features, values, mask)
+            expansion = self._solve_checked(examples)
+            scale = as_tensor(self.scale, features)
+        return self._fitted_class(expansion, examples, scale, support.dtype, single)

@@ -1,0 +1,139 @@
+"""What a head solves, and what it finds: support sets and kernel expansions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor
+from torch.nn import functional
+
+from convexheads._validation import check_gram
+from convexheads.kernels import KernelLike, Linear
+from convexheads.solvers import Solution
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SupportSet:
+    """The support sets of a batch of tasks, as `Head.solve` receives them: checked, and in float64.
+
+    Attributes:
+        features: `(*batch, n, d)`; zero at masked examples.
+        targets: one-hot labels, or the values to regress on, `(*batch, n, k)`; zero at masked examples.
+        mask: `(*batch, n)`, False at examples to leave out; None (default) if there are none.
+        kernel: the head's, with its parameters fixed for these support sets. Defaults to `Linear()`.
+        validate: whether to check values. Defaults to True.
+
+    Example:
+        `RidgeHead().solve(SupportSet(features, targets)).coef`
+    """
+
+    features: Float[Tensor, "*batch n d"]
+    targets: Float[Tensor, "*batch n k"]
+    mask: Bool[Tensor, "*batch n"] | None = None
+    kernel: KernelLike = field(default_factory=Linear)
+    validate: bool = True
+
+    @cached_property
+    def gram(self) -> Float[Tensor, "*batch n n"]:
+        """The Gram matrix `kernel(features, features)`, `(*batch, n, n)`, computed on first use.
+
+        Masked examples are orthogonal to all others, and as long as those are on average.
+        """
+        gram = self.kernel(self.features, self.features)
+        check_gram(gram, self.features, self.features, validate=self.validate)
+        return gram if self.mask is None else _mask_gram(gram, self.mask)
+
+    @property
+    def labeled_targets(self) -> Float[Tensor, "*batch n k"]:
+        """One-hot labels `(*batch, n, k)` that put masked examples into class 0, for heads that need labels of all."""
+        if self.mask is None:
+            return self.targets
+        return torch.cat([self.targets[..., :1] + ~self.mask.unsqueeze(-1), self.targets[..., 1:]], -1)
+
+    def release_gram(self) -> None:
+        """Forget the Gram matrix, which grows with the square of n; it is computed again if it is used again."""
+        vars(self).pop("gram", None)
+
+    def __repr__(self) -> str:
+        shapes = f"features={tuple(self.features.shape)}, targets={tuple(self.targets.shape)}"
+        return f"SupportSet({shapes}{'' if self.mask is None else ', masked'})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class KernelExpansion:
+    """What `Head.solve` returns: scores as a combination of kernel values.
+
+    With `s = kernel(q, support)`, the score of a query q for class c is
+    `s @ coef_c + bias_c + s @ quadratic_c @ s + self_similarity_weight * kernel(q, q)`.
+
+    Attributes:
+        coef: dual coefficients, `(*batch, n, k)`; those of masked examples are ignored.
+        bias: `(*batch, k)`; None (default) for zero.
+        quadratic: symmetric, `(*batch, k, n, n)`; None (default) for a score that is linear in the kernel.
+        self_similarity_weight: factor of each query's kernel with itself, the same for all classes, such as -1 for
+            squared distances; a number or a scalar tensor, `()`. Defaults to 0.
+        solution: status, gap and multipliers of an iterative solver; None (default) for a closed form.
+    """
+
+    coef: Float[Tensor, "*batch n k"]
+    bias: Float[Tensor, "*batch k"] | None = None
+    quadratic: Float[Tensor, "*batch k n n"] | None = None
+    self_similarity_weight: float | Float[Tensor, ""] = 0.0
+    solution: Solution | None = None
+
+    def __repr__(self) -> str:
+        names = [item.name for item in fields(self) if item.name != "coef" and getattr(self, item.name) is not None]
+        return f"{type(self).__name__}(coef={tuple(self.coef.shape)}, with {', '.join(names)})"
+
+
+def one_hot(
+    labels: Integer[Tensor, "*batch n"], ways: int, mask: Bool[Tensor, "*batch n"] | None, dtype: torch.dtype
+) -> Float[Tensor, "*batch n k"]:
+    """One-hot labels, with zero rows where `mask` is False and NaN rows where a label is no class at all."""
+    targets = (labels.unsqueeze(-1) == torch.arange(ways, device=labels.device)).to(dtype)
+    targets = torch.where(targets.any(-1, keepdim=True), targets, torch.nan)
+    return targets if mask is None else targets.masked_fill(~mask.unsqueeze(-1), 0)
+
+
+def _mask_gram(gram: Float[Tensor, "*batch n n"], mask: Bool[Tensor, "*batch n"]) -> Float[Tensor, "*batch n n"]:
+    both = mask.unsqueeze(-1) & mask.unsqueeze(-2)
+    squared = gram.detach().diagonal(dim1=-2, dim2=-1)
+    mean = (squared * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
+    return gram.masked_fill(~both, 0) + torch.diag_embed(mean * ~mask)
+
+
+def merge_groups(
+    groups: Sequence[KernelExpansion], order: Integer[Tensor, " tasks"], batch: torch.Size
+) -> KernelExpansion:
+    """One batch from expansions of tasks with different numbers of classes: padded with zeros, in the given order."""
+
+    def pad_and_concat(values: Sequence[Tensor | None], class_dim: int | None) -> Tensor | None:
+        """`class_dim`: which dimension, counted from the last, is that of the classes; None if there is none."""
+        values = [value for value in values if value is not None]
+        if not values:
+            return None
+        if class_dim is not None:
+            ways = [value.shape[-class_dim] for value in values]
+            padding = [(0, 0) * (class_dim - 1) + (0, max(ways) - k) for k in ways]
+            values = [functional.pad(value, sizes) for value, sizes in zip(values, padding, strict=True)]
+        joined = torch.cat(values)[order]
+        return joined.reshape((*batch, *joined.shape[1:]))
+
+    solutions = [group.solution for group in groups if group.solution is not None]
+    solution = None
+    if solutions:
+        names = [item.name for item in fields(Solution)]
+        class_dims = {"coef": 1, "bound_multipliers": 1}
+        joined = {name: pad_and_concat([getattr(s, name) for s in solutions], class_dims.get(name)) for name in names}
+        solution = Solution(**joined)  # pyright: ignore[reportArgumentType]
+    return replace(
+        groups[0],
+        coef=pad_and_concat([group.coef for group in groups], 1),
+        bias=pad_and_concat([group.bias for group in groups], 1),
+        quadratic=pad_and_concat([group.quadratic for group in groups], 3),
+        solution=solution,
+    )

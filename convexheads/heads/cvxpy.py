@@ -1,0 +1,266 @@
+"""A head from any convex problem that CVXPY can express."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from threading import Lock
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from convexheads._validation import Check, check_definite, describe, optional
+from convexheads.errors import InputError, MissingDependencyError, SolverError
+from convexheads.heads.base.classification import ClassificationHead
+from convexheads.heads.base.support_set import KernelExpansion, SupportSet
+from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
+from convexheads.kernels import KernelLike
+from convexheads.solvers import cvxpylayers, foreign
+
+if TYPE_CHECKING:
+    import cvxpy
+
+_TOLERANCE = 1e-10
+_MAX_ITERATIONS = 200
+# The violation of constraints, relative to the variables, up to which a task counts as solved.
+_VIOLATION = 1e-5
+_MAX_LAYERS = 64  # kept per `build` function
+
+
+@dataclass(frozen=True)
+class CvxpyTask:
+    """The CVXPY objects of which a problem is built, for one task of n examples and k classes.
+
+    `CvxpyHead` makes it.
+
+    Attributes:
+        coef: the variable, `(n, k)`: dual coefficients.
+        scores: those of the support examples, `gram @ coef`, `(n, k)`.
+        squared_norm: the sum over classes of `|w_k|^2`, a convex expression, a scalar.
+        targets: one-hot labels, a parameter, `(n, k)`.
+        parameters: the head's hyper-parameters by name, positive scalar parameters. CVXPY does not allow them to
+            multiply `targets`: write `lambda * squared_norm + loss`, not `squared_norm + C * loss`.
+    """
+
+    coef: cvxpy.Variable
+    scores: cvxpy.Variable
+    squared_norm: cvxpy.Expression
+    targets: cvxpy.Parameter
+    parameters: dict[str, cvxpy.Parameter]
+
+
+def _check_build(name: str, value: Any) -> Any:
+    if not callable(value):
+        raise InputError(name, "a function from a CvxpyTask to an expression to minimize", repr(value))
+    return value
+
+
+class _Hyperparameters(nn.Module):
+    """Hyper-parameters by name, of which `Learnable`s are parameters of the head."""
+
+    def __init__(self, by_name: Mapping[str, Hyperparameter]) -> None:
+        super().__init__()
+        self.by_name = dict(by_name)
+        for name, value in self.by_name.items():
+            if isinstance(value, nn.Module):
+                self.add_module(name, value)
+
+    def __repr__(self) -> str:
+        return repr(self.by_name)
+
+
+def _check_hyperparameters(name: str, value: Any) -> _Hyperparameters:
+    if isinstance(value, _Hyperparameters):
+        return value
+    if not isinstance(value, Mapping) or not all(map(_is_name, value)):
+        raise InputError(name, "hyper-parameters by name, which is an identifier", describe(value))
+    return _Hyperparameters({key: check_positive(f"{name}[{key!r}]", number) for key, number in value.items()})
+
+
+def _is_name(value: object) -> bool:
+    """Whether it is an identifier that is free as the name of a submodule, too."""
+    return isinstance(value, str) and value.isidentifier() and not hasattr(_Hyperparameters({}), value)
+
+
+class CvxpyHead(ClassificationHead):
+    """A head from a convex problem that you write in CVXPY. It needs the extra `cvxpylayers`.
+
+    Use it to try a convex problem out, before writing its dual. Pass a function that takes a `CvxpyTask` and returns an
+    expression to minimize, or a whole `cvxpy.Problem`. It is called once per shape, and the compiled problem is kept as
+    long as the function: pass a function that you keep, not a new lambda in every step. Problems are solved with
+    Clarabel (Goulart & Chen 2024) to 1e-10 and differentiated by cvxpylayers (Agrawal et al. 2019): on the CPU, task by
+    task, first derivatives only.
+
+    What differs from cvxpylayers alone: a task without a solution is an error, where that returns any numbers; and
+    gradients are scaled, as diffcp treats those below 1e-8 as zero.
+
+    Args:
+        build: the function, of one argument. The problem has to be convex, and DPP in its parameters.
+        hyperparameters: by name, positive; floats or `Learnable`s, which receive gradients. They are the `parameters`
+            of the `CvxpyTask`. Defaults to None.
+        kernel: any callable `(x, y) -> gram`. Defaults to `Linear()`.
+        scale: factor of all logits (gamma in Eq. 12 of Lee et al. 2019), positive; a float or `Learnable`. Defaults to
+            1.
+        validate: whether to check the values of all input, see `Head`. Defaults to True.
+
+    Raises:
+        InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does, for a problem that is
+            not convex or not DPP, and for a kernel that is not positive semi-definite; and `SolverError` for a task
+            whose problem is infeasible, unbounded, or too hard.
+        MissingDependencyError: cvxpylayers is not installed.
+
+    Example:
+        `CvxpyHead(lambda task: cvxpy.norm1(task.coef) + 10 * cvxpy.sum_squares(task.targets - task.scores))`
+    """
+
+    checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {
+        "build": _check_build,
+        "hyperparameters": optional(_check_hyperparameters),
+    }
+
+    hyperparameters: Any
+
+    def __init__(
+        self,
+        build: Callable[[CvxpyTask], Any],
+        *,
+        hyperparameters: Mapping[str, Hyperparameter] | None = None,
+        kernel: KernelLike | None = None,
+        scale: Hyperparameter = 1.0,
+        validate: bool = True,
+    ) -> None:
+        super().__init__(kernel=kernel, scale=scale, validate=validate)
+        if find_spec("cvxpylayers") is None:
+            raise MissingDependencyError("cvxpylayers", extra="cvxpylayers", needed_by="CvxpyHead")
+        self.build, self.hyperparameters = build, hyperparameters
+
+    def solve(self, support: SupportSet) -> KernelExpansion:
+        gram, targets = support.gram, support.targets
+        *batch, n, k = targets.shape
+        hyperparameters = {} if self.hyperparameters is None else self.hyperparameters.by_name
+        layer, lock = _layer(self.build, n, k, tuple(hyperparameters))
+        values = [as_tensor(value, gram).expand(batch).reshape(-1) for value in hyperparameters.values()]
+
+        if support.validate:
+            check_definite(gram)
+        non_finite = ~torch.isfinite(gram).all(-1, keepdim=True).all(-2, keepdim=True)
+        gram = gram.masked_fill(non_finite, 0)
+
+        def solve_flat(gram: Tensor, targets: Tensor, *values: Tensor) -> Tensor:
+            parameters = (gram, _SquareRoot.apply(gram), targets, *values)
+            found = cvxpylayers.call(layer, *parameters, tolerance=_TOLERANCE, max_iterations=_MAX_ITERATIONS)
+            tasks = zip(zip(*parameters, strict=True), zip(*found, strict=True), strict=True)
+            with lock:  # the check assigns to the variables of the layer, which other threads may share
+                solved = [_is_solved(layer, *task) for task in tasks]
+            return torch.where(torch.tensor(solved, device=gram.device)[:, None, None], found[0], torch.nan)
+
+        flat = gram.reshape(-1, n, n), targets.reshape(-1, n, k)
+        coef = foreign.call(solve_flat, *flat, *values, backend="CvxpyHead") if len(flat[0]) else flat[1]
+        coef = coef.masked_fill(non_finite.reshape(-1, 1, 1), torch.nan)
+        failed = (~torch.isfinite(coef)).flatten(1).any(1).reshape(batch).nonzero().tolist()
+        if failed:
+            named = ", ".join(str(tuple(task)) for task in failed[:5])
+            failures = f"{len(failed)} of {len(flat[0])} tasks not solved ({named})"
+            raise SolverError(f"CvxpyHead: {failures}: infeasible, unbounded, or too hard")
+        return KernelExpansion(coef.reshape(targets.shape))
+
+
+class _Layer(NamedTuple):
+    layer: cvxpylayers.Layer
+    lock: Lock
+
+
+_layers: WeakKeyDictionary[Callable[[CvxpyTask], Any], dict[tuple[Any, ...], _Layer]] = WeakKeyDictionary()
+_layers_lock = Lock()
+
+
+def _layer(build: Callable[[CvxpyTask], Any], *key: Any) -> _Layer:
+    """The compiled problem for one shape, shared by all heads with the same function, for the life of the function."""
+    with _layers_lock:
+        layers = _layers.setdefault(build, {})
+        if key not in layers:
+            if len(layers) == _MAX_LAYERS:
+                del layers[next(iter(layers))]
+            layers[key] = _Layer(_compile(build, *key), Lock())
+        return layers[key]
+
+
+def _compile(build: Callable[[CvxpyTask], Any], n: int, k: int, names: tuple[str, ...]) -> cvxpylayers.Layer:
+    import cvxpy
+
+    coef, scores, weights = cvxpy.Variable((n, k)), cvxpy.Variable((n, k)), cvxpy.Variable((n, k))
+    gram, root, targets = cvxpy.Parameter((n, n)), cvxpy.Parameter((n, n)), cvxpy.Parameter((n, k))
+    parameters = {name: cvxpy.Parameter(nonneg=True) for name in names}
+    problem = build(CvxpyTask(coef, scores, cvxpy.sum_squares(weights), targets, parameters))
+    if isinstance(problem, cvxpy.Expression | int | float):
+        problem = cvxpy.Minimize(problem)
+    if isinstance(problem, cvxpy.Minimize):
+        problem = cvxpy.Problem(problem)
+    if not isinstance(problem, cvxpy.Problem):
+        raise InputError("build", "an expression to minimize or a cvxpy.Problem", f"a {type(problem).__name__} from it")
+    # Scores and weights (in an orthonormal basis of the support's span) are variables of their own, so that their
+    # products with parameters are DPP.
+    coupling_constraints = [scores == gram @ coef, weights == root @ coef]
+    problem = cvxpy.Problem(problem.objective, [*problem.constraints, *coupling_constraints])
+    if not problem.is_dcp():
+        raise InputError("build", "a convex problem", "a problem that is not convex by CVXPY's rules (is_dcp)")
+    if not problem.is_dpp():
+        expected = (
+            "one in which parameters (targets, hyper-parameters) do not multiply each other: multiply "
+            "`squared_norm` by a hyper-parameter, for instance"
+        )
+        raise InputError("build", expected, "a problem that is convex, but not DPP")
+    used = {parameter.id for parameter in problem.parameters()}
+    given = [gram, root, targets, *parameters.values()]
+    # cvxpylayers requires that every parameter is used; a term of zero uses those that the problem does not.
+    unused = [parameter for parameter in given if parameter.id not in used]
+    if unused:
+        zero_term = sum(cvxpy.sum(cvxpy.multiply(0 * parameter, 1)) for parameter in unused)
+        problem = cvxpy.Problem(problem.objective + cvxpy.Minimize(zero_term), problem.constraints)
+    others = [variable for variable in problem.variables() if variable.id != coef.id]
+    return cvxpylayers.layer_of(problem, given, [coef, *others])
+
+
+def _is_solved(layer: cvxpylayers.Layer, parameters: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
+    """Whether values for the variables are feasible, and no direction of unbounded descent."""
+    import numpy as np
+
+    if not all(torch.isfinite(value).all() for value in found):
+        return False
+    for parameter, value in zip(layer.parameters, parameters, strict=True):
+        parameter.value = value.detach().cpu().numpy()
+    values = [value.detach().cpu().numpy() for value in found]
+    size = 1 + max(abs(value).max() for value in values)
+
+    def at(factor: float) -> tuple[bool, float]:
+        for variable, value in zip(layer.variables, values, strict=True):
+            variable.project_and_assign(factor * value)
+        violation = max((float(np.max(c.violation())) for c in layer.problem.constraints), default=0.0)
+        return bool(violation <= _VIOLATION * size), float(layer.problem.objective.value)
+
+    feasible, value = at(1.0)
+    # A convex objective cannot be lower at twice the minimizer than at the minimizer.
+    further, beyond = at(2.0)
+    return feasible and not (further and beyond < value - _VIOLATION * (1 + abs(value)))
+
+
+class _SquareRoot(torch.autograd.Function):
+    """The symmetric square root of a positive semi-definite matrix; where it is singular, zero is its derivative."""
+
+    @staticmethod
+    def forward(ctx, matrix: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(matrix)
+        roots = values.clamp_min(0).sqrt()
+        ctx.save_for_backward(roots, vectors)
+        return (vectors * roots.unsqueeze(-2)) @ vectors.mT
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        roots, vectors = ctx.saved_tensors
+        sums = roots.unsqueeze(-1) + roots.unsqueeze(-2)
+        singular = sums <= 1e-8 * sums.amax((-2, -1), keepdim=True)
+        inner = vectors.mT @ ((gradient + gradient.mT) / 2) @ vectors
+        return vectors @ torch.where(singular, 0, inner / sums) @ vectors.mT

@@ -1,0 +1,167 @@
+"""What a fit returns, and the support set that a head solves."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from tasks import task
+
+from convexheads import (
+    ConvexHeadsError,
+    GaussianProcessHead,
+    Learnable,
+    LinearDiscriminantHead,
+    LogisticHead,
+    MahalanobisHead,
+    PrototypeHead,
+    RidgeHead,
+    RidgeRegressionHead,
+    SupportSet,
+    SVMHead,
+)
+from convexheads.kernels import RBF, Constant, Linear
+
+LINEAR = {
+    "svm": lambda kernel: SVMHead(kernel=kernel, scale=Learnable(2.5)),
+    "ridge": lambda kernel: RidgeHead(bias=0.7, kernel=kernel, scale=0.3),
+    "discriminant": lambda kernel: LinearDiscriminantHead(kernel=kernel),
+    "logistic": lambda kernel: LogisticHead(kernel=kernel),
+}
+KERNELS = {
+    "linear": lambda: Linear(),
+    "normalized": lambda: Linear(normalize=True),
+    "constant": lambda: Linear() + Constant(Learnable(0.6)),
+    "weighted": lambda: 0.5 * (Linear() + 1.0) + Learnable(2.0) * Linear(),
+}
+
+
+@pytest.mark.parametrize("make", LINEAR.values(), ids=LINEAR)
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_weights_and_biases_give_the_logits(make, kernel):
+    support, labels, query, _ = task(2, 3, shots=(2, 3, 2))
+    mask = torch.ones_like(labels, dtype=torch.bool)
+    mask[0, 0, 1] = False
+    fitted = make(kernel()).fit(support.requires_grad_(), labels, mask=mask)
+    logits = query @ fitted.weight.mT + fitted.bias.unsqueeze(-2)
+    torch.testing.assert_close(logits, fitted(query))
+    (expected,) = torch.autograd.grad(fitted(query).square().sum(), support, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(logits.square().sum(), support)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_linear_layer_gives_the_logits(dtype):
+    support, labels, query, _ = task(dtype=dtype)
+    fitted = SVMHead(kernel=Linear() + 1.0).fit(support, labels)
+    layer = fitted.to_linear()
+    assert isinstance(layer, torch.nn.Linear)
+    torch.testing.assert_close(layer(query), fitted(query))
+    values = RidgeRegressionHead().fit(support, labels.to(dtype))
+    torch.testing.assert_close(values.to_linear()(query).squeeze(-1), values(query))
+
+
+def test_absent_classes_stay_absent():
+    support, labels, query, _ = task(2, shots=(2, 2, 2))
+    ways = torch.tensor([3, 5])
+    fitted = RidgeHead().fit(support, labels, ways=ways)
+    torch.testing.assert_close(query @ fitted.weight.mT + fitted.bias.unsqueeze(-2), fitted(query))
+
+
+def test_what_is_not_linear_has_no_weights():
+    support, labels, _, _ = task()
+    for head in (SVMHead(kernel=RBF()), SVMHead(kernel=Linear() * Linear()), PrototypeHead(), MahalanobisHead()):
+        fitted = head.fit(support, labels)
+        for read in (lambda f: f.weight, lambda f: f.bias, lambda f: f.to_linear()):
+            with pytest.raises(ConvexHeadsError, match="linear"):
+                read(fitted)
+    batch = SVMHead().fit(support[None], labels[None])
+    with pytest.raises(ConvexHeadsError, match="one task"):
+        batch.to_linear()
+
+
+HEADS = {
+    "svm": lambda: SVMHead(Learnable(0.3), scale=Learnable(2.0), kernel=Learnable(0.5) * RBF() + Linear()),
+    "function": lambda: RidgeHead(kernel=lambda x, y: x @ y.mT),
+    "module": lambda: RidgeHead(kernel=_Module()),
+    "mahalanobis": lambda: MahalanobisHead(Learnable(2.0)),
+}
+
+
+class _Module(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x, y):
+        return self.weight.to(x) * x @ y.mT
+
+
+@pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)
+def test_a_detached_fit_has_no_gradients(make):
+    support, labels, query, _ = task(2)
+    fitted = make().fit(support.requires_grad_(), labels)
+    detached = fitted.detach()
+    assert fitted(query).requires_grad
+    assert not detached(query).requires_grad
+    assert type(detached) is type(fitted)
+    torch.testing.assert_close(detached(query), fitted(query).detach())
+
+
+def test_a_fit_moves_to_another_device():
+    support, labels, query, _ = task(2)
+    fitted = HEADS["svm"]().fit(support, labels, ways=torch.tensor([3, 4])).to("meta")
+    assert fitted.expansion.coef.is_meta
+    assert fitted.support.features.is_meta
+    assert fitted.solution.gap.is_meta
+    assert fitted.scale.is_meta
+    assert fitted.ways.is_meta
+    _, linear = fitted.support.kernel.kernels
+    assert linear(query.to("meta"), query.to("meta")).is_meta
+    assert fitted.support.kernel(query.to("meta"), fitted.support.features).is_meta
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)
+def test_a_fit_moves_to_a_gpu(make, cuda):
+    support, labels, query, _ = task(2)
+    fitted = make().fit(support, labels)
+    torch.testing.assert_close(fitted.to(cuda)(query.to(cuda)).cpu(), fitted(query))
+
+
+def test_objects_are_short_to_print_and_compare_by_identity():
+    support, labels, _, _ = task(2, 3)
+    for head, values in ((SVMHead(), labels), (GaussianProcessHead(), labels.double())):
+        fitted, other = head.fit(support, values), head.fit(support, values)
+        for one, two in ((fitted, other), (fitted.support, other.support), (fitted.expansion, other.expansion)):
+            assert one != two
+            assert len(repr(one)) < 200
+    assert "tasks=(2, 3)" in repr(fitted)
+
+
+def test_a_fit_is_pickled_without_the_gram_matrix():
+    support, labels, query, _ = task(d=2, shots=(30, 30))
+    fitted = SVMHead().fit(support, labels)
+    assert "gram" not in vars(fitted.support)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(fitted))(query), fitted(query))
+
+
+@pytest.mark.parametrize("head", [LinearDiscriminantHead(0.3), RidgeHead(), SVMHead(), PrototypeHead()], ids=str)
+def test_solve_finds_what_a_fit_finds(head):
+    """The mean variance of discriminant analysis, for one, is relative to the number of features."""
+    support, labels, _, ways = task(2)
+    found = head.solve(SupportSet(support, torch.nn.functional.one_hot(labels, ways).double()))
+    torch.testing.assert_close(found.coef, head.fit(support, labels).expansion.coef)
+
+
+def test_the_gram_matrix_is_computed_once_and_only_if_used():
+    calls = []
+
+    def kernel(x, y):
+        calls.append(1)
+        return x @ y.mT
+
+    support = SupportSet(torch.eye(3), torch.eye(3), kernel=kernel)
+    assert not calls
+    assert support.gram is support.gram
+    assert len(calls) == 1
