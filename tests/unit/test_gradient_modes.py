@@ -114,7 +114,7 @@ def test_second_derivatives_are_refused(loss):
     support.requires_grad_()
     head = SVMHead(0.3, solver=NativeSolver(gradient="smoothed"))
     (first,) = torch.autograd.grad(loss(head(support, labels, query)), support, create_graph=True)
-    with pytest.raises(ConvexHeadsError, match="second derivative.* NativeSolver whose"):
+    with pytest.raises(ConvexHeadsError, match=r"second derivative.* NativeSolver whose"):
         first.sum().backward()
 
 
