@@ -40,7 +40,7 @@ def solvers(iterations: int) -> dict[str, Solver]:
     """Those that are compared, stopped after so many iterations."""
     return {
         "qpth": ch.QpthSolver(max_iterations=iterations, on_failure="return"),
-        "ours": ch.NativeSolver(max_iterations=iterations, on_failure="return"),
+        "ours": ch.InteriorPointSolver(max_iterations=iterations, on_failure="return"),
     }
 
 

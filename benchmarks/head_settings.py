@@ -27,7 +27,7 @@ from benchmarks.loop import Training
 from benchmarks.options import Options
 from benchmarks.processes import Processes
 from benchmarks.train import episodes
-from convexheads import Learnable, NativeSolver, PrototypeHead, RidgeHead, SVMHead, storage
+from convexheads import InteriorPointSolver, Learnable, PrototypeHead, RidgeHead, SVMHead, storage
 from convexheads.episodes import embed, evaluate
 from convexheads.hyperparameters import value_of
 from convexheads.kernels import Composable
@@ -100,7 +100,7 @@ SETTINGS: dict[str, Setting] = {
     "SVM, unit length, C = 30, smoothing 0.1": Setting(lambda: _svm(C=30.0, smoothing=0.1, kernel=UnitLength())),
     "SVM, unit length, C = 30, smoothing 0.3": Setting(lambda: _svm(C=30.0, smoothing=0.3, kernel=UnitLength())),
     "SVM, unit length, C = 30, smoothing 1": Setting(lambda: _svm(C=30.0, smoothing=1.0, kernel=UnitLength())),
-    "SVM, C = 0.1, 3 iterations": Setting(lambda: _svm(C=0.1, solver=NativeSolver(max_iterations=3))),
+    "SVM, C = 0.1, 3 iterations": Setting(lambda: _svm(C=0.1, solver=InteriorPointSolver(max_iterations=3))),
     "SVM, C = 0.1, statistics apart": Setting(partial(_svm, C=0.1), Apart),
     "SVM, C = 0.1, smoothing 30, statistics apart": Setting(partial(_svm, C=0.1, smoothing=30.0), Apart),
     "ridge, statistics apart": Setting(lambda: RidgeHead(50.0, scale=Learnable(1.0)), Apart),

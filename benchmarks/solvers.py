@@ -83,8 +83,8 @@ def contenders() -> dict[str, Contender]:
     found = {
         "ridge": Contender(of(ch.RidgeHead()), exact=False),
         "native": Contender(of(ch.SVMHead(C))),
-        "native in torch": Contender(of(ch.SVMHead(C, solver=ch.NativeSolver(compiled=False)))),
-        "interior point": Contender(of(ch.SVMHead(C, solver=ch.NativeSolver(max_iterations=100)))),
+        "native in torch": Contender(of(ch.SVMHead(C, solver=ch.NativeSolver(backend="torch")))),
+        "interior point": Contender(of(ch.SVMHead(C, solver=ch.InteriorPointSolver(max_iterations=100)))),
         "moreau": Contender(of(ch.SVMHead(C, solver=ch.MoreauSolver())), largest=2500),
         "qpth": Contender(of(ch.SVMHead(C, solver=ch.QpthSolver(max_iterations=15))), largest=2000),
         "cvxpylayers": Contender(of(ch.SVMHead(C, solver=ch.CvxpylayersSolver(on_failure="return"))), largest=375),

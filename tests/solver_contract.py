@@ -1,4 +1,4 @@
-"""What every solver promises: these tests run once per solver, see unit/test_native_solver.py and integration/test_other_solvers.py.
+"""The contract of all solvers: these tests run once per solver, see unit/test_solvers.py and integration/test_other_solvers.py.
 
 Both files import everything from here and define the fixture `name`, the name of a solver in `SOLVERS`.
 """
@@ -14,6 +14,16 @@ from tasks import close, crammer_singer, examples, task
 from convexheads import QP, InputError, SolverError, SolverWarning, Status, SVMHead
 from convexheads.solvers import SOLVERS, get_solver
 
+OWN = ("native", "active-set", "interior-point", "admm")
+KNOWN_SOLUTION = dict.fromkeys(OWN, 1e-8) | {"qpth": 1e-5, "cvxpylayers": 1e-4, "moreau": 1e-6}
+BATCH = dict.fromkeys(OWN, 1e-10) | {"qpth": 1e-6, "cvxpylayers": 1e-6, "moreau": 1e-8}
+DIFFERENCES = dict.fromkeys(OWN, (1e-6, 1e-6)) | {
+    "qpth": (1e-5, 1e-4),
+    "cvxpylayers": (1e-3, 2e-2),
+    "moreau": (1e-6, 1e-4),
+}
+"""The step of central differences, and the largest relative error of a derivative."""
+
 
 @example(n=2, k=2, seed=0, bounds="upper", smoothing="none", row_sum=True)  # whose optimal value is below zero
 @examples(25, nightly=250)
@@ -22,7 +32,7 @@ def test_finds_the_known_solution(name, n, k, seed, bounds, smoothing, row_sum):
     assume(row_sum or smoothing == "all" or bounds == "both")  # otherwise no gap can be certified, see QP
     qp, coef, pull = known_problem(2, n, k, seed=seed, bounds=bounds, smoothing=smoothing, row_sum=row_sum)
     solution = get_solver(name).solve(qp)
-    tolerance = {"native": 1e-8, "qpth": 1e-5, "cvxpylayers": 1e-4, "moreau": 1e-6}[name]
+    tolerance = KNOWN_SOLUTION[name]
     assert solution.converged.all()
     assert close(solution.coef, coef, 1.0) < tolerance
     # The multipliers, too, up to what the gap leaves open.
@@ -46,10 +56,7 @@ def test_batch_equals_loop(name):
         for j in range(3):
             alone = get_solver(name).solve(crammer_singer(support[i, j], labels[i, j], C=0.5))
             assert alone.gap.shape == ()
-            assert (
-                close(together.coef[i, j], alone.coef)
-                < {"native": 1e-10, "qpth": 1e-6, "cvxpylayers": 1e-6, "moreau": 1e-8}[name]
-            )
+            assert close(together.coef[i, j], alone.coef) < BATCH[name]
 
 
 def test_failed_task_leaves_its_neighbours_alone(name):
@@ -79,6 +86,8 @@ def test_on_failure(name):
 
 
 def test_early_stopping_is_a_choice(name):
+    if name in ("native", "active-set", "admm"):
+        pytest.skip("its first iterates are as good as the last one, or it has no iterates")
     support, labels, query, _ = task(2, shots=(5, 5, 5), d=30)
     exact = SVMHead(0.5).fit(support, labels)
     gaps = []
@@ -133,8 +142,7 @@ def test_gradient_reaches_every_part_of_the_problem(name):
     gradients = torch.autograd.grad(weighted(**leaves), list(leaves.values()))
     for (part, leaf), gradient in zip(leaves.items(), gradients, strict=True):
         along = torch.randn_like(leaf) * (torch.tril(torch.ones(4, 4)) if part == "root" else 1)
-        step = {"native": 1e-6, "qpth": 1e-5, "cvxpylayers": 1e-3, "moreau": 1e-6}[name]
+        step, tolerance = DIFFERENCES[name]
         values = [weighted(**(leaves | {part: (leaf + s * step * along).detach()})).item() for s in (1, -1)]
         numeric = (values[0] - values[1]) / (2 * step)
-        tolerance = {"native": 1e-6, "qpth": 1e-4, "cvxpylayers": 2e-2, "moreau": 1e-4}[name]
         assert numeric == pytest.approx((gradient * along).sum().item(), rel=tolerance, abs=tolerance), part

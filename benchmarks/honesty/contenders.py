@@ -15,6 +15,7 @@ from torch.nn import functional
 import convexheads as ch
 from benchmarks.honesty import judges
 from benchmarks.honesty.tasks import HardTask
+from convexheads.solvers import to_dense
 
 
 class Answer(NamedTuple):
@@ -61,7 +62,7 @@ def contenders() -> dict[str, Contender]:
         "Weston-Watkins SVM": Contender(partial(_svm, ch.WestonWatkinsHead, judges.weston_watkins)),
         "one-vs-rest SVM": Contender(partial(_svm, ch.OneVsRestHead, judges.one_vs_rest)),
         "simplified SVM": Contender(partial(_svm, ch.SimplifiedSVMHead, judges.simplified)),
-        "SVM, in torch": Contender(_on(ch.NativeSolver(compiled=False))),
+        "SVM, in torch": Contender(_on(ch.NativeSolver(backend="torch"))),
         "logistic regression": Contender(_logistic),
         "ridge regression": Contender(_ridge),
         "Gaussian process": Contender(_gaussian_process),
@@ -167,7 +168,7 @@ def _qpth(task: HardTask) -> Answer:
     from qpth.qp import QPFunction
 
     _, gram, own = _problem(task)
-    dense = ch.QP(gram[None], own[None], upper=task.C * own[None]).dense()
+    dense = to_dense(ch.QP(gram[None], own[None], upper=task.C * own[None]))
     coef = QPFunction(verbose=-1)(*dense).detach().view(own.shape)
     return Answer(judges.crammer_singer(*_arrays(task), task.C, _numpy(coef)), bool(coef.isfinite().all()))
 

@@ -17,7 +17,7 @@ from convexheads.heads import inputs
 from convexheads.heads.base import Dual, Head
 from convexheads.hyperparameters import Hyperparameter, display, positive, value_of
 from convexheads.kernels import Kernel
-from convexheads.solvers import cvxpylayers, foreign
+from convexheads.solvers.adapters import _external, cvxpylayers
 
 if TYPE_CHECKING:
     import cvxpy
@@ -114,7 +114,7 @@ class CvxpyHead(Head):
             return torch.where(torch.tensor(solved, device=gram.device)[:, None, None], found[0], torch.nan)
 
         flat = gram.reshape(-1, n, n), targets.reshape(-1, n, k)
-        coef = foreign.call(solve, *flat, *values, backend="CvxpyHead") if len(flat[0]) else flat[1]
+        coef = _external.call_backend(solve, *flat, *values, backend="CvxpyHead") if len(flat[0]) else flat[1]
         coef = coef.masked_fill(broken.reshape(-1, 1, 1), torch.nan)
         failed = (~torch.isfinite(coef)).flatten(1).any(1).reshape(batch).nonzero().tolist()
         if failed:

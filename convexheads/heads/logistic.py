@@ -9,12 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexheads.errors import InputError, is_count
+from convexheads.heads import _logistic_newton
 from convexheads.heads.base import Dual, Head
 from convexheads.heads.inputs import label_all
 from convexheads.hyperparameters import Hyperparameter, display, positive, value_of
 from convexheads.kernels import Kernel
-from convexheads.solvers import OnFailure, Solution, Status, softmax
-from convexheads.solvers.base import check_on_failure, complain
+from convexheads.solvers import OnFailure, Solution, Status
+from convexheads.solvers.base import check_on_failure, handle_failures
 from convexheads.transforms import compute
 
 _ENOUGH_STEPS = 100
@@ -76,12 +77,12 @@ class LogisticHead(Head):
         if self.steps is not None:
             coef = torch.zeros_like(targets)
             for _ in range(self.steps):
-                coef = softmax.newton_step(gram, targets, coef)
-            taken, gap = None, softmax.certified_gap(gram.detach(), targets, coef.detach())
+                coef = _logistic_newton.newton_step(gram, targets, coef)
+            taken, gap = None, _logistic_newton.certified_gap(gram.detach(), targets, coef.detach())
         else:
-            solve = partial(softmax.solve, tolerance=_AIM, max_steps=_ENOUGH_STEPS)
+            solve = partial(_logistic_newton.solve, tolerance=_AIM, max_steps=_ENOUGH_STEPS)
             coef, gap, taken = compute(solve, gram, targets)
-            coef = softmax.attach(gram, targets, coef)
+            coef = _logistic_newton.attach(gram, targets, coef)
         otherwise = Status.FAILED if self.steps is None else Status.STOPPED
         status = torch.where(gap <= _TOLERANCE, Status.CONVERGED, otherwise)
         status = torch.where(torch.isfinite(gap), status, Status.FAILED)
@@ -95,7 +96,7 @@ class LogisticHead(Head):
             residual=torch.zeros_like(gap).reshape(batch),
             iterations=None if taken is None else taken.reshape(batch),
         )
-        complain("LogisticHead", solution, _TOLERANCE, self.on_failure)
+        handle_failures("LogisticHead", solution, _TOLERANCE, self.on_failure)
         return Dual(coef, solution=solution)
 
     def _settings(self) -> list[str]:

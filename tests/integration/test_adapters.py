@@ -11,8 +11,17 @@ import torch
 from qpth.qp import QPFunction
 from tasks import close, crammer_singer, task
 
-from convexheads import ConvexHeadsError, CvxpylayersSolver, Learnable, NativeSolver, QpthSolver, SVMHead
-from convexheads.solvers.cvxpylayers import _layer
+from convexheads import (
+    ConvexHeadsError,
+    CvxpylayersSolver,
+    InteriorPointSolver,
+    Learnable,
+    NativeSolver,
+    QpthSolver,
+    SVMHead,
+)
+from convexheads.solvers import to_dense
+from convexheads.solvers.adapters.cvxpylayers import _layer
 
 adapters = pytest.mark.parametrize("solver", [QpthSolver, CvxpylayersSolver])
 
@@ -61,7 +70,7 @@ def test_qpth_itself_gets_the_second_derivative_wrong():
         return gradient
 
     def qpth(qp):
-        return QPFunction(verbose=-1)(*(x.unsqueeze(0) for x in qp.dense()))
+        return QPFunction(verbose=-1)(*(x.unsqueeze(0) for x in to_dense(qp)))
 
     t = torch.zeros((), dtype=torch.float64, requires_grad=True)
     step = torch.tensor(1e-4, dtype=torch.float64)
@@ -167,7 +176,7 @@ def gradients(head, support, labels, query):
     return torch.autograd.grad(value, [support, *head.parameters()])
 
 
-def test_truncated_gradient_is_that_of_qpth_early_stopped():
+def test_last_iterate_gradient_is_that_of_qpth_early_stopped():
     """The same formula at iterates that are not the same: alike from the first, equal in the end."""
     support, labels, query, _ = task(3, shots=(5, 5, 5), d=60)
     exact = gradients(SVMHead(Learnable(0.1)), support, labels, query)[0]
@@ -176,7 +185,7 @@ def test_truncated_gradient_is_that_of_qpth_early_stopped():
         ours, theirs = (
             gradients(SVMHead(Learnable(0.1), solver=solver), support, labels, query)[0]
             for solver in (
-                NativeSolver(max_iterations=iterations, gradient="truncated"),
+                InteriorPointSolver(max_iterations=iterations, gradient="last_iterate"),
                 QpthSolver(max_iterations=iterations),
             )
         )

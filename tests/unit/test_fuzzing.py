@@ -189,7 +189,7 @@ def test_constructors():
 
 
 def test_problems():
-    some = ["native", ch.NativeSolver(compiled=False), ch.NativeSolver(max_iterations=3), "qpth", "moreau"]
+    some = ["native", ch.NativeSolver(backend="torch"), ch.InteriorPointSolver(max_iterations=3), "qpth", "moreau"]
 
     @examples(20, nightly=1000)
     @given(st.sampled_from(some), st.integers(0, 9), st.booleans(), st.data())
@@ -204,7 +204,7 @@ def test_problems():
             "smoothing": torch.ones_like(targets),
             "row_sum": row_sum,
         }
-        for name in data.draw(st.sets(st.sampled_from([*fields, "root"]), max_size=2)):
+        for name in data.draw(st.sets(st.sampled_from([*fields, "gram_factor"]), max_size=2)):
             fields[name] = data.draw(spoilt(fields.get(name)), label=name)
         solution = outcome(lambda: get_solver(solver).solve(ch.QP(**fields)))
         if solution is not None:
@@ -298,7 +298,7 @@ def test_functions(name):
 
 LIVES = [
     lambda: ch.SVMHead(ch.Learnable(0.3), scale=ch.Learnable(2.0)),
-    lambda: ch.SVMHead(0.3, smoothing=ch.Learnable(0.5), solver=ch.NativeSolver(compiled=False)),
+    lambda: ch.SVMHead(0.3, smoothing=ch.Learnable(0.5), solver=ch.NativeSolver(backend="torch")),
     lambda: ch.WestonWatkinsHead(0.3, kernel=ch.RBF(ch.Learnable(3.0))),
     lambda: ch.LogisticHead(ch.Learnable(0.5), kernel=ch.Linear() + ch.Learnable(0.5)),
     lambda: ch.RidgeHead(ch.Learnable(2.0), bias=ch.Learnable(0.1, signed=True), kernel=ch.RBF()),

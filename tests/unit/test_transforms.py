@@ -12,9 +12,9 @@ import convexheads as ch
 
 HEADS = {
     "svm": ch.SVMHead(0.3),
-    "svm in torch": ch.SVMHead(0.3, solver=ch.NativeSolver(compiled=False)),
+    "svm in torch": ch.SVMHead(0.3, solver=ch.NativeSolver(backend="torch")),
     "smoothed svm": ch.SVMHead(0.3, smoothing=0.5, squared_hinge=True, kernel=ch.RBF()),
-    "early-stopped svm": ch.SVMHead(0.3, solver=ch.NativeSolver(max_iterations=4)),
+    "early-stopped svm": ch.SVMHead(0.3, solver=ch.InteriorPointSolver(max_iterations=4)),
     "weston-watkins": ch.WestonWatkinsHead(0.3),
     "one-vs-rest": ch.OneVsRestHead(0.3),
     "simplified": ch.SimplifiedSVMHead(0.3),
