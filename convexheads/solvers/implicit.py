@@ -147,8 +147,8 @@ def _as_function(kkt: KKT) -> tuple[Callable[..., KKT], list[Tensor]]:
     factors = kkt.tensors()
 
     def rebuild(*tensors: Tensor) -> KKT:
-        values = dict(zip(factors, tensors, strict=True))
-        return kkt.map(lambda name, _: values[name])
+        values: dict[str, Any] = vars(kkt) | dict(zip(factors, tensors, strict=True))
+        return type(kkt)(**values)
 
     return rebuild, list(factors.values())
 
