@@ -43,14 +43,6 @@ class Fallback(Solver):
         self.first, self.then = first, then
 
     def solve_batch(self, problem: QP) -> Float[Tensor, "tasks n k"]:
-        """The coefficients of a rescaled problem.
-
-        Args:
-            problem: a flat batch, as for `Solver.solve_batch`.
-
-        Returns:
-            `(tasks, n, k)`.
-        """
         return self._solve_flat(problem).coef
 
     def _solve_flat(self, problem: QP) -> Solution:

@@ -43,14 +43,6 @@ class CvxpylayersSolver(Solver):
     provides_gradient: ClassVar[bool] = True
 
     def solve_batch(self, problem: QP) -> Float[Tensor, "tasks n k"]:
-        """The coefficients of a rescaled problem.
-
-        Args:
-            problem: a flat batch, as for `Solver.solve_batch`.
-
-        Returns:
-            `(tasks, n, k)`, with the gradient of diffcp.
-        """
         smoothing = torch.zeros_like(problem.linear) if problem.smoothing is None else problem.smoothing
         bounds = [(sign, bound) for sign, bound in ((1, problem.upper), (-1, problem.lower)) if bound is not None]
         _, n, k = problem.linear.shape

@@ -45,14 +45,6 @@ class MoreauSolver(Solver):
     provides_gradient: ClassVar[bool] = True
 
     def solve_batch(self, problem: QP) -> Float[Tensor, "tasks n k"]:
-        """The coefficients of a rescaled problem.
-
-        Args:
-            problem: a flat batch, as for `Solver.solve_batch`.
-
-        Returns:
-            `(tasks, n, k)`, with the gradient of Moreau.
-        """
         tasks, n, k = problem.linear.shape
         bounds = [(sign, bound) for sign, bound in ((1.0, problem.upper), (-1.0, problem.lower)) if bound is not None]
         finite = [torch.isfinite(bound) for _, bound in bounds]

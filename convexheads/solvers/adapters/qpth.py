@@ -55,14 +55,6 @@ class QpthSolver(Solver):
         return SolverResult(self.solve_batch(problem) / coef_scale[:, None, None])
 
     def solve_batch(self, problem: QP) -> Float[Tensor, "tasks n k"]:
-        """The coefficients of a problem.
-
-        Args:
-            problem: a flat batch, as for `Solver.solve_batch`.
-
-        Returns:
-            `(tasks, n, k)`, with the gradient of qpth.
-        """
         plain = problem.detach()
         wanted = _SMALLEST_EIGENVALUE * plain.curvature().clamp_min(_SMALLEST_EIGENVALUE)
         smallest = torch.linalg.eigvalsh(plain.gram)[:, 0]

@@ -77,14 +77,6 @@ class ActiveSetSolver(Solver):
         self.max_rounds = max_rounds
 
     def solve_batch(self, problem: QP) -> SolverResult:
-        """The solution of a rescaled problem, by PyTorch.
-
-        Args:
-            problem: a flat batch, as for `Solver.solve_batch`.
-
-        Returns:
-            Coefficients, NaN in tasks whose active set is not proved to be right; with certificate and linearization.
-        """
         _, n, k = problem.linear.shape
         start = ridge_step(problem) if n * k < _MIN_SIZE_FOR_ADMM else next(admm(problem, steps=_ADMM_STEPS))
         coef, active_set, rounds = search(problem, start, max_rounds=self.max_rounds)

@@ -56,15 +56,7 @@ class ADMMSolver(Solver):
         self.steps, self.max_rounds, self.min_examples_for_low_rank = steps, max_rounds, min_examples_for_low_rank
 
     def solve_batch(self, problem: QP) -> SolverResult:
-        """The solution of a rescaled problem.
-
-        Args:
-            problem: a flat batch, as for `Solver.solve_batch`.
-
-        Returns:
-            The coefficients with certificate and linearization. A task that is not solved has the last iterate of ADMM,
-            with the active set that it implies.
-        """
+        # A task that is not solved has the last iterate of ADMM, with the active set that it implies.
         problem = with_gram_factor(problem, min_examples=self.min_examples_for_low_rank)
         tolerance, search_gap = INNER_TOLERANCE_RATIO * self.tolerance, _FIRST_SEARCH_GAP
         limit = self.max_iterations or _MAX_ITERATIONS

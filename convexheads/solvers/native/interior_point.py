@@ -74,14 +74,6 @@ class InteriorPointSolver(Solver):
         self.min_examples_for_low_rank = min_examples_for_low_rank
 
     def solve_batch(self, problem: QP) -> SolverResult:
-        """The solution of a rescaled problem.
-
-        Args:
-            problem: a flat batch, as for `Solver.solve_batch`.
-
-        Returns:
-            The coefficients with certificate and linearization.
-        """
         problem = with_gram_factor(problem, min_examples=self.min_examples_for_low_rank)
         limit, tolerance = self.max_iterations or _MAX_ITERATIONS, INNER_TOLERANCE_RATIO * self.tolerance
         iterate = interior_point(problem, tolerance=tolerance, max_iterations=limit)

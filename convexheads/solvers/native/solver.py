@@ -69,14 +69,6 @@ class NativeSolver(Solver):
         self._many_classes = Fallback(self._admm, interior_point)
 
     def solve_batch(self, problem: QP) -> Float[Tensor, "tasks n k"]:
-        """The coefficients of a rescaled problem.
-
-        Args:
-            problem: a flat batch, as for `Solver.solve_batch`.
-
-        Returns:
-            `(tasks, n, k)`.
-        """
         return self._solve_flat(problem).coef
 
     def _solve_flat(self, problem: QP) -> Solution:
