@@ -34,10 +34,10 @@ from convexheads.loader import EpisodeLoader
 from convexheads.presets import metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
 from convexheads.pretrained import Pretrained, load_pretrained
 from convexheads.solvers import (
-    QP,
     ActiveSetSolver,
     ADMMSolver,
     CvxpylayersSolver,
+    DualProblem,
     Fallback,
     InteriorPointSolver,
     MoreauSolver,
@@ -51,7 +51,6 @@ from convexheads.solvers import (
 __version__ = "0.1.0"
 
 __all__ = [
-    "QP",
     "RBF",
     "ADMMSolver",
     "ActiveSetSolver",
@@ -62,6 +61,7 @@ __all__ = [
     "CvxpyTask",
     "CvxpylayersSolver",
     "Dual",
+    "DualProblem",
     "Episode",
     "EpisodeLoader",
     "Evaluation",

@@ -168,7 +168,7 @@ def _qpth(task: HardTask) -> Answer:
     from qpth.qp import QPFunction
 
     _, gram, own = _problem(task)
-    dense = to_dense(ch.QP(gram[None], own[None], upper=task.C * own[None]))
+    dense = to_dense(ch.DualProblem(gram[None], own[None], upper=task.C * own[None]))
     coef = QPFunction(verbose=-1)(*dense).detach().view(own.shape)
     return Answer(judges.crammer_singer(*_arrays(task), task.C, _numpy(coef)), bool(coef.isfinite().all()))
 
@@ -226,7 +226,7 @@ def _is_regular(head: ch.MulticlassSVM, fitted: ch.Fitted, task: HardTask) -> bo
             free &= slack >= _CLEAR
     n, k = coef.shape
     hessian = torch.kron(qp.gram, torch.eye(k).to(coef))[free.flatten()][:, free.flatten()]
-    if qp.row_sum:
+    if qp.rows_sum_to_zero:
         sums = torch.kron(torch.eye(n), torch.ones(1, k)).to(coef)[:, free.flatten()]
         rows = sums.any(1)
         _, _, basis = torch.linalg.svd(sums[rows])

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from convexheads.heads.svm import MulticlassSVM
-from convexheads.solvers import QP
+from convexheads.solvers import DualProblem
 
 
 class OneVsRestHead(MulticlassSVM):
@@ -31,7 +31,9 @@ class OneVsRestHead(MulticlassSVM):
 
     def problem(
         self, gram: Float[Tensor, "*batch n n"], targets: Float[Tensor, "*batch n k"], most: Float[Tensor, ""]
-    ) -> tuple[QP, Bool[Tensor, "*batch n k"]]:
+    ) -> tuple[DualProblem, Bool[Tensor, "*batch n k"]]:
         own = targets > 0
         lower, upper = torch.where(own, 0, -most), torch.where(own, most, 0)
-        return QP(gram, linear=2 * targets - 1, lower=lower, upper=upper, row_sum=False), torch.ones_like(own)
+        return DualProblem(
+            gram, linear=2 * targets - 1, lower=lower, upper=upper, rows_sum_to_zero=False
+        ), torch.ones_like(own)

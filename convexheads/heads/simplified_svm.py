@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from convexheads.heads.svm import MulticlassSVM
-from convexheads.solvers import QP
+from convexheads.solvers import DualProblem
 
 
 class SimplifiedSVMHead(MulticlassSVM):
@@ -34,10 +34,12 @@ class SimplifiedSVMHead(MulticlassSVM):
 
     def problem(
         self, gram: Float[Tensor, "*batch n n"], targets: Float[Tensor, "*batch n k"], most: Float[Tensor, ""]
-    ) -> tuple[QP, Bool[Tensor, "*batch n 1"]]:
+    ) -> tuple[DualProblem, Bool[Tensor, "*batch n 1"]]:
         code = _simplex(targets)
         one = torch.ones_like(targets[..., :1])
-        problem = QP(gram * (code @ code.mT), linear=one, lower=0 * one, upper=most.expand_as(one), row_sum=False)
+        problem = DualProblem(
+            gram * (code @ code.mT), linear=one, lower=0 * one, upper=most.expand_as(one), rows_sum_to_zero=False
+        )
         return problem, one > 0
 
     def coefficients(

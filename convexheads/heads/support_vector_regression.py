@@ -10,7 +10,7 @@ from convexheads.heads.base import Dual
 from convexheads.heads.regression import RegressionHead
 from convexheads.hyperparameters import Hyperparameter, display, positive, value_of
 from convexheads.kernels import Kernel
-from convexheads.solvers import QP, Solver, get_solver
+from convexheads.solvers import DualProblem, Solver, get_solver
 
 
 class SupportVectorRegressionHead(RegressionHead):
@@ -53,7 +53,9 @@ class SupportVectorRegressionHead(RegressionHead):
         linear = torch.cat([targets - epsilon, -targets - epsilon], -2)
         both = torch.cat([torch.cat([gram, -gram], -1), torch.cat([-gram, gram], -1)], -2)
         most = value_of(self.C, gram).expand(linear.shape)
-        solution = self.solver.solve(QP(both, linear, lower=torch.zeros_like(linear), upper=most, row_sum=False))
+        solution = self.solver.solve(
+            DualProblem(both, linear, lower=torch.zeros_like(linear), upper=most, rows_sum_to_zero=False)
+        )
         above, below = solution.coef.chunk(2, -2)
         return Dual(above - below, solution=solution)
 

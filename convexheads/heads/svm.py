@@ -14,11 +14,11 @@ from convexheads.heads.base import Dual, Head
 from convexheads.heads.inputs import label_all
 from convexheads.hyperparameters import Hyperparameter, Learnable, display, positive, value_of
 from convexheads.kernels import Kernel
-from convexheads.solvers import QP, Solver, get_solver
+from convexheads.solvers import DualProblem, Solver, get_solver
 
 
 class MulticlassSVM(Head):
-    r"""An SVM whose dual is a `QP`, as Eq. 10 of Lee et al. 2019 is. A subclass writes one method, `problem`.
+    r"""An SVM whose dual is a `DualProblem`, as Eq. 10 of Lee et al. 2019 is. A subclass writes one method, `problem`.
 
     Args:
         C: weight of the slacks, positive; a float or `Learnable`. Default 0.1, that of Lee et al. 2019.
@@ -57,7 +57,7 @@ class MulticlassSVM(Head):
     @abstractmethod
     def problem(
         self, gram: Float[Tensor, "*batch n n"], targets: Float[Tensor, "*batch n k"], most: Float[Tensor, ""]
-    ) -> tuple[QP, Bool[Tensor, "*batch n m"]]:
+    ) -> tuple[DualProblem, Bool[Tensor, "*batch n m"]]:
         """The dual, without any smoothing; the one method that a subclass writes.
 
         The solver raises `InputError` where bounds are missing or crossed.
@@ -128,6 +128,6 @@ class SVMHead(MulticlassSVM):
 
     def problem(
         self, gram: Float[Tensor, "*batch n n"], targets: Float[Tensor, "*batch n k"], most: Float[Tensor, ""]
-    ) -> tuple[QP, Bool[Tensor, "*batch n k"]]:
+    ) -> tuple[DualProblem, Bool[Tensor, "*batch n k"]]:
         own = targets > 0
-        return QP(gram, linear=targets, upper=torch.where(own, most, 0)), own
+        return DualProblem(gram, linear=targets, upper=torch.where(own, most, 0)), own

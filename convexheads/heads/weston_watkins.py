@@ -9,7 +9,7 @@ from torch import Tensor
 from convexheads.heads.svm import MulticlassSVM
 from convexheads.hyperparameters import Hyperparameter, display, positive
 from convexheads.kernels import Kernel
-from convexheads.solvers import QP, Solver
+from convexheads.solvers import DualProblem, Solver
 
 
 class WestonWatkinsHead(MulticlassSVM):
@@ -51,10 +51,10 @@ class WestonWatkinsHead(MulticlassSVM):
 
     def problem(
         self, gram: Float[Tensor, "*batch n n"], targets: Float[Tensor, "*batch n k"], most: Float[Tensor, ""]
-    ) -> tuple[QP, Bool[Tensor, "*batch n k"]]:
+    ) -> tuple[DualProblem, Bool[Tensor, "*batch n k"]]:
         own = targets > 0
         lower, upper = torch.where(own, -torch.inf, -most), torch.where(own, torch.inf, 0.0).to(gram)
-        return QP(gram, linear=self.margin * targets, lower=lower, upper=upper), ~own
+        return DualProblem(gram, linear=self.margin * targets, lower=lower, upper=upper), ~own
 
     def _settings(self) -> list[str]:
         C, *settings = super()._settings()

@@ -13,7 +13,7 @@ from convexheads.solvers.native.active_set import ActiveSetSolver
 from convexheads.solvers.native.admm import ADMMSolver
 from convexheads.solvers.native.interior_point import InteriorPointSolver
 from convexheads.solvers.native.solver import NativeSolver
-from convexheads.solvers.problem import QP, Solution, Status
+from convexheads.solvers.problem import DualProblem, Solution, Status
 
 SOLVERS: dict[str, type[Solver]] = {
     "native": NativeSolver,
@@ -27,11 +27,11 @@ SOLVERS: dict[str, type[Solver]] = {
 """Solvers by name, for `get_solver`."""
 
 __all__ = [
-    "QP",
     "SOLVERS",
     "ADMMSolver",
     "ActiveSetSolver",
     "CvxpylayersSolver",
+    "DualProblem",
     "Fallback",
     "InteriorPointSolver",
     "MoreauSolver",

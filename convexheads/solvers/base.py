@@ -25,7 +25,7 @@ from convexheads.hyperparameters import positive
 from convexheads.precision import full_precision, kind, working_dtype
 from convexheads.solvers.certificate import Certificate, account_for_rounding, certify
 from convexheads.solvers.implicit import Linearization, implied_active_set
-from convexheads.solvers.problem import QP, Solution, Status, check_problem
+from convexheads.solvers.problem import DualProblem, Solution, Status, check_problem
 from convexheads.solvers.records import TensorRecord
 from convexheads.solvers.rescaling import replace_non_finite_tasks, rescale
 from convexheads.transforms import compute, is_transforming, look_at
@@ -125,7 +125,7 @@ class Solver(ABC):
         return f"{type(self).__name__}({', '.join(shown)})"
 
     @abstractmethod
-    def solve_batch(self, problem: QP) -> Float[Tensor, "tasks n k"] | SolverResult:
+    def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"] | SolverResult:
         """Solve a flat, rescaled batch of problems. This is the one method that a subclass writes.
 
         It runs without autograd, unless the class sets `provides_gradient`. It must not print, must not let a task
@@ -139,7 +139,7 @@ class Solver(ABC):
             The coefficients, `(tasks, n, k)`, with NaN in tasks that could not be solved.
         """
 
-    def solve(self, problem: QP) -> Solution:
+    def solve(self, problem: DualProblem) -> Solution:
         """Solve a batch of problems with any number of leading dimensions.
 
         Args:
@@ -150,8 +150,8 @@ class Solver(ABC):
             The solution, in float64. Gradients reach every tensor of `problem`.
 
         Raises:
-            InputError: the problem is not a `QP` of floating-point tensors of matching shapes on one device, it has no
-                bounds, or a lower bound is above an upper bound (checked on the CPU only).
+            InputError: the problem is not a `DualProblem` of floating-point tensors of matching shapes on one device,
+                it has no bounds, or a lower bound is above an upper bound (checked on the CPU only).
             SolverError: a task failed and `on_failure="raise"`; with "warn", a `SolverWarning` is emitted.
             ConvexHeadsError: `solve_batch` lost its gradient although the class sets `provides_gradient`. Also in the
                 backward pass, if a second derivative is requested that the backend does not have.
@@ -169,7 +169,7 @@ class Solver(ABC):
         handle_failures(type(self).__name__, solution, self.tolerance, self.on_failure)
         return solution
 
-    def _solve_flat(self, problem: QP) -> Solution:
+    def _solve_flat(self, problem: DualProblem) -> Solution:
         """Solve a flat batch of problems in working precision, with gradient. Compositions of solvers override this."""
         if self.provides_gradient:
             return self._solve_numerically(problem).solution
@@ -183,7 +183,7 @@ class Solver(ABC):
             return replace(solution, coef=problem.linear.clone())
         return replace(solution, coef=linearization.attach(problem, solution.coef, solved.hessian_scale))
 
-    def _solve_under_transforms(self, problem: QP) -> Solved:
+    def _solve_under_transforms(self, problem: DualProblem) -> Solved:
         """Like `_solve_numerically`, inside the transforms of `torch.func`, where a tensor has hidden dimensions."""
         structure: list[Solved] = []
 
@@ -198,7 +198,7 @@ class Solver(ABC):
         values = iter(compute(solve, *problem.tensors().values()))
         return structure[-1].map(lambda *_: next(values))
 
-    def _solve_numerically(self, problem: QP) -> Solved:
+    def _solve_numerically(self, problem: DualProblem) -> Solved:
         """Rescale, solve and certify a flat batch."""
         finite, non_finite = replace_non_finite_tasks(problem)
         rescaled, coef_scale, multiplier_scale = rescale(finite)
@@ -224,7 +224,7 @@ class Solver(ABC):
         linearization = None if linearization is None else linearization.unscaled(coef_scale)
         return Solved(solution, coef_scale / multiplier_scale, linearization)
 
-    def _result(self, problem: QP, rescaled: QP, coef_scale: Float[Tensor, " tasks"]) -> SolverResult:
+    def _result(self, problem: DualProblem, rescaled: DualProblem, coef_scale: Float[Tensor, " tasks"]) -> SolverResult:
         """The result of `solve_batch` for the rescaled problem."""
         if not len(coef_scale):  # an empty batch needs no solve
             return SolverResult(rescaled.linear)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from convexheads.solvers import feasible_rows
-from convexheads.solvers.problem import QP
+from convexheads.solvers.problem import DualProblem
 from convexheads.solvers.records import TensorRecord
 from convexheads.solvers.rescaling import largest_bounds
 
@@ -98,7 +98,7 @@ class Certificate(TensorRecord):
         return self.residual <= FEASIBILITY_TOLERANCE
 
 
-def certify(problem: QP, coef: Float[Tensor, "*batch n k"]) -> Certificate:
+def certify(problem: DualProblem, coef: Float[Tensor, "*batch n k"]) -> Certificate:
     """Bound the distance of coefficients from the optimum by weak duality (Boyd & Vandenberghe 2004, Section 5.5.1).
 
     For feasible coefficients `a` the dual objective `D(a)` is a lower bound of the optimum. For any weights w, the
@@ -123,7 +123,7 @@ def certify(problem: QP, coef: Float[Tensor, "*batch n k"]) -> Certificate:
     gap = torch.where(indefinite, torch.inf, gap)
     largest = feasible.abs().amax((-2, -1)).clamp_min(1)
     distance = (coef - feasible).abs().amax((-2, -1))
-    violation = feasible.sum(-1).abs().amax(-1) if problem.row_sum else torch.zeros_like(distance)
+    violation = feasible.sum(-1).abs().amax(-1) if problem.rows_sum_to_zero else torch.zeros_like(distance)
     bound_multipliers = problem.linear - scores - row_multipliers
     if problem.smoothing is not None:
         bound_multipliers = bound_multipliers - problem.smoothing * feasible
@@ -138,7 +138,7 @@ def certify(problem: QP, coef: Float[Tensor, "*batch n k"]) -> Certificate:
     )
 
 
-def account_for_rounding(problem: QP, certificate: Certificate) -> Certificate:
+def account_for_rounding(problem: DualProblem, certificate: Certificate) -> Certificate:
     """The certificate with a gap that allows for rounding of the Gram matrix, where that matters.
 
     `certify` treats the Gram matrix as exact, but its entries are rounded inner products, and a score is a sum of
@@ -172,7 +172,7 @@ def account_for_rounding(problem: QP, certificate: Certificate) -> Certificate:
 
 
 def _smallest_gap(
-    problem: QP, feasible: Tensor, scores: Tensor, quadratic: Tensor, score_error: Tensor | None = None
+    problem: DualProblem, feasible: Tensor, scores: Tensor, quadratic: Tensor, score_error: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The smallest `P - D` over all scalings of the weights, its `P`, and the row multipliers without scaling."""
     one = torch.ones_like(scores[..., :1, :1])
@@ -189,7 +189,12 @@ def _smallest_gap(
 
 
 def _gap(
-    problem: QP, feasible: Tensor, scores: Tensor, quadratic: Tensor, scaling: Tensor, score_error: Tensor | None
+    problem: DualProblem,
+    feasible: Tensor,
+    scores: Tensor,
+    quadratic: Tensor,
+    scaling: Tensor,
+    score_error: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`P - D` and `P` for the weights times `scaling`, and the row multipliers.
 
@@ -201,7 +206,12 @@ def _gap(
         score_error = score_error * _ascent_sign(problem, slope, feasible)
         slope, moved = slope + score_error, (score_error * feasible).sum((-2, -1))
     losses, distances, row_multipliers = feasible_rows.conjugate(
-        slope, problem.lower, problem.upper, at=feasible, row_sum=problem.row_sum, smoothing=problem.smoothing
+        slope,
+        problem.lower,
+        problem.upper,
+        at=feasible,
+        rows_sum_to_zero=problem.rows_sum_to_zero,
+        smoothing=problem.smoothing,
     )
     scaling = scaling[..., 0, 0]
     # `P - D` itself, summed from non-negative terms: a difference of objectives would drown small gaps in rounding.
@@ -209,10 +219,15 @@ def _gap(
     return gap, losses.sum(-1) + scaling.square() / 2 * quadratic, row_multipliers
 
 
-def _ascent_sign(problem: QP, slope: Tensor, feasible: Tensor) -> Tensor:
+def _ascent_sign(problem: DualProblem, slope: Tensor, feasible: Tensor) -> Tensor:
     """The sign of each entry's change for which the maximum over the feasible rows can only grow."""
     _, _, row_multipliers = feasible_rows.conjugate(
-        slope, problem.lower, problem.upper, at=feasible, row_sum=problem.row_sum, smoothing=problem.smoothing
+        slope,
+        problem.lower,
+        problem.upper,
+        at=feasible,
+        rows_sum_to_zero=problem.rows_sum_to_zero,
+        smoothing=problem.smoothing,
     )
     sign = torch.where(slope >= row_multipliers, 1.0, -1.0).to(slope.dtype)
     if problem.upper is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convexheads.errors import InputError
 from convexheads.solvers.base import OnFailure, Solver
-from convexheads.solvers.problem import QP, Solution
+from convexheads.solvers.problem import DualProblem, Solution
 from convexheads.transforms import is_transforming, look_at
 
 
@@ -42,10 +42,10 @@ class Fallback(Solver):
         super().__init__(tolerance=then.tolerance if tolerance is None else tolerance, on_failure=on_failure)
         self.first, self.then = first, then
 
-    def solve_batch(self, problem: QP) -> Float[Tensor, "tasks n k"]:
+    def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:
         return self._solve_flat(problem).coef
 
-    def _solve_flat(self, problem: QP) -> Solution:
+    def _solve_flat(self, problem: DualProblem) -> Solution:
         solution = self.first._solve_flat(problem)
         unsolved = ~self.first._is_solved(solution)
         if is_transforming():  # where tasks cannot be selected by their values

@@ -16,15 +16,17 @@ NEWTON_TOLERANCE = 1e-12
 """Their proximal step, which only a first guess depends on, stops at sums of this size, relative to the row."""
 
 
-def project(value: Tensor, lower: Tensor | None, upper: Tensor | None, *, row_sum: bool) -> Tensor:
+def project(value: Tensor, lower: Tensor | None, upper: Tensor | None, *, rows_sum_to_zero: bool) -> Tensor:
     """The feasible row nearest to each row of `value`, shape `(..., k)`."""
     clipped = _clip(value, lower, upper)
-    if not row_sum:
+    if not rows_sum_to_zero:
         return clipped
     rounding = 4 * value.shape[-1] * torch.finfo(value.dtype).eps
     if (clipped.sum(-1).abs() <= rounding * clipped.abs().amax(-1)).all():  # as for exact solutions
         return clipped
-    return proximal(value, lower, upper, weight=torch.ones_like(value[..., :1]), smoothing=None, row_sum=True)[0]
+    return proximal(value, lower, upper, weight=torch.ones_like(value[..., :1]), smoothing=None, rows_sum_to_zero=True)[
+        0
+    ]
 
 
 def proximal(
@@ -34,7 +36,7 @@ def proximal(
     *,
     weight: Tensor,
     smoothing: Tensor | None,
-    row_sum: bool,
+    rows_sum_to_zero: bool,
     guess: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The feasible row that minimizes `weight |a - target|^2 / 2 + <smoothing, a^2> / 2`.
@@ -45,14 +47,14 @@ def proximal(
         upper: upper bounds, `(..., k)`, or None.
         weight: positive, `(..., 1)`.
         smoothing: non-negative, `(..., k)`, or None.
-        row_sum: whether the rows sum to zero.
+        rows_sum_to_zero: whether the rows sum to zero.
         guess: a guess of the multiplier, which saves time, or None.
 
     Returns:
         The row, and the multiplier of `sum a = 0`, `(..., 1)` (zeros without row sums).
     """
     rate = None if smoothing is None else weight / (weight + smoothing)
-    if not row_sum:
+    if not rows_sum_to_zero:
         multiplier = torch.zeros_like(target[..., :1])
     elif lower is None or upper is None:
         multiplier = weight * _one_sided_multiplier(
@@ -71,7 +73,7 @@ def conjugate(
     upper: Tensor | None,
     *,
     at: Tensor,
-    row_sum: bool,
+    rows_sum_to_zero: bool,
     smoothing: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The maximum of `f(a) = <slope, a> - <smoothing, a^2> / 2` over the feasible rows, and how far `f(at)` is from it.
@@ -81,7 +83,7 @@ def conjugate(
         lower: lower bounds, `(..., k)`, or None.
         upper: upper bounds, `(..., k)`, or None.
         at: feasible rows, `(..., k)`.
-        row_sum: whether the rows sum to zero.
+        rows_sum_to_zero: whether the rows sum to zero.
         smoothing: non-negative, broadcasting with `slope`, or None.
 
     Returns:
@@ -89,7 +91,7 @@ def conjugate(
             row is unbounded; the distance is a sum of non-negative terms, so tiny ones are exact. And the multiplier of
             `sum a = 0`, `(..., 1)` (zeros without row sums).
     """
-    if not row_sum:
+    if not rows_sum_to_zero:
         multiplier = torch.zeros_like(slope[..., :1])
     elif smoothing is None and lower is None:
         multiplier = slope.amin(-1, keepdim=True)

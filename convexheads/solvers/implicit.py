@@ -31,7 +31,7 @@ from torch import Tensor
 
 from convexheads.solvers.certificate import Certificate
 from convexheads.solvers.kkt import KKT, BlockKKT
-from convexheads.solvers.problem import QP
+from convexheads.solvers.problem import DualProblem
 from convexheads.solvers.records import TensorRecord
 from convexheads.transforms import differentiated_once, in_front, is_transforming
 
@@ -52,7 +52,7 @@ class Linearization(TensorRecord):
 
     @abstractmethod
     def attach(
-        self, problem: QP, coef: Float[Tensor, "tasks n k"], hessian_scale: Float[Tensor, " tasks"]
+        self, problem: DualProblem, coef: Float[Tensor, "tasks n k"], hessian_scale: Float[Tensor, " tasks"]
     ) -> Float[Tensor, "tasks n k"]:
         """Make coefficients that were found without autograd differentiable functions of every tensor of `problem`.
 
@@ -81,7 +81,7 @@ class ActiveSet(Linearization):
     at_lower: Bool[Tensor, "tasks n k"]
 
     def attach(
-        self, problem: QP, coef: Float[Tensor, "tasks n k"], hessian_scale: Float[Tensor, " tasks"]
+        self, problem: DualProblem, coef: Float[Tensor, "tasks n k"], hessian_scale: Float[Tensor, " tasks"]
     ) -> Float[Tensor, "tasks n k"]:
         kkt, factors = _as_function(self.kkt)
         fixed = problem.active_bounds(self.at_upper, self.at_lower)
@@ -105,7 +105,7 @@ class BarrierPoint(Linearization):
     lower: Float[Tensor, "tasks n k"]
 
     def attach(
-        self, problem: QP, coef: Float[Tensor, "tasks n k"], hessian_scale: Float[Tensor, " tasks"]
+        self, problem: DualProblem, coef: Float[Tensor, "tasks n k"], hessian_scale: Float[Tensor, " tasks"]
     ) -> Float[Tensor, "tasks n k"]:
         kkt, factors = _as_function(self.kkt)
         # A barrier of stiffness w, which is a constant here, pulls with `w (bound - coefficient)`.
@@ -120,13 +120,13 @@ class BarrierPoint(Linearization):
         return replace(self, point=coef_scale[:, None, None] * self.point)
 
 
-def implied_active_set(problem: QP, certificate: Certificate) -> ActiveSet:
+def implied_active_set(problem: DualProblem, certificate: Certificate) -> ActiveSet:
     """The active set that certified coefficients of a rescaled problem imply."""
     at_upper, at_lower = active_entries(problem, certificate.feasible, certificate.bound_multipliers)
     return ActiveSet(factorize_free(problem, at_upper, at_lower), at_upper, at_lower)
 
 
-def active_entries(problem: QP, coef: Tensor, bound_multipliers: Tensor) -> tuple[Tensor, Tensor]:
+def active_entries(problem: DualProblem, coef: Tensor, bound_multipliers: Tensor) -> tuple[Tensor, Tensor]:
     """Which entries are at their upper and at their lower bound: those whose multiplier exceeds the distance to it."""
     nowhere = torch.zeros_like(coef, dtype=torch.bool)
     at_upper = nowhere if problem.upper is None else problem.upper - coef < bound_multipliers
@@ -134,11 +134,11 @@ def active_entries(problem: QP, coef: Tensor, bound_multipliers: Tensor) -> tupl
     return at_upper, at_lower
 
 
-def factorize_free(problem: QP, at_upper: Tensor, at_lower: Tensor) -> BlockKKT:
+def factorize_free(problem: DualProblem, at_upper: Tensor, at_lower: Tensor) -> BlockKKT:
     """The factorized system of the free entries of a rescaled problem."""
     diagonal = None if problem.smoothing is None else problem.smoothing.mT
     free = ~(at_upper | at_lower).mT
-    settings: dict[str, Any] = {"row_sum": problem.row_sum, "regularization": REGULARIZATION}
+    settings: dict[str, Any] = {"rows_sum_to_zero": problem.rows_sum_to_zero, "regularization": REGULARIZATION}
     return BlockKKT.factorize(problem.gram, diagonal=diagonal, free=free, **settings)
 
 

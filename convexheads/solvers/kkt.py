@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from convexheads.solvers.problem import QP
+from convexheads.solvers.problem import DualProblem
 from convexheads.solvers.records import TensorRecord
 
 # Free rows are gathered into smaller blocks if they are at most this fraction of all rows.
@@ -119,7 +119,7 @@ class BlockKKT(FactorizedKKT):
         *,
         diagonal: Float[Tensor, "tasks k n"] | None = None,
         free: Bool[Tensor, "tasks k n"] | None = None,
-        row_sum: bool,
+        rows_sum_to_zero: bool,
         regularization: float,
         max_free_fraction: float = _MAX_FREE_FRACTION_TO_GATHER,
     ) -> BlockKKT:
@@ -129,7 +129,7 @@ class BlockKKT(FactorizedKKT):
             gram: the Gram matrix, which the classes share.
             diagonal: added to the block of each class; None for zero.
             free: the free entries; the others are fixed at zero, and their equations dropped. None if all are free.
-            row_sum: whether the row sums couple the classes.
+            rows_sum_to_zero: whether the row sums couple the classes.
             regularization: added to the diagonal. It keeps singular blocks factorizable; refinement against the
                 unregularized system removes its effect.
             max_free_fraction: blocks are gathered from the free rows if these are at most this fraction of all rows.
@@ -157,7 +157,7 @@ class BlockKKT(FactorizedKKT):
         if free_mask is not None:
             inverse = inverse * free_mask.unsqueeze(-1)
         schur = None
-        if row_sum:
+        if rows_sum_to_zero:
             schur = inverse.sum(1) if index is None else _assemble(inverse, index, n)
             if free is not None:  # a row without a free entry has no equation left
                 schur = schur + torch.diag_embed((~free.any(1)).to(schur.dtype))
@@ -205,7 +205,7 @@ class LowRankKKT(FactorizedKKT):
         gram_factor: Float[Tensor, "tasks n r"],
         *,
         diagonal: Float[Tensor, "tasks k n"],
-        row_sum: bool,
+        rows_sum_to_zero: bool,
         regularization: float,
     ) -> LowRankKKT:
         """Factorize; `gram_factor @ gram_factor.mT` is the Gram matrix. See `BlockKKT.factorize` for the rest."""
@@ -215,7 +215,7 @@ class LowRankKKT(FactorizedKKT):
         small = columns @ columns.mT + torch.eye(gram_factor.shape[-1], dtype=gram.dtype, device=gram.device)
         low_rank_factor = torch.linalg.solve_triangular(cholesky(small), columns, upper=False) * scaling
         schur = None
-        if row_sum:
+        if rows_sum_to_zero:
             stacked = low_rank_factor.flatten(1, 2)
             schur = cholesky(torch.diag_embed(inverse_diagonal.sum(1)) - stacked.mT @ stacked)
         return cls(gram, diagonal, schur, inverse_diagonal, low_rank_factor)
@@ -250,7 +250,7 @@ def pivoted_cholesky(
     return factor if (residual_diagonal <= tolerance).all() else None
 
 
-def with_gram_factor(problem: QP, *, min_examples: int) -> QP:
+def with_gram_factor(problem: DualProblem, *, min_examples: int) -> DualProblem:
     """The problem with a factor of its Gram matrix if it has many examples and a small rank. A known factor is kept."""
     n = problem.gram.shape[-1]
     if problem.gram_factor is not None or n < min_examples:

@@ -17,7 +17,7 @@ from convexheads.transforms import look_at
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class QP(TensorRecord):
+class DualProblem(TensorRecord):
     """The data of `min 1/2 tr(a'Ka) + <smoothing, a^2>/2 - <linear, a>` subject to `lower <= a <= upper` and `a 1 = 0`.
 
     It is the dual of every SVM here. With `lower=None` and `upper=C * y` it is Eq. 10 of Lee et al. 2019.
@@ -28,17 +28,17 @@ class QP(TensorRecord):
         linear: linear term, `(*batch, n, k)`.
         lower: lower bounds, `(*batch, n, k)`, with `-inf` for entries without one. Default None (no lower bounds).
         upper: upper bounds, `(*batch, n, k)`, with `inf` for entries without one. Default None (no upper bounds). A
-            problem needs at least one of the two; if `row_sum` is False and there is no smoothing, it needs both, or no
-            gap can be certified.
+            problem needs at least one of the two; if `rows_sum_to_zero` is False and there is no smoothing, it needs
+            both, or no gap can be certified.
         smoothing: quadratic smoothing of the loss per entry, non-negative, `(*batch, n, k)`. Default None (no
             smoothing).
-        row_sum: whether every row of coefficients sums to zero. Default True.
+        rows_sum_to_zero: whether every row of coefficients sums to zero. Default True.
         gram_factor: a matrix with `gram_factor @ gram_factor.mT == gram`, `(*batch, n, r)`. If r is much smaller than
             n, the interior point and ADMM are faster with it. Default None (the native solvers look for one in large
             problems).
 
     Example:
-        `QP(support @ support.mT, linear=targets, upper=C * targets)`
+        `DualProblem(support @ support.mT, linear=targets, upper=C * targets)`
     """
 
     gram: Float[Tensor, "*batch n n"]
@@ -46,10 +46,10 @@ class QP(TensorRecord):
     lower: Float[Tensor, "*batch n k"] | None = None
     upper: Float[Tensor, "*batch n k"] | None = None
     smoothing: Float[Tensor, "*batch n k"] | None = None
-    row_sum: bool = True
+    rows_sum_to_zero: bool = True
     gram_factor: Float[Tensor, "*batch n r"] | None = None
 
-    def flatten(self) -> QP:
+    def flatten(self) -> DualProblem:
         """A copy with all leading dimensions merged into one: `(tasks, n, k)`."""
         batch = self.linear.ndim - 2
         return self if batch == 1 else self.map(lambda _, value: value.reshape(-1, *value.shape[batch:]))
@@ -97,7 +97,7 @@ class QP(TensorRecord):
         Returns:
             `(*batch, n, k)`.
         """
-        return feasible_rows.project(coef, self.lower, self.upper, row_sum=self.row_sum)
+        return feasible_rows.project(coef, self.lower, self.upper, rows_sum_to_zero=self.rows_sum_to_zero)
 
 
 class Status(IntEnum):
@@ -160,36 +160,40 @@ def check_problem(problem: object) -> None:
         InputError: it is not a problem of floating-point tensors of matching shapes on one device, it has no bounds, or
             a lower bound is above an upper bound (checked on the CPU only).
     """
-    if not isinstance(problem, QP):
-        raise InputError("problem", type(problem).__name__, "a QP")
+    if not isinstance(problem, DualProblem):
+        raise InputError("problem", type(problem).__name__, "a DualProblem")
     _check_types(problem)
     _check_shapes(problem)
     if problem.lower is None and problem.upper is None:
-        raise InputError("QP(lower, upper)", "None for both", "at least one of them")
+        raise InputError("DualProblem(lower, upper)", "None for both", "at least one of them")
     if problem.lower is not None and problem.upper is not None and problem.linear.device.type == "cpu":
         look_at(_check_order, problem.lower, problem.upper)
 
 
-def _check_types(problem: QP) -> None:
-    check_flag("QP(row_sum)", problem.row_sum)
+def _check_types(problem: DualProblem) -> None:
+    check_flag("DualProblem(rows_sum_to_zero)", problem.rows_sum_to_zero)
     for name, value in vars(problem).items():
         optional = name not in ("gram", "linear")
-        if name != "row_sum" and not (is_of_floats(value) or (value is None and optional)):
-            raise InputError(f"QP({name})", kind(value), "a tensor of floating-point values")
+        if name != "rows_sum_to_zero" and not (is_of_floats(value) or (value is None and optional)):
+            raise InputError(f"DualProblem({name})", kind(value), "a tensor of floating-point values")
 
 
-def _check_shapes(problem: QP) -> None:
+def _check_shapes(problem: DualProblem) -> None:
     linear, factor = problem.linear, problem.gram_factor
     if linear.ndim < 2 or not all(linear.shape[-2:]):
-        raise InputError("QP(linear)", f"shape {tuple(linear.shape)}", "(*batch, n, k), n and k at least 1")
+        raise InputError("DualProblem(linear)", f"shape {tuple(linear.shape)}", "(*batch, n, k), n and k at least 1")
     *batch, n, _ = linear.shape
     expected = {"gram": (*batch, n, n)} | ({} if factor is None else {"gram_factor": (*batch, n, *factor.shape[-1:])})
     for name, value in problem.tensors().items():
         shape = expected.get(name, tuple(linear.shape))
         if value.shape != shape:
-            raise InputError(f"QP({name})", f"shape {tuple(value.shape)}", f"{shape}, to match the linear term")
+            raise InputError(
+                f"DualProblem({name})", f"shape {tuple(value.shape)}", f"{shape}, to match the linear term"
+            )
         if value.device != linear.device:
-            raise InputError(f"QP({name})", f"device {value.device}", f"that of the linear term, {linear.device}")
+            raise InputError(
+                f"DualProblem({name})", f"device {value.device}", f"that of the linear term, {linear.device}"
+            )
 
 
 def _check_order(lower: Tensor, upper: Tensor) -> None:
@@ -197,4 +201,4 @@ def _check_order(lower: Tensor, upper: Tensor) -> None:
     if crossed.any():
         where = tuple(crossed.nonzero()[0].tolist())
         got = f"{lower[where].item():g} above {upper[where].item():g} at {where}"
-        raise InputError("QP(lower, upper)", got, "lower <= upper everywhere")
+        raise InputError("DualProblem(lower, upper)", got, "lower <= upper everywhere")

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from convexheads.solvers.problem import QP
+from convexheads.solvers.problem import DualProblem
 
 
 class Rescaled(NamedTuple):
@@ -20,12 +20,12 @@ class Rescaled(NamedTuple):
         multiplier_scale: what its multipliers have to be multiplied by, `(*batch,)`.
     """
 
-    problem: QP
+    problem: DualProblem
     coef_scale: Float[Tensor, "*batch"]
     multiplier_scale: Float[Tensor, "*batch"]
 
 
-def rescale(problem: QP) -> Rescaled:
+def rescale(problem: DualProblem) -> Rescaled:
     """Rescale a problem, so that solvers and tolerances are independent of the scale of the features and of C.
 
     A dual SVM depends on C*K only. Coefficients are measured in units of `min(C, 1/h)`, where h is the mean diagonal
@@ -58,13 +58,13 @@ def rescale(problem: QP) -> Rescaled:
     return Rescaled(rescaled, coef_scale, multiplier_scale)
 
 
-def largest_bounds(problem: QP) -> Float[Tensor, "*batch n"]:
+def largest_bounds(problem: DualProblem) -> Float[Tensor, "*batch n"]:
     """The largest finite bound of each row, `(*batch, n)`."""
     bounds = [bound.abs().nan_to_num(posinf=0) for bound in (problem.lower, problem.upper) if bound is not None]
     return torch.stack([bound.amax(-1) for bound in bounds]).amax(0)
 
 
-def replace_non_finite_tasks(problem: QP) -> tuple[QP, Bool[Tensor, " tasks"]]:
+def replace_non_finite_tasks(problem: DualProblem) -> tuple[DualProblem, Bool[Tensor, " tasks"]]:
     """Put a trivial problem in the place of every task with non-finite data, and return a mask of those tasks too."""
     tensors = problem.tensors()
     # Fast path: finite sums imply finite entries.

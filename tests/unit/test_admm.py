@@ -21,9 +21,11 @@ from convexheads.solvers.rescaling import rescale
 
 @examples(8, nightly=600)
 @known
-def test_converges_to_the_known_solution(n, k, seed, bounds, smoothing, row_sum):
-    assume(row_sum or smoothing == "all" or bounds == "both")
-    qp, coef, pull = known_problem(2, n, k, seed=seed, bounds=bounds, smoothing=smoothing, row_sum=row_sum)
+def test_converges_to_the_known_solution(n, k, seed, bounds, smoothing, rows_sum_to_zero):
+    assume(rows_sum_to_zero or smoothing == "all" or bounds == "both")
+    qp, coef, pull = known_problem(
+        2, n, k, seed=seed, bounds=bounds, smoothing=smoothing, rows_sum_to_zero=rows_sum_to_zero
+    )
     rescaled, coef_scale, multiplier_scale = rescale(qp)
     start = next(admm(rescaled, steps=1500))
     certificate = certify(rescaled, start.coef)
@@ -47,10 +49,12 @@ def test_proximal_step_without_sorting(k, seed, upper, smoothed, guessed):
     smoothing = torch.rand(5, k, generator=generator, dtype=torch.float64) if smoothed else None
     limits = (None, bound) if upper else (-bound, None)
     guess = 3 * torch.randn(5, 1, generator=generator, dtype=torch.float64) if guessed else None
-    row, _ = feasible_rows.proximal(target, *limits, weight=weight, smoothing=smoothing, row_sum=True, guess=guess)
+    row, _ = feasible_rows.proximal(
+        target, *limits, weight=weight, smoothing=smoothing, rows_sum_to_zero=True, guess=guess
+    )
     infinite = torch.full_like(bound, torch.inf)
     both = (-infinite, bound) if upper else (-bound, infinite)
-    expected, _ = feasible_rows.proximal(target, *both, weight=weight, smoothing=smoothing, row_sum=True)
+    expected, _ = feasible_rows.proximal(target, *both, weight=weight, smoothing=smoothing, rows_sum_to_zero=True)
     assert close(row, expected, 1.0) < 1e-12
     assert row.sum(-1).abs().max() < 1e-12
 
@@ -92,8 +96,8 @@ def test_more_steps_come_closer():
     assert gaps[-1] < 1e-3 * gaps[0]
 
 
-@pytest.mark.parametrize("row_sum", [True, False])
-def test_gathered_blocks_are_the_whole_ones(row_sum):
+@pytest.mark.parametrize("rows_sum_to_zero", [True, False])
+def test_gathered_blocks_are_the_whole_ones(rows_sum_to_zero):
     """Of most classes, few rows are free."""
     torch.manual_seed(1)
     root = torch.randn(3, 12, 15, dtype=torch.float64)
@@ -103,7 +107,7 @@ def test_gathered_blocks_are_the_whole_ones(row_sum):
     sums = torch.where(free.any(1), sums, 0)
     found = {}
     for share in (0.0, 0.9):
-        settings = {"row_sum": row_sum, "regularization": 1e-12, "max_free_fraction": share}
+        settings = {"rows_sum_to_zero": rows_sum_to_zero, "regularization": 1e-12, "max_free_fraction": share}
         kkt = BlockKKT.factorize(gram, diagonal=diagonal, free=free, **settings)
         assert (kkt.index is None) is (share == 0)
         found[share] = kkt.solve(right, sums, refinements=2)

@@ -10,9 +10,9 @@ from tasks import close, crammer_singer, task
 from torch.func import grad, vmap
 
 from convexheads import (
-    QP,
     ActiveSetSolver,
     ConvexHeadsError,
+    DualProblem,
     Fallback,
     InputError,
     InteriorPointSolver,
@@ -148,16 +148,18 @@ def test_solvers_are_shown_as_they_were_made():
 def test_problems_and_solutions_are_shown_in_a_line():
     qp = crammer_singer(*task(8, shots=(5,) * 5)[:2], C=0.3)
     solution = NativeSolver().solve(qp)
-    assert repr(qp).startswith("QP(gram=(8, 25, 25), linear=(8, 25, 5), upper=")
+    assert repr(qp).startswith("DualProblem(gram=(8, 25, 25), linear=(8, 25, 5), upper=")
     assert "8 of 8 tasks converged" in repr(solution)
     for value in (qp, solution, solution.to("meta"), solution.select(slice(0, 0))):
         assert len(repr(value)) < 150
-    vmap(lambda gram: torch.tensor(len(repr(NativeSolver().solve(QP(gram, qp.linear[0], upper=qp.upper[0]))))))(qp.gram)
+    vmap(
+        lambda gram: torch.tensor(len(repr(NativeSolver().solve(DualProblem(gram, qp.linear[0], upper=qp.upper[0])))))
+    )(qp.gram)
 
 
 def test_solutions_are_moved_and_detached():
     qp = crammer_singer(*task(2)[:2], C=0.3)
-    solution = NativeSolver().solve(QP(qp.gram.requires_grad_(), qp.linear, upper=qp.upper))
+    solution = NativeSolver().solve(DualProblem(qp.gram.requires_grad_(), qp.linear, upper=qp.upper))
     assert solution.coef.requires_grad
     assert not solution.detach().coef.requires_grad
     assert solution.to("meta").coef.is_meta

@@ -193,7 +193,7 @@ def test_problems():
 
     @examples(20, nightly=1000)
     @given(st.sampled_from(some), st.integers(0, 9), st.booleans(), st.data())
-    def check(solver, seed, row_sum, data):
+    def check(solver, seed, rows_sum_to_zero, data):
         support, labels, *_ = task(2, seed=seed)
         targets = torch.nn.functional.one_hot(labels).double()
         fields = {
@@ -202,11 +202,11 @@ def test_problems():
             "lower": targets - 1,
             "upper": 0.5 * targets,
             "smoothing": torch.ones_like(targets),
-            "row_sum": row_sum,
+            "rows_sum_to_zero": rows_sum_to_zero,
         }
         for name in data.draw(st.sets(st.sampled_from([*fields, "gram_factor"]), max_size=2)):
             fields[name] = data.draw(spoilt(fields.get(name)), label=name)
-        solution = outcome(lambda: get_solver(solver).solve(ch.QP(**fields)))
+        solution = outcome(lambda: get_solver(solver).solve(ch.DualProblem(**fields)))
         if solution is not None:
             batch = fields["linear"].shape[:-2]
             assert solution.coef.shape == fields["linear"].shape

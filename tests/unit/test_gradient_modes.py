@@ -10,8 +10,8 @@ from tasks import close, crammer_singer, task
 from torch.func import grad, vmap
 
 from convexheads import (
-    QP,
     ConvexHeadsError,
+    DualProblem,
     InputError,
     InteriorPointSolver,
     Learnable,
@@ -33,7 +33,7 @@ def problem(support, labels, C, smoothing):
     """Bounds on both sides, and some of them infinite."""
     qp = crammer_singer(support, labels, C, smoothing)
     lower = torch.where(torch.arange(qp.linear.shape[-1]) == 0, -torch.inf, torch.full_like(qp.linear, -0.2))
-    return QP(qp.gram, qp.linear, lower=lower, upper=qp.upper, smoothing=qp.smoothing)
+    return DualProblem(qp.gram, qp.linear, lower=lower, upper=qp.upper, smoothing=qp.smoothing)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.5])

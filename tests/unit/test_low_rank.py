@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from problems import known_problem
 from tasks import close, clusters, examples, task
 
-from convexheads import QP, ActiveSetSolver, ADMMSolver, Fallback, InteriorPointSolver, NativeSolver, SVMHead
+from convexheads import ActiveSetSolver, ADMMSolver, DualProblem, Fallback, InteriorPointSolver, NativeSolver, SVMHead
 from convexheads.solvers.certificate import certify
 from convexheads.solvers.kkt import BlockKKT, LowRankKKT, pivoted_cholesky, with_gram_factor
 from convexheads.solvers.native import active_set
@@ -54,17 +54,17 @@ def test_no_factor_where_it_would_not_pay():
     )  # one of the batch
     assert pivoted_cholesky(torch.zeros(1, 300, 300, dtype=torch.float64), max_rank=75).shape == (1, 300, 16)
     for n, found in ((300, True), (255, False)):
-        qp = QP(gram_of(1, n, 3), torch.zeros(1, n, 2), upper=torch.zeros(1, n, 2))
+        qp = DualProblem(gram_of(1, n, 3), torch.zeros(1, n, 2), upper=torch.zeros(1, n, 2))
         assert (with_gram_factor(qp, min_examples=256).gram_factor is not None) is found
 
 
-@pytest.mark.parametrize("row_sum", [True, False])
-def test_system_is_that_of_the_blocks(row_sum):
+@pytest.mark.parametrize("rows_sum_to_zero", [True, False])
+def test_system_is_that_of_the_blocks(rows_sum_to_zero):
     features = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     torch.manual_seed(2)
     diagonal = 10 ** (6 * torch.rand(2, 3, 30, dtype=torch.float64) - 3)
     right, sums = torch.randn(2, 3, 30, dtype=torch.float64), torch.randn(2, 30, dtype=torch.float64)
-    settings = {"diagonal": diagonal, "row_sum": row_sum, "regularization": 1e-12}
+    settings = {"diagonal": diagonal, "rows_sum_to_zero": rows_sum_to_zero, "regularization": 1e-12}
     gram = features @ features.mT
     expected = BlockKKT.factorize(gram, **settings).solve(right, sums, refinements=2)
     system = LowRankKKT.factorize(gram, features, **settings)
@@ -85,14 +85,16 @@ def test_system_is_that_of_the_blocks(row_sum):
     seed=st.integers(0, 2**31),
     bounds=st.sampled_from(["upper", "lower", "both"]),
     smoothing=st.sampled_from(["none", "some", "all"]),
-    row_sum=st.booleans(),
+    rows_sum_to_zero=st.booleans(),
 )
-def test_interior_point_finds_the_known_solution(n, k, seed, bounds, smoothing, row_sum):
-    assume(row_sum or smoothing == "all" or bounds == "both")  # otherwise no gap can be certified, see QP
+def test_interior_point_finds_the_known_solution(n, k, seed, bounds, smoothing, rows_sum_to_zero):
+    assume(
+        rows_sum_to_zero or smoothing == "all" or bounds == "both"
+    )  # otherwise no gap can be certified, see DualProblem
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BlockKKT, "factorize", None)
         problem, coef, _ = known_problem(
-            2, n, k, seed=seed, bounds=bounds, smoothing=smoothing, row_sum=row_sum, rank=n // 4
+            2, n, k, seed=seed, bounds=bounds, smoothing=smoothing, rows_sum_to_zero=rows_sum_to_zero, rank=n // 4
         )
         qp, unit, _ = rescale(problem)
         factor = pivoted_cholesky(qp.gram, max_rank=n // 4, check_every=1)
@@ -107,7 +109,7 @@ def test_interior_point_finds_the_known_solution(n, k, seed, bounds, smoothing, 
 def test_admm_takes_the_same_steps():
     support, labels, *_ = task(2, shots=(6, 7, 5), d=4)
     targets = torch.nn.functional.one_hot(labels).double()
-    qp = QP(support @ support.mT, targets, upper=0.1 * targets)
+    qp = DualProblem(support @ support.mT, targets, upper=0.1 * targets)
     factored = replace(qp, gram_factor=support)
     one, other = (next(admm(rescale(problem).problem, steps=20)) for problem in (qp, factored))
     for found, expected in zip(other, one, strict=True):

@@ -71,7 +71,7 @@ def certification(qp, seed):
     coef, multipliers = feasible[0].clone().numpy(), found.row_multipliers[0].clone().numpy()
     bound_multipliers = np.empty_like(coef)
     gap, error, moved, violation, rounding = numba_kernels.certify(
-        arrays(qp), qp.row_sum, coef, multipliers, bound_multipliers, numba_backend._LIMITS
+        arrays(qp), qp.rows_sum_to_zero, coef, multipliers, bound_multipliers, numba_backend._LIMITS
     )
     # The kernel does not look for a better scaling of the weights.
     scores = qp.gram @ feasible
@@ -88,11 +88,11 @@ def certification(qp, seed):
 
 
 def projection(qp, seed):
-    assume(qp.row_sum and (qp.lower is None or qp.upper is None))  # where Newton's method is exact
+    assume(qp.rows_sum_to_zero and (qp.lower is None or qp.upper is None))  # where Newton's method is exact
     weight = torch.tensor([[[0.7]]], dtype=torch.float64)
     target = torch.randn(qp.linear.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     expected, _ = feasible_rows.proximal(
-        target, qp.lower, qp.upper, weight=weight, smoothing=qp.smoothing, row_sum=True
+        target, qp.lower, qp.upper, weight=weight, smoothing=qp.smoothing, rows_sum_to_zero=True
     )
     _, _, lower, upper, smoothing = arrays(qp)
     for i, row in enumerate(expected[0]):
@@ -104,13 +104,13 @@ def projection(qp, seed):
 
 
 def admm_step(qp, seed):
-    assume(qp.lower is None or qp.upper is None or not qp.row_sum)
+    assume(qp.lower is None or qp.upper is None or not qp.rows_sum_to_zero)
     qp = rescale(qp).problem
     expected = next(admm_steps.admm(qp, steps=4))
     coef, side = np.empty(qp.linear.shape[1:]), np.empty(qp.linear.shape[1:], np.int8)
     penalty = admm_steps.PENALTY * qp.curvature()[0].item()
     settings = admm_steps.OVER_RELAXATION, feasible_rows.NEWTON_TOLERANCE
-    numba_kernels.admm(arrays(qp), qp.row_sum, penalty, 4, 99, *settings, coef, side)
+    numba_kernels.admm(arrays(qp), qp.rows_sum_to_zero, penalty, 4, 99, *settings, coef, side)
     yield coef, expected.coef[0]
 
 
@@ -124,7 +124,7 @@ def active_set_round(qp, seed):
         expected = active_set.search(qp, start, max_rounds=max_rounds)
         own = coef.copy(), multipliers.copy(), side.copy()
         settings = REGULARIZATION, active_set.REFINEMENTS, max_rounds
-        rounds = numba_kernels.search(arrays(qp), qp.row_sum, *settings, *own, allocate(qp))
+        rounds = numba_kernels.search(arrays(qp), qp.rows_sum_to_zero, *settings, *own, allocate(qp))
         yield own[0], expected.coef[0]
         assert rounds == expected.rounds[0]
         assert (own[2] == sides(expected.active_set.at_upper, expected.active_set.at_lower)).all()
@@ -143,12 +143,12 @@ def factorization(qp, seed):
     free = ~(at_upper | at_lower)
     kkt, factors = factorize_free(qp, at_upper, at_lower), allocate(qp)
     gram, _, _, _, smoothing = arrays(qp)
-    numba_kkt.factorize(gram, smoothing, qp.row_sum, sides(at_upper, at_lower), factors, REGULARIZATION)
+    numba_kkt.factorize(gram, smoothing, qp.rows_sum_to_zero, sides(at_upper, at_lower), factors, REGULARIZATION)
     for i, c in free[0].nonzero().tolist():
         right, sums = torch.zeros_like(qp.linear), torch.zeros_like(qp.linear[..., 0])
         right[0, i, c] = 1
         x, multipliers = np.zeros(right.shape[1:]), np.zeros(sums.shape[1])
-        numba_kkt.solve_factorized(qp.row_sum, right[0].numpy(), sums[0].numpy(), x, multipliers, factors)
+        numba_kkt.solve_factorized(qp.rows_sum_to_zero, right[0].numpy(), sums[0].numpy(), x, multipliers, factors)
         expected = kkt.solve(right.mT, sums, refinements=0)
         yield x, expected[0][0].mT
         yield multipliers, expected[1][0]
@@ -164,7 +164,7 @@ def adjoint(qp, seed):
     free = ~(linearization.at_upper | linearization.at_lower)
     right = torch.where(free, torch.randn(free.shape, generator=generator, dtype=torch.float64), 0).mT
     sums = torch.randn(free.shape[:2], generator=generator, dtype=torch.float64) * free.any(-1)
-    sums = sums if qp.row_sum else 0 * sums
+    sums = sums if qp.rows_sum_to_zero else 0 * sums
     pairs = (kkt.solve(right, sums, refinements=3) for kkt in (linearization.kkt, expected))
     yield from zip(*pairs, strict=True)
 
@@ -186,10 +186,14 @@ def test_kernel_equals_its_twin(pairs):
 
     @examples(30, nightly=500)
     @known
-    def check(n, k, seed, bounds, smoothing, row_sum):
+    def check(n, k, seed, bounds, smoothing, rows_sum_to_zero):
         nonlocal compared
-        assume(row_sum or smoothing == "all" or bounds == "both")  # otherwise no gap can be certified, see QP
-        qp, *_ = known_problem(1, n, k, seed=seed, bounds=bounds, smoothing=smoothing, row_sum=row_sum)
+        assume(
+            rows_sum_to_zero or smoothing == "all" or bounds == "both"
+        )  # otherwise no gap can be certified, see DualProblem
+        qp, *_ = known_problem(
+            1, n, k, seed=seed, bounds=bounds, smoothing=smoothing, rows_sum_to_zero=rows_sum_to_zero
+        )
         for found, expected in pairs(qp, seed):
             found, expected = (torch.as_tensor(value, dtype=torch.float64).flatten() for value in (found, expected))
             assert not len(expected) or close(found, expected, 1.0) < 1e-8
@@ -207,10 +211,10 @@ def test_same_active_sets_and_solutions():
 
     @examples(40, nightly=1000)
     @known
-    def check(n, k, seed, bounds, smoothing, row_sum):
-        assume(row_sum or smoothing == "all" or bounds == "both")
+    def check(n, k, seed, bounds, smoothing, rows_sum_to_zero):
+        assume(rows_sum_to_zero or smoothing == "all" or bounds == "both")
         qp, coef, bound_multipliers = known_problem(
-            3, n, k, seed=seed, bounds=bounds, smoothing=smoothing, row_sum=row_sum
+            3, n, k, seed=seed, bounds=bounds, smoothing=smoothing, rows_sum_to_zero=rows_sum_to_zero
         )
         found = solve(qp)
         expected = ActiveSetSolver(backend="torch")._solve_numerically(qp)

@@ -14,7 +14,7 @@ from solver_contract import *  # noqa: F403
 from tasks import close, crammer_singer, examples, task, tasks
 
 from convexheads import (
-    QP,
+    DualProblem,
     InputError,
     InteriorPointSolver,
     Learnable,
@@ -51,7 +51,7 @@ def test_certificate_bounds_the_true_error(drawn, magnitude, seed):
     """For coefficients spoilt by any amount: the certified bound of the weights' error holds."""
     (support, labels, _, ways), C = drawn
     targets = torch.nn.functional.one_hot(labels, ways).double()
-    qp, *_ = rescale(QP(support @ support.mT, targets, upper=C * targets))
+    qp, *_ = rescale(DualProblem(support @ support.mT, targets, upper=C * targets))
     best = qp.project(NativeSolver().solve(qp).coef)
     noise = torch.randn(best.shape, generator=torch.Generator().manual_seed(seed), dtype=best.dtype)
     spoilt = qp.project(best + 10**magnitude * noise)
@@ -83,7 +83,9 @@ def test_certificate_tells_good_from_bad():
 def test_an_indefinite_gram_matrix_proves_nothing():
     """A corner that no single step improves, although another corner is better: without convexity, no duality."""
     gram, linear = torch.diag(torch.tensor([-1.0, -10.0])).double(), torch.tensor([[1.0], [-1.0]]).double()
-    qp = QP(gram, linear, lower=torch.zeros_like(linear), upper=torch.ones_like(linear), row_sum=False)
+    qp = DualProblem(
+        gram, linear, lower=torch.zeros_like(linear), upper=torch.ones_like(linear), rows_sum_to_zero=False
+    )
     corner, better = torch.tensor([[1.0], [0.0]]).double(), torch.tensor([[1.0], [1.0]]).double()
 
     def objective(coef):
@@ -131,20 +133,20 @@ def test_certificate_allows_for_what_rounding_hides(C):
 
 @examples(100, nightly=1000)
 @given(st.integers(1, 6), st.integers(0, 2**31), st.sampled_from(["upper", "lower", "both"]), st.booleans())
-def test_projection_is_the_nearest_feasible_row(k, seed, bounds, row_sum):
+def test_projection_is_the_nearest_feasible_row(k, seed, bounds, rows_sum_to_zero):
     """Optimality: no feasible direction leads closer."""
     generator = torch.Generator().manual_seed(seed)
     value, lower, upper = torch.randn(3, 4, k, generator=generator, dtype=torch.float64)
     lower, upper = -lower.abs(), upper.abs() * 10.0 ** torch.randint(0, 12, (4, k), generator=generator)
-    qp = QP(
+    qp = DualProblem(
         torch.eye(4, dtype=torch.float64),
         value,
         lower=None if bounds == "upper" else lower,
         upper=None if bounds == "lower" else upper,
-        row_sum=row_sum,
+        rows_sum_to_zero=rows_sum_to_zero,
     )
     nearest = qp.project(value)
-    if row_sum:
+    if rows_sum_to_zero:
         assert nearest.sum(-1).abs().max() < 1e-12
     if bounds != "upper":
         assert (nearest >= lower).all()
@@ -154,7 +156,7 @@ def test_projection_is_the_nearest_feasible_row(k, seed, bounds, row_sum):
     pull = value - nearest
     room_above = torch.full_like(pull, torch.inf) if bounds == "lower" else upper - nearest
     room_below = torch.full_like(pull, torch.inf) if bounds == "upper" else nearest - lower
-    if row_sum:  # entries that could rise must not want to more than entries that could fall
+    if rows_sum_to_zero:  # entries that could rise must not want to more than entries that could fall
         wants_up = torch.where(room_above > 1e-12, pull, -torch.inf).amax(-1)
         wants_down = torch.where(room_below > 1e-12, pull, torch.inf).amin(-1)
         assert (wants_up <= wants_down + 1e-12).all()
@@ -177,7 +179,7 @@ def test_native_gradient_equals_central_differences(seed, smoothing):
     def value(support, C):
         targets = torch.nn.functional.one_hot(labels, ways).double()
         smoothed = torch.full_like(targets, smoothing) if smoothing else None
-        qp = QP(support @ support.mT, targets, upper=C * targets, smoothing=smoothed)
+        qp = DualProblem(support @ support.mT, targets, upper=C * targets, smoothing=smoothed)
         return ((query @ support.mT @ NativeSolver().solve(qp).coef) * direction).sum() / scale**2 / C
 
     variable = [support.requires_grad_(), torch.tensor(C, dtype=torch.float64, requires_grad=True)]
@@ -197,7 +199,7 @@ def test_weakly_active_bound_gives_a_one_sided_derivative():
     """Where a bound is about to become active the solution has two one-sided derivatives; ours is one of them."""
     gram, linear = torch.eye(1, dtype=torch.float64), torch.tensor([[1.0, -1.0]], dtype=torch.float64)
     bound = torch.tensor([[1.0, 5.0]], dtype=torch.float64, requires_grad=True)  # exactly the free solution
-    solution = NativeSolver().solve(QP(gram, linear, upper=bound))
+    solution = NativeSolver().solve(DualProblem(gram, linear, upper=bound))
     torch.testing.assert_close(solution.coef, linear)
     (gradient,) = torch.autograd.grad(solution.coef[0, 0], bound)
     assert min(abs(gradient[0, 0]), abs(gradient[0, 0] - 1)) < 1e-6
@@ -268,18 +270,18 @@ def test_an_optimal_projection_does_not_prove_an_active_set(monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"linear": torch.ones(2)}, r"QP\(linear\): got shape \(2,\), wanted"),
-        ({"linear": torch.ones(4, 0)}, r"QP\(linear\): got shape \(4, 0\), wanted"),
-        ({"gram": torch.eye(3)}, r"QP\(gram\): got shape \(3, 3\), wanted \(4, 4\)"),
-        ({"upper": torch.ones(4, 1)}, r"QP\(upper\): got shape \(4, 1\), wanted \(4, 2\)"),
-        ({"smoothing": torch.ones(2)}, r"QP\(smoothing\): got shape \(2,\), wanted \(4, 2\)"),
-        ({"gram_factor": torch.ones(3, 2)}, r"QP\(gram_factor\): got shape \(3, 2\), wanted \(4, 2\)"),
+        ({"linear": torch.ones(2)}, r"DualProblem\(linear\): got shape \(2,\), wanted"),
+        ({"linear": torch.ones(4, 0)}, r"DualProblem\(linear\): got shape \(4, 0\), wanted"),
+        ({"gram": torch.eye(3)}, r"DualProblem\(gram\): got shape \(3, 3\), wanted \(4, 4\)"),
+        ({"upper": torch.ones(4, 1)}, r"DualProblem\(upper\): got shape \(4, 1\), wanted \(4, 2\)"),
+        ({"smoothing": torch.ones(2)}, r"DualProblem\(smoothing\): got shape \(2,\), wanted \(4, 2\)"),
+        ({"gram_factor": torch.ones(3, 2)}, r"DualProblem\(gram_factor\): got shape \(3, 2\), wanted \(4, 2\)"),
     ],
     ids=["vector", "no column", "gram", "upper", "smoothing", "gram factor"],
 )
 def test_shapes_that_do_not_go_together(changed, message, unchecked):
     """Compiled loops would read beyond them."""
-    qp = QP(**{"gram": torch.eye(4), "linear": torch.ones(4, 2), "upper": torch.ones(4, 2)} | changed)
+    qp = DualProblem(**{"gram": torch.eye(4), "linear": torch.ones(4, 2), "upper": torch.ones(4, 2)} | changed)
     with pytest.raises(InputError, match=message):
         NativeSolver().solve(qp)
 
@@ -301,7 +303,7 @@ def test_a_failed_task_that_the_loss_leaves_out_has_no_gradient(kind, solver, sm
         gram, shared = gram[:tasks].clone().requires_grad_(), torch.ones((), dtype=torch.float64, requires_grad=True)
         linear = torch.nn.functional.one_hot(torch.arange(8) % 3).double().expand(tasks, -1, -1) * shared
         smoothing = 0.1 * shared + 0 * linear if smoothed else None
-        solution = solver.solve(QP(gram, linear=linear, upper=0.1 * linear, smoothing=smoothing))
+        solution = solver.solve(DualProblem(gram, linear=linear, upper=0.1 * linear, smoothing=smoothing))
         assert solution.converged.tolist() == [True, False][:tasks]
         solution.coef[0].square().sum().backward()
         return [gram.grad, shared.grad]

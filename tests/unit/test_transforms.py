@@ -120,4 +120,6 @@ def test_errors_come_through(transform):
     gram = support @ support.mT
     gram[1] = -gram[1]
     with pytest.raises(ch.SolverError, match=r"NativeSolver: 1 of \d tasks .*task \(1,\)"):
-        transform(lambda k, m: ch.NativeSolver().solve(ch.QP(k, m, upper=m)).coef)(gram, one_hot(labels).to(gram))
+        transform(lambda k, m: ch.NativeSolver().solve(ch.DualProblem(k, m, upper=m)).coef)(
+            gram, one_hot(labels).to(gram)
+        )

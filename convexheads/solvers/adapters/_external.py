@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads.solvers.problem import QP
+from convexheads.solvers.problem import DualProblem
 from convexheads.transforms import differentiated_once
 
 
@@ -33,7 +33,7 @@ class DenseProblem(NamedTuple):
     b: Float[Tensor, "*batch equalities"]
 
 
-def to_dense(problem: QP) -> DenseProblem:
+def to_dense(problem: DualProblem) -> DenseProblem:
     """Convert a problem to the standard dense form of general-purpose solvers, fully expanded over the batch.
 
     Infinite bounds are left out. A task that has more of them than another one of the batch gets idle rows `0 z <= 1`
@@ -59,7 +59,7 @@ def to_dense(problem: QP) -> DenseProblem:
             present = present.gather(-1, order)
             sides.append(sign * present[..., None] * eye[order])
             limits.append(torch.where(present, bound.gather(-1, order), 1))
-    equality = eye.view(n, k, n * k).sum(1) if problem.row_sum else eye[:0]
+    equality = eye.view(n, k, n * k).sum(1) if problem.rows_sum_to_zero else eye[:0]
     return DenseProblem(
         Q=hessian,
         p=-problem.linear.reshape(*batch, n * k),

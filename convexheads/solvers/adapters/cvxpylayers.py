@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convexheads.solvers.adapters import _external
 from convexheads.solvers.base import Solver
-from convexheads.solvers.problem import QP
+from convexheads.solvers.problem import DualProblem
 
 
 class CvxpylayersSolver(Solver):
@@ -42,11 +42,11 @@ class CvxpylayersSolver(Solver):
     package: ClassVar[str | None] = "cvxpylayers"
     provides_gradient: ClassVar[bool] = True
 
-    def solve_batch(self, problem: QP) -> Float[Tensor, "tasks n k"]:
+    def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:
         smoothing = torch.zeros_like(problem.linear) if problem.smoothing is None else problem.smoothing
         bounds = [(sign, bound) for sign, bound in ((1, problem.upper), (-1, problem.lower)) if bound is not None]
         _, n, k = problem.linear.shape
-        layer = _layer(n, k, tuple(sign for sign, _ in bounds), problem.row_sum)
+        layer = _layer(n, k, tuple(sign for sign, _ in bounds), problem.rows_sum_to_zero)
         # A missing bound is the idle row `0 a <= 1`.
         present = [torch.isfinite(bound) for _, bound in bounds]
         limits = [torch.where(on, sign * bound, 1) for on, (sign, bound) in zip(present, bounds, strict=True)]
@@ -123,14 +123,14 @@ def _diffcp_error() -> type[Exception]:
 
 
 @lru_cache(maxsize=64)
-def _layer(n: int, k: int, signs: tuple[int, ...], row_sum: bool) -> Layer:
+def _layer(n: int, k: int, signs: tuple[int, ...], rows_sum_to_zero: bool) -> Layer:
     import cvxpy
 
     coef = cvxpy.Variable((n, k))
     root, softness, linear = cvxpy.Parameter((n, n)), cvxpy.Parameter((n, k)), cvxpy.Parameter((n, k))
     bounds = [(sign, cvxpy.Parameter((n, k)), cvxpy.Parameter((n, k))) for sign in signs]
     constraints: list[Any] = [cvxpy.multiply(switch, sign * coef) <= limit for sign, switch, limit in bounds]
-    if row_sum:
+    if rows_sum_to_zero:
         constraints.append(cvxpy.sum(coef, axis=1) == 0)
     quadratic = cvxpy.sum_squares(root @ coef) + cvxpy.sum_squares(cvxpy.multiply(softness, coef))
     objective = quadratic / 2 - cvxpy.sum(cvxpy.multiply(linear, coef))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from convexheads.solvers.adapters import _external
 from convexheads.solvers.base import Solver
-from convexheads.solvers.problem import QP
+from convexheads.solvers.problem import DualProblem
 
 _CACHE_SIZE = 16
 _MAX_ITERATIONS = 200
@@ -44,7 +44,7 @@ class MoreauSolver(Solver):
     package: ClassVar[str | None] = "moreau"
     provides_gradient: ClassVar[bool] = True
 
-    def solve_batch(self, problem: QP) -> Float[Tensor, "tasks n k"]:
+    def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:
         tasks, n, k = problem.linear.shape
         bounds = [(sign, bound) for sign, bound in ((1.0, problem.upper), (-1.0, problem.lower)) if bound is not None]
         finite = [torch.isfinite(bound) for _, bound in bounds]
@@ -52,7 +52,7 @@ class MoreauSolver(Solver):
         rows = [(on.any(0).flatten().nonzero().squeeze(-1)) for on in finite]
         smoothing = torch.zeros_like(problem.linear) if problem.smoothing is None else problem.smoothing
         coefficients = torch.cat(
-            [torch.ones(tasks, n * k if problem.row_sum else 0).to(problem.linear)]
+            [torch.ones(tasks, n * k if problem.rows_sum_to_zero else 0).to(problem.linear)]
             + [
                 sign * on.flatten(1)[:, row].to(problem.linear)
                 for (sign, _), on, row in zip(bounds, finite, rows, strict=True)
@@ -63,7 +63,7 @@ class MoreauSolver(Solver):
             tasks,
             n,
             k,
-            problem.row_sum,
+            problem.rows_sum_to_zero,
             tuple(tuple(row.tolist()) for row in rows),
             str(problem.linear.device),
             self._settings(),
@@ -71,7 +71,7 @@ class MoreauSolver(Solver):
 
         def solve(gram: Tensor, smoothing: Tensor, linear: Tensor, *limits: Tensor) -> Tensor:
             hessian = gram.unsqueeze(2).expand(tasks, n, k, n) + torch.diag_embed(smoothing.mT).permute(0, 2, 1, 3)
-            right = [linear.new_zeros(tasks, n if problem.row_sum else 0)]
+            right = [linear.new_zeros(tasks, n if problem.rows_sum_to_zero else 0)]
             for (sign, _), limit, on, row in zip(bounds, limits, finite, rows, strict=True):
                 right.append(torch.where(on, sign * limit, 1).flatten(1)[:, row])
             found = solver.solve(hessian.flatten(1), coefficients, -linear.flatten(1), torch.cat(right, -1))
@@ -85,11 +85,11 @@ class MoreauSolver(Solver):
 
 
 def _solver(
-    tasks: int, n: int, k: int, row_sum: bool, rows: tuple[tuple[int, ...], ...], device: str, settings: Any
+    tasks: int, n: int, k: int, rows_sum_to_zero: bool, rows: tuple[tuple[int, ...], ...], device: str, settings: Any
 ) -> Any:
     """A solver for problems of this structure, cached per thread."""
     kept: OrderedDict[Any, Any] = _local.__dict__.setdefault("kept", OrderedDict())
-    key = (tasks, n, k, row_sum, rows, device, settings)
+    key = (tasks, n, k, rows_sum_to_zero, rows, device, settings)
     if key not in kept:
         kept[key] = _build(*key)
         if len(kept) > _CACHE_SIZE:
@@ -99,7 +99,7 @@ def _solver(
 
 
 def _build(
-    tasks: int, n: int, k: int, row_sum: bool, rows: tuple[tuple[int, ...], ...], device: str, settings: Any
+    tasks: int, n: int, k: int, rows_sum_to_zero: bool, rows: tuple[tuple[int, ...], ...], device: str, settings: Any
 ) -> Any:
     import moreau
     from moreau.torch import Solver as Moreau
@@ -107,8 +107,8 @@ def _build(
     entry = torch.arange(n * k).view(n, k)
     hessian_columns = entry.T.unsqueeze(0).expand(n, k, n).flatten()  # row (i, c) has the columns (j, c) for all j
     bounded = torch.tensor([row for side in rows for row in side], dtype=torch.long)
-    columns = torch.cat([entry.flatten() if row_sum else entry.flatten()[:0], bounded])
-    counts = torch.cat([torch.full((n if row_sum else 0,), k), torch.ones(len(bounded), dtype=torch.long)])
+    columns = torch.cat([entry.flatten() if rows_sum_to_zero else entry.flatten()[:0], bounded])
+    counts = torch.cat([torch.full((n if rows_sum_to_zero else 0,), k), torch.ones(len(bounded), dtype=torch.long)])
     tolerance, early = settings
     make: Any = Moreau
     return make(
@@ -118,7 +118,7 @@ def _build(
         P_col_indices=hessian_columns,
         A_row_offsets=torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]),
         A_col_indices=columns,
-        cones=moreau.Cones(num_zero_cones=n if row_sum else 0, num_nonneg_cones=len(bounded)),
+        cones=moreau.Cones(num_zero_cones=n if rows_sum_to_zero else 0, num_nonneg_cones=len(bounded)),
         settings=moreau.Settings(
             # The rule of "auto", which warns about it. The active set cannot be stopped early.
             solver="active_set" if early is None and device == "cpu" and n * k <= _MAX_SIZE_FOR_ACTIVE_SET else "ipm",

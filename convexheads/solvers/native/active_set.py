@@ -15,7 +15,7 @@ from convexheads.solvers.base import OnFailure, Solved, Solver, SolverResult
 from convexheads.solvers.certificate import Certificate, certify
 from convexheads.solvers.implicit import ActiveSet, active_entries, factorize_free
 from convexheads.solvers.native.admm_steps import WarmStart, admm, ridge_step
-from convexheads.solvers.problem import QP, Solution
+from convexheads.solvers.problem import DualProblem, Solution
 
 Backend = Literal["auto", "torch", "numba"]
 """What solves problems: PyTorch, kernels compiled by Numba on the CPU, or whichever is faster."""
@@ -76,7 +76,7 @@ class ActiveSetSolver(Solver):
         self.backend: Backend = backend
         self.max_rounds = max_rounds
 
-    def solve_batch(self, problem: QP) -> SolverResult:
+    def solve_batch(self, problem: DualProblem) -> SolverResult:
         _, n, k = problem.linear.shape
         start = ridge_step(problem) if n * k < _MIN_SIZE_FOR_ADMM else next(admm(problem, steps=_ADMM_STEPS))
         coef, active_set, rounds = search(problem, start, max_rounds=self.max_rounds)
@@ -86,12 +86,12 @@ class ActiveSetSolver(Solver):
         coef = certificate.feasible.masked_fill(unsolved[:, None, None], torch.nan)
         return SolverResult(coef, rounds, certificate, active_set)
 
-    def _solve_flat(self, problem: QP) -> Solution:
+    def _solve_flat(self, problem: DualProblem) -> Solution:
         if not problem.linear.is_cpu and moves_to_cpu(problem, self.backend):
             return super()._solve_flat(problem.to("cpu")).to(problem.linear.device)
         return super()._solve_flat(problem)
 
-    def _solve_numerically(self, problem: QP) -> Solved:
+    def _solve_numerically(self, problem: DualProblem) -> Solved:
         """The Numba kernels rescale, solve and certify in one call, by the same formulas (tests/unit/test_numba.py)."""
         linear = problem.linear
         is_compiled = linear.is_cpu and linear.dtype == torch.float64 and len(linear) > 0
@@ -102,7 +102,7 @@ class ActiveSetSolver(Solver):
         return numba_backend.solve(problem, INNER_TOLERANCE_RATIO * self.tolerance, self.max_rounds)
 
 
-def search(problem: QP, start: WarmStart, *, max_rounds: int) -> SearchResult:
+def search(problem: DualProblem, start: WarmStart, *, max_rounds: int) -> SearchResult:
     """Search for the active set of a flat, rescaled batch.
 
     Args:
@@ -140,7 +140,9 @@ def search(problem: QP, start: WarmStart, *, max_rounds: int) -> SearchResult:
     return SearchResult(moved.mT + fixed, ActiveSet(kkt, at_upper, at_lower), rounds)
 
 
-def polish(problem: QP, coef: Float[Tensor, "tasks n k"], *, move: bool = True) -> tuple[ActiveSet, Certificate]:
+def polish(
+    problem: DualProblem, coef: Float[Tensor, "tasks n k"], *, move: bool = True
+) -> tuple[ActiveSet, Certificate]:
     """The active set implied by near-optimal coefficients of a flat, rescaled batch, and a certificate of the result.
 
     The result is the projection of `coef`. With `move`, it is the exact solution for the active set if that has a
@@ -179,7 +181,7 @@ def check_backend(name: str, backend: object) -> None:
         raise MissingDependencyError("numba", extra="numba", needed_by=f"{name}(backend='numba')")
 
 
-def moves_to_cpu(problem: QP, backend: Backend) -> bool:
+def moves_to_cpu(problem: DualProblem, backend: Backend) -> bool:
     """Whether a problem on another device is copied to the CPU. For small ones that is faster than many launches."""
     if backend != "auto":
         return backend == "numba"

@@ -10,7 +10,7 @@ from convexheads.solvers.certificate import certify
 from convexheads.solvers.kkt import MIN_EXAMPLES_FOR_LOW_RANK, with_gram_factor
 from convexheads.solvers.native.active_set import INNER_TOLERANCE_RATIO, is_proven, of_projection, polish, search
 from convexheads.solvers.native.admm_steps import admm
-from convexheads.solvers.problem import QP, Solution
+from convexheads.solvers.problem import DualProblem, Solution
 
 _MAX_ITERATIONS = 600
 # A search for the active set starts when all gaps are below this value, then at a tenth of it, and so on.
@@ -55,7 +55,7 @@ class ADMMSolver(Solver):
         check_counts(steps=steps, max_rounds=max_rounds, min_examples_for_low_rank=min_examples_for_low_rank)
         self.steps, self.max_rounds, self.min_examples_for_low_rank = steps, max_rounds, min_examples_for_low_rank
 
-    def solve_batch(self, problem: QP) -> SolverResult:
+    def solve_batch(self, problem: DualProblem) -> SolverResult:
         # A task that is not solved has the last iterate of ADMM, with the active set that it implies.
         problem = with_gram_factor(problem, min_examples=self.min_examples_for_low_rank)
         tolerance, search_gap = INNER_TOLERANCE_RATIO * self.tolerance, _FIRST_SEARCH_GAP

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from convexheads.solvers import feasible_rows
 from convexheads.solvers.kkt import cholesky
-from convexheads.solvers.problem import QP
+from convexheads.solvers.problem import DualProblem
 
 OVER_RELAXATION = 1.8
 PENALTY = 0.7
@@ -31,15 +31,15 @@ class WarmStart(NamedTuple):
     row_multipliers: Float[Tensor, "tasks n"]
 
 
-def ridge_step(problem: QP) -> WarmStart:
+def ridge_step(problem: DualProblem) -> WarmStart:
     """One unconstrained (ridge) step from zero; entries that overshoot a bound form the initial active set."""
     penalty = PENALTY * problem.curvature()[:, None, None]
-    right = _project_row_sums(problem.linear, problem.row_sum)
+    right = _project_row_sums(problem.linear, problem.rows_sum_to_zero)
     coef = torch.cholesky_solve(right, cholesky(_plus_diagonal(problem.gram, penalty)))
     return WarmStart(coef, penalty * coef, torch.zeros_like(coef[..., 0]))
 
 
-def admm(problem: QP, *, steps: int) -> Iterator[WarmStart]:
+def admm(problem: DualProblem, *, steps: int) -> Iterator[WarmStart]:
     """Feasible coefficients of a flat, rescaled batch, and multipliers, after every `steps` steps."""
     penalty = PENALTY * problem.curvature()[:, None, None]
     solve = _regularized_inverse(problem, penalty)
@@ -47,7 +47,7 @@ def admm(problem: QP, *, steps: int) -> Iterator[WarmStart]:
     row_multipliers = None
     while True:
         for _ in range(steps):
-            moved = solve(_project_row_sums(problem.linear + penalty * (coef - dual), problem.row_sum))
+            moved = solve(_project_row_sums(problem.linear + penalty * (coef - dual), problem.rows_sum_to_zero))
             target = torch.lerp(coef, moved, relaxation) + dual
             coef, row_multipliers = feasible_rows.proximal(
                 target,
@@ -55,7 +55,7 @@ def admm(problem: QP, *, steps: int) -> Iterator[WarmStart]:
                 problem.upper,
                 weight=penalty,
                 smoothing=problem.smoothing,
-                row_sum=problem.row_sum,
+                rows_sum_to_zero=problem.rows_sum_to_zero,
                 guess=row_multipliers,
             )
             dual, relaxation = target - coef, OVER_RELAXATION
@@ -66,7 +66,7 @@ def admm(problem: QP, *, steps: int) -> Iterator[WarmStart]:
         yield WarmStart(coef, bound_multipliers, row_multipliers.squeeze(-1))
 
 
-def _regularized_inverse(problem: QP, penalty: Tensor) -> Callable[[Tensor], Tensor]:
+def _regularized_inverse(problem: DualProblem, penalty: Tensor) -> Callable[[Tensor], Tensor]:
     """The inverse of the Gram matrix plus `penalty` on its diagonal, to be applied many times."""
     if problem.gram_factor is None:
         inverse = torch.cholesky_inverse(cholesky(_plus_diagonal(problem.gram, penalty)))
@@ -81,5 +81,5 @@ def _plus_diagonal(gram: Tensor, value: Tensor) -> Tensor:
     return gram + value * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
 
-def _project_row_sums(value: Tensor, row_sum: bool) -> Tensor:
-    return value - value.mean(-1, keepdim=True) if row_sum else value
+def _project_row_sums(value: Tensor, rows_sum_to_zero: bool) -> Tensor:
+    return value - value.mean(-1, keepdim=True) if rows_sum_to_zero else value

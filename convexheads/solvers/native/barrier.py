@@ -11,7 +11,7 @@ from torch import Tensor
 from convexheads.solvers.certificate import certify
 from convexheads.solvers.implicit import BarrierPoint
 from convexheads.solvers.kkt import BlockKKT, FactorizedKKT, LowRankKKT
-from convexheads.solvers.problem import QP
+from convexheads.solvers.problem import DualProblem
 from convexheads.solvers.stalling import StallDetector
 
 _FRACTION_TO_BOUNDARY = 0.99
@@ -33,7 +33,7 @@ class InteriorPointResult(NamedTuple):
     lower: Float[Tensor, "tasks n k"]
     iterations: Int[Tensor, " tasks"]
 
-    def linearize(self, problem: QP) -> BarrierPoint:
+    def linearize(self, problem: DualProblem) -> BarrierPoint:
         """The system that this point's gradient is computed with."""
         stiffness = self.upper + self.lower
         diagonal = stiffness if problem.smoothing is None else stiffness + problem.smoothing
@@ -62,7 +62,7 @@ class _Residual(NamedTuple):
         return self.stationarity.abs().amax((1, 2)).maximum(self.balance.abs().amax(1)).maximum(violation)
 
 
-def interior_point(problem: QP, *, tolerance: float, max_iterations: int) -> InteriorPointResult:
+def interior_point(problem: DualProblem, *, tolerance: float, max_iterations: int) -> InteriorPointResult:
     """Mehrotra's predictor-corrector method on a flat, rescaled batch.
 
     Each task stops on its own certificate: when that certifies `tolerance`, or when the gap has stopped falling. A task
@@ -98,7 +98,7 @@ def interior_point(problem: QP, *, tolerance: float, max_iterations: int) -> Int
     return InteriorPointResult(best, *barrier.by_side(best_stiffness), iterations)
 
 
-def central_path(problem: QP, *, complementarity: float, max_iterations: int) -> InteriorPointResult:
+def central_path(problem: DualProblem, *, complementarity: float, max_iterations: int) -> InteriorPointResult:
     """The point of the central path at which every slack times its multiplier is `complementarity`.
 
     Its coefficients are strictly inside their bounds and depend smoothly on the problem. They are not those of the
@@ -123,9 +123,13 @@ class _Barrier:
     A missing bound is the idle row `0 * coef + slack = 1`.
     """
 
-    def __init__(self, problem: QP) -> None:
+    def __init__(self, problem: DualProblem) -> None:
         self.problem = problem
-        self.gram, self.linear, self.row_sum = problem.gram, problem.linear.mT.contiguous(), problem.row_sum
+        self.gram, self.linear, self.rows_sum_to_zero = (
+            problem.gram,
+            problem.linear.mT.contiguous(),
+            problem.rows_sum_to_zero,
+        )
         self.smoothing = 0.0 if problem.smoothing is None else problem.smoothing.mT
         bounds = ((1.0, problem.upper), (-1.0, problem.lower))
         self.sides = [(sign, bound.mT) for sign, bound in bounds if bound is not None]
@@ -155,7 +159,7 @@ class _Barrier:
             + (self.sign * point.multiplier).sum(0)
             + point.row_multipliers,
             violation=self.sign * point.coef + point.slack - self.limit,
-            balance=point.coef.sum(1) if self.row_sum else torch.zeros_like(point.coef[:, 0]),
+            balance=point.coef.sum(1) if self.rows_sum_to_zero else torch.zeros_like(point.coef[:, 0]),
         )
         mean = _mean(point.slack * point.multiplier)
         if min_complementarity:
@@ -197,10 +201,10 @@ class _Barrier:
         return _Point(coef, row_multipliers.unsqueeze(1), slack, change)
 
 
-def _factorize(problem: QP, diagonal: Float[Tensor, "tasks k n"]) -> FactorizedKKT:
+def _factorize(problem: DualProblem, diagonal: Float[Tensor, "tasks k n"]) -> FactorizedKKT:
     settings: dict[str, Any] = {
         "diagonal": diagonal,
-        "row_sum": problem.row_sum,
+        "rows_sum_to_zero": problem.rows_sum_to_zero,
         "regularization": _REGULARIZATION,
     }
     if problem.gram_factor is None:

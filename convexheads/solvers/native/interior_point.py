@@ -10,7 +10,7 @@ from convexheads.solvers.base import OnFailure, Solver, SolverResult
 from convexheads.solvers.kkt import MIN_EXAMPLES_FOR_LOW_RANK, with_gram_factor
 from convexheads.solvers.native.active_set import INNER_TOLERANCE_RATIO, of_projection, polish
 from convexheads.solvers.native.barrier import central_path, interior_point
-from convexheads.solvers.problem import QP
+from convexheads.solvers.problem import DualProblem
 
 Gradient = Literal["exact", "relaxed", "last_iterate"]
 """The gradient that `InteriorPointSolver` returns."""
@@ -73,7 +73,7 @@ class InteriorPointSolver(Solver):
         self.complementarity = positive(f"{name}(complementarity)", complementarity, learnable=False)
         self.min_examples_for_low_rank = min_examples_for_low_rank
 
-    def solve_batch(self, problem: QP) -> SolverResult:
+    def solve_batch(self, problem: DualProblem) -> SolverResult:
         problem = with_gram_factor(problem, min_examples=self.min_examples_for_low_rank)
         limit, tolerance = self.max_iterations or _MAX_ITERATIONS, INNER_TOLERANCE_RATIO * self.tolerance
         iterate = interior_point(problem, tolerance=tolerance, max_iterations=limit)

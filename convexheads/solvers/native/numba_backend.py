@@ -24,7 +24,7 @@ from convexheads.solvers.base import Solved
 from convexheads.solvers.implicit import REGULARIZATION, ActiveSet
 from convexheads.solvers.kkt import KKT
 from convexheads.solvers.native import active_set, admm_steps, numba_kernels, numba_kkt
-from convexheads.solvers.problem import QP, Solution, Status
+from convexheads.solvers.problem import DualProblem, Solution, Status
 from convexheads.solvers.rescaling import rescale
 
 # ADMM takes at most so many steps; the search begins when the active set has not changed for so many.
@@ -44,7 +44,7 @@ _TOLERANCES = (
 )
 
 
-def solve(problem: QP, tolerance: float, max_rounds: int) -> Solved:
+def solve(problem: DualProblem, tolerance: float, max_rounds: int) -> Solved:
     """Solve a flat batch of problems in float64 on the CPU, in their original units.
 
     Tasks in which nothing was proved to the tolerance have the status `FAILED` and coefficients of NaN.
@@ -60,7 +60,7 @@ def solve(problem: QP, tolerance: float, max_rounds: int) -> Solved:
     penalty, over_relaxation = admm_steps.PENALTY, admm_steps.OVER_RELAXATION
     settings = (penalty, _MAX_STEPS, _PATIENCE, over_relaxation, REGULARIZATION, active_set.REFINEMENTS, max_rounds)
     tolerances = (tolerance, *_TOLERANCES)
-    arguments = (data, problem.row_sum, settings, tolerances, results, system, factors)
+    arguments = (data, problem.rows_sum_to_zero, settings, tolerances, results, system, factors)
     _run(numba_kernels.solve_all, tasks, tasks * k * n**3, *arguments)
     coef = torch.from_numpy(coef)
     _reject_rounding(problem, coef, gaps[:, 2], proven)
@@ -77,12 +77,12 @@ def solve(problem: QP, tolerance: float, max_rounds: int) -> Solved:
         residual=violation,
         iterations=torch.from_numpy(rounds),
     )
-    kkt = NumbaKKT(*map(torch.from_numpy, (*system, *factors)), row_sum=problem.row_sum)
+    kkt = NumbaKKT(*map(torch.from_numpy, (*system, *factors)), rows_sum_to_zero=problem.rows_sum_to_zero)
     linearization = ActiveSet(kkt, torch.from_numpy(side > 0), torch.from_numpy(side < 0))
     return Solved(solution, torch.from_numpy(scales), linearization)
 
 
-def _reject_rounding(problem: QP, coef: Tensor, rounding: np.ndarray, proven: np.ndarray) -> None:
+def _reject_rounding(problem: DualProblem, coef: Tensor, rounding: np.ndarray, proven: np.ndarray) -> None:
     """Withdraw the proof of tasks whose gap exceeds the threshold once rounding is allowed for."""
     doubtful = proven & (rounding > certificate.ROUNDING_MARGIN * certificate.ROUNDING_THRESHOLD)
     if doubtful.any():
@@ -104,7 +104,7 @@ class NumbaKKT(KKT):
         index: the rows that each block consists of.
         count: the number of these rows.
         schur: the Cholesky factor of the system for the row multipliers.
-        row_sum: whether the row sums couple the classes.
+        rows_sum_to_zero: whether the row sums couple the classes.
     """
 
     gram: Float[Tensor, "tasks n n"]
@@ -113,7 +113,7 @@ class NumbaKKT(KKT):
     index: Int[Tensor, "tasks k n"]
     count: Int[Tensor, "tasks k"]
     schur: Float[Tensor, "tasks n n"]
-    row_sum: bool
+    rows_sum_to_zero: bool
 
     def solve(
         self, right: Float[Tensor, "tasks k n"], sums: Float[Tensor, "tasks n"], *, refinements: int
@@ -122,7 +122,7 @@ class NumbaKKT(KKT):
         x, row_multipliers = np.zeros_like(given), np.zeros_like(total)
         factors = tuple(value.numpy() for value in (self.blocks, self.index, self.count, self.schur))
         system = self.gram.contiguous().numpy(), self.smoothing.contiguous().numpy()
-        arguments = (system, given, total, self.row_sum, refinements, x, row_multipliers, factors)
+        arguments = (system, given, total, self.rows_sum_to_zero, refinements, x, row_multipliers, factors)
         _run(numba_kkt.solve_factorized_all, len(x), 10 * x.size * x.shape[1], *arguments)
         return torch.from_numpy(x).mT, torch.from_numpy(row_multipliers)
 
@@ -168,7 +168,7 @@ def _allocate_factors(tasks: int, n: int, k: int) -> tuple[np.ndarray, ...]:
     )
 
 
-def _arrays(problem: QP) -> tuple[np.ndarray, ...]:
+def _arrays(problem: DualProblem) -> tuple[np.ndarray, ...]:
     def array(value: Tensor | None, missing: float) -> np.ndarray:
         return np.full(problem.linear.shape, missing) if value is None else value.contiguous().numpy()
 

@@ -46,7 +46,7 @@ def project(row, target, lower, upper, weight, smoothing, newton_tolerance):
 
 @kernel
 @no_type_check
-def admm(task, row_sum, penalty, steps, patience, over_relaxation, newton_tolerance, coef, side):
+def admm(task, rows_sum_to_zero, penalty, steps, patience, over_relaxation, newton_tolerance, coef, side):
     """`admm_steps.admm`, for a first guess. It ends when the active set has not changed for `patience` steps."""
     gram, linear, lower, upper, smoothing = task
     n, k = linear.shape
@@ -64,7 +64,7 @@ def admm(task, row_sum, penalty, steps, patience, over_relaxation, newton_tolera
             for c in range(k):
                 right[i, c] = linear[i, c] + penalty * (coef[i, c] - dual[i, c])
                 average += right[i, c]
-            if row_sum:
+            if rows_sum_to_zero:
                 for c in range(k):
                     right[i, c] -= average / k
         moved = np.dot(inverse, right)
@@ -73,7 +73,7 @@ def admm(task, row_sum, penalty, steps, patience, over_relaxation, newton_tolera
                 if step > 0:
                     moved[i, c] = over_relaxation * moved[i, c] + (1 - over_relaxation) * coef[i, c]
                 target[c] = moved[i, c] + dual[i, c]
-            if row_sum:
+            if rows_sum_to_zero:
                 project(coef[i], target, lower[i], upper[i], penalty, smoothing[i], newton_tolerance)
             else:
                 for c in range(k):
@@ -94,7 +94,7 @@ def admm(task, row_sum, penalty, steps, patience, over_relaxation, newton_tolera
 
 @kernel
 @no_type_check
-def search(task, row_sum, regularization, refinements, max_rounds, coef, row_multipliers, side, factors):
+def search(task, rows_sum_to_zero, regularization, refinements, max_rounds, coef, row_multipliers, side, factors):
     """`active_set.search`, for one task."""
     gram, linear, lower, upper, smoothing = task
     n, k = linear.shape
@@ -111,13 +111,13 @@ def search(task, row_sum, regularization, refinements, max_rounds, coef, row_mul
                 x[i, c] = coef[i, c] if s == 0 else 0.0
                 total += bound_values[i, c]
             sums[i] = -total
-        factorize(gram, smoothing, row_sum, side, factors, regularization)
+        factorize(gram, smoothing, rows_sum_to_zero, side, factors, regularization)
         image = np.dot(gram, bound_values)
         for i in range(n):
             for c in range(k):
                 right[i, c] = linear[i, c] - image[i, c]
         compute_residual(gram, smoothing, right, sums, x, row_multipliers, residual, row_sum_residual)
-        solve_factorized(row_sum, residual, row_sum_residual, x, row_multipliers, factors)
+        solve_factorized(rows_sum_to_zero, residual, row_sum_residual, x, row_multipliers, factors)
         compute_residual(gram, smoothing, right, sums, x, row_multipliers, residual, row_sum_residual)
         changed = False
         for i in range(n):
@@ -138,7 +138,7 @@ def search(task, row_sum, regularization, refinements, max_rounds, coef, row_mul
     for refinement in range(refinements):
         if refinement > 0:
             compute_residual(gram, smoothing, right, sums, x, row_multipliers, residual, row_sum_residual)
-        solve_factorized(row_sum, residual, row_sum_residual, x, row_multipliers, factors)
+        solve_factorized(rows_sum_to_zero, residual, row_sum_residual, x, row_multipliers, factors)
     for i in range(n):
         for c in range(k):
             coef[i, c] = x[i, c] + bound_values[i, c]
@@ -147,7 +147,7 @@ def search(task, row_sum, regularization, refinements, max_rounds, coef, row_mul
 
 @kernel
 @no_type_check
-def certify(task, row_sum, coef, row_multipliers, bound_multipliers, limits):
+def certify(task, rows_sum_to_zero, coef, row_multipliers, bound_multipliers, limits):
     """`certificate.certify`, for coefficients that need no projection except for clipping.
 
     Returns the relative gap; twice the gap relative to the squared norm of the weights, which bounds their squared
@@ -166,7 +166,7 @@ def certify(task, row_sum, coef, row_multipliers, bound_multipliers, limits):
             largest = max(largest, abs(value))
             coef[i, c] = value
             total += value
-        if row_sum:
+        if rows_sum_to_zero:
             violation = max(violation, abs(total))
     scores = np.dot(gram, coef)
     gap, primal, quadratic, squares, diagonal, reach, cost = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
@@ -183,7 +183,7 @@ def certify(task, row_sum, coef, row_multipliers, bound_multipliers, limits):
                     most = min(most, slope)
         # Any row multiplier proves an upper bound. At an entry without a bound, it has to be on the right side of the
         # slope.
-        if row_sum:
+        if rows_sum_to_zero:
             row_multipliers[i] = min(max(row_multipliers[i], least), most)
         distance = 0.0
         for c in range(k):
@@ -251,7 +251,7 @@ def rescale(task, inner):
 
 @kernel
 @no_type_check
-def solve_all(start, stop, problem, row_sum, settings, tolerances, results, system, factors):
+def solve_all(start, stop, problem, rows_sum_to_zero, settings, tolerances, results, system, factors):
     """Rescale, solve and certify tasks `start` to `stop`."""
     gram, linear, lower, upper, smoothing = problem
     penalty_ratio, steps, patience, over_relaxation, regularization, refinements, max_rounds = settings
@@ -265,14 +265,22 @@ def solve_all(start, stop, problem, row_sum, settings, tolerances, results, syst
         inner = (scaled_gram[t], inner_linear, inner_lower, inner_upper, scaled_smoothing[t])
         coef_scale, multiplier_scale, curvature = rescale((gram[t], linear[t], lower[t], upper[t], smoothing[t]), inner)
         penalty = penalty_ratio * curvature
-        admm(inner, row_sum, penalty, steps, patience, over_relaxation, newton_tolerance, coef[t], side[t])
+        admm(inner, rows_sum_to_zero, penalty, steps, patience, over_relaxation, newton_tolerance, coef[t], side[t])
         row_multipliers[t] = 0.0
         task_factors = (blocks[t], index[t], count[t], schur[t])
         rounds[t] = search(
-            inner, row_sum, regularization, refinements, max_rounds, coef[t], row_multipliers[t], side[t], task_factors
+            inner,
+            rows_sum_to_zero,
+            regularization,
+            refinements,
+            max_rounds,
+            coef[t],
+            row_multipliers[t],
+            side[t],
+            task_factors,
         )
         gap, squared_error, moved, violation, rounding = certify(
-            inner, row_sum, coef[t], row_multipliers[t], bound_multipliers[t], (indefiniteness, eps, tiny)
+            inner, rows_sum_to_zero, coef[t], row_multipliers[t], bound_multipliers[t], (indefiniteness, eps, tiny)
         )
         proven[t] = (
             gap <= tolerance

@@ -81,7 +81,7 @@ def invert(matrix, m):
 
 @kernel
 @no_type_check
-def factorize(gram, smoothing, row_sum, side, factors, regularization):
+def factorize(gram, smoothing, rows_sum_to_zero, side, factors, regularization):
     """`BlockKKT.factorize`: the inverse of the free rows of each class, and the factor for the row multipliers."""
     blocks, index, count, schur = factors
     n, k = side.shape
@@ -100,12 +100,12 @@ def factorize(gram, smoothing, row_sum, side, factors, regularization):
                 block[a * m + b] = gram[i, index[c, b]]
             block[a * m + a] += smoothing[i, c] + regularization
         invert(block, m)
-        if row_sum:
+        if rows_sum_to_zero:
             for a in range(m):
                 i = index[c, a]
                 for b in range(a + 1):
                     schur[i, index[c, b]] += block[a * m + b]
-    if row_sum:
+    if rows_sum_to_zero:
         for i in range(n):
             if schur[i, i] == 0:  # a row without a free entry has no equation left
                 schur[i, i] = 1.0
@@ -126,7 +126,7 @@ def multiply(block, m, local, result):
 
 @kernel
 @no_type_check
-def solve_factorized(row_sum, right, sums, x, row_multipliers, factors):
+def solve_factorized(rows_sum_to_zero, right, sums, x, row_multipliers, factors):
     """Solve the factorized system, and add the solution to `x` and `row_multipliers`."""
     blocks, index, count, schur = factors
     n, k = x.shape
@@ -141,7 +141,7 @@ def solve_factorized(row_sum, right, sums, x, row_multipliers, factors):
             i = index[c, a]
             x[i, c] += result[a]
             total[i] += result[a]
-    if row_sum:
+    if rows_sum_to_zero:
         cholesky_solve(schur, total, n)
         for i in range(n):
             row_multipliers[i] += total[i]
@@ -170,16 +170,16 @@ def compute_residual(gram, smoothing, right, sums, x, row_multipliers, residual,
 
 @kernel
 @no_type_check
-def solve_factorized_all(start, stop, system, right, sums, row_sum, refinements, x, row_multipliers, factors):
+def solve_factorized_all(start, stop, system, right, sums, rows_sum_to_zero, refinements, x, row_multipliers, factors):
     """Solve the factorized systems of tasks `start` to `stop`, with refinement."""
     gram, smoothing = system
     blocks, index, count, schur = factors
     residual, row_sum_residual = np.empty_like(right[0]), np.empty_like(sums[0])
     for t in range(start, stop):
         task_factors = (blocks[t], index[t], count[t], schur[t])
-        solve_factorized(row_sum, right[t], sums[t], x[t], row_multipliers[t], task_factors)
+        solve_factorized(rows_sum_to_zero, right[t], sums[t], x[t], row_multipliers[t], task_factors)
         for _ in range(refinements):
             compute_residual(
                 gram[t], smoothing[t], right[t], sums[t], x[t], row_multipliers[t], residual, row_sum_residual
             )
-            solve_factorized(row_sum, residual, row_sum_residual, x[t], row_multipliers[t], task_factors)
+            solve_factorized(rows_sum_to_zero, residual, row_sum_residual, x[t], row_multipliers[t], task_factors)

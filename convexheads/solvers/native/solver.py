@@ -15,7 +15,7 @@ from convexheads.solvers.kkt import MIN_EXAMPLES_FOR_LOW_RANK, with_gram_factor
 from convexheads.solvers.native.active_set import ActiveSetSolver, Backend, moves_to_cpu
 from convexheads.solvers.native.admm import ADMMSolver
 from convexheads.solvers.native.interior_point import InteriorPointSolver
-from convexheads.solvers.problem import QP, Solution
+from convexheads.solvers.problem import DualProblem, Solution
 from convexheads.transforms import is_transforming
 
 _MAX_BLOCK_ENTRIES = 2**28
@@ -68,10 +68,10 @@ class NativeSolver(Solver):
         self._few_classes = Fallback(active_set, interior_point)
         self._many_classes = Fallback(self._admm, interior_point)
 
-    def solve_batch(self, problem: QP) -> Float[Tensor, "tasks n k"]:
+    def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:
         return self._solve_flat(problem).coef
 
-    def _solve_flat(self, problem: QP) -> Solution:
+    def _solve_flat(self, problem: DualProblem) -> Solution:
         linear = problem.linear
         if not linear.is_cpu and moves_to_cpu(problem, self.backend):
             return self._solve_flat(problem.to("cpu")).to(linear.device)
