@@ -40,7 +40,7 @@ def solvers(iterations: int) -> dict[str, Solver]:
     """Those that are compared, stopped after so many iterations."""
     return {
         "qpth": ch.solvers.QpthSolver(max_iterations=iterations, on_failure="return"),
-        "ours": ch.solvers.NativeSolver(max_iterations=iterations, on_failure="return"),
+        "ours": ch.solvers.InteriorPointSolver(max_iterations=iterations, on_failure="return"),
     }
 
 

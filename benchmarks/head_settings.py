@@ -32,7 +32,7 @@ from convexheads.evaluation import embed, evaluate
 from convexheads.hyperparameters import as_tensor
 from convexheads.kernels import Kernel
 from convexheads.models import build_model
-from convexheads.solvers import NativeSolver
+from convexheads.solvers import InteriorPointSolver
 
 CONFIG = Path(__file__).parent / "configs" / "conv4" / "cifar-fs_svm.yaml"
 
@@ -101,7 +101,7 @@ SETTINGS: dict[str, Setting] = {
     "SVM, unit length, C = 30, smoothing 0.1": Setting(lambda: _svm(C=30.0, smoothing=0.1, kernel=UnitLength())),
     "SVM, unit length, C = 30, smoothing 0.3": Setting(lambda: _svm(C=30.0, smoothing=0.3, kernel=UnitLength())),
     "SVM, unit length, C = 30, smoothing 1": Setting(lambda: _svm(C=30.0, smoothing=1.0, kernel=UnitLength())),
-    "SVM, C = 0.1, 3 iterations": Setting(lambda: _svm(C=0.1, solver=NativeSolver(max_iterations=3))),
+    "SVM, C = 0.1, 3 iterations": Setting(lambda: _svm(C=0.1, solver=InteriorPointSolver(max_iterations=3))),
     "SVM, C = 0.1, statistics apart": Setting(partial(_svm, C=0.1), Apart),
     "SVM, C = 0.1, smoothing 30, statistics apart": Setting(partial(_svm, C=0.1, smoothing=30.0), Apart),
     "ridge, statistics apart": Setting(lambda: RidgeHead(50.0, scale=Learnable(1.0)), Apart),

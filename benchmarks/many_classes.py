@@ -24,7 +24,7 @@ def measure(*, ways: int, shots: int, tasks: int, features: int, repeats: int, i
     support, labels, query = episode(tasks, ways, shots, features, 1)
     found: dict[str, Any] = {}
 
-    def run(solver: ch.solvers.NativeSolver) -> tuple[float, float]:
+    def run(solver: ch.solvers.Solver) -> tuple[float, float]:
         attached = support.requires_grad_()
         begin = time.perf_counter()
         fitted = ch.SVMHead(C, solver=solver).fit(attached, labels, ways=ways)
@@ -36,7 +36,7 @@ def measure(*, ways: int, shots: int, tasks: int, features: int, repeats: int, i
         found["iterations"] = fitted.solution.iterations.max().item()  # pyright: ignore[reportOptionalMemberAccess]
         return forward, time.perf_counter() - begin
 
-    def best(solver: ch.solvers.NativeSolver) -> tuple[float, float]:
+    def best(solver: ch.solvers.Solver) -> tuple[float, float]:
         return min((run(solver) for _ in range(repeats)), key=lambda seconds: seconds[1])
 
     solver = ch.solvers.NativeSolver(on_failure="return")
@@ -45,7 +45,7 @@ def measure(*, ways: int, shots: int, tasks: int, features: int, repeats: int, i
     found["memory"] = peak_memory(lambda: found.update(zip(("forward", "both"), best(solver), strict=True)), "cpu")
     native = dict(found)
     if interior_point:
-        native["interior point"] = best(ch.solvers.NativeSolver(max_iterations=100))[1]
+        native["interior point"] = best(ch.solvers.InteriorPointSolver(max_iterations=100))[1]
     return native
 
 

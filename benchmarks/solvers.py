@@ -97,8 +97,10 @@ def _made() -> dict[str, Contender | ch.MissingDependencyError]:
     makers: dict[str, Callable[[], Contender]] = {
         "ridge": lambda: Contender(of(ch.RidgeHead()), exact=False),
         "native": lambda: Contender(of(ch.SVMHead(C))),
-        "native in torch": lambda: Contender(of(ch.SVMHead(C, solver=ch.solvers.NativeSolver(compiled=False)))),
-        "interior point": lambda: Contender(of(ch.SVMHead(C, solver=ch.solvers.NativeSolver(max_iterations=100)))),
+        "native in torch": lambda: Contender(of(ch.SVMHead(C, solver=ch.solvers.NativeSolver(backend="torch")))),
+        "interior point": lambda: Contender(
+            of(ch.SVMHead(C, solver=ch.solvers.InteriorPointSolver(max_iterations=100)))
+        ),
         "moreau": lambda: Contender(of(ch.SVMHead(C, solver=ch.solvers.MoreauSolver())), largest=2500),
         "qpth": lambda: Contender(of(ch.SVMHead(C, solver=ch.solvers.QpthSolver(max_iterations=15))), largest=2000),
         "cvxpylayers": lambda: Contender(

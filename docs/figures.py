@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from convexheads import ClassificationHead, RegressionHead, SupportVectorRegressionHead, SVMHead
 from convexheads.heads import FittedGaussianProcess
 from convexheads.kernels import RBF
-from convexheads.solvers import NativeSolver
+from convexheads.solvers import InteriorPointSolver, NativeSolver, Solver
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 COLOURS = ("#4c8dd6", "#e58a2e", "#3fae6a", "#c85fb0", "#9a8cf0", "#b5a13c")
@@ -207,23 +207,23 @@ def kinks() -> Figure:
     support, labels = _blobs(3, 5, seed=2)
     support, query = support.double(), torch.tensor([[0.3, -0.2]], dtype=torch.float64)
 
-    def logit(position: torch.Tensor, solver: NativeSolver) -> torch.Tensor:
+    def logit(position: torch.Tensor, solver: Solver) -> torch.Tensor:
         moved = support.repeat(len(position), 1, 1)
         moved[:, 0] = torch.stack([position, torch.zeros_like(position)], -1)
         head = SVMHead(C=0.7, kernel=RBF(1.0), solver=solver)
         return head(moved, labels.expand(len(position), -1), query.expand(len(position), 1, 2))[:, 0, 0]
 
-    def slope(position: torch.Tensor, solver: NativeSolver) -> torch.Tensor:
+    def slope(position: torch.Tensor, solver: Solver) -> torch.Tensor:
         position = position.clone().requires_grad_()
         return torch.autograd.grad(logit(position, solver).sum(), position)[0]
 
     figure, (left, right) = new(2, width=9.0, height=3.0)
     fine, coarse = (torch.linspace(-2, 2.5, count, dtype=torch.float64) for count in (400, 28))
-    exact, smoothed = NativeSolver(), NativeSolver(gradient="smoothed", relaxation=0.005)
+    exact, relaxed = NativeSolver(), InteriorPointSolver(gradient="relaxed", complementarity=0.005)
     left.plot(fine, logit(fine, exact).detach(), color=COLOURS[0])
     left.set(xlabel="position of a support example", ylabel="logit of the query")
     right.plot(fine, slope(fine, exact), color=COLOURS[0], label='"exact"')
-    right.plot(fine, slope(fine, smoothed), "--", color=COLOURS[1], label='"smoothed"')
+    right.plot(fine, slope(fine, relaxed), "--", color=COLOURS[1], label='"relaxed"')
     differences = (logit(coarse + 1e-6, exact) - logit(coarse - 1e-6, exact)) / 2e-6
     right.plot(coarse, differences, "o", color=COLOURS[2], markersize=4, label="central differences")
     right.set(xlabel="position of a support example", ylabel="its derivative")

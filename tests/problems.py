@@ -6,13 +6,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convexheads.solvers import QP
+from convexheads.solvers import DualProblem
 
 
 def known_problem(
-    tasks: int, n: int, k: int, *, seed: int, bounds: str, smoothing: str, row_sum: bool, rank: int | None = None
+    tasks: int,
+    n: int,
+    k: int,
+    *,
+    seed: int,
+    bounds: str,
+    smoothing: str,
+    rows_sum_to_zero: bool,
+    rank: int | None = None,
 ):
-    """A random QP built around a solution chosen beforehand, with strictly complementary multipliers."""
+    """A random DualProblem built around a solution chosen beforehand, with strictly complementary multipliers."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -21,7 +29,7 @@ def known_problem(
     root = torch.randn(tasks, n, rank or n + 3, generator=generator, dtype=torch.float64)
     gram = root @ root.mT / n
     coef = 2 * random(n, k) - 1
-    if row_sum:
+    if rows_sum_to_zero:
         coef = coef - coef.mean(-1, keepdim=True)
     side = torch.randint(0, 3, (tasks, n, k), generator=generator)
     side[..., 0] = 0  # an entry in each row is free
@@ -36,15 +44,15 @@ def known_problem(
     linear = gram @ coef + pull
     if smoothed is not None:
         linear = linear + smoothed * coef
-    if row_sum:
+    if rows_sum_to_zero:
         linear = linear + torch.randn(tasks, n, 1, generator=generator, dtype=torch.float64)
-    qp = QP(
+    qp = DualProblem(
         gram,
         linear,
         lower=None if bounds == "upper" else lower,
         upper=None if bounds == "lower" else upper,
         smoothing=smoothed,
-        row_sum=row_sum,
+        rows_sum_to_zero=rows_sum_to_zero,
     )
     return qp, coef, pull
 
@@ -55,5 +63,5 @@ known = given(
     seed=st.integers(0, 2**31),
     bounds=st.sampled_from(["upper", "lower", "both"]),
     smoothing=st.sampled_from(["none", "some", "all"]),
-    row_sum=st.booleans(),
+    rows_sum_to_zero=st.booleans(),
 )

@@ -166,11 +166,11 @@ solvers = st.one_of(
     st.builds(
         ch.solvers.NativeSolver,
         on_failure=st.sampled_from(["raise", "warn", "return"]),
-        compiled=st.sampled_from([None, False]),
-        max_iterations=st.none() | st.integers(1, 5),
+        backend=st.sampled_from(["auto", "torch"]),
     ),
-    st.builds(ch.solvers.NativeSolver, gradient=st.just("smoothed"), relaxation=number),
-    st.builds(ch.solvers.NativeSolver, gradient=st.just("truncated"), max_iterations=st.integers(1, 5)),
+    st.builds(ch.solvers.InteriorPointSolver, max_iterations=st.none() | st.integers(1, 5)),
+    st.builds(ch.solvers.InteriorPointSolver, gradient=st.just("relaxed"), complementarity=number),
+    st.builds(ch.solvers.InteriorPointSolver, gradient=st.just("last_iterate"), max_iterations=st.integers(1, 5)),
 )
 
 

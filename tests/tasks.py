@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from convexheads.solvers import QP
+from convexheads.solvers import DualProblem
 
 if TYPE_CHECKING:
     from benchmarks.data import Episodes
@@ -70,11 +70,11 @@ def task(
     return Task(support.to(dtype), labels.reshape(*batch, -1), query.to(dtype), len(shots))
 
 
-def crammer_singer(support: Tensor, labels: Tensor, C: float | Tensor, smoothing: float = 0.0) -> QP:
-    """The paper's QP, written down from Eq. 10 and not through the head."""
+def crammer_singer(support: Tensor, labels: Tensor, C: float | Tensor, smoothing: float = 0.0) -> DualProblem:
+    """The paper's DualProblem, written down from Eq. 10 and not through the head."""
     targets = functional.one_hot(labels).to(support)
     smoothed = torch.full_like(targets, smoothing) if smoothing else None
-    return QP(support @ support.mT, linear=targets, upper=C * targets, smoothing=smoothed)
+    return DualProblem(support @ support.mT, linear=targets, upper=C * targets, smoothing=smoothed)
 
 
 def close(value: Tensor, reference: Tensor, scale: Tensor | float = 0.0) -> float:

@@ -17,6 +17,7 @@ import convexheads as ch
 from benchmarks.honesty import judges
 from benchmarks.honesty.tasks import HardTask
 from convexheads.heads import FittedClassifier, MulticlassSVM
+from convexheads.solvers import to_dense
 
 
 class Answer(NamedTuple):
@@ -63,7 +64,7 @@ def contenders() -> dict[str, Contender]:
         "Weston-Watkins SVM": Contender(partial(_svm, ch.WestonWatkinsSVMHead, judges.weston_watkins)),
         "one-vs-rest SVM": Contender(partial(_svm, ch.OneVsRestSVMHead, judges.one_vs_rest)),
         "simplified SVM": Contender(partial(_svm, ch.SimplifiedSVMHead, judges.simplified)),
-        "SVM, in torch": Contender(_on(ch.solvers.NativeSolver(compiled=False))),
+        "SVM, in torch": Contender(_on(ch.solvers.NativeSolver(backend="torch"))),
         "logistic regression": Contender(_logistic),
         "ridge regression": Contender(_ridge),
         "Gaussian process": Contender(_gaussian_process),
@@ -171,7 +172,7 @@ def _qpth(task: HardTask) -> Answer:
     from qpth.qp import QPFunction
 
     _, gram, own = _problem(task)
-    dense = ch.solvers.QP(gram[None], own[None], upper=task.C * own[None]).dense()
+    dense = to_dense(ch.solvers.DualProblem(gram[None], own[None], upper=task.C * own[None]))
     coef = QPFunction(verbose=-1)(*dense).detach().view(own.shape)
     return Answer(judges.crammer_singer(*_arrays(task), task.C, _numpy(coef)), bool(coef.isfinite().all()))
 
@@ -228,7 +229,7 @@ def _is_regular(head: MulticlassSVM, fitted: FittedClassifier, task: HardTask) -
             free &= slack >= _CLEAR
     n, k = coef.shape
     hessian = torch.kron(qp.gram, torch.eye(k).to(coef))[free.flatten()][:, free.flatten()]
-    if qp.row_sum:
+    if qp.rows_sum_to_zero:
         sums = torch.kron(torch.eye(n), torch.ones(1, k)).to(coef)[:, free.flatten()]
         rows = sums.any(1)
         _, _, basis = torch.linalg.svd(sums[rows])
@@ -240,7 +241,7 @@ def _is_regular(head: MulticlassSVM, fitted: FittedClassifier, task: HardTask) -
     return bool(values[0] > _DEFINITE * values[-1])
 
 
-def _dual(head: MulticlassSVM, fitted: FittedClassifier) -> ch.solvers.QP:
+def _dual(head: MulticlassSVM, fitted: FittedClassifier) -> ch.solvers.DualProblem:
     """The problem that the head gives to its solver."""
     head, recorder = copy.copy(head), _Recorder(on_failure="return")
     head.solver = recorder
@@ -251,9 +252,9 @@ def _dual(head: MulticlassSVM, fitted: FittedClassifier) -> ch.solvers.QP:
 class _Recorder(ch.solvers.NativeSolver):
     """A solver that keeps the last problem."""
 
-    problem: ch.solvers.QP
+    problem: ch.solvers.DualProblem
 
-    def solve(self, qp: ch.solvers.QP) -> ch.solvers.Solution:
+    def solve(self, qp: ch.solvers.DualProblem) -> ch.solvers.Solution:
         self.problem = qp
         return super().solve(qp)
 

@@ -18,7 +18,7 @@ from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
-from convexheads.solvers import cvxpylayers, foreign
+from convexheads.solvers.adapters import _external, cvxpylayers
 
 if TYPE_CHECKING:
     import cvxpy
@@ -158,7 +158,7 @@ class CvxpyHead(ClassificationHead):
             return torch.where(torch.tensor(solved, device=gram.device)[:, None, None], found[0], torch.nan)
 
         flat = gram.reshape(-1, n, n), targets.reshape(-1, n, k)
-        coef = foreign.call(solve_flat, *flat, *values, backend="CvxpyHead") if len(flat[0]) else flat[1]
+        coef = _external.call_backend(solve_flat, *flat, *values, backend="CvxpyHead") if len(flat[0]) else flat[1]
         coef = coef.masked_fill(non_finite.reshape(-1, 1, 1), torch.nan)
         failed = (~torch.isfinite(coef)).flatten(1).any(1).reshape(batch).nonzero().tolist()
         if failed:

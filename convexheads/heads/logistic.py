@@ -9,12 +9,13 @@ import torch
 
 from convexheads._functorch import compute_without_grad
 from convexheads._validation import Check, check_positive_int, optional
+from convexheads.heads import _logistic_newton
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
-from convexheads.solvers import OnFailure, Solution, Status, softmax
-from convexheads.solvers.base import check_on_failure, complain
+from convexheads.solvers import OnFailure, Solution, Status
+from convexheads.solvers.base import check_on_failure, handle_failures
 
 _MAX_NEWTON_STEPS = 100
 _TOLERANCE = 1e-6
@@ -91,12 +92,12 @@ class LogisticHead(ClassificationHead):
         if self.steps is not None:
             coef = torch.zeros_like(targets)
             for _ in range(self.steps):
-                coef = softmax.newton_step(gram, targets, coef)
-            taken, gap = None, softmax.certified_gap(gram.detach(), targets, coef.detach())
+                coef = _logistic_newton.newton_step(gram, targets, coef)
+            taken, gap = None, _logistic_newton.certified_gap(gram.detach(), targets, coef.detach())
         else:
-            solve = partial(softmax.solve, tolerance=_AIM, max_steps=_MAX_NEWTON_STEPS)
+            solve = partial(_logistic_newton.solve, tolerance=_AIM, max_steps=_MAX_NEWTON_STEPS)
             coef, gap, taken = compute_without_grad(solve, gram, targets)
-            coef = softmax.attach(gram, targets, coef)
+            coef = _logistic_newton.attach(gram, targets, coef)
         otherwise = Status.FAILED if self.steps is None else Status.STOPPED
         status = torch.where(gap <= _TOLERANCE, Status.CONVERGED, otherwise)
         status = torch.where(torch.isfinite(gap), status, Status.FAILED)
@@ -110,5 +111,5 @@ class LogisticHead(ClassificationHead):
             residual=torch.zeros_like(gap).reshape(batch),
             iterations=None if taken is None else taken.reshape(batch),
         )
-        complain("LogisticHead", solution, _TOLERANCE, self.on_failure)
+        handle_failures("LogisticHead", solution, _TOLERANCE, self.on_failure)
         return KernelExpansion(coef, solution=solution)

@@ -6,7 +6,7 @@ import torch
 
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.heads.svm import MulticlassSVM
-from convexheads.solvers import QP
+from convexheads.solvers import DualProblem
 
 
 class OneVsRestSVMHead(MulticlassSVM):
@@ -37,5 +37,5 @@ class OneVsRestSVMHead(MulticlassSVM):
         targets = support.labeled_targets
         own, bound = targets > 0, self.upper_bound(targets)
         lower, upper = torch.where(own, 0, -bound), torch.where(own, bound, 0)
-        dual = QP(support.gram, linear=2 * targets - 1, lower=lower, upper=upper, row_sum=False)
+        dual = DualProblem(support.gram, linear=2 * targets - 1, lower=lower, upper=upper, rows_sum_to_zero=False)
         return self.solve_dual(dual, torch.ones_like(own))

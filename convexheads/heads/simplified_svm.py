@@ -8,7 +8,7 @@ import torch
 
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.heads.svm import MulticlassSVM
-from convexheads.solvers import QP
+from convexheads.solvers import DualProblem
 
 
 class SimplifiedSVMHead(MulticlassSVM):
@@ -43,6 +43,8 @@ class SimplifiedSVMHead(MulticlassSVM):
         code = targets - (1 - targets) / max(targets.shape[-1] - 1, 1)
         one = torch.ones_like(targets[..., :1])
         upper = self.upper_bound(targets).expand_as(one)
-        dual = QP(support.gram * (code @ code.mT), linear=one, lower=0 * one, upper=upper, row_sum=False)
+        dual = DualProblem(
+            support.gram * (code @ code.mT), linear=one, lower=0 * one, upper=upper, rows_sum_to_zero=False
+        )
         expansion = self.solve_dual(dual, one > 0)
         return replace(expansion, coef=expansion.coef * code)

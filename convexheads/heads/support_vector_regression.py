@@ -11,7 +11,7 @@ from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
-from convexheads.solvers import QP, Solver, get_solver
+from convexheads.solvers import DualProblem, Solver, get_solver
 
 
 class SupportVectorRegressionHead(RegressionHead):
@@ -68,6 +68,8 @@ class SupportVectorRegressionHead(RegressionHead):
         linear = torch.cat([targets - epsilon, -targets - epsilon], -2)
         both = torch.cat([torch.cat([gram, -gram], -1), torch.cat([-gram, gram], -1)], -2)
         upper = as_tensor(self.C, gram).expand(linear.shape)
-        solution = self.solver.solve(QP(both, linear, lower=torch.zeros_like(linear), upper=upper, row_sum=False))
+        solution = self.solver.solve(
+            DualProblem(both, linear, lower=torch.zeros_like(linear), upper=upper, rows_sum_to_zero=False)
+        )
         above, below = solution.coef.chunk(2, -2)
         return KernelExpansion(above - below, solution=solution)

@@ -16,11 +16,11 @@ from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, Learnable, as_tensor, check_positive
 from convexheads.kernels import KernelLike
-from convexheads.solvers import QP, Solver, get_solver
+from convexheads.solvers import DualProblem, Solver, get_solver
 
 
 class MulticlassSVM(ClassificationHead):
-    r"""Base class of SVMs whose dual is a `QP`, as Eq. 10 of Lee et al. 2019 is.
+    r"""Base class of SVMs whose dual is a `DualProblem`, as Eq. 10 of Lee et al. 2019 is.
 
     Use it to write an SVM of your own: in `solve`, build the dual with `upper_bound`, and pass it to `solve_dual`.
 
@@ -74,7 +74,7 @@ class MulticlassSVM(ClassificationHead):
         """
         return as_tensor(math.inf if self.squared_hinge else self.C, like)
 
-    def solve_dual(self, problem: QP, slacks: Bool[Tensor, "*batch n m"]) -> KernelExpansion:
+    def solve_dual(self, problem: DualProblem, slacks: Bool[Tensor, "*batch n m"]) -> KernelExpansion:
         """Solve a dual, with the head's smoothing added.
 
         Args:
@@ -124,4 +124,4 @@ class SVMHead(MulticlassSVM):
         targets = support.labeled_targets
         own = targets > 0
         upper = torch.where(own, self.upper_bound(targets), 0)
-        return self.solve_dual(QP(support.gram, linear=targets, upper=upper), own)
+        return self.solve_dual(DualProblem(support.gram, linear=targets, upper=upper), own)

@@ -12,7 +12,7 @@ from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.heads.svm import MulticlassSVM
 from convexheads.hyperparameters import Hyperparameter
 from convexheads.kernels import KernelLike
-from convexheads.solvers import QP, Solver
+from convexheads.solvers import DualProblem, Solver
 
 
 class WestonWatkinsSVMHead(MulticlassSVM):
@@ -72,4 +72,4 @@ class WestonWatkinsSVMHead(MulticlassSVM):
         targets = support.labeled_targets
         own, bound = targets > 0, self.upper_bound(targets)
         lower, upper = torch.where(own, -torch.inf, -bound), torch.where(own, torch.inf, 0.0).to(targets)
-        return self.solve_dual(QP(support.gram, linear=self.margin * targets, lower=lower, upper=upper), ~own)
+        return self.solve_dual(DualProblem(support.gram, linear=self.margin * targets, lower=lower, upper=upper), ~own)

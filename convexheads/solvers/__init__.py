@@ -1,17 +1,25 @@
-"""Interchangeable solvers of the one dual QP, by object or by name."""
+"""Interchangeable solvers of the dual quadratic program of SVMs, by object or by name."""
 
 from __future__ import annotations
 
 from convexheads.errors import InputError
-from convexheads.solvers.base import OnFailure, Solved, Solver
-from convexheads.solvers.cvxpylayers import CvxpylayersSolver
-from convexheads.solvers.moreau import MoreauSolver
-from convexheads.solvers.native import NativeSolver
-from convexheads.solvers.problem import QP, Solution, Status
-from convexheads.solvers.qpth import QpthSolver
+from convexheads.solvers.adapters._external import to_dense
+from convexheads.solvers.adapters.cvxpylayers import CvxpylayersSolver
+from convexheads.solvers.adapters.moreau import MoreauSolver
+from convexheads.solvers.adapters.qpth import QpthSolver
+from convexheads.solvers.base import OnFailure, Solver
+from convexheads.solvers.fallback import Fallback
+from convexheads.solvers.native.active_set import ActiveSetSolver
+from convexheads.solvers.native.admm import ADMMSolver
+from convexheads.solvers.native.interior_point import InteriorPointSolver
+from convexheads.solvers.native.solver import NativeSolver
+from convexheads.solvers.problem import DualProblem, Solution, Status
 
 SOLVERS: dict[str, type[Solver]] = {
     "native": NativeSolver,
+    "active-set": ActiveSetSolver,
+    "interior-point": InteriorPointSolver,
+    "admm": ADMMSolver,
     "qpth": QpthSolver,
     "cvxpylayers": CvxpylayersSolver,
     "moreau": MoreauSolver,
@@ -19,18 +27,22 @@ SOLVERS: dict[str, type[Solver]] = {
 """Solvers by name, for `get_solver`."""
 
 __all__ = [
-    "QP",
     "SOLVERS",
+    "ADMMSolver",
+    "ActiveSetSolver",
     "CvxpylayersSolver",
+    "DualProblem",
+    "Fallback",
+    "InteriorPointSolver",
     "MoreauSolver",
     "NativeSolver",
     "OnFailure",
     "QpthSolver",
     "Solution",
-    "Solved",
     "Solver",
     "Status",
     "get_solver",
+    "to_dense",
 ]
 
 
@@ -38,14 +50,15 @@ def get_solver(solver: Solver | str) -> Solver:
     """The solver itself, or the one of that name with its default settings.
 
     Args:
-        solver: a `Solver`, or one of the names in `SOLVERS`: "native", "qpth", "cvxpylayers", "moreau".
+        solver: a `Solver`, or one of the names in `SOLVERS`: "native", "active-set", "interior-point", "admm", "qpth",
+            "cvxpylayers", "moreau".
 
     Returns:
         A solver.
 
     Raises:
         InputError: neither a `Solver` nor a known name.
-        MissingDependencyError: the named backend's package is not installed.
+        MissingDependencyError: the package of the named backend is not installed.
     """
     if isinstance(solver, Solver):
         return solver

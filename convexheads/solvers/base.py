@@ -1,68 +1,92 @@
-"""What every solver does the same way: flatten, precision, units, certificate, status, complaint."""
+"""The solver interface: rescaling, certification, failure handling and the implicit gradient, shared by all solvers."""
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from convexheads._functorch import inspect_values
-from convexheads._validation import check_bool, check_real, describe_type, is_float_tensor, is_positive_int
-from convexheads.errors import InputError, MissingDependencyError, SolverError, SolverWarning
+from convexheads._functorch import compute_without_grad, inspect_values, is_transforming
+from convexheads._validation import check_real, describe_type, is_positive_int
+from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError, SolverError, SolverWarning
 from convexheads.precision import full_precision, working_dtype
-from convexheads.solvers.active_set import ActiveSet
-from convexheads.solvers.interior_point import Relaxed
-from convexheads.solvers.problem import QP, Certificate, Solution, Status
+from convexheads.solvers.certificate import Certificate, account_for_rounding, certify
+from convexheads.solvers.implicit import Linearization, implied_active_set
+from convexheads.solvers.problem import DualProblem, Solution, Status, check_problem
+from convexheads.solvers.records import TensorRecord
+from convexheads.solvers.rescaling import replace_non_finite_tasks, rescale
 
 OnFailure = Literal["raise", "warn", "return"]
-"""What to do about a task that is not solved: "raise" `SolverError`, emit `SolverWarning`, or just "return" it."""
+"""What to do about a task that is not solved: "raise" `SolverError`, emit `SolverWarning`, or "return" it."""
 
 
-class Solved(NamedTuple):
-    """A flat batch of problems, solved: what `Solver._coefficients` returns.
+class SolverResult(NamedTuple):
+    """Coefficients with what else a solver knows about them. `Solver.solve_batch` may return it instead of a tensor.
+
+    The base class works out whatever is None. A solver outside of this library needs none of it.
 
     Attributes:
-        coef: `(tasks, n, k)`, with gradient; NaN in the tasks that could not be solved.
-        iterations: of each task, `(tasks,)`; None (default) where the backend doesn't tell.
-        certificate: of `coef`, where the solver has it; None (default) otherwise.
-        found: what the gradient of `coef` is made of, where that doesn't come with it; None (default) otherwise.
+        coef: coefficients of the rescaled problem, `(tasks, n, k)`; NaN in tasks that could not be solved.
+        iterations: number of iterations of each task, `(tasks,)`.
+        certificate: the certificate of `coef`.
+        linearization: the system that the gradient is computed with.
     """
 
     coef: Float[Tensor, "tasks n k"]
     iterations: Int[Tensor, " tasks"] | None = None
     certificate: Certificate | None = None
-    found: ActiveSet | Relaxed | None = None
+    linearization: Linearization | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Solved(TensorRecord):
+    """A flat batch, solved without autograd, and what its gradient is computed from.
+
+    Attributes:
+        solution: the solution, in the units of the problem.
+        hessian_scale: the Hessian of the rescaled problem divided by that of the problem.
+        linearization: the system of the rescaled problem; None for an empty batch, or if the coefficients have a
+            gradient of their own.
+    """
+
+    solution: Solution
+    hessian_scale: Float[Tensor, " tasks"]
+    linearization: Linearization | None
 
 
 class Solver(ABC):
-    """Solves a batch of `QP`s. Holds hyper-parameters only, so one solver serves any number of heads and threads.
+    """Solves batches of problems. It holds hyper-parameters only, so any number of heads and threads can share it.
 
-    A subclass writes `_coefficients` and sets `default_tolerance`, and `package` where it needs one. Whatever it
-    returns is judged by its duality gap (Boyd & Vandenberghe 2004, Section 5.5.1).
+    A subclass writes one method, `solve_batch`, which returns coefficients. The base class rescales the problem before,
+    certifies the coefficients afterwards, and makes them differentiable by the implicit function theorem.
 
     Args:
-        max_iterations: stop after so many iterations and return what is there, with status `STOPPED`. Early stopping is
-            a choice (Lee et al. 2019 stop after three), never a failure. None, the default: until converged.
-        tolerance: relative duality gap at which a task counts as converged; None, the default, for what the backend
-            reaches (`default_tolerance`). Below what rounding leaves it has no effect: 9e-13, or 5e-4 in float32
-            (on devices without float64).
-        on_failure: what happens when a task is not certified to the tolerance: "raise", the default, a `SolverError`
-            that carries the solution, "warn" (`SolverWarning`), or "return" it with its status.
+        max_iterations: stop after this number of iterations and return the current iterate, with status `STOPPED`.
+            Early stopping is not a failure (Lee et al. 2019 stop after three iterations). Default None (until
+            converged).
+        tolerance: relative duality gap at which a task counts as converged. Default None (`default_tolerance`). Below
+            the effect of rounding it has no effect: 9e-13, or 5e-4 in float32 (on devices without float64).
+        on_failure: what happens if a task is not certified to the tolerance: "raise" (default) a `SolverError` that
+            carries the solution, "warn" (`SolverWarning`), or "return" it with its status.
 
     Raises:
         InputError: an argument is outside its range.
         MissingDependencyError: the backend's package is not installed.
     """
 
-    default_tolerance: ClassVar[float]
-    """The relative duality gap that the backend reaches."""
+    default_tolerance: ClassVar[float] = 1e-6
+    """The relative duality gap at which a task counts as converged, unless the constructor says otherwise."""
     package: ClassVar[str | None] = None
     """The optional package that the backend needs, which is also the name of the extra that installs it."""
+    provides_gradient: ClassVar[bool] = False
+    """Whether `solve_batch` returns coefficients with a gradient of its own. If not, it runs without autograd."""
 
     def __init__(
         self,
@@ -84,106 +108,142 @@ class Solver(ABC):
         self.on_failure: OnFailure = on_failure
 
     def __repr__(self) -> str:
-        shown = [] if self.max_iterations is None else [f"max_iterations={self.max_iterations}"]
-        if self.tolerance != self.default_tolerance:
-            shown.append(f"tolerance={self.tolerance:g}")
-        if self.on_failure != "raise":
-            shown.append(f"on_failure={self.on_failure!r}")
+        shown = []
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value = getattr(self, name, parameter.default)
+            if parameter.default is parameter.empty:
+                shown.append(repr(value))
+            elif value != (self.default_tolerance if name == "tolerance" else parameter.default):
+                shown.append(f"{name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
     @abstractmethod
-    def _coefficients(self, qp: QP) -> Solved:
-        """Solve a flat batch of problems in units and in working precision; the one method that a subclass writes.
+    def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"] | SolverResult:
+        """Solve a flat, rescaled batch of problems. This is the one method that a subclass writes.
 
-        Must not print, nor let one task change another; nor raise for a task that it can't solve.
+        It runs without autograd, unless the class sets `provides_gradient`. It must not print, must not let a task
+        affect another one, and must not raise for a task that it cannot solve.
 
         Args:
-            qp: coefficients `(tasks, n, k)`, one task at least, numbers around one (`QP.in_units`), all finite but for
-                bounds.
+            problem: at least one task, with coefficients `(tasks, n, k)` and numbers around one (`rescale`), all finite
+                except for bounds.
 
         Returns:
-            The coefficients with their gradient, NaN in the tasks that could not be solved; and whatever else is known.
+            The coefficients, `(tasks, n, k)`, with NaN in tasks that could not be solved.
         """
 
-    def solve(self, qp: QP) -> Solution:
-        """Solve a batch of problems, any number of leading dimensions.
+    def solve(self, problem: DualProblem) -> Solution:
+        """Solve a batch of problems with any number of leading dimensions.
 
         Args:
-            qp: the problems, with coefficients `(*batch, n, k)`, of any floating-point dtype; solved in float64.
+            problem: the problems, with coefficients `(*batch, n, k)`, of any floating-point dtype. They are solved in
+                float64.
 
         Returns:
-            The solution, in float64. Gradients reach every tensor of `qp`.
+            The solution, in float64. Gradients reach every tensor of `problem`.
 
         Raises:
-            InputError: no QP of floating-point tensors on one device, shapes don't go together, there are no bounds, or
-                a lower one is above an upper one (looked at on the CPU only).
-            SolverError: a task failed and `on_failure="raise"`; with "warn", it is a `SolverWarning`.
-            ConvexHeadsError: in the backward pass, where a second derivative is asked for that the backend doesn't
-                have.
+            InputError: the problem is not a `DualProblem` of floating-point tensors of matching shapes on one device,
+                it has no bounds, or a lower bound is above an upper bound (checked on the CPU only).
+            SolverError: a task failed and `on_failure="raise"`; with "warn", a `SolverWarning` is emitted.
+            ConvexHeadsError: `solve_batch` lost its gradient although the class sets `provides_gradient`. Also in the
+                backward pass, if a second derivative is requested that the backend does not have.
         """
-        _check_kinds(qp)
-        _check_shapes(qp)
-        batch, device = qp.linear.shape[:-2], qp.linear.device
-        _check_bounds(qp)
+        check_problem(problem)
+        batch, device = problem.linear.shape[:-2], problem.linear.device
         with full_precision(device):
             dtype = working_dtype(device)
-            flat = qp.flatten()
+            flat = problem.flatten()
             if any(value.dtype != dtype for value in flat.tensors().values()):
                 flat = flat.map(lambda _, value: value.to(dtype))
-            solution = self._solution(flat)
+            solution = self._solve_flat(flat)
             if len(batch) != 1:
                 solution = solution.map(lambda _, value: value.reshape((*batch, *value.shape[1:])))
-        complain(type(self).__name__, solution, self.tolerance, self.on_failure)
+        handle_failures(type(self).__name__, solution, self.tolerance, self.on_failure)
         return solution
 
-    def _solution(self, qp: QP) -> Solution:
-        """Solve a flat batch of problems in working precision, with gradient."""
-        return self._answer(qp)[0]
+    def _solve_flat(self, problem: DualProblem) -> Solution:
+        """Solve a flat batch of problems in working precision, with gradient. Compositions of solvers override this."""
+        if self.provides_gradient:
+            return self._solve_numerically(problem).solution
+        if is_transforming():
+            solved = self._solve_under_transforms(problem)
+        else:
+            with torch.no_grad():
+                solved = self._solve_numerically(problem)
+        solution, linearization = solved.solution, solved.linearization
+        if linearization is None:
+            return replace(solution, coef=problem.linear.clone())
+        return replace(solution, coef=linearization.attach(problem, solution.coef, solved.hessian_scale))
 
-    def _answer(self, qp: QP) -> tuple[Solution, Float[Tensor, " tasks"], ActiveSet | Relaxed | None]:
-        """As `_solution`; with the Hessian's scale in the units of the solve, and what the gradient is made of."""
-        mended, broken = _without_broken_tasks(qp)
-        units, unit, size = mended.in_units()
-        # A batch without tasks has its answer already.
-        coef, iterations, certificate, found = self._solved(mended, units, unit) if len(unit) else Solved(units.linear)
+    def _solve_under_transforms(self, problem: DualProblem) -> Solved:
+        """Like `_solve_numerically`, inside the transforms of `torch.func`, where a tensor has hidden dimensions."""
+        structure: list[Solved] = []
+
+        def solve(*values: Tensor) -> tuple[Tensor, ...]:
+            remaining = iter(values)
+            whole = problem.map(lambda *_: next(remaining))
+            solved = self._solve_numerically(whole.flatten())
+            structure.append(solved)
+            batch = whole.linear.shape[:-2]
+            return tuple(value.reshape((*batch, *value.shape[1:])) for value in solved.tensors().values())
+
+        values = iter(compute_without_grad(solve, *problem.tensors().values()))
+        return structure[-1].map(lambda *_: next(values))
+
+    def _solve_numerically(self, problem: DualProblem) -> Solved:
+        """Rescale, solve and certify a flat batch."""
+        finite, non_finite = replace_non_finite_tasks(problem)
+        rescaled, coef_scale, multiplier_scale = rescale(finite)
+        result = self._result(finite, rescaled, coef_scale)
+        certificate, linearization = result.certificate, result.linearization
         if certificate is None:
-            certificate = units.detach().certify(coef.detach())
-        certificate = units.detach().allow_for_rounding(certificate)
+            certificate = certify(rescaled.detach(), result.coef.detach())
+        certificate = account_for_rounding(rescaled.detach(), certificate)
+        if linearization is None and not self.provides_gradient and len(coef_scale):
+            linearization = implied_active_set(rescaled, certificate)
+        unsolved = Status.FAILED if self.max_iterations is None else Status.STOPPED
+        status = torch.where(certificate.converged(self.tolerance), Status.CONVERGED, unsolved)
+        failed = non_finite | ~torch.isfinite(certificate.gap)
         solution = Solution(
-            coef=torch.where(broken, torch.nan, unit)[:, None, None] * coef,
-            bound_multipliers=certificate.bound_multipliers * size[:, None, None],
-            row_multipliers=certificate.row_multipliers * size[:, None],
-            status=torch.where(broken, Status.FAILED, self._status(certificate)),
-            gap=torch.where(broken, torch.nan, certificate.gap),
+            coef=torch.where(non_finite, torch.nan, coef_scale)[:, None, None] * result.coef,
+            bound_multipliers=certificate.bound_multipliers * multiplier_scale[:, None, None],
+            row_multipliers=certificate.row_multipliers * multiplier_scale[:, None],
+            status=torch.where(failed, Status.FAILED, status),
+            gap=torch.where(non_finite, torch.nan, certificate.gap),
             residual=certificate.residual,
-            iterations=iterations,
+            iterations=result.iterations,
         )
-        if isinstance(found, Relaxed):
-            found = found._replace(point=unit[:, None, None] * found.point)
-        return solution, unit / size, found
+        linearization = None if linearization is None else linearization.unscaled(coef_scale)
+        return Solved(solution, coef_scale / multiplier_scale, linearization)
 
-    def _solved(self, qp: QP, units: QP, unit: Float[Tensor, " tasks"]) -> Solved:
-        """Solve a flat batch that comes as it is and in units, of which `unit` is the coefficients'; in units."""
-        return self._coefficients(units)
+    def _result(self, problem: DualProblem, rescaled: DualProblem, coef_scale: Float[Tensor, " tasks"]) -> SolverResult:
+        """The result of `solve_batch` for the rescaled problem."""
+        if not len(coef_scale):  # an empty batch needs no solve
+            return SolverResult(rescaled.linear)
+        result = self.solve_batch(rescaled)
+        coef, name = result.coef if isinstance(result, SolverResult) else result, f"{type(self).__name__}.solve_batch"
+        if not isinstance(coef, Tensor) or coef.shape != rescaled.linear.shape:
+            got = f"shape {tuple(coef.shape)}" if isinstance(coef, Tensor) else describe_type(coef)
+            raise InputError(name, f"a tensor of coefficients of shape {tuple(rescaled.linear.shape)}", got)
+        wanted = torch.is_grad_enabled() and any(value.requires_grad for value in rescaled.tensors().values())
+        if self.provides_gradient and wanted and not coef.requires_grad:
+            raise ConvexHeadsError(f"{name}: expected coefficients with gradient, got none, but provides_gradient=True")
+        return result if isinstance(result, SolverResult) else SolverResult(coef)
 
-    def _status(self, certificate: Certificate) -> Int[Tensor, " tasks"]:
-        tolerance = max(self.tolerance, 4096 * torch.finfo(certificate.gap.dtype).eps)
-        # The gap is of second order in the error of the coefficients, the residual of first.
-        converged = (certificate.gap <= tolerance) & (certificate.residual <= tolerance**0.5)
-        finite = torch.isfinite(certificate.gap)
-        otherwise = Status.FAILED if self.max_iterations is None else Status.STOPPED
-        status = torch.where(converged, Status.CONVERGED, otherwise)
-        return torch.where(finite, status, Status.FAILED)
+    def _is_solved(self, solution: Solution) -> Tensor:
+        """The tasks that `Fallback` does not hand on, `(tasks,)` of bool."""
+        return solution.converged
 
 
 def check_on_failure(name: str, on_failure: object) -> None:
-    """Raise `InputError` unless it is one of the three things to do about a failure."""
+    """Raise `InputError` unless `on_failure` is one of the three policies."""
     if not isinstance(on_failure, str) or on_failure not in get_args(OnFailure):
         raise InputError(f"{name}(on_failure)", f"one of {get_args(OnFailure)}", repr(on_failure))
 
 
-def complain(name: str, solution: Solution, tolerance: float, on_failure: OnFailure) -> None:
-    """Raise or warn, as asked for, if a task of the solution failed."""
+def handle_failures(name: str, solution: Solution, tolerance: float, on_failure: OnFailure) -> None:
+    """Raise or warn, as `on_failure` says, if a task of the solution failed."""
     if on_failure == "return":
         return
     failures = inspect_values(_failures, solution.status, solution.gap, solution.residual)
@@ -194,72 +254,16 @@ def complain(name: str, solution: Solution, tolerance: float, on_failure: OnFail
         f"{tolerance:g} ({'; '.join(failures[:5])}{'; ...' if len(failures) > 5 else ''}). "
     )
     if on_failure == "raise":
-        advice = "on_failure='warn' or 'return' carries on with it."
-        raise SolverError(f"{message}The whole batch's solution is in `SolverError.solution`; {advice}", solution)
-    warnings.warn(message + "The status of each is in the fit's `solution`.", SolverWarning, stacklevel=3)
+        advice = "Pass on_failure='warn' or 'return' to continue."
+        raise SolverError(f"{message}`SolverError.solution` holds the solution of the whole batch. {advice}", solution)
+    warnings.warn(message + "The `solution` of the fit holds the status of each task.", SolverWarning, stacklevel=3)
 
 
 def _failures(status: Tensor, gap: Tensor, residual: Tensor) -> list[str]:
     failed = [tuple(task) for task in (status == Status.FAILED).nonzero().tolist()]
 
-    def told(task: tuple[int, ...]) -> str:
+    def describe(task: tuple[int, ...]) -> str:
         where = f"task {task}" if task else "the task"
         return f"{where}: relative gap {gap[task].item():.1e}, residual {residual[task].item():.1e}"
 
-    return [told(task) for task in failed]
-
-
-def _check_kinds(qp: object) -> None:
-    if not isinstance(qp, QP):
-        raise InputError("qp", "a QP", type(qp).__name__)
-    check_bool("QP(row_sum)", qp.row_sum)
-    for name, value in vars(qp).items():
-        optional = name not in ("gram", "linear")
-        if name != "row_sum" and not (is_float_tensor(value) or (value is None and optional)):
-            raise InputError(f"QP({name})", "a tensor of floating-point values", describe_type(value))
-
-
-def _check_shapes(qp: QP) -> None:
-    if qp.linear.ndim < 2 or not all(qp.linear.shape[-2:]):
-        raise InputError("QP(linear)", "(*batch, n, k), n and k at least 1", f"shape {tuple(qp.linear.shape)}")
-    *batch, n, _ = qp.linear.shape
-    square = {"gram": (*batch, n, n)} | ({} if qp.root is None else {"root": (*batch, n, *qp.root.shape[-1:])})
-    for name, value in qp.tensors().items():
-        expected = square.get(name, tuple(qp.linear.shape))
-        if value.shape != expected:
-            raise InputError(f"QP({name})", f"{expected}, to go with the linear term", f"shape {tuple(value.shape)}")
-        if value.device != qp.linear.device:
-            raise InputError(f"QP({name})", f"that of the linear term, {qp.linear.device}", f"device {value.device}")
-
-
-def _check_bounds(qp: QP) -> None:
-    if qp.lower is None and qp.upper is None:
-        raise InputError("QP(lower, upper)", "at least one of them", "None for both")
-    if qp.lower is not None and qp.upper is not None and qp.linear.device.type == "cpu":
-        inspect_values(_check_order, qp.lower, qp.upper)
-
-
-def _check_order(lower: Tensor, upper: Tensor) -> None:
-    crossed = lower > upper
-    if crossed.any():
-        where = tuple(crossed.nonzero()[0].tolist())
-        got = f"{lower[where].item():g} above {upper[where].item():g} at {where}"
-        raise InputError("QP(lower, upper)", "lower <= upper everywhere", got)
-
-
-def _without_broken_tasks(qp: QP) -> tuple[QP, Bool[Tensor, " tasks"]]:
-    """A trivial problem in the place of every task with non-finite data, and which tasks those are."""
-    tensors = qp.tensors()
-    none = torch.zeros_like(qp.linear[:, 0, 0], dtype=torch.bool)
-    # A look at the sums clears almost all that comes.
-    if torch.isfinite(torch.stack([v.sum() for v in tensors.values()]).sum()):
-        return qp, none
-    bad = [torch.isnan(v) if name in ("lower", "upper") else ~torch.isfinite(v) for name, v in tensors.items()]
-    broken = torch.stack([b.flatten(1).any(1) for b in bad]).any(0)
-    eye = torch.eye(qp.gram.shape[-1]).to(qp.gram)
-    harmless = {"gram": eye, "root": 0.0, "linear": 0.0, "lower": -1.0, "upper": 1.0, "smoothing": 1.0}
-
-    def mend(name: str, value: Tensor) -> Tensor:
-        return torch.where(broken.view(-1, *[1] * (value.ndim - 1)), harmless[name], value)
-
-    return qp.map(mend), broken
+    return [describe(task) for task in failed]

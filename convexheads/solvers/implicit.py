@@ -1,77 +1,169 @@
-"""The one place where a native solution gets its gradient.
+"""The implicit gradient: the one place where a solution is made differentiable.
 
-At the optimum some coefficients sit at a bound and the others solve a linear system,
+At the optimum some coefficients are at a bound, and the free ones solve a linear system,
 
-    K a + smoothing * a + shift = linear   at the free entries,     a 1 = 0,
+    K a + smoothing * a + row_multipliers = linear   at the free entries,     a 1 = 0,
 
-so the solution is differentiated by differentiating that system with the active set held fixed (the implicit function
-theorem on the KKT conditions, Eq. 8 of the paper). The system is symmetric: its adjoint has the same factors, and the
-backward pass is one more solve. That solve is again differentiable, so derivatives of any order are right.
+so the solution is differentiated by differentiating that system with the active set fixed (the implicit function
+theorem on the KKT conditions, Eq. 8 of Lee et al. 2019). The system is symmetric, so its adjoint has the same factors,
+and the backward pass is one more solve. That solve is again differentiable, so derivatives of any order are right.
 
-Where a bound is weakly active (coefficient at the bound and multiplier zero) the solution has no derivative, only
-directional ones; the active set found decides which of them is returned.
+If a bound is weakly active (a coefficient at the bound with a multiplier of zero), the solution has no derivative, only
+directional ones. The active set decides which of them is returned.
 
-The gradients that are not exact, but can be asked for, belong to an interior point's barrier in the place of the
-bounds: the KKT conditions with every complementary pair at a positive product, where no coefficient sits at a bound and
-each is held by the barrier's stiffness, multiplier over slack (OptNet, Amos & Kolter 2017, at the iterate where it
-stops; qpax, Tracy & Manchester 2024, at a product of one's choice).
+Relaxed gradients belong to a point inside the barrier of an interior point: the KKT conditions with every complementary
+pair at a positive product, where the stiffness of the barrier, multiplier over slack, takes the place of the active
+bounds (OptNet, Amos & Kolter 2017, at the iterate where it stops; qpax, Tracy & Manchester 2024, at a product of one's
+choice).
 """
 
 from __future__ import annotations
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from convexheads._functorch import is_transforming, move_vmap_dim_to_front, once_differentiable
-from convexheads.solvers.active_set import ActiveSet
-from convexheads.solvers.interior_point import Relaxed
-from convexheads.solvers.kkt import KKT
-from convexheads.solvers.problem import QP
+from convexheads.solvers.certificate import Certificate
+from convexheads.solvers.kkt import KKT, BlockKKT
+from convexheads.solvers.problem import DualProblem
+from convexheads.solvers.records import TensorRecord
 
+REGULARIZATION = 1e-9
+"""What active-set systems are regularized by, relative to the mean diagonal of the Hessian."""
 _REFINEMENTS = 3
 
 
-def attach(qp: QP, found: ActiveSet | Relaxed, scale: Float[Tensor, " tasks"]) -> Float[Tensor, "tasks n k"]:
-    """Coefficients, which were found without autograd, as functions of every tensor of `qp`.
+@dataclass(frozen=True, eq=False, repr=False)
+class Linearization(TensorRecord):
+    """The linear system from which coefficients get their gradient.
 
-    Args:
-        qp: a flat batch of problems.
-        found: the coefficients, and where their gradient comes from.
-        scale: how many times the Hessian of `qp` that of `found.kkt` is.
+    Attributes:
+        kkt: the factorized system of the rescaled problem.
     """
-    factors = found.kkt.tensors()
 
-    def kkt(*tensors: Tensor) -> KKT:
-        values = dict(zip(factors, tensors, strict=True))
-        return found.kkt.map(lambda name, _: values[name])
+    kkt: KKT
 
-    if isinstance(found, ActiveSet):
-        held, linear = qp.held(found.at_upper, found.at_lower), qp.linear
-        return _System.apply(kkt, qp.gram, qp.smoothing, linear, held, None, found.coef, scale, *factors.values())[0]
-    # A barrier of stiffness w, which is a constant here, pulls with `w (bound - coefficient)`.
-    linear = qp.linear
-    for stiffness, bound in ((found.upper, qp.upper), (found.lower, qp.lower)):
-        if bound is not None:
-            linear = linear + stiffness / scale[:, None, None] * torch.where(stiffness > 0, bound, 0)
-    system = kkt, qp.gram, qp.smoothing, linear, found.point, None, found.coef, scale
-    return _Barrier.apply(*system, *factors.values())[0]
+    @abstractmethod
+    def attach(
+        self, problem: DualProblem, coef: Float[Tensor, "tasks n k"], hessian_scale: Float[Tensor, " tasks"]
+    ) -> Float[Tensor, "tasks n k"]:
+        """Make coefficients that were found without autograd differentiable functions of every tensor of `problem`.
+
+        Args:
+            problem: a flat batch of problems in their original units.
+            coef: the coefficients.
+            hessian_scale: the Hessian of the rescaled problem divided by that of `problem`.
+        """
+
+    def unscaled(self, coef_scale: Float[Tensor, " tasks"]) -> Linearization:
+        """The same with coefficients in the original units."""
+        return self
 
 
-class _System(torch.autograd.Function):
-    """`(x, shift)` that solve a KKT system, as functions of it.
+@dataclass(frozen=True, eq=False, repr=False)
+class ActiveSet(Linearization):
+    """The exact gradient: active bounds stay active, and the free entries solve a linear system.
+
+    Attributes:
+        kkt: the system of the free entries.
+        at_upper: entries at their upper bound.
+        at_lower: entries at their lower bound.
+    """
+
+    at_upper: Bool[Tensor, "tasks n k"]
+    at_lower: Bool[Tensor, "tasks n k"]
+
+    def attach(
+        self, problem: DualProblem, coef: Float[Tensor, "tasks n k"], hessian_scale: Float[Tensor, " tasks"]
+    ) -> Float[Tensor, "tasks n k"]:
+        kkt, factors = _as_function(self.kkt)
+        fixed = problem.active_bounds(self.at_upper, self.at_lower)
+        system = problem.gram, problem.smoothing, problem.linear, fixed, None, coef, hessian_scale
+        return _ImplicitSolve.apply(kkt, *system, *factors)[0]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BarrierPoint(Linearization):
+    """A relaxed gradient: that of a point inside the barrier. It has no second derivative.
+
+    Attributes:
+        kkt: the system with the stiffness on its diagonal.
+        point: the point inside the barrier.
+        upper: stiffness of each upper bound, multiplier over slack.
+        lower: stiffness of each lower bound.
+    """
+
+    point: Float[Tensor, "tasks n k"]
+    upper: Float[Tensor, "tasks n k"]
+    lower: Float[Tensor, "tasks n k"]
+
+    def attach(
+        self, problem: DualProblem, coef: Float[Tensor, "tasks n k"], hessian_scale: Float[Tensor, " tasks"]
+    ) -> Float[Tensor, "tasks n k"]:
+        kkt, factors = _as_function(self.kkt)
+        # A barrier of stiffness w, which is a constant here, pulls with `w (bound - coefficient)`.
+        linear = problem.linear
+        for stiffness, bound in ((self.upper, problem.upper), (self.lower, problem.lower)):
+            if bound is not None:
+                linear = linear + stiffness / hessian_scale[:, None, None] * torch.where(stiffness > 0, bound, 0)
+        system = problem.gram, problem.smoothing, linear, self.point, None, coef, hessian_scale
+        return _RelaxedImplicitSolve.apply(kkt, *system, *factors)[0]
+
+    def unscaled(self, coef_scale: Float[Tensor, " tasks"]) -> BarrierPoint:
+        return replace(self, point=coef_scale[:, None, None] * self.point)
+
+
+def implied_active_set(problem: DualProblem, certificate: Certificate) -> ActiveSet:
+    """The active set that certified coefficients of a rescaled problem imply."""
+    at_upper, at_lower = active_entries(problem, certificate.feasible, certificate.bound_multipliers)
+    return ActiveSet(factorize_free(problem, at_upper, at_lower), at_upper, at_lower)
+
+
+def active_entries(problem: DualProblem, coef: Tensor, bound_multipliers: Tensor) -> tuple[Tensor, Tensor]:
+    """Which entries are at their upper and at their lower bound: those whose multiplier exceeds the distance to it."""
+    nowhere = torch.zeros_like(coef, dtype=torch.bool)
+    at_upper = nowhere if problem.upper is None else problem.upper - coef < bound_multipliers
+    at_lower = nowhere if problem.lower is None else coef - problem.lower < -bound_multipliers
+    return at_upper, at_lower
+
+
+def factorize_free(problem: DualProblem, at_upper: Tensor, at_lower: Tensor) -> BlockKKT:
+    """The factorized system of the free entries of a rescaled problem."""
+    diagonal = None if problem.smoothing is None else problem.smoothing.mT
+    free = ~(at_upper | at_lower).mT
+    settings: dict[str, Any] = {"rows_sum_to_zero": problem.rows_sum_to_zero, "regularization": REGULARIZATION}
+    return BlockKKT.factorize(problem.gram, diagonal=diagonal, free=free, **settings)
+
+
+def _as_function(kkt: KKT) -> tuple[Callable[..., KKT], list[Tensor]]:
+    """A system as a function of its tensors, which autograd has to see."""
+    factors = kkt.tensors()
+
+    def rebuild(*tensors: Tensor) -> KKT:
+        values: dict[str, Any] = vars(kkt) | dict(zip(factors, tensors, strict=True))
+        return type(kkt)(**values)
+
+    return rebuild, list(factors.values())
+
+
+class _ImplicitSolve(torch.autograd.Function):
+    """The solution `(x, row_multipliers)` of a KKT system, as a function of its data.
 
     The system is
 
-        gram x + smoothing * x + shift = linear  at the free entries,   x = held  at the others,   sum_c x_c = sums
+        gram x + smoothing * x + row_multipliers = linear  at the free entries,   x = fixed  at the others,
+        sum_c x_c = sums
 
-    `known` is x where that is known already; the value of its shift is then not told, and nothing depends on it. What
-    is None counts as zero. A system that can't be factorised gives NaN gradients, never a number without meaning; but
-    zero where the gradient that comes in is zero.
+    If x is known already it is passed as `known`; its row multipliers are then not returned. None means zero. A system
+    that cannot be factorized gives NaN gradients, never a number without meaning, but zero where the incoming gradient
+    is zero.
     """
 
     @staticmethod
@@ -80,7 +172,7 @@ class _System(torch.autograd.Function):
         gram: Float[Tensor, "tasks n n"],
         smoothing: Float[Tensor, "tasks n k"] | None,
         linear: Float[Tensor, "tasks n k"],
-        held: Float[Tensor, "tasks n k"] | None,
+        fixed: Float[Tensor, "tasks n k"] | None,
         sums: Float[Tensor, "tasks n"] | None,
         known: Float[Tensor, "tasks n k"] | None,
         scale: Float[Tensor, " tasks"],
@@ -90,8 +182,8 @@ class _System(torch.autograd.Function):
         if known is not None:
             return known.clone(), torch.zeros_like(sums)
         scale = scale.unsqueeze(-1)
-        x, shift = kkt(*factors).solve(scale.unsqueeze(-1) * linear.mT, sums, refinements=_REFINEMENTS)
-        return x.mT.contiguous(), shift / scale
+        x, row_multipliers = kkt(*factors).solve(scale.unsqueeze(-1) * linear.mT, sums, refinements=_REFINEMENTS)
+        return x.mT.contiguous(), row_multipliers / scale
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -99,37 +191,41 @@ class _System(torch.autograd.Function):
         ctx.save_for_backward(gram, smoothing, output[0], scale, *factors)
 
     @staticmethod
-    def backward(ctx, grad_x: Tensor, grad_shift: Tensor):
+    def backward(ctx, grad_x: Tensor, grad_multipliers: Tensor):
         gram, smoothing, x, scale, *factors = ctx.saved_tensors
-        solve = _System.apply if torch.is_grad_enabled() or is_transforming() else _System.forward
-        u, shift = solve(ctx.kkt, gram, smoothing, grad_x, None, grad_shift, None, scale, *factors)
-        lost = _lost(u, x, grad_x, grad_shift)
-        u, x, shift = u.masked_fill(lost, 0), x.masked_fill(lost, 0), shift.masked_fill(lost.squeeze(-1), 0)
+        solve = _ImplicitSolve.apply if torch.is_grad_enabled() or is_transforming() else _ImplicitSolve.forward
+        u, row_multipliers = solve(ctx.kkt, gram, smoothing, grad_x, None, grad_multipliers, None, scale, *factors)
+        ignored = _non_finite_without_gradient(u, x, grad_x, grad_multipliers)
+        u, x, row_multipliers = (
+            u.masked_fill(ignored, 0),
+            x.masked_fill(ignored, 0),
+            row_multipliers.masked_fill(ignored.squeeze(-1), 0),
+        )
         outer = u @ x.mT
         grad_smoothing = None if smoothing is None else -u * x
-        grad_held = None
-        if ctx.needs_input_grad[4]:  # the reaction at a bound; at free entries it is never asked for
-            grad_held = (grad_x - gram @ u - shift.unsqueeze(-1)).masked_fill(lost, 0)
+        grad_fixed = None
+        if ctx.needs_input_grad[4]:  # the reaction at a bound; at free entries it has no effect
+            grad_fixed = (grad_x - gram @ u - row_multipliers.unsqueeze(-1)).masked_fill(ignored, 0)
         nothing = (None,) * (2 + len(factors))
         return (
             None,
             -(outer + outer.mT) / 2,
             grad_smoothing,
             u,
-            grad_held,
-            shift if ctx.needs_input_grad[5] else None,
+            grad_fixed,
+            row_multipliers if ctx.needs_input_grad[5] else None,
             *nothing,
         )
 
     @staticmethod
     def vmap(info, in_dims, kkt, *tensors):
-        return _mapped(_System, info.batch_size, in_dims[1:], kkt, tensors)
+        return _vmap_rule(_ImplicitSolve, info.batch_size, in_dims[1:], kkt, tensors)
 
 
-class _Barrier(_System):
-    """`known`, with the gradient of the point `held` inside a barrier, whose stiffness is part of `factors`.
+class _RelaxedImplicitSolve(_ImplicitSolve):
+    """`known`, with the gradient of the point `fixed` inside a barrier, whose stiffness is part of `factors`.
 
-    That stiffness depends on the solution, so one derivative is all there is.
+    The stiffness depends on the solution, so there is a first derivative only.
     """
 
     @staticmethod
@@ -138,39 +234,39 @@ class _Barrier(_System):
         ctx.save_for_backward(gram, smoothing, point, scale, *factors)
 
     @staticmethod
-    def backward(ctx, grad_x: Tensor, grad_shift: Tensor):
+    def backward(ctx, grad_x: Tensor, grad_multipliers: Tensor):
         gram, smoothing, x, scale, *factors = (None if value is None else value.detach() for value in ctx.saved_tensors)
-        given = grad_x.detach(), None, grad_shift.detach(), None
-        u, _ = _System.apply(ctx.kkt, gram, smoothing, *given, scale, *factors)
+        given = grad_x.detach(), None, grad_multipliers.detach(), None
+        u, _ = _ImplicitSolve.apply(ctx.kkt, gram, smoothing, *given, scale, *factors)
         assert x is not None
-        lost = _lost(u, x, grad_x, grad_shift)
-        u, x = u.masked_fill(lost, 0), x.masked_fill(lost, 0)
+        ignored = _non_finite_without_gradient(u, x, grad_x, grad_multipliers)
+        u, x = u.masked_fill(ignored, 0), x.masked_fill(ignored, 0)
         outer = u @ x.mT
         found = -(outer + outer.mT) / 2, None if smoothing is None else -u * x, u
-        by = "a NativeSolver whose gradient is not exact"
+        by = "an InteriorPointSolver whose gradient is not exact"
         found = (None if value is None else once_differentiable(value, grad_x, by) for value in found)
         return None, *found, *(None,) * (4 + len(factors))
 
     @staticmethod
     def vmap(info, in_dims, kkt, *tensors):
-        return _mapped(_Barrier, info.batch_size, in_dims[1:], kkt, tensors)
+        return _vmap_rule(_RelaxedImplicitSolve, info.batch_size, in_dims[1:], kkt, tensors)
 
 
-def _lost(u: Tensor, x: Tensor, grad_x: Tensor, grad_shift: Tensor) -> Tensor:
-    """The tasks that have no number to show, where nobody asked for one: `(tasks, 1, 1)`.
+def _non_finite_without_gradient(u: Tensor, x: Tensor, grad_x: Tensor, grad_multipliers: Tensor) -> Tensor:
+    """The non-finite tasks whose incoming gradient is zero, `(tasks, 1, 1)`.
 
-    A failed task that the loss leaves out would otherwise bring NaN (zero times NaN) to what all tasks share. Others
-    stay as they are, also with a gradient of zero, so that derivatives of this derivative are right.
+    A failed task that the loss leaves out would otherwise add NaN (zero times NaN) to the gradients of what all tasks
+    share. Finite tasks stay as they are, also with a gradient of zero, so that second derivatives are right.
     """
-    size = (u + x).sum((-2, -1))
-    asked = grad_x.flatten(-2).any(-1) | grad_shift.any(-1)
-    return ((size - size != 0) & ~asked)[:, None, None]  # of what is not finite, the difference is NaN
+    total = (u + x).sum((-2, -1))
+    asked = grad_x.flatten(-2).any(-1) | grad_multipliers.any(-1)
+    return ((total - total != 0) & ~asked)[:, None, None]  # of what is not finite, the difference is NaN
 
 
-def _mapped(function: type[_System], size: int, in_dims: Any, kkt: Callable[..., KKT], tensors: Any) -> Any:
+def _vmap_rule(function: type[_ImplicitSolve], size: int, in_dims: Any, kkt: Callable[..., KKT], tensors: Any) -> Any:
     """The rule for `torch.func.vmap`: the mapped dimension becomes more tasks."""
     pairs = list(zip(in_dims, tensors, strict=True))
-    if all(dimension is None for dimension in in_dims[7:]):  # one factorised system, several right-hand sides
+    if all(dimension is None for dimension in in_dims[7:]):  # one factorized system, several right-hand sides
         each = [function.apply(kkt, *(t if dim is None else t.select(dim, i) for dim, t in pairs)) for i in range(size)]
         return tuple(torch.stack(values) for values in zip(*each, strict=True)), (0, 0)
     mapped = [move_vmap_dim_to_front(size, *pair) for pair in pairs]
@@ -179,5 +275,7 @@ def _mapped(function: type[_System], size: int, in_dims: Any, kkt: Callable[...,
     return tuple(value.reshape(size, tasks, *value.shape[1:]) for value in function.apply(kkt, *flat)), (0, 0)
 
 
-# torch asks for this signature at every call; worked out anew, it would cost more than what a small task has to do.
-_System.forward.__signature__ = inspect.signature(_System.forward)  # pyright: ignore[reportFunctionMemberAccess]
+# torch inspects this signature in every call, which takes longer than solving a small task. `inspect.signature` returns
+# the attribute if there is one, and derives the same signature if there is none.
+_forward: Any = _ImplicitSolve.forward
+_forward.__signature__ = inspect.signature(_forward)

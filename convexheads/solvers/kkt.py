@@ -1,14 +1,14 @@
-"""The structured KKT system that interior point, active set and gradient share.
+"""The structured KKT system that the interior point, the active set and the gradient share.
 
-Up to its diagonal, the Hessian of the dual is the same n x n matrix for each class, so the system falls into one block
-a class, tied together by the row sums only:
+Up to its diagonal, the Hessian of the dual is the same n x n matrix for each class, so the system consists of one block
+per class, and only the row sums couple the blocks:
 
-    (gram + diag(diagonal_c)) x_c + shift = right_c  for every class c,     sum_c x_c = sums
+    (gram + diag(diagonal_c)) x_c + row_multipliers = right_c  for every class c,     sum_c x_c = sums
 
-Eliminating the blocks leaves n x n matrices throughout: one Cholesky a class and one for the shift, never (nk)^2. With
-many more examples than features, or whatever else makes the rank r of the Gram matrix small, a class costs one
-Cholesky of r x r, by the identity of Sherman, Morrison and Woodbury.
-Tensors here are class-major, `(tasks, k, n)`, so that classes are one more batch dimension.
+Eliminating the blocks leaves n x n matrices throughout: one Cholesky factorization per class and one for the row
+multipliers, and never a matrix of (nk)^2. If the rank r of the Gram matrix is small, for instance because there are
+many more examples than features, a class costs one Cholesky factorization of r x r, by the Sherman-Morrison-Woodbury
+identity. Tensors here are class-major, `(tasks, k, n)`, so that classes are one more batch dimension.
 """
 
 from __future__ import annotations
@@ -19,34 +19,38 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional
 
-from convexheads.solvers.batch import Batch
+from convexheads.solvers.problem import DualProblem
+from convexheads.solvers.records import TensorRecord
 
-# Blocks are made smaller where the rows in them are at most this share of all.
-_WORTH_GATHERING = 0.75
-# Columns of a root after which it is looked whether that is all.
-_LOOK_EVERY = 16
+# Free rows are gathered into smaller blocks if they are at most this fraction of all rows.
+_MAX_FREE_FRACTION_TO_GATHER = 0.75
+# The pivoted Cholesky factorization checks after so many columns whether it is complete.
+_CHECK_EVERY = 16
+# A factor of the Gram matrix saves time if its rank is at most this fraction of the number of examples.
+_MAX_RANK_FRACTION = 0.25
+# Problems with fewer examples are not searched for one.
+MIN_EXAMPLES_FOR_LOW_RANK = 256
 
 
-class KKT(Batch, ABC):
-    """A factorised KKT system. All that it consists of are tensors, tasks first."""
+class KKT(TensorRecord, ABC):
+    """A factorized KKT system. All its fields are tensors, tasks first, or are shared by all tasks."""
 
     @abstractmethod
     def solve(
         self, right: Float[Tensor, "tasks k n"], sums: Float[Tensor, "tasks n"], *, refinements: int
     ) -> tuple[Float[Tensor, "tasks k n"], Float[Tensor, "tasks n"]]:
-        """Return `(x, shift)`, refined against the unregularised system."""
+        """Return `(x, row_multipliers)`, refined against the unregularized system."""
 
 
-@dataclass(frozen=True)
-class FactorisedKKT(KKT):
-    """The factors of one such system for each task; a block that can't be factorised gives NaN for its task alone.
+@dataclass(frozen=True, eq=False, repr=False)
+class FactorizedKKT(KKT):
+    """The factors of one such system per task. A block that cannot be factorized gives NaN for its task alone.
 
     Attributes:
-        gram: shared by the classes.
-        diagonal: added to each class's block; None for nothing.
-        schur: the Cholesky factor of the system for the shift; None without row sums.
+        gram: the Gram matrix, which the classes share.
+        diagonal: added to the block of each class; None for zero.
+        schur: the Cholesky factor of the row multipliers' system; None without row sums.
     """
 
     gram: Float[Tensor, "tasks n n"]
@@ -61,81 +65,84 @@ class FactorisedKKT(KKT):
         refinements: int,
         start: tuple[Float[Tensor, "tasks k n"], Float[Tensor, "tasks n"]] | None = None,
     ) -> tuple[Float[Tensor, "tasks k n"], Float[Tensor, "tasks n"]]:
-        """Return `(x, shift)`, refined against the unregularised system.
+        """Return `(x, row_multipliers)`, refined against the unregularized system.
 
-        A singular system (duplicates, n > d) has many solutions: the one closest to `start` (zero by default) is found.
+        A singular system (duplicates, n > d) has many solutions. The result is the one closest to `start`, or to zero
+        without one.
         """
         if start is None:
-            x, shift = self._eliminate(right, sums)
+            x, row_multipliers = self._eliminate(right, sums)
         else:
-            x, shift = start
+            x, row_multipliers = start
             refinements += 1
         for _ in range(refinements):
             image = x @ self.gram
             if self.diagonal is not None:
                 image = image + self.diagonal * x
-            more, shift_more = self._eliminate(right - image - shift.unsqueeze(1), sums - x.sum(1))
-            x, shift = x + more, shift + shift_more
-        return x, shift
+            more, more_multipliers = self._eliminate(right - image - row_multipliers.unsqueeze(1), sums - x.sum(1))
+            x, row_multipliers = x + more, row_multipliers + more_multipliers
+        return x, row_multipliers
 
     def _eliminate(self, right: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
         x = self._by_block(right)
         if self.schur is None:
             return x, torch.zeros_like(sums)
-        shift = torch.cholesky_solve((x.sum(1) - sums).unsqueeze(-1), self.schur).squeeze(-1)
-        return x - self._by_block(shift.unsqueeze(1)), shift
+        row_multipliers = torch.cholesky_solve((x.sum(1) - sums).unsqueeze(-1), self.schur).squeeze(-1)
+        return x - self._by_block(row_multipliers.unsqueeze(1)), row_multipliers
 
     @abstractmethod
     def _by_block(self, value: Tensor) -> Tensor:
-        """The blocks' inverses times the parts of `value`, zero at entries that don't take part."""
+        """The inverses of the blocks times the parts of `value`, zero at fixed entries."""
 
 
-@dataclass(frozen=True)
-class BlockKKT(FactorisedKKT):
-    """With an inverse for every block.
+@dataclass(frozen=True, eq=False, repr=False)
+class BlockKKT(FactorizedKKT):
+    """A system with the inverse of every block.
 
     Attributes:
-        gram: as in `FactorisedKKT`.
-        diagonal: likewise.
-        schur: likewise.
-        inverse: of the regularised blocks.
-        index: the rows that each block consists of, padded; None for all n.
-        inside: which entries take part at all, 1 or 0; by block where there is an `index`. None for all.
+        gram: see `FactorizedKKT`.
+        diagonal: see `FactorizedKKT`.
+        schur: see `FactorizedKKT`.
+        inverse: the inverses of the regularized blocks.
+        index: the rows that each block consists of, padded; None if every block has all n rows.
+        free_mask: 1 for free entries and 0 for fixed ones, by block if there is an `index`; None if all are free.
     """
 
     inverse: Float[Tensor, "tasks k m m"]
     index: Int[Tensor, "tasks k m"] | None = None
-    inside: Float[Tensor, "tasks k m"] | None = None
+    free_mask: Float[Tensor, "tasks k m"] | None = None
 
     @classmethod
-    def factorise(
+    def factorize(
         cls,
         gram: Float[Tensor, "tasks n n"],
         *,
         diagonal: Float[Tensor, "tasks k n"] | None = None,
         free: Bool[Tensor, "tasks k n"] | None = None,
-        row_sum: bool,
-        regulariser: float,
+        rows_sum_to_zero: bool,
+        regularization: float,
+        max_free_fraction: float = _MAX_FREE_FRACTION_TO_GATHER,
     ) -> BlockKKT:
-        """Factorise.
+        """Factorize.
 
         Args:
-            gram: shared by the classes.
-            diagonal: added to each class's block; None for nothing.
-            free: the entries that may move; the others are held at zero and their equations dropped. None for all.
-            row_sum: whether the row sums tie the classes together.
-            regulariser: added to the diagonal, in units of it. It keeps singular blocks factorisable; refinement
-                against the unregularised system takes its effect out of the answer again.
+            gram: the Gram matrix, which the classes share.
+            diagonal: added to the block of each class; None for zero.
+            free: the free entries; the others are fixed at zero, and their equations dropped. None if all are free.
+            rows_sum_to_zero: whether the row sums couple the classes.
+            regularization: added to the diagonal. It keeps singular blocks factorizable; refinement against the
+                unregularized system removes its effect.
+            max_free_fraction: blocks are gathered from the free rows if these are at most this fraction of all rows.
         """
         n = gram.shape[-1]
         block = gram.unsqueeze(1)
-        added = torch.full_like(block[:, :, 0], max(regulariser, 4 * torch.finfo(gram.dtype).eps))
+        added = torch.full_like(block[:, :, 0], max(regularization, 4 * torch.finfo(gram.dtype).eps))
         if diagonal is not None:
             added = added + diagonal
-        index = inside = None
+        index = free_mask = None
         if free is not None:
             size = int(free.sum(-1).amax()) if free.shape[1] > 1 else n
-            if size <= _WORTH_GATHERING * n:  # the largest block: the classes' own rows, and few others
+            if size <= max_free_fraction * n:
                 index = (~free).to(torch.uint8).argsort(dim=-1, stable=True)[..., :size]
                 free_in_block = free.gather(-1, index)
                 task = torch.arange(len(gram), device=gram.device)[:, None, None, None]
@@ -143,49 +150,31 @@ class BlockKKT(FactorisedKKT):
                 added = added.expand(free.shape).gather(-1, index)
             else:
                 free_in_block = free
-            inside = free_in_block.to(gram.dtype)
-            block = block * inside.unsqueeze(-1) * inside.unsqueeze(-2)
+            free_mask = free_in_block.to(gram.dtype)
+            block = block * free_mask.unsqueeze(-1) * free_mask.unsqueeze(-2)
             added = torch.where(free_in_block, added, 1.0)
         inverse = torch.cholesky_inverse(cholesky(block + torch.diag_embed(added)))
-        if inside is not None:
-            inverse = inverse * inside.unsqueeze(-1)
+        if free_mask is not None:
+            inverse = inverse * free_mask.unsqueeze(-1)
         schur = None
-        if row_sum:
+        if rows_sum_to_zero:
             schur = inverse.sum(1) if index is None else _assemble(inverse, index, n)
             if free is not None:  # a row without a free entry has no equation left
                 schur = schur + torch.diag_embed((~free.any(1)).to(schur.dtype))
             schur = cholesky(schur)
-        return cls(gram, diagonal, schur, inverse, index, inside)
-
-    def with_tasks(self, chosen: Bool[Tensor, " tasks"], by: BlockKKT) -> BlockKKT:
-        size = max(self.inverse.shape[-1], by.inverse.shape[-1])
-        new = by._padded(size).tensors()
-        return self._padded(size).map(lambda name, value: value.index_put((chosen,), new[name]))
+        return cls(gram, diagonal, schur, inverse, index, free_mask)
 
     def _by_block(self, value: Tensor) -> Tensor:
         if self.index is None:
-            value = value if self.inside is None else value * self.inside
+            value = value if self.free_mask is None else value * self.free_mask
             return (self.inverse @ value.unsqueeze(-1)).squeeze(-1)
         value = value.expand(*self.index.shape[:-1], -1)
         part = (self.inverse @ value.gather(-1, self.index).unsqueeze(-1)).squeeze(-1)
         return torch.zeros_like(value).scatter_add(-1, self.index, part)
 
-    def _padded(self, size: int) -> BlockKKT:
-        """The same with an index, and blocks of that size: what is added does nothing."""
-        tasks, k, m, _ = self.inverse.shape
-        index = torch.arange(m, device=self.gram.device).expand(tasks, k, m) if self.index is None else self.index
-        inside = torch.ones_like(self.inverse[..., 0]) if self.inside is None else self.inside
-        more = size - m
-        return replace(
-            self,
-            inverse=functional.pad(self.inverse, (0, more, 0, more)),
-            index=functional.pad(index, (0, more)),
-            inside=functional.pad(inside, (0, more)),
-        )
-
 
 def _assemble(inverse: Tensor, index: Tensor, n: int) -> Tensor:
-    """The sum over classes of gathered blocks, back at their rows; one class at a time, so that it is deterministic."""
+    """The sum of the gathered blocks over the classes, one class at a time, so that it is deterministic."""
     total = inverse.new_zeros(len(inverse), n, n)
     task = torch.arange(len(inverse), device=inverse.device)[:, None, None]
     for c in range(index.shape[1]):
@@ -194,70 +183,82 @@ def _assemble(inverse: Tensor, index: Tensor, n: int) -> Tensor:
     return total
 
 
-@dataclass(frozen=True)
-class LowRankKKT(FactorisedKKT):
-    """With every block's inverse as a diagonal minus a product of r x n matrices, for a Gram matrix of small rank r.
+@dataclass(frozen=True, eq=False, repr=False)
+class LowRankKKT(FactorizedKKT):
+    """A system with a Gram matrix of small rank r: the inverse of a block is a diagonal minus a low-rank product.
 
     Attributes:
-        gram: as in `FactorisedKKT`.
-        diagonal: likewise.
-        schur: likewise.
-        weight: the diagonal.
-        half: the matrices.
+        gram: see `FactorizedKKT`.
+        diagonal: see `FactorizedKKT`.
+        schur: see `FactorizedKKT`.
+        inverse_diagonal: the diagonal of each block's inverse.
+        low_rank_factor: the matrix whose product with its transpose is subtracted.
     """
 
-    weight: Float[Tensor, "tasks k n"]
-    half: Float[Tensor, "tasks k r n"]
+    inverse_diagonal: Float[Tensor, "tasks k n"]
+    low_rank_factor: Float[Tensor, "tasks k r n"]
 
     @classmethod
-    def factorise(
+    def factorize(
         cls,
         gram: Float[Tensor, "tasks n n"],
-        root: Float[Tensor, "tasks n r"],
+        gram_factor: Float[Tensor, "tasks n r"],
         *,
         diagonal: Float[Tensor, "tasks k n"],
-        row_sum: bool,
-        regulariser: float,
+        rows_sum_to_zero: bool,
+        regularization: float,
     ) -> LowRankKKT:
-        """Factorise; `root @ root.mT` is the Gram matrix, the rest as for `BlockKKT`."""
-        weight = 1 / (diagonal + max(regulariser, 4 * torch.finfo(gram.dtype).eps))
-        columns = root.mT.unsqueeze(1) * weight.sqrt().unsqueeze(2)
-        small = columns @ columns.mT + torch.eye(root.shape[-1], dtype=gram.dtype, device=gram.device)
-        half = torch.linalg.solve_triangular(cholesky(small), columns, upper=False) * weight.sqrt().unsqueeze(2)
+        """Factorize; `gram_factor @ gram_factor.mT` is the Gram matrix. See `BlockKKT.factorize` for the rest."""
+        inverse_diagonal = 1 / (diagonal + max(regularization, 4 * torch.finfo(gram.dtype).eps))
+        scaling = inverse_diagonal.sqrt().unsqueeze(2)
+        columns = gram_factor.mT.unsqueeze(1) * scaling
+        small = columns @ columns.mT + torch.eye(gram_factor.shape[-1], dtype=gram.dtype, device=gram.device)
+        low_rank_factor = torch.linalg.solve_triangular(cholesky(small), columns, upper=False) * scaling
         schur = None
-        if row_sum:
-            together = half.flatten(1, 2)
-            schur = cholesky(torch.diag_embed(weight.sum(1)) - together.mT @ together)
-        return cls(gram, diagonal, schur, weight, half)
+        if rows_sum_to_zero:
+            stacked = low_rank_factor.flatten(1, 2)
+            schur = cholesky(torch.diag_embed(inverse_diagonal.sum(1)) - stacked.mT @ stacked)
+        return cls(gram, diagonal, schur, inverse_diagonal, low_rank_factor)
 
     def _by_block(self, value: Tensor) -> Tensor:
-        return self.weight * value - (self.half.mT @ (self.half @ value.unsqueeze(-1))).squeeze(-1)
+        product = self.low_rank_factor.mT @ (self.low_rank_factor @ value.unsqueeze(-1))
+        return self.inverse_diagonal * value - product.squeeze(-1)
 
 
-def find_root(gram: Float[Tensor, "tasks n n"], *, most: int) -> Float[Tensor, "tasks n r"] | None:
-    """`root` with `root @ root.mT` the Gram matrix, to rounding; None where that takes more than `most` columns.
+def pivoted_cholesky(
+    gram: Float[Tensor, "tasks n n"], *, max_rank: int, check_every: int = _CHECK_EVERY
+) -> Float[Tensor, "tasks n r"] | None:
+    """A factor with `factor @ factor.mT == gram`, to rounding; None if it would need more than `max_rank` columns.
 
-    By the Cholesky factorisation with pivoting (Higham 1990), which ends when nothing is left of the diagonal: its cost
-    is that of r columns, whatever the kernel.
+    The Cholesky factorization with pivoting (Higham 1990) ends when the diagonal of the residual is zero. It costs r
+    columns, whatever the kernel.
     """
     tasks, n, _ = gram.shape
-    left = gram.diagonal(dim1=-2, dim2=-1).clone()
-    nothing = n * torch.finfo(gram.dtype).eps * left.amax(-1, keepdim=True)
-    root = gram.new_zeros(tasks, n, most)
+    residual_diagonal = gram.diagonal(dim1=-2, dim2=-1).clone()
+    tolerance = n * torch.finfo(gram.dtype).eps * residual_diagonal.amax(-1, keepdim=True)
+    factor = gram.new_zeros(tasks, n, max_rank)
     task = torch.arange(tasks, device=gram.device)
-    for column in range(most):
-        if column and column % _LOOK_EVERY == 0 and (left <= nothing).all():
-            return root[..., :column].contiguous()
-        pivot = left.argmax(-1)
-        found = gram[task, pivot] - (root[..., :column] @ root[task, pivot, :column].unsqueeze(-1)).squeeze(-1)
-        size = left.gather(-1, pivot.unsqueeze(-1))
-        found = torch.where(size > nothing, found / size.sqrt(), 0)
-        root[..., column] = found
-        left = (left - found.square()).scatter(-1, pivot.unsqueeze(-1), 0)
-    return root if (left <= nothing).all() else None
+    for rank in range(max_rank):
+        if rank and rank % check_every == 0 and (residual_diagonal <= tolerance).all():
+            return factor[..., :rank].contiguous()
+        pivot = residual_diagonal.argmax(-1)
+        column = gram[task, pivot] - (factor[..., :rank] @ factor[task, pivot, :rank].unsqueeze(-1)).squeeze(-1)
+        value = residual_diagonal.gather(-1, pivot.unsqueeze(-1))
+        column = torch.where(value > tolerance, column / value.sqrt(), 0)
+        factor[..., rank] = column
+        residual_diagonal = (residual_diagonal - column.square()).scatter(-1, pivot.unsqueeze(-1), 0)
+    return factor if (residual_diagonal <= tolerance).all() else None
+
+
+def with_gram_factor(problem: DualProblem, *, min_examples: int) -> DualProblem:
+    """The problem with a factor of its Gram matrix if it has many examples and a small rank. A known factor is kept."""
+    n = problem.gram.shape[-1]
+    if problem.gram_factor is not None or n < min_examples:
+        return problem
+    return replace(problem, gram_factor=pivoted_cholesky(problem.gram, max_rank=int(_MAX_RANK_FRACTION * n)))
 
 
 def cholesky(matrix: Tensor) -> Tensor:
-    """The lower factor; NaN in the matrices that have none."""
+    """The lower Cholesky factor, and NaN for matrices that have none."""
     factor, info = torch.linalg.cholesky_ex(matrix)
     return torch.where((info == 0)[..., None, None], factor, torch.nan)

@@ -18,7 +18,7 @@ from benchmarks.honesty import attempts as honesty
 from benchmarks.honesty import contenders, judges
 from benchmarks.honesty.contenders import Answer, Contender
 from benchmarks.honesty.tasks import hard_task
-from convexheads.solvers import active_set
+from convexheads.solvers.native import active_set
 
 
 def test_tasks_are_functions_of_their_seed_and_cover_the_ranges():
@@ -131,12 +131,12 @@ def test_what_rounding_spoils_is_flagged(name, seed):
     assert float(detail.split("relative gap ")[1].split(",")[0]) > honesty.PRECISE
 
 
-@pytest.mark.parametrize("compiled", [None, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_hard_margin_is_no_matter_of_rounding(compiled):
+@pytest.mark.parametrize("backend", ["auto", pytest.param("torch", marks=pytest.mark.slow)])
+def test_a_hard_margin_is_no_matter_of_rounding(backend):
     """Where weights separate the support, C may be as large as it likes; and another task's rounding changes nothing."""
     for seed in (9, 11, 34, 46, 53):
         task = hard_task(seed, "beyond")
-        head = ch.SVMHead(task.C, solver=ch.solvers.NativeSolver(on_failure="return", compiled=compiled))
+        head = ch.SVMHead(task.C, solver=ch.solvers.NativeSolver(on_failure="return", backend=backend))
         noise = torch.from_numpy(np.random.default_rng(seed).permutation(task.labels.numpy()))
         few = task.support[:, :1].expand_as(task.support) / task.support.shape[1] ** 0.5  # no weights separate these
         support, labels = torch.stack([task.support, few]), torch.stack([task.labels, noise])

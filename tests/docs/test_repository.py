@@ -40,4 +40,4 @@ def test_the_code_of_the_issue_form_saves_a_problem_that_was_not_solved(tmp_path
     saved = torch.load("failure.zip", weights_only=True)
     assert saved["problem"].keys() == {"gram", "linear", "upper"}
     assert saved["problem"]["gram"].equal(problem.gram)
-    assert saved["row_sum"] is True
+    assert saved["rows_sum_to_zero"] is True

@@ -12,8 +12,8 @@ from qpth.qp import QPFunction
 from tasks import close, crammer_singer, task
 
 from convexheads import ConvexHeadsError, Learnable, SVMHead
-from convexheads.solvers import CvxpylayersSolver, NativeSolver, QpthSolver
-from convexheads.solvers.cvxpylayers import _layer
+from convexheads.solvers import CvxpylayersSolver, InteriorPointSolver, NativeSolver, QpthSolver, to_dense
+from convexheads.solvers.adapters.cvxpylayers import _layer
 
 adapters = pytest.mark.parametrize("solver", [QpthSolver, CvxpylayersSolver])
 
@@ -62,7 +62,7 @@ def test_qpth_itself_gets_the_second_derivative_wrong():
         return gradient
 
     def qpth(qp):
-        return QPFunction(verbose=-1)(*(x.unsqueeze(0) for x in qp.dense()))
+        return QPFunction(verbose=-1)(*(x.unsqueeze(0) for x in to_dense(qp)))
 
     t = torch.zeros((), dtype=torch.float64, requires_grad=True)
     step = torch.tensor(1e-4, dtype=torch.float64)
@@ -170,7 +170,7 @@ def gradients(head, support, labels, query):
     return torch.autograd.grad(value, [support, *head.parameters()])
 
 
-def test_truncated_gradient_is_that_of_qpth_early_stopped():
+def test_last_iterate_gradient_is_that_of_qpth_early_stopped():
     """The same formula at iterates that are not the same: alike from the first, equal in the end."""
     support, labels, query, _ = task(3, shots=(5, 5, 5), d=60)
     exact = gradients(SVMHead(Learnable(0.1)), support, labels, query)[0]
@@ -179,7 +179,7 @@ def test_truncated_gradient_is_that_of_qpth_early_stopped():
         ours, theirs = (
             gradients(SVMHead(Learnable(0.1), solver=solver), support, labels, query)[0]
             for solver in (
-                NativeSolver(max_iterations=iterations, gradient="truncated"),
+                InteriorPointSolver(max_iterations=iterations, gradient="last_iterate"),
                 QpthSolver(max_iterations=iterations),
             )
         )

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import convexheads as ch
-from convexheads.solvers import compiled
+from convexheads.solvers.native import numba_backend
 
 HEADS = {
     "svm": lambda: ch.SVMHead(ch.Learnable(0.3), scale=ch.Learnable(1.5)),
-    "svm-in-torch": lambda: ch.SVMHead(ch.Learnable(0.3), solver=ch.solvers.NativeSolver(compiled=False)),
-    "interior-point": lambda: ch.SVMHead(ch.Learnable(0.3), solver=ch.solvers.NativeSolver(max_iterations=5)),
+    "svm-in-torch": lambda: ch.SVMHead(ch.Learnable(0.3), solver=ch.solvers.NativeSolver(backend="torch")),
+    "interior-point": lambda: ch.SVMHead(ch.Learnable(0.3), solver=ch.solvers.InteriorPointSolver(max_iterations=5)),
     "weston-watkins": lambda: ch.WestonWatkinsSVMHead(ch.Learnable(0.3), kernel=ch.kernels.RBF()),
     "logistic": lambda: ch.LogisticHead(ch.Learnable(0.5)),
     "ridge": lambda: ch.RidgeHead(ch.Learnable(2.0), kernel=ch.kernels.RBF(ch.Learnable(3.0))),
@@ -64,7 +64,7 @@ def test_one_head_shared_by_eight_threads(make, inner):
 
     accuracy = 0.0 if inner == 1 else 1e-12  # torch's own threads may add numbers up in another order
     expected = [answers(head, seed) for seed in SEEDS]
-    with patch.object(compiled, "_WORTH_THREADS", 0), ThreadPoolExecutor(8, initializer=start) as pool:
+    with patch.object(numba_backend, "_MIN_FLOPS_FOR_THREADS", 0), ThreadPoolExecutor(8, initializer=start) as pool:
         for _ in range(2):
             found = pool.map(lambda seed: answers(head, seed), SEEDS)
             assert all(map(partial(same, accuracy=accuracy), found, expected))
@@ -86,7 +86,10 @@ class Answers(Dataset):
 def test_forked_workers_of_a_data_loader(make):
     """Also with threads of our own in them; those of torch don't survive a fork, and a worker has one."""
     head = make()
-    with patch.object(compiled, "_WORTH_THREADS", 0), patch.object(torch, "get_num_threads", return_value=2):
+    with (
+        patch.object(numba_backend, "_MIN_FLOPS_FOR_THREADS", 0),
+        patch.object(torch, "get_num_threads", return_value=2),
+    ):
         expected = [answers(head, seed) for seed in SEEDS]  # starts threads, which the workers don't inherit
         loader = DataLoader(Answers(head), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
         assert all(map(same, loader, expected))
@@ -95,9 +98,9 @@ def test_forked_workers_of_a_data_loader(make):
 DETERMINISTIC = """
 import hashlib
 import torch
-from convexheads.solvers import compiled
+from convexheads.solvers.native import numba_backend
 from test_concurrency import HEADS, task
-compiled._WORTH_THREADS = 0
+numba_backend._MIN_FLOPS_FOR_THREADS = 0
 torch.use_deterministic_algorithms(True)
 for threads in (1, 2):
     torch.set_num_threads(threads)

@@ -17,8 +17,8 @@ from convexheads.cli.features import _backbone, _exists, _text
 from convexheads.heads.cvxpy import _is_solved
 from convexheads.integrations.lightning import EpisodicModule
 from convexheads.integrations.sklearn import HeadClassifier
-from convexheads.solvers import cvxpylayers
-from convexheads.solvers.qpth import QpthSolver
+from convexheads.solvers.adapters import cvxpylayers
+from convexheads.solvers.adapters.qpth import QpthSolver
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not STATM.exists(), reason="resident memory is r
 
 NATIVE = [
     ch.SVMHead(ch.Learnable(0.3), kernel=ch.kernels.RBF()),
-    ch.SVMHead(ch.Learnable(0.3), solver=ch.solvers.NativeSolver(compiled=False)),
+    ch.SVMHead(ch.Learnable(0.3), solver=ch.solvers.NativeSolver(backend="torch")),
     ch.RidgeHead(ch.Learnable(2.0)),
     ch.LogisticHead(ch.Learnable(0.5)),
 ]

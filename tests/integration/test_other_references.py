@@ -136,8 +136,9 @@ def test_svms_equal_their_cvxpy_primals(head, solver, squared, C):
 
 
 @pytest.mark.parametrize("C", [0.1, 5.0])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if name not in ("active-set", "admm")])
 def test_support_vector_regression_equals_its_cvxpy_primal(solver, C):
+    """A degenerate problem, which the active set and ADMM leave to the interior point."""
     x, y = torch.randn(12, 5, dtype=torch.float64), torch.randn(12, dtype=torch.float64)
     weights = cvxpy.Variable(5)
     errors = cvxpy.pos(cvxpy.abs(y.numpy() - x.numpy() @ weights) - 0.1)

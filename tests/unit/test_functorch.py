@@ -12,9 +12,9 @@ import convexheads as ch
 
 HEADS = {
     "svm": ch.SVMHead(0.3),
-    "svm in torch": ch.SVMHead(0.3, solver=ch.solvers.NativeSolver(compiled=False)),
+    "svm in torch": ch.SVMHead(0.3, solver=ch.solvers.NativeSolver(backend="torch")),
     "smoothed svm": ch.SVMHead(0.3, smoothing=0.5, squared_hinge=True, kernel=ch.kernels.RBF()),
-    "early-stopped svm": ch.SVMHead(0.3, solver=ch.solvers.NativeSolver(max_iterations=4)),
+    "early-stopped svm": ch.SVMHead(0.3, solver=ch.solvers.InteriorPointSolver(max_iterations=4)),
     "weston-watkins": ch.WestonWatkinsSVMHead(0.3),
     "one-vs-rest": ch.OneVsRestSVMHead(0.3),
     "simplified": ch.SimplifiedSVMHead(0.3),
@@ -120,6 +120,6 @@ def test_errors_come_through(transform):
     gram = support @ support.mT
     gram[1] = -gram[1]
     with pytest.raises(ch.SolverError, match=r"NativeSolver: 1 of \d tasks .*task \(1,\)"):
-        transform(lambda k, m: ch.solvers.NativeSolver().solve(ch.solvers.QP(k, m, upper=m)).coef)(
+        transform(lambda k, m: ch.solvers.NativeSolver().solve(ch.solvers.DualProblem(k, m, upper=m)).coef)(
             gram, one_hot(labels).to(gram)
         )

@@ -213,15 +213,15 @@ def test_constructors():
 def test_problems():
     some = [
         "native",
-        ch.solvers.NativeSolver(compiled=False),
-        ch.solvers.NativeSolver(max_iterations=3),
+        ch.solvers.NativeSolver(backend="torch"),
+        ch.solvers.InteriorPointSolver(max_iterations=3),
         "qpth",
         "moreau",
     ]
 
     @examples(20, nightly=1000)
     @given(st.sampled_from(some), st.integers(0, 9), st.booleans(), st.data())
-    def check(solver, seed, row_sum, data):
+    def check(solver, seed, rows_sum_to_zero, data):
         support, labels, *_ = task(2, seed=seed)
         targets = torch.nn.functional.one_hot(labels).double()
         fields = {
@@ -230,11 +230,11 @@ def test_problems():
             "lower": targets - 1,
             "upper": 0.5 * targets,
             "smoothing": torch.ones_like(targets),
-            "row_sum": row_sum,
+            "rows_sum_to_zero": rows_sum_to_zero,
         }
-        for name in data.draw(st.sets(st.sampled_from([*fields, "root"]), max_size=2)):
+        for name in data.draw(st.sets(st.sampled_from([*fields, "gram_factor"]), max_size=2)):
             fields[name] = data.draw(spoilt(fields.get(name)), label=name)
-        solution = outcome(lambda: get_solver(solver).solve(ch.solvers.QP(**fields)))
+        solution = outcome(lambda: get_solver(solver).solve(ch.solvers.DualProblem(**fields)))
         if solution is not None:
             batch = fields["linear"].shape[:-2]
             assert solution.coef.shape == fields["linear"].shape
@@ -326,7 +326,7 @@ def test_functions(name):
 
 LIVES = [
     lambda: ch.SVMHead(ch.Learnable(0.3), scale=ch.Learnable(2.0)),
-    lambda: ch.SVMHead(0.3, smoothing=ch.Learnable(0.5), solver=ch.solvers.NativeSolver(compiled=False)),
+    lambda: ch.SVMHead(0.3, smoothing=ch.Learnable(0.5), solver=ch.solvers.NativeSolver(backend="torch")),
     lambda: ch.WestonWatkinsSVMHead(0.3, kernel=ch.kernels.RBF(ch.Learnable(3.0))),
     lambda: ch.LogisticHead(ch.Learnable(0.5), kernel=ch.kernels.Linear() + ch.Learnable(0.5)),
     lambda: ch.RidgeHead(ch.Learnable(2.0), bias=ch.Learnable(0.1, positive=False), kernel=ch.kernels.RBF()),

@@ -10,8 +10,9 @@ from tasks import close, crammer_singer, task
 from torch.func import grad, vmap
 
 from convexheads import ConvexHeadsError, InputError, Learnable, OneVsRestSVMHead, SVMHead
-from convexheads.solvers import QP, NativeSolver
-from convexheads.solvers.interior_point import central_path
+from convexheads.solvers import DualProblem, InteriorPointSolver, NativeSolver
+from convexheads.solvers.native.barrier import central_path
+from convexheads.solvers.rescaling import rescale
 
 
 def gradients(head, support, labels, query):
@@ -24,19 +25,19 @@ def problem(support, labels, C, smoothing):
     """Bounds on both sides, and some of them infinite."""
     qp = crammer_singer(support, labels, C, smoothing)
     lower = torch.where(torch.arange(qp.linear.shape[-1]) == 0, -torch.inf, torch.full_like(qp.linear, -0.2))
-    return QP(qp.gram, qp.linear, lower=lower, upper=qp.upper, smoothing=qp.smoothing)
+    return DualProblem(qp.gram, qp.linear, lower=lower, upper=qp.upper, smoothing=qp.smoothing)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.5])
-def test_smoothed_gradient_is_that_of_the_central_path(smoothing):
+def test_relaxed_gradient_is_that_of_the_central_path(smoothing):
     """Against central differences of the relaxed point itself, by all data of the problem."""
     support, labels, *_ = task(2, shots=(3, 2, 3), d=6)
     qp = problem(support, labels, 0.4, smoothing)
     weights = torch.randn_like(qp.linear)
 
     attached = qp.map(lambda _, value: value.clone().requires_grad_())
-    scaled, unit, size = qp.in_units()
-    solver = NativeSolver(gradient="smoothed", relaxation=1e-2)
+    scaled, unit, size = rescale(qp)
+    solver = InteriorPointSolver(gradient="relaxed", complementarity=1e-2)
     coef = solver.solve(attached).coef
     names = list(attached.tensors())
     found = torch.autograd.grad((weights * coef).sum(), list(attached.tensors().values()))
@@ -62,12 +63,12 @@ def relaxed_task(problem, weights, t):
     return (weights[t] * point[t]).sum()
 
 
-def test_smoothed_gradient_becomes_exact():
+def test_relaxed_gradient_becomes_exact():
     support, labels, query, _ = task(3, shots=(4, 5, 3), d=20)
     exact = gradients(SVMHead(Learnable(0.3)), support, labels, query)
     errors = []
-    for relaxation in (1e-1, 1e-3, 1e-5, 1e-8):
-        solver = NativeSolver(gradient="smoothed", relaxation=relaxation)
+    for complementarity in (1e-1, 1e-3, 1e-5, 1e-8):
+        solver = InteriorPointSolver(gradient="relaxed", complementarity=complementarity)
         head = SVMHead(Learnable(0.3), solver=solver)
         torch.testing.assert_close(head(support, labels, query), SVMHead(0.3)(support, labels, query))
         errors.append([close(*pair) for pair in zip(gradients(head, support, labels, query), exact, strict=True)])
@@ -76,7 +77,7 @@ def test_smoothed_gradient_becomes_exact():
     assert max(errors[-1]) < 1e-2
 
 
-def test_smoothed_gradient_has_no_kink_where_a_bound_is_weakly_active():
+def test_relaxed_gradient_has_no_kink_where_a_bound_is_weakly_active():
     """Two examples so far apart that both sit at C for small C, and the optimum has a kink where they come free."""
     support = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     labels = torch.tensor([0, 1])
@@ -89,18 +90,18 @@ def test_smoothed_gradient_has_no_kink_where_a_bound_is_weakly_active():
 
         return grad(value)(support)
 
-    smoothed = NativeSolver(gradient="smoothed", relaxation=1e-2)
+    relaxed = InteriorPointSolver(gradient="relaxed", complementarity=1e-2)
     jump = {}
-    for name, solver in (("exact", NativeSolver()), ("smoothed", smoothed)):
+    for name, solver in (("exact", NativeSolver()), ("relaxed", relaxed)):
         below, above = slopes(1 - 1e-6, solver), slopes(1 + 1e-6, solver)
         jump[name] = close(below, above)
     assert jump["exact"] > 0.1
-    assert jump["smoothed"] < 1e-3
+    assert jump["relaxed"] < 1e-3
 
 
 def test_through_transforms_and_other_tasks():
     support, labels, query, _ = task(3, shots=(2, 3, 2))
-    head = SVMHead(0.3, solver=NativeSolver(gradient="smoothed"))
+    head = SVMHead(0.3, solver=InteriorPointSolver(gradient="relaxed"))
     together = gradients(head, support, labels, query)[0]
     for t in range(3):
         assert close(gradients(head, support[t], labels[t], query[t])[0], together[t]) < 1e-6
@@ -112,24 +113,24 @@ def test_through_transforms_and_other_tasks():
 def test_second_derivatives_are_refused(loss):
     support, labels, query, _ = task()
     support.requires_grad_()
-    head = SVMHead(0.3, solver=NativeSolver(gradient="smoothed"))
+    head = SVMHead(0.3, solver=InteriorPointSolver(gradient="relaxed"))
     (first,) = torch.autograd.grad(loss(head(support, labels, query)), support, create_graph=True)
-    with pytest.raises(ConvexHeadsError, match=r"second derivative.* NativeSolver whose"):
+    with pytest.raises(ConvexHeadsError, match=r"second derivative.* InteriorPointSolver whose"):
         first.sum().backward()
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_arguments():
-    assert repr(NativeSolver(gradient="smoothed")) == "NativeSolver(gradient='smoothed')"
-    solver = NativeSolver(max_iterations=3, gradient="truncated")
-    assert repr(solver) == "NativeSolver(max_iterations=3, gradient='truncated')"
+    assert repr(InteriorPointSolver(gradient="relaxed")) == "InteriorPointSolver(gradient='relaxed')"
+    solver = InteriorPointSolver(max_iterations=3, gradient="last_iterate")
+    assert repr(solver) == "InteriorPointSolver(max_iterations=3, gradient='last_iterate')"
+    with pytest.raises(InputError, match=r"Solver\(gradient\): expected one of \('exact', 'relaxed'.*, got 'sharp'"):
+        InteriorPointSolver(gradient="sharp")
     with pytest.raises(
-        InputError, match=r"NativeSolver\(gradient\): expected one of \('exact', 'smoothed'.*, got 'sharp'"
+        InputError, match=r"max_iterations\): expected a number with gradient='last_iterate'.*, got None"
     ):
-        NativeSolver(gradient="sharp")
-    with pytest.raises(InputError, match=r"max_iterations\): expected a number with gradient='truncated'.*, got None"):
-        NativeSolver(gradient="truncated")
-    with pytest.raises(InputError, match=r"max_iterations\): expected None with gradient='smoothed'.*, got 3"):
-        NativeSolver(gradient="smoothed", max_iterations=3)
-    with pytest.raises(InputError, match=r"NativeSolver\(relaxation\): expected .*, got 0"):
-        NativeSolver(gradient="smoothed", relaxation=0)
+        InteriorPointSolver(gradient="last_iterate")
+    with pytest.raises(InputError, match=r"max_iterations\): expected None with gradient='relaxed'.*, got 3"):
+        InteriorPointSolver(gradient="relaxed", max_iterations=3)
+    with pytest.raises(InputError, match=r"InteriorPointSolver\(complementarity\): expected .*, got 0"):
+        InteriorPointSolver(gradient="relaxed", complementarity=0)

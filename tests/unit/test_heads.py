@@ -32,7 +32,7 @@ from convexheads import (
     WestonWatkinsSVMHead,
 )
 from convexheads.kernels import RBF, Constant, Cosine, Linear, Polynomial, Product, Sum
-from convexheads.solvers import NativeSolver
+from convexheads.solvers import InteriorPointSolver, NativeSolver
 
 KERNELS = {
     "linear": lambda: Linear(),
@@ -46,7 +46,7 @@ KERNELS = {
 }
 HEADS: dict[str, Callable[..., ClassificationHead]] = {
     "svm": lambda **kw: SVMHead(Learnable(0.3), scale=Learnable(1.5), **kw),
-    "svm-in-torch": lambda **kw: SVMHead(0.3, solver=NativeSolver(compiled=False), **kw),
+    "svm-in-torch": lambda **kw: SVMHead(0.3, solver=NativeSolver(backend="torch"), **kw),
     "svm-hard": lambda **kw: SVMHead(100.0, **kw),
     "svm-smooth": lambda **kw: SVMHead(Learnable(0.3), smoothing=1.0, **kw),
     "svm-learnable-smoothing": lambda **kw: SVMHead(0.3, smoothing=Learnable(0.5), **kw),
@@ -441,7 +441,7 @@ def test_autocast_on_cuda_changes_nothing(make, dtype, cuda):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("make", [PrototypeHead, partial(SVMHead, solver=NativeSolver(max_iterations=5))])
+@pytest.mark.parametrize("make", [PrototypeHead, partial(SVMHead, solver=InteriorPointSolver(max_iterations=5))])
 def test_many_tasks_on_cuda_are_those_of_one_at_a_time(make, cuda):
     """However the device splits its work; a batch as large as it takes to fill it."""
     support, labels, query, ways = task(512, shots=(5,) * 5, d=64)

@@ -29,7 +29,7 @@ from convexheads import (
 from convexheads._validation import check_definite
 from convexheads.heads import KernelExpansion
 from convexheads.kernels import RBF, Polynomial, Product, Sum
-from convexheads.solvers import NativeSolver
+from convexheads.solvers import InteriorPointSolver, NativeSolver
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -174,7 +174,7 @@ BAD_ARGUMENTS = {
     "kernel": (lambda: SVMHead(kernel="rbf"), r"kernel: expected a callable.*, got 'rbf'"),
     "solver name": (
         lambda: SVMHead(solver="cplex"),
-        r"solver: expected .*'native', 'qpth', 'cvxpylayers', 'moreau'.*, got 'cplex'",
+        r"solver: expected .*'native', .*'qpth', 'cvxpylayers', 'moreau'.*, got 'cplex'",
     ),
     "solver class": (lambda: SVMHead(solver=NativeSolver), r"solver: expected a Solver or one of.*, got <class .*"),
     "kernel class": (lambda: SVMHead(kernel=RBF), r"kernel: expected a callable.*, got <class .*RBF'>"),
@@ -191,8 +191,8 @@ BAD_ARGUMENTS = {
         r"shrinkage: expected a number above 0 and at most 1.*, got 1.5",
     ),
     "iterations": (
-        lambda: NativeSolver(max_iterations=0),
-        r"NativeSolver\(max_iterations\): expected an integer.*, got 0",
+        lambda: InteriorPointSolver(max_iterations=0),
+        r"InteriorPointSolver\(max_iterations\): expected an integer.*, got 0",
     ),
     "tolerance": (lambda: NativeSolver(tolerance=0), r"NativeSolver\(tolerance\): expected a positive.*, got 0"),
     "on_failure": (

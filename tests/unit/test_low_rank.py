@@ -1,20 +1,24 @@
-"""Many more examples than features: the interior point and splitting in r x r instead of n x n."""
+"""Many more examples than features: the interior point and ADMM with matrices of r x r instead of n x n."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from problems import known_problem
-from tasks import close, examples, task
+from tasks import close, clusters, examples, task
 
 from convexheads import SVMHead
-from convexheads.solvers import NativeSolver, native
-from convexheads.solvers import kkt as systems
-from convexheads.solvers.interior_point import interior_point
-from convexheads.solvers.kkt import BlockKKT, LowRankKKT, find_root
-from convexheads.solvers.splitting import splitting
+from convexheads.solvers import ActiveSetSolver, ADMMSolver, DualProblem, Fallback, InteriorPointSolver, NativeSolver
+from convexheads.solvers.certificate import certify
+from convexheads.solvers.kkt import BlockKKT, LowRankKKT, pivoted_cholesky, with_gram_factor
+from convexheads.solvers.native import active_set
+from convexheads.solvers.native.admm_steps import admm
+from convexheads.solvers.native.barrier import interior_point
+from convexheads.solvers.rescaling import rescale
 
 
 def gram_of(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -22,50 +26,52 @@ def gram_of(*shape: int, seed: int = 0) -> torch.Tensor:
     return features @ features.mT
 
 
-def test_root_is_found_where_the_rank_is_small():
+def test_factor_is_found_where_the_rank_is_small():
     gram = gram_of(3, 256, 40)
     gram[1] *= 1e-6
     gram[2] = gram_of(256, 7)  # of another rank than its neighbours
-    root = find_root(gram, most=64)
+    root = pivoted_cholesky(gram, max_rank=64)
     assert 40 <= root.shape[-1] <= 64
     for found, expected in zip(root @ root.mT, gram, strict=True):
         assert close(found, expected) < 1e-13
 
 
-def test_root_of_any_kernel():
+def test_factor_of_any_kernel():
     """Duplicates and smooth kernels have a small rank too, whatever the number of features."""
     few = gram_of(32, 500).repeat(1, 9, 9)
-    root = find_root(few, most=72)
+    root = pivoted_cholesky(few, max_rank=72)
     assert close(root @ root.mT, few) < 1e-13
     points = torch.linspace(0, 1, 300, dtype=torch.float64)
     smooth = (-(points[:, None] - points).square()).exp()
-    root = find_root(smooth.unsqueeze(0), most=75)
+    root = pivoted_cholesky(smooth.unsqueeze(0), max_rank=75)
     assert root.shape[-1] <= 32
     assert close(root @ root.mT, smooth) < 1e-12
 
 
-def test_no_root_where_it_would_not_pay():
-    assert find_root(gram_of(1, 300, 76), most=75) is None
-    assert find_root(torch.cat([gram_of(1, 300, 4), gram_of(1, 300, 300)]), most=75) is None  # one of the batch
-    assert find_root(torch.zeros(1, 300, 300, dtype=torch.float64), most=75).shape == (1, 300, 16)
+def test_no_factor_where_it_would_not_pay():
+    assert pivoted_cholesky(gram_of(1, 300, 76), max_rank=75) is None
+    assert (
+        pivoted_cholesky(torch.cat([gram_of(1, 300, 4), gram_of(1, 300, 300)]), max_rank=75) is None
+    )  # one of the batch
+    assert pivoted_cholesky(torch.zeros(1, 300, 300, dtype=torch.float64), max_rank=75).shape == (1, 300, 16)
     for n, found in ((300, True), (255, False)):
-        qp = native.QP(gram_of(1, n, 3), torch.zeros(1, n, 2), upper=torch.zeros(1, n, 2))
-        assert (native._with_root(qp).root is not None) is found
+        qp = DualProblem(gram_of(1, n, 3), torch.zeros(1, n, 2), upper=torch.zeros(1, n, 2))
+        assert (with_gram_factor(qp, min_examples=256).gram_factor is not None) is found
 
 
-@pytest.mark.parametrize("row_sum", [True, False])
-def test_system_is_that_of_the_blocks(row_sum):
+@pytest.mark.parametrize("rows_sum_to_zero", [True, False])
+def test_system_is_that_of_the_blocks(rows_sum_to_zero):
     features = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     torch.manual_seed(2)
     diagonal = 10 ** (6 * torch.rand(2, 3, 30, dtype=torch.float64) - 3)
     right, sums = torch.randn(2, 3, 30, dtype=torch.float64), torch.randn(2, 30, dtype=torch.float64)
-    settings = {"diagonal": diagonal, "row_sum": row_sum, "regulariser": 1e-12}
+    settings = {"diagonal": diagonal, "rows_sum_to_zero": rows_sum_to_zero, "regularization": 1e-12}
     gram = features @ features.mT
-    expected = BlockKKT.factorise(gram, **settings).solve(right, sums, refinements=2)
-    system = LowRankKKT.factorise(gram, features, **settings)
+    expected = BlockKKT.factorize(gram, **settings).solve(right, sums, refinements=2)
+    system = LowRankKKT.factorize(gram, features, **settings)
     for one, other in zip(system.solve(right, sums, refinements=2), expected, strict=True):
         assert close(one, other) < 1e-10
-    broken = LowRankKKT.factorise(
+    broken = LowRankKKT.factorize(
         gram, features, **(settings | {"diagonal": diagonal * torch.tensor([-1.0, 1.0])[:, None, None]})
     )
     found, _ = broken.solve(right, sums, refinements=2)
@@ -80,59 +86,83 @@ def test_system_is_that_of_the_blocks(row_sum):
     seed=st.integers(0, 2**31),
     bounds=st.sampled_from(["upper", "lower", "both"]),
     smoothing=st.sampled_from(["none", "some", "all"]),
-    row_sum=st.booleans(),
+    rows_sum_to_zero=st.booleans(),
 )
-def test_interior_point_finds_the_known_solution(n, k, seed, bounds, smoothing, row_sum):
-    assume(row_sum or smoothing == "all" or bounds == "both")  # otherwise no gap can be certified, see QP
+def test_interior_point_finds_the_known_solution(n, k, seed, bounds, smoothing, rows_sum_to_zero):
+    assume(
+        rows_sum_to_zero or smoothing == "all" or bounds == "both"
+    )  # otherwise no gap can be certified, see DualProblem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(systems, "_LOOK_EVERY", 1)
-        patch.setattr(BlockKKT, "factorise", None)
+        patch.setattr(BlockKKT, "factorize", None)
         problem, coef, _ = known_problem(
-            2, n, k, seed=seed, bounds=bounds, smoothing=smoothing, row_sum=row_sum, rank=n // 4
+            2, n, k, seed=seed, bounds=bounds, smoothing=smoothing, rows_sum_to_zero=rows_sum_to_zero, rank=n // 4
         )
-        qp, unit, _ = problem.in_units()
-        root = find_root(qp.gram, most=n // 4)
-        assert root is not None
-        qp = type(qp)(**(vars(qp) | {"root": root}))
+        qp, unit, _ = rescale(problem)
+        factor = pivoted_cholesky(qp.gram, max_rank=n // 4, check_every=1)
+        assert factor is not None
+        qp = replace(qp, gram_factor=factor)
         found = interior_point(qp, tolerance=1e-9, max_iterations=100)
-    assert qp.certify(found.point).gap.max() < 1e-8  # which knows nothing of the root
+    assert certify(qp, found.point).gap.max() < 1e-8  # which does not use the factor
     # the coefficients are not unique, the weights are
     assert close(problem.gram @ (found.point * unit[:, None, None]), problem.gram @ coef, 1.0) < 1e-3
 
 
-def test_splitting_takes_the_same_steps():
+def test_admm_takes_the_same_steps():
     support, labels, *_ = task(2, shots=(6, 7, 5), d=4)
     targets = torch.nn.functional.one_hot(labels).double()
-    qp = native.QP(support @ support.mT, targets, upper=0.1 * targets)
-    rooted = native.QP(support @ support.mT, targets, upper=0.1 * targets, root=support)
-    one, other = (next(splitting(problem.in_units()[0], steps=20)) for problem in (qp, rooted))
+    qp = DualProblem(support @ support.mT, targets, upper=0.1 * targets)
+    factored = replace(qp, gram_factor=support)
+    one, other = (next(admm(rescale(problem).problem, steps=20)) for problem in (qp, factored))
     for found, expected in zip(other, one, strict=True):
         assert close(found, expected) < 1e-11
 
 
-@pytest.mark.parametrize("way", ["fallback", "early", "truncated", "smoothed", "splitting"])
-def test_every_way_through_the_solver(way, monkeypatch):
-    """On small problems, with the low-rank form wherever it can be, and without it."""
-    support, labels, query, ways = task(2, shots=(30, 25, 28), d=9, seed=4)
-    early = {"early": {"max_iterations": 30}, "truncated": {"max_iterations": 5, "gradient": "truncated"}}
-    head = SVMHead(
-        0.05,
-        solver=NativeSolver(compiled=False, **early.get(way, {"gradient": "smoothed"} if way == "smoothed" else {})),
-    )
+SOLVERS = {
+    "fallback": lambda examples: Fallback(
+        ActiveSetSolver(max_rounds=1, backend="torch"), InteriorPointSolver(min_examples_for_low_rank=examples)
+    ),
+    "early": lambda examples: InteriorPointSolver(max_iterations=30, min_examples_for_low_rank=examples),
+    "last iterate": lambda examples: InteriorPointSolver(
+        max_iterations=5, gradient="last_iterate", min_examples_for_low_rank=examples
+    ),
+    "relaxed": lambda examples: InteriorPointSolver(gradient="relaxed", min_examples_for_low_rank=examples),
+    "admm": lambda examples: Fallback(
+        ADMMSolver(max_iterations=50, min_examples_for_low_rank=examples),
+        InteriorPointSolver(min_examples_for_low_rank=examples),
+    ),
+}
 
-    def run():
+
+@pytest.mark.parametrize("make", SOLVERS.values(), ids=SOLVERS)
+def test_every_solver_gives_the_same_result_in_the_low_rank_form(make, monkeypatch):
+    support, labels, query, ways = task(2, shots=(30, 25, 28), d=9, seed=4)
+    factorize, ranks = LowRankKKT.factorize, []
+
+    def run(solver):
         attached = support.clone().requires_grad_()
-        logits = head(attached, labels, query, ways=ways)
+        logits = SVMHead(0.05, solver=solver)(attached, labels, query, ways=ways)
         return logits.detach(), torch.autograd.grad(logits.square().sum(), attached)[0]
 
-    expected, found = run(), []
-    if way == "fallback":
-        monkeypatch.setattr(native, "_ENOUGH_ROUNDS", 1)
-    if way == "splitting":  # there is room for the low-rank form only, and the search leads nowhere here
-        monkeypatch.setattr(native, "_LARGEST_BLOCKS", 3 * 83 * 40)
-    monkeypatch.setattr(native, "_WORTH_A_ROOT", 1)
-    monkeypatch.setattr(native, "find_root", lambda gram, most: found.append(find_root(gram, most=most)) or found[-1])
-    for one, other in zip(run(), expected, strict=True):
+    def watched(gram, factor, **settings):
+        ranks.append(factor.shape[-1])
+        return factorize(gram, factor, **settings)
+
+    monkeypatch.setattr(LowRankKKT, "factorize", watched)
+    expected = run(make(1000))
+    assert not ranks
+    for one, other in zip(run(make(1)), expected, strict=True):
         assert close(one, other) < 1e-7
-    assert found
-    assert found[0].shape[-1] < 20
+    assert ranks
+    assert max(ranks) < 20
+
+
+def test_tasks_too_large_for_blocks_of_all_classes_use_admm_and_the_low_rank_form(monkeypatch):
+    """The limit leaves room for matrices of r x r only, or not even for these."""
+    support, labels = clusters(classes=3, each=90, d=9)
+    query, _ = clusters(classes=3, each=5, d=9, seed=1)
+    support, query = support.double(), query.double()
+    expected = SVMHead(0.05)(support, labels, query)
+    monkeypatch.setattr(active_set.ActiveSetSolver, "_solve_flat", None)
+    for rank in (40, 1):
+        fitted = SVMHead(0.05, solver=NativeSolver(max_block_entries=3 * 270 * rank)).fit(support, labels)
+        assert close(fitted(query), expected) < 1e-7

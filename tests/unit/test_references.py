@@ -27,8 +27,8 @@ from convexheads import (
     SupportVectorRegressionHead,
     SVMHead,
 )
+from convexheads.heads import _logistic_newton
 from convexheads.kernels import RBF, Polynomial
-from convexheads.solvers import softmax
 
 # Whether it gets to a tolerance of 1e-12 is a matter of the last bit, and no matter here: the tests ask how near it is.
 pytestmark = pytest.mark.filterwarnings("ignore:Liblinear failed to converge")
@@ -193,6 +193,6 @@ def test_gap_of_coefficients_that_leave_the_right_class_nothing():
     targets[..., 0] = 1
     coef = torch.cat([wrong.sum(-1, keepdim=True), -wrong], -1)
     assert ((wrong / wrong.sum(-1, keepdim=True)).sum(-1) > 1).any()
-    gap = softmax.certified_gap(torch.eye(4, dtype=torch.float64).expand(500, 4, 4), targets, coef)
+    gap = _logistic_newton.certified_gap(torch.eye(4, dtype=torch.float64).expand(500, 4, 4), targets, coef)
     assert (gap > 1e-3).all()
     assert torch.isfinite(gap).all()

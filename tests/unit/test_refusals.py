@@ -14,7 +14,7 @@ import convexheads as ch
 from convexheads import EpisodeLoader, InputError, MissingDependencyError
 from convexheads.loader import _Batches
 from convexheads.models import WRN28, DropBlock
-from convexheads.solvers import QP, NativeSolver
+from convexheads.solvers import DualProblem, NativeSolver
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -27,9 +27,9 @@ def loader(samples: Any = SAMPLES, labels: Any = LABELS, **settings: Any) -> Epi
     return EpisodeLoader(samples, labels, **settings)
 
 
-def problem(**changes: Any) -> QP:
+def problem(**changes: Any) -> DualProblem:
     parts: dict[str, Any] = {"gram": torch.eye(3), "linear": torch.ones(3, 2), "upper": torch.ones(3, 2)}
-    return QP(**(parts | changes))
+    return DualProblem(**(parts | changes))
 
 
 REFUSED: dict[str, Callable[[], object]] = {
@@ -48,7 +48,7 @@ REFUSED: dict[str, Callable[[], object]] = {
     "features, labels": lambda: ch.evaluate(ch.RidgeHead(), FEATURES, LABELS[:5], ways=2, shots=1, queries=1),
     "ways": lambda: ch.RidgeHead().fit(FEATURES, LABELS * 2**21),
     "Learnable": lambda: ch.Learnable(1e-40),
-    "QP\\(upper": lambda: NativeSolver().solve(problem(upper=torch.ones(3, 2, device="meta"))),
+    "DualProblem\\(upper": lambda: NativeSolver().solve(problem(upper=torch.ones(3, 2, device="meta"))),
     "name": lambda: ch.load_pretrained("x" * 5000),
 }
 

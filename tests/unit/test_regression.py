@@ -23,7 +23,7 @@ from convexheads import (
     evaluate,
 )
 from convexheads.kernels import RBF, Constant, Linear
-from convexheads.solvers import NativeSolver, Status
+from convexheads.solvers import InteriorPointSolver, Status
 
 HEADS: dict[str, Callable[..., RegressionHead]] = {
     "ridge": lambda **kw: RidgeRegressionHead(Learnable(0.5), **kw),
@@ -181,7 +181,7 @@ def sinusoids(tasks: int, points: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_stopped_early_where_nothing_is_to_be_learnt():
     """All targets within epsilon: the objective is zero, and a gap relative to that is still a number."""
     for support in (torch.tensor([[1.5]]), torch.randn(4, 6)):
-        head = SupportVectorRegressionHead(1.0, epsilon=1.0, solver=NativeSolver(max_iterations=1))
+        head = SupportVectorRegressionHead(1.0, epsilon=1.0, solver=InteriorPointSolver(max_iterations=1))
         solution = head.fit(support.double(), torch.full((len(support),), 0.4, dtype=torch.float64)).solution
         assert (solution.status == Status.STOPPED).all()
         assert solution.gap.isfinite().all()

@@ -1,8 +1,8 @@
 """The feasible set of one support example.
 
-It is a row `a` of k coefficients with `lower <= a <= upper` and, mostly, `sum a = 0`. The whole
-problem's feasible set is the product of these rows, so its projection and its support function, on which every
-certificate rests, are exact and cost one sort a row. A bound of None is absent; single entries may be infinite.
+It is a row `a` of k coefficients with `lower <= a <= upper` and, for most heads, `sum a = 0`. The feasible set of the
+whole problem is the product of these rows. Its projection and its support function, on which every certificate rests,
+are therefore exact and cost one sort per row. A bound of None is absent, and single entries may be infinite.
 """
 
 from __future__ import annotations
@@ -10,16 +10,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ROW_SUM_TOLERANCE = 1e-14
+"""The Numba kernels do not project rows, but accept sums up to this, relative to the largest coefficient of a task."""
+NEWTON_TOLERANCE = 1e-12
+"""Their proximal step, which only a first guess depends on, stops at sums of this size, relative to the row."""
 
-def project(value: Tensor, lower: Tensor | None, upper: Tensor | None, *, row_sum: bool) -> Tensor:
+
+def project(value: Tensor, lower: Tensor | None, upper: Tensor | None, *, rows_sum_to_zero: bool) -> Tensor:
     """The feasible row nearest to each row of `value`, shape `(..., k)`."""
     clipped = _clip(value, lower, upper)
-    if not row_sum:
+    if not rows_sum_to_zero:
         return clipped
     rounding = 4 * value.shape[-1] * torch.finfo(value.dtype).eps
-    if (clipped.sum(-1).abs() <= rounding * clipped.abs().amax(-1)).all():  # as a solver's exact answers are
+    if (clipped.sum(-1).abs() <= rounding * clipped.abs().amax(-1)).all():  # as for exact solutions
         return clipped
-    return proximal(value, lower, upper, weight=torch.ones_like(value[..., :1]), smoothing=None, row_sum=True)[0]
+    return proximal(value, lower, upper, weight=torch.ones_like(value[..., :1]), smoothing=None, rows_sum_to_zero=True)[
+        0
+    ]
 
 
 def proximal(
@@ -29,33 +36,35 @@ def proximal(
     *,
     weight: Tensor,
     smoothing: Tensor | None,
-    row_sum: bool,
+    rows_sum_to_zero: bool,
     guess: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The feasible row that minimises `weight |a - target|^2 / 2 + <smoothing, a^2> / 2`.
+    """The feasible row that minimizes `weight |a - target|^2 / 2 + <smoothing, a^2> / 2`.
 
     Args:
         target: `(..., k)`.
-        lower: bounds, `(..., k)`.
-        upper: likewise.
+        lower: lower bounds, `(..., k)`, or None.
+        upper: upper bounds, `(..., k)`, or None.
         weight: positive, `(..., 1)`.
-        smoothing: non-negative, `(..., k)`; None for none.
-        row_sum: whether the rows sum to zero.
-        guess: of the multiplier, which saves time; None for none.
+        smoothing: non-negative, `(..., k)`, or None.
+        rows_sum_to_zero: whether the rows sum to zero.
+        guess: a guess of the multiplier, which saves time, or None.
 
     Returns:
         The row, and the multiplier of `sum a = 0`, `(..., 1)` (zeros without row sums).
     """
     rate = None if smoothing is None else weight / (weight + smoothing)
-    if not row_sum:
-        shift = torch.zeros_like(target[..., :1])
+    if not rows_sum_to_zero:
+        multiplier = torch.zeros_like(target[..., :1])
     elif lower is None or upper is None:
-        shift = weight * _one_sided_shift(target, lower, upper, rate, None if guess is None else guess / weight)
+        multiplier = weight * _one_sided_multiplier(
+            target, lower, upper, rate, None if guess is None else guess / weight
+        )
     else:
         curvature = weight.expand_as(target) if smoothing is None else weight + smoothing
-        shift = _balancing_shift(weight * target, lower, upper, curvature)
-    moved = target - shift / weight
-    return _clip(moved if rate is None else moved * rate, lower, upper), shift
+        multiplier = _row_multiplier(weight * target, lower, upper, curvature)
+    moved = target - multiplier / weight
+    return _clip(moved if rate is None else moved * rate, lower, upper), multiplier
 
 
 def conjugate(
@@ -64,35 +73,35 @@ def conjugate(
     upper: Tensor | None,
     *,
     at: Tensor,
-    row_sum: bool,
+    rows_sum_to_zero: bool,
     smoothing: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The maximum of `f(a) = <slope, a> - <smoothing, a^2> / 2` over the feasible rows, and how far `f(at)` is from it.
 
     Args:
         slope: `(..., k)`.
-        lower: bounds, `(..., k)`.
-        upper: likewise.
+        lower: lower bounds, `(..., k)`, or None.
+        upper: upper bounds, `(..., k)`, or None.
         at: feasible rows, `(..., k)`.
-        row_sum: whether the rows sum to zero.
-        smoothing: non-negative, broadcasting with `slope`; None for none.
+        rows_sum_to_zero: whether the rows sum to zero.
+        smoothing: non-negative, broadcasting with `slope`, or None.
 
     Returns:
         The maximum and its distance from `f(at)`, both `(...)` and upper bounds of the true ones, infinite where the
             row is unbounded; the distance is a sum of non-negative terms, so tiny ones are exact. And the multiplier of
             `sum a = 0`, `(..., 1)` (zeros without row sums).
     """
-    if not row_sum:
-        shift = torch.zeros_like(slope[..., :1])
+    if not rows_sum_to_zero:
+        multiplier = torch.zeros_like(slope[..., :1])
     elif smoothing is None and lower is None:
-        shift = slope.amin(-1, keepdim=True)
+        multiplier = slope.amin(-1, keepdim=True)
     elif smoothing is None and upper is None:
-        shift = slope.amax(-1, keepdim=True)
+        multiplier = slope.amax(-1, keepdim=True)
     else:
-        shift = _balancing_shift(slope, lower, upper, torch.zeros_like(slope) if smoothing is None else smoothing)
-    reduced = slope - shift
-    # By weak duality any shift gives an upper bound; the entries then separate. Without smoothing an entry jumps from
-    # one bound to the other where `reduced` changes sign.
+        multiplier = _row_multiplier(slope, lower, upper, torch.zeros_like(slope) if smoothing is None else smoothing)
+    reduced = slope - multiplier
+    # By weak duality any multiplier gives an upper bound; the entries then separate. Without smoothing an entry jumps
+    # from one bound to the other where `reduced` changes sign.
     infinite = torch.full_like(reduced, torch.inf)
     best = torch.where(reduced > 0, infinite if upper is None else upper, -infinite if lower is None else lower)
     undecided = reduced == 0
@@ -105,10 +114,10 @@ def conjugate(
         maximum = reduced * best - smoothing / 2 * reached.square()
         distance = (best - at) * (reduced - smoothing / 2 * (reached + at))
         undecided = undecided & ~smooth
-    return torch.where(undecided, 0, maximum).sum(-1), torch.where(undecided, 0, distance).sum(-1), shift
+    return torch.where(undecided, 0, maximum).sum(-1), torch.where(undecided, 0, distance).sum(-1), multiplier
 
 
-def _one_sided_shift(
+def _one_sided_multiplier(
     target: Tensor, lower: Tensor | None, upper: Tensor | None, rate: Tensor | None, guess: Tensor | None
 ) -> Tensor:
     """The s for which `clip(rate (target - s))` sums to zero, where all bounds are on one side; `(..., 1)`.
@@ -124,7 +133,7 @@ def _one_sided_shift(
         row = _clip(moved, lower, upper)
         inside = row == moved
         step = _ratio(row, inside.to(row.dtype) if rate is None else torch.where(inside, rate, 0))
-        # Where all are at their bounds, nothing moves: something does from where they would sum to zero without bounds.
+        # If all entries are at their bounds, start again from where they would sum to zero without bounds.
         balanced = row.sum(-1, keepdim=True).abs() <= close
         step = torch.where(balanced, 0, torch.where(torch.isfinite(step), step, unbounded - guess))
         guess = guess + step
@@ -137,10 +146,10 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return numerator.sum(-1, keepdim=True) / denominator.sum(-1, keepdim=True)
 
 
-def _balancing_shift(slope: Tensor, lower: Tensor | None, upper: Tensor | None, smoothing: Tensor) -> Tensor:
-    """The multiplier s of `sum a = 0` when `<slope, a> - <smoothing, a^2> / 2` is maximised, shape `(..., 1)`.
+def _row_multiplier(slope: Tensor, lower: Tensor | None, upper: Tensor | None, smoothing: Tensor) -> Tensor:
+    """The multiplier s of `sum a = 0` when `<slope, a> - <smoothing, a^2> / 2` is maximized, shape `(..., 1)`.
 
-    Its entries `a_c = clip((slope_c - s) / smoothing_c, lower_c, upper_c)` fall with s: walking s upwards, each is held
+    Its entries `a_c = clip((slope_c - s) / smoothing_c, lower_c, upper_c)` fall with s: as s grows, each stays
     at its upper bound, then falls at the rate 1 / smoothing, then stays at its lower bound. Without smoothing it jumps.
     Between two such breakpoints s solves a linear equation.
     """
@@ -151,13 +160,13 @@ def _balancing_shift(slope: Tensor, lower: Tensor | None, upper: Tensor | None, 
     smoothing = smoothing.expand_as(slope)
     smooth = smoothing > 0
     rate = torch.where(smooth, 1 / smoothing, 0)
-    # Bounds far beyond what can be reached are brought near: added up as they are, they would cost digits.
+    # Bounds that cannot be reached are moved closer: their sums would lose digits.
     nearest = torch.zeros_like(slope).clamp(lower, upper)
     spread = slope.amax(-1, keepdim=True) - slope.amin(-1, keepdim=True)
     far = 2 * k * (rate * spread + nearest.abs()).amax(-1, keepdim=True) + 1
     far = torch.where(smooth, far, torch.inf)
     upper, lower = upper.minimum(far), lower.maximum(-far)
-    # A jump without bound balances all others together, and no more.
+    # An unbounded jump can balance all others together, and needs no larger bound.
     ends = torch.stack([upper, lower])
     all_others = ends.abs().nan_to_num(posinf=0).sum((0, -1)).unsqueeze(-1) + 1
     upper, lower = ends.clamp(-all_others, all_others)

@@ -1,4 +1,4 @@
-"""Splitting, on its own and as the way to many classes."""
+"""ADMM, its steps and the solver for many classes."""
 
 from __future__ import annotations
 
@@ -12,25 +12,29 @@ from problems import known, known_problem
 from tasks import close, crammer_singer, examples, task
 
 from convexheads import SVMHead
-from convexheads.solvers import NativeSolver, native, rows
+from convexheads.solvers import ADMMSolver, NativeSolver, Status, feasible_rows
+from convexheads.solvers.certificate import certify
 from convexheads.solvers.kkt import BlockKKT
-from convexheads.solvers.splitting import splitting
+from convexheads.solvers.native.admm_steps import admm
+from convexheads.solvers.rescaling import rescale
 
 
 @examples(8, nightly=600)
 @known
-def test_converges_to_the_known_solution(n, k, seed, bounds, smoothing, row_sum):
-    assume(row_sum or smoothing == "all" or bounds == "both")
-    qp, coef, pull = known_problem(2, n, k, seed=seed, bounds=bounds, smoothing=smoothing, row_sum=row_sum)
-    units, unit, size = qp.in_units()
-    start = next(splitting(units, steps=1500))
-    certificate = units.certify(start.coef)
+def test_converges_to_the_known_solution(n, k, seed, bounds, smoothing, rows_sum_to_zero):
+    assume(rows_sum_to_zero or smoothing == "all" or bounds == "both")
+    qp, coef, pull = known_problem(
+        2, n, k, seed=seed, bounds=bounds, smoothing=smoothing, rows_sum_to_zero=rows_sum_to_zero
+    )
+    rescaled, coef_scale, multiplier_scale = rescale(qp)
+    start = next(admm(rescaled, steps=1500))
+    certificate = certify(rescaled, start.coef)
     assert certificate.residual.max() < 1e-12  # always feasible
     # How fast depends on the Gram matrix; the multipliers go with the gap.
     assert certificate.gap.max() < 1e-4
     slow = certificate.gap.max() > 1e-12
-    assert slow or close(start.coef * unit[:, None, None], coef, 1.0) < 1e-4
-    assert slow or close(start.bound_multipliers * size[:, None, None], pull, 1.0) < 1e-3
+    assert slow or close(start.coef * coef_scale[:, None, None], coef, 1.0) < 1e-4
+    assert slow or close(start.bound_multipliers * multiplier_scale[:, None, None], pull, 1.0) < 1e-3
 
 
 @examples(200, nightly=2000)
@@ -45,10 +49,12 @@ def test_proximal_step_without_sorting(k, seed, upper, smoothed, guessed):
     smoothing = torch.rand(5, k, generator=generator, dtype=torch.float64) if smoothed else None
     limits = (None, bound) if upper else (-bound, None)
     guess = 3 * torch.randn(5, 1, generator=generator, dtype=torch.float64) if guessed else None
-    row, _ = rows.proximal(target, *limits, weight=weight, smoothing=smoothing, row_sum=True, guess=guess)
+    row, _ = feasible_rows.proximal(
+        target, *limits, weight=weight, smoothing=smoothing, rows_sum_to_zero=True, guess=guess
+    )
     infinite = torch.full_like(bound, torch.inf)
     both = (-infinite, bound) if upper else (-bound, infinite)
-    expected, _ = rows.proximal(target, *both, weight=weight, smoothing=smoothing, row_sum=True)
+    expected, _ = feasible_rows.proximal(target, *both, weight=weight, smoothing=smoothing, rows_sum_to_zero=True)
     assert close(row, expected, 1.0) < 1e-12
     assert row.sum(-1).abs().max() < 1e-12
 
@@ -62,42 +68,36 @@ def gradient(head, support, labels, query):
     return torch.autograd.grad(head(support, labels, query).square().sum(), support)[0]
 
 
-def test_carries_on_until_certified(monkeypatch):
-    """The way to very many classes, on few enough to compare it with the others."""
+def test_goes_on_until_certified():
     support, labels, query, _ = many(25)
-    head = SVMHead(0.3, solver=NativeSolver(compiled=False))
-    expected, expected_gradient = head(support, labels, query), gradient(head, support, labels, query)
-    monkeypatch.setattr(native, "_LARGEST_BLOCKS", 0)
-    monkeypatch.setattr(native, "interior_point", None)  # needs a block of n x n for each class
-    monkeypatch.setattr(native, "_FEW_ROUNDS", 1)
+    expected_head = SVMHead(0.3, solver=NativeSolver(backend="torch"))
+    head = SVMHead(0.3, solver=ADMMSolver(max_rounds=1))
     fitted = head.fit(support, labels)
     assert fitted.solution.gap.max() < 1e-12
-    assert close(fitted(query), expected) < 1e-10
-    assert close(gradient(head, support, labels, query), expected_gradient) < 1e-8
+    assert close(fitted(query), expected_head(support, labels, query)) < 1e-10
+    expected = gradient(expected_head, support, labels, query)
+    assert close(gradient(head, support, labels, query), expected) < 1e-8
 
 
-def test_gives_up_in_the_end(monkeypatch):
+def test_stops_at_its_last_iterate():
     support, labels, *_ = many(25)
-    monkeypatch.setattr(native, "_LARGEST_BLOCKS", 0)
-    monkeypatch.setattr(native, "_ENOUGH_STARTS", 1)
-    monkeypatch.setattr(native, "_STEPS", 1)
-    monkeypatch.setattr(native, "_FEW_ROUNDS", 1)
-    solution = NativeSolver(compiled=False, on_failure="return").solve(crammer_singer(support, labels, 1e3))
-    assert not solution.converged.any()
+    solver = ADMMSolver(max_iterations=1, max_rounds=1, on_failure="return")
+    solution = solver.solve(crammer_singer(support, labels, 1e3))
+    assert (solution.status == Status.STOPPED).all()
     assert torch.isfinite(solution.coef).all()
     assert (solution.gap > 1e-6).all()
 
 
 def test_more_steps_come_closer():
     support, labels, *_ = many(6)
-    qp, *_ = crammer_singer(support, labels, 0.3).in_units()
-    gaps = [qp.certify(start.coef).gap.max() for start in islice(splitting(qp, steps=10), 4)]
+    qp, *_ = rescale(crammer_singer(support, labels, 0.3))
+    gaps = [certify(qp, start.coef).gap.max() for start in islice(admm(qp, steps=10), 4)]
     assert gaps == sorted(gaps, reverse=True)
     assert gaps[-1] < 1e-3 * gaps[0]
 
 
-@pytest.mark.parametrize("row_sum", [True, False])
-def test_gathered_blocks_are_the_whole_ones(row_sum, monkeypatch):
+@pytest.mark.parametrize("rows_sum_to_zero", [True, False])
+def test_gathered_blocks_are_the_whole_ones(rows_sum_to_zero):
     """Of most classes, few rows are free."""
     torch.manual_seed(1)
     root = torch.randn(3, 12, 15, dtype=torch.float64)
@@ -107,13 +107,9 @@ def test_gathered_blocks_are_the_whole_ones(row_sum, monkeypatch):
     sums = torch.where(free.any(1), sums, 0)
     found = {}
     for share in (0.0, 0.9):
-        monkeypatch.setattr("convexheads.solvers.kkt._WORTH_GATHERING", share)
-        kkt = BlockKKT.factorise(gram, diagonal=diagonal, free=free, row_sum=row_sum, regulariser=1e-12)
+        settings = {"rows_sum_to_zero": rows_sum_to_zero, "regularization": 1e-12, "max_free_fraction": share}
+        kkt = BlockKKT.factorize(gram, diagonal=diagonal, free=free, **settings)
         assert (kkt.index is None) is (share == 0)
-        found[share] = kkt, *kkt.solve(right, sums, refinements=2)
-    for one, other in zip(found[0.0][1:], found[0.9][1:], strict=True):
-        assert close(other, one) < 1e-10
-    # some tasks of one, some of the other
-    mixed = found[0.9][0].with_tasks(torch.tensor([True, False, True]), found[0.0][0].tasks(slice(0, 3, 2)))
-    for one, other in zip(found[0.0][1:], mixed.solve(right, sums, refinements=2), strict=True):
+        found[share] = kkt.solve(right, sums, refinements=2)
+    for one, other in zip(found[0.0], found[0.9], strict=True):
         assert close(other, one) < 1e-10

@@ -16,11 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from convexheads.solvers.kkt import cholesky
+from convexheads.solvers.stalling import StallDetector
 
-_HALVINGS = 30
-# A gap that was below `_NEAR` and has not halved for `_STALLED` steps won't fall further.
-_NEAR = 1e-4
-_STALLED = 3
+_MAX_BACKTRACKS = 30
+_PATIENCE = 3
 
 
 class Optimum(NamedTuple):
@@ -84,12 +83,13 @@ def solve(
     coef = torch.zeros_like(targets)
     value = _objective(gram, targets, coef)
     best, best_gap = _feasible(targets, coef), torch.full_like(value, torch.inf)
-    steps, idle = torch.zeros_like(value, dtype=torch.long), torch.zeros_like(value, dtype=torch.long)
+    steps = torch.zeros_like(value, dtype=torch.long)
+    stalling = StallDetector(best_gap, patience=_PATIENCE)
     done = torch.zeros_like(value, dtype=torch.bool)
     for step in range(1, max_steps + 1):
         change = newton_step(gram, targets, coef) - coef
         length, ahead = torch.ones_like(value), value
-        for _ in range(_HALVINGS):
+        for _ in range(_MAX_BACKTRACKS):
             ahead = _objective(gram, targets, coef + length[:, None, None] * change)
             worse = ahead > value + 1e-12 * value.abs()
             if not worse.any():
@@ -99,11 +99,10 @@ def solve(
         candidate = _feasible(targets, coef)
         gap = _gap(gram, targets, candidate)
         better = (gap < best_gap) & ~done
-        idle = torch.where((gap < best_gap / 2) | (best_gap > _NEAR), 0, idle + 1)
         best = torch.where(better[:, None, None], candidate, best)
         best_gap = torch.where(better, gap, best_gap)
         steps = torch.where(done, steps, step)
-        done = done | (best_gap <= tolerance) | (idle >= _STALLED) | torch.isnan(gap)
+        done = done | (best_gap <= tolerance) | stalling.update(gap) | torch.isnan(gap)
         if done.all():
             break
     return Optimum(best.reshape(*batch, n, k), best_gap.reshape(batch), steps.reshape(batch))

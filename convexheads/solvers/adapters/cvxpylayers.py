@@ -1,4 +1,4 @@
-"""The reference: CVXPY's canonicalisation and Clarabel, differentiated by diffcp."""
+"""cvxpylayers: the canonicalization of CVXPY and Clarabel, differentiated by diffcp."""
 
 from __future__ import annotations
 
@@ -6,58 +6,64 @@ from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from convexheads.solvers import foreign
-from convexheads.solvers.base import Solved, Solver
-from convexheads.solvers.problem import QP
+from convexheads.solvers.adapters import _external
+from convexheads.solvers.base import Solver
+from convexheads.solvers.problem import DualProblem
 
 
 class CvxpylayersSolver(Solver):
     """cvxpylayers (Agrawal et al. 2019) with Clarabel (Goulart & Chen 2024). It needs the extra `cvxpylayers`.
 
-    Slow, on CPU only, and independent of everything else here: for checking, not for training. Gradients are diffcp's
-    own (Agrawal et al. 2019, "Differentiating through a cone program"). What differs from cvxpylayers alone:
+    Use it to check other solvers: it is slow, works on the CPU only, and shares no code with them. Gradients are those
+    of diffcp (Agrawal et al. 2019, "Differentiating through a cone program"). Differences from cvxpylayers alone:
 
-    - `quad_form` with a parameter is not DPP: the Hessian enters by a square root;
-    - compiling takes long: done once per shape and kept;
-    - SCS, the default, is accurate to 1e-2 in the gradient: Clarabel, at 1e-7 of `tolerance`;
-    - diffcp takes gradients below 1e-8 for zero: they are scaled (`solvers/foreign.py`);
-    - one task that can't be solved raises for the batch: it is then solved task by task, and that one is NaN;
-    - a second derivative is refused with an error.
+    - `quad_form` with a parameter is not DPP: the Hessian enters as a square root.
+    - Compiling takes seconds: it is done once per shape.
+    - SCS, the default, is accurate to 1e-2 in the gradient: Clarabel is used, at 1e-7 of `tolerance`.
+    - diffcp treats gradients below 1e-8 as zero: they are scaled.
+    - A task that cannot be solved raises an error for the batch: it is then solved task by task, and that task is NaN.
+    - A second derivative is refused with an error.
 
-    Takes `max_iterations` (default None: at most 200), `tolerance` (default 1e-3) and `on_failure` (default "raise"),
-    as every `Solver` does.
+    It takes `max_iterations` (default None: at most 200), `tolerance` (default 1e-3) and `on_failure` (default
+    "raise"), as every `Solver` does.
 
     Raises:
         InputError: an argument is outside its range. Solving raises what `Solver.solve` does.
         MissingDependencyError: cvxpylayers is not installed.
+
+    Example:
+        `SVMHead(solver=CvxpylayersSolver())`
     """
 
     default_tolerance: ClassVar[float] = 1e-3
     package: ClassVar[str | None] = "cvxpylayers"
+    provides_gradient: ClassVar[bool] = True
 
-    def _coefficients(self, qp: QP) -> Solved:
-        smoothing = torch.zeros_like(qp.linear) if qp.smoothing is None else qp.smoothing
-        bounds = [(sign, bound) for sign, bound in ((1, qp.upper), (-1, qp.lower)) if bound is not None]
-        _, n, k = qp.linear.shape
-        layer = _layer(n, k, tuple(sign for sign, _ in bounds), qp.row_sum)
+    def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:
+        smoothing = torch.zeros_like(problem.linear) if problem.smoothing is None else problem.smoothing
+        bounds = [(sign, bound) for sign, bound in ((1, problem.upper), (-1, problem.lower)) if bound is not None]
+        _, n, k = problem.linear.shape
+        layer = _layer(n, k, tuple(sign for sign, _ in bounds), problem.rows_sum_to_zero)
         # A missing bound is the idle row `0 a <= 1`.
         present = [torch.isfinite(bound) for _, bound in bounds]
         limits = [torch.where(on, sign * bound, 1) for on, (sign, bound) in zip(present, bounds, strict=True)]
-        accuracy, most = self.tolerance * 1e-7, self.max_iterations or 200
-        switches = [on.to(qp.gram.dtype) for on in present]
+        accuracy, limit = self.tolerance * 1e-7, self.max_iterations or 200
+        switches = [on.to(problem.gram.dtype) for on in present]
 
         def solve(gram: Tensor, smoothing: Tensor, linear: Tensor, *limits: Tensor) -> Tensor:
             found: list[Tensor] = []
             linear = _QuadraticTerm.apply(linear, gram, smoothing, found)
             parameters = [x for pair in zip(switches, limits, strict=True) for x in pair]
-            parameters = (_root(gram.detach()), smoothing.detach().sqrt(), linear, *parameters)
-            (coef,) = call(layer, *parameters, tolerance=accuracy, max_iterations=most)
-            found.append(coef.detach())  # attached, it would keep the graph that keeps it
+            parameters = (_square_root(gram.detach()), smoothing.detach().sqrt(), linear, *parameters)
+            (coef,) = call(layer, *parameters, tolerance=accuracy, max_iterations=limit)
+            found.append(coef.detach())  # with its graph, it would be a reference cycle
             return coef
 
-        return Solved(foreign.call(solve, qp.gram, smoothing, qp.linear, *limits, backend="CvxpylayersSolver"))
+        inputs = problem.gram, smoothing, problem.linear, *limits
+        return _external.call_backend(solve, *inputs, backend="CvxpylayersSolver")
 
 
 class Layer(NamedTuple):
@@ -70,15 +76,15 @@ class Layer(NamedTuple):
 
 
 def call(layer: Layer, *parameters: Tensor, tolerance: float, max_iterations: int) -> list[Tensor]:
-    """A `CvxpyLayer`'s variables for a batch of parameters, NaN in the tasks that raised an error.
+    """The variables of a `CvxpyLayer` for a batch of parameters, NaN in tasks that raised an error.
 
-    diffcp doesn't look at Clarabel's status: a problem without a solution may give any numbers.
+    diffcp ignores the status of Clarabel: a problem without a solution may give any numbers.
 
     Args:
-        layer: as `layer_of` makes it.
-        parameters: each with the tasks as first dimension.
-        tolerance: Clarabel's, for gaps and residuals.
-        max_iterations: Clarabel's.
+        layer: the result of `layer_of`.
+        parameters: tensors with the tasks as first dimension.
+        tolerance: the tolerance of Clarabel for gaps and residuals.
+        max_iterations: the largest number of iterations of Clarabel.
     """
     arguments: dict[str, Any] = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), tolerance)
     arguments |= {"max_iter": max_iterations}
@@ -90,16 +96,16 @@ def call(layer: Layer, *parameters: Tensor, tolerance: float, max_iterations: in
         if len(parameters[0]) == 1:
             return [parameters[0].new_full((1, *variable.shape), torch.nan) for variable in layer.variables]
         tasks = (tuple(x[task : task + 1] for x in parameters) for task in range(len(parameters[0])))
-        alone = [call(layer, *task, tolerance=tolerance, max_iterations=max_iterations) for task in tasks]
-        return [torch.cat(parts) for parts in zip(*alone, strict=True)]
+        per_task = [call(layer, *task, tolerance=tolerance, max_iterations=max_iterations) for task in tasks]
+        return [torch.cat(parts) for parts in zip(*per_task, strict=True)]
     return [solution.to(parameters[0].device) for solution in solutions]
 
 
 def layer_of(problem: Any, parameters: list[Any], variables: list[Any]) -> Layer:
-    """Compile."""
+    """Compile a problem."""
     from cvxpylayers.torch.cvxpylayer import CvxpyLayer
 
-    with torch.sparse.check_sparse_tensor_invariants(enable=False):  # said so, torch doesn't warn of it
+    with torch.sparse.check_sparse_tensor_invariants(enable=False):  # an explicit setting avoids a warning
         solve = CvxpyLayer(
             problem,
             parameters=parameters,
@@ -117,14 +123,14 @@ def _diffcp_error() -> type[Exception]:
 
 
 @lru_cache(maxsize=64)
-def _layer(n: int, k: int, signs: tuple[int, ...], row_sum: bool) -> Layer:
+def _layer(n: int, k: int, signs: tuple[int, ...], rows_sum_to_zero: bool) -> Layer:
     import cvxpy
 
     coef = cvxpy.Variable((n, k))
     root, softness, linear = cvxpy.Parameter((n, n)), cvxpy.Parameter((n, k)), cvxpy.Parameter((n, k))
     bounds = [(sign, cvxpy.Parameter((n, k)), cvxpy.Parameter((n, k))) for sign in signs]
     constraints: list[Any] = [cvxpy.multiply(switch, sign * coef) <= limit for sign, switch, limit in bounds]
-    if row_sum:
+    if rows_sum_to_zero:
         constraints.append(cvxpy.sum(coef, axis=1) == 0)
     quadratic = cvxpy.sum_squares(root @ coef) + cvxpy.sum_squares(cvxpy.multiply(softness, coef))
     objective = quadratic / 2 - cvxpy.sum(cvxpy.multiply(linear, coef))
@@ -132,8 +138,8 @@ def _layer(n: int, k: int, signs: tuple[int, ...], row_sum: bool) -> Layer:
     return layer_of(cvxpy.Problem(cvxpy.Minimize(objective), constraints), parameters, [coef])
 
 
-def _root(matrix: Tensor) -> Tensor:
-    """R with R'R = matrix, also of a singular one."""
+def _square_root(matrix: Tensor) -> Tensor:
+    """R with R'R = matrix, which may be singular."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)).mT
 

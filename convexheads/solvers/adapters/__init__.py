@@ -1,0 +1,1 @@
+"""Solvers of other packages, each with workarounds for the defects of its backend."""

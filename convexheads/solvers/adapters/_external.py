@@ -1,0 +1,115 @@
+"""What adapters share: the dense form of a problem, and an external differentiable solver as one node of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from convexheads._functorch import once_differentiable
+from convexheads.solvers.problem import DualProblem
+
+
+class DenseProblem(NamedTuple):
+    """`min 1/2 z'Qz + p'z` subject to `Gz <= h`, `Az = b`, with `z` the coefficients row by row. `to_dense` makes it.
+
+    Attributes:
+        Q: `(*batch, nk, nk)`.
+        p: `(*batch, nk)`.
+        G: `(*batch, inequalities, nk)`.
+        h: `(*batch, inequalities)`.
+        A: `(*batch, equalities, nk)`.
+        b: `(*batch, equalities)`.
+    """
+
+    Q: Float[Tensor, "*batch nk nk"]
+    p: Float[Tensor, "*batch nk"]
+    G: Float[Tensor, "*batch inequalities nk"]
+    h: Float[Tensor, "*batch inequalities"]
+    A: Float[Tensor, "*batch equalities nk"]
+    b: Float[Tensor, "*batch equalities"]
+
+
+def to_dense(problem: DualProblem) -> DenseProblem:
+    """Convert a problem to the standard dense form of general-purpose solvers, fully expanded over the batch.
+
+    Infinite bounds are left out. A task that has more of them than another one of the batch gets idle rows `0 z <= 1`
+    instead.
+
+    Args:
+        problem: any number of leading dimensions.
+
+    Returns:
+        Matrices of nk x nk; without row sums, there are no equalities.
+    """
+    *batch, n, k = problem.linear.shape
+    eye = torch.eye(n * k, dtype=problem.gram.dtype, device=problem.gram.device)
+    hessian = torch.einsum("...ij,cd->...icjd", problem.gram, eye[:k, :k]).reshape(*batch, n * k, n * k)
+    if problem.smoothing is not None:
+        hessian = hessian + torch.diag_embed(problem.smoothing.reshape(*batch, n * k))
+    sides, limits = [], []
+    for sign, bound in ((1, problem.upper), (-1, problem.lower)):
+        if bound is not None:
+            bound = sign * bound.reshape(*batch, n * k)
+            present = torch.isfinite(bound)
+            order = (~present).to(torch.uint8).argsort(dim=-1, stable=True)[..., : int(present.sum(-1).max())]
+            present = present.gather(-1, order)
+            sides.append(sign * present[..., None] * eye[order])
+            limits.append(torch.where(present, bound.gather(-1, order), 1))
+    equality = eye.view(n, k, n * k).sum(1) if problem.rows_sum_to_zero else eye[:0]
+    return DenseProblem(
+        Q=hessian,
+        p=-problem.linear.reshape(*batch, n * k),
+        G=torch.cat(sides, -2),
+        h=torch.cat(limits, -1),
+        A=equality.expand(*batch, *equality.shape).clone(),
+        b=problem.linear.new_zeros(*batch, len(equality)),
+    )
+
+
+def call_backend(solve: Callable[..., Tensor], *inputs: Tensor, backend: str) -> Tensor:
+    """`solve(*inputs)`, differentiable once.
+
+    It works around two defects that backends share:
+
+    - Incoming gradients are scaled to one per task, and the outgoing ones back, because backends compare them with
+      absolute thresholds (diffcp treats a gradient below 1e-8 as zero).
+    - A request for a second derivative raises `ConvexHeadsError`, because no backend computes it correctly.
+
+    Args:
+        solve: a function that is differentiable by the backend's own means. The first dimension of every input and of
+            the output are the tasks, which do not affect each other.
+        inputs: the tensors to differentiate with respect to, each `(tasks, ...)`.
+        backend: name of the backend in the error.
+
+    Returns:
+        The result of `solve`, `(tasks, ...)`.
+    """
+    return _Call.apply(solve, backend, *inputs)
+
+
+class _Call(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, solve: Callable[..., Tensor], backend: str, *inputs: Tensor) -> Tensor:
+        ctx.backend = backend
+        wanted = ctx.needs_input_grad[2:]
+        with torch.set_grad_enabled(any(wanted)):
+            ctx.inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, wanted, strict=True)]
+            ctx.output = solve(*ctx.inputs)
+        return ctx.output.detach()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        size = gradient.detach().abs().amax(tuple(range(1, gradient.ndim)))
+        size = torch.where(size > 0, size, 1)
+        wanted = [x for x in ctx.inputs if x.requires_grad]
+        with torch.enable_grad():
+            scaled = gradient.detach() / size.view(-1, *[1] * (gradient.ndim - 1))
+            found = iter(torch.autograd.grad(ctx.output, wanted, scaled, retain_graph=True))
+        found = [next(found) if x.requires_grad else None for x in ctx.inputs]
+        back = [None if g is None else g * size.view(-1, *[1] * (g.ndim - 1)) for g in found]
+        # Connected to the incoming gradient, so that differentiating once more raises the error.
+        return None, None, *(None if g is None else once_differentiable(g, gradient, ctx.backend) for g in back)

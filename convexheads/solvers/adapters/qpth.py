@@ -1,0 +1,88 @@
+"""qpth, the solver of Lee et al. 2019, with workarounds for its known defects."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from convexheads.solvers.adapters import _external
+from convexheads.solvers.base import Solver, SolverResult
+from convexheads.solvers.problem import DualProblem
+
+# torch's batched LU on CPU may hang from about 150 rows on with several threads (pytorch issues 141358, 142815).
+_MAX_ROWS_IN_BATCH = 128
+# qpth factorizes the Hessian, which is singular if n > d: its smallest eigenvalue is raised to this, relative to its
+# mean diagonal.
+_SMALLEST_EIGENVALUE = 1e-6
+
+
+class QpthSolver(Solver):
+    """qpth (Amos & Kolter 2017), the solver of Lee et al. 2019 and of their published code.
+
+    Use it to reproduce the paper: `QpthSolver(max_iterations=3)` stops as early as the paper does. It needs the extra
+    `qpth`. Gradients are qpth's own. Differences from qpth alone:
+
+    - qpth returns the mean of the gradients of a parameter that the batch shares: everything is expanded first.
+    - Batched LU may hang on the CPU: large problems are solved task by task.
+    - A task that cannot be factorized would invalidate the batch: it is then solved task by task, and that task is NaN.
+    - The second derivative is silently wrong: it is refused with an error.
+    - qpth prints if residuals are large: status and certified gap take the place of that.
+    - qpth factorizes the Hessian: if that is singular, its smallest eigenvalue is raised to 1e-6 of its mean diagonal.
+
+    Its matrices are nk x nk. It takes `max_iterations` (default None: at most 50), `tolerance` (default 1e-5) and
+    `on_failure` (default "raise"), as every `Solver` does.
+
+    Raises:
+        InputError: an argument is outside its range. Solving raises what `Solver.solve` does.
+        MissingDependencyError: qpth is not installed.
+
+    Example:
+        `SVMHead(solver=QpthSolver(max_iterations=3))`
+    """
+
+    default_tolerance: ClassVar[float] = 1e-5
+    package: ClassVar[str | None] = "qpth"
+    provides_gradient: ClassVar[bool] = True
+
+    def _result(self, problem: DualProblem, rescaled: DualProblem, coef_scale: Float[Tensor, " tasks"]) -> SolverResult:
+        if self.max_iterations is None or not len(coef_scale):
+            return super()._result(problem, rescaled, coef_scale)
+        # When qpth stops early, its iterates matter: they are those of the problem as it was posed, as in the paper.
+        return SolverResult(self.solve_batch(problem) / coef_scale[:, None, None])
+
+    def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:
+        plain = problem.detach()
+        wanted = _SMALLEST_EIGENVALUE * plain.curvature().clamp_min(_SMALLEST_EIGENVALUE)
+        smallest = torch.linalg.eigvalsh(plain.gram)[:, 0]
+        if plain.smoothing is not None:
+            smallest = smallest + plain.smoothing.amin((-2, -1))
+        shift = (wanted - smallest).clamp_min(0)[:, None, None].expand_as(problem.linear)
+        shifted = replace(problem, smoothing=shift if problem.smoothing is None else problem.smoothing + shift)
+        dense = _external.to_dense(shifted)
+        tasks = len(problem.linear)
+        if tasks > 1 and (dense.G == 0).all(-1).any():  # idle rows, for which the step length of qpth is not finite
+            per_task = (problem.select(slice(task, task + 1)) for task in range(tasks))
+            return torch.cat([self.solve_batch(task) for task in per_task])
+        return _external.call_backend(self._solve_dense, *dense, backend="QpthSolver").reshape(problem.linear.shape)
+
+    def _solve_dense(self, *dense: Tensor) -> Tensor:
+        Q, _, G, _, A, _ = dense
+        batched = self._attempt(*dense) if Q.is_cuda or G.shape[-2] + A.shape[-2] <= _MAX_ROWS_IN_BATCH else None
+        if batched is not None and torch.isfinite(batched).all():
+            return batched
+        nothing = torch.full_like(dense[1][:1], torch.nan)
+        per_task = (self._attempt(*(part[task : task + 1] for part in dense)) for task in range(len(Q)))
+        return torch.cat([nothing if solution is None else solution for solution in per_task])
+
+    def _attempt(self, *dense: Tensor) -> Tensor | None:
+        from qpth.qp import QPFunction
+
+        solve = QPFunction(verbose=-1, maxIter=self.max_iterations or 50, check_Q_spd=False)
+        try:
+            return solve(*dense)
+        except RuntimeError:  # of torch.linalg, on a singular matrix
+            return None

@@ -1,0 +1,235 @@
+"""The certificate: how far coefficients can be from the optimum, proved from the problem alone.
+
+Every tolerance of the certificate is a constant of this module. The Numba kernels receive them from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from convexheads.solvers import feasible_rows
+from convexheads.solvers.problem import DualProblem
+from convexheads.solvers.records import TensorRecord
+from convexheads.solvers.rescaling import largest_bounds
+
+INDEFINITENESS = 1e-9
+"""Negative curvature beyond this, relative to the diagonal of the Gram matrix, is not the effect of rounding."""
+ZERO_GAP = 1e-16
+"""Where the optimal weights are zero, no relative error of them is ever small. Then a gap of this size is enough."""
+FEASIBILITY_TOLERANCE = 1e-6
+"""Largest residual of coefficients that count as feasible."""
+ROUNDING_THRESHOLD = 1e-6
+"""The effect of rounding is added to relative gaps only above this value."""
+ROUNDING_MARGIN = 1e-2
+"""The effect of rounding is worked out where a first-order estimate exceeds this share of the threshold."""
+# Scaling w up slightly absorbs rounding errors in the slacks, which C amplifies.
+_PRIMAL_SCALINGS = (0.0, *(1 + 10.0**exponent for exponent in range(-14, 0, 2)))
+# Skip the search over scalings if the unscaled weights already prove this relative gap.
+_GAP_GOOD_ENOUGH = 1e-12
+# In large problems, scalings are tried in chunks of at most so many entries.
+_MAX_ENTRIES_PER_CHUNK = 2**23
+# No gap below so many times the machine's precision can be reached.
+_ROUNDING_FLOOR = 4096
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Certificate(TensorRecord):
+    """What can be proved about coefficients, whoever computed them. `certify` makes it.
+
+    Attributes:
+        feasible: projection of the coefficients on the feasible set, `(*batch, n, k)`.
+        gap: relative duality gap of the projection, `(*batch,)`.
+        primal_error_bound: upper bound of the relative error of the primal weights, `(*batch,)`.
+        residual: distance of the coefficients to the feasible set, relative to the largest coefficient (at least one
+            unit), `(*batch,)`.
+        violation: the same of the projection; zero unless a row has no feasible point at all, `(*batch,)`.
+        bound_multipliers: positive at an upper bound, negative at a lower bound, zero at free entries, `(*batch, n,
+            k)`.
+        row_multipliers: multipliers of the zero row sums, `(*batch, n)`.
+    """
+
+    feasible: Float[Tensor, "*batch n k"]
+    gap: Float[Tensor, "*batch"]
+    primal_error_bound: Float[Tensor, "*batch"]
+    residual: Float[Tensor, "*batch"]
+    violation: Float[Tensor, "*batch"]
+    bound_multipliers: Float[Tensor, "*batch n k"]
+    row_multipliers: Float[Tensor, "*batch n"]
+
+    def converged(self, tolerance: float) -> Bool[Tensor, "*batch"]:
+        """Whether a task counts as solved.
+
+        The gap is of second order in the error of the coefficients, the residual is of first order.
+
+        Args:
+            tolerance: relative duality gap. Below what rounding leaves (9e-13 in float64) it has no effect.
+
+        Returns:
+            `(*batch,)` of bool.
+        """
+        tolerance = max(tolerance, _ROUNDING_FLOOR * torch.finfo(self.gap.dtype).eps)
+        return (self.gap <= tolerance) & (self.residual <= tolerance**0.5)
+
+    def certifies(self, tolerance: float) -> Bool[Tensor, "*batch"]:
+        """Whether the gap and the squared relative error of the weights are both proved to be at most `tolerance`.
+
+        With a small C the loss dominates the objective, and the gap alone says little about the weights.
+
+        Args:
+            tolerance: relative, without units.
+
+        Returns:
+            `(*batch,)` of bool.
+        """
+        return (self.gap <= tolerance) & ((self.primal_error_bound.square() <= tolerance) | (self.gap <= ZERO_GAP))
+
+    def is_feasible(self) -> Bool[Tensor, "*batch"]:
+        """Whether the coefficients themselves were feasible.
+
+        If they were not, an optimal projection does not imply a correct active set.
+
+        Returns:
+            `(*batch,)` of bool.
+        """
+        return self.residual <= FEASIBILITY_TOLERANCE
+
+
+def certify(problem: DualProblem, coef: Float[Tensor, "*batch n k"]) -> Certificate:
+    """Bound the distance of coefficients from the optimum by weak duality (Boyd & Vandenberghe 2004, Section 5.5.1).
+
+    For feasible coefficients `a` the dual objective `D(a)` is a lower bound of the optimum. For any weights w, the
+    primal objective `P(w)` is an upper bound; w = Phi'a is scaled by several factors, and the best one counts.
+
+    Args:
+        problem: a rescaled problem (`rescale`).
+        coef: coefficients, `(*batch, n, k)`. NaN gives a gap of NaN.
+
+    Returns:
+        The certificate. Its gap is `(P - D) / P`, and its error bound is one of `|w - w*| / |w|`.
+    """
+    feasible = problem.project(coef)
+    scores = problem.gram @ feasible
+    quadratic = (feasible * scores).sum((-2, -1))
+    # Weak duality rests on a positive semi-definite Gram matrix; negative curvature beyond rounding disproves that.
+    squares = problem.gram.diagonal(dim1=-2, dim2=-1).abs().sum(-1) * feasible.square().sum((-2, -1))
+    indefinite = quadratic < -INDEFINITENESS * squares
+    quadratic = quadratic.clamp_min(0)
+
+    gap, primal, row_multipliers = _smallest_gap(problem, feasible, scores, quadratic)
+    gap = torch.where(indefinite, torch.inf, gap)
+    largest = feasible.abs().amax((-2, -1)).clamp_min(1)
+    distance = (coef - feasible).abs().amax((-2, -1))
+    violation = feasible.sum(-1).abs().amax(-1) if problem.rows_sum_to_zero else torch.zeros_like(distance)
+    bound_multipliers = problem.linear - scores - row_multipliers
+    if problem.smoothing is not None:
+        bound_multipliers = bound_multipliers - problem.smoothing * feasible
+    return Certificate(
+        feasible=feasible,
+        gap=gap / primal.abs().clamp_min(torch.finfo(coef.dtype).eps),
+        primal_error_bound=(2 * gap / quadratic.clamp_min(torch.finfo(coef.dtype).tiny)).sqrt(),
+        residual=torch.maximum(distance, violation) / largest,
+        violation=violation / largest,
+        bound_multipliers=bound_multipliers,
+        row_multipliers=row_multipliers.squeeze(-1),
+    )
+
+
+def account_for_rounding(problem: DualProblem, certificate: Certificate) -> Certificate:
+    """The certificate with a gap that allows for rounding of the Gram matrix, where that matters.
+
+    `certify` treats the Gram matrix as exact, but its entries are rounded inner products, and a score is a sum of
+    them: with `eps` the machine's precision, the score of example i for class k may be off by `eps sqrt(K_ii) sum_j
+    sqrt(K_jj) |a_jk|`, to first order. Slacks that are too small by this amount cost the primal objective C times as
+    much. The effect exceeds a relative gap of 1e-6 (5e-4 in float32) from C times the squared length of the features of
+    about 1e9 on, and only where no weights separate the support set.
+
+    Args:
+        problem: a rescaled problem (`rescale`).
+        certificate: what `certify` returned for coefficients.
+
+    Returns:
+        The same, with a larger `gap` in such tasks.
+    """
+    feasible = certificate.feasible
+    eps = torch.finfo(feasible.dtype).eps
+    threshold = max(ROUNDING_THRESHOLD, _ROUNDING_FLOOR * eps)
+    length = problem.gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    score_error = eps * length.unsqueeze(-1) * (length.unsqueeze(-2) @ feasible.abs())
+    scores = problem.gram @ feasible
+    quadratic = (feasible * scores).sum((-2, -1)).clamp_min(0)
+    dual = (problem.linear * feasible).sum((-2, -1)) - quadratic / 2
+    estimate = (largest_bounds(problem) * score_error.sum(-1)).sum(-1)
+    if not (estimate > ROUNDING_MARGIN * threshold * dual).any():
+        return certificate
+    gap, primal, _ = _smallest_gap(problem, feasible, scores, quadratic, score_error)
+    gap = gap / primal.abs().clamp_min(eps)
+    gap = torch.where(gap > threshold, gap, 0)
+    return replace(certificate, gap=torch.maximum(certificate.gap, gap))
+
+
+def _smallest_gap(
+    problem: DualProblem, feasible: Tensor, scores: Tensor, quadratic: Tensor, score_error: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The smallest `P - D` over all scalings of the weights, its `P`, and the row multipliers without scaling."""
+    one = torch.ones_like(scores[..., :1, :1])
+    gap, primal, row_multipliers = _gap(problem, feasible, scores, quadratic, one, score_error)
+    if not (gap <= _GAP_GOOD_ENOUGH * primal).all():
+        scalings = torch.tensor(_PRIMAL_SCALINGS, dtype=gap.dtype, device=gap.device).view(-1, *[1] * scores.ndim)
+        for some in scalings.split(max(1, _MAX_ENTRIES_PER_CHUNK // max(1, scores.numel()))):
+            gaps, primals, _ = _gap(problem, feasible, scores, quadratic, some, score_error)
+            smallest, best = gaps.min(0)
+            better = smallest < gap
+            gap = torch.where(better, smallest, gap)
+            primal = torch.where(better, primals.gather(0, best.unsqueeze(0)).squeeze(0), primal)
+    return gap, primal, row_multipliers
+
+
+def _gap(
+    problem: DualProblem,
+    feasible: Tensor,
+    scores: Tensor,
+    quadratic: Tensor,
+    scaling: Tensor,
+    score_error: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`P - D` and `P` for the weights times `scaling`, and the row multipliers.
+
+    With `score_error`, each score is moved by that much in the direction in which the loss grows.
+    """
+    slope = problem.linear - scaling * scores
+    moved = 0.0
+    if score_error is not None:
+        score_error = score_error * _ascent_sign(problem, slope, feasible)
+        slope, moved = slope + score_error, (score_error * feasible).sum((-2, -1))
+    losses, distances, row_multipliers = feasible_rows.conjugate(
+        slope,
+        problem.lower,
+        problem.upper,
+        at=feasible,
+        rows_sum_to_zero=problem.rows_sum_to_zero,
+        smoothing=problem.smoothing,
+    )
+    scaling = scaling[..., 0, 0]
+    # `P - D` itself, summed from non-negative terms: a difference of objectives would drown small gaps in rounding.
+    gap = distances.clamp_min(0).sum(-1) + (scaling - 1).square() / 2 * quadratic + moved
+    return gap, losses.sum(-1) + scaling.square() / 2 * quadratic, row_multipliers
+
+
+def _ascent_sign(problem: DualProblem, slope: Tensor, feasible: Tensor) -> Tensor:
+    """The sign of each entry's change for which the maximum over the feasible rows can only grow."""
+    _, _, row_multipliers = feasible_rows.conjugate(
+        slope,
+        problem.lower,
+        problem.upper,
+        at=feasible,
+        rows_sum_to_zero=problem.rows_sum_to_zero,
+        smoothing=problem.smoothing,
+    )
+    sign = torch.where(slope >= row_multipliers, 1.0, -1.0).to(slope.dtype)
+    if problem.upper is not None:
+        sign = torch.where(problem.upper > 0, sign, -1.0)
+    return sign if problem.lower is None else torch.where(problem.lower < 0, sign, 1.0)

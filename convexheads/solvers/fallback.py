@@ -1,0 +1,69 @@
+"""Composition of solvers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from convexheads._functorch import inspect_values, is_transforming
+from convexheads.errors import InputError
+from convexheads.solvers.base import OnFailure, Solver
+from convexheads.solvers.problem import DualProblem, Solution
+
+
+class Fallback(Solver):
+    """Hands the tasks that one solver does not certify on to another one.
+
+    Use it when a fast solver fails on some tasks. Each task has the gradient of the solver that solved it.
+
+    Args:
+        first: the solver of all tasks.
+        then: the solver of those that `first` does not certify.
+        tolerance: relative duality gap that errors and warnings report. Default None (that of `then`).
+        on_failure: what happens if neither solver certifies a task: "raise" (default), "warn" or "return". The
+            `on_failure` of the two solvers has no effect.
+
+    Raises:
+        InputError: an argument is unusable. Solving raises what `Solver.solve` does.
+
+    Example:
+        `SVMHead(solver=Fallback(ActiveSetSolver(), InteriorPointSolver()))`
+    """
+
+    def __init__(
+        self, first: Solver, then: Solver, *, tolerance: float | None = None, on_failure: OnFailure = "raise"
+    ) -> None:
+        for name, solver in (("first", first), ("then", then)):
+            if not isinstance(solver, Solver):
+                raise InputError(f"Fallback({name})", "a Solver", repr(solver))
+        super().__init__(tolerance=then.tolerance if tolerance is None else tolerance, on_failure=on_failure)
+        self.first, self.then = first, then
+
+    def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:
+        return self._solve_flat(problem).coef
+
+    def _solve_flat(self, problem: DualProblem) -> Solution:
+        solution = self.first._solve_flat(problem)
+        unsolved = ~self.first._is_solved(solution)
+        if is_transforming():  # where tasks cannot be selected by their values
+            if not inspect_values(lambda unsolved: bool(unsolved.any()), unsolved):
+                return solution
+            solution, other = _common_fields(solution, self.then._solve_flat(problem))
+            others = other.tensors()
+            return solution.map(
+                lambda name, value: torch.where(unsolved.view(-1, *[1] * (value.ndim - 1)), others[name], value)
+            )
+        if not unsolved.any():
+            return solution
+        solution, other = _common_fields(solution, self.then._solve_flat(problem.select(unsolved)))
+        return solution.replace_tasks(unsolved, other)
+
+
+def _common_fields(one: Solution, other: Solution) -> tuple[Solution, Solution]:
+    """Two solutions without the number of iterations if one of them does not know it."""
+    if one.iterations is None or other.iterations is None:
+        one, other = replace(one, iterations=None), replace(other, iterations=None)
+    return one, other

@@ -1,0 +1,191 @@
+"""Active-set Newton: guess which coefficients are at a bound, solve for the others, correct the guess, repeat."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from convexheads._validation import check_positive_ints
+from convexheads.errors import InputError, MissingDependencyError
+from convexheads.solvers.base import OnFailure, Solved, Solver, SolverResult
+from convexheads.solvers.certificate import Certificate, certify
+from convexheads.solvers.implicit import ActiveSet, active_entries, factorize_free
+from convexheads.solvers.native.admm_steps import WarmStart, admm, ridge_step
+from convexheads.solvers.problem import DualProblem, Solution
+
+Backend = Literal["auto", "torch", "numba"]
+"""What solves problems: PyTorch, kernels compiled by Numba on the CPU, or whichever is faster."""
+INNER_TOLERANCE_RATIO = 1e-3
+"""Solvers go on to this fraction of their tolerance, because the gradient depends on the right active set."""
+MAX_ROUNDS = 12
+REFINEMENTS = 2
+# Problems of at least so many coefficients start with ADMM, for so many steps; smaller ones with a ridge regression.
+_MIN_SIZE_FOR_ADMM = 500
+_ADMM_STEPS = 10
+# Larger problems on a GPU are not copied to the CPU. Up to 5 ways the copy is several times as fast, beyond it is
+# slower.
+_MAX_ENTRIES_TO_COPY = 2**23
+
+
+class SearchResult(NamedTuple):
+    """Where the search for an active set ended: the exact solution for the active set, and the rounds of each task."""
+
+    coef: Float[Tensor, "tasks n k"]
+    active_set: ActiveSet
+    rounds: Int[Tensor, " tasks"]
+
+
+class ActiveSetSolver(Solver):
+    """Active-set Newton, by the primal-dual active set method (Hintermueller, Ito & Kunisch 2002).
+
+    Use it for few-shot problems that are not degenerate; it needs a handful of rounds and is exact to rounding. It may
+    cycle, or meet a singular system. The coefficients of a task whose active set it cannot prove to be right are NaN:
+    combine it with another solver (`Fallback`), as `NativeSolver` does. The gradient is exact, to any order.
+
+    Args:
+        tolerance: certified relative duality gap; an active set counts as right at a thousandth of it. Default 1e-6.
+        on_failure: what happens if a task is not solved: "raise" (default), "warn" or "return".
+        backend: "torch" solves all tasks at once on their device. "numba" solves them one by one on the CPU, by
+            compiled kernels, to which problems on a GPU are copied; it needs the extra `numba`. "auto" (default) is
+            "numba" if that is installed and faster, and "torch" otherwise.
+        max_rounds: number of rounds after which the search gives up. Default 12.
+
+    Raises:
+        InputError: an argument is outside its range. Solving raises what `Solver.solve` does.
+        MissingDependencyError: `backend="numba"` and Numba is not installed.
+
+    Example:
+        `SVMHead(solver=ActiveSetSolver(on_failure="return"))`
+    """
+
+    def __init__(
+        self,
+        *,
+        tolerance: float | None = None,
+        on_failure: OnFailure = "raise",
+        backend: Backend = "auto",
+        max_rounds: int = MAX_ROUNDS,
+    ) -> None:
+        super().__init__(tolerance=tolerance, on_failure=on_failure)
+        check_backend(type(self).__name__, backend)
+        check_positive_ints(max_rounds=max_rounds)
+        self.backend: Backend = backend
+        self.max_rounds = max_rounds
+
+    def solve_batch(self, problem: DualProblem) -> SolverResult:
+        _, n, k = problem.linear.shape
+        start = ridge_step(problem) if n * k < _MIN_SIZE_FOR_ADMM else next(admm(problem, steps=_ADMM_STEPS))
+        coef, active_set, rounds = search(problem, start, max_rounds=self.max_rounds)
+        certificate = certify(problem, coef)
+        unsolved = ~is_proven(certificate, INNER_TOLERANCE_RATIO * self.tolerance)
+        certificate = of_projection(certificate, gap=certificate.gap.masked_fill(unsolved, torch.nan))
+        coef = certificate.feasible.masked_fill(unsolved[:, None, None], torch.nan)
+        return SolverResult(coef, rounds, certificate, active_set)
+
+    def _solve_flat(self, problem: DualProblem) -> Solution:
+        if not problem.linear.is_cpu and moves_to_cpu(problem, self.backend):
+            return super()._solve_flat(problem.to("cpu")).to(problem.linear.device)
+        return super()._solve_flat(problem)
+
+    def _solve_numerically(self, problem: DualProblem) -> Solved:
+        """The Numba kernels rescale, solve and certify in one call, by the same formulas (tests/unit/test_numba.py)."""
+        linear = problem.linear
+        is_compiled = linear.is_cpu and linear.dtype == torch.float64 and len(linear) > 0
+        if self.backend == "torch" or not (is_compiled and numba_is_installed()):
+            return super()._solve_numerically(problem)
+        from convexheads.solvers.native import numba_backend
+
+        tolerance = INNER_TOLERANCE_RATIO * self.tolerance
+        return numba_backend.solve(problem, tolerance, max_rounds=self.max_rounds, refinements=REFINEMENTS)
+
+
+def search(problem: DualProblem, start: WarmStart, *, max_rounds: int) -> SearchResult:
+    """Search for the active set of a flat, rescaled batch.
+
+    Args:
+        problem: the problems.
+        start: the coefficients and multipliers that imply the first guess.
+        max_rounds: number of rounds after which the search ends with its last guess.
+
+    Returns:
+        The last active set with its exact solution, which is feasible up to rounding if the active set is right.
+    """
+    coef, bound_multipliers, row_multipliers = start
+    at_upper, at_lower = active_entries(problem, coef, bound_multipliers)
+    rounds = torch.ones_like(coef[:, 0, 0], dtype=torch.long)
+    this_round = 1
+    while True:
+        free = ~(at_upper | at_lower)
+        fixed = problem.active_bounds(at_upper, at_lower)
+        kkt = factorize_free(problem, at_upper, at_lower)
+        right, sums = (problem.linear - problem.gram @ fixed).mT, -fixed.sum(-1)
+        # If several solutions are optimal, starting at the last one stays near the one that respects the bounds.
+        last = torch.where(free, coef, 0).mT, row_multipliers
+        moved, row_multipliers = kkt.solve(right, sums, start=last, refinements=0)
+        coef = moved.mT + fixed
+        if this_round == max_rounds:
+            break
+        bound_multipliers = problem.linear - problem.gradient(coef) - row_multipliers.unsqueeze(-1)
+        new_upper, new_lower = active_entries(problem, coef, bound_multipliers)
+        changed = ((new_upper != at_upper) | (new_lower != at_lower)).flatten(1).any(1)
+        if not changed.any():
+            break
+        this_round += 1
+        rounds = torch.where(changed, this_round, rounds)
+        at_upper, at_lower = new_upper, new_lower
+    moved, _ = kkt.solve(right, sums, start=(moved, row_multipliers), refinements=REFINEMENTS)
+    return SearchResult(moved.mT + fixed, ActiveSet(kkt, at_upper, at_lower), rounds)
+
+
+def polish(
+    problem: DualProblem, coef: Float[Tensor, "tasks n k"], *, move: bool = True
+) -> tuple[ActiveSet, Certificate]:
+    """The active set implied by near-optimal coefficients of a flat, rescaled batch, and a certificate of the result.
+
+    The result is the projection of `coef`. With `move`, it is the exact solution for the active set if that has a
+    smaller certified gap.
+    """
+    certificate = certify(problem, coef)
+    start = WarmStart(coef, certificate.bound_multipliers, certificate.row_multipliers)
+    exact, active_set, _ = search(problem, start, max_rounds=1)
+    other = certify(problem, exact)
+    better = (other.gap <= certificate.gap) & other.is_feasible() & move
+    return active_set, certificate.replace_tasks(better, other.select(better))
+
+
+def is_proven(certificate: Certificate, tolerance: float) -> Tensor:
+    """The tasks whose active set is right: the coefficients themselves, not only their projection, are optimal."""
+    return certificate.certifies(tolerance) & certificate.is_feasible()
+
+
+def of_projection(certificate: Certificate, **changes: Tensor) -> Certificate:
+    """The certificate of the projection itself, for a solver that returns it."""
+    fields = vars(certificate) | {"residual": certificate.violation} | changes
+    return Certificate(**fields)
+
+
+@cache
+def numba_is_installed() -> bool:
+    """Whether Numba and SciPy, whose BLAS it uses, are installed."""
+    return None not in map(find_spec, ("numba", "scipy"))
+
+
+def check_backend(name: str, backend: object) -> None:
+    """Raise an error unless `backend` is one of the three and installed."""
+    if not isinstance(backend, str) or backend not in get_args(Backend):
+        raise InputError(f"{name}(backend)", f"one of {get_args(Backend)}", repr(backend))
+    if backend == "numba" and not numba_is_installed():
+        raise MissingDependencyError("numba", extra="numba", needed_by=f"{name}(backend='numba')")
+
+
+def moves_to_cpu(problem: DualProblem, backend: Backend) -> bool:
+    """Whether a problem on another device is copied to the CPU. For small ones that is faster than many launches."""
+    if backend != "auto":
+        return backend == "numba"
+    tasks, n, k = problem.linear.shape
+    return problem.linear.is_cuda and tasks * k * n * n <= _MAX_ENTRIES_TO_COPY and numba_is_installed()

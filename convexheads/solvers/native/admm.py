@@ -1,0 +1,81 @@
+"""The solver for problems with very many classes."""
+
+from __future__ import annotations
+
+import torch
+
+from convexheads._validation import check_positive_ints
+from convexheads.solvers.base import OnFailure, Solver, SolverResult
+from convexheads.solvers.certificate import certify
+from convexheads.solvers.kkt import MIN_EXAMPLES_FOR_LOW_RANK, with_gram_factor
+from convexheads.solvers.native.active_set import INNER_TOLERANCE_RATIO, is_proven, of_projection, polish, search
+from convexheads.solvers.native.admm_steps import admm
+from convexheads.solvers.problem import DualProblem, Solution
+
+_MAX_ITERATIONS = 600
+# A search for the active set starts when all gaps are below this value, then at a tenth of it, and so on.
+_FIRST_SEARCH_GAP = 1e-3
+
+
+class ADMMSolver(Solver):
+    """ADMM (Boyd et al. 2011), until a few rounds of active-set Newton end certified.
+
+    Use it for problems with very many classes: no matrix of n x n is formed per class, except for the free rows. The
+    gradient is exact, to any order, if the active set is right.
+
+    Args:
+        max_iterations: stop after this number of ADMM steps and return the current iterate. Default None (until
+            converged, at most 600).
+        tolerance: certified relative duality gap at which a task counts as converged. Default 1e-6; it goes on to a
+            thousandth of that.
+        on_failure: what happens if a task is not certified: "raise" (default), "warn" or "return".
+        steps: number of ADMM steps between two certificates. Default 10.
+        max_rounds: number of rounds of active-set Newton after such steps. Default 3.
+        min_examples_for_low_rank: number of examples from which on the Gram matrix is factorized if its rank r is at
+            most n / 4; ADMM then works with a matrix of r x r. Default 256.
+
+    Raises:
+        InputError: an argument is outside its range. Solving raises what `Solver.solve` does.
+
+    Example:
+        `SVMHead(solver=ADMMSolver())`
+    """
+
+    def __init__(
+        self,
+        *,
+        max_iterations: int | None = None,
+        tolerance: float | None = None,
+        on_failure: OnFailure = "raise",
+        steps: int = 10,
+        max_rounds: int = 3,
+        min_examples_for_low_rank: int = MIN_EXAMPLES_FOR_LOW_RANK,
+    ) -> None:
+        super().__init__(max_iterations=max_iterations, tolerance=tolerance, on_failure=on_failure)
+        check_positive_ints(steps=steps, max_rounds=max_rounds, min_examples_for_low_rank=min_examples_for_low_rank)
+        self.steps, self.max_rounds, self.min_examples_for_low_rank = steps, max_rounds, min_examples_for_low_rank
+
+    def solve_batch(self, problem: DualProblem) -> SolverResult:
+        # A task that is not solved has the last iterate of ADMM, with the active set that it implies.
+        problem = with_gram_factor(problem, min_examples=self.min_examples_for_low_rank)
+        tolerance, search_gap = INNER_TOLERANCE_RATIO * self.tolerance, _FIRST_SEARCH_GAP
+        limit = self.max_iterations or _MAX_ITERATIONS
+        steps = min(self.steps, limit)
+        for taken, iterate in enumerate(admm(problem, steps=steps), 1):
+            is_last = (taken + 1) * steps > limit
+            if not is_last and (certify(problem, iterate.coef).gap > search_gap).any():
+                continue
+            coef, active_set, rounds = search(problem, iterate, max_rounds=self.max_rounds)
+            certificate = certify(problem, coef)
+            solved = is_proven(certificate, tolerance)
+            if is_last and not solved.all():  # where the search did not succeed, the iterate is better
+                coef = torch.where(solved[:, None, None], coef, iterate.coef)
+                active_set, certificate = polish(problem, coef)
+            if is_last or solved.all():
+                certificate = of_projection(certificate)
+                return SolverResult(certificate.feasible, taken * steps + rounds, certificate, active_set)
+            search_gap /= 10
+        raise AssertionError("ADMM ended early")
+
+    def _is_solved(self, solution: Solution) -> torch.Tensor:
+        return solution.converged & (solution.gap <= INNER_TOLERANCE_RATIO * self.tolerance)

@@ -1,0 +1,85 @@
+"""The steps of ADMM, which are so cheap that they find the active set of large problems.
+
+A step alternates between the Hessian and the feasible rows. The first is ONE n x n system for all classes and all
+steps, and the second is done row by row, so that memory grows as n*k + n*n, however many classes there are. (Glowinski
+& Marroco 1975, Gabay & Mercier 1976; over-relaxed as in Eckstein & Bertsekas 1992; see Boyd et al. 2011.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from convexheads.solvers import feasible_rows
+from convexheads.solvers.kkt import cholesky
+from convexheads.solvers.problem import DualProblem
+
+OVER_RELAXATION = 1.8
+PENALTY = 0.7
+"""The penalty parameter rho, relative to the mean diagonal of the Hessian."""
+
+
+class WarmStart(NamedTuple):
+    """Coefficients, and the multipliers that show which of them are expected at a bound."""
+
+    coef: Float[Tensor, "tasks n k"]
+    bound_multipliers: Float[Tensor, "tasks n k"]
+    row_multipliers: Float[Tensor, "tasks n"]
+
+
+def ridge_step(problem: DualProblem) -> WarmStart:
+    """One unconstrained (ridge) step from zero; entries that overshoot a bound form the initial active set."""
+    penalty = PENALTY * problem.curvature()[:, None, None]
+    right = _project_row_sums(problem.linear, problem.rows_sum_to_zero)
+    coef = torch.cholesky_solve(right, cholesky(_plus_diagonal(problem.gram, penalty)))
+    return WarmStart(coef, penalty * coef, torch.zeros_like(coef[..., 0]))
+
+
+def admm(problem: DualProblem, *, steps: int) -> Iterator[WarmStart]:
+    """Feasible coefficients of a flat, rescaled batch, and multipliers, after every `steps` steps."""
+    penalty = PENALTY * problem.curvature()[:, None, None]
+    solve = _regularized_inverse(problem, penalty)
+    coef, dual, relaxation = torch.zeros_like(problem.linear), torch.zeros_like(problem.linear), 1.0
+    row_multipliers = None
+    while True:
+        for _ in range(steps):
+            moved = solve(_project_row_sums(problem.linear + penalty * (coef - dual), problem.rows_sum_to_zero))
+            target = torch.lerp(coef, moved, relaxation) + dual
+            coef, row_multipliers = feasible_rows.proximal(
+                target,
+                problem.lower,
+                problem.upper,
+                weight=penalty,
+                smoothing=problem.smoothing,
+                rows_sum_to_zero=problem.rows_sum_to_zero,
+                guess=row_multipliers,
+            )
+            dual, relaxation = target - coef, OVER_RELAXATION
+        assert row_multipliers is not None
+        bound_multipliers = penalty * dual - row_multipliers
+        if problem.smoothing is not None:
+            bound_multipliers = bound_multipliers - problem.smoothing * coef
+        yield WarmStart(coef, bound_multipliers, row_multipliers.squeeze(-1))
+
+
+def _regularized_inverse(problem: DualProblem, penalty: Tensor) -> Callable[[Tensor], Tensor]:
+    """The inverse of the Gram matrix plus `penalty` on its diagonal, to be applied many times."""
+    if problem.gram_factor is None:
+        inverse = torch.cholesky_inverse(cholesky(_plus_diagonal(problem.gram, penalty)))
+        return lambda value: inverse @ value
+    factor = problem.gram_factor
+    small = cholesky(_plus_diagonal(factor.mT @ factor, penalty))
+    half = torch.linalg.solve_triangular(small, factor.mT, upper=False)
+    return lambda value: (value - half.mT @ (half @ value)) / penalty
+
+
+def _plus_diagonal(gram: Tensor, value: Tensor) -> Tensor:
+    return gram + value * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+
+def _project_row_sums(value: Tensor, rows_sum_to_zero: bool) -> Tensor:
+    return value - value.mean(-1, keepdim=True) if rows_sum_to_zero else value

@@ -1,0 +1,181 @@
+"""The active-set solver on the CPU, by kernels that Numba compiles: from problems to certified solutions, task by task.
+
+For small tasks PyTorch is limited by the number of its calls, not by arithmetic. Here a task is one compiled loop:
+rescaling, a few steps of ADMM, the search for the active set, and the certificate. Tasks run in parallel. Only the rows
+of the free coefficients take part: a class with m of them costs one inverse of m x m.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from convexheads.solvers import certificate, feasible_rows
+from convexheads.solvers.base import Solved
+from convexheads.solvers.implicit import REGULARIZATION, ActiveSet
+from convexheads.solvers.kkt import KKT
+from convexheads.solvers.native import admm_steps, numba_kernels, numba_kkt
+from convexheads.solvers.problem import DualProblem, Solution, Status
+from convexheads.solvers.rescaling import rescale
+
+# ADMM takes at most so many steps; the search begins when the active set has not changed for so many.
+_MAX_STEPS = 40
+_PATIENCE = 2
+# Number of floating-point operations, about, from which on threads save time. Threads of PyTorch's own pool wait
+# actively for a while after each of its operations, and compete for the processors.
+_MIN_FLOPS_FOR_THREADS = 1e7
+_FLOAT64 = torch.finfo(torch.float64)
+_LIMITS = (certificate.INDEFINITENESS, _FLOAT64.eps, _FLOAT64.tiny)
+_TOLERANCES = (
+    certificate.ZERO_GAP,
+    certificate.FEASIBILITY_TOLERANCE,
+    feasible_rows.ROW_SUM_TOLERANCE,
+    feasible_rows.NEWTON_TOLERANCE,
+    *_LIMITS,
+)
+
+
+def solve(problem: DualProblem, tolerance: float, *, max_rounds: int, refinements: int) -> Solved:
+    """Solve a flat batch of problems in float64 on the CPU, in their original units.
+
+    Tasks in which nothing was proved to the tolerance have the status `FAILED` and coefficients of NaN.
+    """
+    data = _arrays(problem)
+    tasks, n, k = shape = data[1].shape
+    coef, bound_multipliers, row_multipliers = np.empty(shape), np.empty(shape), np.empty((tasks, n))
+    side, gaps, rounds = np.empty(shape, np.int8), np.empty((tasks, 3)), np.empty(tasks, np.int64)
+    scales, proven = np.empty(tasks), np.empty(tasks, np.bool_)
+    results = (coef, bound_multipliers, row_multipliers, side, gaps, rounds, scales, proven)
+    system = np.empty((tasks, n, n)), np.empty(shape)
+    factors = _allocate_factors(tasks, n, k)
+    penalty, over_relaxation = admm_steps.PENALTY, admm_steps.OVER_RELAXATION
+    settings = (penalty, _MAX_STEPS, _PATIENCE, over_relaxation, REGULARIZATION, refinements, max_rounds)
+    tolerances = (tolerance, *_TOLERANCES)
+    arguments = (data, problem.rows_sum_to_zero, settings, tolerances, results, system, factors)
+    _run(numba_kernels.solve_all, tasks, tasks * k * n**3, *arguments)
+    coef = torch.from_numpy(coef)
+    _reject_rounding(problem, coef, gaps[:, 2], proven)
+    if not proven.all():
+        coef[torch.from_numpy(~proven)] = torch.nan
+        gaps[~proven, 0] = np.nan
+    gap, violation, _ = torch.from_numpy(gaps).unbind(-1)
+    solution = Solution(
+        coef=coef,
+        bound_multipliers=torch.from_numpy(bound_multipliers),
+        row_multipliers=torch.from_numpy(row_multipliers),
+        status=torch.from_numpy(np.where(proven, Status.CONVERGED.value, Status.FAILED.value)),
+        gap=gap,
+        residual=violation,
+        iterations=torch.from_numpy(rounds),
+    )
+    kkt = NumbaKKT(*map(torch.from_numpy, (*system, *factors)), rows_sum_to_zero=problem.rows_sum_to_zero)
+    linearization = ActiveSet(kkt, torch.from_numpy(side > 0), torch.from_numpy(side < 0))
+    return Solved(solution, torch.from_numpy(scales), linearization)
+
+
+def _reject_rounding(problem: DualProblem, coef: Tensor, rounding: np.ndarray, proven: np.ndarray) -> None:
+    """Withdraw the proof of tasks whose gap exceeds the threshold once rounding is allowed for."""
+    doubtful = proven & (rounding > certificate.ROUNDING_MARGIN * certificate.ROUNDING_THRESHOLD)
+    if doubtful.any():
+        chosen = torch.from_numpy(doubtful)
+        rescaled, coef_scale, _ = rescale(problem.select(chosen))
+        found = certificate.certify(rescaled, coef[chosen] / coef_scale[:, None, None])
+        gap = certificate.account_for_rounding(rescaled, found).gap
+        proven[doubtful] = (gap <= certificate.ROUNDING_THRESHOLD).numpy()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class NumbaKKT(KKT):
+    """The factorized systems for the active sets of a batch.
+
+    Attributes:
+        gram: the Gram matrix, which the classes share.
+        smoothing: added to the diagonal of each class.
+        blocks: the inverses of the blocks of the classes, row by row, each with space for all n rows.
+        index: the rows that each block consists of.
+        count: the number of these rows.
+        schur: the Cholesky factor of the system for the row multipliers.
+        rows_sum_to_zero: whether the row sums couple the classes.
+    """
+
+    gram: Float[Tensor, "tasks n n"]
+    smoothing: Float[Tensor, "tasks n k"]
+    blocks: Float[Tensor, "tasks k space"]
+    index: Int[Tensor, "tasks k n"]
+    count: Int[Tensor, "tasks k"]
+    schur: Float[Tensor, "tasks n n"]
+    rows_sum_to_zero: bool
+
+    def solve(
+        self, right: Float[Tensor, "tasks k n"], sums: Float[Tensor, "tasks n"], *, refinements: int
+    ) -> tuple[Float[Tensor, "tasks k n"], Float[Tensor, "tasks n"]]:
+        given, total = np.ascontiguousarray(right.mT.numpy()), np.ascontiguousarray(sums.numpy())
+        x, row_multipliers = np.zeros_like(given), np.zeros_like(total)
+        factors = tuple(value.numpy() for value in (self.blocks, self.index, self.count, self.schur))
+        system = self.gram.contiguous().numpy(), self.smoothing.contiguous().numpy()
+        arguments = (system, given, total, self.rows_sum_to_zero, refinements, x, row_multipliers, factors)
+        _run(numba_kkt.solve_factorized_all, len(x), 10 * x.size * x.shape[1], *arguments)
+        return torch.from_numpy(x).mT, torch.from_numpy(row_multipliers)
+
+
+def _run(loop: Any, tasks: int, operations: int, *arguments: Any) -> None:
+    """Run a kernel over all tasks, in as many threads as PyTorch has, if the work exceeds `_MIN_FLOPS_FOR_THREADS`.
+
+    The threads are not those of Numba, because OpenMP's cannot be used from a forked process, such as the worker of a
+    data loader. Each takes the next task when it has finished one.
+    """
+    threads = min(torch.get_num_threads(), tasks)
+    if threads < 2 or operations < _MIN_FLOPS_FOR_THREADS:
+        return loop(0, tasks, *arguments)
+    remaining = count()
+
+    def work() -> None:
+        while (task := next(remaining)) < tasks:
+            loop(task, task + 1, *arguments)
+
+    others = [_pool().submit(work) for _ in range(threads - 1)]
+    work()
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """The threads of this process, which start when there is work for them. There is one pool, whatever its use."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="convexheads")
+
+
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _allocate_factors(tasks: int, n: int, k: int) -> tuple[np.ndarray, ...]:
+    """Memory for the factors. The system provides pages of it when they are written to."""
+    return (
+        np.empty((tasks, k, n * n)),
+        np.empty((tasks, k, n), np.int64),
+        np.empty((tasks, k), np.int64),
+        np.empty((tasks, n, n)),
+    )
+
+
+def _arrays(problem: DualProblem) -> tuple[np.ndarray, ...]:
+    def array(value: Tensor | None, missing: float) -> np.ndarray:
+        return np.full(problem.linear.shape, missing) if value is None else value.contiguous().numpy()
+
+    return (
+        problem.gram.contiguous().numpy(),
+        problem.linear.contiguous().numpy(),
+        array(problem.lower, -np.inf),
+        array(problem.upper, np.inf),
+        array(problem.smoothing, 0.0),
+    )

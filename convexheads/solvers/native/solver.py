@@ -1,0 +1,95 @@
+"""The default solver: a composition of the others, chosen by the size of the problem and by its device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from convexheads._functorch import is_transforming
+from convexheads._validation import check_positive_ints
+from convexheads.solvers.base import OnFailure, Solver
+from convexheads.solvers.fallback import Fallback
+from convexheads.solvers.kkt import MIN_EXAMPLES_FOR_LOW_RANK, with_gram_factor
+from convexheads.solvers.native.active_set import ActiveSetSolver, Backend, moves_to_cpu
+from convexheads.solvers.native.admm import ADMMSolver
+from convexheads.solvers.native.interior_point import InteriorPointSolver
+from convexheads.solvers.problem import DualProblem, Solution
+
+_MAX_BLOCK_ENTRIES = 2**28
+
+
+class NativeSolver(Solver):
+    """The default solver: active-set Newton, and an interior point for the tasks that it does not solve.
+
+    Use it unless there is a reason not to. It needs nothing but PyTorch, is the fastest and most precise solver here,
+    and its gradient is exact (the implicit function theorem on the KKT conditions, Eq. 8 of Lee et al. 2019), to any
+    order. A batch gives the same results as solving tasks one by one.
+
+    It is `Fallback(ActiveSetSolver(), InteriorPointSolver())`. If a matrix of n x n per class would not fit into
+    memory, `ADMMSolver` takes the place of the first, and of the second too, unless the Gram matrix has a small rank.
+
+    Args:
+        tolerance: certified relative duality gap at which a task counts as converged. Default 1e-6; it goes on to a
+            thousandth of that.
+        on_failure: what happens if a task is not certified: "raise" (default), "warn" or "return".
+        backend: what `ActiveSetSolver` works with: "auto" (default), "torch" or "numba". With Numba installed (the
+            extra `numba`), "auto" uses compiled kernels on the CPU, which are many times faster for few-shot problems,
+            and copies small problems on a GPU to them. The first call compiles for some fifteen seconds; the result is
+            kept on disk.
+        max_block_entries: largest number of entries that the n x n matrices of all classes may have together. Batches
+            are divided, and tasks that have more are solved by ADMM. Default 2**28, which is 2 GB.
+
+    Raises:
+        InputError: an argument is outside its range. Solving raises what `Solver.solve` does.
+        MissingDependencyError: `backend="numba"` and Numba is not installed.
+
+    Example:
+        `SVMHead(solver=NativeSolver(on_failure="warn"))`
+    """
+
+    def __init__(
+        self,
+        *,
+        tolerance: float | None = None,
+        on_failure: OnFailure = "raise",
+        backend: Backend = "auto",
+        max_block_entries: int = _MAX_BLOCK_ENTRIES,
+    ) -> None:
+        super().__init__(tolerance=tolerance, on_failure=on_failure)
+        check_positive_ints(max_block_entries=max_block_entries)
+        self.backend: Backend = backend
+        self.max_block_entries = max_block_entries
+        active_set = ActiveSetSolver(tolerance=tolerance, backend=backend)
+        interior_point = InteriorPointSolver(tolerance=tolerance)
+        self._admm = ADMMSolver(tolerance=tolerance)
+        self._few_classes = Fallback(active_set, interior_point)
+        self._many_classes = Fallback(self._admm, interior_point)
+
+    def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:
+        return self._solve_flat(problem).coef
+
+    def _solve_flat(self, problem: DualProblem) -> Solution:
+        linear = problem.linear
+        if not linear.is_cpu and moves_to_cpu(problem, self.backend):
+            return self._solve_flat(problem.to("cpu")).to(linear.device)
+        tasks, n, k = linear.shape
+        if tasks * k * n * n <= self.max_block_entries:
+            return self._few_classes._solve_flat(problem)
+        at_once = self.max_block_entries // (k * n * n)
+        if at_once:
+            parts = (problem.select(slice(first, first + at_once)) for first in range(0, tasks, at_once))
+            return _concatenate([self._few_classes._solve_flat(part) for part in parts])
+        if not is_transforming():  # where the rank, which depends on values, cannot decide between solvers
+            with torch.no_grad():
+                factor = with_gram_factor(problem.detach(), min_examples=MIN_EXAMPLES_FOR_LOW_RANK).gram_factor
+            if factor is not None and k * n * factor.shape[-1] <= self.max_block_entries:
+                return self._many_classes._solve_flat(replace(problem, gram_factor=factor))
+        return self._admm._solve_flat(problem)
+
+
+def _concatenate(parts: list[Solution]) -> Solution:
+    tensors = [part.tensors() for part in parts]
+    return parts[0].map(lambda name, _: torch.cat([part[name] for part in tensors]))

@@ -1,0 +1,82 @@
+"""Rescaling: the equivalent problem in which coefficients and multipliers are around one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from convexheads.solvers.problem import DualProblem
+
+
+class Rescaled(NamedTuple):
+    """A problem in units of its own.
+
+    Attributes:
+        problem: the rescaled problem.
+        coef_scale: what its coefficients have to be multiplied by, `(*batch,)`.
+        multiplier_scale: what its multipliers have to be multiplied by, `(*batch,)`.
+    """
+
+    problem: DualProblem
+    coef_scale: Float[Tensor, "*batch"]
+    multiplier_scale: Float[Tensor, "*batch"]
+
+
+def rescale(problem: DualProblem) -> Rescaled:
+    """Rescale a problem, so that solvers and tolerances are independent of the scale of the features and of C.
+
+    A dual SVM depends on C*K only. Coefficients are measured in units of `min(C, 1/h)`, where h is the mean diagonal
+    of K. Features scaled by 1e-4 or 1e4 then give the same rescaled problem, and any C gives one of moderate size.
+
+    Args:
+        problem: a batch of problems with finite data.
+
+    Returns:
+        The rescaled problem and its scales.
+    """
+    with torch.no_grad():
+        multiplier_scale = problem.linear.abs().amax((-2, -1))
+        multiplier_scale = torch.where(multiplier_scale > 0, multiplier_scale, 1)
+        curvature = problem.curvature()
+        coef_scale = torch.where(curvature > 0, multiplier_scale / curvature, torch.inf)
+        largest = largest_bounds(problem).amax(-1)
+        coef_scale = coef_scale.minimum(torch.where(largest > 0, largest, torch.inf))
+        coef_scale = torch.where(torch.isfinite(coef_scale), coef_scale, 1)
+        hessian_scale = coef_scale / multiplier_scale
+        factor = {
+            "gram": hessian_scale,
+            "gram_factor": hessian_scale.sqrt(),
+            "smoothing": hessian_scale,
+            "linear": 1 / multiplier_scale,
+            "lower": 1 / coef_scale,
+            "upper": 1 / coef_scale,
+        }
+    rescaled = problem.map(lambda name, value: value * factor[name][(...,) + (None,) * (value.ndim - coef_scale.ndim)])
+    return Rescaled(rescaled, coef_scale, multiplier_scale)
+
+
+def largest_bounds(problem: DualProblem) -> Float[Tensor, "*batch n"]:
+    """The largest finite bound of each row, `(*batch, n)`."""
+    bounds = [bound.abs().nan_to_num(posinf=0) for bound in (problem.lower, problem.upper) if bound is not None]
+    return torch.stack([bound.amax(-1) for bound in bounds]).amax(0)
+
+
+def replace_non_finite_tasks(problem: DualProblem) -> tuple[DualProblem, Bool[Tensor, " tasks"]]:
+    """Put a trivial problem in the place of every task with non-finite data, and return a mask of those tasks too."""
+    tensors = problem.tensors()
+    # Fast path: finite sums imply finite entries.
+    if torch.isfinite(torch.stack([value.sum() for value in tensors.values()]).sum()):
+        return problem, torch.zeros_like(problem.linear[:, 0, 0], dtype=torch.bool)
+    bounds = ("lower", "upper")  # which may be infinite
+    bad = [torch.isnan(value) if name in bounds else ~torch.isfinite(value) for name, value in tensors.items()]
+    non_finite = torch.stack([entries.flatten(1).any(1) for entries in bad]).any(0)
+    eye = torch.eye(problem.gram.shape[-1]).to(problem.gram)
+    placeholder = {"gram": eye, "gram_factor": 0.0, "linear": 0.0, "lower": -1.0, "upper": 1.0, "smoothing": 1.0}
+
+    def substitute(name: str, value: Tensor) -> Tensor:
+        return torch.where(non_finite.view(-1, *[1] * (value.ndim - 1)), placeholder[name], value)
+
+    return problem.map(substitute), non_finite

@@ -1,0 +1,212 @@
+"""Solvers of one's own: coefficients are enough; and how solvers, problems and solutions are put together."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from tasks import close, crammer_singer, task
+from torch.func import grad, vmap
+
+from convexheads import ConvexHeadsError, InputError, SVMHead
+from convexheads.heads import _logistic_newton
+from convexheads.solvers import (
+    ActiveSetSolver,
+    DualProblem,
+    Fallback,
+    InteriorPointSolver,
+    NativeSolver,
+    Solver,
+    Status,
+    implicit,
+)
+from convexheads.solvers.stalling import StallDetector
+
+
+class ProjectedGradientSolver(Solver):
+    """Accelerated projected gradient (Beck & Teboulle 2009), with coefficients that have no gradient."""
+
+    @torch.no_grad()
+    def solve_batch(self, problem):
+        step = 1 / torch.linalg.eigvalsh(problem.gram)[:, -1, None, None]
+        coef = previous = torch.zeros_like(problem.linear)
+        for number in range(self.max_iterations or 2000):
+            ahead = coef + number / (number + 3) * (coef - previous)
+            previous, coef = coef, problem.project(ahead + step * (problem.linear - problem.gradient(ahead)))
+        return coef
+
+
+class OddTasksSolver(ProjectedGradientSolver):
+    """Solves every second task only."""
+
+    def solve_batch(self, problem):
+        odd = torch.arange(len(problem.linear)) % 2 == 1
+        return super().solve_batch(problem).masked_fill(~odd[:, None, None], torch.nan)
+
+
+def logits_and_gradients(solver, support, labels, query):
+    """Logits, first and second derivatives with respect to the support."""
+    support = support.clone().requires_grad_()
+    logits = SVMHead(0.3, solver=solver)(support, labels, query)
+    (first,) = torch.autograd.grad(logits.square().sum(), support, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), support)
+    return logits, first, second
+
+
+def test_coefficients_without_a_gradient_get_the_exact_one():
+    drawn = task(2, 3, shots=(3, 2, 3), d=12)[:3]
+    found = logits_and_gradients(ProjectedGradientSolver(), *drawn)
+    for one, other in zip(found, logits_and_gradients(NativeSolver(), *drawn), strict=True):
+        assert close(one, other) < 1e-6
+
+
+def test_through_transforms():
+    support, labels, query, _ = task(3, shots=(3, 2, 3), d=12)
+
+    def gradients(solver):
+        head = SVMHead(0.3, solver=solver)
+        return vmap(lambda s, y, q: grad(lambda x: head(x, y, q, ways=3).square().sum())(s))(support, labels, query)
+
+    expected = gradients(NativeSolver())
+    for solver in (ProjectedGradientSolver(), Fallback(OddTasksSolver(), NativeSolver())):
+        assert close(gradients(solver), expected) < 1e-6
+
+
+def test_status_is_that_of_the_certificate():
+    qp = crammer_singer(*task(2, shots=(3, 2, 3))[:2], C=0.3)
+    solution = ProjectedGradientSolver(max_iterations=3).solve(qp)
+    assert (solution.status == Status.STOPPED).all()
+    solution = OddTasksSolver(on_failure="return").solve(qp)
+    assert solution.status.tolist() == [Status.FAILED, Status.CONVERGED]
+    assert solution.iterations is None
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("value", [None, [0.0], torch.zeros(2, 5, 3), (torch.zeros(2, 6, 3),)], ids=repr)
+def test_anything_but_coefficients_is_refused(value):
+    class Wrong(Solver):
+        def solve_batch(self, problem):
+            return value
+
+    with pytest.raises(
+        InputError, match=r"Wrong.solve_batch: expected a tensor of coefficients .*\(2, 6, 3\).*, got .*"
+    ):
+        Wrong().solve(crammer_singer(*task(2)[:2], C=0.3))
+
+
+def test_a_promised_gradient_that_is_missing_is_an_error():
+    class Promised(ProjectedGradientSolver):
+        provides_gradient = True
+
+    qp = crammer_singer(*task(2)[:2], C=0.3)
+    assert Promised().solve(qp).converged.all()  # nobody asks for a gradient
+    with pytest.raises(ConvexHeadsError, match="provides_gradient"):
+        Promised().solve(qp.map(lambda _, value: value.requires_grad_()))
+
+
+# Composition ----------------------------------------------------------------------------------------------------------
+
+
+def test_fallback_solves_what_the_first_leaves():
+    drawn = task(5, shots=(3, 2, 3), d=12)[:3]
+    expected = logits_and_gradients(NativeSolver(), *drawn)
+    for solver in (Fallback(OddTasksSolver(), NativeSolver()), Fallback(NativeSolver(), OddTasksSolver())):
+        for one, other in zip(logits_and_gradients(solver, *drawn), expected, strict=True):
+            assert close(one, other) < 1e-6
+
+
+def test_fallback_hands_on_no_other_task(monkeypatch):
+    qp, seen = crammer_singer(*task(5, shots=(3, 2, 3))[:2], C=0.3), []
+    solve_batch = InteriorPointSolver.solve_batch
+    monkeypatch.setattr(
+        InteriorPointSolver, "solve_batch", lambda self, qp: seen.append(len(qp.linear)) or solve_batch(self, qp)
+    )
+    assert Fallback(OddTasksSolver(), InteriorPointSolver()).solve(qp).converged.all()
+    assert Fallback(ActiveSetSolver(), InteriorPointSolver()).solve(qp).converged.all()
+    assert seen == [3]
+
+
+def test_fallback_reports_what_neither_solves():
+    qp = crammer_singer(*task(4)[:2], C=0.3)
+    solution = Fallback(OddTasksSolver(), OddTasksSolver(), on_failure="return").solve(qp)
+    assert solution.status.tolist() == [Status.FAILED, Status.CONVERGED, Status.CONVERGED, Status.CONVERGED]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_solvers_are_shown_as_they_were_made():
+    solver = Fallback(ActiveSetSolver(max_rounds=3), InteriorPointSolver(tolerance=1e-4), on_failure="warn")
+    shown = "Fallback(ActiveSetSolver(max_rounds=3), InteriorPointSolver(tolerance=0.0001), tolerance=0.0001, "
+    assert repr(solver) == shown + "on_failure='warn')"
+    with pytest.raises(InputError, match=r"Fallback\(then\)"):
+        Fallback(ActiveSetSolver(), "native")
+
+
+# Records of tensors ---------------------------------------------------------------------------------------------------
+
+
+def test_problems_and_solutions_are_shown_in_a_line():
+    qp = crammer_singer(*task(8, shots=(5,) * 5)[:2], C=0.3)
+    solution = NativeSolver().solve(qp)
+    assert repr(qp).startswith("DualProblem(gram=(8, 25, 25), linear=(8, 25, 5), upper=")
+    assert "8 of 8 tasks converged" in repr(solution)
+    for value in (qp, solution, solution.to("meta"), solution.select(slice(0, 0))):
+        assert len(repr(value)) < 150
+    vmap(
+        lambda gram: torch.tensor(len(repr(NativeSolver().solve(DualProblem(gram, qp.linear[0], upper=qp.upper[0])))))
+    )(qp.gram)
+
+
+def test_solutions_are_moved_and_detached():
+    qp = crammer_singer(*task(2)[:2], C=0.3)
+    solution = NativeSolver().solve(DualProblem(qp.gram.requires_grad_(), qp.linear, upper=qp.upper))
+    assert solution.coef.requires_grad
+    assert not solution.detach().coef.requires_grad
+    assert solution.to("meta").coef.is_meta
+    assert solution.to("meta").gap.shape == (2,)
+    assert solution != solution.detach()  # compared by identity, without an error about tensors
+    assert len({solution, solution}) == 1
+
+
+# Parts ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_gap_that_falls_slowly_has_not_stalled():
+    gap, steady, stuck = torch.tensor([1e-5, 1e-5, 1.0]), torch.tensor([0.6, 1.0, 1.0]), []
+    stalling = StallDetector(torch.full_like(gap, torch.inf), patience=3)
+    for _ in range(20):
+        stuck.append(stalling.update(gap).tolist())
+        gap = gap * steady
+    assert not any(slow or far for slow, _, far in stuck)
+    assert [middle for _, middle, _ in stuck] == [False] * 3 + [True] * 17
+
+
+def test_logistic_regression_goes_on_while_the_gap_falls(monkeypatch):
+    """It used to stop where the gap fell by less than half, three times in a row."""
+    support, labels, _, ways = task(shots=(3, 3, 3))
+    targets = torch.nn.functional.one_hot(labels, ways).double()
+    gaps = iter(1e-5 * 0.6 ** torch.arange(60, dtype=torch.float64))
+    monkeypatch.setattr(_logistic_newton, "_gap", lambda *_: next(gaps)[None])
+    optimum = _logistic_newton.solve(support @ support.mT, targets, tolerance=1e-10, max_steps=50)
+    assert optimum.gap <= 1e-10
+
+
+def test_what_is_used_of_torch_s_internals(monkeypatch):
+    """A test that fails when a new version of torch has changed them, and the ways without them."""
+    from convexheads import _functorch
+
+    assert hasattr(torch._C, "_are_functorch_transforms_active")
+    assert not _functorch.is_transforming()
+    seen = []
+    vmap(lambda x: seen.append(_functorch.is_transforming()) or x)(torch.ones(2))
+    assert seen == [True]
+    forward = implicit._ImplicitSolve.forward
+    signature = inspect.signature(forward)
+    monkeypatch.delattr(forward, "__signature__")
+    assert inspect.signature(forward) == signature
+    drawn = task(2, shots=(3, 2, 3))[:3]
+    expected = logits_and_gradients(NativeSolver(), *drawn)
+    for module in ("_functorch", "solvers.base", "solvers.fallback", "solvers.implicit"):
+        monkeypatch.setattr(f"convexheads.{module}.is_transforming", lambda: True)
+    for one, other in zip(logits_and_gradients(NativeSolver(), *drawn), expected, strict=True):
+        assert close(one, other) < 1e-12
