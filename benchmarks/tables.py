@@ -1,8 +1,8 @@
 """What the scripts of the paper's tables have in common: published values, ours beside them, and how ours come about.
 
 A table is a list of cells. Those with a recipe are measured, on weights that come with the package, that are in
-`benchmarks/results/`, that a training has left in `runs/RECIPE`, or that are trained now. All heads on a
-data set see the same episodes. A figure that draws such cells is a table too.
+`benchmarks/results/trainings/RECIPE`, that a training has left in `runs/RECIPE`, or that are trained now. All heads on
+a data set see the same episodes. A figure that draws such cells is a table too.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def find_weights(recipe: str) -> Path | None:
     table, dataset, backbone, head = recipe.split("/")
     packaged = WEIGHTS_DIR / f"{backbone}-{dataset}-{head}.safetensors"
     files = [packaged] if table in ("table2", "omniglot") else []
-    folders = (HERE / "results" / recipe.replace("/", "_"), Path("runs") / recipe)
+    folders = (HERE / "results" / "trainings" / recipe, Path("runs") / recipe)
     files += [folder / "model.safetensors" for folder in folders]
     return next((file for file in files if file.is_file()), None)
 

@@ -171,8 +171,7 @@ def test_trains_what_is_missing_and_writes_the_same_table_again(small: Table, tm
     (tmp_path / "moved").rename(moved)
     # Committed weights are found first, and give the same table.
     (tmp_path / "results").mkdir()
-    for run in (tmp_path / "runs" / "small" / "digits" / "conv4").iterdir():
-        run.rename(tmp_path / "results" / f"small_digits_conv4_{run.name}")
+    (tmp_path / "runs").rename(tmp_path / "results" / "trainings")
     tables._features.cache_clear()
     tables.main(small, "", arguments)
     assert (tmp_path / "result" / "small.csv").read_bytes() == files["small.csv"]
@@ -193,7 +192,7 @@ def test_trains_what_is_missing_and_writes_the_same_table_again(small: Table, tm
     data = load("digits")["test"]
     accuracies = []
     for head in ("prototypes", "ridge"):
-        trained = load_pretrained(tmp_path / "results" / f"small_digits_conv4_{head}")
+        trained = load_pretrained(tmp_path / "results" / "trainings" / f"small/digits/conv4/{head}")
         features = embed(trained.backbone, data.images, progress=False)
         accuracies.append(
             evaluate(trained.head, features, data.labels, shots=1, episodes=30, progress=False).accuracies
@@ -330,7 +329,7 @@ def test_images_of_another_size_are_brought_to_that_of_the_training(
 @pytest.mark.parametrize("shots", [1, 5])
 def test_the_committed_table_comes_out_again(data_root: Path, shots: int) -> None:
     """From the weights that come with the package, on real images, to the last digit that is printed."""
-    committed = pandas.read_csv(tables.HERE / "results" / "table2-laptop" / "table2.csv")
+    committed = pandas.read_csv(tables.HERE / "results" / "table2" / "laptop" / "table2.csv")
     own = committed.query("model == 'MetaOptNet-RR' and dataset == 'cifar-fs' and shots == @shots").iloc[0]
     settings = {name: int(own[name]) for name in ("episodes", "queries", "seed")}
     result, _ = tables.evaluate(
