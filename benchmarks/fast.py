@@ -16,9 +16,8 @@ PARTS = {
 }
 
 
-def _row(model: str, backbone: str, configuration: str) -> Row:
-    cells = {("cifar-fs", shots): f"fast/cifar-fs_{configuration}" for shots in (1, 5)}
-    return Row(model, backbone, cells)
+def _row(model: str, backbone: str, recipe: str) -> Row:
+    return Row(model, backbone, {("cifar-fs", shots): recipe for shots in (1, 5)})
 
 
 TABLE = Table(
@@ -26,8 +25,8 @@ TABLE = Table(
     "A recipe of our own: 5-way accuracy on CIFAR-FS",
     ("cifar-fs",),
     {
-        "paper": [_row(model, "ResNet-12", f"resnet12_{head}") for head, model in HEADS.items()],
-        "laptop": [_row(model, "64-64-64-64", f"conv4_ridge-{parts}") for model, parts in PARTS.items()],
+        "paper": [_row(model, "ResNet-12", f"fast/cifar-fs/resnet12/{head}") for head, model in HEADS.items()],
+        "laptop": [_row(model, "64-64-64-64", f"fast/cifar-fs/conv4/ridge-{parts}") for model, parts in PARTS.items()],
     },
 )
 

@@ -58,7 +58,7 @@ def rows(datasets: tuple[str, ...], backbone: str, network: str) -> list[Row]:
         Row(
             f"{name}, {n}-shot training",
             backbone,
-            {(data, shots): f"figure2/{data}_{network}_{head}-{n}-shot" for data in datasets for shots in (1, 5)},
+            {(data, shots): f"figure2/{data}/{network}/{head}-{n}-shot" for data in datasets for shots in (1, 5)},
         )
         for head, name in HEADS.items()
         for n in TRAINING_SHOTS

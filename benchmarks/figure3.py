@@ -30,10 +30,10 @@ from convexheads.solvers import Solver
 
 ITERATIONS = (1, 2, 3, 5, 10, 15)
 SCALES: dict[tables.Scale, tuple[str, str]] = {
-    "paper": ("table1/miniimagenet_resnet12_svm", "miniimagenet"),
-    "laptop": ("conv4/cifar-fs_svm", "cifar-fs"),
+    "paper": ("table1/miniimagenet/resnet12/svm", "miniimagenet"),
+    "laptop": ("table2/cifar-fs/conv4/svm", "cifar-fs"),
 }
-"""Configuration of the weights, and data set."""
+"""Recipe of the weights, and data set."""
 
 
 def solvers(iterations: int) -> dict[str, Solver]:
@@ -141,10 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/figure3"), help="folder for the result")
     options = parser.parse_args(arguments)
     settings: dict[str, Any] = {name: options[name] for name in ("shots", "iterations", "episodes", "seed")}
-    configuration, dataset = SCALES[options.scale]
+    recipe, dataset = SCALES[options.scale]
     try:
         root = Options(data_root=options.data_root).root
-        features, labels, trained = tables.features(configuration, dataset, root=root, train=options.train)
+        features, labels, trained = tables.features(recipe, dataset, root=root, train=options.train)
     except ch.InputError as error:
         raise SystemExit(f"error: {error}") from error
     budget = trained.settings["steps"] * trained.settings["tasks"]
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     title = f"Figure 3: the SVM's accuracy against its solver's iterations, {network}"
     note = (
         f"Mean over {options.episodes:,} episodes of unseen classes, the same ones everywhere, ± half the 95 % "
-        f"confidence interval; C = 0.1. Weights: {configuration}, {budget:,} "
+        f"confidence interval; C = 0.1. Weights: {recipe}, {budget:,} "
         f"training episodes. Times: {origin['machine']['processor']}, {torch.get_num_threads()} threads, 50 episodes "
         "at once. Made by `python -m benchmarks.figure3 --scale {options.scale} --data-root DIR`."
     )
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     rows.to_csv(options.output / "figure3.csv", index=False)
     record = {
-        "configuration": configuration,
+        "configuration": recipe,
         "settings": settings,
         "results": report.records(rows),
         **origin,

@@ -37,7 +37,6 @@ from convexheads import _storage
 from convexheads.errors import ConvexHeadsError
 from convexheads.models import build_model
 
-CONFIGS = Path(__file__).parent / "configs"
 TESTS = Path(__file__).parent.parent / "tests"
 PART = 15_000_000
 """The largest size of a file of packed results, in bytes."""
@@ -51,17 +50,17 @@ class Entry:
 
     Attributes:
         name: the folder of its results.
-        config: its configuration file below `benchmarks/configs`, without the extension.
-        changes: options that override the configuration file.
+        recipe: the name of its recipe.
+        changes: options that override the recipe.
     """
 
     name: str
-    config: str
+    recipe: str
     changes: dict[str, Any] = field(default_factory=dict)
 
     def options(self, **more: Any) -> Options:
         """The options of the run."""
-        return Options.read(CONFIGS / f"{self.config}.yaml", **(self.changes | more))
+        return Options.from_recipe(self.recipe, **(self.changes | more))
 
 
 def _table4() -> Iterator[Entry]:
@@ -74,7 +73,7 @@ def _table4() -> Iterator[Entry]:
         "smoothing": {"label_smoothing": 0.1},
         "trainval": {"trainval": True},
     }
-    base = "table2/cifar-fs_resnet12_svm"
+    base = "table2/cifar-fs/resnet12/svm"
     yield Entry("table4_cifar-fs_resnet12_svm-none", base, plain)
     yield Entry("table4_cifar-fs_resnet12_svm-decay", base, plain | added["decay"])
     names, changes = "", plain
@@ -85,33 +84,32 @@ def _table4() -> Iterator[Entry]:
 
 def _queue() -> Iterator[Entry]:
     first = [
-        Entry(f"table2_cifar-fs_resnet12_{name}", f"table2/cifar-fs_resnet12_{name}")
+        Entry(f"table2_cifar-fs_resnet12_{name}", f"table2/cifar-fs/resnet12/{name}")
         for name in ("svm", "ridge", "prototypes-5-shot", "prototypes-1-shot")
     ]
     yield from first
-    yield Entry("table2_cifar-fs_r2d2_ridge", "table2/cifar-fs_resnet12_ridge", {"backbone": "r2d2"})
+    yield Entry("table2_cifar-fs_r2d2_ridge", "table2/cifar-fs/resnet12/ridge", {"backbone": "r2d2"})
     for name in ("svm", "ridge", "prototypes-5-shot", "prototypes-1-shot"):
-        yield Entry(f"table2_fc100_resnet12_{name}", f"table2/fc100_resnet12_{name}")
+        yield Entry(f"table2_fc100_resnet12_{name}", f"table2/fc100/resnet12/{name}")
     # The row with DropBlock is Figure 2's point with 5 shots.
     yield from (each for each in _table4() if not each.name.endswith("-dropblock"))
     for head in ("svm", "prototypes"):
         for shots in (1, 5, 10, 15):
-            name = f"cifar-fs_resnet12_{head}-{shots}-shot"
-            yield Entry(f"figure2_{name}", f"figure2/{name}", {"steps": SHORT})
+            name = f"{head}-{shots}-shot"
+            yield Entry(f"figure2_cifar-fs_resnet12_{name}", f"figure2/cifar-fs/resnet12/{name}", {"steps": SHORT})
     for dataset in ("cifar-fs", "fc100"):
-        name = f"{dataset}_resnet12_svm-trainval"
-        yield Entry(f"table2_{name}", f"table2/{name}")
+        yield Entry(f"table2_{dataset}_resnet12_svm-trainval", f"table2/{dataset}/resnet12/svm-trainval")
     for head in ("svm", "ridge", "prototypes"):
-        yield Entry(f"fast_cifar-fs_resnet12_{head}", f"fast/cifar-fs_resnet12_{head}")
+        yield Entry(f"fast_cifar-fs_resnet12_{head}", f"fast/cifar-fs/resnet12/{head}")
     for seed in (1, 2):
-        yield from (Entry(f"{each.name}-seed-{seed}", each.config, {"seed": seed}) for each in first[:3])
+        yield from (Entry(f"{each.name}-seed-{seed}", each.recipe, {"seed": seed}) for each in first[:3])
 
 
 QUEUE = tuple(_queue())
 """The trainings, most valuable first."""
 SMOKE_QUEUE = (
-    Entry("smoke_svm", "table2/cifar-fs_resnet12_svm"),
-    Entry("smoke_ridge", "table2/cifar-fs_resnet12_ridge"),
+    Entry("smoke_svm", "table2/cifar-fs/resnet12/svm"),
+    Entry("smoke_ridge", "table2/cifar-fs/resnet12/ridge"),
 )
 
 

@@ -34,7 +34,7 @@ from convexheads.kernels import Kernel
 from convexheads.models import build_model
 from convexheads.solvers import InteriorPointSolver
 
-CONFIG = Path(__file__).parent / "configs" / "conv4" / "cifar-fs_svm.yaml"
+RECIPE = "table2/cifar-fs/conv4/svm"
 
 
 class UnitLength(Kernel):
@@ -167,7 +167,7 @@ def main() -> None:
         raise SystemExit(f"error: settings: expected some of {list(SETTINGS)}, got {sorted(unknown)}")
     torch.set_num_threads(chosen.threads)
     end, path = time.monotonic() + 60 * chosen.minutes, chosen.output / "head_settings.json"
-    base = Options.read(CONFIG, dataset=chosen.dataset, steps=chosen.steps, data_root=chosen.data_root)
+    base = Options.from_recipe(RECIPE, dataset=chosen.dataset, steps=chosen.steps, data_root=chosen.data_root)
     data = load(chosen.dataset, base.root, splits=["train", "val"], progress=True)
     known = {"steps": chosen.steps, "episodes": chosen.episodes, "dataset": chosen.dataset}
     rows: list[dict[str, Any]] = []

@@ -13,7 +13,7 @@ TABLE = Table(
     ("omniglot",),
     {
         "laptop": [
-            Row(name, "64-64-64-64", {("omniglot", shots): f"conv4/omniglot_{head}" for shots in (1, 5)})
+            Row(name, "64-64-64-64", {("omniglot", shots): f"omniglot/omniglot/conv4/{head}" for shots in (1, 5)})
             for head, name in HEADS.items()
         ]
     },

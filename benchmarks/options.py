@@ -1,4 +1,4 @@
-"""The options of a training run, from the command line or a configuration file."""
+"""The options of a training run, from a recipe, a file or the command line."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import jsonargparse
 import torch
 import yaml
 
+from benchmarks import recipes
 from convexheads.errors import InputError
 
 BUILT_IN = {"digits": 60, "glyphs": 120}
@@ -147,24 +148,27 @@ class Options:
         return shlex.join(words)
 
     @classmethod
-    def read(cls, path: Path, **changes: Any) -> Options:
-        """Read a configuration file; `changes` override it.
+    def from_recipe(cls, name: str, **changes: Any) -> Options:
+        """The options of a recipe; `changes` override them.
 
         Raises:
-            InputError: it can't be read, or has an unknown option.
+            InputError: there is no such recipe.
         """
-        return cls(**(_typed(read_settings(path)) | changes))
+        return cls(**(recipes.find(name) | changes))
 
     @classmethod
     def parse(cls, arguments: Sequence[str] | None, *, description: str) -> Self:
-        """Read the command line, which overrides configuration files.
+        """Read the command line. It overrides a file of options, which overrides a recipe.
 
         Raises:
-            InputError: a number is out of range, or a configuration file is unusable.
+            InputError: a number is out of range, there is no such recipe, or a file of options is unusable.
         """
         parser = jsonargparse.ArgumentParser(prog=f"python -m {cls.program}", description=description)
-        text = "read options from a YAML file, such as one of benchmarks/configs or a run's config.yaml"
-        parser.add_argument("--config", type=Path | None, help=text)
+        text = "use the options of a recipe, such as table2/cifar-fs/resnet12/svm; its results are in runs/NAME"
+        parser.add_argument("--recipe", type=str | None, metavar="NAME", help=text)
+        parser.add_argument("--list-recipes", action="store_true", help="print the names of all recipes, and exit")
+        text = "read options from a YAML file, such as the config.yaml of a run"
+        parser.add_argument("--config", type=Path | None, metavar="FILE", help=text)
         kinds, annotated = get_type_hints(cls), get_type_hints(cls, include_extras=True)
         for each in fields(cls):
             kind: dict[str, Any] = {"type": kinds[each.name]}
@@ -173,38 +177,33 @@ class Options:
             (text,) = annotated[each.name].__metadata__
             default = cls.defaults.get(each.name, each.default)
             parser.add_argument("--" + each.name.replace("_", "-"), default=default, help=text, **kind)
-        if config := parser.parse_args(arguments).config:
-            parser.set_defaults(_typed(read_settings(config)))
+        given = parser.parse_args(arguments)
+        if given.list_recipes:
+            print(*recipes.RECIPES, sep="\n")
+            raise SystemExit
+        if given.recipe:
+            parser.set_defaults(recipes.find(given.recipe) | {"output": Path("runs") / given.recipe})
+        if given.config:
+            parser.set_defaults(_typed(read_settings(given.config)))
         values = parser.parse_args(arguments)
         return cls(**{each.name: values[each.name] for each in fields(cls)})
 
 
-def read_settings(path: Path, *, within: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The options that a configuration file sets: those of the files in its `parts`, overridden by its own.
-
-    Args:
-        path: the file.
-        within: the files that include this one as a part.
+def read_settings(path: Path) -> dict[str, Any]:
+    """The options that a YAML file sets.
 
     Raises:
-        InputError: it can't be read, includes itself, or has an unknown option.
+        InputError: it can't be read, or has an unknown option.
     """
-    if path.resolve() in within:
-        raise InputError("config", "parts that are other files", f"{path}, which is a part of itself")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise InputError("config", "a YAML file of options", f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise InputError("config", "a YAML file of options by name", f"{path}, which holds a {type(content).__name__}")
-    settings: dict[str, Any] = {}
-    for part in content.pop("parts", []):
-        settings |= read_settings(path.parent / part, within=(*within, path.resolve()))
-    if unknown := sorted(content.keys() - {each.name for each in fields(Options)}):
-        raise InputError(
-            "config", "options of `--help`, with underscores", f"{path} with {', '.join(map(str, unknown))}"
-        )
-    return settings | content
+    if unknown := sorted(map(str, content.keys() - {each.name for each in fields(Options)})):
+        raise InputError("config", "options of `--help`, with underscores", f"{path} with {', '.join(unknown)}")
+    return content
 
 
 def _typed(settings: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ TABLE = Table(
     DATASETS,
     {
         "paper": [
-            Row(name, "ResNet-12", {(data, shots): f"table1/{data}_resnet12_{head}" for data, shots in CELLS})
+            Row(name, "ResNet-12", {(data, shots): f"table1/{data}/resnet12/{head}" for data, shots in CELLS})
             for head, name in (
                 ("ridge", "MetaOptNet-RR"),
                 ("svm", "MetaOptNet-SVM"),
@@ -28,7 +28,7 @@ TABLE = Table(
             Row(
                 f"{name}, cross-domain from CIFAR-FS",
                 "64-64-64-64",
-                {("miniimagenet", shots): f"conv4/cifar-fs_{head}" for shots in (1, 5)},
+                {("miniimagenet", shots): f"table2/cifar-fs/conv4/{head}" for shots in (1, 5)},
             )
             for head, name in HEADS.items()
         ],

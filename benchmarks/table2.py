@@ -20,10 +20,10 @@ TABLE = Table(
             Row(
                 "ProtoNets",
                 "ResNet-12",
-                {(data, shots): f"table2/{data}_resnet12_prototypes-{shots}-shot" for data, shots in CELLS},
+                {(data, shots): f"table2/{data}/resnet12/prototypes-{shots}-shot" for data, shots in CELLS},
             ),
             *(
-                Row(name, "ResNet-12", {(data, shots): f"table2/{data}_resnet12_{head}" for data, shots in CELLS})
+                Row(name, "ResNet-12", {(data, shots): f"table2/{data}/resnet12/{head}" for data, shots in CELLS})
                 for head, name in (
                     ("ridge", "MetaOptNet-RR"),
                     ("svm", "MetaOptNet-SVM"),
@@ -32,7 +32,7 @@ TABLE = Table(
             ),
         ],
         "laptop": [
-            Row(name, "64-64-64-64", {(data, shots): f"conv4/{data}_{head}" for data, shots in CELLS})
+            Row(name, "64-64-64-64", {(data, shots): f"table2/{data}/conv4/{head}" for data, shots in CELLS})
             for head, name in HEADS.items()
         ],
     },

@@ -31,18 +31,18 @@ BACKBONES = {"conv4": "64-64-64-64", "resnet12": "ResNet-12"}
 DATASETS = ("miniimagenet", "tieredimagenet")
 
 
-def configuration(dataset: str, backbone: str, head: str, shots: int) -> str:
-    """That of a cell: prototypes are trained for each number of shots; some cells are Table 1's too."""
+def recipe(dataset: str, backbone: str, head: str, shots: int) -> str:
+    """The recipe of a cell. Prototypes are trained for each number of shots; some cells are also in Table 1."""
     if head == "prototypes":
-        return f"table3/{dataset}_{backbone}_prototypes-{shots}-shot"
-    return f"table{1 if backbone == 'resnet12' else 3}/{dataset}_{backbone}_{head}"
+        return f"table3/{dataset}/{backbone}/prototypes-{shots}-shot"
+    return f"table{1 if backbone == 'resnet12' else 3}/{dataset}/{backbone}/{head}"
 
 
 PAPER = [
     Row(
         name,
         network,
-        {(data, shots): configuration(data, backbone, head, shots) for data in DATASETS for shots in (1, 5)},
+        {(data, shots): recipe(data, backbone, head, shots) for data in DATASETS for shots in (1, 5)},
     )
     for backbone, network in BACKBONES.items()
     for head, name in HEADS.items()

@@ -18,22 +18,22 @@ TABLE = Table(
     ("miniimagenet", "cifar-fs"),
     {
         "paper": [
-            Row(name, "ResNet-12", {("miniimagenet", shots): configuration for shots in (1, 5)})
-            for name, configuration in (
-                ("none", "table4/miniimagenet_resnet12_svm-none"),
-                ("augmentation", "table4/miniimagenet_resnet12_svm-augmentation"),
-                ("weight decay", "table4/miniimagenet_resnet12_svm-decay"),
-                (AUGMENTATION_DECAY, "table4/miniimagenet_resnet12_svm-augmentation-decay"),
-                (f"{AUGMENTATION_DECAY}, DropBlock", "table4/miniimagenet_resnet12_svm-augmentation-decay-dropblock"),
-                (f"{AUGMENTATION_DECAY}, DropBlock, label smoothing", "table1/miniimagenet_resnet12_svm"),
+            Row(name, "ResNet-12", {("miniimagenet", shots): recipe for shots in (1, 5)})
+            for name, recipe in (
+                ("none", "table4/miniimagenet/resnet12/svm-none"),
+                ("augmentation", "table4/miniimagenet/resnet12/svm-augmentation"),
+                ("weight decay", "table4/miniimagenet/resnet12/svm-decay"),
+                (AUGMENTATION_DECAY, "table4/miniimagenet/resnet12/svm-augmentation-decay"),
+                (f"{AUGMENTATION_DECAY}, DropBlock", "table4/miniimagenet/resnet12/svm-augmentation-decay-dropblock"),
+                (f"{AUGMENTATION_DECAY}, DropBlock, label smoothing", "table1/miniimagenet/resnet12/svm"),
                 (
                     f"{AUGMENTATION_DECAY}, DropBlock, label smoothing, larger data",
-                    "table1/miniimagenet_resnet12_svm-trainval",
+                    "table1/miniimagenet/resnet12/svm-trainval",
                 ),
             )
         ],
         "laptop": [
-            Row(name, "64-64-64-64", {("cifar-fs", shots): f"table4/cifar-fs_conv4_svm-{own}" for shots in (1, 5)})
+            Row(name, "64-64-64-64", {("cifar-fs", shots): f"table4/cifar-fs/conv4/svm-{own}" for shots in (1, 5)})
             for name, own in (
                 ("none", "none"),
                 ("augmentation", "augmentation"),

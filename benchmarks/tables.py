@@ -1,8 +1,8 @@
 """What the scripts of the paper's tables have in common: published values, ours beside them, and how ours come about.
 
-A table is a list of cells. Those with a configuration are measured: its weights are taken from those that come with the
-package or from `benchmarks/results/`, or from where a training left them, or trained; then all heads of a data set see
-the same episodes. Figures that are such cells, drawn otherwise, are tables too.
+A table is a list of cells. Those with a recipe are measured, on weights that come with the package, that are in
+`benchmarks/results/trainings/RECIPE`, that a training has left in `runs/RECIPE`, or that are trained now. All heads on
+a data set see the same episodes. A figure that draws such cells is a table too.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class Row:
     Attributes:
         model: its name, as in the published table where that has it.
         backbone: likewise.
-        configurations: by data set and shots of the test, the configuration below `benchmarks/configs`, without its
-            ending, that the weights were trained with (on whichever data set).
+        recipes: by data set and shots of the test, the recipe that the weights were trained by (on whichever data
+            set).
     """
 
     model: str
     backbone: str
-    configurations: dict[tuple[str, int], str]
+    recipes: dict[tuple[str, int], str]
 
 
 def published(name: str) -> pandas.DataFrame:
@@ -131,55 +131,51 @@ class Table:
         return [(dataset, shots) for dataset in self.datasets for shots in (1, 5)]
 
 
-def find_weights(configuration: str) -> Path | None:
-    """The weights of a finished training with that configuration: the committed ones, else those below `runs/`."""
-    name = run_name(configuration)
-    files = [WEIGHTS_DIR / f"{name.replace('_', '-')}.safetensors"]
-    files += [parent / name / "model.safetensors" for parent in (HERE / "results", Path("runs"))]
+def find_weights(recipe: str) -> Path | None:
+    """The weights of a finished training by a recipe: the committed ones, else those below `runs/`."""
+    table, dataset, backbone, head = recipe.split("/")
+    packaged = WEIGHTS_DIR / f"{backbone}-{dataset}-{head}.safetensors"
+    files = [packaged] if table in ("table2", "omniglot") else []
+    folders = (HERE / "results" / "trainings" / recipe, Path("runs") / recipe)
+    files += [folder / "model.safetensors" for folder in folders]
     return next((file for file in files if file.is_file()), None)
 
 
-def run_name(configuration: str) -> str:
-    """The folder that a configuration's results are in."""
-    return configuration.replace("/", "_")
-
-
 def features(
-    configuration: str, dataset: str, *, root: Path | None, train: bool
+    recipe: str, dataset: str, *, root: Path | None, train: bool
 ) -> tuple[Tensor, Tensor, ch.models.Pretrained]:
-    """Features and labels of a data set's test classes by the backbone of that configuration, and its weights.
+    """Features and labels of a data set's test classes by the backbone of a recipe, and its weights.
 
     Images of another size than the backbone was trained on are brought to that.
 
     Raises:
         InputError: there are no weights and `train` is false, or the data is missing.
     """
-    found, trained = _features(_weights(configuration, root, train), dataset, root)
+    found, trained = _features(_weights(recipe, root, train), dataset, root)
     return found, _test_classes(dataset, root).labels, trained
 
 
 def evaluate(
-    configuration: str, dataset: str, shots: int, *, root: Path | None, train: bool, **settings: Any
+    recipe: str, dataset: str, shots: int, *, root: Path | None, train: bool, **settings: Any
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Accuracies of a trained backbone with the head that it was trained through, and what it was trained with.
 
     Raises:
         InputError: there are no weights and `train` is false, or the data is missing.
     """
-    found, labels, trained = features(configuration, dataset, root=root, train=train)
+    found, labels, trained = features(recipe, dataset, root=root, train=train)
     return ch.evaluate(trained.head, found, labels, shots=shots, **settings), trained.settings
 
 
-def _weights(configuration: str, root: Path | None, train: bool) -> Path:
-    if weights := find_weights(configuration):
+def _weights(recipe: str, root: Path | None, train: bool) -> Path:
+    if weights := find_weights(recipe):
         return weights
     if not train:
-        command = f"python -m benchmarks.train --config benchmarks/configs/{configuration}.yaml --data-root DIR"
-        raise ch.InputError("weights", f"--train, or what this leaves behind: {command}", f"none of {configuration}")
+        command = f"python -m benchmarks.train --recipe {recipe} --data-root DIR"
+        raise ch.InputError("weights", f"--train, or the result of {command}", f"none of {recipe}")
     from benchmarks.train import run
 
-    options = Options.read(HERE / "configs" / f"{configuration}.yaml", data_root=root)
-    options = replace(options, output=Path("runs") / run_name(configuration))
+    options = Options.from_recipe(recipe, data_root=root, output=Path("runs") / recipe)
     run(replace(options, resume=options.checkpoint.is_file()))
     return options.folder / "model.safetensors"
 
@@ -212,13 +208,13 @@ def measure(
     """
     found: list[dict[str, Any]] = []
     reference: dict[tuple[str, str, int], Tensor] = {}
-    jobs = [(row, dataset, shots) for row in table.rows[scale] for dataset, shots in row.configurations]
-    jobs = [job for job in jobs if train or find_weights(job[0].configurations[job[1:]])]
+    jobs = [(row, dataset, shots) for row in table.rows[scale] for dataset, shots in row.recipes]
+    jobs = [job for job in jobs if train or find_weights(job[0].recipes[job[1:]])]
     for row, dataset, shots in (bar := tqdm(jobs, unit="cell", disable=not jobs)):
         bar.set_description(f"{row.model}, {dataset}, {shots}-shot")
         settings = {"ways": table.ways, "episodes": episodes, "queries": queries, "seed": seed}
-        configuration = row.configurations[dataset, shots]
-        result, trained = evaluate(configuration, dataset, shots, root=root, train=train, **settings)
+        recipe = row.recipes[dataset, shots]
+        result, trained = evaluate(recipe, dataset, shots, root=root, train=train, **settings)
         first = reference.setdefault((row.backbone, dataset, shots), result.accuracies)
         difference = 100 * (result.accuracies - first)
         found.append(
@@ -233,7 +229,7 @@ def measure(
                 "difference interval": 1.96 * difference.std().item() / math.sqrt(len(difference)),
                 "largest gap": None if result.gaps is None else result.gaps.max().item(),
                 "text": f"{100 * result.accuracy:.2f} ± {100 * result.confidence_interval:.2f}",
-                "configuration": configuration,
+                "configuration": recipe,
                 "trained on": trained["dataset"],
                 "training shots": trained["shots"],
                 "training episodes": trained["steps"] * trained["tasks"],
@@ -269,7 +265,7 @@ def show(
     rows = [("published", "n/a", theirs)] if any(key[0] == "published" for key in texts) else []
     for by, absent, methods in [*rows, ("ours", "not trained", own)]:
         for model, backbone in methods:
-            there = {column for row in table.rows[scale] if row.model == model for column in row.configurations}
+            there = {column for row in table.rows[scale] if row.model == model for column in row.recipes}
             cells = (
                 texts.get((by, model, backbone, *column), absent if by == "published" or column in there else "")
                 for column in table.columns
@@ -361,7 +357,7 @@ def main(table: Table, description: str, arguments: Sequence[str] | None = None)
     try:
         ours = measure(table, options.scale, root=Options(data_root=options.data_root).root, **settings)
         if ours.empty:
-            first = next(iter(table.rows[options.scale][0].configurations.values()))
+            first = next(iter(table.rows[options.scale][0].recipes.values()))
             _weights(first, None, train=False)  # whose error says what to do
     except ch.InputError as error:
         raise SystemExit(f"error: {error}") from error

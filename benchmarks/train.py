@@ -2,7 +2,7 @@
 
 python -m benchmarks.train                                                       # scikit-learn's digits: minutes
 python -m benchmarks.train --dataset glyphs                                      # letters of many scripts: minutes
-python -m benchmarks.train --config benchmarks/configs/conv4/cifar-fs_ridge.yaml --data-root DIR
+python -m benchmarks.train --recipe table2/cifar-fs/conv4/ridge --data-root DIR
 """
 
 from __future__ import annotations

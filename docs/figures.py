@@ -133,7 +133,7 @@ def curves(heads: Mapping[str, RegressionHead], *, points: int = 9, seed: int = 
 
 def speed() -> Figure:
     """Time of both passes against the size of the task, from the committed result of `benchmarks.solvers`."""
-    rows = _result("solvers")["results"]
+    rows = _result("solvers/cpu")["results"]
     names = {
         "native": "convexheads",
         "ridge": "ridge regression (closed form)",
@@ -159,7 +159,7 @@ def speed() -> Figure:
     return figure
 
 
-def speed_table(of: str = "solvers") -> str:
+def speed_table(of: str = "solvers/cpu") -> str:
     """How many times faster than its peers the native solver is, as Markdown, from a result of `benchmarks.solvers`."""
     times = {(row["contender"], row["size"]): row["both"] for row in _result(of)["results"]}
     sizes = ("5w1s", "5w5s", "5w15s", "20w1s", "20w5s")
@@ -191,7 +191,7 @@ def speed_table(of: str = "solvers") -> str:
 
 def precision_table() -> str:
     """The errors of each solver in the same run, as Markdown: the largest over sizes, of logits and of gradients."""
-    rows = _result("solvers")["results"]
+    rows = _result("solvers/cpu")["results"]
     lines = ["| solver | logits | gradients |", "|---|---|---|"]
     for name in ("native", "qpth", "cvxpylayers"):
         errors = [

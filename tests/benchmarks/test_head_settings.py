@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks import head_settings
 from benchmarks.data import ImageSet
-from benchmarks.head_settings import CONFIG, SETTINGS, Apart, UnitLength
+from benchmarks.head_settings import RECIPE, SETTINGS, Apart, UnitLength
 from benchmarks.loop import Training
 from benchmarks.options import Options
 from benchmarks.processes import Processes
@@ -36,9 +36,9 @@ def images_of(classes: int = 6, each: int = 21) -> ImageSet:
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
     """The command with two steps on few images, which returns the rows of its result."""
     monkeypatch.setattr(head_settings, "load", lambda *_, **__: {"train": images_of(6, 12), "val": images_of(5)})
-    read = Options.read
+    read = Options.from_recipe
     few = {"tasks": 1, "shots": 2, "queries": 2, "device": "cpu"}
-    monkeypatch.setattr(head_settings.Options, "read", lambda path, **changes: read(path, **(changes | few)))
+    monkeypatch.setattr(head_settings.Options, "from_recipe", lambda name, **changes: read(name, **(changes | few)))
 
     def call(*settings: str, **changes: Any) -> list[dict[str, Any]]:
         sizes = {"steps": 2, "episodes": 3, "threads": torch.get_num_threads(), "output": tmp_path / "out"} | changes
@@ -110,7 +110,7 @@ class Normed(nn.Module):
 
 
 def training(kind: type[Training]) -> Training:
-    options = Options.read(CONFIG, dataset="cifar-fs", steps=2, tasks=2, shots=2, queries=3, device="cpu")
+    options = Options.from_recipe(RECIPE, dataset="cifar-fs", steps=2, tasks=2, shots=2, queries=3, device="cpu")
     data = images_of()
     return kind(options, Normed(), SVMHead(), episodes(data, options, Processes()), Processes())
 

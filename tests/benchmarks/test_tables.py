@@ -1,4 +1,4 @@
-"""The scripts of the paper's tables: published values, configurations, and ours measured, paired and written."""
+"""The scripts of the paper's tables: published values, recipes, and ours measured, paired and written."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from PIL import Image
 from benchmarks import figure2, figure3, report, table3, tables
 from benchmarks.data import AUGMENTATIONS, DATASETS, ImageSet, load, taskset
 from benchmarks.options import Options, read_settings
+from benchmarks.recipes import RECIPES
 from benchmarks.tables import Row, Table
 from benchmarks.train import Pixels
 from convexheads import InputError, SVMHead, embed, evaluate, load_pretrained, split_task
 
 SCRIPTS = ("table1", "table2", "table3", "table4", "figure2", "omniglot", "fast")
 TABLES = {name: import_module(f"benchmarks.{name}").TABLE for name in SCRIPTS}
-CONFIGURATIONS = sorted((Path(tables.__file__).parent / "configs").glob("*/*.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -51,24 +51,83 @@ def test_the_paper_has_no_svm_with_conv4_on_cifar() -> None:
     assert set(rows["model"]) == {"Prototypical Networks"}
 
 
-@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_configuration_is_usable(path: Path) -> None:
-    if path.parent.name == "parts":
-        assert read_settings(path)
-        return
-    options = Options.read(path)
-    assert options.head in path.stem
-    assert options.dataset in path.stem
-    if path.parent.name != "fast":
-        assert "laptop" in path.read_text() or (options.total_steps, options.schedule) == (60_000, "paper")
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_what_its_name_says(name: str) -> None:
+    options = Options.from_recipe(name)
+    table, dataset, backbone, head = name.split("/")
+    assert (options.dataset, options.backbone) == (dataset, backbone)
+    assert head.removeprefix(options.head)[:1] in ("", "-")
+    if table != "fast" and backbone == "resnet12":
+        assert (options.total_steps, options.schedule) == (60_000, "paper")
+    if table == "figure2":
+        assert head == f"{options.head}-{options.shots}-shot"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "table1/miniimagenet/resnet12/svm-trainval",
+            {"dataset": "miniimagenet", "backbone": "resnet12", "head": "svm", "steps": 60_000, "tasks": 8, "shots": 15}
+            | {"queries": 6, "schedule": "paper", "weight_decay": 5e-4, "augment": "flip-crop-jitter", "trainval": True}
+            | {"label_smoothing": 0.1, "validate_every": 1000, "validation_episodes": 2000, "checkpoint_every": 500}
+            | {"test_episodes": 10_000},
+        ),
+        (
+            "table2/fc100/conv4/ridge",
+            {"dataset": "fc100", "head": "ridge", "steps": 2500, "augment": "flip-crop", "test_episodes": 10_000},
+        ),
+        (
+            "table4/cifar-fs/conv4/svm-none",
+            {"dataset": "cifar-fs", "steps": 1000, "tasks": 4, "precision": "bfloat16", "validate_every": 250}
+            | {"augment": "none", "weight_decay": 0.0, "test_episodes": 1000},
+        ),
+        (
+            "omniglot/omniglot/conv4/prototypes",
+            {"dataset": "omniglot", "head": "prototypes", "steps": 1000, "tasks": 4, "ways": 20, "queries": 3}
+            | {"precision": "bfloat16", "validate_every": 250, "augment": "none", "test_episodes": 1000},
+        ),
+        (
+            "table3/tieredimagenet/conv4/prototypes-1-shot",
+            {"dataset": "tieredimagenet", "head": "prototypes", "steps": 60_000, "shots": 1, "schedule": "paper"}
+            | {"augment": "flip-crop-jitter", "validate_every": 1000, "validation_episodes": 2000}
+            | {"checkpoint_every": 500, "test_shots": (1,), "test_episodes": 10_000},
+        ),
+        (
+            "fast/cifar-fs/resnet12/svm",
+            {"dataset": "cifar-fs", "backbone": "resnet12", "steps": 20_000, "augment": "flip-crop-jitter"}
+            | {"rotations": True, "average": 0.999, "validate_every": 1000, "validation_episodes": 2000}
+            | {"checkpoint_every": 500, "test_episodes": 10_000},
+        ),
+    ],
+)
+def test_recipes_set_exactly_these_options(name: str, expected: dict[str, object]) -> None:
+    assert Options.from_recipe(name) == Options(**expected)
+
+
+def test_an_unknown_recipe_is_refused_with_the_closest_one() -> None:
+    with pytest.raises(InputError) as error:
+        Options.from_recipe("table2/cifar-fs/resnet-12/ridge")
+    assert "table2/cifar-fs/resnet12/ridge, got" in str(error.value)
+    assert all(name in str(error.value) for name in RECIPES)
+
+
+@pytest.mark.parametrize("recipe", ["table2/cifar-fs/conv4/svm", "table4/cifar-fs/conv4/svm-none"])
+def test_weights_of_a_recipe_were_trained_by_it(recipe: str) -> None:
+    """Those that come with the package and those of the committed results."""
+    weights, options = tables.find_weights(recipe), Options.from_recipe(recipe)
+    assert weights is not None
+    settings = load_pretrained(weights).settings
+    for name in ("dataset", "backbone", "head", "steps", "tasks", "shots", "weight_decay", "augment"):
+        assert settings[name] == getattr(options, name), name
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
-def test_every_cell_has_its_configuration(table: Table) -> None:
+def test_every_cell_has_its_recipe(table: Table) -> None:
     for rows in table.rows.values():
         for row in rows:
-            for (dataset, shots), name in row.configurations.items():
-                options = Options.read(tables.HERE / "configs" / f"{name}.yaml")
+            for (dataset, shots), name in row.recipes.items():
+                options = Options.from_recipe(name)
                 assert options.dataset == dataset or row.model.endswith("cross-domain from CIFAR-FS")
                 assert dataset in table.datasets
                 assert options.ways == table.ways
@@ -79,9 +138,8 @@ def test_every_cell_has_its_configuration(table: Table) -> None:
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Table:
     """A table of two heads on digits, whose files lie in a folder of their own."""
     for head in ("ridge", "prototypes"):
-        file = tmp_path / "configs" / "small" / f"digits_{head}.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"dataset: digits\nhead: {head}\nsteps: 2\ntasks: 2\ntest_episodes: 10\n")
+        settings = {"dataset": "digits", "head": head, "steps": 2, "tasks": 2, "test_episodes": 10}
+        monkeypatch.setitem(RECIPES, f"small/digits/conv4/{head}", settings)
     (tmp_path / "published").mkdir()
     (tmp_path / "published" / "small.csv").write_text(
         "model,backbone,dataset,shots,accuracy,interval,note\nRidge,Conv,digits,1,61.5,0.7,\nOther,Big,digits,5,99.0,0.1,on more data\n"
@@ -92,7 +150,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Table:
     tables._test_classes.cache_clear()
     tables._features.cache_clear()
     rows = [
-        Row(name, "Conv", {("digits", 1): f"small/digits_{head}", ("digits", 5): f"small/digits_{head}"})
+        Row(name, "Conv", {("digits", 1): f"small/digits/conv4/{head}", ("digits", 5): f"small/digits/conv4/{head}"})
         for name, head in (("Prototypes", "prototypes"), ("Ridge", "ridge"))
     ]
     return Table("small", "Small table", ("digits",), {"laptop": rows})
@@ -100,21 +158,20 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Table:
 
 def test_trains_what_is_missing_and_writes_the_same_table_again(small: Table, tmp_path: Path) -> None:
     arguments = ["--episodes", "30", "--output", "result"]
-    with pytest.raises(SystemExit, match=r"weights: expected --train, or.*, got none of small/digits_prototypes"):
+    with pytest.raises(SystemExit, match=r"weights: expected --train, or.*, got none of small/digits/conv4/prototypes"):
         tables.main(small, "", arguments)
     tables.main(small, "", [*arguments, "--train"])
     files = {path.name: path.read_bytes() for path in (tmp_path / "result").iterdir()}
     assert set(files) == {"small.md", "small.csv", "small.json", "small.png"}
     # What has no weights is left out, and said to be.
-    moved = tmp_path / "runs" / "small_digits_ridge"
+    moved = tmp_path / "runs" / "small" / "digits" / "conv4" / "ridge"
     moved.rename(tmp_path / "moved")
     tables.main(small, "", [*arguments[:2], "--output", "part"])
     assert set(pandas.read_csv(tmp_path / "part" / "small.csv")["model"]) == {"Prototypes"}
     (tmp_path / "moved").rename(moved)
     # Committed weights are found first, and give the same table.
     (tmp_path / "results").mkdir()
-    for run in (tmp_path / "runs").iterdir():
-        run.rename(tmp_path / "results" / run.name)
+    (tmp_path / "runs").rename(tmp_path / "results" / "trainings")
     tables._features.cache_clear()
     tables.main(small, "", arguments)
     assert (tmp_path / "result" / "small.csv").read_bytes() == files["small.csv"]
@@ -135,7 +192,7 @@ def test_trains_what_is_missing_and_writes_the_same_table_again(small: Table, tm
     data = load("digits")["test"]
     accuracies = []
     for head in ("prototypes", "ridge"):
-        trained = load_pretrained(tmp_path / "results" / f"small_digits_{head}")
+        trained = load_pretrained(tmp_path / "results" / "trainings" / f"small/digits/conv4/{head}")
         features = embed(trained.backbone, data.images, progress=False)
         accuracies.append(
             evaluate(trained.head, features, data.labels, shots=1, episodes=30, progress=False).accuracies
@@ -174,14 +231,13 @@ def test_agrees_with_learn2learns_tasks_and_classifier() -> None:
         ("steps: [", r"(?s)config: expected a YAML file.*, got "),
         ("- 1", "which holds a list"),
         ("stepps: 3", r"expected options of.*with stepps"),
-        ("parts: [nowhere.yaml]", r"nowhere\.yaml"),
     ],
 )
-def test_unusable_configurations(tmp_path: Path, text: str, message: str) -> None:
+def test_unusable_files_of_options(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "own.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
-        Options.read(path)
+        read_settings(path)
 
 
 def test_options_know_every_data_set_and_augmentation() -> None:
@@ -239,13 +295,13 @@ def test_figure2_draws_a_curve_for_each_head_and_number_of_shots(tmp_path: Path)
         {"model": row.model, "dataset": dataset, "shots": shots, "accuracy": 50.0 + n, "interval": 0.5}
         | {"training shots": figure2.TRAINING_SHOTS[n % 4]}
         for n, row in enumerate(figure2.TABLE.rows["laptop"])
-        for dataset, shots in row.configurations
+        for dataset, shots in row.recipes
     ]
     figure2.curves(figure2.TABLE, pandas.DataFrame(rows), tmp_path / "figure2.png")
     with Image.open(tmp_path / "figure2.png") as picture:
         width, height = picture.size
     assert width > height  # two panels
-    labels = {text for row in figure2.TABLE.rows["paper"] for text in row.configurations.values()}
+    labels = {text for row in figure2.TABLE.rows["paper"] for text in row.recipes.values()}
     assert len(labels) == 4 * 2 * 4
 
 
@@ -254,7 +310,7 @@ def test_images_of_another_size_are_brought_to_that_of_the_training(
     small: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Across domains: the backbone sees what it was trained on, and the number of ways is the table's."""
-    tables.evaluate("small/digits_ridge", "digits", 1, root=None, train=True, episodes=5, progress=False)
+    tables.evaluate("small/digits/conv4/ridge", "digits", 1, root=None, train=True, episodes=5, progress=False)
     data = load("digits")["test"]
     larger = data.images.repeat_interleave(3, -1).repeat_interleave(3, -2)
     sizes, embed_ = [], tables.ch.embed
@@ -263,9 +319,9 @@ def test_images_of_another_size_are_brought_to_that_of_the_training(
     tables._test_classes.cache_clear()
     tables._features.cache_clear()
     settings = {"episodes": 40, "progress": False}
-    found, _ = tables.evaluate("small/digits_ridge", "other", 1, root=None, train=False, ways=3, **settings)
+    found, _ = tables.evaluate("small/digits/conv4/ridge", "other", 1, root=None, train=False, ways=3, **settings)
     assert sizes == [data.images.shape[-1]]
-    same, _ = tables.evaluate("small/digits_ridge", "other", 1, root=None, train=False, ways=5, **settings)
+    same, _ = tables.evaluate("small/digits/conv4/ridge", "other", 1, root=None, train=False, ways=5, **settings)
     assert same.accuracy < found.accuracy  # of five classes it is harder
 
 
@@ -273,10 +329,10 @@ def test_images_of_another_size_are_brought_to_that_of_the_training(
 @pytest.mark.parametrize("shots", [1, 5])
 def test_the_committed_table_comes_out_again(data_root: Path, shots: int) -> None:
     """From the weights that come with the package, on real images, to the last digit that is printed."""
-    committed = pandas.read_csv(tables.HERE / "results" / "table2-laptop" / "table2.csv")
+    committed = pandas.read_csv(tables.HERE / "results" / "table2" / "laptop" / "table2.csv")
     own = committed.query("model == 'MetaOptNet-RR' and dataset == 'cifar-fs' and shots == @shots").iloc[0]
     settings = {name: int(own[name]) for name in ("episodes", "queries", "seed")}
     result, _ = tables.evaluate(
-        own["configuration"], "cifar-fs", shots, root=data_root, train=False, progress=False, **settings
+        "table2/cifar-fs/conv4/ridge", "cifar-fs", shots, root=data_root, train=False, progress=False, **settings
     )
     assert f"{100 * result.accuracy:.2f} ± {100 * result.confidence_interval:.2f}" == own["text"]

@@ -409,8 +409,8 @@ def test_the_papers_own_recipe_runs(
         }
 
     monkeypatch.setattr(train, "load", every_tenth)
-    config = Path(train.__file__).parent / "configs" / "table2" / f"cifar-fs_resnet12_{head}.yaml"
-    arguments = ["--config", str(config), "--data-root", str(data_root), "--output", str(tmp_path), "--device", "cpu"]
+    arguments = ["--recipe", f"table2/cifar-fs/resnet12/{head}", "--data-root", str(data_root)]
+    arguments += ["--output", str(tmp_path), "--device", "cpu"]
     short = ["--steps", "2", "--tasks", "1", "--validate-every", "2", "--validation-episodes", "4"]
     command, take = [*arguments, *short, "--test-episodes", "4", "--checkpoint-every", "1"], Training.take
     with monkeypatch.context() as patch:
