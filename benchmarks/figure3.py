@@ -118,7 +118,7 @@ def draw(rows: pandas.DataFrame, path: Path) -> None:
                 points["iterations"], points["accuracy"], points["interval"], marker="o", capsize=3, label=name
             )
         optimum = own.loc[own["iterations"] == math.inf, "accuracy"].item()
-        axes.axhline(optimum, color="grey", linestyle="--", linewidth=1, label="optimum")
+        axes.axhline(optimum, color="gray", linestyle="--", linewidth=1, label="optimum")
         axes.set(xlabel="iterations", ylabel="accuracy, %", title=f"5-way {n}-shot")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)

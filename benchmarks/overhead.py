@@ -87,8 +87,8 @@ def evaluation(*, device: str, episodes: int, queries: int, features: int) -> di
     """Seconds of `convexheads.evaluate` for each head, over the same episodes of random clustered features."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(20).repeat_interleave(600)
-    centres = torch.randn(20, features, generator=generator)
-    cached = (centres[labels] + 2 * torch.randn(len(labels), features, generator=generator)).to(device)
+    centers = torch.randn(20, features, generator=generator)
+    cached = (centers[labels] + 2 * torch.randn(len(labels), features, generator=generator)).to(device)
     labels = labels.to(device)
     settings: dict[str, Any] = {"ways": WAYS, "shots": SHOTS, "queries": queries}
     found = {}

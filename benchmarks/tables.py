@@ -96,7 +96,7 @@ def bars(table: Table, ours: pandas.DataFrame, path: Path) -> None:
         marks = [(at, theirs.loc[key, "accuracy"]) for at, key in zip(place, keys, strict=True) if key in theirs.index]
         if marks:
             axes.plot(*zip(*marks, strict=True), "kD", markersize=5, label="published" if not number else None)
-    axes.axhline(100 / table.ways, color="grey", linestyle="--", linewidth=1, label="chance")
+    axes.axhline(100 / table.ways, color="gray", linestyle="--", linewidth=1, label="chance")
     axes.set_xticks(range(len(columns)), [f"{TITLES[dataset]}\n{shots}-shot" for dataset, shots in columns])
     axes.set_ylabel("accuracy on unseen classes, %")
     axes.spines[["top", "right"]].set_visible(False)

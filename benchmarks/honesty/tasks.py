@@ -23,7 +23,7 @@ class HardTask(NamedTuple):
         query: features, `(5, d)`.
         values: to regress on, `(n,)`, in float64.
         ways: the number of classes.
-        C: weight of slacks; one over the weight of a regulariser.
+        C: weight of slacks; one over the weight of a regularizer.
         kinds: what makes it hard.
     """
 

@@ -175,7 +175,7 @@ def test_says_that_there_is_nothing_to_resume(tmp_path: Path) -> None:
         (["--dataset", "mnist"], "cifar-fs"),
         (["--head", "forest"], "prototypes"),
         (["--steps", "many"], "steps"),
-        (["--colour", "red"], "colour"),
+        (["--color", "red"], "color"),
     ],
 )
 def test_refuses_unusable_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ class Head(Configurable, ABC):
 
         Returns:
             Coefficients `(*batch, n, k)` and what else scores need, differentiable in the support set and in the
-                hyper-parameters.
+                hyperparameters.
 
         Raises:
             SolverError: a task could not be solved. `fit` turns that into an `InputError` where the Gram matrix turns
