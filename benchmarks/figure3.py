@@ -37,7 +37,7 @@ SCALES: dict[tables.Scale, tuple[str, str]] = {
 
 
 def solvers(iterations: int) -> dict[str, Solver]:
-    """Those that are compared, stopped after so many iterations."""
+    """The solvers that are compared, each stopped after `iterations` iterations."""
     return {
         "qpth": ch.solvers.QpthSolver(max_iterations=iterations, on_failure="return"),
         "ours": ch.solvers.InteriorPointSolver(max_iterations=iterations, on_failure="return"),

@@ -138,7 +138,7 @@ def once(call: Callable[..., Tensor], support: Tensor, labels: Tensor, query: Te
 
 
 def peak_memory(run: Callable[[], object], device: str) -> float | None:
-    """Bytes that a call takes at most, beyond what is taken before; None where the system doesn't tell."""
+    """Bytes that a call takes at most, beyond what is taken before; None if the system does not report it."""
     gc.collect()
     if device == "cuda":
         before = torch.cuda.memory_allocated()

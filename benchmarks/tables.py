@@ -111,7 +111,7 @@ class Table:
 
     Attributes:
         name: such as "table2", which also names the file of published values, where there are any.
-        title: what stands above it.
+        title: heading above the table.
         datasets: its columns, each with 1 and 5 shots.
         rows: ours, by scale. Differences are paired with those of the first row of a backbone.
         ways: classes of an episode.

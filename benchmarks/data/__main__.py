@@ -209,7 +209,7 @@ def _pack(console: Console, chosen: jsonargparse.Namespace, root: Path | None) -
     parts = pack(chosen.dataset, root, output, splits=chosen.splits, part_size=size, progress=True)
     for part in parts:
         console.print(f"{part}: {part.stat().st_size / 1e6:.1f} MB", highlight=False, soft_wrap=True)
-    text = f"To read or verify them: --data-root {output}. Any other data root will do, with the files in"
+    text = f"To read or verify them: --data-root {output}. Any other data root works too, with the files in"
     console.print(f"{text} {chosen.dataset}/ below it.", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -203,7 +203,7 @@ def test_a_class_is_decoded_once(tmp_path: Path, write, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Image, "open", counted)
     read(CATALOG["cifar-fs"], tmp_path / "packed")
-    assert len(opened) == 7  # one a class
+    assert len(opened) == 7  # one per class
 
 
 def test_damaged_parts_are_refused(tmp_path: Path, write) -> None:

@@ -93,7 +93,7 @@ def test_learn2learns_protocol_says_what_is_missing() -> None:
 
 
 class Batches(pl.LightningDataModule):
-    """Tasks of clusters, one a batch, as learn2learn's EpisodicBatcher gives them."""
+    """Tasks of clusters, one per batch, as learn2learn's EpisodicBatcher gives them."""
 
     def train_dataloader(self) -> DataLoader:
         tasks = [task(shots=3, queries=5, seed=seed) for seed in range(6)]
