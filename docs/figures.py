@@ -231,6 +231,51 @@ def kinks() -> Figure:
     return figure
 
 
+CALL_PATH = (
+    ("heads", "ClassificationHead.forward"),
+    ("heads", "ClassificationHead.fit"),
+    ("heads", "SVMHead.solve"),
+    ("heads", "MulticlassSVM.solve_dual"),
+    ("solvers", "Solver.solve"),
+    ("solvers", "Fallback._solve_flat"),
+    ("solvers", "Solver._solve_flat"),
+    ("no autograd", "ActiveSetSolver._solve_numerically"),
+    ("solvers", "ActiveSet.attach"),
+    ("solvers", "handle_failures"),
+    ("heads", "FittedClassifier.__call__"),
+)
+"""The functions that one call of `SVMHead` passes, in order, each with the part of the library that it belongs to."""
+BACKWARD_PATH = (
+    ("heads", "scores and cross-Gram matrix (autograd)"),
+    ("solvers", "_ImplicitSolve.backward"),
+    ("no autograd", "KKT.solve"),
+    ("heads", "Gram matrix and kernel (autograd)"),
+)
+"""What the backward pass of such a call passes, in order."""
+
+
+def call_path() -> Figure:
+    """The path of one call, from features to logits and from their gradient to that of the features."""
+    lanes = {"heads": 0.0, "solvers": 1.0, "no autograd": 2.0}
+    figure, axes = new(width=9.0, height=6.4)
+    steps = [*CALL_PATH, *BACKWARD_PATH]
+    rows = [-number - (1.2 if number >= len(CALL_PATH) else 0.0) for number in range(len(steps))]
+    for number, ((lane, name), row) in enumerate(zip(steps, rows, strict=True), 1):
+        color = COLORS[0] if number <= len(CALL_PATH) else COLORS[1]
+        box = {"boxstyle": "round,pad=0.35", "facecolor": "none", "edgecolor": color}
+        axes.text(lanes[lane], row, f"{number}  {name}", ha="center", va="center", fontsize=9, bbox=box)
+        if number not in (len(CALL_PATH), len(steps)):
+            end = (lanes[steps[number][0]], rows[number] + 0.3)
+            axes.annotate("", end, (lanes[lane], row - 0.3), arrowprops={"arrowstyle": "->", "color": color})
+    titles = ("heads: features to dual problem", "solvers: dual problem to solution", "numbers only, without autograd")
+    for title, place in zip(titles, lanes.values(), strict=True):
+        axes.text(place, 1.1, title, ha="center", fontsize=10, fontweight="bold")
+    axes.text(-0.55, rows[len(CALL_PATH)] + 1.0, "backward", fontsize=10, fontweight="bold")
+    axes.set(xlim=(-0.6, 2.6), ylim=(rows[-1] - 0.8, 1.6))
+    axes.axis("off")
+    return figure
+
+
 def _result(name: str) -> dict[str, Any]:
     (path,) = (RESULTS / name).glob("*.json")
     return json.loads(path.read_text())
