@@ -70,6 +70,7 @@ lint: $(DEV)/.ready  ## Check style, types, spelling and the workflows
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
 	$(DEV)/$(BIN)/codespell
+	$(RUN) tests/docs/wording.py
 	$(DEV)/$(BIN)/jactionlint --shellcheck=$(DEV)/$(BIN)/shellcheck
 	$(DEV)/$(BIN)/zizmor --quiet --offline --persona auditor .
 

@@ -110,7 +110,7 @@ def measure(seconds: float, base: Path | None = None) -> dict[str, dict[str, flo
 
 
 def measure_repeatedly(repeats: int, seconds: float, base: Path | None = None) -> dict[str, list[dict[str, float]]]:
-    """Run all benchmarks in so many processes; what the first one has to compile is not timed."""
+    """Run all benchmarks in this number of processes; compilation by the first one is not timed."""
     found: dict[str, list[dict[str, float]]] = {}
     for _ in tqdm(range(repeats), unit="process", leave=False):
         for name, values in measure(seconds, base).items():

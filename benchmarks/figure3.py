@@ -37,7 +37,7 @@ SCALES: dict[tables.Scale, tuple[str, str]] = {
 
 
 def solvers(iterations: int) -> dict[str, Solver]:
-    """Those that are compared, stopped after so many iterations."""
+    """The solvers that are compared, each stopped after `iterations` iterations."""
     return {
         "qpth": ch.solvers.QpthSolver(max_iterations=iterations, on_failure="return"),
         "ours": ch.solvers.InteriorPointSolver(max_iterations=iterations, on_failure="return"),
@@ -118,7 +118,7 @@ def draw(rows: pandas.DataFrame, path: Path) -> None:
                 points["iterations"], points["accuracy"], points["interval"], marker="o", capsize=3, label=name
             )
         optimum = own.loc[own["iterations"] == math.inf, "accuracy"].item()
-        axes.axhline(optimum, color="grey", linestyle="--", linewidth=1, label="optimum")
+        axes.axhline(optimum, color="gray", linestyle="--", linewidth=1, label="optimum")
         axes.set(xlabel="iterations", ylabel="accuracy, %", title=f"5-way {n}-shot")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)

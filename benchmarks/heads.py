@@ -52,7 +52,7 @@ FAMILIES: dict[str, tuple[Callable[[float], ch.ClassificationHead], tuple[float,
     "Mahalanobis": (lambda beta: ch.MahalanobisHead(beta, kernel=_kernel()), (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)),
     "prototypes": (lambda _: ch.PrototypeHead(kernel=_kernel()), (1.0,)),
 }
-"""Each head with the one hyper-parameter that is chosen on validation classes, and the values to choose from."""
+"""Each head with the one hyperparameter that is chosen on validation classes, and the values to choose from."""
 
 
 def features(data: dict[str, ImageSet], weights: str) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ def compare(
 ) -> pandas.DataFrame:
     """One row for each head and number of shots.
 
-    The hyper-parameter is the one of highest accuracy over episodes of validation classes, on which the temperature is
+    The hyperparameter is the one of highest accuracy over episodes of validation classes, on which the temperature is
     fitted too. Accuracies and calibration errors are of test classes, the same episodes for all heads.
     """
     rows, reference = [], {}

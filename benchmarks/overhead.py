@@ -87,8 +87,8 @@ def evaluation(*, device: str, episodes: int, queries: int, features: int) -> di
     """Seconds of `convexheads.evaluate` for each head, over the same episodes of random clustered features."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(20).repeat_interleave(600)
-    centres = torch.randn(20, features, generator=generator)
-    cached = (centres[labels] + 2 * torch.randn(len(labels), features, generator=generator)).to(device)
+    centers = torch.randn(20, features, generator=generator)
+    cached = (centers[labels] + 2 * torch.randn(len(labels), features, generator=generator)).to(device)
     labels = labels.to(device)
     settings: dict[str, Any] = {"ways": WAYS, "shots": SHOTS, "queries": queries}
     found = {}
@@ -141,7 +141,7 @@ def step_alone(own: Training, images: Tensor) -> None:
 
 
 def alone(own: Training, steps: int) -> float:
-    """Seconds of so many steps on one batch."""
+    """Seconds of `steps` steps on one batch."""
     images = own.episodes(own.episodes.draw(0))
     begin = report.now(images)
     for _ in range(steps):
@@ -150,7 +150,7 @@ def alone(own: Training, steps: int) -> float:
 
 
 def with_a_new_batch(own: Training, steps: int) -> float:
-    """Seconds of so many steps, each on the images of episodes that are drawn for it."""
+    """Seconds of `steps` steps, each on the images of episodes that are drawn for it."""
     begin = report.now(own.episodes.images)
     for number in range(steps):
         step_alone(own, own.episodes(own.episodes.draw(number)))
@@ -158,7 +158,7 @@ def with_a_new_batch(own: Training, steps: int) -> float:
 
 
 def in_the_plain_loop(own: Training, steps: int) -> float:
-    """Seconds of so many steps as `benchmarks.loop.train` takes them."""
+    """Seconds of `steps` steps as `benchmarks.loop.train` takes them."""
     drawn = own.episodes.draw(own.step)
     begin = report.now(drawn)
     for _ in range(steps):
@@ -170,7 +170,7 @@ def in_the_plain_loop(own: Training, steps: int) -> float:
 
 
 def in_lightning(own: Training, steps: int) -> float:
-    """Seconds of so many steps of `EpisodicModule` under the quietest trainer, after a first one."""
+    """Seconds of `steps` steps of `EpisodicModule` under the quietest trainer, after a first one."""
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import LambdaCallback
 
@@ -204,7 +204,7 @@ def in_lightning(own: Training, steps: int) -> float:
 def loops(
     *, device: Literal["cpu", "cuda"], tasks: int, queries: int, repeats: int, steps: int = BLOCK
 ) -> dict[str, float]:
-    """Seconds of a step alone and in each loop: medians over blocks of so many steps, the loops in turn."""
+    """Seconds of a step alone and in each loop: medians over blocks of `steps` steps, the loops in turn."""
     ways: dict[str, Callable[[Training, int], float]]
     ways = {ALONE: alone, NEW_BATCH: with_a_new_batch, PLAIN: in_the_plain_loop}
     if find_spec("pytorch_lightning"):
@@ -286,7 +286,7 @@ def main() -> None:
     )
     added = show_loops(found, "What a loop costs, 5-way 5-shot")
     added_note = (
-        f"A step: {options.tasks} episodes of 32 x 32 pixels of noise, {options.train_queries} queries a class, "
+        f"A step: {options.tasks} episodes of 32 x 32 pixels of noise, {options.train_queries} queries per class, "
         f"through one linear layer and prototypes, with SGD; medians over {options.repeats} blocks of {BLOCK} steps, "
         f"all lines in turn. {ALONE.capitalize()} is forward, loss, backward and optimizer on one and the same batch. "
         "A new batch is drawn and gathered without augmentation, as both loops have it. The plain loop is "

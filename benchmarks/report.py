@@ -112,7 +112,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         axes.bar_label(bars, [f"{height:.1f}" for height in heights], padding=2, fontsize=8)
     chance, ends = [100 / ways for ways, _ in tasks], range(len(tasks))
     axes.hlines(
-        chance, [x - 0.45 for x in ends], [x + 0.45 for x in ends], "grey", "dashed", linewidth=1, label="chance"
+        chance, [x - 0.45 for x in ends], [x + 0.45 for x in ends], "gray", "dashed", linewidth=1, label="chance"
     )
     axes.set_xticks(ends, [f"{ways}-way {shots}-shot" for ways, shots in tasks])
     axes.set_ylim(0, 105)

@@ -121,10 +121,10 @@ def episode(tasks: int, ways: int, shots: int, features: int, queries: int) -> t
     """Support, labels and query of random tasks with a little structure, in float64."""
     torch.manual_seed(0)
     labels = torch.arange(ways).repeat_interleave(shots).expand(tasks, -1)
-    centres = torch.randn(tasks, ways, features, dtype=torch.float64) / features**0.5
+    centers = torch.randn(tasks, ways, features, dtype=torch.float64) / features**0.5
     noise = torch.randn(tasks, ways * shots, features, dtype=torch.float64) / features**0.5
     query = torch.randn(tasks, ways * queries, features, dtype=torch.float64) / features**0.5
-    return centres.repeat_interleave(shots, 1) + noise, labels, query
+    return centers.repeat_interleave(shots, 1) + noise, labels, query
 
 
 def once(call: Callable[..., Tensor], support: Tensor, labels: Tensor, query: Tensor, ways: int):
@@ -138,7 +138,7 @@ def once(call: Callable[..., Tensor], support: Tensor, labels: Tensor, query: Te
 
 
 def peak_memory(run: Callable[[], object], device: str) -> float | None:
-    """Bytes that a call takes at most, beyond what is taken before; None where the system doesn't tell."""
+    """Bytes that a call takes at most, beyond what is taken before; None if the system does not report it."""
     gc.collect()
     if device == "cuda":
         before = torch.cuda.memory_allocated()

@@ -96,7 +96,7 @@ def bars(table: Table, ours: pandas.DataFrame, path: Path) -> None:
         marks = [(at, theirs.loc[key, "accuracy"]) for at, key in zip(place, keys, strict=True) if key in theirs.index]
         if marks:
             axes.plot(*zip(*marks, strict=True), "kD", markersize=5, label="published" if not number else None)
-    axes.axhline(100 / table.ways, color="grey", linestyle="--", linewidth=1, label="chance")
+    axes.axhline(100 / table.ways, color="gray", linestyle="--", linewidth=1, label="chance")
     axes.set_xticks(range(len(columns)), [f"{TITLES[dataset]}\n{shots}-shot" for dataset, shots in columns])
     axes.set_ylabel("accuracy on unseen classes, %")
     axes.spines[["top", "right"]].set_visible(False)
@@ -111,7 +111,7 @@ class Table:
 
     Attributes:
         name: such as "table2", which also names the file of published values, where there are any.
-        title: what stands above it.
+        title: heading above the table.
         datasets: its columns, each with 1 and 5 shots.
         rows: ours, by scale. Differences are paired with those of the first row of a backbone.
         ways: classes of an episode.

@@ -59,7 +59,7 @@ __all__ = [  # noqa: RUF022 (by subject)
     "RidgeRegressionHead",
     "GaussianProcessHead",
     "SupportVectorRegressionHead",
-    # what a head of one's own is made of
+    # building blocks of custom heads
     "Head",
     "SupportSet",
     "KernelExpansion",

@@ -1,4 +1,4 @@
-"""Hyper-parameters: floats, or parameters that learn along with the backbone; and modules that are made of them."""
+"""Hyperparameters: floats, or parameters that learn along with the backbone; and modules that are made of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SMALLEST, _LARGEST = 1e-37, 1e38  # of positive values in float32; a little les
 
 
 class Learnable(nn.Module):
-    """A hyper-parameter that receives gradients.
+    """A hyperparameter that receives gradients.
 
     Use it when a number such as C, a kernel's length scale or a logit scale should be trained along with the backbone.
     A positive one is stored as its logarithm, so that no optimizer step can make it negative. The parameter stays in
@@ -100,7 +100,7 @@ def check_any_sign(name: str, value: Any) -> Hyperparameter:
 
 
 def as_tensor(hyperparameter: Hyperparameter, like: Tensor) -> Tensor:
-    """The hyper-parameter as a scalar tensor, through which gradients reach it.
+    """The hyperparameter as a scalar tensor, through which gradients reach it.
 
     Args:
         hyperparameter: a number or a `Learnable`.
@@ -117,7 +117,7 @@ def as_tensor(hyperparameter: Hyperparameter, like: Tensor) -> Tensor:
 def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
     """The parameters of a module for an optimizer, with weight decay for all but `Learnable`s.
 
-    Use it when you train `Learnable`s with weight decay, which would pull each of them towards one.
+    Use it when you train `Learnable`s with weight decay, which would pull each of them toward one.
 
     Args:
         module: such as an `nn.ModuleList` of a backbone and a head.

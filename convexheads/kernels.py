@@ -1,7 +1,7 @@
 """Kernels: callables `(x, y) -> gram` that turn a head into a non-linear one.
 
 A kernel maps `x` of shape `(*batch, m, d)` and `y` of shape `(*batch, n, d)` to the Gram matrix `(*batch, m, n)`, in
-their dtype. Any such callable serves, be it a function or an `nn.Module`; it has to be positive semi-definite and, for
+their dtype. Any such callable works, a function or an `nn.Module`; it has to be positive semi-definite and, for
 gradients, differentiable. Heads call it in float64, with the support as `y`, and check what it returns.
 
 The kernels of this module add and multiply: `Linear() + 0.5 * RBF()`, `Linear() + 1.0`, `Cosine() * Polynomial(2)`.

@@ -23,9 +23,9 @@ from convexheads.kernels import RBF
 from convexheads.solvers import InteriorPointSolver, NativeSolver, Solver
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
-COLOURS = ("#4c8dd6", "#e58a2e", "#3fae6a", "#c85fb0", "#9a8cf0", "#b5a13c")
+COLORS = ("#4c8dd6", "#e58a2e", "#3fae6a", "#c85fb0", "#9a8cf0", "#b5a13c")
 
-# What is drawn in this colour takes the text's own, light or dark, in the page.
+# What is drawn in this color takes the text's own, light or dark, in the page.
 _TEXT = "#010203"
 rcParams.update(
     {
@@ -49,7 +49,7 @@ def new(columns: int = 1, *, width: float = 8.0, height: float = 3.2) -> tuple[F
 
 
 def picture(figure: Figure, caption: str) -> str:
-    """The figure as HTML: inline SVG in the page's own font and text colour."""
+    """The figure as HTML: inline SVG in the page's own font and text color."""
     text = StringIO()
     figure.patch.set_alpha(0)
     FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
@@ -65,7 +65,7 @@ def picture(figure: Figure, caption: str) -> str:
 def boundaries(heads: Mapping[str, ClassificationHead], *, ways: int = 3, shots: int = 7, seed: int = 5) -> Figure:
     """What heads decide everywhere in the plane, from the same support set; support vectors are ringed.
 
-    Colours are the classes, stronger where the best logit is further ahead of the second.
+    Colors are the classes, stronger where the best logit is further ahead of the second.
     """
     support, labels = _blobs(ways, shots, seed)
     reach, resolution = 2.2, 160
@@ -73,7 +73,7 @@ def boundaries(heads: Mapping[str, ClassificationHead], *, ways: int = 3, shots:
     plane = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).flatten(0, 1)
     columns = min(len(heads), 5)
     figure, axes = new(columns, width=2.1 * columns + 0.2, height=2.45)
-    palette = numpy.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in COLOURS[:ways]])
+    palette = numpy.array([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in COLORS[:ways]])
     for panel, (name, head) in zip(numpy.atleast_1d(axes), heads.items(), strict=True):
         with torch.no_grad():
             fitted = head.fit(support, labels)
@@ -85,7 +85,7 @@ def boundaries(heads: Mapping[str, ClassificationHead], *, ways: int = 3, shots:
         image[..., :3] = palette[chosen]
         image[..., 3] = (0.12 + 0.4 * lead.clamp(0, 1)).view(resolution, resolution).numpy()
         panel.imshow(image, origin="lower", extent=(-reach, reach, -reach, reach), interpolation="bilinear")
-        panel.scatter(*support.T, c=[COLOURS[label] for label in labels], s=16, zorder=2, edgecolors="none")
+        panel.scatter(*support.T, c=[COLORS[label] for label in labels], s=16, zorder=2, edgecolors="none")
         if fitted.solution is not None and fitted.solution.bound_multipliers is not None:
             vectors = support[fitted.expansion.coef.abs().amax(-1) > 1e-9]
             panel.scatter(*vectors.T, s=60, facecolors="none", edgecolors=_TEXT, linewidths=0.8, zorder=3)
@@ -100,9 +100,9 @@ def _blobs(ways: int, shots: int, seed: int) -> tuple[torch.Tensor, torch.Tensor
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(ways).repeat_interleave(shots)
     angle = 2 * torch.pi * torch.arange(ways) / ways + 0.5
-    centres = 1.05 * torch.stack([angle.cos(), angle.sin()], -1)
+    centers = 1.05 * torch.stack([angle.cos(), angle.sin()], -1)
     spread = torch.linspace(0.3, 0.62, ways)
-    return centres[labels] + spread[labels, None] * torch.randn(len(labels), 2, generator=generator), labels
+    return centers[labels] + spread[labels, None] * torch.randn(len(labels), 2, generator=generator), labels
 
 
 def curves(heads: Mapping[str, RegressionHead], *, points: int = 9, seed: int = 3) -> Figure:
@@ -119,13 +119,13 @@ def curves(heads: Mapping[str, RegressionHead], *, points: int = 9, seed: int = 
             if isinstance(fitted, FittedGaussianProcess):
                 deviation = fitted.variance(line).sqrt()
                 low, high = mean - 2 * deviation, mean + 2 * deviation
-                panel.fill_between(line[:, 0], low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
+                panel.fill_between(line[:, 0], low, high, color=COLORS[0], alpha=0.2, linewidth=0)
             if isinstance(head, SupportVectorRegressionHead):
                 epsilon = float(head.epsilon)
-                panel.fill_between(line[:, 0], mean - epsilon, mean + epsilon, color=COLOURS[0], alpha=0.2, linewidth=0)
-        panel.plot(line[:, 0], mean, color=COLOURS[0])
+                panel.fill_between(line[:, 0], mean - epsilon, mean + epsilon, color=COLORS[0], alpha=0.2, linewidth=0)
+        panel.plot(line[:, 0], mean, color=COLORS[0])
         panel.plot(line[:, 0], 2 * (line[:, 0] - 1).sin(), ":", color=_TEXT, linewidth=1)
-        panel.plot(x[:, 0], y, "o", color=COLOURS[1], markersize=5)
+        panel.plot(x[:, 0], y, "o", color=COLORS[1], markersize=5)
         panel.set(title=name, ylim=(-4, 4))
         panel.title.set_fontsize(10)
     return figure
@@ -150,7 +150,7 @@ def speed() -> Figure:
         style = "--" if contender == "ridge" else "-"
         places = [sizes.index(row["size"]) for row in own]
         axes.semilogy(
-            places, [1e3 * row["both"] for row in own], style, marker="o", color=COLOURS[number], label=name, **strong
+            places, [1e3 * row["both"] for row in own], style, marker="o", color=COLORS[number], label=name, **strong
         )
     axes.set_xticks(range(len(sizes)), [size.replace("w", "-way\n").replace("s", "-shot") for size in sizes])
     axes.set_ylabel("forward and backward,\n8 tasks, ms")
@@ -220,14 +220,59 @@ def kinks() -> Figure:
     figure, (left, right) = new(2, width=9.0, height=3.0)
     fine, coarse = (torch.linspace(-2, 2.5, count, dtype=torch.float64) for count in (400, 28))
     exact, relaxed = NativeSolver(), InteriorPointSolver(gradient="relaxed", complementarity=0.005)
-    left.plot(fine, logit(fine, exact).detach(), color=COLOURS[0])
+    left.plot(fine, logit(fine, exact).detach(), color=COLORS[0])
     left.set(xlabel="position of a support example", ylabel="logit of the query")
-    right.plot(fine, slope(fine, exact), color=COLOURS[0], label='"exact"')
-    right.plot(fine, slope(fine, relaxed), "--", color=COLOURS[1], label='"relaxed"')
+    right.plot(fine, slope(fine, exact), color=COLORS[0], label='"exact"')
+    right.plot(fine, slope(fine, relaxed), "--", color=COLORS[1], label='"relaxed"')
     differences = (logit(coarse + 1e-6, exact) - logit(coarse - 1e-6, exact)) / 2e-6
-    right.plot(coarse, differences, "o", color=COLOURS[2], markersize=4, label="central differences")
+    right.plot(coarse, differences, "o", color=COLORS[2], markersize=4, label="central differences")
     right.set(xlabel="position of a support example", ylabel="its derivative")
     right.legend(frameon=False, fontsize=9)
+    return figure
+
+
+CALL_PATH = (
+    ("heads", "ClassificationHead.forward"),
+    ("heads", "ClassificationHead.fit"),
+    ("heads", "SVMHead.solve"),
+    ("heads", "MulticlassSVM.solve_dual"),
+    ("solvers", "Solver.solve"),
+    ("solvers", "Fallback._solve_flat"),
+    ("solvers", "Solver._solve_flat"),
+    ("no autograd", "ActiveSetSolver._solve_numerically"),
+    ("solvers", "ActiveSet.attach"),
+    ("solvers", "handle_failures"),
+    ("heads", "FittedClassifier.__call__"),
+)
+"""The functions that one call of `SVMHead` passes, in order, each with the part of the library that it belongs to."""
+BACKWARD_PATH = (
+    ("heads", "scores and cross-Gram matrix (autograd)"),
+    ("solvers", "_ImplicitSolve.backward"),
+    ("no autograd", "KKT.solve"),
+    ("heads", "Gram matrix and kernel (autograd)"),
+)
+"""What the backward pass of such a call passes, in order."""
+
+
+def call_path() -> Figure:
+    """The path of one call, from features to logits and from their gradient to that of the features."""
+    lanes = {"heads": 0.0, "solvers": 1.0, "no autograd": 2.0}
+    figure, axes = new(width=9.0, height=6.4)
+    steps = [*CALL_PATH, *BACKWARD_PATH]
+    rows = [-number - (1.2 if number >= len(CALL_PATH) else 0.0) for number in range(len(steps))]
+    for number, ((lane, name), row) in enumerate(zip(steps, rows, strict=True), 1):
+        color = COLORS[0] if number <= len(CALL_PATH) else COLORS[1]
+        box = {"boxstyle": "round,pad=0.35", "facecolor": "none", "edgecolor": color}
+        axes.text(lanes[lane], row, f"{number}  {name}", ha="center", va="center", fontsize=9, bbox=box)
+        if number not in (len(CALL_PATH), len(steps)):
+            end = (lanes[steps[number][0]], rows[number] + 0.3)
+            axes.annotate("", end, (lanes[lane], row - 0.3), arrowprops={"arrowstyle": "->", "color": color})
+    titles = ("heads: features to dual problem", "solvers: dual problem to solution", "numbers only, without autograd")
+    for title, place in zip(titles, lanes.values(), strict=True):
+        axes.text(place, 1.1, title, ha="center", fontsize=10, fontweight="bold")
+    axes.text(-0.55, rows[len(CALL_PATH)] + 1.0, "backward", fontsize=10, fontweight="bold")
+    axes.set(xlim=(-0.6, 2.6), ylim=(rows[-1] - 0.8, 1.6))
+    axes.axis("off")
     return figure
 
 

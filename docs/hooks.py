@@ -69,7 +69,7 @@ class Blocks:
         self.running: dict[Path, tuple[list[Path], Future[tuple[list[str], str]]]] = {}
         self.used: set[Path] = set()
         self.page = ""  # that MkDocs is at
-        self.many = False  # whether so many sessions are executed that it pays to import at once what most need
+        self.many = False  # whether more than MANY sessions are executed
 
     @cached_property
     def pool(self) -> ProcessPoolExecutor:

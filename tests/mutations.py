@@ -39,7 +39,7 @@ class Mutation(NamedTuple):
     Attributes:
         name: of the mutation.
         file: below `convexheads/`.
-        code: what stands in the file, once, within one line.
+        code: text that is in the file once, within one line.
         mistake: what takes its place.
         noticed_by: files below `tests/unit/`, or tests in them, that are to notice it; they run first.
     """
@@ -441,7 +441,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="mutations to try; all of them by default")
     parser.add_argument("--list", action="store_true", help="show what the mutations are, and stop")
     parser.add_argument(
-        "--jobs", type=int, default=min(4, os.cpu_count() or 1), help="so many at once; default %(default)s"
+        "--jobs",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        help="number of parallel processes; default %(default)s",
     )
     options = parser.parse_args(arguments)
     known = {mutation.name: mutation for mutation in MUTATIONS}

@@ -95,11 +95,11 @@ def tasks(draw, *, max_shots: int = 4) -> tuple[Task, float]:
 
 
 def clusters(classes: int = 8, each: int = 30, d: int = 6, noise: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Features of classes that differ by their centres, and labels."""
+    """Features of classes that differ by their centers, and labels."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, d, generator=generator)
+    centers = torch.randn(classes, d, generator=generator)
     labels = torch.arange(classes).repeat(each)
-    return centres[labels] + noise * torch.randn(len(labels), d, generator=generator), labels
+    return centers[labels] + noise * torch.randn(len(labels), d, generator=generator), labels
 
 
 def images_of_step(episodes: Episodes, step: int) -> Tensor:

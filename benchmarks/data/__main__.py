@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from benchmarks.data.datasets import CATALOGUE, LISTS, SPLITS, Entry, check_splits, look, present, split_classes
+from benchmarks.data.datasets import CATALOG, LISTS, SPLITS, Entry, check_splits, look, present, split_classes
 from benchmarks.data.sheets import pack
 from benchmarks.data.sources import Source, open_image
 from convexheads.errors import InputError
@@ -148,7 +148,7 @@ def listing() -> tuple[Table, str]:
     )
     table.add_row("digits", "40, 0, 5", "174 or more", "32 x 32", "comes with scikit-learn")
     table.add_row("glyphs", "561, 91, 295", "20", "28 x 28", "drawn from matplotlib's fonts")
-    for entry in CATALOGUE.values():
+    for entry in CATALOG.values():
         table.add_row(
             entry.name,
             ", ".join(str(len(split_classes(entry.name, split))) for split in SPLITS)
@@ -157,7 +157,7 @@ def listing() -> tuple[Table, str]:
             f"{entry.size} x {entry.size}",
             "known" if entry.checksums else "none known",
         )
-    return table, "\n\n".join(dict.fromkeys(entry.layouts for entry in CATALOGUE.values()))
+    return table, "\n\n".join(dict.fromkeys(entry.layouts for entry in CATALOG.values()))
 
 
 def _parser() -> jsonargparse.ArgumentParser:
@@ -168,7 +168,7 @@ def _parser() -> jsonargparse.ArgumentParser:
     text = "check that a copy of a data set is complete and undamaged: exit status 0 if so, else 1"
     command = jsonargparse.ArgumentParser(description=text)
     commands.add_subcommand("verify", command, help=text)
-    command.add_argument("dataset", type=Literal[tuple(CATALOGUE)], help="the data set")
+    command.add_argument("dataset", type=Literal[tuple(CATALOG)], help="the data set")
     text = "folder of the data (read-only); default: the environment variable CONVEXHEADS_DATA"
     command.add_argument("--data-root", type=Path | None, default=None, help=text)
     text = "the splits to check, as in '[test]'"
@@ -176,7 +176,7 @@ def _parser() -> jsonargparse.ArgumentParser:
     text = "pack a data set's images losslessly into few files of limited size, which are read like the originals"
     command = jsonargparse.ArgumentParser(description=text)
     commands.add_subcommand("pack", command, help=text)
-    command.add_argument("--dataset", type=Literal[tuple(CATALOGUE)], required=True, help="the data set")
+    command.add_argument("--dataset", type=Literal[tuple(CATALOG)], required=True, help="the data set")
     text = "folder of the data (read-only); default: the environment variable CONVEXHEADS_DATA"
     command.add_argument("--data-root", type=Path | None, default=None, help=text)
     command.add_argument("--output", type=Path, required=True, help="folder to write to; the data set gets a subfolder")
@@ -209,12 +209,12 @@ def _pack(console: Console, chosen: jsonargparse.Namespace, root: Path | None) -
     parts = pack(chosen.dataset, root, output, splits=chosen.splits, part_size=size, progress=True)
     for part in parts:
         console.print(f"{part}: {part.stat().st_size / 1e6:.1f} MB", highlight=False, soft_wrap=True)
-    text = f"To read or verify them: --data-root {output}. Any other data root will do, with the files in"
+    text = f"To read or verify them: --data-root {output}. Any other data root works too, with the files in"
     console.print(f"{text} {chosen.dataset}/ below it.", markup=False, highlight=False, soft_wrap=True)
 
 
 def _verify(console: Console, chosen: jsonargparse.Namespace, root: Path | None) -> None:
-    entry = CATALOGUE[chosen.dataset]
+    entry = CATALOG[chosen.dataset]
     table, faults = verify(entry, root, splits=chosen.splits, progress=True)
     console.print(table)
     if not entry.checksums:

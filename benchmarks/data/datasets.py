@@ -167,9 +167,9 @@ _entries = (
         finish=white_on_black,
     ),
 )
-CATALOGUE = {entry.name: entry for entry in _entries}
+CATALOG = {entry.name: entry for entry in _entries}
 """The data sets that are read from files, by name."""
-DATASETS = ("digits", "glyphs", *CATALOGUE)
+DATASETS = ("digits", "glyphs", *CATALOG)
 
 
 def load(
@@ -179,7 +179,7 @@ def load(
 
     Args:
         dataset: "digits" (comes with scikit-learn and has no validation classes), "glyphs" (drawn from matplotlib's
-            fonts) or a name in `CATALOGUE`.
+            fonts) or a name in `CATALOG`.
         root: folder that holds the data; only read, never written to. Digits and glyphs need none.
         splits: which of "train", "val" and "test" to read; the others may be missing.
         progress: show a progress bar on the terminal.
@@ -196,9 +196,9 @@ def load(
 
         glyphs = load_glyphs(progress=progress)
         return {split: glyphs[split] for split in splits}
-    if dataset not in CATALOGUE:
+    if dataset not in CATALOG:
         raise InputError("dataset", f"one of {', '.join(DATASETS)}", repr(dataset))
-    return read(CATALOGUE[dataset], root, splits=splits, progress=progress)
+    return read(CATALOG[dataset], root, splits=splits, progress=progress)
 
 
 def read(
@@ -311,8 +311,8 @@ def load_digits() -> dict[str, ImageSet]:
     from sklearn import datasets  # slow to import, and needed here only
 
     pixels, digits = datasets.load_digits(return_X_y=True)
-    grey = torch.from_numpy(pixels).reshape(-1, 1, 8, 8) * (255 / 16)
-    images = functional.interpolate(grey, size=(32, 32), mode="bilinear").round().to(torch.uint8)
+    gray = torch.from_numpy(pixels).reshape(-1, 1, 8, 8) * (255 / 16)
+    images = functional.interpolate(gray, size=(32, 32), mode="bilinear").round().to(torch.uint8)
     labels = torch.from_numpy(digits).long()
     train = labels < 5
     turned = every_turn(ImageSet(images[train], labels[train], tuple("01234")))

@@ -10,7 +10,7 @@ from zipfile import ZipFile, ZipInfo
 from PIL import Image
 from tqdm.auto import tqdm
 
-from benchmarks.data.datasets import CATALOGUE, SPLITS, Entry, check_splits, fit, look_for, split_classes
+from benchmarks.data.datasets import CATALOG, SPLITS, Entry, check_splits, fit, look_for, split_classes
 from benchmarks.data.sources import Source, grid, open_image
 from convexheads.errors import InputError
 
@@ -34,7 +34,7 @@ def pack(
     known checksums keep their original pixels and size; others are resized to the data set's size, as in `load`.
 
     Args:
-        dataset: a name in `CATALOGUE`.
+        dataset: a name in `CATALOG`.
         root: folder that holds the data; only read, never written to.
         output: folder to write to; created if necessary.
         splits: which of "train", "val" and "test" to write; the others may be missing.
@@ -48,10 +48,10 @@ def pack(
         InputError: the data set or a split is unknown, `splits` is empty, a split in `root` is incomplete, an image is
             damaged, the sheet of a class is larger than a part, or `output` contains parts already.
     """
-    if dataset not in CATALOGUE:
-        raise InputError("dataset", f"one of {', '.join(CATALOGUE)}", repr(dataset))
+    if dataset not in CATALOG:
+        raise InputError("dataset", f"one of {', '.join(CATALOG)}", repr(dataset))
     check_splits(splits)
-    entry = CATALOGUE[dataset]
+    entry = CATALOG[dataset]
     source, folder = look_for(entry, root, splits), output / dataset
     if old := sorted(folder.glob("part-*.zip")):
         raise InputError("output", "a folder without packed files", f"{folder}, which holds {old[0].name} already")

@@ -1,4 +1,4 @@
-"""A contender on a hard task, in a process that may crash or hang: what came of it."""
+"""Runs a contender on a hard task in a process that may crash or hang, and records the outcome."""
 
 from __future__ import annotations
 

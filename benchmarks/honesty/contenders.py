@@ -21,7 +21,7 @@ from convexheads.solvers import to_dense
 
 
 class Answer(NamedTuple):
-    """What came of a task.
+    """The outcome of a task.
 
     Attributes:
         gap: the judge's.

@@ -130,8 +130,8 @@ def logistic(x: Array, labels: Array, ways: int, weight: float, coef: Array) -> 
     def primal(w: Array) -> Array:
         scores = x @ w
         top = scores.max(1, keepdims=True)
-        normaliser = np.log(np.exp(scores - top).sum(1)) + top[:, 0]
-        return weight * (w**2).sum() / 2 + (normaliser - (scores * own).sum(1)).sum()
+        normalizer = np.log(np.exp(scores - top).sum(1)) + top[:, 0]
+        return weight * (w**2).sum() / 2 + (normalizer - (scores * own).sum(1)).sum()
 
     entropy = -(share * np.log(np.where(share > 0, share, 1))).sum()
     return _gap(primal, entropy - weight * (weights**2).sum() / 2, weights)
@@ -150,15 +150,15 @@ def gaussian_classes(
         ways: of each at least one example.
         query: `(q, d)`.
         logits: `(q, ways)`.
-        covariances: from the centred examples of each class, and of the task, to the covariance of each class and what
+        covariances: from the centered examples of each class, and of the task, to the covariance of each class and what
             is to be added to its logit.
     """
     with mpmath.workdps(60):
         rows = [[mpmath.matrix(row.tolist()) for row in x[labels == c]] for c in range(ways)]
         means = [_mean(own) for own in rows]
-        centred = [[row - mean for row in own] for own, mean in zip(rows, means, strict=True)]
+        centered = [[row - mean for row in own] for own, mean in zip(rows, means, strict=True)]
         everyone = [row for own in rows for row in own]
-        matrices, constants = covariances(centred, [row - _mean(everyone) for row in everyone])
+        matrices, constants = covariances(centered, [row - _mean(everyone) for row in everyone])
         inverses = [matrix**-1 for matrix in matrices]
         error = largest = mpmath.mpf(0)
         for given, found in zip(query.tolist(), logits.tolist(), strict=True):
@@ -176,20 +176,20 @@ Covariances = Callable[[list[list[Any]], list[Any]], tuple[list[Any], list[Any]]
 """In matrices of mpmath."""
 
 
-def prototypes(centred: list[list[Any]], task: list[Any]) -> tuple[list[Any], list[Any]]:
+def prototypes(centered: list[list[Any]], task: list[Any]) -> tuple[list[Any], list[Any]]:
     """Of `PrototypeHead`: half the identity, so that half the squared distance is the whole."""
-    return [mpmath.eye(len(task[0])) / 2] * len(centred), [mpmath.mpf(0)] * len(centred)
+    return [mpmath.eye(len(task[0])) / 2] * len(centered), [mpmath.mpf(0)] * len(centered)
 
 
 def linear_discriminant(shrinkage: float, variance: float) -> Covariances:
     """Of `LinearDiscriminantHead` with that variance."""
 
-    def covariances(centred: list[list[Any]], task: list[Any]) -> tuple[list[Any], list[Any]]:
-        pooled = _scatter([row for own in centred for row in own]) / len(task)
+    def covariances(centered: list[list[Any]], task: list[Any]) -> tuple[list[Any], list[Any]]:
+        pooled = _scatter([row for own in centered for row in own]) / len(task)
         shared = (1 - mpmath.mpf(shrinkage)) * pooled + mpmath.mpf(shrinkage) * mpmath.mpf(variance) * mpmath.eye(
             pooled.rows
         )
-        return [shared] * len(centred), [mpmath.log(mpmath.mpf(len(own)) / len(task)) for own in centred]
+        return [shared] * len(centered), [mpmath.log(mpmath.mpf(len(own)) / len(task)) for own in centered]
 
     return covariances
 
@@ -197,14 +197,14 @@ def linear_discriminant(shrinkage: float, variance: float) -> Covariances:
 def mahalanobis(beta: float) -> Covariances:
     """Of `MahalanobisHead`."""
 
-    def covariances(centred: list[list[Any]], task: list[Any]) -> tuple[list[Any], list[Any]]:
+    def covariances(centered: list[list[Any]], task: list[Any]) -> tuple[list[Any], list[Any]]:
         whole = _scatter(task) / max(len(task) - 1, 1)
         matrices = []
-        for own in centred:
+        for own in centered:
             share = mpmath.mpf(len(own)) / (len(own) + 1)
             of_class = _scatter(own) / max(len(own) - 1, 1)
             matrices.append(share * of_class + (1 - share) * whole + mpmath.mpf(beta) * mpmath.eye(whole.rows))
-        return matrices, [mpmath.mpf(0)] * len(centred)
+        return matrices, [mpmath.mpf(0)] * len(centered)
 
     return covariances
 

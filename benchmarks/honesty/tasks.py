@@ -23,7 +23,7 @@ class HardTask(NamedTuple):
         query: features, `(5, d)`.
         values: to regress on, `(n,)`, in float64.
         ways: the number of classes.
-        C: weight of slacks; one over the weight of a regulariser.
+        C: weight of slacks; one over the weight of a regularizer.
         kinds: what makes it hard.
     """
 
@@ -50,9 +50,9 @@ class HardTask(NamedTuple):
 def hard_task(seed: int, of: Set = "hard") -> HardTask:
     """Draw a task.
 
-    1 to 50 ways, 1 to 20 shots a class, uneven, 1 to 2,048 features, small numbers more often than large ones. Features
-    have a scale from 1e-6 to 1e6. C is drawn from 1e-6 to 1e6 in units of one over the mean squared length of the
-    features, on which alone the difficulty depends, so that C itself goes from 1e-18 to 1e18; with `of="beyond"`, from
+    1 to 50 ways, 1 to 20 shots per class, uneven, 1 to 2,048 features, small numbers more often than large ones. The
+    features have a scale from 1e-6 to 1e6. C is drawn from 1e-6 to 1e6 in units of one over their mean squared length,
+    on which alone the difficulty depends, so that C itself goes from 1e-18 to 1e18; with `of="beyond"`, from
     1e8 to 1e18 in these units. Spectra fall to 1e-7, so that the Gram matrix's condition goes up to 1e14.
     """
     draw = np.random.default_rng([20261124, seed, of == "beyond"])

@@ -37,7 +37,7 @@ def as_integer(value: object) -> int | None:
 
 
 def as_real(value: object) -> float | None:
-    """The finite real number that the `value` stands for, be it a tensor without dimensions; None for all else."""
+    """The finite real number in `value`, which may be a tensor without dimensions; None for all else."""
     if isinstance(value, Tensor):
         if value.ndim or value.is_complex() or value.dtype == torch.bool or value.requires_grad or value.is_meta:
             return None

@@ -43,7 +43,7 @@ class SoftmaxKKT:
     total: Float[Tensor, "tasks n n"]
 
     @classmethod
-    def factorise(cls, gram: Float[Tensor, "tasks n n"], probabilities: Float[Tensor, "tasks n k"]) -> SoftmaxKKT:
+    def factorize(cls, gram: Float[Tensor, "tasks n n"], probabilities: Float[Tensor, "tasks n k"]) -> SoftmaxKKT:
         """From K and the probabilities of which W is made."""
         root = probabilities.mT.sqrt().unsqueeze(-1)  # (tasks, k, n, 1)
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -71,7 +71,7 @@ def newton_step(
     # `W scores + targets - p`, whose rows sum to zero, by the entries of the wrong classes.
     wrong = (p * (margins - (p * margins).sum(-1, keepdim=True) - 1)).masked_fill(targets > 0, 0)
     right = wrong - targets * wrong.sum(-1, keepdim=True)
-    return right - SoftmaxKKT.factorise(gram, p).solve(gram @ right)
+    return right - SoftmaxKKT.factorize(gram, p).solve(gram @ right)
 
 
 def solve(
@@ -176,7 +176,7 @@ class _Optimal(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         gram, coef = ctx.saved_tensors
         p = (gram @ coef).softmax(-1)
-        kkt = SoftmaxKKT.factorise(gram.detach(), p.detach())
+        kkt = SoftmaxKKT.factorize(gram.detach(), p.detach())
         v = _Solved.apply(gram, p, gradient, kkt.blocks, kkt.total)
         outer = v @ coef.mT
         return -(outer + outer.mT) / 2, gradient - gram @ v, None

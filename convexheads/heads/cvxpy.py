@@ -41,7 +41,7 @@ class CvxpyTask:
         scores: those of the support examples, `gram @ coef`, `(n, k)`.
         squared_norm: the sum over classes of `|w_k|^2`, a convex expression, a scalar.
         targets: one-hot labels, a parameter, `(n, k)`.
-        parameters: the head's hyper-parameters by name, positive scalar parameters. CVXPY does not allow them to
+        parameters: the head's hyperparameters by name, positive scalar parameters. CVXPY does not allow them to
             multiply `targets`: write `lambda * squared_norm + loss`, not `squared_norm + C * loss`.
     """
 
@@ -59,7 +59,7 @@ def _check_build(name: str, value: Any) -> Any:
 
 
 class _Hyperparameters(nn.Module):
-    """Hyper-parameters by name, of which `Learnable`s are parameters of the head."""
+    """Hyperparameters by name, of which `Learnable`s are parameters of the head."""
 
     def __init__(self, by_name: Mapping[str, Hyperparameter]) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def _check_hyperparameters(name: str, value: Any) -> _Hyperparameters:
     if isinstance(value, _Hyperparameters):
         return value
     if not isinstance(value, Mapping) or not all(map(_is_name, value)):
-        raise InputError(name, "hyper-parameters by name, which is an identifier", describe(value))
+        raise InputError(name, "hyperparameters by name, which is an identifier", describe(value))
     return _Hyperparameters({key: check_positive(f"{name}[{key!r}]", number) for key, number in value.items()})
 
 
@@ -209,8 +209,8 @@ def _compile(build: Callable[[CvxpyTask], Any], n: int, k: int, names: tuple[str
         raise InputError("build", "a convex problem", "a problem that is not convex by CVXPY's rules (is_dcp)")
     if not problem.is_dpp():
         expected = (
-            "one in which parameters (targets, hyper-parameters) do not multiply each other: multiply "
-            "`squared_norm` by a hyper-parameter, for instance"
+            "one in which parameters (targets, hyperparameters) do not multiply each other: multiply "
+            "`squared_norm` by a hyperparameter, for instance"
         )
         raise InputError("build", expected, "a problem that is convex, but not DPP")
     used = {parameter.id for parameter in problem.parameters()}

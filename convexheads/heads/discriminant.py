@@ -40,7 +40,7 @@ class LinearDiscriminantHead(ClassificationHead):
     scikit-learn's `LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s)`.
 
     What differs from Friedman: all classes share the covariance. With one example per class there is no within-class
-    variance to shrink towards: pass `variance`.
+    variance to shrink toward: pass `variance`.
 
     Args:
         shrinkage: s, above 0 and at most 1, which makes it the nearest class mean (up to the frequencies). Defaults to

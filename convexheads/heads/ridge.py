@@ -16,7 +16,7 @@ from convexheads.kernels import KernelLike
 class RidgeHead(ClassificationHead):
     r"""Ridge regression on one-hot targets, Eq. 11 of Lee et al. 2019; R2D2 of Bertinetto et al. 2019.
 
-    Use it as a first choice: it has one hyper-parameter, and a closed form that is among the fastest.
+    Use it as a first choice: it has one hyperparameter, and a closed form that is among the fastest.
 
     Primal: \(\min_W \frac12 |XW - Y|^2 + \frac{\lambda}{2} |W|^2\). Dual: \(\alpha = (K + \lambda I)^{-1} Y\), one
     Cholesky factorization of n x n for all classes. With fewer features than examples, and the linear kernel, one of

@@ -62,7 +62,7 @@ class Solved(TensorRecord):
 
 
 class Solver(ABC):
-    """Solves batches of problems. It holds hyper-parameters only, so any number of heads and threads can share it.
+    """Solves batches of problems. It holds hyperparameters only, so any number of heads and threads can share it.
 
     A subclass writes one method, `solve_batch`, which returns coefficients. The base class rescales the problem before,
     certifies the coefficients afterwards, and makes them differentiable by the implicit function theorem.

@@ -30,9 +30,9 @@ ROUNDING_MARGIN = 1e-2
 _PRIMAL_SCALINGS = (0.0, *(1 + 10.0**exponent for exponent in range(-14, 0, 2)))
 # Skip the search over scalings if the unscaled weights already prove this relative gap.
 _GAP_GOOD_ENOUGH = 1e-12
-# In large problems, scalings are tried in chunks of at most so many entries.
+# In large problems, scalings are tried in chunks of at most this number of entries.
 _MAX_ENTRIES_PER_CHUNK = 2**23
-# No gap below so many times the machine's precision can be reached.
+# No gap below this multiple of the machine precision can be reached.
 _ROUNDING_FLOOR = 4096
 
 

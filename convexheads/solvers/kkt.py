@@ -25,7 +25,7 @@ from convexheads.solvers.records import TensorRecord
 
 # Free rows are gathered into smaller blocks if they are at most this fraction of all rows.
 _MAX_FREE_FRACTION_TO_GATHER = 0.75
-# The pivoted Cholesky factorization checks after so many columns whether it is complete.
+# The pivoted Cholesky factorization checks after every `_CHECK_EVERY` columns whether it is complete.
 _CHECK_EVERY = 16
 # A factor of the Gram matrix saves time if its rank is at most this fraction of the number of examples.
 _MAX_RANK_FRACTION = 0.25

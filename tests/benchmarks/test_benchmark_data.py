@@ -24,7 +24,7 @@ from tasks import ROOT
 from torchvision.datasets import CIFAR100
 
 from benchmarks.data.__main__ import main
-from benchmarks.data.datasets import CATALOGUE, SPLITS, Entry, load, load_digits, read, split_classes
+from benchmarks.data.datasets import CATALOG, SPLITS, Entry, load, load_digits, read, split_classes
 from benchmarks.data.images import ImageSet
 from benchmarks.data.sources import archives, open_image
 from convexheads import InputError
@@ -43,7 +43,7 @@ def pictures() -> dict[str, torch.Tensor]:
 
 
 def small(dataset: str, count: int = COUNT) -> Entry:
-    return replace(CATALOGUE[dataset], images_per_class=count)
+    return replace(CATALOG[dataset], images_per_class=count)
 
 
 def png(image: torch.Tensor) -> bytes:
@@ -282,7 +282,7 @@ def test_digits_come_in_the_splits_asked_for() -> None:
 
 
 def flat(index: int, number: int, size: tuple[int, int] = (84, 84)) -> bytes:
-    """An image of one colour, which tells class and number."""
+    """An image of one color, which tells class and number."""
     buffer = BytesIO()
     Image.new("RGB", size, (index % 256, index // 256, number)).save(buffer, "png")
     return buffer.getvalue()
@@ -349,8 +349,8 @@ def test_reads_every_form_of_imagenets_subsets(tmp_path: Path, dataset: str, wri
         assert images.classes == names
         labels = torch.arange(len(names)).repeat_interleave(2)
         assert torch.equal(images.labels, labels)
-        colours = torch.stack([labels % 256, labels // 256, torch.tensor([0, 1]).repeat(len(names))], 1)
-        assert torch.equal(images.images, colours[:, :, None, None].expand(-1, 3, 84, 84).to(torch.uint8))
+        colors = torch.stack([labels % 256, labels // 256, torch.tensor([0, 1]).repeat(len(names))], 1)
+        assert torch.equal(images.images, colors[:, :, None, None].expand(-1, 3, 84, 84).to(torch.uint8))
 
 
 @pytest.mark.parametrize("write", [write_split_zips, write_split_folders, write_lists])
@@ -503,7 +503,7 @@ def small_cifar(tmp_path: Path, pictures: dict[str, torch.Tensor], monkeypatch: 
     known = tmp_path / "known.sha256"
     known.write_text("".join(f"{name} {digest_of(images)}\n" for name, images in pictures.items()))
     for dataset in ("cifar-fs", "fc100"):
-        monkeypatch.setitem(CATALOGUE, dataset, replace(small(dataset), checksums=str(known)))
+        monkeypatch.setitem(CATALOG, dataset, replace(small(dataset), checksums=str(known)))
     (tmp_path / "data").mkdir()
     return tmp_path / "data"
 
@@ -569,7 +569,7 @@ def test_verify_finds_images_exchanged_between_classes(small_cifar: Path, pictur
 def test_verify_says_which_splits_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(CATALOGUE, "miniimagenet", small("miniimagenet", 2))
+    monkeypatch.setitem(CATALOG, "miniimagenet", small("miniimagenet", 2))
     write_split_zips(tmp_path / "miniimagenet", {"test": split_classes("miniimagenet", "test")})
     assert "nothing of train and val; there is test" in verify("miniimagenet", "--data-root", tmp_path)
     assert verify("miniimagenet", "--data-root", tmp_path, "--splits", "[test]") == ""
@@ -588,7 +588,7 @@ def test_verify_finds_a_drawing_moved_to_another_character(
     entry, known = small("omniglot", 2), tmp_path / "known.sha256"
     digests = {k: v for s in SPLITS for k, v in survey(entry, look(entry, tmp_path), s).digests.items()}
     known.write_text("".join(f"{group} {digest}\n" for group, digest in digests.items()))
-    monkeypatch.setitem(CATALOGUE, "omniglot", replace(entry, checksums=str(known)))
+    monkeypatch.setitem(CATALOG, "omniglot", replace(entry, checksums=str(known)))
     assert verify("omniglot", "--data-root", tmp_path) == ""
     extract(tmp_path, "omniglot")
     assert verify("omniglot", "--data-root", tmp_path) == ""
@@ -613,7 +613,7 @@ def test_the_program_exits_with_1_where_nothing_is_found_and_lists_the_layouts(t
 def test_list_shows_every_data_set_and_layout(capsys: pytest.CaptureFixture[str]) -> None:
     main(["list"])
     out = capsys.readouterr().out
-    for entry in CATALOGUE.values():
+    for entry in CATALOG.values():
         assert f" {entry.name} " in out
         assert entry.layouts in out
 

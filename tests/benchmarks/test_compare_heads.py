@@ -15,14 +15,14 @@ from convexheads.models import Conv4, build_head, save_pretrained
 
 @pytest.fixture(scope="module")
 def data() -> dict[str, ImageSet]:
-    """Noisy colours, a class each."""
+    """Noisy colors, a class each."""
     generator = torch.Generator().manual_seed(0)
     parts = {}
     for part in ("train", "val", "test"):
         labels = torch.arange(6).repeat(25)
-        colours = torch.randint(80, 176, (6, 3, 1, 1), generator=generator)[labels]
+        colors = torch.randint(80, 176, (6, 3, 1, 1), generator=generator)[labels]
         noise = torch.randint(-80, 80, (150, 3, 16, 16), generator=generator)
-        parts[part] = ImageSet((colours + noise).to(torch.uint8), labels, tuple("abcdef"))
+        parts[part] = ImageSet((colors + noise).to(torch.uint8), labels, tuple("abcdef"))
     return parts
 
 

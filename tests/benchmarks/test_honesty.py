@@ -54,9 +54,9 @@ def test_judges_agree_with_solvers_that_others_wrote(simple):
     other = SVR(kernel="linear", C=0.7, epsilon=0.1, tol=1e-12).fit(x, values)
     coef = np.zeros((12, 1))
     coef[other.support_, 0] = other.dual_coef_[0]
-    centred = values - other.intercept_  # the library has no intercept
-    assert judges.support_vector_regression(x, centred, 0.7, 0.1, coef) < 1e-6
-    assert judges.support_vector_regression(x, centred, 0.7, 0.1, 0.9 * coef) > 1e-4
+    centered = values - other.intercept_  # the library has no intercept
+    assert judges.support_vector_regression(x, centered, 0.7, 0.1, coef) < 1e-6
+    assert judges.support_vector_regression(x, centered, 0.7, 0.1, 0.9 * coef) > 1e-4
 
     targets = np.eye(3)[labels]
     weights = Ridge(alpha=2.0, fit_intercept=False, solver="cholesky").fit(x, targets).coef_.T

@@ -15,7 +15,7 @@ from PIL import Image
 
 import benchmarks.data.datasets
 from benchmarks.data.__main__ import main
-from benchmarks.data.datasets import CATALOGUE, SPLITS, look, read, split_classes
+from benchmarks.data.datasets import CATALOG, SPLITS, look, read, split_classes
 from benchmarks.data.images import ImageSet
 from benchmarks.data.sheets import pack
 from benchmarks.data.sources import grid, open_image, sheets
@@ -40,8 +40,8 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         for split, names in (ODD if dataset == "omniglot" else PLAIN).items():
             (lists / dataset / f"{split}.txt").write_text("\n".join(names), encoding="utf-8")
         monkeypatch.setattr(benchmarks.data.datasets, "LISTS", lists)
-        entry = replace(CATALOGUE[dataset], images_per_class=count)
-        monkeypatch.setitem(CATALOGUE, dataset, entry)
+        entry = replace(CATALOG[dataset], images_per_class=count)
+        monkeypatch.setitem(CATALOG, dataset, entry)
         draws = np.random.default_rng(0)
         sizes = sizes or ((entry.size, entry.size),)
         for name in (name for split in SPLITS for name in split_classes(dataset, split)):
@@ -80,11 +80,11 @@ def test_a_packed_data_set_is_read_as_the_originals_are(tmp_path: Path, write, d
     root = write(dataset, count, sizes)
     parts = pack(dataset, root, tmp_path / "packed")
     assert parts == [tmp_path / "packed" / dataset / "part-0.zip"]
-    assert_same(read(CATALOGUE[dataset], tmp_path / "packed"), read(CATALOGUE[dataset], root))
+    assert_same(read(CATALOG[dataset], tmp_path / "packed"), read(CATALOG[dataset], root))
 
 
 def test_pixels_of_known_checksums_are_kept_as_they_are_stored(tmp_path: Path, write) -> None:
-    root, entry = write("omniglot", sizes=((105, 90),)), CATALOGUE["omniglot"]
+    root, entry = write("omniglot", sizes=((105, 90),)), CATALOG["omniglot"]
     pack("omniglot", root, tmp_path / "packed")
     for split in SPLITS:
         for name in split_classes("omniglot", split):
@@ -123,7 +123,7 @@ def test_a_part_holds_whole_classes_and_no_more_bytes_than_allowed(tmp_path: Pat
         assert all(part.stat().st_size <= part_size for part in parts)
         assert parts == sorted((output / "omniglot").iterdir())
         assert [member for part in parts for member in ZipFile(part).namelist()] == names
-        assert_same(read(CATALOGUE["omniglot"], output), read(CATALOGUE["omniglot"], root))
+        assert_same(read(CATALOG["omniglot"], output), read(CATALOG["omniglot"], root))
     with pytest.raises(InputError, match=r"part size: expected at least .* for class 'Atem.*, got 1,000 bytes"):
         pack("omniglot", root, tmp_path / "none", part_size=1000)
 
@@ -135,7 +135,7 @@ def test_the_same_images_give_the_same_files(tmp_path: Path, write) -> None:
 
 
 def test_originals_are_preferred_and_packed_classes_complete_them(tmp_path: Path, write) -> None:
-    root, entry = write("cifar-fs"), CATALOGUE["cifar-fs"]
+    root, entry = write("cifar-fs"), CATALOG["cifar-fs"]
     wanted = read(entry, root)
     pack("cifar-fs", root, root, splits=("val", "train"))
     (root / "cat").rename(tmp_path / "cat")
@@ -145,7 +145,7 @@ def test_originals_are_preferred_and_packed_classes_complete_them(tmp_path: Path
 
 
 def test_names_the_split_and_the_class_that_is_not_there(tmp_path: Path, write) -> None:
-    root, entry = write("cifar-fs"), CATALOGUE["cifar-fs"]
+    root, entry = write("cifar-fs"), CATALOG["cifar-fs"]
     parts = pack("cifar-fs", root, tmp_path / "packed", splits=("test", "train"), part_size=60_000)
     assert list(read(entry, tmp_path / "packed", splits=("train", "test"))) == ["train", "test"]
     with pytest.raises(InputError, match=r"benchmarks.data pack(.|\n)*nothing of val, only train and test of cifar-fs"):
@@ -180,7 +180,7 @@ def test_names_the_class_of_a_sheet_that_is_none(tmp_path: Path, write, content:
         for name in PLAIN["train"]:
             archive.writestr(f"{name}/7.webp", content if name == "bear" else webp(96, 96))
     with pytest.raises(InputError, match=f"missing or damaged image of class 'bear': .*{message}"):
-        read(CATALOGUE["cifar-fs"], tmp_path / "packed", splits=("train",))
+        read(CATALOG["cifar-fs"], tmp_path / "packed", splits=("train",))
 
 
 def test_other_members_of_a_part_are_ignored(tmp_path: Path, write) -> None:
@@ -189,7 +189,7 @@ def test_other_members_of_a_part_are_ignored(tmp_path: Path, write) -> None:
     with ZipFile(part, "a") as archive:
         for member in ("apple/99999999999.webp", "apple/0.webp", "apple/x.webp", "apple/7.png", "7.webp", "x/7.webp"):
             archive.writestr(member, b"nothing")
-    assert_same(read(CATALOGUE["cifar-fs"], tmp_path / "packed"), read(CATALOGUE["cifar-fs"], root))
+    assert_same(read(CATALOG["cifar-fs"], tmp_path / "packed"), read(CATALOG["cifar-fs"], root))
 
 
 def test_a_class_is_decoded_once(tmp_path: Path, write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,12 +202,12 @@ def test_a_class_is_decoded_once(tmp_path: Path, write, monkeypatch: pytest.Monk
         return decode(*arguments, **options)
 
     monkeypatch.setattr(Image, "open", counted)
-    read(CATALOGUE["cifar-fs"], tmp_path / "packed")
-    assert len(opened) == 7  # one a class
+    read(CATALOG["cifar-fs"], tmp_path / "packed")
+    assert len(opened) == 7  # one per class
 
 
 def test_damaged_parts_are_refused(tmp_path: Path, write) -> None:
-    root, entry = write("cifar-fs", 2), CATALOGUE["cifar-fs"]
+    root, entry = write("cifar-fs", 2), CATALOG["cifar-fs"]
     (part,) = pack("cifar-fs", root, tmp_path / "packed")
     classes = {split: split_classes("cifar-fs", split) for split in SPLITS}
 
@@ -244,7 +244,7 @@ def test_the_command_says_what_it_wrote_and_its_parts_verify(
     tmp_path: Path, write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, packed = write("cifar-fs"), tmp_path / "packed"
-    monkeypatch.setitem(CATALOGUE, "cifar-fs", replace(CATALOGUE["cifar-fs"], checksums=None))
+    monkeypatch.setitem(CATALOG, "cifar-fs", replace(CATALOG["cifar-fs"], checksums=None))
     command = ["pack", "--dataset", "cifar-fs", "--data-root", str(root), "--output", str(packed)]
     main([*command, "--splits", "[val,test]", "--part-size", "1"])
     out = capsys.readouterr().out
@@ -261,7 +261,7 @@ def test_the_command_says_what_it_wrote_and_its_parts_verify(
 
 def test_verify_names_a_damaged_sheet_once(tmp_path: Path, write, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write("cifar-fs")
-    monkeypatch.setitem(CATALOGUE, "cifar-fs", replace(CATALOGUE["cifar-fs"], checksums=None))
+    monkeypatch.setitem(CATALOG, "cifar-fs", replace(CATALOG["cifar-fs"], checksums=None))
     (part,) = pack("cifar-fs", root, tmp_path / "packed")
     with ZipFile(part) as archive:
         place = archive.getinfo("cat/7.webp").header_offset + 5000
@@ -277,7 +277,7 @@ def test_real_images_come_back_to_the_bit(data_root: Path, tmp_path: Path, monke
     if not (data_root / "cifar100" / "cifar100.zip").is_file():
         pytest.skip("needs cifar100/cifar100.zip below CONVEXHEADS_DATA")
     classes = split_classes("cifar-fs", "val")[:3]
-    known = CATALOGUE["cifar-fs"].checksums
+    known = CATALOG["cifar-fs"].checksums
     sums = (benchmarks.data.datasets.LISTS / known).read_text() if known else ""
     (tmp_path / "lists" / "cifar-fs").mkdir(parents=True)
     for split, name in zip(SPLITS, classes, strict=True):
@@ -285,9 +285,9 @@ def test_real_images_come_back_to_the_bit(data_root: Path, tmp_path: Path, monke
     (tmp_path / "lists" / "known.sha256").write_text(sums)
     for module in ("benchmarks.data.datasets", "benchmarks.data.__main__"):
         monkeypatch.setattr(f"{module}.LISTS", tmp_path / "lists")
-    monkeypatch.setitem(CATALOGUE, "cifar-fs", replace(CATALOGUE["cifar-fs"], checksums="known.sha256"))
+    monkeypatch.setitem(CATALOG, "cifar-fs", replace(CATALOG["cifar-fs"], checksums="known.sha256"))
     parts = pack("cifar-fs", data_root, tmp_path / "packed", part_size=2_200_000)
     assert len(parts) == 2
-    entry = CATALOGUE["cifar-fs"]
+    entry = CATALOG["cifar-fs"]
     assert_same(read(entry, tmp_path / "packed"), read(entry, data_root))
     main(["verify", "cifar-fs", "--data-root", str(tmp_path / "packed")])  # checksums as published

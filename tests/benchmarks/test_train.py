@@ -175,7 +175,7 @@ def test_says_that_there_is_nothing_to_resume(tmp_path: Path) -> None:
         (["--dataset", "mnist"], "cifar-fs"),
         (["--head", "forest"], "prototypes"),
         (["--steps", "many"], "steps"),
-        (["--colour", "red"], "colour"),
+        (["--color", "red"], "color"),
     ],
 )
 def test_refuses_unusable_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,7 +236,7 @@ def run_as_a_command(*arguments: str, script: str = "-m benchmarks.train") -> su
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_all_episodes(tmp_path: Path) -> None:
-    """By gloo on the CPU, from the command line; 4 episodes a step, of which each of two processes has 2."""
+    """By gloo on the CPU, from the command line; 4 episodes per step, of which each of two processes has 2."""
     for processes in ("1", "2"):
         done = run_as_a_command(
             *["--steps", "3", "--tasks", "4", "--test-episodes", "10", "--device", "cpu", "--threads", "1"],

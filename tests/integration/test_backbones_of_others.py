@@ -39,7 +39,7 @@ def test_as_many_parameters_as_learn2learns() -> None:
     assert parameters(build_backbone("conv4", images)) == parameters(conv4) == 113_088
     assert parameters(build_backbone("resnet12", images)) == parameters(ResNet12Backbone(avg_pool=False)) == 12_424_320
     assert parameters(build_backbone("wrn28", images)) == parameters(WRN28Backbone())
-    widths = (3, 96, 192, 384, 512)  # weights and biases of convolutions, scales and offsets of normalisations
+    widths = (3, 96, 192, 384, 512)  # weights and biases of convolutions, scales and offsets of normalizations
     by_hand = sum(9 * before * after + 3 * after for before, after in pairwise(widths))
     assert parameters(build_backbone("r2d2", images)) == by_hand
 

@@ -34,10 +34,10 @@ from convexheads.kernels import RBF
 
 def task(ways: int = 4, shots: int = 3, queries: int = 5, d: int = 12, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(ways, d, generator=generator, dtype=torch.float64)
+    centers = torch.randn(ways, d, generator=generator, dtype=torch.float64)
     labels = torch.arange(ways)
     support, query = (
-        (centres.repeat_interleave(n, 0) + torch.randn(ways * n, d, generator=generator)).requires_grad_()
+        (centers.repeat_interleave(n, 0) + torch.randn(ways * n, d, generator=generator)).requires_grad_()
         for n in (shots, queries)
     )
     return support, labels.repeat_interleave(shots), query, labels.repeat_interleave(queries)
@@ -93,7 +93,7 @@ def test_learn2learns_protocol_says_what_is_missing() -> None:
 
 
 class Batches(pl.LightningDataModule):
-    """Tasks of clusters, one a batch, as learn2learn's EpisodicBatcher gives them."""
+    """Tasks of clusters, one per batch, as learn2learn's EpisodicBatcher gives them."""
 
     def train_dataloader(self) -> DataLoader:
         tasks = [task(shots=3, queries=5, seed=seed) for seed in range(6)]
@@ -177,12 +177,12 @@ def test_with_easyfsls_sampler_and_evaluation(clusters: Clusters) -> None:
 def test_easyfsls_settings_and_gradients() -> None:
     support, labels, query, _ = task()
     backbone = nn.Linear(12, 6, dtype=torch.float64)
-    centre = torch.randn(6, dtype=torch.float64)
-    settings = {"feature_centering": centre, "feature_normalization": 2.0, "use_softmax": True}
+    center = torch.randn(6, dtype=torch.float64)
+    settings = {"feature_centering": center, "feature_normalization": 2.0, "use_softmax": True}
     classifier = easyfsl.HeadClassifier(LogisticHead(0.1), backbone, **settings)
     classifier.process_support_set(support, labels)
     found = classifier(query)
-    features = [functional.normalize(backbone(images) - centre) for images in (support, query)]
+    features = [functional.normalize(backbone(images) - center) for images in (support, query)]
     torch.testing.assert_close(found, LogisticHead(0.1)(features[0], labels, features[1]).softmax(-1))
     found[:, 0].sum().backward()
     assert backbone.weight.grad.abs().max() > 0

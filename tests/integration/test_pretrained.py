@@ -1,4 +1,4 @@
-"""Weights that come with the package, and those of one's own: complete, harmless, and those of the right network."""
+"""Weights of the package and of users: complete, harmless, and those of the right network."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ def test_any_channels(name: str, channels: int) -> None:
 
 def test_names_in_the_state_of_conv4() -> None:
     """Weights on disk are kept by these."""
-    normalisation = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    parts = [f"normalize.{name}" for name in normalisation] + ["conv.weight", "conv.bias"]
+    normalization = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    parts = [f"normalize.{name}" for name in normalization] + ["conv.weight", "conv.bias"]
     wanted = {"mean", "std"} | {f"layers.{number}.{part}" for number in range(4) for part in parts}
     assert Conv4().state_dict().keys() == wanted
 
@@ -129,7 +129,7 @@ def test_r2d2_computes_what_is_described() -> None:
     with torch.no_grad():
         for number, block in enumerate(backbone.layers):
             value = functional.conv2d(value, block[0].weight, block[0].bias, padding=1)
-            value = functional.max_pool2d(value / (1 + 1e-5) ** 0.5, 2)  # a new normalisation
+            value = functional.max_pool2d(value / (1 + 1e-5) ** 0.5, 2)  # a new normalization
             value = value if number == 3 else torch.where(value > 0, value, 0.1 * value)
             outputs.append(value.flatten(1))
         torch.testing.assert_close(backbone(images), torch.cat(outputs[2:], 1), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Solvers of one's own: coefficients are enough; and how solvers, problems and solutions are put together."""
+"""Custom solvers, which return coefficients only; and how solvers, problems and solutions are put together."""
 
 from __future__ import annotations
 

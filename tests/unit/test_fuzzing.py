@@ -1,4 +1,4 @@
-"""Whatever comes: the documented result, or an error of the library's own; and a head that remembers nothing."""
+"""Any input gives the documented result or an error of the library, and a head keeps no state."""
 
 from __future__ import annotations
 
@@ -298,7 +298,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[Any, di
     "embed": (ch.embed, {"backbone": Rows(), "images": FEATURES, "batch_size": 9, "progress": False}, check_features),
     "EpisodeLoader": (ch.EpisodeLoader, LOADER, check_batches),
 }
-# So many of these are not wrong, only too many to wait for.
+# Large values of these are valid, but take too long.
 ENDLESS = {"episodes", "batch_size"}
 
 

@@ -161,9 +161,9 @@ def test_order_of_support_does_not_matter(make, kernel):
 def test_relabelling_permutes_columns(make):
     support, labels, query, ways = task()
     permutation = torch.randperm(ways)
-    relabelled = make()(support, permutation[labels], query, ways=ways)
+    relabeled = make()(support, permutation[labels], query, ways=ways)
     expected = make()(support, labels, query, ways=ways)
-    torch.testing.assert_close(relabelled[:, permutation], expected, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(relabeled[:, permutation], expected, rtol=1e-8, atol=1e-9)
 
 
 @heads_and_kernels

@@ -1,4 +1,4 @@
-"""Hyper-parameters: numbers and `Learnable`s, checked where they are assigned, and read and set as in scikit-learn."""
+"""Hyperparameters: numbers and `Learnable`s, checked where they are assigned, and read and set as in scikit-learn."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def gram_of(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_factor_is_found_where_the_rank_is_small():
     gram = gram_of(3, 256, 40)
     gram[1] *= 1e-6
-    gram[2] = gram_of(256, 7)  # of another rank than its neighbours
+    gram[2] = gram_of(256, 7)  # of another rank than its neighbors
     root = pivoted_cholesky(gram, max_rank=64)
     assert 40 <= root.shape[-1] <= 64
     for found, expected in zip(root @ root.mT, gram, strict=True):

@@ -1,4 +1,4 @@
-"""Heads with the hyper-parameters of the literature."""
+"""Heads with the hyperparameters of the literature."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ class Fitted:
         return _map(self, lambda tensor: tensor.to(device), lambda module: module.to(device))
 
     def detach(self: _F) -> _F:
-        """The same fit without gradients to the support set and the hyper-parameters."""
+        """The same fit without gradients to the support set and the hyperparameters."""
         return _map(self, torch.Tensor.detach, lambda module: module.requires_grad_(False))
 
     def __repr__(self) -> str:

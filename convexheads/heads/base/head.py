@@ -56,7 +56,7 @@ class Head(Configurable, ABC):
 
         Returns:
             Coefficients `(*batch, n, k)` and what else scores need, differentiable in the support set and in the
-                hyper-parameters.
+                hyperparameters.
 
         Raises:
             SolverError: a task could not be solved. `fit` turns that into an `InputError` where the Gram matrix turns
@@ -72,7 +72,7 @@ class Head(Configurable, ABC):
         return SupportSet(features, targets, mask, condition(self.kernel, features, mask), self.validate)
 
     def _solve_checked(self, support: SupportSet) -> KernelExpansion:
-        """Solve, check what comes out, and look for the likely reason of a failure."""
+        """Solve, check the result, and look for the likely reason of a failure."""
         try:
             expansion = self.solve(support)
         except SolverError:

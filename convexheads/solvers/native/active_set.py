@@ -24,7 +24,7 @@ INNER_TOLERANCE_RATIO = 1e-3
 """Solvers go on to this fraction of their tolerance, because the gradient depends on the right active set."""
 MAX_ROUNDS = 12
 REFINEMENTS = 2
-# Problems of at least so many coefficients start with ADMM, for so many steps; smaller ones with a ridge regression.
+# Problems of at least this number of coefficients start with a few steps of ADMM, smaller ones with ridge regression.
 _MIN_SIZE_FOR_ADMM = 500
 _ADMM_STEPS = 10
 # Larger problems on a GPU are not copied to the CPU. Up to 5 ways the copy is several times as fast, beyond it is

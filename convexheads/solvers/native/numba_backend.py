@@ -27,7 +27,7 @@ from convexheads.solvers.native import admm_steps, numba_kernels, numba_kkt
 from convexheads.solvers.problem import DualProblem, Solution, Status
 from convexheads.solvers.rescaling import rescale
 
-# ADMM takes at most so many steps; the search begins when the active set has not changed for so many.
+# ADMM takes at most `_MAX_STEPS` steps, and ends when the active set has not changed for `_PATIENCE` of them.
 _MAX_STEPS = 40
 _PATIENCE = 2
 # Number of floating-point operations, about, from which on threads save time. Threads of PyTorch's own pool wait
