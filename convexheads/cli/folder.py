@@ -1,4 +1,4 @@
-"""Few-shot classification of files: from a folder per class to a saved classifier.
+"""Few-shot classification of files: from one folder per class to a saved classifier.
 
 Features are frozen: those of a text encoder, of a pretrained backbone, or of a function of the user's.
 """
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from convexheads import _storage
-from convexheads.cli.features import (
+from convexheads._validation import check_choice
+from convexheads.cli._features import (
     FeatureExtractor,
     extract_features,
     list_files,
@@ -36,7 +37,7 @@ HEADS: dict[str, Callable[[], ClassificationHead]] = {
     "logistic": lambda: LogisticHead(regularization=0.1),
     "svm": lambda: SVMHead(C=10.0),
     "ridge": lambda: RidgeHead(regularization=0.1),
-    "prototypes": lambda: PrototypeHead(),
+    "prototypes": PrototypeHead,
     "discriminant": lambda: LinearDiscriminantHead(shrinkage=0.5, variance=0.01),
 }
 """The heads of `FolderClassifier`, by name, with hyperparameters for features of length one."""
@@ -59,23 +60,16 @@ class Prediction(NamedTuple):
 class FolderClassifier:
     """A head fitted on the features of a few files per class.
 
-    `from_folder` and `load` make one.
+    `from_folder` and `load` make one, and keep the arguments `classes`, `features`, `head` and `scale` as attributes.
 
     Args:
-        classes: Class names.
+        classes: Class names; `from_folder` sorts them.
         features: Name of the features (see `from_folder`).
         head: Name of the head, one of `HEADS`.
         support: Features of the files, of length one, `(n, d)`.
         labels: The class of each file, from 0 to k - 1, `(n,)`.
-        scale: Positive factor of the logits; None for the head's own, which is not calibrated.
+        scale: Positive factor of the logits; None for that of the head, with which probabilities are not calibrated.
         embed: The function from files to features; by default the one that `features` names.
-
-    Attributes:
-        classes: Class names, in the given order; `from_folder` sorts them.
-        features: Name of the features.
-        head: Name of the head.
-        scale: Factor of the logits; None where probabilities are not calibrated.
-        calibrated: Whether probabilities are calibrated, which needs at least two files per class.
 
     Raises:
         InputError: There are no such features or no such head, or support and labels are unusable.
@@ -108,7 +102,7 @@ class FolderClassifier:
 
     @property
     def calibrated(self) -> bool:
-        """Whether probabilities are calibrated."""
+        """Whether probabilities are calibrated, which needs at least two files per class."""
         return self.scale is not None
 
     @classmethod
@@ -116,24 +110,19 @@ class FolderClassifier:
         """Fit on a folder that contains one folder per class; one file per class is enough.
 
         Features are scaled to length one. With at least two files per class, the probabilities are calibrated: the
-        head is fitted many times on all but one file of each class, and its scale is the one that makes the files left
-        out most probable.
+        head is fitted many times on all but one file of each class, and its scale is the one that makes the classes of
+        the held-out files most probable.
 
         Args:
             folder: Folder whose subfolders are the classes; hidden subfolders are ignored.
             features: "text", the encoder that the package wordllama contains, for text files in UTF-8; a name or a file
-                of `load_pretrained`, for images; "npy", for files that hold a vector each; or "MODULE:FUNCTION", a
+                of `load_pretrained`, for images; "npy", for files that contain one vector each; or "MODULE:FUNCTION", a
                 function from a list of paths to features `(n, d)`.
             head: One of `HEADS`: "logistic", "svm", "ridge", "prototypes", "discriminant".
 
-        Returns:
-            The classifier.
-
         Raises:
-            InputError: The folder does not exist or has fewer than two classes, a class has no file, a file is
-                unusable, or there are no such features or no such head.
-            MissingDependencyError: A package that the features need is not installed.
-            SolverError: The problem of the head could not be solved.
+            InputError: The folder does not exist or has fewer than two classes, a class has no file, or a file is
+                unusable; and the errors of the class.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -154,20 +143,13 @@ class FolderClassifier:
             settings = {"ways": len(files), "shots": shots, "queries": 1, "progress": False}
             calibrated = calibrate(_make_head(head), support, labels, **settings)
             scale = as_tensor(calibrated.scale, support).item()
-        return cls(tuple(files), features, head, support=support, labels=labels, scale=scale, embed=embed)
+        return cls(list(files), features, head, support=support, labels=labels, scale=scale, embed=embed)
 
     def predict(self, paths: Sequence[str | Path]) -> list[Prediction]:
-        """Classify files.
-
-        Args:
-            paths: Paths of the files.
-
-        Returns:
-            The path, the most probable class and the probabilities of each file, in the order of `paths`.
+        """Classify the files of these `paths`; the predictions are in the same order.
 
         Raises:
-            InputError: A file is missing or unusable; the message names it. Or the features have another size than
-                those of the support.
+            InputError: A file is missing or unusable, or its features have another size than those of the support.
         """
         files = [Path(path) for path in paths]
         if not files:
@@ -179,15 +161,10 @@ class FolderClassifier:
         return [Prediction(path, max(row, key=row.__getitem__), row) for path, row in zip(files, rows, strict=True)]
 
     def save(self, path: str | Path) -> None:
-        """Write the classifier as safetensors. It contains the features of the support, not the files.
-
-        The file is written under a temporary name and renamed when it is complete.
-
-        Args:
-            path: Path of the file, in an existing folder.
+        """Write the classifier as safetensors, with the features of the support, to a `path` in an existing folder.
 
         Raises:
-            OSError: The file cannot be written.
+            OSError: The file cannot be written; an older one is unchanged.
             MissingDependencyError: safetensors is not installed.
         """
         settings = {"classes": self.classes, "features": self.features, "head": self.head, "scale": self.scale}
@@ -200,11 +177,8 @@ class FolderClassifier:
 
         Args:
             path: Path of the file.
-            features: "MODULE:FUNCTION", the same as in the file, if the features are a function: this allows importing
-                and calling it.
-
-        Returns:
-            The classifier, which predicts the same as the saved one.
+            features: "MODULE:FUNCTION" as in the file, if its features are a function: this allows importing and
+                calling it.
 
         Raises:
             InputError: There is no such file, it is damaged, its features do not exist, or they are a function that
@@ -227,6 +201,4 @@ class FolderClassifier:
 
 
 def _make_head(name: str) -> ClassificationHead:
-    if name not in HEADS:
-        raise InputError("head", f"one of {', '.join(HEADS)}", repr(name))
-    return HEADS[name]()
+    return HEADS[check_choice("head", name, HEADS)]()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -20,29 +18,14 @@ class Conv4(Backbone):
     initial weights are PyTorch's; learn2learn draws the scale of the normalization between 0 and 1, which nearly
     switches off some channels.
 
-    Use it when training has to be fast, or to compare with published results for Conv-4.
-
-    Args:
-        in_channels: Number of channels of an image.
-        image_size: Height and width of the images, at least 16 pixels; a pair where the two differ.
-        mean: Mean of the pixels in [0, 1]; one number, or one per channel.
-        std: Standard deviation of the pixels in [0, 1]; one number, or one per channel.
-
-    Raises:
-        InputError: An argument is unusable.
+    Use it when training has to be fast, or to compare with published results for Conv-4. The arguments `in_channels`,
+    `image_size` (at least 16), `mean` and `std` are those of `Backbone`.
 
     Example:
         `features = Conv4(in_channels=1)(torch.rand(8, 1, 32, 32))`
     """
 
-    def __init__(
-        self,
-        in_channels: int = 3,
-        image_size: int | tuple[int, int] = 32,
-        mean: float | Sequence[float] = 0.5,
-        std: float | Sequence[float] = 0.5,
-    ) -> None:
-        super().__init__(in_channels, image_size, mean, std)
+    def make_layers(self) -> tuple[nn.Module, int]:
         blocks = [
             nn.Sequential(
                 OrderedDict(
@@ -54,44 +37,26 @@ class Conv4(Backbone):
             )
             for before in (self.in_channels, 64, 64, 64)
         ]
-        self.layers = nn.Sequential(*blocks).to(memory_format=torch.channels_last)
-        self.num_features = 64 * self._positions(4)
+        return nn.Sequential(*blocks).to(memory_format=torch.channels_last), 64 * self._positions(4)
 
 
 class R2D2Network(Backbone):
     """The network of R2D2 (Bertinetto et al. 2019): 96, 192, 384 and 512 filters, outputs of the last two blocks.
 
     A block is a 3 x 3 convolution, batch normalization, 2 x 2 max pooling and a leaky ReLU, in this order. As in the
-    code of Lee et al. 2019, the last two blocks have dropout of 0.1 and 0.3, and the very last activation is left out,
-    which they needed to reach R2D2's accuracy. The network has 8,192 features for images of 32 x 32 pixels and 51,200
-    for 84 x 84. What differs: the code of Bertinetto et al. has that activation and the same rate of dropout in both
+    code of Lee et al. 2019, the last two blocks have dropout of 0.1 and 0.3, and there is no activation after the last
+    block, as R2D2's accuracy requires. The network has 8,192 features for images of 32 x 32 pixels and 51,200 for
+    84 x 84. What differs: the code of Bertinetto et al. has that activation and the same rate of dropout in both
     blocks, and it pools both outputs with stride 1 instead, which gives 8,064 and 72,576 features.
 
-    Use it when you compare with published results for R2-D2.
-
-    Args:
-        in_channels: Number of channels of an image.
-        image_size: Height and width of the images, at least 16 pixels; a pair where the two differ.
-        mean: Mean of the pixels in [0, 1]; one number, or one per channel.
-        std: Standard deviation of the pixels in [0, 1]; one number, or one per channel.
-
-    Raises:
-        InputError: An argument is unusable.
+    Use it when you compare with published results for R2-D2. The arguments `in_channels`, `image_size` (at least 16),
+    `mean` and `std` are those of `Backbone`.
 
     Example:
         `features = R2D2Network()(torch.rand(8, 3, 32, 32))`
     """
 
-    def __init__(
-        self,
-        in_channels: int = 3,
-        image_size: int | tuple[int, int] = 32,
-        mean: float | Sequence[float] = 0.5,
-        std: float | Sequence[float] = 0.5,
-    ) -> None:
-        super().__init__(in_channels, image_size, mean, std)
-        widths = (self.in_channels, 96, 192, 384, 512)
-        dropout = (0.0, 0.0, 0.1, 0.3)
+    def make_layers(self) -> tuple[nn.Module, int]:
         blocks = [
             nn.Sequential(
                 nn.Conv2d(before, after, 3, padding=1),
@@ -100,10 +65,9 @@ class R2D2Network(Backbone):
                 nn.LeakyReLU(NEGATIVE_SLOPE) if after < 512 else nn.Identity(),
                 nn.Dropout(rate),
             )
-            for (before, after), rate in zip(pairwise(widths), dropout, strict=True)
+            for before, after, rate in ((self.in_channels, 96, 0.0), (96, 192, 0.0), (192, 384, 0.1), (384, 512, 0.3))
         ]
-        self.layers = _ConcatLastTwo(*blocks)
-        self.num_features = 384 * self._positions(3) + 512 * self._positions(4)
+        return _ConcatLastTwo(*blocks), 384 * self._positions(3) + 512 * self._positions(4)
 
 
 class _ConcatLastTwo(nn.Sequential):

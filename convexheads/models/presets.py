@@ -1,10 +1,13 @@
-"""Heads with the hyperparameters of the literature, as in the paper or as in the authors' code."""
+"""Heads with the hyperparameters of the literature, as in the paper or as in the authors' code.
+
+Each function returns a new head, and raises `InputError` for a variant that does not exist.
+"""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
-from convexheads.errors import InputError
+from convexheads._validation import check_choice
 from convexheads.heads import PrototypeHead, RidgeHead, SVMHead
 from convexheads.hyperparameters import Learnable
 from convexheads.kernels import Linear
@@ -26,12 +29,6 @@ def metaoptnet_svm(variant: Variant = "paper") -> SVMHead:
         variant: "paper" is Eq. 10 with the settings of Section 4.1; "reference_code" adds 1 to the dual's diagonal
             (`smoothing=1`), as the authors' code does.
 
-    Returns:
-        A new head.
-
-    Raises:
-        InputError: There is no such variant.
-
     Example:
         `head = metaoptnet_svm(variant="reference_code")`
     """
@@ -50,12 +47,6 @@ def metaoptnet_ridge(variant: Variant = "paper") -> RidgeHead:
         variant: "paper" is Eq. 11 (without its misprinted constants); "reference_code" returns twice its scores, as the
             authors' code does, by a scale that starts at 2.
 
-    Returns:
-        A new head.
-
-    Raises:
-        InputError: There is no such variant.
-
     Example:
         `head = metaoptnet_ridge()`
     """
@@ -63,7 +54,7 @@ def metaoptnet_ridge(variant: Variant = "paper") -> RidgeHead:
 
 
 def protonet(variant: Variant = "paper") -> PrototypeHead:
-    """Prototypes as the baseline of Lee et al. 2019: squared distances divided by d, a learnable scale from 1 on.
+    """ProtoNet as the baseline of Lee et al. 2019: squared distances, divided by d, and a learnable scale.
 
     What differs: the scale stays positive, while the code's may become negative. Snell et al. 2017, who introduced
     prototypes, neither divide nor scale: their head is `PrototypeHead()`.
@@ -72,12 +63,6 @@ def protonet(variant: Variant = "paper") -> PrototypeHead:
 
     Args:
         variant: "paper" and "reference_code" are the same for this head.
-
-    Returns:
-        A new head.
-
-    Raises:
-        InputError: There is no such variant.
 
     Example:
         `head = protonet()`
@@ -98,12 +83,6 @@ def r2d2(variant: Variant = "paper") -> RidgeHead:
             head in the code published by Lee et al. 2019: lambda = 50, fixed, a learnable scale that starts at 1, and
             no bias.
 
-    Returns:
-        A new head.
-
-    Raises:
-        InputError: There is no such variant.
-
     Example:
         `head = r2d2()`
     """
@@ -113,6 +92,4 @@ def r2d2(variant: Variant = "paper") -> RidgeHead:
 
 
 def _is_reference_code(variant: str) -> bool:
-    if not isinstance(variant, str) or variant not in get_args(Variant):
-        raise InputError("variant", "'paper' or 'reference_code'", repr(variant))
-    return variant == "reference_code"
+    return check_choice("variant", variant, get_args(Variant)) == "reference_code"

@@ -22,7 +22,7 @@ class Pretrained(NamedTuple):
     """A backbone and the head with which it was meta-trained. `load_pretrained` returns it.
 
     Attributes:
-        backbone: Maps images `(n, channels, height, width)` to features `(n, d)`; in evaluation mode.
+        backbone: The backbone in evaluation mode, from images `(n, channels, height, width)` to features `(n, d)`.
         head: The head, with the scale that it learned.
         settings: The settings of the training, such as data set, steps, shots and seed, named as the options of
             `benchmarks.train`.
@@ -44,9 +44,6 @@ def load_pretrained(name: str | Path) -> Pretrained:
     Args:
         name: The name of weights that the package contains, such as "conv4-cifar-fs-svm" (architecture, data set,
             head); the output folder of `benchmarks.train`; or a file that `save_pretrained` wrote.
-
-    Returns:
-        The backbone in evaluation mode, the head with the scale that it learned, and the settings of the training.
 
     Raises:
         InputError: There are no such weights, or the file is damaged or belongs to another architecture.
@@ -70,30 +67,25 @@ def load_pretrained(name: str | Path) -> Pretrained:
     try:
         state, settings = _storage.load(path, key="settings", needed_by="load_pretrained")
         channels = state["backbone.mean"].shape[1]
-        modules = build_model(settings, in_channels=channels, image_size=settings["image_size"])
+        backbone, head = build_model(settings, in_channels=channels, image_size=settings["image_size"])
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise InputError("name", expected, f"{path} ({error})") from error
     try:
-        for prefix, module in zip(("backbone.", "head."), modules, strict=True):
-            values = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            module.load_state_dict(values)
+        nn.ModuleDict({"backbone": backbone, "head": head}).load_state_dict(state)
     except RuntimeError as error:
         raise InputError("name", expected, f"{path}, not the weights of a {settings['backbone']}") from error
-    backbone, head = modules
     return Pretrained(backbone.eval(), head.eval(), settings)
 
 
 def save_pretrained(path: str | Path, backbone: nn.Module, head: ClassificationHead, settings: dict[str, Any]) -> None:
-    """Write weights for `load_pretrained`.
-
-    The file is written under a temporary name and renamed when it is complete.
+    """Write weights for `load_pretrained`, under a temporary name until the file is complete.
 
     Args:
         path: Path of the file, in an existing folder.
         backbone: A backbone that `build_backbone` makes.
         head: A head that `build_head` makes.
-        settings: "backbone" and "head" are their names and "image_size" is the size of the images in pixels;
-            `load_pretrained` requires these three. Any other values that JSON can represent may describe the training.
+        settings: The names of the "backbone" and the "head", and the "image_size" in pixels, which `load_pretrained`
+            requires; and any other values that JSON can represent, to describe the training.
 
     Raises:
         OSError: The file cannot be written.
@@ -103,6 +95,5 @@ def save_pretrained(path: str | Path, backbone: nn.Module, head: ClassificationH
     Example:
         `save_pretrained("model.safetensors", backbone, head, {"backbone": "conv4", "head": "svm", "image_size": 32})`
     """
-    state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
-    state |= {f"head.{name}": value for name, value in head.state_dict().items()}
+    state = nn.ModuleDict({"backbone": backbone, "head": head}).state_dict()
     _storage.save(path, state, settings, key="settings", needed_by="save_pretrained")

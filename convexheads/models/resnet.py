@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convexheads._validation import check_positive_ints
+from convexheads._validation import check_choice, check_positive_ints
 from convexheads.errors import InputError, MissingDependencyError
 from convexheads.models.backbone import NEGATIVE_SLOPE, Backbone
 
@@ -25,10 +25,7 @@ class ResNet12(Backbone):
     Use it when accuracy matters most and you train on a GPU.
 
     Args:
-        in_channels: Number of channels of an image.
-        image_size: Height and width of the images, at least 16 pixels; a pair where the two differ.
-        mean: Mean of the pixels in [0, 1]; one number, or one per channel.
-        std: Standard deviation of the pixels in [0, 1]; one number, or one per channel.
+        in_channels: As for `Backbone`, like `image_size` (at least 16), `mean` and `std`.
         dropblock: "paper" drops 10 % of the units after every block: single units (dropout) after the first two,
             square blocks after the last two. "reference_code" does the same, but increases the rate of the last two
             from 0 to 10 % over 40,000 forward passes in training, as the authors' code does. Their counter also counts
@@ -57,25 +54,27 @@ class ResNet12(Backbone):
         block_size: int | None = None,
         average_pool: bool = False,
     ) -> None:
+        check_choice("dropblock", dropblock, ("paper", "reference_code", "none"))
+        # These come first, because the base class calls `make_layers`.
+        self.dropblock, self.block_size, self.average_pool = dropblock, block_size, average_pool
         super().__init__(in_channels, image_size, mean, std)
-        if dropblock not in ("paper", "reference_code", "none"):
-            raise InputError("dropblock", "one of paper, reference_code, none", repr(dropblock))
-        if block_size is None:
-            block_size = 5 if min(self.image_size) >= 84 else 2
+
+    def make_layers(self) -> tuple[nn.Module, int]:
+        block_size = (5 if min(self.image_size) >= 84 else 2) if self.block_size is None else self.block_size
         check_positive_ints(block_size=block_size)
-        warmup_steps = 40_000 if dropblock == "reference_code" else 0
+        warmup_steps = 40_000 if self.dropblock == "reference_code" else 0
         blocks: list[nn.Module] = []
         for number, (before, after) in enumerate(pairwise((self.in_channels, 64, 160, 320, 640))):
             drop: nn.Module = nn.Identity()
-            if dropblock != "none":
+            if self.dropblock != "none":
                 drop = nn.Dropout(0.1) if number < 2 else DropBlock(block_size, warmup_steps=warmup_steps)
             blocks += [_ResidualBlock(before, after), nn.MaxPool2d(2), drop]
-        self.layers = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1) if average_pool else nn.Identity())
-        self.num_features = 640 * (1 if average_pool else self._positions(4))
-        for module in self.layers.modules():
+        layers = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1) if self.average_pool else nn.Identity())
+        for module in layers.modules():
             if isinstance(module, nn.Conv2d):
                 # with the gain for a slope of 0, not 0.1, as in the reference code
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
+        return layers, 640 * (1 if self.average_pool else self._positions(4))
 
 
 class _ResidualBlock(nn.Module):
@@ -129,14 +128,7 @@ class DropBlock(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # a buffer, so that checkpoints contain it
 
     def forward(self, value: Tensor) -> Tensor:
-        """Drop blocks in training; return the maps unchanged in evaluation.
-
-        Args:
-            value: Feature maps, `(n, channels, height, width)`.
-
-        Returns:
-            Feature maps of the same shape, `(n, channels, height, width)`.
-        """
+        """Drop blocks of feature maps, `value` `(n, channels, height, width)`; in evaluation, return them unchanged."""
         if not self.training:
             return value
         self.steps += 1
@@ -160,32 +152,17 @@ class WRN28(Backbone):
     it differs from the paper: convolutions have biases, the initial weights are PyTorch's, and the statistics of the
     last normalization have a momentum of 0.9, so that they are nearly those of the last batch.
 
-    Use it when you compare with published results for WRN-28-10.
-
-    Args:
-        in_channels: Number of channels of an image.
-        image_size: Height and width of the images; a pair where the two differ.
-        mean: Mean of the pixels in [0, 1]; one number, or one per channel.
-        std: Standard deviation of the pixels in [0, 1]; one number, or one per channel.
+    Use it when you compare with published results for WRN-28-10. The arguments `in_channels`, `image_size`, `mean` and
+    `std` are those of `Backbone`.
 
     Raises:
-        InputError: An argument is unusable.
         MissingDependencyError: learn2learn is not installed.
 
     Example:
         `backbone = WRN28(in_channels=3, image_size=84)`
     """
 
-    num_features = 640
-
-    def __init__(
-        self,
-        in_channels: int = 3,
-        image_size: int | tuple[int, int] = 32,
-        mean: float | Sequence[float] = 0.5,
-        std: float | Sequence[float] = 0.5,
-    ) -> None:
-        super().__init__(in_channels, image_size, mean, std)
+    def make_layers(self) -> tuple[nn.Module, int]:
         try:
             from learn2learn.vision.models import WRN28Backbone
         except ImportError as error:
@@ -193,4 +170,4 @@ class WRN28(Backbone):
         network = WRN28Backbone()
         first = nn.Conv2d(self.in_channels, 16, 3, padding=1)
         last = nn.ReLU(), nn.AdaptiveAvgPool2d(1)
-        self.layers = nn.Sequential(first, network.layer1, network.layer2, network.layer3, network.bn1, *last)
+        return nn.Sequential(first, network.layer1, network.layer2, network.layer3, network.bn1, *last), 640
