@@ -6,8 +6,6 @@ from typing import Any
 
 
 class _NullProgressBar:
-    """A progress bar that shows nothing."""
-
     def __enter__(self) -> _NullProgressBar:
         return self
 
@@ -17,12 +15,9 @@ class _NullProgressBar:
 
 
 def progress_bar(total: int, title: str, progress: bool) -> Any:
-    """Return a progress bar to be used in a `with` statement; it shows nothing unless `progress` and tqdm is there."""
-    if progress:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError:
-            pass
-        else:
-            return tqdm(total=total, desc=title, leave=False)
-    return _NullProgressBar()
+    """Return a progress bar for a `with` statement; it shows nothing if `progress` is False or tqdm is missing."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return _NullProgressBar()
+    return tqdm(total=total, desc=title, leave=False, disable=not progress)

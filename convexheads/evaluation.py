@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convexheads._progress import progress_bar
-from convexheads._sampling import FeatureEpisodes
+from convexheads._sampling import fit_episodes
 from convexheads._validation import check_bool, check_positive_ints, describe_type, is_dense
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead
@@ -23,10 +23,10 @@ _SCALE_BOUNDS = (1e-30, 1e30)  # well within what a `Learnable` represents
 
 
 class Difference(NamedTuple):
-    """The mean difference between the accuracies of two evaluations. `Evaluation.compare` returns it.
+    """The mean difference between the accuracies of two evaluations, as `Evaluation.compare` returns it.
 
     Attributes:
-        mean: Mean difference per episode, positive where the first one is better.
+        mean: Mean difference per episode, positive if the first evaluation is better.
         confidence_interval: Half width of the 95 % confidence interval of `mean`; NaN for a single episode.
     """
 
@@ -39,16 +39,14 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Accuracies over episodes, and how well the head's probabilities are calibrated. `evaluate` returns it.
+    """Accuracies, calibration error and certificates over episodes, on the CPU, as `evaluate` returns them.
 
     Attributes:
         accuracies: Accuracy of each episode, in [0, 1], `(episodes,)`.
-        expected_calibration_error: Expected calibration error of the probabilities over all queries of all episodes, in
-            [0, 1]: the mean distance between confidence and accuracy in 15 bins of equal width (Guo et al. 2017).
-            `calibrate` makes it small.
+        expected_calibration_error: Mean distance between confidence and accuracy in 15 bins of equal width, in [0, 1],
+            over all queries of all episodes (Guo et al. 2017). `calibrate` makes it small.
         gaps: Certified relative duality gap of each episode's fit, `(episodes,)`; None for a closed form.
-        converged: Whether each episode's fit is certified to the solver's tolerance, `(episodes,)`; None for a closed
-            form.
+        converged: Whether each fit is certified to the solver's tolerance, `(episodes,)`; None for a closed form.
     """
 
     accuracies: Float[Tensor, " episodes"]
@@ -72,14 +70,12 @@ class Evaluation:
         return _half_width(self.accuracies)
 
     def compare(self, other: Evaluation) -> Difference:
-        """Compare two heads, or two backbones, on the same episodes, where their accuracies differ least by chance.
+        """Compare two heads, or two backbones, on the same episodes.
+
+        The confidence interval of the mean difference is usually much narrower than those of the two accuracies.
 
         Args:
-            other: Another evaluation with the same labels, sizes and seed.
-
-        Returns:
-            The mean of the differences `self - other` per episode, with its confidence interval, which is usually much
-                narrower than those of the two accuracies.
+            other: Another evaluation with the same labels, sizes and seed, to be subtracted.
 
         Raises:
             InputError: The numbers of episodes differ.
@@ -134,30 +130,30 @@ def evaluate(
         world_size: Number of processes.
         progress: Whether to show a progress bar, which needs tqdm.
 
-    Returns:
-        Accuracies, calibration error and certificates, on the CPU.
-
     Raises:
-        InputError: The head is no classification head, or an argument is unusable: for example, a class has fewer than
-            `shots + queries` examples.
+        InputError: An argument is unusable: for example, a class has fewer than `shots + queries` examples.
         SolverError: An episode could not be solved and the head's solver has `on_failure="raise"`.
 
     Example:
         `print(evaluate(SVMHead(C=0.1), features, labels, ways=5, shots=1))`
     """
-    accuracies, confidences, correct, gaps, converged = [], [], [], [], []
-    episodes_of = FeatureEpisodes(features, labels, ways, shots, queries, episodes, batch_size, seed, rank, world_size)
-    for fitted, logits, truth in episodes_of.fit_batches(head, f"{ways}-way {shots}-shot", progress):
+    sizes = {"ways": ways, "shots": shots, "queries": queries, "episodes": episodes, "batch_size": batch_size}
+    processes = {"rank": rank, "world_size": world_size}
+    title = f"{type(head).__name__}, {ways}-way {shots}-shot"
+    confidences, correct, gaps, converged = [], [], [], []
+    for fitted, logits, truth in fit_episodes(
+        head, features, labels, title, **sizes, **processes, seed=seed, progress=progress
+    ):
         confidence, guess = logits.double().softmax(-1).max(-1)
-        correct.append(guess == truth)
-        accuracies.append(correct[-1].double().mean(-1))
         confidences.append(confidence)
+        correct.append(guess == truth)
         if fitted.solution is not None:
             gaps.append(fitted.solution.gap)
             converged.append(fitted.solution.converged)
+    is_correct = torch.cat(correct)
     return Evaluation(
-        torch.cat(accuracies).cpu(),
-        _expected_calibration_error(torch.cat(confidences).flatten(), torch.cat(correct).flatten()),
+        is_correct.double().mean(-1).cpu(),
+        _expected_calibration_error(torch.cat(confidences).flatten(), is_correct.flatten()),
         torch.cat(gaps).cpu() if gaps else None,
         torch.cat(converged).cpu() if converged else None,
     )
@@ -192,26 +188,26 @@ def calibrate(
         shots: Number of support examples per class; the best temperature depends on it.
         queries: Number of query examples per class.
         episodes: Number of episodes.
-        batch_size: Number of episodes that are solved at once. It only affects the speed.
+        batch_size: As for `evaluate`.
         seed: Random seed.
-        progress: Whether to show a progress bar, which needs tqdm.
-
-    Returns:
-        The calibrated copy.
+        progress: Whether to show a progress bar.
 
     Raises:
-        InputError: The head is no classification head, or an argument is unusable: for example, a class has fewer than
-            `shots + queries` examples.
+        InputError: An argument is unusable: for example, a class has fewer than `shots + queries` examples.
         SolverError: An episode could not be solved and the head's solver has `on_failure="raise"`.
 
     Example:
         `head = calibrate(RidgeHead(), features, labels, shots=5)`, then
         `head.fit(support, support_labels).probabilities(query)`
     """
-    episodes_of = FeatureEpisodes(features, labels, ways, shots, queries, episodes, batch_size, seed)
-    scored = [(logits, truth) for _, logits, truth in episodes_of.fit_batches(head, "calibrating", progress)]
-    logits = torch.cat([scores.double().flatten(0, -2) for scores, _ in scored])
-    truth = torch.cat([truth.expand(scores.shape[:-1]).flatten() for scores, truth in scored])
+    sizes = {"ways": ways, "shots": shots, "queries": queries, "episodes": episodes, "batch_size": batch_size}
+    title = f"calibrating {type(head).__name__}"
+    fits = fit_episodes(head, features, labels, title, **sizes, seed=seed, progress=progress)
+    scored = [(logits.double(), truth.expand(logits.shape[:-1])) for _, logits, truth in fits]
+    logits, truth = (
+        torch.cat([scores.flatten(0, -2) for scores, _ in scored]),
+        torch.cat([y.flatten() for _, y in scored]),
+    )
     # The cross-entropy is convex in the factor, which is around one relative to the spread of the logits.
     logits = logits - logits.mean(-1, keepdim=True)
     unit = logits.std().clamp_min(torch.finfo(logits.dtype).tiny)
@@ -225,12 +221,11 @@ def calibrate(
         return value
 
     optimizer.step(loss)
-    calibrated = copy.deepcopy(head)
-    # A factor of zero or below means that the head predicts worse than chance, and any tiny scale is as good.
-    scale = as_tensor(head.scale, unit).item() * (factor / unit).clamp(*_SCALE_BOUNDS).item()
+    # If the factor is negative, the head predicts worse than chance, and any tiny scale is as good.
+    scale = (as_tensor(head.scale, unit) * (factor / unit)).clamp(*_SCALE_BOUNDS).item()
     device = head.scale.value.device if isinstance(head.scale, Learnable) else unit.device
-    del calibrated.scale
-    calibrated.scale = Learnable(min(max(scale, _SCALE_BOUNDS[0]), _SCALE_BOUNDS[1])).to(device).requires_grad_(False)
+    calibrated = copy.deepcopy(head)
+    calibrated.scale = Learnable(scale).to(device).requires_grad_(False)
     return calibrated
 
 
@@ -238,7 +233,8 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
     """Compute the features of all images, for `evaluate`: in evaluation mode and without gradients.
 
     Args:
-        backbone: Maps a batch of images to features, which are flattened to `(batch, d)`. Its mode is restored.
+        backbone: The module from a batch of images to features, which are flattened to `(batch, d)`. Its mode is
+            restored.
         images: Images of any dtype that the backbone accepts, `(examples, ...)`.
         batch_size: Number of images per call of the backbone.
         progress: Whether to show a progress bar, which needs tqdm.
@@ -258,18 +254,16 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
         raise InputError("backbone", "a module", type(backbone).__name__)
     if not is_dense(images) or not images.ndim:
         raise InputError("images", "a tensor of images, (examples, ...)", describe_type(images))
-    training = backbone.training
-    parameter = next(backbone.parameters(), images)
+    features, training = [], backbone.training
+    device = next(backbone.parameters(), images).device
     backbone.eval()
-    features = []
+    title = f"embedding with {type(backbone).__name__}"
     try:
-        with torch.no_grad(), progress_bar(len(images), "embedding", progress) as bar:
+        with torch.no_grad(), progress_bar(len(images), title, progress) as bar:
             for batch in images.split(min(batch_size, max(1, len(images)))):
-                found = backbone(batch.to(parameter.device))
+                found = backbone(batch.to(device))
                 if not is_dense(found) or found.ndim < 2 or len(found) != len(batch):
-                    got = (
-                        f"a result of shape {tuple(found.shape)}" if isinstance(found, Tensor) else describe_type(found)
-                    )
+                    got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else describe_type(found)
                     raise InputError("backbone", "features of each image, (batch, ...)", got)
                 features.append(found.flatten(1).to(images.device))
                 bar.update(len(batch))

@@ -11,7 +11,7 @@ from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
 from convexheads.integrations import require_version
 
-require_version("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="convexheads.integrations.easyfsl")
+require_version("easyfsl", "easyfsl>=1.5,<2", extra="easyfsl")
 
 import easyfsl.samplers
 from easyfsl.methods import FewShotClassifier
@@ -21,14 +21,14 @@ class HeadClassifier(FewShotClassifier):
     """A head as one of easyfsl's `FewShotClassifier`s.
 
     It runs with easyfsl's `TaskSampler`, `evaluate` and training scripts, as its `PrototypicalNetworks` does. What
-    differs: prototypes are not kept, and labels other than 0 to k - 1, with which easyfsl's own methods return wrong
+    differs: it has no prototypes, and labels other than 0 to k - 1, with which easyfsl's own methods return wrong
     results, are an error.
 
     Use it when you evaluate or train with easyfsl's scripts.
 
     Args:
         head: A classification head.
-        backbone: Maps images `(n, *image)` to features `(n, d)`; without one, the images are the features.
+        backbone: The module from images `(n, *image)` to features `(n, d)`; by default, the images are the features.
         settings: Further arguments of easyfsl: `use_softmax`, `feature_centering`, `feature_normalization`.
 
     Raises:
@@ -67,17 +67,7 @@ class HeadClassifier(FewShotClassifier):
         self.fitted = self.head.fit(features, support_labels, ways=len(classes))
 
     def forward(self, query_images: Tensor) -> Tensor:
-        """Score queries.
-
-        Args:
-            query_images: Images, `(q, *image)`.
-
-        Returns:
-            Logits, `(q, k)`; with `use_softmax=True`, probabilities.
-
-        Raises:
-            InputError: `process_support_set` was not called yet, or the features do not match the support.
-        """
+        """Compute the logits `(q, k)` of `query_images` `(q, *image)`; with `use_softmax=True`, probabilities."""
         if self.fitted is None:
             raise InputError("classifier", "a call of process_support_set first", "a query before any support")
         return self.softmax_if_specified(self.fitted(self.compute_features(query_images)))

@@ -11,9 +11,7 @@ from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
 from convexheads.integrations import require_version
 
-require_version(
-    "learn2learn", "learn2learn", "0.2", "0.3", extra="learn2learn", needed_by="convexheads.integrations.learn2learn"
-)
+require_version("learn2learn", "learn2learn>=0.2,<0.3", extra="learn2learn")
 
 
 class HeadClassifier(nn.Module):
@@ -79,17 +77,7 @@ class HeadClassifier(nn.Module):
         self.fitted = self.head.fit(support, labels, ways=ways)
 
     def forward(self, query: Tensor) -> Tensor:
-        """Score queries.
-
-        Args:
-            query: Features, `(*batch, q, d)`.
-
-        Returns:
-            Logits, `(*batch, q, k)`.
-
-        Raises:
-            InputError: `fit_` was not called yet, or the queries do not match the support.
-        """
+        """Compute the logits `(*batch, q, k)` of the features `query` `(*batch, q, d)`, after a call of `fit_`."""
         if self.fitted is None:
             raise InputError("classifier", "a call of fit_(support, labels) first", "a query before any support")
         return self.fitted(query)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, distributed, nn, optim
 
+from convexheads._validation import check_choice
 from convexheads.episodes import split_task
 from convexheads.errors import InputError, SolverError
 from convexheads.heads import ClassificationHead
@@ -24,14 +25,6 @@ from convexheads.training import (
 )
 
 _log = logging.getLogger("convexheads.integrations.lightning")
-
-
-class _Step(NamedTuple):
-    """The current step, counted from 0 over all epochs, and the rank of this process."""
-
-    number: int
-    rank: int
-    world_size: int
 
 
 class EpisodicModule(pl.LightningModule):
@@ -55,12 +48,12 @@ class EpisodicModule(pl.LightningModule):
 
     - "raise": The error names the step and, if they can be told apart, the tasks.
     - "skip": Parameters, the state of the optimizer and the buffers of the backbone, such as the statistics of
-      BatchNorm, stay as before the step. The step still counts: the learning rate and the episodes go on. With gradient
+      BatchNorm, stay as before the step. The step still counts for the learning rate and the episodes. With gradient
       accumulation, all batches of the step are skipped. A warning of the logger "convexheads.integrations.lightning"
-      and an entry of `failures` name the step, the tasks and the cause, and "skipped" is logged, the number of skipped
-      steps.
-    - "stop": The step is skipped likewise, and the training ends after it, as with Lightning's `EarlyStopping`: a
-      checkpoint that is saved then contains the state before the step.
+      and an entry of `failures` name the step, the tasks and the cause, and the number of skipped steps is logged as
+      "skipped".
+    - "stop": The step is skipped too, and the training ends after it, as with Lightning's `EarlyStopping`: a checkpoint
+      that is saved then contains the state before the step.
 
     Steps count from 0 over all epochs, and tasks from 0 over all processes, as in `EpisodeLoader`. If all epochs were
     complete, the loader draws the episodes of a step again after `loader.load_state_dict({"step": step})`.
@@ -68,7 +61,7 @@ class EpisodicModule(pl.LightningModule):
     Use it when you train with Lightning; `convexheads.training.episode_loss` is the same loss for a loop of your own.
 
     Args:
-        backbone: Maps samples `(m, *sample)` to features `(m, d)`.
+        backbone: The module from samples `(m, *sample)` to features `(m, d)`.
         head: The head, fitted on every episode; its learnable parameters are trained too.
         ways: Number of classes per episode.
         shots: Number of support samples per class.
@@ -79,8 +72,8 @@ class EpisodicModule(pl.LightningModule):
         weight_decay: Weight decay of every parameter.
         label_smoothing: Label smoothing of the cross-entropy, from 0 to below 1; the paper uses 0.1 for ResNet-12 on
             miniImageNet.
-        on_failed_step: What happens when a step fails: "raise", "skip" or "stop". Whether a task without a certificate
-            is a failure depends on the head's solver: with its `on_failure="warn"` or "return" it is none.
+        on_failed_step: What happens when a step fails: "raise", "skip" or "stop". A task without a certificate is a
+            failure only if the head's solver has `on_failure="raise"`.
 
     Attributes:
         failures: The steps that were skipped, in order, each a dictionary of "step", "tasks" (all tasks of the step, if
@@ -111,12 +104,10 @@ class EpisodicModule(pl.LightningModule):
         on_failed_step: OnFailedStep = "raise",
     ) -> None:
         super().__init__()
-        if schedule not in SCHEDULES:
-            raise InputError("schedule", f"one of {', '.join(SCHEDULES)}", repr(schedule))
+        check_choice("schedule", schedule, SCHEDULES)
+        check_choice("on_failed_step", on_failed_step, get_args(OnFailedStep))
         if not 0 <= label_smoothing < 1:
             raise InputError("label_smoothing", "a number from 0 to below 1", label_smoothing)
-        if on_failed_step not in get_args(OnFailedStep):
-            raise InputError("on_failed_step", f"one of {', '.join(get_args(OnFailedStep))}", repr(on_failed_step))
         self.backbone = backbone
         self.head = head
         self.ways, self.shots, self.total_steps = ways, shots, total_steps
@@ -127,30 +118,13 @@ class EpisodicModule(pl.LightningModule):
         self._before: dict[str, Tensor] | None = None  # the buffers before the current step
 
     def forward(self, samples: Tensor) -> Tensor:
-        """Compute the features of samples.
-
-        Args:
-            samples: Samples, `(m, *sample)`.
-
-        Returns:
-            Features, `(m, d)`.
-        """
+        """Compute the features `(m, d)` of `samples` `(m, *sample)`."""
         return self.backbone(samples)
 
     def training_step(self, batch: Sequence[Tensor], batch_index: int) -> Tensor:
-        """Compute and log the loss of a batch of episodes, with the metrics that the class names.
+        """Compute and log the loss of a `batch` of episodes; NaN if the step failed and the policy is not "raise".
 
-        Args:
-            batch: Samples `(*tasks, n, *sample)` and labels `(*tasks, n)`.
-            batch_index: The number of the step, if there is no trainer.
-
-        Returns:
-            The loss, a scalar `()`; NaN if the step failed and the policy is not "raise".
-
-        Raises:
-            InputError: Labels are unusable or a class has too few samples; or the step failed and the policy is
-                "raise".
-            SolverError: An episode could not be solved and the policy is "raise".
+        Without a trainer, `batch_index` is the number of the step.
         """
         if self.on_failed_step != "raise" and self._before is None:
             self._before = {name: value.clone() for name, value in self.named_buffers()}
@@ -169,9 +143,9 @@ class EpisodicModule(pl.LightningModule):
             solution = unsolved.solution
             tasks = [] if solution is None else (~solution.converged).flatten().nonzero().flatten().tolist()
             cause, error = str(unsolved), unsolved
-        step = self._step(batch_index)
-        tasks = [step.rank + task * step.world_size for task in tasks or range(batch[1].shape[:-1].numel())]
-        self._failed = self._failed or {"step": step.number, "tasks": tasks, "cause": cause}
+        rank, world_size = (0, 1) if self._trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        tasks = [rank + task * world_size for task in tasks or range(batch[1].shape[:-1].numel())]
+        self._failed = self._failed or {"step": self._step(batch_index), "tasks": tasks, "cause": cause}
         if self.on_failed_step == "raise":
             raise_failure(self._failed, error)
         # The gradient passes through the backbone, because other processes may wait for its reduction.
@@ -182,11 +156,7 @@ class EpisodicModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: optim.Optimizer) -> None:
         """Apply the policy `on_failed_step` if the reduced gradients are not finite, in all processes alike.
 
-        Args:
-            optimizer: The optimizer, which takes no step without gradients.
-
-        Raises:
-            InputError: A gradient is not finite and the policy is "raise".
+        In a skipped step, the `optimizer` has no gradients.
         """
         own, before, self._failed, self._before = self._failed, self._before, None, None
         gradients = {name: value.grad for name, value in self.named_parameters() if value.grad is not None}
@@ -200,7 +170,7 @@ class EpisodicModule(pl.LightningModule):
                 return  # float16 has overflowed, which the scaler handles
             if not failures:
                 name = next(name for name, gradient in gradients.items() if not gradient.isfinite().all())
-                failures = [{"step": self._step(0).number, "tasks": [], "cause": f"the gradient of {name}"}]
+                failures = [{"step": self._step(0), "tasks": [], "cause": f"the gradient of {name}"}]
             self._fail(failures, before or {}, optimizer)
         if self.on_failed_step == "skip":
             self.log("skipped", float(len({failure["step"] for failure in self.failures})))
@@ -221,47 +191,27 @@ class EpisodicModule(pl.LightningModule):
             self.trainer.should_stop = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add `failures` to a checkpoint.
-
-        Args:
-            checkpoint: The checkpoint that Lightning writes.
-        """
+        """Add `failures` to a `checkpoint`."""
         checkpoint["failures"] = [dict(failure) for failure in self.failures]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore `failures` from a checkpoint.
-
-        Args:
-            checkpoint: The checkpoint that Lightning read.
-        """
+        """Restore `failures` from a `checkpoint`."""
         self.failures = [dict(failure) for failure in checkpoint.get("failures", [])]
 
-    def _step(self, batch_index: int) -> _Step:
-        if self._trainer is None:
-            return _Step(batch_index, 0, 1)
-        trainer = self.trainer
-        return _Step(trainer.fit_loop.epoch_loop.total_batch_idx, trainer.global_rank, trainer.world_size)
+    def _step(self, batch_index: int) -> int:
+        """The current step, counted from 0 over all epochs."""
+        return batch_index if self._trainer is None else self.trainer.fit_loop.epoch_loop.total_batch_idx
 
     def validation_step(self, batch: Sequence[Tensor], batch_index: int) -> None:
-        """Log "val_loss" and "val_accuracy", with the backbone in evaluation mode.
-
-        Args:
-            batch: Samples `(*tasks, n, *sample)` and labels `(*tasks, n)`.
-            batch_index: Not used.
-        """
+        """Log "val_loss" and "val_accuracy" of a `batch`, in evaluation mode; `batch_index` is not used."""
         self._log_evaluation("val", batch)
 
     def test_step(self, batch: Sequence[Tensor], batch_index: int) -> None:
-        """Log "test_loss" and "test_accuracy", with the backbone in evaluation mode.
-
-        Args:
-            batch: Samples `(*tasks, n, *sample)` and labels `(*tasks, n)`.
-            batch_index: Not used.
-        """
+        """Log "test_loss" and "test_accuracy" of a `batch`, in evaluation mode; `batch_index` is not used."""
         self._log_evaluation("test", batch)
 
     def _log_evaluation(self, part: str, batch: Sequence[Tensor]) -> None:
-        _, metrics, _ = self._episodes(self._features(batch), batch[1])
+        metrics = self._episodes(self._features(batch), batch[1]).metrics
         values = {f"{part}_{name}": metrics[name] for name in ("loss", "accuracy")}
         self.log_dict(values, prog_bar=True, batch_size=batch[1].shape[:-1].numel(), sync_dist=True)
 
