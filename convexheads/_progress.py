@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 
-class _NullProgressBar:
-    def __enter__(self) -> _NullProgressBar:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def update(self, _: int) -> None: ...
-
-
-def progress_bar(total: int, title: str, progress: bool) -> Any:
-    """Return a progress bar for a `with` statement; it shows nothing if `progress` is False or tqdm is missing."""
+def track(batches: Iterable[_T], title: str, progress: bool, *, total: int | None = None) -> Iterable[_T]:
+    """Iterate over batches with a progress bar; there is none if `progress` is False or tqdm is missing."""
     try:
         from tqdm.auto import tqdm
     except ImportError:
-        return _NullProgressBar()
-    return tqdm(total=total, desc=title, leave=False, disable=not progress)
+        return batches
+    return tqdm(batches, title, total, leave=False, disable=not progress, unit="batch")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 from operator import index
@@ -10,17 +11,8 @@ import torch
 from jaxtyping import Integer
 from torch import Tensor
 
-from convexheads._progress import progress_bar
-from convexheads._validation import (
-    check_bool,
-    check_finite,
-    check_positive_ints,
-    check_rank,
-    check_seed,
-    describe_type,
-    is_float_tensor,
-    is_integer_tensor,
-)
+from convexheads import _validation
+from convexheads._progress import track
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
 
@@ -45,37 +37,37 @@ def fit_episodes(
 
     The arguments are those of `evaluate`, and the title of the progress bar.
     """
-    check_positive_ints(ways=ways, shots=shots, queries=queries, episodes=episodes, batch_size=batch_size)
-    check_seed(seed)
-    check_rank(rank, world_size)
-    check_bool("progress", progress)
+    _validation.check_positive_ints(ways=ways, shots=shots, queries=queries, episodes=episodes, batch_size=batch_size)
+    _validation.check_seed(seed)
+    _validation.check_rank(rank, world_size)
+    _validation.check_bool("progress", progress)
     ways, shots, queries, episodes, batch_size = map(index, (ways, shots, queries, episodes, batch_size))
     seed, rank, world_size = map(index, (seed, rank, world_size))
     if world_size > episodes:
         raise InputError("world_size", f"at most the {episodes} episodes", world_size)
     if not isinstance(head, ClassificationHead):
         raise InputError("head", "a classification head", type(head).__name__)
-    if not is_float_tensor(features):
-        raise InputError("features", "a tensor of floating-point values", describe_type(features))
-    if not is_integer_tensor(labels):
-        raise InputError("labels", "a tensor of integers", describe_type(labels))
+    if not _validation.is_float_tensor(features):
+        raise InputError("features", "a tensor of floating-point values", _validation.describe_type(features))
+    if not _validation.is_integer_tensor(labels):
+        raise InputError("labels", "a tensor of integers", _validation.describe_type(labels))
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         got = f"shapes {tuple(features.shape)} and {tuple(labels.shape)}"
         raise InputError("features, labels", "(examples, d) and (examples,)", got)
-    check_finite("features", features)
+    _validation.check_finite("features", features)
     draws = islice(sample_episodes(labels, ways, shots + queries, episodes, seed), rank, None, world_size)
     support_labels, query_labels = (
         torch.arange(ways, device=features.device).repeat_interleave(count) for count in (shots, queries)
     )
-    with progress_bar(len(range(rank, episodes, world_size)), title, progress) as bar:
-        while batch := list(islice(draws, batch_size)):
-            chosen = features[torch.stack(batch).to(features.device)]
-            support, query = chosen[:, :, :shots].flatten(1, 2), chosen[:, :, shots:].flatten(1, 2)
-            with torch.no_grad():
-                fitted = head.fit(support, support_labels.expand(len(batch), -1), ways=ways)
-                logits = fitted(query)
-            yield fitted, logits, query_labels
-            bar.update(len(batch))
+    batches = iter(lambda: list(islice(draws, batch_size)), [])
+    total = math.ceil(len(range(rank, episodes, world_size)) / batch_size)
+    for batch in track(batches, title, progress, total=total):
+        chosen = features[torch.stack(batch).to(features.device)]
+        support, query = chosen[:, :, :shots].flatten(1, 2), chosen[:, :, shots:].flatten(1, 2)
+        with torch.no_grad():
+            fitted = head.fit(support, support_labels.expand(len(batch), -1), ways=ways)
+            logits = fitted(query)
+        yield fitted, logits, query_labels
 
 
 def sample_episodes(

@@ -34,8 +34,8 @@ def save(path: str | Path, tensors: dict[str, Tensor], settings: dict[str, Any],
 
     The value of this key contains the checksum and the settings, because the order of two keys would be random.
     """
-    safetensors = _safetensors(needed_by)
-    tensors, text = {name: value.contiguous() for name, value in tensors.items()}, json.dumps(settings)
+    safetensors, text = _safetensors(needed_by), json.dumps(settings)
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
     atomic_write(path, safetensors.torch.save(tensors, {key: f"{_digest(tensors, text)} {text}"}))
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convexheads._progress import progress_bar
+from convexheads._progress import track
 from convexheads._sampling import fit_episodes
 from convexheads._validation import check_bool, check_positive_ints, describe_type, is_dense
 from convexheads.errors import InputError
@@ -37,7 +37,7 @@ class Difference(NamedTuple):
         return f"{100 * self.mean:+.2f} ± {100 * self.confidence_interval:.2f} %"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
     """Accuracies, calibration error and certificates over episodes, on the CPU, as `evaluate` returns them.
 
@@ -70,15 +70,10 @@ class Evaluation:
         return _half_width(self.accuracies)
 
     def compare(self, other: Evaluation) -> Difference:
-        """Compare two heads, or two backbones, on the same episodes.
+        """Compare two heads, or two backbones, on the same episodes: the accuracy of this one minus the `other`.
 
-        The confidence interval of the mean difference is usually much narrower than those of the two accuracies.
-
-        Args:
-            other: Another evaluation with the same labels, sizes and seed, to be subtracted.
-
-        Raises:
-            InputError: The numbers of episodes differ.
+        The confidence interval of the mean difference is usually much narrower than those of the two accuracies. Both
+        evaluations need the same labels, sizes and seed.
 
         Example:
             `print(evaluate(SVMHead(), features, labels).compare(evaluate(RidgeHead(), features, labels)))`
@@ -87,6 +82,9 @@ class Evaluation:
             raise InputError("other", f"the same {self.episodes} episodes", f"{other.episodes} episodes")
         differences = self.accuracies - other.accuracies
         return Difference(differences.mean().item(), _half_width(differences))
+
+    def __repr__(self) -> str:
+        return f"Evaluation({self})"
 
     def __str__(self) -> str:
         return f"{100 * self.accuracy:.2f} ± {100 * self.confidence_interval:.2f} % ({self.episodes} episodes)"
@@ -138,12 +136,10 @@ def evaluate(
         `print(evaluate(SVMHead(C=0.1), features, labels, ways=5, shots=1))`
     """
     sizes = {"ways": ways, "shots": shots, "queries": queries, "episodes": episodes, "batch_size": batch_size}
-    processes = {"rank": rank, "world_size": world_size}
+    settings = {"seed": seed, "rank": rank, "world_size": world_size, "progress": progress}
     title = f"{type(head).__name__}, {ways}-way {shots}-shot"
     confidences, correct, gaps, converged = [], [], [], []
-    for fitted, logits, truth in fit_episodes(
-        head, features, labels, title, **sizes, **processes, seed=seed, progress=progress
-    ):
+    for fitted, logits, truth in fit_episodes(head, features, labels, title, **sizes, **settings):
         confidence, guess = logits.double().softmax(-1).max(-1)
         confidences.append(confidence)
         correct.append(guess == truth)
@@ -174,27 +170,16 @@ def calibrate(
 ) -> ClassificationHead:
     """Return a copy of a head whose `scale` gives the best probabilities on held-out episodes (temperature scaling).
 
-    The temperature, one positive number, minimizes the cross-entropy over all queries of all episodes (Guo et al.
-    2017, Section 4.2). The scale of the copy is that of the head, divided by the temperature. It is a `Learnable` that
-    does not require gradients: `state_dict` contains it, and a training leaves it unchanged. Accuracies stay the same.
+    The temperature minimizes the cross-entropy over all queries of all episodes (Guo et al. 2017, Section 4.2). The
+    scale of the copy is that of the head, divided by the temperature. It is a `Learnable` that does not require
+    gradients: `state_dict` contains it, and a training leaves it unchanged. Accuracies stay the same.
 
     Use it when probabilities matter, and not only the predicted class.
 
-    Args:
-        head: A classification head whose scores grow with `scale`. It stays unchanged.
-        features: One row per image of classes that were held out from training, `(examples, d)`.
-        labels: The class of each image, any integers, `(examples,)`.
-        ways: Number of classes per episode.
-        shots: Number of support examples per class; the best temperature depends on it.
-        queries: Number of query examples per class.
-        episodes: Number of episodes.
-        batch_size: As for `evaluate`.
-        seed: Random seed.
-        progress: Whether to show a progress bar.
-
-    Raises:
-        InputError: An argument is unusable: for example, a class has fewer than `shots + queries` examples.
-        SolverError: An episode could not be solved and the head's solver has `on_failure="raise"`.
+    Arguments and errors are those of `evaluate`. The scores of `head`, which stays unchanged, grow with its `scale`;
+    `features` and `labels` are of classes that were held out from training. `ways`, `shots`, on which the best
+    temperature depends, and `queries` are sizes of an episode; and there are `episodes`, `batch_size`, `seed` and
+    `progress`.
 
     Example:
         `head = calibrate(RidgeHead(), features, labels, shots=5)`, then
@@ -230,20 +215,16 @@ def calibrate(
 
 
 def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progress: bool = True) -> Tensor:
-    """Compute the features of all images, for `evaluate`: in evaluation mode and without gradients.
+    """Compute the features of all images for `evaluate`, in evaluation mode and without gradients.
 
     Args:
-        backbone: The module from a batch of images to features, which are flattened to `(batch, d)`. Its mode is
-            restored.
+        backbone: The module from images to features, which are flattened to `(batch, d)`. Its mode is restored.
         images: Images of any dtype that the backbone accepts, `(examples, ...)`.
         batch_size: Number of images per call of the backbone.
         progress: Whether to show a progress bar, which needs tqdm.
 
     Returns:
         Features `(examples, d)`, on the device of the images.
-
-    Raises:
-        InputError: An argument is unusable, or the backbone does not return features for each image.
 
     Example:
         `features = embed(backbone, images)`
@@ -256,17 +237,16 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
         raise InputError("images", "a tensor of images, (examples, ...)", describe_type(images))
     features, training = [], backbone.training
     device = next(backbone.parameters(), images).device
+    batches = images.split(min(batch_size, max(1, len(images))))
     backbone.eval()
-    title = f"embedding with {type(backbone).__name__}"
     try:
-        with torch.no_grad(), progress_bar(len(images), title, progress) as bar:
-            for batch in images.split(min(batch_size, max(1, len(images)))):
+        for batch in track(batches, f"embedding with {type(backbone).__name__}", progress):
+            with torch.no_grad():
                 found = backbone(batch.to(device))
-                if not is_dense(found) or found.ndim < 2 or len(found) != len(batch):
-                    got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else describe_type(found)
-                    raise InputError("backbone", "features of each image, (batch, ...)", got)
-                features.append(found.flatten(1).to(images.device))
-                bar.update(len(batch))
+            if not is_dense(found) or found.ndim < 2 or len(found) != len(batch):
+                got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else describe_type(found)
+                raise InputError("backbone", "features of each image, (batch, ...)", got)
+            features.append(found.flatten(1).to(images.device))
     finally:
         backbone.train(training)
     return torch.cat(features)

@@ -11,17 +11,7 @@ from jaxtyping import Integer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from convexheads._validation import (
-    as_integer,
-    check_bool,
-    check_positive_ints,
-    check_rank,
-    check_seed,
-    describe,
-    describe_type,
-    is_dense,
-    is_integer_tensor,
-)
+from convexheads import _validation
 from convexheads.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,9 +21,9 @@ if TYPE_CHECKING:
 class EpisodeLoader:
     """An iterable over batches of episodes, one batch per training step.
 
-    An episode depends only on the seed, the step and its index in the batch. A training that is resumed or that is
-    spread over several processes therefore sees the same episodes as an uninterrupted one on a single process. Classes
-    and samples are drawn without replacement, as in learn2learn's tasksets.
+    An episode depends only on the seed, the step and its index in the batch, so that a training that is resumed or
+    spread over several processes sees the same episodes as any other. Classes and samples are drawn without
+    replacement, as in learn2learn's tasksets.
 
     Each iteration is an epoch of `steps_per_epoch` batches with new episodes, even if the previous iteration was left
     early. `state_dict` and `load_state_dict` resume within an epoch; Lightning keeps this state in its checkpoints.
@@ -57,8 +47,8 @@ class EpisodeLoader:
         resample_each_epoch: Whether each epoch has new episodes. False is for validation.
         rank: Rank of this process, which gets every `world_size`-th episode.
         world_size: Number of processes.
-        num_workers: Number of worker processes of PyTorch's `DataLoader`, which prepare the next batches. The batches
-            do not depend on it. Workers pay off if `transform` takes about as long as a training step.
+        num_workers: Number of worker processes of PyTorch's `DataLoader`, which prepare the next batches. It only
+            affects the speed, if `transform` takes about as long as a training step.
 
     Raises:
         InputError: An argument is unusable: for example, there are fewer classes than `ways`, a class has fewer samples
@@ -86,20 +76,20 @@ class EpisodeLoader:
         world_size: int = 1,
         num_workers: int = 0,
     ) -> None:
-        check_positive_ints(
+        _validation.check_positive_ints(
             ways=ways, shots=shots, queries=queries, batch_size=batch_size, steps_per_epoch=steps_per_epoch
         )
-        check_seed(seed)
-        check_bool("resample_each_epoch", resample_each_epoch)
-        check_rank(rank, world_size)
+        _validation.check_seed(seed)
+        _validation.check_bool("resample_each_epoch", resample_each_epoch)
+        _validation.check_rank(rank, world_size)
         if transform is not None and not callable(transform):
             raise InputError("transform", "a function from a sample to a sample, or None", repr(transform))
-        if not is_dense(samples):
-            raise InputError("samples", "a tensor, (n, *sample)", describe_type(samples))
-        if not is_integer_tensor(labels):
-            raise InputError("labels", "a tensor of integers", describe_type(labels))
-        if (workers := as_integer(num_workers)) is None or workers < 0:
-            raise InputError("num_workers", "a number of processes, 0 for none", describe(num_workers))
+        if not _validation.is_dense(samples):
+            raise InputError("samples", "a tensor, (n, *sample)", _validation.describe_type(samples))
+        if not _validation.is_integer_tensor(labels):
+            raise InputError("labels", "a tensor of integers", _validation.describe_type(labels))
+        if (workers := _validation.as_integer(num_workers)) is None or workers < 0:
+            raise InputError("num_workers", "a number of processes, 0 for none", _validation.describe(num_workers))
         if workers and samples.device.type != "cpu":
             raise InputError("samples", "the CPU, or num_workers=0", f"device {samples.device}")
         labels = labels.cpu().long()
@@ -165,13 +155,9 @@ class EpisodeLoader:
         self.step, self._resumes = state["step"], True
 
     def indices(self, step: int) -> Integer[Tensor, "tasks n"]:
-        """Return the indices of a step's samples, for samples that are stored elsewhere, such as on a GPU.
+        """Return the indices of the samples of a `step`, counted from 0 over all epochs, for samples stored elsewhere.
 
-        Args:
-            step: The step, counted from 0 over all epochs.
-
-        Returns:
-            Indices of this process, int64 on the CPU, `(tasks, ways * (shots + queries))`, sorted by class.
+        They are int64 on the CPU, `(tasks, ways * (shots + queries))`, for the tasks of this process.
         """
         return torch.stack([self._draw(step, task)[0] for task in self._own_tasks()])
 

@@ -26,10 +26,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 """The factor of the learning rate as a function of the completed fraction of the training.
 
-"cosine" falls to zero along one cosine and "constant" stays at 1. "paper" is the schedule of Lee et al. 2019
-(Section 4.1), whose learning rates 0.1, 0.006, 0.0012 and 0.00024 change after 20, 40 and 50 of 60 epochs.
+"paper" is the schedule of Lee et al. 2019 (Section 4.1): 0.1, 0.006, 0.0012 and 0.00024, for 20, 20, 10 and 10 epochs.
 """
-
 
 OnFailedStep = Literal["raise", "skip", "stop"]
 """Policy for a step whose loss or gradient is not finite, or whose episodes could not be solved."""
@@ -59,10 +57,6 @@ def episode_loss(head: ClassificationHead, episode: Episode, *, ways: int, label
         episode: Features and labels, integers from 0 to ways - 1, of support and query; any leading dimensions.
         ways: Number of classes per episode.
         label_smoothing: Label smoothing of the cross-entropy, from 0 to below 1.
-
-    Raises:
-        InputError: Labels are unusable, or features are not finite.
-        SolverError: An episode could not be solved (see the solver's `on_failure`).
 
     Source: Eq. 12 of Lee et al., "Meta-Learning with Differentiable Convex Optimization" (CVPR 2019).
     """

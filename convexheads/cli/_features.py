@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 
 
 def load_feature_extractor(name: str) -> FeatureExtractor:
-    """Load the feature extractor of a name, as `FolderClassifier.from_folder` describes them."""
+    """Load the feature extractor of a name, which `FolderClassifier.from_folder` describes."""
     if name in FEATURES:
         return FEATURES[name]()
     if name in list_pretrained() or os.path.exists(name):

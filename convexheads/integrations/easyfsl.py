@@ -31,10 +31,6 @@ class HeadClassifier(FewShotClassifier):
         backbone: The module from images `(n, *image)` to features `(n, d)`; by default, the images are the features.
         settings: Further arguments of easyfsl: `use_softmax`, `feature_centering`, `feature_normalization`.
 
-    Raises:
-        InputError: The head is no classification head.
-        TypeError: easyfsl has no such setting.
-
     Example:
         `classifier = HeadClassifier(SVMHead(C=0.1), backbone)`, then
         `classifier.process_support_set(images, labels)` and `classifier(query_images)`
@@ -53,11 +49,6 @@ class HeadClassifier(FewShotClassifier):
         Args:
             support_images: Images `(n, *image)`, or features `(n, d)` if there is no backbone.
             support_labels: Integers from 0 to k - 1, `(n,)`.
-
-        Raises:
-            InputError: The labels are others, or the features are unusable.
-            ValueError: The features have more than one dimension per image; this is easyfsl's own error.
-            SolverError: The task could not be solved (see the solver's `on_failure`).
         """
         classes = support_labels.unique()
         if not torch.equal(classes, torch.arange(len(classes), device=classes.device)):
@@ -74,7 +65,7 @@ class HeadClassifier(FewShotClassifier):
 
     @staticmethod
     def is_transductive() -> bool:
-        """Return False: queries are classified independently of each other."""
+        """Return False, because queries are classified independently of each other."""
         return False
 
 
@@ -89,7 +80,4 @@ class TaskSampler(easyfsl.samplers.TaskSampler, _DataSource):
 
     Takes `dataset`, a data set of easyfsl with a method `get_labels`; `n_way`, the number of classes per task; `n_shot`
     and `n_query`, the numbers of support and query images per class; and `n_tasks`, the number of tasks.
-
-    Raises:
-        ValueError: The data set has too few classes or images; this is easyfsl's own error.
     """

@@ -28,12 +28,9 @@ class HeadClassifier(nn.Module):
 
     Args:
         head: A classification head.
-        support: Features to fit on immediately, `(*batch, n, d)`; optional.
-        labels: Labels of the support, `(*batch, n)`; optional.
-        ways: Number of classes, as for `fit_`.
+        support: Features to fit on immediately; with `labels` and `ways` as for `fit_`.
 
     Raises:
-        InputError: The head is no classification head, only one of support and labels is given, or they are unusable.
         SolverError: A task could not be solved (see the solver's `on_failure`).
 
     Example:
@@ -63,13 +60,8 @@ class HeadClassifier(nn.Module):
 
         Args:
             support: Features, `(*batch, n, d)`.
-            labels: Integers, `(*batch, n)`. Unless `ways` is given, they are renumbered in ascending order from 0.
-            ways: Number of classes, if the labels are integers from 0 to ways - 1; by default the number of distinct
-                labels.
-
-        Raises:
-            InputError: Support or labels are unusable.
-            SolverError: A task could not be solved (see the solver's `on_failure`).
+            labels: Integers, `(*batch, n)`, which are renumbered in ascending order unless `ways` is given.
+            ways: Number of classes, if the labels are integers from 0 to ways - 1.
         """
         if ways is None:
             classes, labels = labels.unique(return_inverse=True)

@@ -19,9 +19,7 @@ _Own = TypeVar("_Own", bound="Backbone")
 
 
 class Backbone(nn.Module):
-    """Base class of the networks: standardizes pixels, applies `layers` and flattens the result.
-
-    A subclass writes one method, `make_layers`.
+    """Base class of the networks: standardizes pixels, applies the layers of `make_layers` and flattens the result.
 
     Args:
         in_channels: Number of channels of an image.
@@ -31,12 +29,7 @@ class Backbone(nn.Module):
 
     Attributes:
         num_features: Number of features per image of size `image_size`.
-        mean: Mean per channel in units of uint8 pixels (0 to 255), a buffer of shape `(1, in_channels, 1, 1)`.
-        std: Standard deviation per channel in units of uint8 pixels, a buffer of shape `(1, in_channels, 1, 1)`.
-        layers: The module from standardized images to features of any shape.
-
-    Raises:
-        InputError: An argument is unusable.
+        mean: Mean per channel in units of uint8 pixels (0 to 255), a buffer `(1, in_channels, 1, 1)`; likewise `std`.
     """
 
     mean: Tensor
@@ -65,7 +58,7 @@ class Backbone(nn.Module):
         self.layers, self.num_features = self.make_layers()
 
     def make_layers(self) -> tuple[nn.Module, int]:
-        """Return `layers` and `num_features` for images of `in_channels` and `image_size`."""
+        """Return the module from standardized images to features of any shape, and the number of features."""
         raise NotImplementedError
 
     @classmethod
@@ -76,9 +69,6 @@ class Backbone(nn.Module):
             images: Images such as those of the training classes: uint8, or floating-point values in [0, 1],
                 `(n, channels, height, width)`.
             settings: Further arguments of the class.
-
-        Raises:
-            InputError: An argument is unusable.
 
         Example:
             `backbone = Conv4.from_images(images)`
@@ -93,18 +83,11 @@ class Backbone(nn.Module):
         return cls(in_channels=channels, image_size=(height, width), mean=mean, std=std, **settings)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the features of images.
-
-        Args:
-            images: `(n, in_channels, height, width)`, either uint8, or floating-point values in [0, 1] as torchvision's
-                `ToTensor` makes them.
-
-        Returns:
-            Features, `(n, num_features)`.
+        """Compute the features of `images` `(n, in_channels, height, width)`, a tensor `(n, num_features)`.
 
         Raises:
-            InputError: The dtype or the shape differs, or values are clearly outside [0, 1], such as pixels that are
-                already standardized.
+            InputError: The images are neither uint8 nor floating-point values in [0, 1], as torchvision's `ToTensor`
+                makes them, or have another shape.
         """
         pixels = _as_pixels(images, self.in_channels)
         pixels = pixels.contiguous(memory_format=torch.channels_last)  # about 20 % faster on a CPU

@@ -44,7 +44,6 @@ def build_backbone(name: str, images: Tensor | None = None, **settings: Any) -> 
         settings: Arguments of the backbone's class.
 
     Raises:
-        InputError: There is no such backbone, or it has no such setting.
         MissingDependencyError: The backbone is "wrn28" and learn2learn is not installed.
 
     Example:
@@ -62,11 +61,8 @@ def build_head(name: str) -> ClassificationHead:
 
     Args:
         name: One of `HEADS`: "svm", "ridge" and "prototypes" are `metaoptnet_svm`, `metaoptnet_ridge` and `protonet`.
-            "svm-smoothed" smooths the hinge loss, as the reference code of MetaOptNet does, but a hundred times as
-            strongly: features learn faster through it.
-
-    Raises:
-        InputError: There is no such head.
+            "svm-smoothed" smooths the hinge loss as the reference code of MetaOptNet does, but a hundred times more,
+            with which features learn faster.
     """
     return HEADS[check_choice("head", name, HEADS)]()
 
@@ -80,10 +76,6 @@ def build_model(
         config: The names of the "backbone" and the "head"; for a "resnet12", also its "dropblock".
         images: Example images, as for `build_backbone`.
         settings: Further arguments of the backbone's class.
-
-    Raises:
-        InputError: There is no such backbone, head or variant.
-        MissingDependencyError: The backbone is "wrn28" and learn2learn is not installed.
 
     Example:
         `backbone, head = build_model({"backbone": "conv4", "head": "svm"}, images)`

@@ -1,6 +1,7 @@
 """Heads with the hyperparameters of the literature, as in the paper or as in the authors' code.
 
-Each function returns a new head, and raises `InputError` for a variant that does not exist.
+What differs from papers and code: the scale stays positive, while that of the authors' code may become negative, and
+problems are solved to optimality.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ Variant = Literal["paper", "reference_code"]
 def metaoptnet_svm(variant: Variant = "paper") -> SVMHead:
     """MetaOptNet-SVM (Lee et al. 2019): C = 0.1 and a learnable scale that starts at 1.
 
-    What differs from both variants: the dual is solved to optimality. The paper stops qpth after 3 iterations, the code
-    after 15; `head.solver = QpthSolver(max_iterations=3)` does the same. The scale stays positive, while the code's may
-    become negative.
+    The paper stops qpth after 3 iterations, the code after 15; `head.solver = QpthSolver(max_iterations=3)` does the
+    same.
 
     Use it when you reproduce MetaOptNet, or as a strong default for meta-training.
 
@@ -38,9 +38,6 @@ def metaoptnet_svm(variant: Variant = "paper") -> SVMHead:
 def metaoptnet_ridge(variant: Variant = "paper") -> RidgeHead:
     """MetaOptNet-RR (Lee et al. 2019): lambda = 50 and a learnable scale that starts at 1.
 
-    What differs from both variants: the solution is the closed form instead of an iterative solver's, and the scale
-    stays positive, while the code's may become negative.
-
     Use it when you reproduce MetaOptNet-RR, or when a training step has to be fast.
 
     Args:
@@ -56,8 +53,7 @@ def metaoptnet_ridge(variant: Variant = "paper") -> RidgeHead:
 def protonet(variant: Variant = "paper") -> PrototypeHead:
     """ProtoNet as the baseline of Lee et al. 2019: squared distances, divided by d, and a learnable scale.
 
-    What differs: the scale stays positive, while the code's may become negative. Snell et al. 2017, who introduced
-    prototypes, neither divide nor scale: their head is `PrototypeHead()`.
+    Snell et al. 2017, who introduced prototypes, neither divide nor scale: their head is `PrototypeHead()`.
 
     Use it when you compare with the prototypes of Lee et al. 2019.
 
@@ -74,7 +70,7 @@ def protonet(variant: Variant = "paper") -> PrototypeHead:
 def r2d2(variant: Variant = "paper") -> RidgeHead:
     """R2-D2 (Bertinetto et al. 2019): ridge regression on one-hot targets with a learnable adjustment.
 
-    What differs from R2-D2's own code: the scale stays positive, and lambda is learned as its logarithm.
+    What differs from R2-D2's own code: lambda is learned as its logarithm.
 
     Use it when you reproduce R2-D2.
 

@@ -19,13 +19,12 @@ WEIGHTS_DIR = Path(__file__).parent / "weights"
 
 
 class Pretrained(NamedTuple):
-    """A backbone and the head with which it was meta-trained. `load_pretrained` returns it.
+    """A backbone and the head with which it was meta-trained, as `load_pretrained` returns them.
 
     Attributes:
         backbone: The backbone in evaluation mode, from images `(n, channels, height, width)` to features `(n, d)`.
         head: The head, with the scale that it learned.
-        settings: The settings of the training, such as data set, steps, shots and seed, named as the options of
-            `benchmarks.train`.
+        settings: The settings of the training, named as the options of `benchmarks.train`.
     """
 
     backbone: Backbone
@@ -42,8 +41,8 @@ def load_pretrained(name: str | Path) -> Pretrained:
     """Load a meta-trained backbone and its head, on the CPU.
 
     Args:
-        name: The name of weights that the package contains, such as "conv4-cifar-fs-svm" (architecture, data set,
-            head); the output folder of `benchmarks.train`; or a file that `save_pretrained` wrote.
+        name: One of `list_pretrained`, such as "conv4-cifar-fs-svm" (architecture, data set, head); the output folder
+            of `benchmarks.train`; or a file that `save_pretrained` wrote.
 
     Raises:
         InputError: There are no such weights, or the file is damaged or belongs to another architecture.
@@ -88,8 +87,7 @@ def save_pretrained(path: str | Path, backbone: nn.Module, head: ClassificationH
             requires; and any other values that JSON can represent, to describe the training.
 
     Raises:
-        OSError: The file cannot be written.
-        TypeError: `settings` contain something that JSON cannot represent.
+        OSError: The file cannot be written; an older one is unchanged.
         MissingDependencyError: safetensors is not installed.
 
     Example:

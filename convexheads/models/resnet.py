@@ -20,24 +20,20 @@ class ResNet12(Backbone):
     This is the network of Lee et al. 2019 (Section 4.1). Each block ends with 2 x 2 max pooling and DropBlock. There
     is no global average pooling: the network has 2,560 features for images of 32 x 32 pixels and 16,000 for 84 x 84.
     The initial weights are Kaiming's, as in the authors' code. learn2learn's `ResNet12Backbone` computes the same in
-    evaluation, but keeps the step counter of DropBlock in a plain integer, which is lost in checkpoints.
+    evaluation, but its checkpoints lack the step counter of DropBlock.
 
     Use it when accuracy matters most and you train on a GPU.
 
     Args:
         in_channels: As for `Backbone`, like `image_size` (at least 16), `mean` and `std`.
         dropblock: "paper" drops 10 % of the units after every block: single units (dropout) after the first two,
-            square blocks after the last two. "reference_code" does the same, but increases the rate of the last two
-            from 0 to 10 % over 40,000 forward passes in training, as the authors' code does. Their counter also counts
-            evaluation, is lost on resumption and stays at zero with several GPUs; it counts two passes per training
-            step, because support and query images are passed apart, so that one pass per step reaches the full rate
-            after 40,000 steps, not 20,000. "none" drops nothing.
+            square blocks after the last two. "reference_code" increases the rate of the last two from 0 to 10 % over
+            40,000 forward passes in training. What differs from the authors' code: its counter also counts evaluation,
+            is lost on resumption and stays at zero with several GPUs, and it counts support and query images as two
+            passes, so that 20,000 steps reach the full rate. "none" drops nothing.
         block_size: Height and width of a dropped block in units of the feature maps; by default 5 for images of at
             least 84 x 84 pixels and 2 for smaller ones, as the authors have it for ImageNet and for CIFAR.
         average_pool: Whether to average over positions, which leaves 640 features.
-
-    Raises:
-        InputError: An argument is unusable.
 
     Example:
         `features = ResNet12(image_size=84)(torch.rand(8, 3, 84, 84))`
@@ -64,10 +60,9 @@ class ResNet12(Backbone):
         check_positive_ints(block_size=block_size)
         warmup_steps = 40_000 if self.dropblock == "reference_code" else 0
         blocks: list[nn.Module] = []
-        for number, (before, after) in enumerate(pairwise((self.in_channels, 64, 160, 320, 640))):
-            drop: nn.Module = nn.Identity()
-            if self.dropblock != "none":
-                drop = nn.Dropout(0.1) if number < 2 else DropBlock(block_size, warmup_steps=warmup_steps)
+        for before, after in pairwise((self.in_channels, 64, 160, 320, 640)):
+            drop = nn.Dropout(0.1) if after < 320 else DropBlock(block_size, warmup_steps=warmup_steps)
+            drop = nn.Identity() if self.dropblock == "none" else drop
             blocks += [_ResidualBlock(before, after), nn.MaxPool2d(2), drop]
         layers = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1) if self.average_pool else nn.Identity())
         for module in layers.modules():
@@ -97,9 +92,8 @@ class _ResidualBlock(nn.Module):
 class DropBlock(nn.Module):
     """Drops square blocks of each channel in training (Ghiasi et al. 2018).
 
-    `torchvision.ops.DropBlock2d` accepts odd sizes only; for these it is equal in distribution. As there, the units
-    that are kept are scaled by their share of the whole batch, so that the mean stays the same, and overlapping blocks
-    drop slightly less than `drop_prob`.
+    For odd sizes, the only ones that it accepts, `torchvision.ops.DropBlock2d` is equal in distribution. Kept units are
+    scaled so that the mean of the batch stays the same, and overlapping blocks drop slightly less than `drop_prob`.
 
     Use it when you build a residual network of your own; `ResNet12` contains it.
 
@@ -107,9 +101,6 @@ class DropBlock(nn.Module):
         block_size: Height and width of a block, at least 1; on smaller maps, their height and width.
         drop_prob: Expected fraction of dropped units, in [0, 1).
         warmup_steps: Number of forward passes in training over which the fraction increases from 0 to `drop_prob`.
-
-    Raises:
-        InputError: An argument is out of range.
 
     Example:
         `maps = DropBlock(block_size=5, drop_prob=0.1)(torch.randn(8, 64, 21, 21))`
@@ -133,7 +124,8 @@ class DropBlock(nn.Module):
             return value
         self.steps += 1
         warmup = (self.steps / self.warmup_steps).clamp(max=1) if self.warmup_steps else 1
-        size, (height, width) = min(self.block_size, *value.shape[-2:]), value.shape[-2:]
+        height, width = value.shape[-2:]
+        size = min(self.block_size, height, width)
         places = height - size + 1, width - size + 1
         rate = self.drop_prob * warmup * height * width / (size**2 * places[0] * places[1])
         corners = (torch.rand(*value.shape[:2], *places, device=value.device) < rate).to(value.dtype)

@@ -30,8 +30,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a `checkpoint` to `path`; after an `OSError`, an older file is unchanged.
 
-        Anything but tensors, numbers, text and containers of them is written, but cannot be read. `storage_options` are
-        not used.
+        Only tensors, numbers, text and containers of them can be read again. `storage_options` are not used.
         """
         content, path = BytesIO(), Path(path)
         torch.save(checkpoint, content)
@@ -41,12 +40,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read the checkpoint at `path` that this class, or Lightning's own, wrote.
+        """Read the checkpoint at `path` that this class, or Lightning's own, wrote, on the CPU.
 
-        Tensors are on the CPU, from where Lightning moves them. `map_location` and `weights_only` are not used.
-
-        Raises:
-            InputError: There is no such file, it is damaged, or it contains objects.
+        `map_location` and `weights_only` are not used. A file that is damaged or contains objects raises `InputError`.
         """
         try:
             checkpoint = _storage.load_torch(path)

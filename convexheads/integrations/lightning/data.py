@@ -24,22 +24,19 @@ class EpisodicDataModule(pl.LightningDataModule):
     Use it when you train `EpisodicModule` on samples in memory, or from the command line with `LightningCLI`.
 
     Args:
-        train: The samples `(n, *sample)` and labels `(n,)` to train on, or a file.
-        val: The samples `(n, *sample)` and labels `(n,)` of other classes to validate on, or a file; optional.
-        test: The samples `(n, *sample)` and labels `(n,)` to test on, or a file; optional.
+        train: The data set to train on.
+        val: The data set to validate on, with other classes; optional.
+        test: The data set to test on; optional.
         ways: Number of classes per episode.
         shots: Number of support samples per class, the same as for `EpisodicModule`.
         queries: Number of query samples per class.
         batch_size: Number of episodes per step, over all processes.
         steps_per_epoch: Number of training steps per epoch.
-        eval_steps: Number of steps of a validation, with the same episodes every time, and of a test.
+        eval_steps: Number of steps of a test and of a validation, which has the same episodes every time.
         seed: Random seed.
         transform: A random transform of a training sample; optional.
         class_names: Names of the training classes for error messages; by default their labels.
         num_workers: Number of worker processes that prepare training batches.
-
-    Raises:
-        InputError: A file cannot be read. The errors of `EpisodeLoader` are raised when Lightning requests a loader.
 
     Example:
         `data = EpisodicDataModule((images, classes), ways=5, shots=1)`, then `trainer.fit(module, data)`

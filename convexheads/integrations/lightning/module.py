@@ -10,19 +10,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, distributed, nn, optim
 
+from convexheads import training
 from convexheads._validation import check_choice
 from convexheads.episodes import split_task
 from convexheads.errors import InputError, SolverError
 from convexheads.heads import ClassificationHead
-from convexheads.training import (
-    SCHEDULES,
-    EpisodeLoss,
-    OnFailedStep,
-    episode_loss,
-    format_step,
-    non_finite_tasks,
-    raise_failure,
-)
+from convexheads.training import SCHEDULES, EpisodeLoss, OnFailedStep
 
 _log = logging.getLogger("convexheads.integrations.lightning")
 
@@ -39,21 +32,18 @@ class EpisodicModule(pl.LightningModule):
 
     The module logs "loss" and "accuracy" (0 to 1) of the queries. If the head solves iteratively, it also logs "gap",
     the largest certified relative duality gap, "certified", the share of tasks whose gap is within the solver's
-    tolerance, and "iterations", the mean over tasks. Validation and test batches are episodes too; to evaluate on
-    thousands of episodes, embed the images once and use `convexheads.evaluate`.
+    tolerance, and "iterations", the mean over tasks. Validation and test batches are episodes too.
 
     A step fails if its loss or a gradient is not finite, or if the head could not be fitted (`SolverError`, or
-    `InputError` for features that are not finite). All processes then do what `on_failed_step` says: the gradient of a
-    failed step is NaN, and the reduction of the gradients brings that to every process.
+    `InputError` for features that are not finite). All processes then apply the policy `on_failed_step`, because the
+    reduction of the gradients distributes NaN:
 
     - "raise": The error names the step and, if they can be told apart, the tasks.
-    - "skip": Parameters, the state of the optimizer and the buffers of the backbone, such as the statistics of
-      BatchNorm, stay as before the step. The step still counts for the learning rate and the episodes. With gradient
-      accumulation, all batches of the step are skipped. A warning of the logger "convexheads.integrations.lightning"
-      and an entry of `failures` name the step, the tasks and the cause, and the number of skipped steps is logged as
-      "skipped".
-    - "stop": The step is skipped too, and the training ends after it, as with Lightning's `EarlyStopping`: a checkpoint
-      that is saved then contains the state before the step.
+    - "skip": Parameters, the state of the optimizer and all buffers, such as the statistics of BatchNorm, stay as
+      before the step, which still counts for the learning rate and the episodes. With gradient accumulation, all
+      batches of the step are skipped. A warning of the logger "convexheads.integrations.lightning" and an entry of
+      `failures` name the step, the tasks and the cause; the number of skipped steps is logged as "skipped".
+    - "stop": The step is skipped too, and the training ends after it, as with Lightning's `EarlyStopping`.
 
     Steps count from 0 over all epochs, and tasks from 0 over all processes, as in `EpisodeLoader`. If all epochs were
     complete, the loader draws the episodes of a step again after `loader.load_state_dict({"step": step})`.
@@ -70,17 +60,13 @@ class EpisodicModule(pl.LightningModule):
         schedule: The schedule of the learning rate, one of `SCHEDULES`: "cosine", "paper" or "constant".
         momentum: Momentum of SGD.
         weight_decay: Weight decay of every parameter.
-        label_smoothing: Label smoothing of the cross-entropy, from 0 to below 1; the paper uses 0.1 for ResNet-12 on
-            miniImageNet.
-        on_failed_step: What happens when a step fails: "raise", "skip" or "stop". A task without a certificate is a
-            failure only if the head's solver has `on_failure="raise"`.
+        label_smoothing: Label smoothing, from 0 to below 1; the paper uses 0.1 for ResNet-12 on miniImageNet.
+        on_failed_step: The policy: "raise", "skip" or "stop". A task without a certificate is a failure only if the
+            head's solver has `on_failure="raise"`.
 
     Attributes:
-        failures: The steps that were skipped, in order, each a dictionary of "step", "tasks" (all tasks of the step, if
-            they cannot be told apart) and "cause". Checkpoints contain them.
-
-    Raises:
-        InputError: There is no such schedule or policy, or the label smoothing is out of range.
+        failures: The skipped steps in order, each a dictionary of "step", "tasks" (all tasks of the step, if they
+            cannot be told apart) and "cause". Checkpoints contain them.
 
     Example:
         With `batches` a list of such pairs, `loader = DataLoader(batches, batch_size=None)`, then
@@ -108,8 +94,7 @@ class EpisodicModule(pl.LightningModule):
         check_choice("on_failed_step", on_failed_step, get_args(OnFailedStep))
         if not 0 <= label_smoothing < 1:
             raise InputError("label_smoothing", "a number from 0 to below 1", label_smoothing)
-        self.backbone = backbone
-        self.head = head
+        self.backbone, self.head = backbone, head
         self.ways, self.shots, self.total_steps = ways, shots, total_steps
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
         self.schedule, self.label_smoothing, self.on_failed_step = schedule, label_smoothing, on_failed_step
@@ -147,11 +132,10 @@ class EpisodicModule(pl.LightningModule):
         tasks = [rank + task * world_size for task in tasks or range(batch[1].shape[:-1].numel())]
         self._failed = self._failed or {"step": self._step(batch_index), "tasks": tasks, "cause": cause}
         if self.on_failed_step == "raise":
-            raise_failure(self._failed, error)
+            training.raise_failure(self._failed, error)
         # The gradient passes through the backbone, because other processes may wait for its reduction.
-        return torch.nan * sum(
-            (value.sum() for value in (features, *self.parameters()) if value.requires_grad), features.new_zeros(())
-        )
+        differentiable = (value for value in (features, *self.parameters()) if value.requires_grad)
+        return torch.nan * sum((value.sum() for value in differentiable), features.new_zeros(()))
 
     def on_before_optimizer_step(self, optimizer: optim.Optimizer) -> None:
         """Apply the policy `on_failed_step` if the reduced gradients are not finite, in all processes alike.
@@ -177,7 +161,7 @@ class EpisodicModule(pl.LightningModule):
 
     def _fail(self, failures: list[dict[str, Any]], before: dict[str, Tensor], optimizer: optim.Optimizer) -> None:
         if self.on_failed_step == "raise":
-            raise_failure(failures[0])
+            training.raise_failure(failures[0])
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, value in self.named_buffers():
@@ -186,7 +170,7 @@ class EpisodicModule(pl.LightningModule):
         self.failures += failures
         for failure in failures if self.trainer.is_global_zero else ():
             action = "the training stops before" if self.on_failed_step == "stop" else "skipped"
-            _log.warning("%s %s (%s)", action, format_step(failure), failure["cause"])
+            _log.warning("%s %s (%s)", action, training.format_step(failure), failure["cause"])
         if self.on_failed_step == "stop":
             self.trainer.should_stop = True
 
@@ -223,17 +207,12 @@ class EpisodicModule(pl.LightningModule):
 
     def _episodes(self, features: Tensor, labels: Tensor) -> EpisodeLoss:
         episode = split_task(features, labels, shots=self.shots)
-        return episode_loss(self.head, episode, ways=self.ways, label_smoothing=self.label_smoothing)
+        return training.episode_loss(self.head, episode, ways=self.ways, label_smoothing=self.label_smoothing)
 
     def configure_optimizers(self) -> Any:
-        """Return SGD with Nesterov momentum on all parameters, and the schedule, which changes with every step."""
-        optimizer = optim.SGD(
-            self.parameters(),
-            lr=self.learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            nesterov=self.momentum > 0,
-        )
+        """Return SGD with Nesterov momentum on all parameters, and the schedule per step."""
+        rates: Any = {"lr": self.learning_rate, "momentum": self.momentum, "weight_decay": self.weight_decay}
+        optimizer = optim.SGD(self.parameters(), nesterov=self.momentum > 0, **rates)
         # `trainer.estimated_stepping_batches` would set up the data before the loader's state is restored.
         factor = SCHEDULES[self.schedule]
         schedule = optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step / self.total_steps))
@@ -242,5 +221,5 @@ class EpisodicModule(pl.LightningModule):
 
 def _first_non_finite_tasks(labels: Tensor, *values: Tensor) -> list[int]:
     """The tasks with non-finite values, in the first of several tensors `(*tasks, ...)` that has any."""
-    found = (non_finite_tasks(each, labels.ndim - 1) for each in values)
+    found = (training.non_finite_tasks(each, labels.ndim - 1) for each in values)
     return next(filter(None, found), [])
