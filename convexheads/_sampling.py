@@ -1,20 +1,22 @@
-"""Random episodes of cached features, for `evaluate` and `calibrate`."""
+"""Random episodes of cached features, and the progress bars of an evaluation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from operator import index
+from typing import TypeVar
 
 import torch
 from jaxtyping import Integer
 from torch import Tensor
 
 from convexheads import _validation
-from convexheads._progress import track
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
+
+_T = TypeVar("_T")
 
 
 def fit_episodes(
@@ -91,3 +93,12 @@ def sample_episodes(
         torch.stack([members[c][choose(per_class, len(members[c]))] for c in choose(ways, len(classes)).tolist()])
         for _ in range(episodes)
     )
+
+
+def track(batches: Iterable[_T], title: str, progress: bool, *, total: int | None = None) -> Iterable[_T]:
+    """Iterate over batches with a progress bar; there is none if `progress` is False or tqdm is missing."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return batches
+    return tqdm(batches, title, total, leave=False, disable=not progress, unit="batch")

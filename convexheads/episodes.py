@@ -31,19 +31,13 @@ class Episode(NamedTuple):
 def split_task(data: Tensor, labels: Integer[Tensor, "*batch n"], *, shots: int) -> Episode:
     """Split a task, as learn2learn's tasksets return it, into support and query.
 
-    The first `shots` examples of each class are the support and the others the query; both keep the order.
+    The first `shots` examples of each class are the support and the others, at least one per class, the query. Both
+    keep the order and the labels. All tasks of a batch need the same number of classes.
 
     Args:
         data: Images or features, `(*batch, n, ...)`.
         labels: Integers in any order, `(*batch, n)`.
         shots: Number of support examples per class, at least 1.
-
-    Returns:
-        Support and query with the same leading dimensions, and their labels, which are not renumbered.
-
-    Raises:
-        InputError: An argument is unusable: for example, a class has no example left for the query, or the tasks of a
-            batch differ in their number of classes.
 
     Example:
         `episode = split_task(*taskset.sample(), shots=5)`

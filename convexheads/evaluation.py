@@ -12,8 +12,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convexheads._progress import track
-from convexheads._sampling import fit_episodes
+from convexheads._sampling import fit_episodes, track
 from convexheads._validation import check_bool, check_positive_ints, describe_type, is_dense
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead
@@ -176,10 +175,9 @@ def calibrate(
 
     Use it when probabilities matter, and not only the predicted class.
 
-    Arguments and errors are those of `evaluate`. The scores of `head`, which stays unchanged, grow with its `scale`;
-    `features` and `labels` are of classes that were held out from training. `ways`, `shots`, on which the best
-    temperature depends, and `queries` are sizes of an episode; and there are `episodes`, `batch_size`, `seed` and
-    `progress`.
+    The scores of `head`, which stays unchanged, must grow with its `scale`. The `features` and `labels` should be of
+    classes that were held out from training. The best temperature depends on `shots`. `ways`, `queries`, `episodes`,
+    `batch_size`, `seed`, `progress` and the errors are those of `evaluate`.
 
     Example:
         `head = calibrate(RidgeHead(), features, labels, shots=5)`, then
@@ -215,16 +213,13 @@ def calibrate(
 
 
 def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progress: bool = True) -> Tensor:
-    """Compute the features of all images for `evaluate`, in evaluation mode and without gradients.
+    """Compute the features of all images for `evaluate`, `(examples, d)`, in evaluation mode and without gradients.
 
     Args:
         backbone: The module from images to features, which are flattened to `(batch, d)`. Its mode is restored.
-        images: Images of any dtype that the backbone accepts, `(examples, ...)`.
+        images: Images of any dtype that the backbone accepts, `(examples, ...)`; the features are on their device.
         batch_size: Number of images per call of the backbone.
         progress: Whether to show a progress bar, which needs tqdm.
-
-    Returns:
-        Features `(examples, d)`, on the device of the images.
 
     Example:
         `features = embed(backbone, images)`

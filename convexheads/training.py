@@ -38,9 +38,8 @@ class EpisodeLoss(NamedTuple):
 
     Attributes:
         loss: The mean cross-entropy of the query logits over all episodes, a scalar `()`.
-        metrics: Scalars by name: "loss" and "accuracy" (0 to 1) of the queries. If the head solves iteratively, also
-            "gap", the largest certified relative duality gap; "certified", the share of tasks whose gap is within the
-            solver's tolerance; and "iterations", the mean over the tasks, if the solver reports them.
+        metrics: Scalars by name: "loss" and "accuracy", and "gap", "certified" and "iterations" if the head solves
+            iteratively, as `EpisodicModule` describes them.
         logits: Logits of the queries, `(*tasks, q, ways)`.
     """
 

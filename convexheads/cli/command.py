@@ -21,10 +21,7 @@ from convexheads.models.pretrained import list_pretrained
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line.
-
-    Args:
-        arguments: Command-line arguments; by default those of the process.
+    """Run the command line with these `arguments`, by default those of the process.
 
     Raises:
         SystemExit: With a message and status 1 after an error of convexheads or the file system, with status 2 for

@@ -28,9 +28,11 @@ HEADS: dict[str, Callable[[], heads.ClassificationHead]] = {
 }
 """The heads of `FolderClassifier`, by name, with hyperparameters for features of length one."""
 
+_SETTINGS = ("classes", "features", "head", "scale")
+
 
 class Prediction(NamedTuple):
-    """The predicted class of a file. `FolderClassifier.predict` returns it.
+    """The predicted class of a file, as `FolderClassifier.predict` returns it.
 
     Attributes:
         path: Path of the file.
@@ -46,7 +48,7 @@ class Prediction(NamedTuple):
 class FolderClassifier:
     """A head fitted on the features of a few files per class.
 
-    `from_folder` and `load` make one, and keep the arguments `classes`, `features`, `head` and `scale` as attributes.
+    `from_folder` and `load` make one. The attributes `classes`, `features`, `head` and `scale` are its arguments.
 
     Args:
         classes: Class names; `from_folder` sorts them.
@@ -141,7 +143,7 @@ class FolderClassifier:
 
         After an `OSError`, an older file is unchanged.
         """
-        settings = {"classes": self.classes, "features": self.features, "head": self.head, "scale": self.scale}
+        settings = {name: getattr(self, name) for name in _SETTINGS}
         tensors = {"support": self._support, "labels": self._labels}
         _storage.save(path, tensors, settings, key="classifier", needed_by="FolderClassifier")
 
@@ -156,7 +158,7 @@ class FolderClassifier:
         try:
             tensors, settings = _storage.load(path, key="classifier", needed_by="FolderClassifier")
             support, labels = tensors["support"], tensors["labels"]
-            values = {name: settings[name] for name in ("classes", "features", "head", "scale")}
+            values = {name: settings[name] for name in _SETTINGS}
             named = values["features"] = str(values["features"])
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise InputError("classifier", "a complete file of `FolderClassifier.save`", f"{path} ({error})") from error

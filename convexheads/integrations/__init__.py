@@ -10,16 +10,13 @@ from convexheads.errors import MissingDependencyError
 
 
 def require_version(module: str, requirement: str, *, extra: str, needed_by: str = "") -> None:
-    """Raise an error unless a supported version of a package is installed.
+    """Raise `MissingDependencyError` unless a supported version of a package is installed.
 
     Args:
         module: Name by which the package is imported.
         requirement: Name by which the package is installed, with its supported versions: "scikit-learn>=1.6,<2".
         extra: The extra of convexheads that the package belongs to.
         needed_by: The object that needs the package, for the message; by default the adapter named like the extra.
-
-    Raises:
-        MissingDependencyError: The package is missing, or of another version.
     """
     needed_by = needed_by or f"convexheads.integrations.{extra}"
     package = re.split("[<>=]", requirement)[0]

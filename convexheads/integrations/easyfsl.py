@@ -44,11 +44,9 @@ class HeadClassifier(FewShotClassifier):
         self.fitted: FittedClassifier | None = None
 
     def process_support_set(self, support_images: Tensor, support_labels: Tensor) -> None:
-        """Fit the head and keep the result until the next call.
+        """Fit the head to `support_images` `(n, *image)` with `support_labels` from 0 to k - 1, `(n,)`.
 
-        Args:
-            support_images: Images `(n, *image)`, or features `(n, d)` if there is no backbone.
-            support_labels: Integers from 0 to k - 1, `(n,)`.
+        The result is kept until the next call. Without a backbone, the images are features `(n, d)`.
         """
         classes = support_labels.unique()
         if not torch.equal(classes, torch.arange(len(classes), device=classes.device)):

@@ -21,8 +21,8 @@ class HeadClassifier(nn.Module):
     `SVMHead(C=0.1, smoothing=1.0)` it computes the same as `SVClassifier()`, except that the latter stops early; with
     `PrototypeHead()` the same as `PrototypicalClassifier()`.
 
-    What differs: labels may be any integers, which are renumbered in ascending order, as `PrototypicalClassifier` does
-    (`SVClassifier` expects 0 to k - 1); leading dimensions hold several tasks; and a call before the fit is an error.
+    What differs from `SVClassifier`: labels may be any integers, which are renumbered in ascending order; leading
+    dimensions hold several tasks; and a call before the fit is an error.
 
     Use it when you train with learn2learn's Lightning modules.
 
@@ -49,11 +49,11 @@ class HeadClassifier(nn.Module):
             raise InputError("head", "a classification head of convexheads, such as SVMHead(C=0.1)", repr(head))
         self.head = head
         self.fitted: FittedClassifier | None = None
-        if (support is None) != (labels is None):
-            missing = "support" if support is None else "labels"
-            raise InputError(missing, "support and labels together, or neither", "None")
         if support is not None and labels is not None:
             self.fit_(support, labels, ways)
+        elif support is not None or labels is not None:
+            missing = "support" if support is None else "labels"
+            raise InputError(missing, "support and labels together, or neither", "None")
 
     def fit_(self, support: Tensor, labels: Tensor, ways: int | None = None) -> None:
         """Fit the head and keep the result, with its gradients, until the next call.

@@ -24,12 +24,11 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     """A head with scikit-learn's interface, for pipelines, grid searches and cross-validation.
 
     Labels may be strings or any numbers. There is no intercept unless the kernel has one:
-    `SVMHead(C=1.0, kernel=Linear() + Constant(1.0))`. Memory grows with the square of the number of samples.
+    `SVMHead(C=1.0, kernel=Linear() + Constant(1.0))`. The arguments of the head and of its kernel are parameters too,
+    such as `head__C` and `head__kernel__length_scale`, so that a search can vary them.
 
-    The arguments of the head and of its kernel are parameters too, such as `head__C` and `head__kernel__length_scale`,
-    so that a search can vary them.
-
-    Use it when you compare a head with scikit-learn's classifiers on up to a few thousand samples.
+    Use it when you compare a head with scikit-learn's classifiers on up to a few thousand samples: memory grows with
+    the square of their number.
 
     Args:
         head: A classification head; None stands for `SVMHead(C=1.0)`, the Crammer-Singer SVM.
@@ -37,8 +36,6 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     Attributes:
         classes_: The sorted labels, `(k,)`.
         fitted_: The fitted head, with its certificate: `classifier.fitted_.solution.gap`.
-        n_features_in_: Number of features, d.
-        feature_names_in_: Names of the features, if the data had names.
 
     Raises:
         ValueError: The data or the head are unusable; `convexheads.InputError` and `sklearn.exceptions.NotFittedError`

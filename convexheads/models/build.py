@@ -12,24 +12,19 @@ from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, SVMHead
 from convexheads.hyperparameters import Learnable
 from convexheads.models.backbone import Backbone
-from convexheads.models.convolutional import Conv4, R2D2Network
+from convexheads.models.networks import WRN28, Conv4, R2D2Network, ResNet12
 from convexheads.models.presets import metaoptnet_ridge, metaoptnet_svm, protonet
-from convexheads.models.resnet import WRN28, ResNet12
 
 BACKBONES: dict[str, type[Backbone]] = {"conv4": Conv4, "r2d2": R2D2Network, "resnet12": ResNet12, "wrn28": WRN28}
 """The classes that `build_backbone` knows, by name."""
-
-
-def _svm_smoothed() -> SVMHead:
-    # Smoothing adds to the diagonal of the Gram matrix, which is 150 to 300 for these backbones' features.
-    return SVMHead(C=0.1, smoothing=100.0, scale=Learnable(1.0))
 
 
 HEADS: dict[str, Callable[[], ClassificationHead]] = {
     "svm": metaoptnet_svm,
     "ridge": metaoptnet_ridge,
     "prototypes": protonet,
-    "svm-smoothed": _svm_smoothed,
+    # Smoothing adds to the diagonal of the Gram matrix, which is 150 to 300 for the features of these backbones.
+    "svm-smoothed": lambda: SVMHead(C=0.1, smoothing=100.0, scale=Learnable(1.0)),
 }
 """The functions that `build_head` calls, by name."""
 

@@ -43,9 +43,6 @@ def metaoptnet_ridge(variant: Variant = "paper") -> RidgeHead:
     Args:
         variant: "paper" is Eq. 11 (without its misprinted constants); "reference_code" returns twice its scores, as the
             authors' code does, by a scale that starts at 2.
-
-    Example:
-        `head = metaoptnet_ridge()`
     """
     return RidgeHead(50.0, scale=Learnable(2.0 if _is_reference_code(variant) else 1.0))
 
@@ -59,9 +56,6 @@ def protonet(variant: Variant = "paper") -> PrototypeHead:
 
     Args:
         variant: "paper" and "reference_code" are the same for this head.
-
-    Example:
-        `head = protonet()`
     """
     _is_reference_code(variant)
     return PrototypeHead(kernel=Linear(normalize=True), scale=Learnable(1.0))
@@ -78,9 +72,6 @@ def r2d2(variant: Variant = "paper") -> RidgeHead:
         variant: "paper" learns lambda, a scale and a bias, which start at 1, 1e-4 and 0; "reference_code" is the R2-D2
             head in the code published by Lee et al. 2019: lambda = 50, fixed, a learnable scale that starts at 1, and
             no bias.
-
-    Example:
-        `head = r2d2()`
     """
     if _is_reference_code(variant):
         return RidgeHead(50.0, scale=Learnable(1.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,11 +55,8 @@ def load_pretrained(name: str | Path) -> Pretrained:
     """
     if not isinstance(name, str | Path):
         raise InputError("name", "a name or a path", describe(name))
-    try:
-        places = WEIGHTS_DIR / f"{name}.safetensors", Path(name) / "model.safetensors", Path(name)
-        path = next((path for path in places if path.is_file()), None)
-    except OSError:  # the name is too long for the file system
-        path = None
+    places = WEIGHTS_DIR / f"{name}.safetensors", Path(name) / "model.safetensors", Path(name)
+    path = next(filter(os.path.isfile, places), None)  # unlike Path's method, also for names of any length
     if path is None:
         expected = f"a file or folder of trained weights, or one of {', '.join(list_pretrained())}"
         raise InputError("name", expected, repr(str(name)))

@@ -23,9 +23,9 @@ _log = logging.getLogger("convexheads.integrations.lightning")
 class EpisodicModule(pl.LightningModule):
     """Trains a backbone so that a head fitted on an episode's support set classifies its query set.
 
-    The loss is the cross-entropy of the query logits (Eq. 12 of Lee et al., "Meta-Learning with Differentiable Convex
-    Optimization", CVPR 2019), averaged over the queries of all episodes of a batch. What differs: support and query
-    images pass through the backbone in one call and share their batch statistics; the reference code uses two calls.
+    The loss is the mean cross-entropy of all queries (Eq. 12 of Lee et al., "Meta-Learning with Differentiable Convex
+    Optimization", CVPR 2019). What differs: support and query images pass through the backbone in one call and share
+    their batch statistics; the reference code uses two calls.
 
     A batch is a pair of samples `(*tasks, n, *sample)` and labels `(*tasks, n)`, integers from 0 to ways - 1 in any
     order, with more than `shots` samples per class: the first `shots` of each class are the support.
@@ -69,9 +69,8 @@ class EpisodicModule(pl.LightningModule):
             cannot be told apart) and "cause". Checkpoints contain them.
 
     Example:
-        With `batches` a list of such pairs, `loader = DataLoader(batches, batch_size=None)`, then
-        `module = EpisodicModule(backbone, SVMHead(), ways=5, shots=5, total_steps=len(loader))` and
-        `Trainer(max_epochs=1).fit(module, loader)`
+        `module = EpisodicModule(backbone, SVMHead(), ways=5, shots=5, total_steps=len(loader))`, then
+        `Trainer(max_epochs=1).fit(module, loader)`, where `loader` is an `EpisodeLoader`
     """
 
     def __init__(
