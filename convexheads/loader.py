@@ -47,8 +47,8 @@ class EpisodeLoader:
         resample_each_epoch: Whether each epoch has new episodes. False is for validation.
         rank: Rank of this process, which gets every `world_size`-th episode.
         world_size: Number of processes.
-        num_workers: Number of worker processes of PyTorch's `DataLoader`, which prepare the next batches. It only
-            affects the speed, if `transform` takes about as long as a training step.
+        num_workers: Number of worker processes of PyTorch's `DataLoader`, which prepare the next batches. The batches
+            do not depend on it. Workers pay off if `transform` takes about as long as a training step.
 
     Raises:
         InputError: An argument is unusable: for example, there are fewer classes than `ways`, a class has fewer samples

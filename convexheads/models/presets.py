@@ -1,7 +1,7 @@
 """Heads with the hyperparameters of the literature, as in the paper or as in the authors' code.
 
-What differs from papers and code: the scale stays positive, while that of the authors' code may become negative, and
-problems are solved to optimality.
+What differs from the papers and their code: problems are solved to optimality, and the scale stays positive, while that
+of the code may become negative.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ Variant = Literal["paper", "reference_code"]
 def metaoptnet_svm(variant: Variant = "paper") -> SVMHead:
     """MetaOptNet-SVM (Lee et al. 2019): C = 0.1 and a learnable scale that starts at 1.
 
-    The paper stops qpth after 3 iterations, the code after 15; `head.solver = QpthSolver(max_iterations=3)` does the
-    same.
+    With `head.solver = QpthSolver(max_iterations=3)`, the solver stops as early as in the paper; the code has 15.
 
     Use it when you reproduce MetaOptNet, or as a strong default for meta-training.
 

@@ -84,6 +84,17 @@ def test_the_head_sees_features_of_length_one(tmp_path: Path) -> None:
     assert classifier.predict([]) == []
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_paths_may_be_strings(tmp_path: Path, kind: type) -> None:
+    for name, row in zip("ab", np.eye(2), strict=True):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        np.save(tmp_path / "train" / name / "x.npy", row)
+    saved, query = kind(tmp_path / "own.safetensors"), kind(tmp_path / "train" / "b" / "x.npy")
+    FolderClassifier.from_folder(kind(tmp_path / "train"), features="npy").save(saved)
+    (prediction,) = FolderClassifier.load(saved).predict([query])
+    assert prediction.label == "b"
+
+
 def test_images_by_a_pretrained_backbone(tmp_path: Path) -> None:
     digits = load_digits(n_class=4)
     for number, (pixels, label) in enumerate(zip(digits.images[:120], digits.target[:120], strict=True)):
