@@ -1,29 +1,75 @@
-"""Random episodes of cached features, for `evaluate` and `calibrate`."""
+"""Random episodes of cached features, and the progress bars of an evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from operator import index
+from typing import TypeVar
 
 import torch
 from jaxtyping import Integer
 from torch import Tensor
 
-from convexheads._progress import progress_bar
-from convexheads._validation import (
-    check_bool,
-    check_finite,
-    check_positive_ints,
-    check_rank,
-    check_seed,
-    describe_type,
-    is_float_tensor,
-    is_integer_tensor,
-)
+from convexheads import _validation
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
+
+_T = TypeVar("_T")
+
+
+def fit_episodes(
+    head: ClassificationHead,
+    features: Tensor,
+    labels: Tensor,
+    title: str,
+    *,
+    ways: int,
+    shots: int,
+    queries: int,
+    episodes: int,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[FittedClassifier, Tensor, Tensor]]:
+    """Yield the head fitted on each batch of episodes, its logits and the labels, without gradients.
+
+    The arguments are those of `evaluate`, and the title of the progress bar.
+    """
+    _validation.check_positive_ints(ways=ways, shots=shots, queries=queries, episodes=episodes, batch_size=batch_size)
+    _validation.check_seed(seed)
+    _validation.check_rank(rank, world_size)
+    _validation.check_bool("progress", progress)
+    ways, shots, queries, episodes, batch_size = map(index, (ways, shots, queries, episodes, batch_size))
+    seed, rank, world_size = map(index, (seed, rank, world_size))
+    if world_size > episodes:
+        raise InputError("world_size", f"at most the {episodes} episodes", world_size)
+    if not isinstance(head, ClassificationHead):
+        raise InputError("head", "a classification head", type(head).__name__)
+    if not _validation.is_float_tensor(features):
+        raise InputError("features", "a tensor of floating-point values", _validation.describe_type(features))
+    if not _validation.is_integer_tensor(labels):
+        raise InputError("labels", "a tensor of integers", _validation.describe_type(labels))
+    if features.ndim != 2 or labels.shape != features.shape[:1]:
+        got = f"shapes {tuple(features.shape)} and {tuple(labels.shape)}"
+        raise InputError("features, labels", "(examples, d) and (examples,)", got)
+    _validation.check_finite("features", features)
+    draws = islice(sample_episodes(labels, ways, shots + queries, episodes, seed), rank, None, world_size)
+    support_labels, query_labels = (
+        torch.arange(ways, device=features.device).repeat_interleave(count) for count in (shots, queries)
+    )
+    batches = iter(lambda: list(islice(draws, batch_size)), [])
+    total = math.ceil(len(range(rank, episodes, world_size)) / batch_size)
+    for batch in track(batches, title, progress, total=total):
+        chosen = features[torch.stack(batch).to(features.device)]
+        support, query = chosen[:, :, :shots].flatten(1, 2), chosen[:, :, shots:].flatten(1, 2)
+        with torch.no_grad():
+            fitted = head.fit(support, support_labels.expand(len(batch), -1), ways=ways)
+            logits = fitted(query)
+        yield fitted, logits, query_labels
 
 
 def sample_episodes(
@@ -35,12 +81,8 @@ def sample_episodes(
     if len(classes) < ways:
         raise InputError("labels", f"at least ways={ways}", f"{len(classes)} classes")
     if (counts < per_class).any():
-        worst = int(counts.argmin())
-        raise InputError(
-            "labels",
-            f"at least shots + queries = {per_class}",
-            f"{counts[worst].item()} examples of class {classes[worst].item()}",
-        )
+        label, count = classes[counts.argmin()].item(), counts.min().item()
+        raise InputError("labels", f"at least shots + queries = {per_class}", f"{count} examples of class {label}")
     members = [(labels == label).nonzero().squeeze(-1) for label in classes]
     generator = torch.Generator().manual_seed(seed)
 
@@ -53,60 +95,10 @@ def sample_episodes(
     )
 
 
-@dataclass(frozen=True)
-class FeatureEpisodes:
-    """Random episodes of cached features; the attributes are arguments of `evaluate`."""
-
-    features: Tensor
-    labels: Tensor
-    ways: int
-    shots: int
-    queries: int
-    episodes: int
-    batch_size: int
-    seed: int
-    rank: int = 0
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        names = ("ways", "shots", "queries", "episodes", "batch_size")
-        check_positive_ints(**{name: getattr(self, name) for name in names})
-        check_seed(self.seed)
-        check_rank(self.rank, self.world_size)
-        for name in (*names, "seed", "rank", "world_size"):  # as Python's integers, whatever has an `__index__`
-            object.__setattr__(self, name, index(getattr(self, name)))
-        if self.world_size > self.episodes:
-            raise InputError("world_size", f"at most the {self.episodes} episodes", self.world_size)
-        for name, value, right, expected in (
-            ("features", self.features, is_float_tensor, "floating-point"),
-            ("labels", self.labels, is_integer_tensor, "integer"),
-        ):
-            if not right(value):
-                raise InputError(name, f"a tensor of {expected} values", describe_type(value))
-        if self.features.ndim != 2 or self.labels.shape != self.features.shape[:1]:
-            got = f"shapes {tuple(self.features.shape)} and {tuple(self.labels.shape)}"
-            raise InputError("features, labels", "(examples, d) and (examples,)", got)
-        check_finite("features", self.features)
-
-    def fit_batches(
-        self, head: ClassificationHead, title: str, progress: bool
-    ) -> Iterator[tuple[FittedClassifier, Tensor, Tensor]]:
-        """Yield the head fitted on each batch of episodes, its logits and the labels, without gradients."""
-        if not isinstance(head, ClassificationHead):
-            raise InputError("head", "a classification head", type(head).__name__)
-        check_bool("progress", progress)
-        device, ways, shots = self.features.device, self.ways, self.shots
-        draws = sample_episodes(self.labels, ways, shots + self.queries, self.episodes, self.seed)
-        draws = islice(draws, self.rank, None, self.world_size)
-        fit_labels = torch.arange(ways, device=device).repeat_interleave(shots)
-        truth = torch.arange(ways, device=device).repeat_interleave(self.queries)
-        total = len(range(self.rank, self.episodes, self.world_size))
-        with torch.no_grad(), progress_bar(total, title, progress) as bar:
-            while batch := [draw for _, draw in zip(range(self.batch_size), draws, strict=False)]:
-                chosen = self.features[torch.stack(batch).to(device)]
-                support, query = chosen[:, :, :shots].flatten(1, 2), chosen[:, :, shots:].flatten(1, 2)
-                fitted = head.fit(support, fit_labels.expand(len(batch), -1), ways=ways)
-                logits = fitted(query)
-                with torch.enable_grad():
-                    yield fitted, logits, truth
-                bar.update(len(batch))
+def track(batches: Iterable[_T], title: str, progress: bool, *, total: int | None = None) -> Iterable[_T]:
+    """Iterate over batches with a progress bar; there is none if `progress` is False or tqdm is missing."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return batches
+    return tqdm(batches, title, total, leave=False, disable=not progress, unit="batch")

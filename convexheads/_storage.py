@@ -17,13 +17,7 @@ from convexheads.errors import MissingDependencyError
 
 
 def atomic_write(path: str | Path, content: bytes | memoryview) -> None:
-    """Replace a file by a complete new one, or leave it as it is.
-
-    The content is written under a temporary name and flushed to the disk before the file is renamed.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
+    """Replace a file by a complete new one; after an `OSError`, the old one is unchanged."""
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -38,26 +32,17 @@ def atomic_write(path: str | Path, content: bytes | memoryview) -> None:
 def save(path: str | Path, tensors: dict[str, Tensor], settings: dict[str, Any], *, key: str, needed_by: str) -> None:
     """Write tensors and settings as safetensors; `key` names the kind of file.
 
-    The value of this key consists of the checksum of everything else and the settings. (With two keys, their order
-    would change from one file to the next.)
-
-    Raises:
-        OSError: The file cannot be written.
-        MissingDependencyError: safetensors is not installed.
+    The value of this key contains the checksum and the settings, because the order of two keys would be random.
     """
-    safetensors = _safetensors(needed_by)
-    tensors, text = {name: value.contiguous() for name, value in tensors.items()}, json.dumps(settings)
+    safetensors, text = _safetensors(needed_by), json.dumps(settings)
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
     atomic_write(path, safetensors.torch.save(tensors, {key: f"{_digest(tensors, text)} {text}"}))
 
 
 def load(path: str | Path, *, key: str, needed_by: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and the settings of a file of the kind `key`.
 
-    Raises:
-        OSError: There is no such file.
-        KeyError: The file is of another kind.
-        ValueError: The file is damaged.
-        MissingDependencyError: safetensors is not installed.
+    Raises `KeyError` if the file is of another kind, `ValueError` if it is damaged.
     """
     safetensors = _safetensors(needed_by)
     try:
@@ -75,11 +60,8 @@ def load(path: str | Path, *, key: str, needed_by: str) -> tuple[dict[str, Tenso
 def load_torch(path: str | Path) -> Any:
     """Read a file of `torch.save` that contains only tensors, numbers, text and containers of them, on the CPU.
 
-    Unlike `torch.load`, this verifies the checksums in the file, so that altered bytes are not read as values.
-
-    Raises:
-        OSError: There is no such file.
-        ValueError: The file is damaged or contains something else.
+    Raises `ValueError` if the file is damaged or contains something else. Unlike `torch.load`, this verifies the
+    checksums in the file, so that altered bytes are not read as values.
     """
     try:
         with ZipFile(path) as archive:

@@ -13,7 +13,7 @@ from convexheads.errors import InputError
 
 
 class Episode(NamedTuple):
-    """The support and query sets of a task, with any leading dimensions. `split_task` returns it.
+    """The support and query sets of a task, with any leading dimensions, as `split_task` returns them.
 
     Attributes:
         support: Images or features to fit on, `(*batch, n, ...)`.
@@ -31,19 +31,13 @@ class Episode(NamedTuple):
 def split_task(data: Tensor, labels: Integer[Tensor, "*batch n"], *, shots: int) -> Episode:
     """Split a task, as learn2learn's tasksets return it, into support and query.
 
-    The first `shots` examples of each class are the support and the others the query; both keep the order.
+    The first `shots` examples of each class are the support and the others, at least one per class, the query. Both
+    keep the order and the labels. All tasks of a batch need the same number of classes.
 
     Args:
         data: Images or features, `(*batch, n, ...)`.
         labels: Integers in any order, `(*batch, n)`.
         shots: Number of support examples per class, at least 1.
-
-    Returns:
-        Support and query with their labels and the same leading dimensions. Labels are not renumbered.
-
-    Raises:
-        InputError: An argument is unusable: for example, a class has no example left for the query, or the tasks of a
-            batch differ in their number of classes.
 
     Example:
         `episode = split_task(*taskset.sample(), shots=5)`
@@ -54,9 +48,8 @@ def split_task(data: Tensor, labels: Integer[Tensor, "*batch n"], *, shots: int)
     if not is_integer_tensor(labels):
         raise InputError("labels", "a tensor of integers", describe_type(labels))
     if data.shape[: labels.ndim] != labels.shape or labels.ndim < 1:
-        raise InputError(
-            "data", f"the leading dimensions of labels, {tuple(labels.shape)}", f"shape {tuple(data.shape)}"
-        )
+        expected = f"the leading dimensions of labels, {tuple(labels.shape)}"
+        raise InputError("data", expected, f"shape {tuple(data.shape)}")
     batch, n = labels.shape[:-1], labels.shape[-1]
     rows, flat = labels.reshape(batch.numel(), n), data.reshape(batch.numel(), *data.shape[labels.ndim - 1 :])
     if not len(rows):
@@ -71,7 +64,7 @@ def split_task(data: Tensor, labels: Integer[Tensor, "*batch n"], *, shots: int)
     sizes = in_support.sum(-1)
     if (sizes != sizes[0]).any():
         raise InputError(
-            "labels", "the same number in every task of a batch", "tasks with different numbers of classes"
+            "labels", "the same number of classes in every task", "tasks with different numbers of classes"
         )
     order = (~in_support).to(torch.uint8).argsort(dim=-1, stable=True)
     task = torch.arange(len(rows), device=order.device).unsqueeze(-1)

@@ -12,8 +12,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convexheads._progress import progress_bar
-from convexheads._sampling import FeatureEpisodes
+from convexheads._sampling import fit_episodes, track
 from convexheads._validation import check_bool, check_positive_ints, describe_type, is_dense
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead
@@ -23,10 +22,10 @@ _SCALE_BOUNDS = (1e-30, 1e30)  # well within what a `Learnable` represents
 
 
 class Difference(NamedTuple):
-    """The mean difference between the accuracies of two evaluations. `Evaluation.compare` returns it.
+    """The mean difference between the accuracies of two evaluations, as `Evaluation.compare` returns it.
 
     Attributes:
-        mean: Mean difference per episode, positive where the first one is better.
+        mean: Mean difference per episode, positive if the first evaluation is better.
         confidence_interval: Half width of the 95 % confidence interval of `mean`; NaN for a single episode.
     """
 
@@ -37,18 +36,16 @@ class Difference(NamedTuple):
         return f"{100 * self.mean:+.2f} ± {100 * self.confidence_interval:.2f} %"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
-    """Accuracies over episodes, and how well the head's probabilities are calibrated. `evaluate` returns it.
+    """Accuracies, calibration error and certificates over episodes, on the CPU, as `evaluate` returns them.
 
     Attributes:
         accuracies: Accuracy of each episode, in [0, 1], `(episodes,)`.
-        expected_calibration_error: Expected calibration error of the probabilities over all queries of all episodes, in
-            [0, 1]: the mean distance between confidence and accuracy in 15 bins of equal width (Guo et al. 2017).
-            `calibrate` makes it small.
+        expected_calibration_error: Mean distance between confidence and accuracy in 15 bins of equal width, in [0, 1],
+            over all queries of all episodes (Guo et al. 2017). `calibrate` makes it small.
         gaps: Certified relative duality gap of each episode's fit, `(episodes,)`; None for a closed form.
-        converged: Whether each episode's fit is certified to the solver's tolerance, `(episodes,)`; None for a closed
-            form.
+        converged: Whether each fit is certified to the solver's tolerance, `(episodes,)`; None for a closed form.
     """
 
     accuracies: Float[Tensor, " episodes"]
@@ -72,17 +69,10 @@ class Evaluation:
         return _half_width(self.accuracies)
 
     def compare(self, other: Evaluation) -> Difference:
-        """Compare two heads, or two backbones, on the same episodes, where their accuracies differ least by chance.
+        """Compare two heads, or two backbones, on the same episodes: the accuracy of this one minus the `other`.
 
-        Args:
-            other: Another evaluation with the same labels, sizes and seed.
-
-        Returns:
-            The mean of the differences `self - other` per episode, with its confidence interval, which is usually much
-                narrower than those of the two accuracies.
-
-        Raises:
-            InputError: The numbers of episodes differ.
+        The confidence interval of the mean difference is usually much narrower than those of the two accuracies. Both
+        evaluations need the same labels, sizes and seed.
 
         Example:
             `print(evaluate(SVMHead(), features, labels).compare(evaluate(RidgeHead(), features, labels)))`
@@ -91,6 +81,9 @@ class Evaluation:
             raise InputError("other", f"the same {self.episodes} episodes", f"{other.episodes} episodes")
         differences = self.accuracies - other.accuracies
         return Difference(differences.mean().item(), _half_width(differences))
+
+    def __repr__(self) -> str:
+        return f"Evaluation({self})"
 
     def __str__(self) -> str:
         return f"{100 * self.accuracy:.2f} ± {100 * self.confidence_interval:.2f} % ({self.episodes} episodes)"
@@ -134,30 +127,28 @@ def evaluate(
         world_size: Number of processes.
         progress: Whether to show a progress bar, which needs tqdm.
 
-    Returns:
-        Accuracies, calibration error and certificates, on the CPU.
-
     Raises:
-        InputError: The head is no classification head, or an argument is unusable: for example, a class has fewer than
-            `shots + queries` examples.
+        InputError: An argument is unusable: for example, a class has fewer than `shots + queries` examples.
         SolverError: An episode could not be solved and the head's solver has `on_failure="raise"`.
 
     Example:
         `print(evaluate(SVMHead(C=0.1), features, labels, ways=5, shots=1))`
     """
-    accuracies, confidences, correct, gaps, converged = [], [], [], [], []
-    episodes_of = FeatureEpisodes(features, labels, ways, shots, queries, episodes, batch_size, seed, rank, world_size)
-    for fitted, logits, truth in episodes_of.fit_batches(head, f"{ways}-way {shots}-shot", progress):
+    sizes = {"ways": ways, "shots": shots, "queries": queries, "episodes": episodes, "batch_size": batch_size}
+    settings = {"seed": seed, "rank": rank, "world_size": world_size, "progress": progress}
+    title = f"{type(head).__name__}, {ways}-way {shots}-shot"
+    confidences, correct, gaps, converged = [], [], [], []
+    for fitted, logits, truth in fit_episodes(head, features, labels, title, **sizes, **settings):
         confidence, guess = logits.double().softmax(-1).max(-1)
-        correct.append(guess == truth)
-        accuracies.append(correct[-1].double().mean(-1))
         confidences.append(confidence)
+        correct.append(guess == truth)
         if fitted.solution is not None:
             gaps.append(fitted.solution.gap)
             converged.append(fitted.solution.converged)
+    is_correct = torch.cat(correct)
     return Evaluation(
-        torch.cat(accuracies).cpu(),
-        _expected_calibration_error(torch.cat(confidences).flatten(), torch.cat(correct).flatten()),
+        is_correct.double().mean(-1).cpu(),
+        _expected_calibration_error(torch.cat(confidences).flatten(), is_correct.flatten()),
         torch.cat(gaps).cpu() if gaps else None,
         torch.cat(converged).cpu() if converged else None,
     )
@@ -178,40 +169,28 @@ def calibrate(
 ) -> ClassificationHead:
     """Return a copy of a head whose `scale` gives the best probabilities on held-out episodes (temperature scaling).
 
-    The temperature, one positive number, minimizes the cross-entropy over all queries of all episodes (Guo et al.
-    2017, Section 4.2). The scale of the copy is that of the head, divided by the temperature. It is a `Learnable` that
-    does not require gradients: `state_dict` contains it, and a training leaves it unchanged. Accuracies stay the same.
+    The temperature minimizes the cross-entropy over all queries of all episodes (Guo et al. 2017, Section 4.2). The
+    scale of the copy is that of the head, divided by the temperature. It is a `Learnable` that does not require
+    gradients: `state_dict` contains it, and a training leaves it unchanged. Accuracies stay the same.
 
     Use it when probabilities matter, and not only the predicted class.
 
-    Args:
-        head: A classification head whose scores grow with `scale`. It stays unchanged.
-        features: One row per image of classes that were held out from training, `(examples, d)`.
-        labels: The class of each image, any integers, `(examples,)`.
-        ways: Number of classes per episode.
-        shots: Number of support examples per class; the best temperature depends on it.
-        queries: Number of query examples per class.
-        episodes: Number of episodes.
-        batch_size: Number of episodes that are solved at once. It only affects the speed.
-        seed: Random seed.
-        progress: Whether to show a progress bar, which needs tqdm.
-
-    Returns:
-        The calibrated copy.
-
-    Raises:
-        InputError: The head is no classification head, or an argument is unusable: for example, a class has fewer than
-            `shots + queries` examples.
-        SolverError: An episode could not be solved and the head's solver has `on_failure="raise"`.
+    The scores of `head`, which stays unchanged, must grow with its `scale`. The `features` and `labels` should be of
+    classes that were held out from training. The best temperature depends on `shots`. `ways`, `queries`, `episodes`,
+    `batch_size`, `seed`, `progress` and the errors are those of `evaluate`.
 
     Example:
         `head = calibrate(RidgeHead(), features, labels, shots=5)`, then
         `head.fit(support, support_labels).probabilities(query)`
     """
-    episodes_of = FeatureEpisodes(features, labels, ways, shots, queries, episodes, batch_size, seed)
-    scored = [(logits, truth) for _, logits, truth in episodes_of.fit_batches(head, "calibrating", progress)]
-    logits = torch.cat([scores.double().flatten(0, -2) for scores, _ in scored])
-    truth = torch.cat([truth.expand(scores.shape[:-1]).flatten() for scores, truth in scored])
+    sizes = {"ways": ways, "shots": shots, "queries": queries, "episodes": episodes, "batch_size": batch_size}
+    title = f"calibrating {type(head).__name__}"
+    fits = fit_episodes(head, features, labels, title, **sizes, seed=seed, progress=progress)
+    scored = [(logits.double(), truth.expand(logits.shape[:-1])) for _, logits, truth in fits]
+    logits, truth = (
+        torch.cat([scores.flatten(0, -2) for scores, _ in scored]),
+        torch.cat([y.flatten() for _, y in scored]),
+    )
     # The cross-entropy is convex in the factor, which is around one relative to the spread of the logits.
     logits = logits - logits.mean(-1, keepdim=True)
     unit = logits.std().clamp_min(torch.finfo(logits.dtype).tiny)
@@ -225,29 +204,22 @@ def calibrate(
         return value
 
     optimizer.step(loss)
-    calibrated = copy.deepcopy(head)
-    # A factor of zero or below means that the head predicts worse than chance, and any tiny scale is as good.
-    scale = as_tensor(head.scale, unit).item() * (factor / unit).clamp(*_SCALE_BOUNDS).item()
+    # If the factor is negative, the head predicts worse than chance, and any tiny scale is as good.
+    scale = (as_tensor(head.scale, unit) * (factor / unit)).clamp(*_SCALE_BOUNDS).item()
     device = head.scale.value.device if isinstance(head.scale, Learnable) else unit.device
-    del calibrated.scale
-    calibrated.scale = Learnable(min(max(scale, _SCALE_BOUNDS[0]), _SCALE_BOUNDS[1])).to(device).requires_grad_(False)
+    calibrated = copy.deepcopy(head)
+    calibrated.scale = Learnable(scale).to(device).requires_grad_(False)
     return calibrated
 
 
 def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progress: bool = True) -> Tensor:
-    """Compute the features of all images, for `evaluate`: in evaluation mode and without gradients.
+    """Compute the features of all images for `evaluate`, `(examples, d)`, in evaluation mode and without gradients.
 
     Args:
-        backbone: Maps a batch of images to features, which are flattened to `(batch, d)`. Its mode is restored.
-        images: Images of any dtype that the backbone accepts, `(examples, ...)`.
+        backbone: The module from images to features, which are flattened to `(batch, d)`. Its mode is restored.
+        images: Images of any dtype that the backbone accepts, `(examples, ...)`; the features are on their device.
         batch_size: Number of images per call of the backbone.
         progress: Whether to show a progress bar, which needs tqdm.
-
-    Returns:
-        Features `(examples, d)`, on the device of the images.
-
-    Raises:
-        InputError: An argument is unusable, or the backbone does not return features for each image.
 
     Example:
         `features = embed(backbone, images)`
@@ -258,21 +230,18 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
         raise InputError("backbone", "a module", type(backbone).__name__)
     if not is_dense(images) or not images.ndim:
         raise InputError("images", "a tensor of images, (examples, ...)", describe_type(images))
-    training = backbone.training
-    parameter = next(backbone.parameters(), images)
+    features, training = [], backbone.training
+    device = next(backbone.parameters(), images).device
+    batches = images.split(min(batch_size, max(1, len(images))))
     backbone.eval()
-    features = []
     try:
-        with torch.no_grad(), progress_bar(len(images), "embedding", progress) as bar:
-            for batch in images.split(min(batch_size, max(1, len(images)))):
-                found = backbone(batch.to(parameter.device))
-                if not is_dense(found) or found.ndim < 2 or len(found) != len(batch):
-                    got = (
-                        f"a result of shape {tuple(found.shape)}" if isinstance(found, Tensor) else describe_type(found)
-                    )
-                    raise InputError("backbone", "features of each image, (batch, ...)", got)
-                features.append(found.flatten(1).to(images.device))
-                bar.update(len(batch))
+        for batch in track(batches, f"embedding with {type(backbone).__name__}", progress):
+            with torch.no_grad():
+                found = backbone(batch.to(device))
+            if not is_dense(found) or found.ndim < 2 or len(found) != len(batch):
+                got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else describe_type(found)
+                raise InputError("backbone", "features of each image, (batch, ...)", got)
+            features.append(found.flatten(1).to(images.device))
     finally:
         backbone.train(training)
     return torch.cat(features)

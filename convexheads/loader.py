@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import index
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Integer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from convexheads._validation import (
-    as_integer,
-    check_bool,
-    check_positive_ints,
-    check_rank,
-    check_seed,
-    describe,
-    describe_type,
-    is_dense,
-    is_integer_tensor,
-)
+from convexheads import _validation
 from convexheads.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,15 +21,15 @@ if TYPE_CHECKING:
 class EpisodeLoader:
     """An iterable over batches of episodes, one batch per training step.
 
-    An episode depends only on the seed, the step and its index in the batch. A training that is resumed or that is
-    spread over several processes therefore sees the same episodes as an uninterrupted one on a single process. Classes
-    and samples are drawn without replacement, as in learn2learn's tasksets.
+    An episode depends only on the seed, the step and its index in the batch, so that a training that is resumed or
+    spread over several processes sees the same episodes as any other. Classes and samples are drawn without
+    replacement, as in learn2learn's tasksets.
 
-    Each iteration is an epoch of `steps_per_epoch` batches and has episodes of its own, even if the one before was left
+    Each iteration is an epoch of `steps_per_epoch` batches with new episodes, even if the previous iteration was left
     early. `state_dict` and `load_state_dict` resume within an epoch; Lightning keeps this state in its checkpoints.
 
-    Yields samples `(tasks, n, *sample)` and labels `(tasks, n)`, int64 and sorted by class, for `split_task` or
-    `EpisodicModule`: of each episode n = ways * (shots + queries) samples. NumPy has to be installed.
+    A batch is a pair of samples `(tasks, n, *sample)` and labels `(tasks, n)`, int64 and sorted by class, with
+    n = ways * (shots + queries), for `split_task` or `EpisodicModule`. NumPy has to be installed.
 
     Use it when all samples fit into memory, such as images in uint8.
 
@@ -52,18 +42,17 @@ class EpisodeLoader:
         batch_size: Number of episodes per batch, over all processes.
         steps_per_epoch: Number of batches per epoch.
         seed: Random seed.
-        transform: A random transform, applied to each sample. Its draws from PyTorch depend on `seed` as well.
+        transform: A random transform of a sample. Its random numbers from PyTorch depend on `seed` too.
         class_names: Names for error messages, in the order of the sorted labels; by default the labels.
-        resample_each_epoch: Whether every epoch has other episodes. False gives the same ones in each, for validation.
+        resample_each_epoch: Whether each epoch has new episodes. False is for validation.
         rank: Rank of this process, which gets every `world_size`-th episode.
         world_size: Number of processes.
         num_workers: Number of worker processes of PyTorch's `DataLoader`, which prepare the next batches. The batches
-            do not depend on it. Workers pay off where `transform` takes about as long as a training step.
+            do not depend on it. Workers pay off if `transform` takes about as long as a training step.
 
     Raises:
         InputError: An argument is unusable: for example, there are fewer classes than `ways`, a class has fewer samples
-            than `shots + queries`, `batch_size` is not a multiple of `world_size`, or there are workers for samples
-            on another device than the CPU.
+            than `shots + queries`, or `batch_size` is not a multiple of `world_size`.
 
     Example:
         `for samples, labels in EpisodeLoader(images, classes, ways=5, shots=1): ...`
@@ -87,19 +76,20 @@ class EpisodeLoader:
         world_size: int = 1,
         num_workers: int = 0,
     ) -> None:
-        counts = {"ways": ways, "shots": shots, "queries": queries, "batch_size": batch_size}
-        check_positive_ints(**counts, steps_per_epoch=steps_per_epoch)
-        check_seed(seed)
-        check_bool("resample_each_epoch", resample_each_epoch)
-        check_rank(rank, world_size)
+        _validation.check_positive_ints(
+            ways=ways, shots=shots, queries=queries, batch_size=batch_size, steps_per_epoch=steps_per_epoch
+        )
+        _validation.check_seed(seed)
+        _validation.check_bool("resample_each_epoch", resample_each_epoch)
+        _validation.check_rank(rank, world_size)
         if transform is not None and not callable(transform):
             raise InputError("transform", "a function from a sample to a sample, or None", repr(transform))
-        if not is_dense(samples):
-            raise InputError("samples", "a tensor, (n, *sample)", describe_type(samples))
-        if not is_integer_tensor(labels):
-            raise InputError("labels", "a tensor of integers", describe_type(labels))
-        if (workers := as_integer(num_workers)) is None or workers < 0:
-            raise InputError("num_workers", "a number of processes, 0 for none", describe(num_workers))
+        if not _validation.is_dense(samples):
+            raise InputError("samples", "a tensor, (n, *sample)", _validation.describe_type(samples))
+        if not _validation.is_integer_tensor(labels):
+            raise InputError("labels", "a tensor of integers", _validation.describe_type(labels))
+        if (workers := _validation.as_integer(num_workers)) is None or workers < 0:
+            raise InputError("num_workers", "a number of processes, 0 for none", _validation.describe(num_workers))
         if workers and samples.device.type != "cpu":
             raise InputError("samples", "the CPU, or num_workers=0", f"device {samples.device}")
         labels = labels.cpu().long()
@@ -111,13 +101,12 @@ class EpisodeLoader:
         if len(self.members) < ways:
             raise InputError("ways", f"at most the {len(self.members)} classes of the data", ways)
         if class_names is not None and (not isinstance(class_names, Sequence) or len(class_names) != len(present)):
-            raise InputError(
-                "class_names", f"a name for each of the {len(present)} classes, or None", repr(class_names)
-            )
+            expected = f"a name for each of the {len(present)} classes, or None"
+            raise InputError("class_names", expected, repr(class_names))
         self.samples_per_class = index(shots) + index(queries)
         if short := [n for n, members in enumerate(self.members) if len(members) < self.samples_per_class]:
             name, count = (class_names or present)[short[0]], len(self.members[short[0]])
-            expected = f"at least {self.samples_per_class}, for support and query of an episode"
+            expected = f"at least shots + queries = {self.samples_per_class}"
             raise InputError("labels", expected, f"{count} samples of class {name!r}")
         if batch_size % world_size:
             raise InputError("batch_size", f"a multiple of the {world_size} processes", batch_size)
@@ -140,17 +129,16 @@ class EpisodeLoader:
             epoch, done = epoch + (done > 0), 0
         first = epoch * steps if self.resample_each_epoch else 0
         labels = torch.arange(self.ways).repeat_interleave(self.samples_per_class)
-        epoch_steps = range(first + done, first + steps)
-        for step, samples in zip(epoch_steps, self._batches(epoch_steps), strict=True):
+        epoch_steps: Any = range(first + done, first + steps)
+        load: Any = self._batch
+        batches: Iterable[Tensor] = map(load, epoch_steps)
+        if self.num_workers:
+            generator = torch.Generator()  # the default generator is that of the training
+            settings = {"num_workers": self.num_workers, "generator": generator}
+            batches = DataLoader(epoch_steps, batch_size=None, collate_fn=load, **settings)
+        for step, samples in zip(epoch_steps, batches, strict=True):
             self.step = step + 1 if self.resample_each_epoch else (step + 1) % steps
             yield samples, labels.expand(len(samples), -1)
-
-    def _batches(self, steps: range) -> Iterable[Tensor]:
-        if not self.num_workers:
-            return map(self._batch, steps)
-        # With a generator of its own: the default one would be that of the training.
-        generator, settings = torch.Generator(), {"batch_size": None, "num_workers": self.num_workers}
-        return DataLoader(_Batches(self._batch), sampler=steps, generator=generator, **settings)
 
     def _own_tasks(self) -> range:
         return range(self.rank, self.batch_size, self.world_size)
@@ -163,30 +151,18 @@ class EpisodeLoader:
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue the next iteration from a position.
-
-        Args:
-            state: What `state_dict` returned.
-
-        Raises:
-            KeyError: The state has no position.
-        """
+        """Continue the next iteration from the position in `state`, which `state_dict` returned."""
         self.step, self._resumes = state["step"], True
 
     def indices(self, step: int) -> Integer[Tensor, "tasks n"]:
-        """Return the indices of the samples of a step, for samples that are stored elsewhere, such as on a GPU.
+        """Return the indices of the samples of a `step`, counted from 0 over all epochs, for samples stored elsewhere.
 
-        Args:
-            step: The step, counted from 0 over all epochs.
-
-        Returns:
-            Indices into the samples, int64 on the CPU, `(tasks, ways * (shots + queries))`, sorted by class; with
-                several processes, those of this one.
+        They are int64 on the CPU, `(tasks, ways * (shots + queries))`, for the tasks of this process.
         """
         return torch.stack([self._draw(step, task)[0] for task in self._own_tasks()])
 
     def _draw(self, step: int, task: int) -> tuple[Tensor, Generator]:
-        """Draw the samples of an episode; also returns the generator for its further random numbers."""
+        """Draw the indices of an episode; also return the generator for its further random numbers."""
         import numpy as np
 
         draw = np.random.default_rng([self.seed, step, task])
@@ -202,13 +178,3 @@ class EpisodeLoader:
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the default generator
             torch.manual_seed(int(draw.integers(2**63)))
             return torch.stack([self.transform(sample) for sample in samples])
-
-
-class _Batches(Dataset[Tensor]):
-    """The samples of each step, for `DataLoader`."""
-
-    def __init__(self, batch: Callable[[int], Tensor]) -> None:
-        self.batch = batch
-
-    def __getitem__(self, step: int) -> Tensor:
-        return self.batch(step)

@@ -26,23 +26,20 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 """The factor of the learning rate as a function of the completed fraction of the training.
 
-"cosine" falls to zero along one cosine and "constant" stays at 1. "paper" is the schedule of Lee et al. 2019
-(Section 4.1), whose learning rates 0.1, 0.006, 0.0012 and 0.00024 change after 20, 40 and 50 of 60 epochs.
+"paper" is the schedule of Lee et al. 2019 (Section 4.1): 0.1, 0.006, 0.0012 and 0.00024, for 20, 20, 10 and 10 epochs.
 """
-
 
 OnFailedStep = Literal["raise", "skip", "stop"]
 """Policy for a step whose loss or gradient is not finite, or whose episodes could not be solved."""
 
 
 class EpisodeLoss(NamedTuple):
-    """The loss of a batch of episodes and the metrics to log. `episode_loss` returns it.
+    """The loss of a batch of episodes and the metrics to log, as `episode_loss` returns them.
 
     Attributes:
         loss: The mean cross-entropy of the query logits over all episodes, a scalar `()`.
-        metrics: Scalars by name: "loss" and "accuracy" (0 to 1) of the queries. Where the head solves iteratively, also
-            "gap", the largest certified relative duality gap, and "certified", the share of tasks whose gap is within
-            the solver's tolerance; and "iterations", the mean over the tasks, where the solver reports them.
+        metrics: Scalars by name: "loss" and "accuracy", and "gap", "certified" and "iterations" if the head solves
+            iteratively, as `EpisodicModule` describes them.
         logits: Logits of the queries, `(*tasks, q, ways)`.
     """
 
@@ -54,20 +51,11 @@ class EpisodeLoss(NamedTuple):
 def episode_loss(head: ClassificationHead, episode: Episode, *, ways: int, label_smoothing: float = 0.0) -> EpisodeLoss:
     """Compute the loss for training a backbone with a head: fit on each support set, score each query set.
 
-    Only the head reads values from the device.
-
     Args:
         head: The head, which is fitted on every episode of the batch.
         episode: Features and labels, integers from 0 to ways - 1, of support and query; any leading dimensions.
         ways: Number of classes per episode.
         label_smoothing: Label smoothing of the cross-entropy, from 0 to below 1.
-
-    Returns:
-        The loss, the metrics to log, and the logits.
-
-    Raises:
-        InputError: Labels are unusable, or features are not finite.
-        SolverError: An episode could not be solved (see the solver's `on_failure`).
 
     Source: Eq. 12 of Lee et al., "Meta-Learning with Differentiable Convex Optimization" (CVPR 2019).
     """
@@ -85,26 +73,13 @@ def episode_loss(head: ClassificationHead, episode: Episode, *, ways: int, label
 
 
 def format_step(failure: dict[str, Any]) -> str:
-    """Name the step and the tasks of a failure.
-
-    Args:
-        failure: A dictionary of "step", "tasks" (their numbers, empty where they cannot be told apart) and "cause".
-    """
+    """Name the step and the tasks of a failure, one of `EpisodicModule.failures`."""
     tasks = ", ".join(map(str, failure["tasks"]))
     return f"step {failure['step']}" + (f", task {tasks}" if tasks else "")
 
 
 def raise_failure(failure: dict[str, Any], error: Exception | None = None) -> NoReturn:
-    """Raise the error of a failed step for the policy "raise".
-
-    Args:
-        failure: A dictionary as for `format_step`.
-        error: The error of the head, if it raised one.
-
-    Raises:
-        SolverError: The head raised one.
-        InputError: In all other cases.
-    """
+    """Raise the error of a failed step: `SolverError` if that is the error of the head, or else `InputError`."""
     if isinstance(error, SolverError):
         raise SolverError(f"{format_step(failure)}: {error}", error.solution) from error
     expected = "finite values; the policy 'skip' skips such a step, 'stop' ends the training before it"
@@ -112,11 +87,6 @@ def raise_failure(failure: dict[str, Any], error: Exception | None = None) -> No
 
 
 def non_finite_tasks(values: Tensor, dimensions: int) -> list[int]:
-    """List the flat indices of the tasks that contain a value that is not finite.
-
-    Args:
-        values: A tensor `(*tasks, ...)`.
-        dimensions: Number of dimensions of `*tasks`.
-    """
+    """List the tasks with a non-finite value, by flat index; the first `dimensions` dimensions are those of tasks."""
     nonfinite = (~values.isfinite()).flatten(dimensions).any(-1)
     return nonfinite.flatten().nonzero().flatten().tolist()

@@ -277,8 +277,8 @@ MUTATIONS = [
     Mutation(
         "evaluation-ranks",
         "_sampling.py",
-        "draws = islice(draws, self.rank, None, self.world_size)",
-        "draws = islice(draws, 0, None, self.world_size)",
+        "sample_episodes(labels, ways, shots + queries, episodes, seed), rank, None, world_size)",
+        "sample_episodes(labels, ways, shots + queries, episodes, seed), 0, None, world_size)",
         "test_episodes.py::test_processes_share_an_evaluation",
     ),
     Mutation(

@@ -128,7 +128,7 @@ def taskset(data: ImageSet, *, ways: int, samples: int) -> Taskset:
     Raises:
         MissingDependencyError: learn2learn is not installed.
     """
-    require_version("learn2learn", "learn2learn", "0.2", "0.3", extra="learn2learn", needed_by="taskset")
+    require_version("learn2learn", "learn2learn>=0.2,<0.3", extra="learn2learn", needed_by="taskset")
     from learn2learn.data import MetaDataset, Taskset
     from learn2learn.data.transforms import ConsecutiveLabels, FusedNWaysKShots, LoadData, RemapLabels
 

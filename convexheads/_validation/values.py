@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import torch
@@ -88,6 +88,13 @@ def check_bool(name: str, value: object) -> bool:
     """Return the `value` if it is True or False, or raise `InputError`."""
     if not isinstance(value, bool):
         raise InputError(name, "True or False", describe(value))
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> Any:
+    """Return the `value` if it is one of the `choices`, or raise `InputError`."""
+    if not isinstance(value, str) or value not in choices:
+        raise InputError(name, f"one of {', '.join(choices)}", repr(value))
     return value
 
 

@@ -1,6 +1,6 @@
 """The command `convexheads`: few-shot classification of files.
 
-convexheads fit DIR --features text          # a folder per class, with a few files in each
+convexheads fit FOLDER --features text       # one folder per class, with a few files in each
 convexheads predict classifier.safetensors FILES
 """
 
@@ -14,21 +14,18 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from convexheads import __version__
-from convexheads.cli.features import FEATURES, list_files
+from convexheads.cli._features import FEATURES, list_files
 from convexheads.cli.folder import HEADS, FolderClassifier
 from convexheads.errors import ConvexHeadsError, InputError
 from convexheads.models.pretrained import list_pretrained
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line.
-
-    Args:
-        arguments: Command-line arguments; by default those of the process.
+    """Run the command line with these `arguments`, by default those of the process.
 
     Raises:
-        SystemExit: With a message and status 1 for every error of convexheads or the file system, with status 2 for
-            arguments that the command does not have, and with 0 after `--help` and `--version`.
+        SystemExit: With a message and status 1 after an error of convexheads or the file system, with status 2 for
+            unusable arguments, and with 0 after `--help` and `--version`.
     """
     description, _, _ = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(prog="convexheads", description=description)
@@ -43,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = "output file (default: classifier.safetensors)"
     fit.add_argument("--output", type=Path, default=Path("classifier.safetensors"), help=text)
 
-    text = "classify files: print a line of CSV per file, with the probability of every class"
+    text = "classify files: print a line of CSV per file, with the probability of each class"
     predict = commands.add_parser("predict", help=text, description=f"C{text[1:]}.")
     predict.add_argument("classifier", type=Path, help="file that `convexheads fit` wrote")
     predict.add_argument("files", type=Path, nargs="+", help="files or folders")
@@ -55,22 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if ":" in (options.features or ""):
         sys.path.append("")  # finds MODULE in the current folder; at the end, so that it hides no installed package
     try:
-        _check_output(options.output)
+        if (output := options.output) and (output.is_dir() or not output.parent.is_dir()):
+            raise InputError("output", "a file in a folder that exists", output)
         if options.command == "fit":
             classifier = FolderClassifier.from_folder(options.folder, features=options.features, head=options.head)
-            classifier.save(options.output)
+            classifier.save(output)
             hint = "" if classifier.calibrated else " (probabilities are not calibrated: a class has a single file)"
-            print(f"{options.output}: {len(classifier.classes)} classes, {', '.join(classifier.classes)}{hint}")
+            print(f"{output}: {len(classifier.classes)} classes, {', '.join(classifier.classes)}{hint}")
         else:
             classifier = FolderClassifier.load(options.classifier, features=options.features)
-            _predict(classifier, options.files, options.output)
+            _predict(classifier, options.files, output)
     except (ConvexHeadsError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-
-
-def _check_output(path: Path | None) -> None:
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise InputError("output", "a file in a folder that exists", path)
 
 
 def _predict(classifier: FolderClassifier, places: Sequence[Path], output: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""Few-shot classification of files: from a folder per class to a saved classifier.
+"""Few-shot classification of files: from one folder per class to a saved classifier.
 
 Features are frozen: those of a text encoder, of a pretrained backbone, or of a function of the user's.
 """
@@ -12,38 +12,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from convexheads import _storage
-from convexheads.cli.features import (
-    FeatureExtractor,
-    extract_features,
-    list_files,
-    load_feature_extractor,
-    refers_to_code,
-)
+from convexheads import _storage, heads
+from convexheads._validation import check_choice
+from convexheads.cli import _features
 from convexheads.errors import InputError
 from convexheads.evaluation import calibrate
-from convexheads.heads import (
-    ClassificationHead,
-    LinearDiscriminantHead,
-    LogisticHead,
-    PrototypeHead,
-    RidgeHead,
-    SVMHead,
-)
 from convexheads.hyperparameters import as_tensor
 
-HEADS: dict[str, Callable[[], ClassificationHead]] = {
-    "logistic": lambda: LogisticHead(regularization=0.1),
-    "svm": lambda: SVMHead(C=10.0),
-    "ridge": lambda: RidgeHead(regularization=0.1),
-    "prototypes": lambda: PrototypeHead(),
-    "discriminant": lambda: LinearDiscriminantHead(shrinkage=0.5, variance=0.01),
+HEADS: dict[str, Callable[[], heads.ClassificationHead]] = {
+    "logistic": lambda: heads.LogisticHead(regularization=0.1),
+    "svm": lambda: heads.SVMHead(C=10.0),
+    "ridge": lambda: heads.RidgeHead(regularization=0.1),
+    "prototypes": heads.PrototypeHead,
+    "discriminant": lambda: heads.LinearDiscriminantHead(shrinkage=0.5, variance=0.01),
 }
 """The heads of `FolderClassifier`, by name, with hyperparameters for features of length one."""
 
+_SETTINGS = ("classes", "features", "head", "scale")
+
 
 class Prediction(NamedTuple):
-    """The predicted class of a file. `FolderClassifier.predict` returns it.
+    """The predicted class of a file, as `FolderClassifier.predict` returns it.
 
     Attributes:
         path: Path of the file.
@@ -59,26 +48,18 @@ class Prediction(NamedTuple):
 class FolderClassifier:
     """A head fitted on the features of a few files per class.
 
-    `from_folder` and `load` make one.
+    `from_folder` and `load` make one. The attributes `classes`, `features`, `head` and `scale` are its arguments.
 
     Args:
-        classes: Class names.
+        classes: Class names; `from_folder` sorts them.
         features: Name of the features (see `from_folder`).
         head: Name of the head, one of `HEADS`.
         support: Features of the files, of length one, `(n, d)`.
         labels: The class of each file, from 0 to k - 1, `(n,)`.
-        scale: Positive factor of the logits; None for the head's own, which is not calibrated.
+        scale: Positive factor of the logits; None for that of the head, with which probabilities are not calibrated.
         embed: The function from files to features; by default the one that `features` names.
 
-    Attributes:
-        classes: Class names, in the given order; `from_folder` sorts them.
-        features: Name of the features.
-        head: Name of the head.
-        scale: Factor of the logits; None where probabilities are not calibrated.
-        calibrated: Whether probabilities are calibrated, which needs at least two files per class.
-
     Raises:
-        InputError: There are no such features or no such head, or support and labels are unusable.
         MissingDependencyError: A package that the features need is not installed.
         SolverError: The problem of the head could not be solved.
 
@@ -96,10 +77,10 @@ class FolderClassifier:
         support: Tensor,
         labels: Tensor,
         scale: float | None = None,
-        embed: FeatureExtractor | None = None,
+        embed: _features.FeatureExtractor | None = None,
     ) -> None:
         self.classes, self.features, self.head, self.scale = tuple(classes), features, head, scale
-        self._support, self._labels, self._embed = support, labels, embed or load_feature_extractor(features)
+        self._support, self._labels, self._embed = support, labels, embed or _features.load_feature_extractor(features)
         head_module = _make_head(head)
         if scale is not None:
             head_module.scale = scale
@@ -108,45 +89,35 @@ class FolderClassifier:
 
     @property
     def calibrated(self) -> bool:
-        """Whether probabilities are calibrated."""
+        """Whether probabilities are calibrated, which needs at least two files per class."""
         return self.scale is not None
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, features: str, head: str = "logistic") -> FolderClassifier:
         """Fit on a folder that contains one folder per class; one file per class is enough.
 
-        Features are scaled to length one. With at least two files per class, the probabilities are calibrated: the
-        head is fitted many times on all but one file of each class, and its scale is the one that makes the files left
-        out most probable.
+        With at least two files per class, the probabilities are calibrated: the head is fitted many times on all but
+        one file of each class, and its scale is the one that makes the classes of the held-out files most probable.
 
         Args:
             folder: Folder whose subfolders are the classes; hidden subfolders are ignored.
             features: "text", the encoder that the package wordllama contains, for text files in UTF-8; a name or a file
-                of `load_pretrained`, for images; "npy", for files that hold a vector each; or "MODULE:FUNCTION", a
+                of `load_pretrained`, for images; "npy", for files that contain one vector each; or "MODULE:FUNCTION", a
                 function from a list of paths to features `(n, d)`.
             head: One of `HEADS`: "logistic", "svm", "ridge", "prototypes", "discriminant".
-
-        Returns:
-            The classifier.
-
-        Raises:
-            InputError: The folder does not exist or has fewer than two classes, a class has no file, a file is
-                unusable, or there are no such features or no such head.
-            MissingDependencyError: A package that the features need is not installed.
-            SolverError: The problem of the head could not be solved.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError("folder", "a folder that contains one folder per class", folder)
         subfolders = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
-        files = {path.name: list_files(path) for path in subfolders}
+        files = {path.name: _features.list_files(path) for path in subfolders}
         if len(files) < 2:
             raise InputError("folder", "at least 2", f"{folder} with {len(files)} class folders in it")
         if empty := [name for name, members in files.items() if not members]:
             raise InputError("folder", "at least one file per class", f"class {empty[0]!r} without any file")
         _make_head(head)  # an unknown name is an error before the features are computed
-        embed = load_feature_extractor(features)
-        support = extract_features(embed, [path for members in files.values() for path in members])
+        embed = _features.load_feature_extractor(features)
+        support = _features.extract_features(embed, [path for members in files.values() for path in members])
         counts = torch.tensor([len(members) for members in files.values()])
         labels = torch.arange(len(files)).repeat_interleave(counts)
         scale = None
@@ -154,71 +125,44 @@ class FolderClassifier:
             settings = {"ways": len(files), "shots": shots, "queries": 1, "progress": False}
             calibrated = calibrate(_make_head(head), support, labels, **settings)
             scale = as_tensor(calibrated.scale, support).item()
-        return cls(tuple(files), features, head, support=support, labels=labels, scale=scale, embed=embed)
+        return cls(list(files), features, head, support=support, labels=labels, scale=scale, embed=embed)
 
     def predict(self, paths: Sequence[str | Path]) -> list[Prediction]:
-        """Classify files.
-
-        Args:
-            paths: Paths of the files.
-
-        Returns:
-            The path, the most probable class and the probabilities of each file, in the order of `paths`.
-
-        Raises:
-            InputError: A file is missing or unusable; the message names it. Or the features have another size than
-                those of the support.
-        """
+        """Classify the files of these `paths`; the predictions are in the same order."""
         files = [Path(path) for path in paths]
         if not files:
             return []
         with torch.no_grad():
-            features = extract_features(self._embed, files).to(self._support.dtype)
+            features = _features.extract_features(self._embed, files).to(self._support.dtype)
             probabilities = self._fitted.probabilities(features).tolist()
         rows = [dict(zip(self.classes, row, strict=True)) for row in probabilities]
         return [Prediction(path, max(row, key=row.__getitem__), row) for path, row in zip(files, rows, strict=True)]
 
     def save(self, path: str | Path) -> None:
-        """Write the classifier as safetensors. It contains the features of the support, not the files.
+        """Write the classifier, with the features of the support, as safetensors to a `path` in an existing folder.
 
-        The file is written under a temporary name and renamed when it is complete.
-
-        Args:
-            path: Path of the file, in an existing folder.
-
-        Raises:
-            OSError: The file cannot be written.
-            MissingDependencyError: safetensors is not installed.
+        After an `OSError`, an older file is unchanged.
         """
-        settings = {"classes": self.classes, "features": self.features, "head": self.head, "scale": self.scale}
+        settings = {name: getattr(self, name) for name in _SETTINGS}
         tensors = {"support": self._support, "labels": self._labels}
         _storage.save(path, tensors, settings, key="classifier", needed_by="FolderClassifier")
 
     @classmethod
     def load(cls, path: str | Path, *, features: str | None = None) -> FolderClassifier:
-        """Read a file that `save` wrote. Nothing is unpickled, and no code is imported only because the file names it.
+        """Read a file that `save` wrote, without unpickling, and without importing code that only the file names.
 
         Args:
             path: Path of the file.
-            features: "MODULE:FUNCTION", the same as in the file, if the features are a function: this allows importing
-                and calling it.
-
-        Returns:
-            The classifier, which predicts the same as the saved one.
-
-        Raises:
-            InputError: There is no such file, it is damaged, its features do not exist, or they are a function that
-                `features` does not name.
-            MissingDependencyError: safetensors, or a package that the features need, is not installed.
+            features: "MODULE:FUNCTION" as in the file, if its features are a function, to allow importing it.
         """
         try:
             tensors, settings = _storage.load(path, key="classifier", needed_by="FolderClassifier")
             support, labels = tensors["support"], tensors["labels"]
-            values = {name: settings[name] for name in ("classes", "features", "head", "scale")}
+            values = {name: settings[name] for name in _SETTINGS}
             named = values["features"] = str(values["features"])
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise InputError("classifier", "a complete file of `FolderClassifier.save`", f"{path} ({error})") from error
-        if features is None and refers_to_code(named):
+        if features is None and _features.refers_to_code(named):
             expected = f"features={named!r} (--features), which allows importing the code that the file refers to"
             raise InputError("features", expected, f"nothing, for {path}")
         if features not in (None, named):
@@ -226,7 +170,5 @@ class FolderClassifier:
         return cls(**values, support=support, labels=labels)
 
 
-def _make_head(name: str) -> ClassificationHead:
-    if name not in HEADS:
-        raise InputError("head", f"one of {', '.join(HEADS)}", repr(name))
-    return HEADS[name]()
+def _make_head(name: str) -> heads.ClassificationHead:
+    return HEADS[check_choice("head", name, HEADS)]()

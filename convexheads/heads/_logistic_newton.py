@@ -30,7 +30,7 @@ class Optimum(NamedTuple):
     steps: Int[Tensor, "*batch"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SoftmaxKKT:
     """`(K + W^-1)^-1` for each task, an operator on n x k; differentiable.
 

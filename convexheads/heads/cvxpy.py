@@ -30,7 +30,7 @@ _VIOLATION = 1e-5
 _MAX_LAYERS = 64  # kept per `build` function
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CvxpyTask:
     """The CVXPY objects of which a problem is built, for one task of n examples and k classes.
 

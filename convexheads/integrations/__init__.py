@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from importlib import util
 from importlib.metadata import PackageNotFoundError, version
 
 from convexheads.errors import MissingDependencyError
 
 
-def require_version(
-    module: str, package: str, min_version: str, max_version: str, *, extra: str, needed_by: str
-) -> None:
-    """Raise an error unless a supported version of a package is installed.
+def require_version(module: str, requirement: str, *, extra: str, needed_by: str = "") -> None:
+    """Raise `MissingDependencyError` unless a supported version of a package is installed.
 
     Args:
         module: Name by which the package is imported.
-        package: Name by which the package is installed.
-        min_version: Oldest supported version.
-        max_version: First version that is not supported any more.
+        requirement: Name by which the package is installed, with its supported versions: "scikit-learn>=1.6,<2".
         extra: The extra of convexheads that the package belongs to.
-        needed_by: The module that needs the package, for the message.
-
-    Raises:
-        MissingDependencyError: The package is missing, or of another version.
+        needed_by: The object that needs the package, for the message; by default the adapter named like the extra.
     """
+    needed_by = needed_by or f"convexheads.integrations.{extra}"
+    package = re.split("[<>=]", requirement)[0]
     try:
         found = version(package) if util.find_spec(module) else None
     except PackageNotFoundError:
@@ -31,9 +27,8 @@ def require_version(
     if found is None:
         raise MissingDependencyError(package, extra, needed_by)
     try:
-        from packaging.specifiers import SpecifierSet
+        from packaging.requirements import Requirement
     except ImportError as error:
         raise MissingDependencyError("packaging", extra, needed_by) from error
-    supported = f">={min_version},<{max_version}"
-    if not SpecifierSet(supported).contains(found, prereleases=True):
-        raise MissingDependencyError(f"{package}{supported}, not {found}", extra, needed_by)
+    if not Requirement(requirement).specifier.contains(found, prereleases=True):
+        raise MissingDependencyError(f"{requirement}, not {found}", extra, needed_by)

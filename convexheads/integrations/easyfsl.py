@@ -11,7 +11,7 @@ from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
 from convexheads.integrations import require_version
 
-require_version("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="convexheads.integrations.easyfsl")
+require_version("easyfsl", "easyfsl>=1.5,<2", extra="easyfsl")
 
 import easyfsl.samplers
 from easyfsl.methods import FewShotClassifier
@@ -21,19 +21,15 @@ class HeadClassifier(FewShotClassifier):
     """A head as one of easyfsl's `FewShotClassifier`s.
 
     It runs with easyfsl's `TaskSampler`, `evaluate` and training scripts, as its `PrototypicalNetworks` does. What
-    differs: prototypes are not kept, and labels other than 0 to k - 1, with which easyfsl's own methods return wrong
+    differs: it has no prototypes, and labels other than 0 to k - 1, with which easyfsl's own methods return wrong
     results, are an error.
 
     Use it when you evaluate or train with easyfsl's scripts.
 
     Args:
         head: A classification head.
-        backbone: Maps images `(n, *image)` to features `(n, d)`; without one, the images are the features.
+        backbone: The module from images `(n, *image)` to features `(n, d)`; by default, the images are the features.
         settings: Further arguments of easyfsl: `use_softmax`, `feature_centering`, `feature_normalization`.
-
-    Raises:
-        InputError: The head is no classification head.
-        TypeError: easyfsl has no such setting.
 
     Example:
         `classifier = HeadClassifier(SVMHead(C=0.1), backbone)`, then
@@ -48,16 +44,9 @@ class HeadClassifier(FewShotClassifier):
         self.fitted: FittedClassifier | None = None
 
     def process_support_set(self, support_images: Tensor, support_labels: Tensor) -> None:
-        """Fit the head and keep the result until the next call.
+        """Fit the head to `support_images` `(n, *image)` with `support_labels` from 0 to k - 1, `(n,)`.
 
-        Args:
-            support_images: Images `(n, *image)`, or features `(n, d)` if there is no backbone.
-            support_labels: Integers from 0 to k - 1, `(n,)`.
-
-        Raises:
-            InputError: The labels are others, or the features are unusable.
-            ValueError: The features have more than one dimension per image; this is easyfsl's own error.
-            SolverError: The task could not be solved (see the solver's `on_failure`).
+        The result is kept until the next call. Without a backbone, the images are features `(n, d)`.
         """
         classes = support_labels.unique()
         if not torch.equal(classes, torch.arange(len(classes), device=classes.device)):
@@ -67,24 +56,14 @@ class HeadClassifier(FewShotClassifier):
         self.fitted = self.head.fit(features, support_labels, ways=len(classes))
 
     def forward(self, query_images: Tensor) -> Tensor:
-        """Score queries.
-
-        Args:
-            query_images: Images, `(q, *image)`.
-
-        Returns:
-            Logits, `(q, k)`; with `use_softmax=True`, probabilities.
-
-        Raises:
-            InputError: `process_support_set` was not called yet, or the features do not match the support.
-        """
+        """Compute the logits `(q, k)` of `query_images` `(q, *image)`; with `use_softmax=True`, probabilities."""
         if self.fitted is None:
             raise InputError("classifier", "a call of process_support_set first", "a query before any support")
         return self.softmax_if_specified(self.fitted(self.compute_features(query_images)))
 
     @staticmethod
     def is_transductive() -> bool:
-        """Return False: queries are classified independently of each other."""
+        """Return False, because queries are classified independently of each other."""
         return False
 
 
@@ -99,7 +78,4 @@ class TaskSampler(easyfsl.samplers.TaskSampler, _DataSource):
 
     Takes `dataset`, a data set of easyfsl with a method `get_labels`; `n_way`, the number of classes per task; `n_shot`
     and `n_query`, the numbers of support and query images per class; and `n_tasks`, the number of tasks.
-
-    Raises:
-        ValueError: The data set has too few classes or images; this is easyfsl's own error.
     """

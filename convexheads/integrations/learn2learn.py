@@ -11,9 +11,7 @@ from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
 from convexheads.integrations import require_version
 
-require_version(
-    "learn2learn", "learn2learn", "0.2", "0.3", extra="learn2learn", needed_by="convexheads.integrations.learn2learn"
-)
+require_version("learn2learn", "learn2learn>=0.2,<0.3", extra="learn2learn")
 
 
 class HeadClassifier(nn.Module):
@@ -23,19 +21,16 @@ class HeadClassifier(nn.Module):
     `SVMHead(C=0.1, smoothing=1.0)` it computes the same as `SVClassifier()`, except that the latter stops early; with
     `PrototypeHead()` the same as `PrototypicalClassifier()`.
 
-    What differs: labels may be any integers, which are renumbered in ascending order, as `PrototypicalClassifier` does
-    (`SVClassifier` expects 0 to k - 1); leading dimensions hold several tasks; and a call before the fit is an error.
+    What differs from `SVClassifier`: labels may be any integers, which are renumbered in ascending order; leading
+    dimensions hold several tasks; and a call before the fit is an error.
 
     Use it when you train with learn2learn's Lightning modules.
 
     Args:
         head: A classification head.
-        support: Features to fit on immediately, `(*batch, n, d)`; optional.
-        labels: Labels of the support, `(*batch, n)`; optional.
-        ways: Number of classes, as for `fit_`.
+        support: Features to fit on immediately; with `labels` and `ways` as for `fit_`.
 
     Raises:
-        InputError: The head is no classification head, only one of support and labels is given, or they are unusable.
         SolverError: A task could not be solved (see the solver's `on_failure`).
 
     Example:
@@ -54,24 +49,19 @@ class HeadClassifier(nn.Module):
             raise InputError("head", "a classification head of convexheads, such as SVMHead(C=0.1)", repr(head))
         self.head = head
         self.fitted: FittedClassifier | None = None
-        if (support is None) != (labels is None):
-            missing = "support" if support is None else "labels"
-            raise InputError(missing, "support and labels together, or neither", "None")
         if support is not None and labels is not None:
             self.fit_(support, labels, ways)
+        elif support is not None or labels is not None:
+            missing = "support" if support is None else "labels"
+            raise InputError(missing, "support and labels together, or neither", "None")
 
     def fit_(self, support: Tensor, labels: Tensor, ways: int | None = None) -> None:
         """Fit the head and keep the result, with its gradients, until the next call.
 
         Args:
             support: Features, `(*batch, n, d)`.
-            labels: Integers, `(*batch, n)`. Unless `ways` is given, they are renumbered in ascending order from 0.
-            ways: Number of classes, if the labels are integers from 0 to ways - 1; by default the number of distinct
-                labels.
-
-        Raises:
-            InputError: Support or labels are unusable.
-            SolverError: A task could not be solved (see the solver's `on_failure`).
+            labels: Integers, `(*batch, n)`, which are renumbered in ascending order unless `ways` is given.
+            ways: Number of classes, if the labels are integers from 0 to ways - 1.
         """
         if ways is None:
             classes, labels = labels.unique(return_inverse=True)
@@ -79,17 +69,7 @@ class HeadClassifier(nn.Module):
         self.fitted = self.head.fit(support, labels, ways=ways)
 
     def forward(self, query: Tensor) -> Tensor:
-        """Score queries.
-
-        Args:
-            query: Features, `(*batch, q, d)`.
-
-        Returns:
-            Logits, `(*batch, q, k)`.
-
-        Raises:
-            InputError: `fit_` was not called yet, or the queries do not match the support.
-        """
+        """Compute the logits `(*batch, q, k)` of the features `query` `(*batch, q, d)`, after a call of `fit_`."""
         if self.fitted is None:
             raise InputError("classifier", "a call of fit_(support, labels) first", "a query before any support")
         return self.fitted(query)

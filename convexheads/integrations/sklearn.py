@@ -12,7 +12,7 @@ from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, SVMHead
 from convexheads.integrations import require_version
 
-require_version("sklearn", "scikit-learn", "1.6", "2", extra="sklearn", needed_by="convexheads.integrations.sklearn")
+require_version("sklearn", "scikit-learn>=1.6,<2", extra="sklearn")
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
@@ -21,15 +21,14 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 
 class HeadClassifier(ClassifierMixin, BaseEstimator):
-    """A head with scikit-learn's interface: in pipelines, grid searches and cross-validation.
+    """A head with scikit-learn's interface, for pipelines, grid searches and cross-validation.
 
     Labels may be strings or any numbers. There is no intercept unless the kernel has one:
-    `SVMHead(C=1.0, kernel=Linear() + Constant(1.0))`. Memory grows with the square of the number of samples.
+    `SVMHead(C=1.0, kernel=Linear() + Constant(1.0))`. The arguments of the head and of its kernel are parameters too,
+    such as `head__C` and `head__kernel__length_scale`, so that a search can vary them.
 
-    The arguments of the head and of its kernel are parameters too, such as `head__C` and `head__kernel__length_scale`,
-    so that a search can vary them.
-
-    Use it when you compare a head with scikit-learn's classifiers on up to a few thousand samples.
+    Use it when you compare a head with scikit-learn's classifiers on up to a few thousand samples: memory grows with
+    the square of their number.
 
     Args:
         head: A classification head; None stands for `SVMHead(C=1.0)`, the Crammer-Singer SVM.
@@ -37,82 +36,47 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     Attributes:
         classes_: The sorted labels, `(k,)`.
         fitted_: The fitted head, with its certificate: `classifier.fitted_.solution.gap`.
-        n_features_in_: Number of features, d.
-        feature_names_in_: Names of the features, if the data had names.
 
     Raises:
-        ValueError: The data are unusable, as for scikit-learn's own estimators; `convexheads.InputError` is a subclass.
+        ValueError: The data or the head are unusable; `convexheads.InputError` and `sklearn.exceptions.NotFittedError`
+            are subclasses.
         SolverError: The problem could not be solved (see the solver's `on_failure`).
 
     Example:
         `GridSearchCV(HeadClassifier(SVMHead()), {"head__C": [0.1, 1.0, 10.0]}).fit(X, y)`
     """
 
-    def __init__(self, head: Any = None) -> None:  # of any type, and checked in `fit`, as scikit-learn requires it
+    def __init__(self, head: Any = None) -> None:  # checked in `fit`, as scikit-learn requires
         self.head = head
 
     def fit(self, X: Any, y: Any) -> HeadClassifier:
-        """Fit the head.
-
-        Args:
-            X: Samples, array-like `(n, d)`.
-            y: Labels of at least two classes, array-like `(n,)`.
-
-        Returns:
-            The classifier itself.
-
-        Raises:
-            ValueError: The data are unusable or have one class only; `InputError` if `head` is no classification head.
-            SolverError: The problem could not be solved (see the solver's `on_failure`).
-        """
+        """Fit the head to samples `X` `(n, d)` and labels `y` `(n,)` of at least two classes; return the classifier."""
         X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(f"HeadClassifier needs at least two classes; y has one class only: {self.classes_[0]!r}")
         if self.head is not None and not isinstance(self.head, ClassificationHead):
-            raise InputError(
-                "head", "a classification head of convexheads, such as SVMHead(C=1.0), or None", repr(self.head)
-            )
+            expected = "a classification head of convexheads, such as SVMHead(C=1.0), or None"
+            raise InputError("head", expected, repr(self.head))
         head = SVMHead(C=1.0) if self.head is None else deepcopy(self.head)
         with torch.no_grad():
             self.fitted_ = head.fit(torch.tensor(X), torch.tensor(labels), ways=len(self.classes_))
         return self
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """Compute the logits `(q, k)`; for two classes, the second one minus the first one, `(q,)`.
-
-        Args:
-            X: Samples, array-like `(q, d)`.
-
-        Raises:
-            ValueError: The samples are unusable; its subclass `sklearn.exceptions.NotFittedError` before a fit.
-        """
+        """Compute the logits of samples `X`, `(q, k)`; for two classes, the second minus the first one, `(q,)`."""
         logits = self._logits(X).numpy()
         return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
     def predict(self, X: Any) -> np.ndarray:
-        """Predict the most probable label of each sample, `(q,)`.
-
-        Args:
-            X: Samples, array-like `(q, d)`.
-
-        Raises:
-            ValueError: As for `decision_function`.
-        """
-        best = self._logits(X).argmax(-1).numpy()
-        return self.classes_[best]
+        """Predict the most probable label of each sample of `X`, `(q,)`."""
+        return self.classes_[self._logits(X).argmax(-1).numpy()]
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Compute the softmax of the logits, `(q, k)`. Its calibration depends on the head's scale.
+        """Compute the softmax of the logits of samples `X`, `(q, k)`.
 
-        `convexheads.calibrate` and scikit-learn's `CalibratedClassifierCV` calibrate it.
-
-        Args:
-            X: Samples, array-like `(q, d)`.
-
-        Raises:
-            ValueError: As for `decision_function`.
+        `convexheads.calibrate` and scikit-learn's `CalibratedClassifierCV` calibrate these probabilities.
         """
         return self._logits(X).softmax(-1).numpy()
 

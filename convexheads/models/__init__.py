@@ -2,10 +2,9 @@
 
 from convexheads.models.backbone import Backbone
 from convexheads.models.build import build_backbone, build_head, build_model
-from convexheads.models.convolutional import Conv4, R2D2Network
+from convexheads.models.networks import WRN28, Conv4, DropBlock, R2D2Network, ResNet12
 from convexheads.models.presets import metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
 from convexheads.models.pretrained import Pretrained, list_pretrained, load_pretrained, save_pretrained
-from convexheads.models.resnet import WRN28, DropBlock, ResNet12
 
 __all__ = [
     "WRN28",

@@ -19,28 +19,21 @@ _Own = TypeVar("_Own", bound="Backbone")
 
 
 class Backbone(nn.Module):
-    """Base class of the networks: it standardizes pixels, applies `layers`, which a subclass sets, and flattens.
+    """Base class of the networks: standardizes pixels, applies the layers of `make_layers` and flattens the result.
 
     Args:
         in_channels: Number of channels of an image.
-        image_size: Height and width of the images, in pixels; a pair where the two differ.
+        image_size: Height and width of the images in pixels; one number, or a pair where they differ.
         mean: Mean of the pixels in [0, 1], as for torchvision's `Normalize`; one number, or one per channel.
-        std: Standard deviation of the pixels in [0, 1], likewise.
+        std: Standard deviation of the pixels in [0, 1]; one number, or one per channel.
 
     Attributes:
         num_features: Number of features per image of size `image_size`.
-        mean: Mean per channel in units of uint8 pixels (0 to 255), a buffer of shape `(1, in_channels, 1, 1)`.
-        std: Standard deviation per channel in units of uint8 pixels, a buffer of shape `(1, in_channels, 1, 1)`.
-        layers: Maps standardized images to features of any shape.
-
-    Raises:
-        InputError: An argument is unusable.
+        mean: Mean per channel in units of uint8 pixels (0 to 255), a buffer `(1, in_channels, 1, 1)`; likewise `std`.
     """
 
     mean: Tensor
     std: Tensor
-    layers: nn.Module
-    num_features: int
 
     def __init__(
         self,
@@ -62,21 +55,20 @@ class Backbone(nn.Module):
             # In float64, so that the statistics of uint8 images survive the division by 255 and this product.
             buffer = (255 * per_channel).float().expand(in_channels).reshape(1, -1, 1, 1).clone()
             self.register_buffer(name, buffer)
+        self.layers, self.num_features = self.make_layers()
+
+    def make_layers(self) -> tuple[nn.Module, int]:
+        """Return the module from standardized images to features of any shape, and the number of features."""
+        raise NotImplementedError
 
     @classmethod
     def from_images(cls: type[_Own], images: Tensor, **settings: Any) -> _Own:
-        """Make a backbone for images like these: with their size and channels, and the statistics of their pixels.
+        """Make a backbone with the size and the channels of example images, and the statistics of their pixels.
 
         Args:
-            images: Example images, such as those of the training classes: uint8, or floating-point values in [0, 1],
+            images: Images such as those of the training classes: uint8, or floating-point values in [0, 1],
                 `(n, channels, height, width)`.
             settings: Further arguments of the class.
-
-        Returns:
-            A new backbone, in training mode.
-
-        Raises:
-            InputError: `images` are no such tensor, or a setting is unusable.
 
         Example:
             `backbone = Conv4.from_images(images)`
@@ -86,23 +78,16 @@ class Backbone(nn.Module):
             raise InputError("images", "(n, channels, height, width), with at least one image", got)
         std, mean = torch.std_mean(_as_pixels(images, images.shape[1]).float(), dim=(0, 2, 3))
         std = std.where(std > 0, 1)  # a constant channel carries no scale
-        statistics = {"mean": (mean.double() / 255).tolist(), "std": (std.double() / 255).tolist()}
-        height, width = images.shape[-2:]
-        return cls(images.shape[1], (height, width), **statistics, **settings)
+        mean, std = ((statistic.double() / 255).tolist() for statistic in (mean, std))
+        _, channels, height, width = images.shape
+        return cls(in_channels=channels, image_size=(height, width), mean=mean, std=std, **settings)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the features of images.
-
-        Args:
-            images: `(n, in_channels, height, width)`, either uint8 or floating point. Floating-point values are in
-                [0, 1], as torchvision's `ToTensor` and `ToDtype(scale=True)` make them.
-
-        Returns:
-            Features, `(n, d)`.
+        """Compute the features of `images` `(n, in_channels, height, width)`, a tensor `(n, num_features)`.
 
         Raises:
-            InputError: The images have another dtype, another number of channels or dimensions, or values that are
-                clearly not in [0, 1], such as pixels that are already standardized.
+            InputError: The images are neither uint8 nor floating-point values in [0, 1], as torchvision's `ToTensor`
+                makes them, or have another shape.
         """
         pixels = _as_pixels(images, self.in_channels)
         pixels = pixels.contiguous(memory_format=torch.channels_last)  # about 20 % faster on a CPU

@@ -1,4 +1,4 @@
-"""Backbones and heads by name, as configurations and saved weights name them."""
+"""Build backbones and heads by the names that configurations and saved weights contain."""
 
 from __future__ import annotations
 
@@ -7,28 +7,24 @@ from typing import Any
 
 from torch import Tensor
 
+from convexheads._validation import check_choice
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, SVMHead
 from convexheads.hyperparameters import Learnable
 from convexheads.models.backbone import Backbone
-from convexheads.models.convolutional import Conv4, R2D2Network
+from convexheads.models.networks import WRN28, Conv4, R2D2Network, ResNet12
 from convexheads.models.presets import metaoptnet_ridge, metaoptnet_svm, protonet
-from convexheads.models.resnet import WRN28, ResNet12
 
 BACKBONES: dict[str, type[Backbone]] = {"conv4": Conv4, "r2d2": R2D2Network, "resnet12": ResNet12, "wrn28": WRN28}
 """The classes that `build_backbone` knows, by name."""
-
-
-def _svm_smoothed() -> SVMHead:
-    # Smoothing adds to the diagonal of the Gram matrix, which is 150 to 300 for these backbones' features.
-    return SVMHead(C=0.1, smoothing=100.0, scale=Learnable(1.0))
 
 
 HEADS: dict[str, Callable[[], ClassificationHead]] = {
     "svm": metaoptnet_svm,
     "ridge": metaoptnet_ridge,
     "prototypes": protonet,
-    "svm-smoothed": _svm_smoothed,
+    # Smoothing adds to the diagonal of the Gram matrix, which is 150 to 300 for the features of these backbones.
+    "svm-smoothed": lambda: SVMHead(C=0.1, smoothing=100.0, scale=Learnable(1.0)),
 }
 """The functions that `build_head` calls, by name."""
 
@@ -38,24 +34,17 @@ def build_backbone(name: str, images: Tensor | None = None, **settings: Any) -> 
 
     Args:
         name: One of `BACKBONES`: "conv4", "r2d2", "resnet12", "wrn28".
-        images: Example images `(n, channels, height, width)`, from which the backbone takes the number of channels,
-            the size, and the mean and standard deviation of the pixels (see `Backbone.from_images`); by default these
-            are settings.
+        images: Example images for `Backbone.from_images`, `(n, channels, height, width)`; by default, the number of
+            channels, the size, the mean and the standard deviation are settings.
         settings: Arguments of the backbone's class.
 
-    Returns:
-        A new backbone, in training mode.
-
     Raises:
-        InputError: There is no such backbone, or it has no such setting.
         MissingDependencyError: The backbone is "wrn28" and learn2learn is not installed.
 
     Example:
         `backbone = build_backbone("resnet12", image_size=84, dropblock="none")`
     """
-    if not isinstance(name, str) or name not in BACKBONES:
-        raise InputError("backbone", f"one of {', '.join(BACKBONES)}", repr(name))
-    backbone = BACKBONES[name]
+    backbone = BACKBONES[check_choice("backbone", name, BACKBONES)]
     try:
         return backbone(**settings) if images is None else backbone.from_images(images, **settings)
     except TypeError as error:
@@ -67,18 +56,10 @@ def build_head(name: str) -> ClassificationHead:
 
     Args:
         name: One of `HEADS`: "svm", "ridge" and "prototypes" are `metaoptnet_svm`, `metaoptnet_ridge` and `protonet`.
-            "svm-smoothed" smooths the hinge loss, as the reference code of MetaOptNet does, but a hundred times as
-            strongly: features learn faster through it.
-
-    Returns:
-        A new head.
-
-    Raises:
-        InputError: There is no such head.
+            "svm-smoothed" smooths the hinge loss as the reference code of MetaOptNet does, but a hundred times more,
+            with which features learn faster.
     """
-    if not isinstance(name, str) or name not in HEADS:
-        raise InputError("head", f"one of {', '.join(HEADS)}", repr(name))
-    return HEADS[name]()
+    return HEADS[check_choice("head", name, HEADS)]()
 
 
 def build_model(
@@ -87,16 +68,9 @@ def build_model(
     """Build the backbone and the head with which a training starts.
 
     Args:
-        config: "backbone" and "head" are their names; for a "resnet12", "dropblock" is its variant.
+        config: The names of the "backbone" and the "head"; for a "resnet12", also its "dropblock".
         images: Example images, as for `build_backbone`.
         settings: Further arguments of the backbone's class.
-
-    Returns:
-        The backbone and the head, in training mode.
-
-    Raises:
-        InputError: There is no such backbone, head or variant.
-        MissingDependencyError: The backbone is "wrn28" and learn2learn is not installed.
 
     Example:
         `backbone, head = build_model({"backbone": "conv4", "head": "svm"}, images)`

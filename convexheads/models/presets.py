@@ -1,10 +1,14 @@
-"""Heads with the hyperparameters of the literature, as in the paper or as in the authors' code."""
+"""Heads with the hyperparameters of the literature, as in the paper or as in the authors' code.
+
+What differs from the papers and their code: problems are solved to optimality, and the scale stays positive, while that
+of the code may become negative.
+"""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
-from convexheads.errors import InputError
+from convexheads._validation import check_choice
 from convexheads.heads import PrototypeHead, RidgeHead, SVMHead
 from convexheads.hyperparameters import Learnable
 from convexheads.kernels import Linear
@@ -16,21 +20,13 @@ Variant = Literal["paper", "reference_code"]
 def metaoptnet_svm(variant: Variant = "paper") -> SVMHead:
     """MetaOptNet-SVM (Lee et al. 2019): C = 0.1 and a learnable scale that starts at 1.
 
-    What differs from both variants: the dual is solved to optimality. The paper stops qpth after 3 iterations, the code
-    after 15; `head.solver = QpthSolver(max_iterations=3)` does the same. The scale stays positive, while the code's may
-    become negative.
+    With `head.solver = QpthSolver(max_iterations=3)`, the solver stops as early as in the paper; the code has 15.
 
     Use it when you reproduce MetaOptNet, or as a strong default for meta-training.
 
     Args:
         variant: "paper" is Eq. 10 with the settings of Section 4.1; "reference_code" adds 1 to the dual's diagonal
             (`smoothing=1`), as the authors' code does.
-
-    Returns:
-        A new head.
-
-    Raises:
-        InputError: There is no such variant.
 
     Example:
         `head = metaoptnet_svm(variant="reference_code")`
@@ -41,46 +37,24 @@ def metaoptnet_svm(variant: Variant = "paper") -> SVMHead:
 def metaoptnet_ridge(variant: Variant = "paper") -> RidgeHead:
     """MetaOptNet-RR (Lee et al. 2019): lambda = 50 and a learnable scale that starts at 1.
 
-    What differs from both variants: the solution is the closed form instead of an iterative solver's, and the scale
-    stays positive, while the code's may become negative.
-
     Use it when you reproduce MetaOptNet-RR, or when a training step has to be fast.
 
     Args:
         variant: "paper" is Eq. 11 (without its misprinted constants); "reference_code" returns twice its scores, as the
             authors' code does, by a scale that starts at 2.
-
-    Returns:
-        A new head.
-
-    Raises:
-        InputError: There is no such variant.
-
-    Example:
-        `head = metaoptnet_ridge()`
     """
     return RidgeHead(50.0, scale=Learnable(2.0 if _is_reference_code(variant) else 1.0))
 
 
 def protonet(variant: Variant = "paper") -> PrototypeHead:
-    """Prototypes as the baseline of Lee et al. 2019: squared distances divided by d, a learnable scale from 1 on.
+    """ProtoNet as the baseline of Lee et al. 2019: squared distances, divided by d, and a learnable scale.
 
-    What differs: the scale stays positive, while the code's may become negative. Snell et al. 2017, who introduced
-    prototypes, neither divide nor scale: their head is `PrototypeHead()`.
+    Snell et al. 2017, who introduced prototypes, neither divide nor scale: their head is `PrototypeHead()`.
 
     Use it when you compare with the prototypes of Lee et al. 2019.
 
     Args:
         variant: "paper" and "reference_code" are the same for this head.
-
-    Returns:
-        A new head.
-
-    Raises:
-        InputError: There is no such variant.
-
-    Example:
-        `head = protonet()`
     """
     _is_reference_code(variant)
     return PrototypeHead(kernel=Linear(normalize=True), scale=Learnable(1.0))
@@ -89,7 +63,7 @@ def protonet(variant: Variant = "paper") -> PrototypeHead:
 def r2d2(variant: Variant = "paper") -> RidgeHead:
     """R2-D2 (Bertinetto et al. 2019): ridge regression on one-hot targets with a learnable adjustment.
 
-    What differs from R2-D2's own code: the scale stays positive, and lambda is learned as its logarithm.
+    What differs from R2-D2's own code: lambda is learned as its logarithm.
 
     Use it when you reproduce R2-D2.
 
@@ -97,15 +71,6 @@ def r2d2(variant: Variant = "paper") -> RidgeHead:
         variant: "paper" learns lambda, a scale and a bias, which start at 1, 1e-4 and 0; "reference_code" is the R2-D2
             head in the code published by Lee et al. 2019: lambda = 50, fixed, a learnable scale that starts at 1, and
             no bias.
-
-    Returns:
-        A new head.
-
-    Raises:
-        InputError: There is no such variant.
-
-    Example:
-        `head = r2d2()`
     """
     if _is_reference_code(variant):
         return RidgeHead(50.0, scale=Learnable(1.0))
@@ -113,6 +78,4 @@ def r2d2(variant: Variant = "paper") -> RidgeHead:
 
 
 def _is_reference_code(variant: str) -> bool:
-    if not isinstance(variant, str) or variant not in get_args(Variant):
-        raise InputError("variant", "'paper' or 'reference_code'", repr(variant))
-    return variant == "reference_code"
+    return check_choice("variant", variant, get_args(Variant)) == "reference_code"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +20,12 @@ WEIGHTS_DIR = Path(__file__).parent / "weights"
 
 
 class Pretrained(NamedTuple):
-    """A backbone and the head with which it was meta-trained. `load_pretrained` returns it.
+    """A backbone and the head with which it was meta-trained, as `load_pretrained` returns them.
 
     Attributes:
-        backbone: Maps images `(n, channels, height, width)` to features `(n, d)`; in evaluation mode.
+        backbone: The backbone in evaluation mode, from images `(n, channels, height, width)` to features `(n, d)`.
         head: The head, with the scale that it learned.
-        settings: The settings of the training, such as data set, steps, shots and seed, named as the options of
-            `benchmarks.train`.
+        settings: The settings of the training, named as the options of `benchmarks.train`.
     """
 
     backbone: Backbone
@@ -42,11 +42,8 @@ def load_pretrained(name: str | Path) -> Pretrained:
     """Load a meta-trained backbone and its head, on the CPU.
 
     Args:
-        name: The name of weights that the package contains, such as "conv4-cifar-fs-svm" (architecture, data set,
-            head); the output folder of `benchmarks.train`; or a file that `save_pretrained` wrote.
-
-    Returns:
-        The backbone in evaluation mode, the head with the scale that it learned, and the settings of the training.
+        name: One of `list_pretrained`, such as "conv4-cifar-fs-svm" (architecture, data set, head); the output folder
+            of `benchmarks.train`; or a file that `save_pretrained` wrote.
 
     Raises:
         InputError: There are no such weights, or the file is damaged or belongs to another architecture.
@@ -58,11 +55,8 @@ def load_pretrained(name: str | Path) -> Pretrained:
     """
     if not isinstance(name, str | Path):
         raise InputError("name", "a name or a path", describe(name))
-    try:
-        places = WEIGHTS_DIR / f"{name}.safetensors", Path(name) / "model.safetensors", Path(name)
-        path = next((path for path in places if path.is_file()), None)
-    except OSError:  # the name is too long for the file system
-        path = None
+    places = WEIGHTS_DIR / f"{name}.safetensors", Path(name) / "model.safetensors", Path(name)
+    path = next(filter(os.path.isfile, places), None)  # unlike Path's method, also for names of any length
     if path is None:
         expected = f"a file or folder of trained weights, or one of {', '.join(list_pretrained())}"
         raise InputError("name", expected, repr(str(name)))
@@ -70,39 +64,32 @@ def load_pretrained(name: str | Path) -> Pretrained:
     try:
         state, settings = _storage.load(path, key="settings", needed_by="load_pretrained")
         channels = state["backbone.mean"].shape[1]
-        modules = build_model(settings, in_channels=channels, image_size=settings["image_size"])
+        backbone, head = build_model(settings, in_channels=channels, image_size=settings["image_size"])
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise InputError("name", expected, f"{path} ({error})") from error
     try:
-        for prefix, module in zip(("backbone.", "head."), modules, strict=True):
-            values = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            module.load_state_dict(values)
+        nn.ModuleDict({"backbone": backbone, "head": head}).load_state_dict(state)
     except RuntimeError as error:
         raise InputError("name", expected, f"{path}, not the weights of a {settings['backbone']}") from error
-    backbone, head = modules
     return Pretrained(backbone.eval(), head.eval(), settings)
 
 
 def save_pretrained(path: str | Path, backbone: nn.Module, head: ClassificationHead, settings: dict[str, Any]) -> None:
-    """Write weights for `load_pretrained`.
-
-    The file is written under a temporary name and renamed when it is complete.
+    """Write weights for `load_pretrained`, under a temporary name until the file is complete.
 
     Args:
         path: Path of the file, in an existing folder.
         backbone: A backbone that `build_backbone` makes.
         head: A head that `build_head` makes.
-        settings: "backbone" and "head" are their names and "image_size" is the size of the images in pixels;
-            `load_pretrained` requires these three. Any other values that JSON can represent may describe the training.
+        settings: The names of the "backbone" and the "head", and the "image_size" in pixels, which `load_pretrained`
+            requires; and any other values that JSON can represent, to describe the training.
 
     Raises:
-        OSError: The file cannot be written.
-        TypeError: `settings` contain something that JSON cannot represent.
+        OSError: The file cannot be written; an older one is unchanged.
         MissingDependencyError: safetensors is not installed.
 
     Example:
         `save_pretrained("model.safetensors", backbone, head, {"backbone": "conv4", "head": "svm", "image_size": 32})`
     """
-    state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
-    state |= {f"head.{name}": value for name, value in head.state_dict().items()}
+    state = nn.ModuleDict({"backbone": backbone, "head": head}).state_dict()
     _storage.save(path, state, settings, key="settings", needed_by="save_pretrained")

@@ -6,9 +6,10 @@ import learn2learn as l2l
 import pytest
 import torch
 from tasks import clusters
+from torch import nn
 from torchmetrics.classification import MulticlassCalibrationError
 
-from convexheads import RidgeHead, SVMHead, evaluate, split_task
+from convexheads import RidgeHead, SVMHead, calibrate, embed, evaluate, split_task
 from convexheads._sampling import sample_episodes
 
 
@@ -66,6 +67,10 @@ def test_calibration_error_is_torchmetrics():
 def test_progress_bar(capfd):
     features, labels = clusters()
     evaluate(RidgeHead(), features, labels, shots=1, episodes=10, progress=True)
-    assert "5-way 1-shot" in capfd.readouterr().err
+    assert "RidgeHead, 5-way 1-shot" in capfd.readouterr().err
+    calibrate(RidgeHead(), features, labels, shots=1, episodes=10, progress=True)
+    assert "RidgeHead" in capfd.readouterr().err
+    embed(nn.Flatten(), features, progress=True)
+    assert "Flatten" in capfd.readouterr().err
     evaluate(RidgeHead(), features, labels, shots=1, episodes=10, progress=False)
     assert capfd.readouterr().err == ""

@@ -119,7 +119,7 @@ def test_the_core_works_with_numba_and_without() -> None:
 def test_images_need_pillow_as_well(tmp_path: Path) -> None:
     if find_spec("PIL"):
         pytest.skip("Pillow is installed")
-    from convexheads.cli.features import load_feature_extractor
+    from convexheads.cli._features import load_feature_extractor
 
     with pytest.raises(ch.MissingDependencyError) as caught:
         load_feature_extractor(list_pretrained()[0])

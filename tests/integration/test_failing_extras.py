@@ -13,7 +13,7 @@ from torch import nn
 
 import convexheads as ch
 from convexheads import InputError, MissingDependencyError
-from convexheads.cli.features import _backbone, _exists, _text
+from convexheads.cli._features import _backbone, _text, load_feature_extractor
 from convexheads.heads.cvxpy import _is_solved
 from convexheads.integrations.lightning import EpisodicModule
 from convexheads.integrations.sklearn import HeadClassifier
@@ -75,7 +75,8 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setitem(sys.modules, module, None)
             with pytest.raises(MissingDependencyError, match=package):
                 make()
-    assert not _exists("x" * 5000)
+    with pytest.raises(InputError, match=r"^features"):  # a name that is too long for the file system
+        load_feature_extractor("x" * 5000)
 
 
 def test_one_class_and_what_is_no_head_are_refused() -> None:

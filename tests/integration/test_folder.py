@@ -84,6 +84,17 @@ def test_the_head_sees_features_of_length_one(tmp_path: Path) -> None:
     assert classifier.predict([]) == []
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_paths_may_be_strings(tmp_path: Path, kind: type) -> None:
+    for name, row in zip("ab", np.eye(2), strict=True):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        np.save(tmp_path / "train" / name / "x.npy", row)
+    saved, query = kind(tmp_path / "own.safetensors"), kind(tmp_path / "train" / "b" / "x.npy")
+    FolderClassifier.from_folder(kind(tmp_path / "train"), features="npy").save(saved)
+    (prediction,) = FolderClassifier.load(saved).predict([query])
+    assert prediction.label == "b"
+
+
 def test_images_by_a_pretrained_backbone(tmp_path: Path) -> None:
     digits = load_digits(n_class=4)
     for number, (pixels, label) in enumerate(zip(digits.images[:120], digits.target[:120], strict=True)):
@@ -187,11 +198,11 @@ def test_unusable_files_are_named(texts: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "classes" / "a" / "x.npy", np.ones(3))
     np.save(tmp_path / "classes" / "b" / "x.npy", np.zeros(3))
     with pytest.raises(
-        InputError, match=r"file: expected finite ones, not all zero.*, got .*b/x\.npy, with unusable features"
+        InputError, match=r"file: expected features that are finite.*, got .*b/x\.npy, with unusable features"
     ):
         FolderClassifier.from_folder(tmp_path / "classes", features="npy")
     np.save(tmp_path / "classes" / "b" / "x.npy", np.zeros(4))
-    with pytest.raises(InputError, match=r"expected 3, as in.*b/x\.npy with 4 values"):
+    with pytest.raises(InputError, match=r"expected 3 values, as in.*b/x\.npy with 4 values"):
         FolderClassifier.from_folder(tmp_path / "classes", features="npy")
     with pytest.raises(InputError, match=r"head: expected .*, got 'forest'"):
         FolderClassifier.from_folder(tmp_path / "classes", features="npy", head="forest")

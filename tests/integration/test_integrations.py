@@ -256,22 +256,22 @@ def test_versions_that_are_not_supported_are_named(monkeypatch: pytest.MonkeyPat
     versions = {"easyfsl": "1.2.0"}
     monkeypatch.setattr("convexheads.integrations.version", lambda name: versions[name])
     with pytest.raises(MissingDependencyError, match=r"easyfsl>=1\.5,<2, not 1\.2\.0'") as caught:
-        require_version("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="it")
+        require_version("easyfsl", "easyfsl>=1.5,<2", extra="easyfsl", needed_by="it")
     assert installs(str(caught.value)) == requirements_of("easyfsl")
     for unsupported in ("2.0rc1", "2", "1.5rc1"):
         versions["easyfsl"] = unsupported
         with pytest.raises(MissingDependencyError, match=unsupported):
-            require_version("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="it")
+            require_version("easyfsl", "easyfsl>=1.5,<2", extra="easyfsl", needed_by="it")
     for supported in ("1.5", "1.5.0", "1.10.2rc1", "1.5.post1"):
         versions["easyfsl"] = supported
-        require_version("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="it")
+        require_version("easyfsl", "easyfsl>=1.5,<2", extra="easyfsl", needed_by="it")
 
     def missing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr("convexheads.integrations.version", missing)
     with pytest.raises(MissingDependencyError, match="'easyfsl'") as caught:
-        require_version("easyfsl", "easyfsl", "1.5", "2", extra="easyfsl", needed_by="it")
+        require_version("easyfsl", "easyfsl>=1.5,<2", extra="easyfsl", needed_by="it")
     assert installs(str(caught.value)) == requirements_of("easyfsl")
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from convexheads import InputError
-from convexheads.models import Conv4, DropBlock, ResNet12, build_backbone
+from convexheads.models import Backbone, Conv4, DropBlock, ResNet12, build_backbone
 from convexheads.models.build import BACKBONES
 
 OWN = [name for name in BACKBONES if name != "wrn28"]  # whose layers are learn2learn's
@@ -104,6 +104,18 @@ def test_mean_and_std_are_those_of_torchvision() -> None:
     for wrong in ({"mean": (0.5, 0.5)}, {"std": 0.0}, {"std": float("nan")}, {"in_channels": 0}, {"image_size": 0}):
         with pytest.raises(InputError):
             Conv4(**wrong)
+
+
+def test_a_backbone_of_ones_own_has_one_method() -> None:
+    class Pooled(Backbone):
+        def make_layers(self) -> tuple[nn.Module, int]:
+            return nn.AdaptiveAvgPool2d(1), self.in_channels
+
+    backbone = Pooled.from_images(pictures(2, 16))
+    assert backbone.num_features == 3
+    torch.testing.assert_close(backbone(pictures(2, 16)).mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    with pytest.raises(NotImplementedError):
+        Backbone()
 
 
 def test_the_statistics_of_images_keep_their_bits() -> None:

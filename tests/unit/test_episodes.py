@@ -119,7 +119,7 @@ def test_impossible_evaluations(options, message):
     ("change", "message"),
     [
         (lambda x, y: (x.numpy(), y), r"features: expected a tensor of floating-point values.*, got ndarray"),
-        (lambda x, y: (x, y.float()), r"labels: expected a tensor of integer values.*, got a tensor of torch.float32"),
+        (lambda x, y: (x, y.float()), r"labels: expected a tensor of integers, got a tensor of torch.float32"),
         (
             lambda x, y: (x.index_fill(0, torch.tensor([17]), torch.nan), y),
             r"features: expected .*, got non-finite values in row 17",

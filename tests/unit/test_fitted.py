@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import pickle
+import sys
 
 import pytest
 import torch
@@ -21,7 +24,9 @@ from convexheads import (
     SupportSet,
     SVMHead,
 )
+from convexheads.evaluation import Evaluation
 from convexheads.kernels import RBF, Constant, Linear
+from convexheads.solvers import DualProblem
 
 LINEAR = {
     "svm": lambda kernel: SVMHead(kernel=kernel, scale=Learnable(2.5)),
@@ -137,6 +142,21 @@ def test_objects_are_short_to_print_and_compare_by_identity():
             assert one != two
             assert len(repr(one)) < 200
     assert "tasks=(2, 3)" in repr(fitted)
+    solution = SVMHead().fit(support, labels).solution
+    problem = DualProblem(torch.eye(50), linear=torch.ones(50, 2), upper=torch.ones(50, 2))
+    evaluation = Evaluation(torch.ones(500), 0.0, torch.ones(500), torch.ones(500) > 0)
+    for record in (solution, problem, evaluation):
+        assert record != copy.copy(record)
+        assert len(repr(record)) < 200
+
+
+def test_dataclasses_compare_by_identity():
+    """Comparing tensors, the `==` of a dataclass would raise an error."""
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "convexheads"]
+    classes = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
+    records = {value for value in classes if dataclasses.is_dataclass(value)}
+    assert len(records) > 10
+    assert not [record for record in records if record.__eq__ is not object.__eq__]
 
 
 def test_a_fit_is_pickled_without_the_gram_matrix():

@@ -12,7 +12,6 @@ from torch import nn
 
 import convexheads as ch
 from convexheads import EpisodeLoader, InputError, MissingDependencyError
-from convexheads.loader import _Batches
 from convexheads.models import WRN28, DropBlock
 from convexheads.solvers import DualProblem, NativeSolver
 
@@ -70,10 +69,6 @@ def test_objects_describe_themselves() -> None:
     assert repr(DropBlock(2, warmup_steps=9)) == "DropBlock(2, drop_prob=0.1, warmup_steps=9)"
     head = ch.SupportVectorRegressionHead(solver=NativeSolver(tolerance=1e-4))
     assert "tolerance=0.0001" in repr(head)
-
-
-def test_a_worker_asks_for_the_batch_of_a_step() -> None:
-    assert _Batches(lambda step: torch.tensor(2 * step))[3] == 6
 
 
 def test_a_kernel_can_be_called_by_itself() -> None:

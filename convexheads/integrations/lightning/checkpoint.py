@@ -16,7 +16,7 @@ from convexheads.errors import InputError
 class AtomicCheckpointIO(TorchCheckpointIO):
     """A plugin for `Trainer(plugins=...)` that writes checkpoints atomically and refuses damaged ones.
 
-    Lightning alone writes a checkpoint to the system's folder for temporary files and moves it to its destination. If
+    Without it, Lightning writes a checkpoint to the system's folder for temporary files and moves it to its place. If
     that is on another disk, killing the training during the copy destroys the last good checkpoint. Lightning also
     reads a file with altered bytes without an error. This plugin renames a file only when it is complete on the disk,
     and verifies its checksums before it is read. Nothing is unpickled. Paths are on the local file system.
@@ -28,15 +28,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint, in place of an older one if there is one.
+        """Write a `checkpoint` to `path`; after an `OSError`, an older file is unchanged.
 
-        Args:
-            checkpoint: Tensors, numbers, text and containers of them; anything else is written, but cannot be read.
-            path: Path of the file.
-            storage_options: Not used.
-
-        Raises:
-            OSError: The file cannot be written; an older one is unchanged.
+        Only tensors, numbers, text and containers of them can be read again. `storage_options` are not used.
         """
         content, path = BytesIO(), Path(path)
         torch.save(checkpoint, content)
@@ -46,24 +40,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint that this class, or Lightning's own, wrote.
+        """Read the checkpoint at `path` that this class, or Lightning's own, wrote, on the CPU.
 
-        Args:
-            path: Path of the file.
-            map_location: Not used: tensors are read to the CPU, from where Lightning moves them.
-            weights_only: Not used: it is always True.
-
-        Returns:
-            The checkpoint.
-
-        Raises:
-            InputError: There is no such file, it is damaged, or it contains objects.
+        `map_location` and `weights_only` are not used. A file that is damaged or contains objects raises `InputError`.
         """
-        expected = "a complete checkpoint of tensors, numbers and text"
         try:
             checkpoint = _storage.load_torch(path)
             if not isinstance(checkpoint, dict):
                 raise TypeError(f"it contains a {type(checkpoint).__name__}")
         except (OSError, TypeError, ValueError) as error:
+            expected = "a complete checkpoint of tensors, numbers and text"
             raise InputError("checkpoint", expected, f"{path} ({error})") from error
         return checkpoint

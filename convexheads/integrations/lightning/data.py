@@ -24,22 +24,19 @@ class EpisodicDataModule(pl.LightningDataModule):
     Use it when you train `EpisodicModule` on samples in memory, or from the command line with `LightningCLI`.
 
     Args:
-        train: The samples `(n, *sample)` and labels `(n,)` to train on, or a file.
-        val: The samples `(n, *sample)` and labels `(n,)` of other classes to validate on, or a file; optional.
-        test: The samples `(n, *sample)` and labels `(n,)` to test on, or a file; optional.
+        train: The data set to train on.
+        val: The data set to validate on, with other classes; optional.
+        test: The data set to test on; optional.
         ways: Number of classes per episode.
         shots: Number of support samples per class, the same as for `EpisodicModule`.
         queries: Number of query samples per class.
         batch_size: Number of episodes per step, over all processes.
         steps_per_epoch: Number of training steps per epoch.
-        eval_steps: Number of steps of a validation, with the same episodes every time, and of a test.
+        eval_steps: Number of steps of a test and of a validation, which has the same episodes every time.
         seed: Random seed.
         transform: A random transform of a training sample; optional.
         class_names: Names of the training classes for error messages; by default their labels.
         num_workers: Number of worker processes that prepare training batches.
-
-    Raises:
-        InputError: A file cannot be read. The errors of `EpisodeLoader` are raised when a loader is requested.
 
     Example:
         `data = EpisodicDataModule((images, classes), ways=5, shots=1)`, then `trainer.fit(module, data)`
@@ -64,22 +61,17 @@ class EpisodicDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.parts = {name: _read(name, part) for name, part in (("train", train), ("val", val), ("test", test))}
-        self._common: dict[str, Any] = {"ways": ways, "shots": shots, "queries": queries}
-        self._common |= {"batch_size": batch_size, "seed": seed}
-        self._training: dict[str, Any] = {"steps_per_epoch": steps_per_epoch, "transform": transform}
+        self._common = {"ways": ways, "shots": shots, "queries": queries, "batch_size": batch_size, "seed": seed}
+        self._training = {"steps_per_epoch": steps_per_epoch, "transform": transform}
         self._training |= {"class_names": class_names, "num_workers": num_workers}
         self._state, self._train = {"step": 0}, None
         settings: dict[str, Any] = {"steps_per_epoch": eval_steps, "resample_each_epoch": False}
-        for name in ("val", "test"):  # Lightning checks whether the method exists
+        for name in ("val", "test"):  # an optional method, whose existence Lightning checks
             if self.parts[name] is not None:
                 setattr(self, f"{name}_dataloader", partial(self._loader, name, **settings))
 
     def train_dataloader(self) -> EpisodeLoader:
-        """Return the training episodes of this process, from the position that `load_state_dict` set.
-
-        Raises:
-            InputError: As for `EpisodeLoader`.
-        """
+        """Return the training episodes of this process, from the position that `load_state_dict` set."""
         self._train = self._loader("train", **self._training)
         self._train.load_state_dict(self._state)
         return self._train
@@ -89,14 +81,7 @@ class EpisodicDataModule(pl.LightningDataModule):
         return dict(self._state) if self._train is None else self._train.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue from the position of a checkpoint.
-
-        Args:
-            state_dict: What `state_dict` returned.
-
-        Raises:
-            KeyError: The state has no position.
-        """
+        """Continue from the position of a checkpoint, which the method `state_dict` returned."""
         self._state = {"step": state_dict["step"]}
 
     def _loader(self, name: str, **settings: Any) -> EpisodeLoader:
@@ -110,11 +95,10 @@ class EpisodicDataModule(pl.LightningDataModule):
 def _read(name: str, part: tuple[Tensor, Tensor] | str | Path | None) -> tuple[Tensor, Tensor] | None:
     if not isinstance(part, str | Path):
         return part
-    expected = "a file of torch.save((samples, labels), path)"
     try:
         samples, labels = _storage.load_torch(part)
         if not isinstance(samples, Tensor) or not isinstance(labels, Tensor):
             raise TypeError("it does not contain two tensors")
     except (OSError, TypeError, ValueError) as error:
-        raise InputError(name, expected, f"{part} ({error})") from error
+        raise InputError(name, "a file of torch.save((samples, labels), path)", f"{part} ({error})") from error
     return samples, labels

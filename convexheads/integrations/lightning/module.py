@@ -4,63 +4,46 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, distributed, nn, optim
 
+from convexheads import training
+from convexheads._validation import check_choice
 from convexheads.episodes import split_task
 from convexheads.errors import InputError, SolverError
 from convexheads.heads import ClassificationHead
-from convexheads.training import (
-    SCHEDULES,
-    EpisodeLoss,
-    OnFailedStep,
-    episode_loss,
-    format_step,
-    non_finite_tasks,
-    raise_failure,
-)
+from convexheads.training import SCHEDULES, EpisodeLoss, OnFailedStep
 
 _log = logging.getLogger("convexheads.integrations.lightning")
-
-
-class _Step(NamedTuple):
-    """The current step, counted from 0 over all epochs, and the rank of this process."""
-
-    number: int
-    rank: int
-    world_size: int
 
 
 class EpisodicModule(pl.LightningModule):
     """Trains a backbone so that a head fitted on an episode's support set classifies its query set.
 
-    The loss is the cross-entropy of the query logits (Eq. 12 of Lee et al., "Meta-Learning with Differentiable Convex
-    Optimization", CVPR 2019), averaged over the queries of all episodes of a batch. What differs: support and query
-    images pass through the backbone in one call and share their batch statistics; the reference code uses two calls.
+    The loss is the mean cross-entropy of all queries (Eq. 12 of Lee et al., "Meta-Learning with Differentiable Convex
+    Optimization", CVPR 2019). What differs: support and query images pass through the backbone in one call and share
+    their batch statistics; the reference code uses two calls.
 
     A batch is a pair of samples `(*tasks, n, *sample)` and labels `(*tasks, n)`, integers from 0 to ways - 1 in any
     order, with more than `shots` samples per class: the first `shots` of each class are the support.
 
     The module logs "loss" and "accuracy" (0 to 1) of the queries. If the head solves iteratively, it also logs "gap",
     the largest certified relative duality gap, "certified", the share of tasks whose gap is within the solver's
-    tolerance, and "iterations", the mean over tasks. Validation and test batches are episodes too; to evaluate on
-    thousands of episodes, embed the images once and use `convexheads.evaluate`.
+    tolerance, and "iterations", the mean over tasks. Validation and test batches are episodes too.
 
     A step fails if its loss or a gradient is not finite, or if the head could not be fitted (`SolverError`, or
-    `InputError` for features that are not finite). All processes then do what `on_failed_step` says: the gradient of a
-    failed step is NaN, and the reduction of the gradients brings that to every process.
+    `InputError` for features that are not finite). All processes then apply the policy `on_failed_step`, because the
+    reduction of the gradients distributes NaN:
 
     - "raise": The error names the step and, if they can be told apart, the tasks.
-    - "skip": Parameters, the state of the optimizer and the buffers of the backbone, such as the statistics of
-      BatchNorm, stay as before the step. The step still counts: the learning rate and the episodes go on. With gradient
-      accumulation, all batches of the step are skipped. A warning of the logger "convexheads.integrations.lightning"
-      and an entry of `failures` name the step, the tasks and the cause, and "skipped" is logged, the number of skipped
-      steps.
-    - "stop": The step is skipped likewise, and the training ends after it, as with Lightning's `EarlyStopping`: a
-      checkpoint that is saved then contains the state before the step.
+    - "skip": Parameters, the state of the optimizer and all buffers, such as the statistics of BatchNorm, stay as
+      before the step, which still counts for the learning rate and the episodes. With gradient accumulation, all
+      batches of the step are skipped. A warning of the logger "convexheads.integrations.lightning" and an entry of
+      `failures` name the step, the tasks and the cause; the number of skipped steps is logged as "skipped".
+    - "stop": The step is skipped too, and the training ends after it, as with Lightning's `EarlyStopping`.
 
     Steps count from 0 over all epochs, and tasks from 0 over all processes, as in `EpisodeLoader`. If all epochs were
     complete, the loader draws the episodes of a step again after `loader.load_state_dict({"step": step})`.
@@ -68,7 +51,7 @@ class EpisodicModule(pl.LightningModule):
     Use it when you train with Lightning; `convexheads.training.episode_loss` is the same loss for a loop of your own.
 
     Args:
-        backbone: Maps samples `(m, *sample)` to features `(m, d)`.
+        backbone: The module from samples `(m, *sample)` to features `(m, d)`.
         head: The head, fitted on every episode; its learnable parameters are trained too.
         ways: Number of classes per episode.
         shots: Number of support samples per class.
@@ -77,22 +60,17 @@ class EpisodicModule(pl.LightningModule):
         schedule: The schedule of the learning rate, one of `SCHEDULES`: "cosine", "paper" or "constant".
         momentum: Momentum of SGD.
         weight_decay: Weight decay of every parameter.
-        label_smoothing: Label smoothing of the cross-entropy, from 0 to below 1; the paper uses 0.1 for ResNet-12 on
-            miniImageNet.
-        on_failed_step: What happens when a step fails: "raise", "skip" or "stop". Whether a task without a certificate
-            is a failure depends on the head's solver: with its `on_failure="warn"` or "return" it is none.
+        label_smoothing: Label smoothing, from 0 to below 1; the paper uses 0.1 for ResNet-12 on miniImageNet.
+        on_failed_step: The policy: "raise", "skip" or "stop". A task without a certificate is a failure only if the
+            head's solver has `on_failure="raise"`.
 
     Attributes:
-        failures: The steps that were skipped, in order, each a dictionary of "step", "tasks" (all tasks of the step, if
-            they cannot be told apart) and "cause". Checkpoints contain them.
-
-    Raises:
-        InputError: There is no such schedule or policy, or the label smoothing is out of range.
+        failures: The skipped steps in order, each a dictionary of "step", "tasks" (all tasks of the step, if they
+            cannot be told apart) and "cause". Checkpoints contain them.
 
     Example:
-        With `batches` a list of such pairs, `loader = DataLoader(batches, batch_size=None)`, then
-        `module = EpisodicModule(backbone, SVMHead(), ways=5, shots=5, total_steps=len(loader))` and
-        `Trainer(max_epochs=1).fit(module, loader)`
+        `module = EpisodicModule(backbone, SVMHead(), ways=5, shots=5, total_steps=len(loader))`, then
+        `Trainer(max_epochs=1).fit(module, loader)`, where `loader` is an `EpisodeLoader`
     """
 
     def __init__(
@@ -111,14 +89,11 @@ class EpisodicModule(pl.LightningModule):
         on_failed_step: OnFailedStep = "raise",
     ) -> None:
         super().__init__()
-        if schedule not in SCHEDULES:
-            raise InputError("schedule", f"one of {', '.join(SCHEDULES)}", repr(schedule))
+        check_choice("schedule", schedule, SCHEDULES)
+        check_choice("on_failed_step", on_failed_step, get_args(OnFailedStep))
         if not 0 <= label_smoothing < 1:
             raise InputError("label_smoothing", "a number from 0 to below 1", label_smoothing)
-        if on_failed_step not in get_args(OnFailedStep):
-            raise InputError("on_failed_step", f"one of {', '.join(get_args(OnFailedStep))}", repr(on_failed_step))
-        self.backbone = backbone
-        self.head = head
+        self.backbone, self.head = backbone, head
         self.ways, self.shots, self.total_steps = ways, shots, total_steps
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
         self.schedule, self.label_smoothing, self.on_failed_step = schedule, label_smoothing, on_failed_step
@@ -127,30 +102,13 @@ class EpisodicModule(pl.LightningModule):
         self._before: dict[str, Tensor] | None = None  # the buffers before the current step
 
     def forward(self, samples: Tensor) -> Tensor:
-        """Compute the features of samples.
-
-        Args:
-            samples: Samples, `(m, *sample)`.
-
-        Returns:
-            Features, `(m, d)`.
-        """
+        """Compute the features `(m, d)` of `samples` `(m, *sample)`."""
         return self.backbone(samples)
 
     def training_step(self, batch: Sequence[Tensor], batch_index: int) -> Tensor:
-        """Compute and log the loss of a batch of episodes, with the metrics that the class names.
+        """Compute and log the loss of a `batch` of episodes; NaN if the step failed and the policy is not "raise".
 
-        Args:
-            batch: Samples `(*tasks, n, *sample)` and labels `(*tasks, n)`.
-            batch_index: The number of the step, if there is no trainer.
-
-        Returns:
-            The loss, a scalar `()`; NaN if the step failed and the policy is not "raise".
-
-        Raises:
-            InputError: Labels are unusable or a class has too few samples; or the step failed and the policy is
-                "raise".
-            SolverError: An episode could not be solved and the policy is "raise".
+        Without a trainer, `batch_index` is the number of the step.
         """
         if self.on_failed_step != "raise" and self._before is None:
             self._before = {name: value.clone() for name, value in self.named_buffers()}
@@ -169,24 +127,19 @@ class EpisodicModule(pl.LightningModule):
             solution = unsolved.solution
             tasks = [] if solution is None else (~solution.converged).flatten().nonzero().flatten().tolist()
             cause, error = str(unsolved), unsolved
-        step = self._step(batch_index)
-        tasks = [step.rank + task * step.world_size for task in tasks or range(batch[1].shape[:-1].numel())]
-        self._failed = self._failed or {"step": step.number, "tasks": tasks, "cause": cause}
+        rank, world_size = (0, 1) if self._trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        tasks = [rank + task * world_size for task in tasks or range(batch[1].shape[:-1].numel())]
+        self._failed = self._failed or {"step": self._step(batch_index), "tasks": tasks, "cause": cause}
         if self.on_failed_step == "raise":
-            raise_failure(self._failed, error)
+            training.raise_failure(self._failed, error)
         # The gradient passes through the backbone, because other processes may wait for its reduction.
-        return torch.nan * sum(
-            (value.sum() for value in (features, *self.parameters()) if value.requires_grad), features.new_zeros(())
-        )
+        differentiable = (value for value in (features, *self.parameters()) if value.requires_grad)
+        return torch.nan * sum((value.sum() for value in differentiable), features.new_zeros(()))
 
     def on_before_optimizer_step(self, optimizer: optim.Optimizer) -> None:
         """Apply the policy `on_failed_step` if the reduced gradients are not finite, in all processes alike.
 
-        Args:
-            optimizer: The optimizer, which takes no step without gradients.
-
-        Raises:
-            InputError: A gradient is not finite and the policy is "raise".
+        In a skipped step, the `optimizer` has no gradients.
         """
         own, before, self._failed, self._before = self._failed, self._before, None, None
         gradients = {name: value.grad for name, value in self.named_parameters() if value.grad is not None}
@@ -200,14 +153,14 @@ class EpisodicModule(pl.LightningModule):
                 return  # float16 has overflowed, which the scaler handles
             if not failures:
                 name = next(name for name, gradient in gradients.items() if not gradient.isfinite().all())
-                failures = [{"step": self._step(0).number, "tasks": [], "cause": f"the gradient of {name}"}]
+                failures = [{"step": self._step(0), "tasks": [], "cause": f"the gradient of {name}"}]
             self._fail(failures, before or {}, optimizer)
         if self.on_failed_step == "skip":
             self.log("skipped", float(len({failure["step"] for failure in self.failures})))
 
     def _fail(self, failures: list[dict[str, Any]], before: dict[str, Tensor], optimizer: optim.Optimizer) -> None:
         if self.on_failed_step == "raise":
-            raise_failure(failures[0])
+            training.raise_failure(failures[0])
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, value in self.named_buffers():
@@ -216,52 +169,32 @@ class EpisodicModule(pl.LightningModule):
         self.failures += failures
         for failure in failures if self.trainer.is_global_zero else ():
             action = "the training stops before" if self.on_failed_step == "stop" else "skipped"
-            _log.warning("%s %s (%s)", action, format_step(failure), failure["cause"])
+            _log.warning("%s %s (%s)", action, training.format_step(failure), failure["cause"])
         if self.on_failed_step == "stop":
             self.trainer.should_stop = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add `failures` to a checkpoint.
-
-        Args:
-            checkpoint: The checkpoint that Lightning writes.
-        """
+        """Add `failures` to a `checkpoint`."""
         checkpoint["failures"] = [dict(failure) for failure in self.failures]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore `failures` from a checkpoint.
-
-        Args:
-            checkpoint: The checkpoint that Lightning read.
-        """
+        """Restore `failures` from a `checkpoint`."""
         self.failures = [dict(failure) for failure in checkpoint.get("failures", [])]
 
-    def _step(self, batch_index: int) -> _Step:
-        if self._trainer is None:
-            return _Step(batch_index, 0, 1)
-        trainer = self.trainer
-        return _Step(trainer.fit_loop.epoch_loop.total_batch_idx, trainer.global_rank, trainer.world_size)
+    def _step(self, batch_index: int) -> int:
+        """The current step, counted from 0 over all epochs."""
+        return batch_index if self._trainer is None else self.trainer.fit_loop.epoch_loop.total_batch_idx
 
     def validation_step(self, batch: Sequence[Tensor], batch_index: int) -> None:
-        """Log "val_loss" and "val_accuracy", with the backbone in evaluation mode.
-
-        Args:
-            batch: Samples `(*tasks, n, *sample)` and labels `(*tasks, n)`.
-            batch_index: Not used.
-        """
+        """Log "val_loss" and "val_accuracy" of a `batch`, in evaluation mode; `batch_index` is not used."""
         self._log_evaluation("val", batch)
 
     def test_step(self, batch: Sequence[Tensor], batch_index: int) -> None:
-        """Log "test_loss" and "test_accuracy", with the backbone in evaluation mode.
-
-        Args:
-            batch: Samples `(*tasks, n, *sample)` and labels `(*tasks, n)`.
-            batch_index: Not used.
-        """
+        """Log "test_loss" and "test_accuracy" of a `batch`, in evaluation mode; `batch_index` is not used."""
         self._log_evaluation("test", batch)
 
     def _log_evaluation(self, part: str, batch: Sequence[Tensor]) -> None:
-        _, metrics, _ = self._episodes(self._features(batch), batch[1])
+        metrics = self._episodes(self._features(batch), batch[1]).metrics
         values = {f"{part}_{name}": metrics[name] for name in ("loss", "accuracy")}
         self.log_dict(values, prog_bar=True, batch_size=batch[1].shape[:-1].numel(), sync_dist=True)
 
@@ -273,17 +206,12 @@ class EpisodicModule(pl.LightningModule):
 
     def _episodes(self, features: Tensor, labels: Tensor) -> EpisodeLoss:
         episode = split_task(features, labels, shots=self.shots)
-        return episode_loss(self.head, episode, ways=self.ways, label_smoothing=self.label_smoothing)
+        return training.episode_loss(self.head, episode, ways=self.ways, label_smoothing=self.label_smoothing)
 
     def configure_optimizers(self) -> Any:
-        """Return SGD with Nesterov momentum on all parameters, and the schedule, which changes with every step."""
-        optimizer = optim.SGD(
-            self.parameters(),
-            lr=self.learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            nesterov=self.momentum > 0,
-        )
+        """Return SGD with Nesterov momentum on all parameters, and the schedule per step."""
+        rates: Any = {"lr": self.learning_rate, "momentum": self.momentum, "weight_decay": self.weight_decay}
+        optimizer = optim.SGD(self.parameters(), nesterov=self.momentum > 0, **rates)
         # `trainer.estimated_stepping_batches` would set up the data before the loader's state is restored.
         factor = SCHEDULES[self.schedule]
         schedule = optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step / self.total_steps))
@@ -292,5 +220,5 @@ class EpisodicModule(pl.LightningModule):
 
 def _first_non_finite_tasks(labels: Tensor, *values: Tensor) -> list[int]:
     """The tasks with non-finite values, in the first of several tensors `(*tasks, ...)` that has any."""
-    found = (non_finite_tasks(each, labels.ndim - 1) for each in values)
+    found = (training.non_finite_tasks(each, labels.ndim - 1) for each in values)
     return next(filter(None, found), [])

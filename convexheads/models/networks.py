@@ -1,7 +1,8 @@
-"""Residual backbones: ResNet-12 with DropBlock, and WRN-28-10."""
+"""The backbones of the literature: Conv-4, the network of R2D2, ResNet-12 with DropBlock, and WRN-28-10."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -9,9 +10,78 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convexheads._validation import check_positive_ints
+from convexheads._validation import check_choice, check_positive_ints
 from convexheads.errors import InputError, MissingDependencyError
 from convexheads.models.backbone import NEGATIVE_SLOPE, Backbone
+
+
+class Conv4(Backbone):
+    """Four blocks of 3 x 3 convolution with 64 filters, batch normalization, ReLU and 2 x 2 max pooling.
+
+    This is the network of Vinyals et al. 2016 and Snell et al. 2017. It has 256 features for images of 32 x 32 pixels
+    and 1,600 for 84 x 84. The layers and their names are those of learn2learn's `CNN4Backbone`. What differs: the
+    initial weights are PyTorch's; in learn2learn, some channels are nearly zero.
+
+    Use it when training has to be fast, or to compare with published results for Conv-4. The arguments `in_channels`,
+    `image_size` (at least 16), `mean` and `std` are those of `Backbone`.
+
+    Example:
+        `features = Conv4(in_channels=1)(torch.rand(8, 1, 32, 32))`
+    """
+
+    def make_layers(self) -> tuple[nn.Module, int]:
+        blocks = [
+            nn.Sequential(
+                OrderedDict(
+                    conv=nn.Conv2d(before, 64, 3, padding=1),
+                    normalize=nn.BatchNorm2d(64),
+                    pool=nn.MaxPool2d(2),
+                    relu=nn.ReLU(),  # after the pooling: the same values and gradients, from a quarter of the numbers
+                )
+            )
+            for before in (self.in_channels, 64, 64, 64)
+        ]
+        return nn.Sequential(*blocks).to(memory_format=torch.channels_last), 64 * self._positions(4)
+
+
+class R2D2Network(Backbone):
+    """The network of R2D2 (Bertinetto et al. 2019): 96, 192, 384 and 512 filters, outputs of the last two blocks.
+
+    A block is a 3 x 3 convolution, batch normalization, 2 x 2 max pooling and a leaky ReLU, in this order. As in the
+    code of Lee et al. 2019, the last two blocks have dropout of 0.1 and 0.3, and there is no activation after the last
+    block, as R2D2's accuracy requires. The network has 8,192 features for images of 32 x 32 pixels and 51,200 for
+    84 x 84. What differs: the code of Bertinetto et al. has that activation and the same rate of dropout in both
+    blocks, and it pools both outputs with stride 1 instead, which gives 8,064 and 72,576 features.
+
+    Use it when you compare with published results for R2-D2. The arguments `in_channels`, `image_size` (at least 16),
+    `mean` and `std` are those of `Backbone`.
+
+    Example:
+        `features = R2D2Network()(torch.rand(8, 3, 32, 32))`
+    """
+
+    def make_layers(self) -> tuple[nn.Module, int]:
+        blocks = [
+            nn.Sequential(
+                nn.Conv2d(before, after, 3, padding=1),
+                nn.BatchNorm2d(after),
+                nn.MaxPool2d(2),
+                nn.LeakyReLU(NEGATIVE_SLOPE) if after < 512 else nn.Identity(),
+                nn.Dropout(rate),
+            )
+            for before, after, rate in ((self.in_channels, 96, 0.0), (96, 192, 0.0), (192, 384, 0.1), (384, 512, 0.3))
+        ]
+        return _ConcatLastTwo(*blocks), 384 * self._positions(3) + 512 * self._positions(4)
+
+
+class _ConcatLastTwo(nn.Sequential):
+    """Applies modules in turn and concatenates the flattened outputs of the last two."""
+
+    def forward(self, value: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        *first, last = self
+        for module in first:
+            value = module(value)
+        return torch.cat([value.flatten(1), last(value).flatten(1)], 1)
 
 
 class ResNet12(Backbone):
@@ -20,27 +90,20 @@ class ResNet12(Backbone):
     This is the network of Lee et al. 2019 (Section 4.1). Each block ends with 2 x 2 max pooling and DropBlock. There
     is no global average pooling: the network has 2,560 features for images of 32 x 32 pixels and 16,000 for 84 x 84.
     The initial weights are Kaiming's, as in the authors' code. learn2learn's `ResNet12Backbone` computes the same in
-    evaluation, but keeps the step counter of DropBlock in a plain integer, which is lost in checkpoints.
+    evaluation, but its checkpoints lack the step counter of DropBlock.
 
     Use it when accuracy matters most and you train on a GPU.
 
     Args:
-        in_channels: Number of channels of an image.
-        image_size: Height and width of the images, at least 16 pixels; a pair where the two differ.
-        mean: Mean of the pixels in [0, 1]; one number, or one per channel.
-        std: Standard deviation of the pixels in [0, 1]; one number, or one per channel.
+        in_channels: As for `Backbone`, like `image_size` (at least 16), `mean` and `std`.
         dropblock: "paper" drops 10 % of the units after every block: single units (dropout) after the first two,
-            square blocks after the last two. "reference_code" does the same, but increases the rate of the last two
-            from 0 to 10 % over 40,000 forward passes in training, as the authors' code does. Their counter also counts
-            evaluation, is lost on resumption and stays at zero with several GPUs; it counts two passes per training
-            step, because support and query images are passed apart, so that one pass per step reaches the full rate
-            after 40,000 steps, not 20,000. "none" drops nothing.
+            square blocks after the last two. "reference_code" increases the rate of the last two from 0 to 10 % over
+            40,000 forward passes in training. What differs from the authors' code: its counter also counts evaluation,
+            is lost on resumption and stays at zero with several GPUs, and it counts support and query images as two
+            passes, so that 20,000 steps reach the full rate. "none" drops nothing.
         block_size: Height and width of a dropped block in units of the feature maps; by default 5 for images of at
             least 84 x 84 pixels and 2 for smaller ones, as the authors have it for ImageNet and for CIFAR.
         average_pool: Whether to average over positions, which leaves 640 features.
-
-    Raises:
-        InputError: An argument is unusable.
 
     Example:
         `features = ResNet12(image_size=84)(torch.rand(8, 3, 84, 84))`
@@ -57,25 +120,26 @@ class ResNet12(Backbone):
         block_size: int | None = None,
         average_pool: bool = False,
     ) -> None:
+        check_choice("dropblock", dropblock, ("paper", "reference_code", "none"))
+        # These come first, because the base class calls `make_layers`.
+        self.dropblock, self.block_size, self.average_pool = dropblock, block_size, average_pool
         super().__init__(in_channels, image_size, mean, std)
-        if dropblock not in ("paper", "reference_code", "none"):
-            raise InputError("dropblock", "one of paper, reference_code, none", repr(dropblock))
-        if block_size is None:
-            block_size = 5 if min(self.image_size) >= 84 else 2
+
+    def make_layers(self) -> tuple[nn.Module, int]:
+        block_size = (5 if min(self.image_size) >= 84 else 2) if self.block_size is None else self.block_size
         check_positive_ints(block_size=block_size)
-        warmup_steps = 40_000 if dropblock == "reference_code" else 0
+        warmup_steps = 40_000 if self.dropblock == "reference_code" else 0
         blocks: list[nn.Module] = []
-        for number, (before, after) in enumerate(pairwise((self.in_channels, 64, 160, 320, 640))):
-            drop: nn.Module = nn.Identity()
-            if dropblock != "none":
-                drop = nn.Dropout(0.1) if number < 2 else DropBlock(block_size, warmup_steps=warmup_steps)
+        for before, after in pairwise((self.in_channels, 64, 160, 320, 640)):
+            drop = nn.Dropout(0.1) if after < 320 else DropBlock(block_size, warmup_steps=warmup_steps)
+            drop = nn.Identity() if self.dropblock == "none" else drop
             blocks += [_ResidualBlock(before, after), nn.MaxPool2d(2), drop]
-        self.layers = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1) if average_pool else nn.Identity())
-        self.num_features = 640 * (1 if average_pool else self._positions(4))
-        for module in self.layers.modules():
+        layers = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1) if self.average_pool else nn.Identity())
+        for module in layers.modules():
             if isinstance(module, nn.Conv2d):
                 # with the gain for a slope of 0, not 0.1, as in the reference code
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
+        return layers, 640 * (1 if self.average_pool else self._positions(4))
 
 
 class _ResidualBlock(nn.Module):
@@ -98,9 +162,8 @@ class _ResidualBlock(nn.Module):
 class DropBlock(nn.Module):
     """Drops square blocks of each channel in training (Ghiasi et al. 2018).
 
-    `torchvision.ops.DropBlock2d` accepts odd sizes only; for these it is equal in distribution. As there, the units
-    that are kept are scaled by their share of the whole batch, so that the mean stays the same, and overlapping blocks
-    drop slightly less than `drop_prob`.
+    For odd sizes, the only ones that it accepts, `torchvision.ops.DropBlock2d` is equal in distribution. Kept units are
+    scaled so that the mean of the batch stays the same, and overlapping blocks drop slightly less than `drop_prob`.
 
     Use it when you build a residual network of your own; `ResNet12` contains it.
 
@@ -108,9 +171,6 @@ class DropBlock(nn.Module):
         block_size: Height and width of a block, at least 1; on smaller maps, their height and width.
         drop_prob: Expected fraction of dropped units, in [0, 1).
         warmup_steps: Number of forward passes in training over which the fraction increases from 0 to `drop_prob`.
-
-    Raises:
-        InputError: An argument is out of range.
 
     Example:
         `maps = DropBlock(block_size=5, drop_prob=0.1)(torch.randn(8, 64, 21, 21))`
@@ -129,19 +189,13 @@ class DropBlock(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # a buffer, so that checkpoints contain it
 
     def forward(self, value: Tensor) -> Tensor:
-        """Drop blocks in training; return the maps unchanged in evaluation.
-
-        Args:
-            value: Feature maps, `(n, channels, height, width)`.
-
-        Returns:
-            Feature maps of the same shape, `(n, channels, height, width)`.
-        """
+        """Drop blocks of feature maps, `value` `(n, channels, height, width)`; in evaluation, return them unchanged."""
         if not self.training:
             return value
         self.steps += 1
         warmup = (self.steps / self.warmup_steps).clamp(max=1) if self.warmup_steps else 1
-        size, (height, width) = min(self.block_size, *value.shape[-2:]), value.shape[-2:]
+        height, width = value.shape[-2:]
+        size = min(self.block_size, height, width)
         places = height - size + 1, width - size + 1
         rate = self.drop_prob * warmup * height * width / (size**2 * places[0] * places[1])
         corners = (torch.rand(*value.shape[:2], *places, device=value.device) < rate).to(value.dtype)
@@ -160,32 +214,14 @@ class WRN28(Backbone):
     it differs from the paper: convolutions have biases, the initial weights are PyTorch's, and the statistics of the
     last normalization have a momentum of 0.9, so that they are nearly those of the last batch.
 
-    Use it when you compare with published results for WRN-28-10.
-
-    Args:
-        in_channels: Number of channels of an image.
-        image_size: Height and width of the images; a pair where the two differ.
-        mean: Mean of the pixels in [0, 1]; one number, or one per channel.
-        std: Standard deviation of the pixels in [0, 1]; one number, or one per channel.
-
-    Raises:
-        InputError: An argument is unusable.
-        MissingDependencyError: learn2learn is not installed.
+    Use it when you compare with published results for WRN-28-10. The arguments `in_channels`, `image_size`, `mean` and
+    `std` are those of `Backbone`.
 
     Example:
         `backbone = WRN28(in_channels=3, image_size=84)`
     """
 
-    num_features = 640
-
-    def __init__(
-        self,
-        in_channels: int = 3,
-        image_size: int | tuple[int, int] = 32,
-        mean: float | Sequence[float] = 0.5,
-        std: float | Sequence[float] = 0.5,
-    ) -> None:
-        super().__init__(in_channels, image_size, mean, std)
+    def make_layers(self) -> tuple[nn.Module, int]:
         try:
             from learn2learn.vision.models import WRN28Backbone
         except ImportError as error:
@@ -193,4 +229,4 @@ class WRN28(Backbone):
         network = WRN28Backbone()
         first = nn.Conv2d(self.in_channels, 16, 3, padding=1)
         last = nn.ReLU(), nn.AdaptiveAvgPool2d(1)
-        self.layers = nn.Sequential(first, network.layer1, network.layer2, network.layer3, network.bn1, *last)
+        return nn.Sequential(first, network.layer1, network.layer2, network.layer3, network.bn1, *last), 640

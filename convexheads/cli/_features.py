@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -23,21 +24,10 @@ _T = TypeVar("_T")
 
 
 def load_feature_extractor(name: str) -> FeatureExtractor:
-    """Load the feature extractor of a name, as `FolderClassifier.from_folder` describes them.
-
-    Args:
-        name: One of `FEATURES`, a name or a file of `load_pretrained`, or "MODULE:FUNCTION".
-
-    Returns:
-        A function from files to features, `(n, d)`.
-
-    Raises:
-        InputError: There is no such feature extractor.
-        MissingDependencyError: A package that it needs is not installed.
-    """
+    """Load the feature extractor of a name, which `FolderClassifier.from_folder` describes."""
     if name in FEATURES:
         return FEATURES[name]()
-    if name in list_pretrained() or _exists(name):
+    if name in list_pretrained() or os.path.exists(name):
         return _backbone(name)
     module, _, function = name.partition(":")
     if not function:
@@ -50,23 +40,12 @@ def load_feature_extractor(name: str) -> FeatureExtractor:
 
 
 def refers_to_code(name: str) -> bool:
-    """Whether the features of this `name` are a function to import, not the library's own or a file of weights."""
-    return ":" in name and name not in [*FEATURES, *list_pretrained()] and not _exists(name)
+    """Whether the features of this name are a function to import, not the library's own or a file of weights."""
+    return ":" in name and name not in [*FEATURES, *list_pretrained()] and not os.path.exists(name)
 
 
 def extract_features(extractor: FeatureExtractor, paths: Sequence[Path]) -> Tensor:
-    """Compute the features of files, scaled to length one.
-
-    Args:
-        extractor: What `load_feature_extractor` returned.
-        paths: Paths of the files.
-
-    Returns:
-        Features in float64, `(n, d)`.
-
-    Raises:
-        InputError: A file is missing or unusable; the message names it. Or the extractor returns something else.
-    """
+    """Return the features of files, scaled to length one, in float64, `(n, d)`; errors name the file."""
     if missing := [path for path in paths if not path.is_file()]:
         raise InputError("file", "a file", f"{missing[0]}, which is no file")
     found = extractor(paths)
@@ -75,28 +54,15 @@ def extract_features(extractor: FeatureExtractor, paths: Sequence[Path]) -> Tens
         raise InputError("features", f"a row of floating-point values for each of {len(paths)} files", got)
     usable = found.isfinite().all(-1) & found.any(-1)
     if not usable.all():
-        raise InputError(
-            "file", "finite ones, not all zero", f"{paths[int(usable.int().argmin())]}, with unusable features"
-        )
+        got = f"{paths[int(usable.int().argmin())]}, with unusable features"
+        raise InputError("file", "features that are finite and not all zero", got)
     return functional.normalize(found.double(), dim=-1)
 
 
 def list_files(folder: Path, *, recursive: bool = False) -> list[Path]:
-    """List the files of a folder, sorted, without hidden files and those that Windows adds by itself.
-
-    Args:
-        folder: Path of the folder.
-        recursive: Whether to include the files of its subfolders.
-    """
+    """List the files of a folder, sorted, without hidden files and those that Windows adds by itself."""
     files = (path for path in (folder.rglob("*") if recursive else folder.iterdir()) if path.is_file())
     return sorted(path for path in files if path.name[0] != "." and path.name.lower() not in _JUNK)
-
-
-def _exists(name: str) -> bool:
-    try:
-        return Path(name).exists()
-    except OSError:  # the name is too long for the file system
-        return False
 
 
 def _text() -> FeatureExtractor:
@@ -120,7 +86,7 @@ def _text() -> FeatureExtractor:
     def text(paths: Sequence[Path]) -> Tensor:
         documents = [_read(path, lambda path: path.read_text(encoding="utf-8"), expected) for path in paths]
         if empty := [path for path, document in zip(paths, documents, strict=True) if not document.strip()]:
-            raise InputError("file", "a file with some text in it", f"{empty[0]} without any text")
+            raise InputError("file", "a file that contains text", f"{empty[0]} without any text")
         return torch.from_numpy(model.embed(documents))
 
     return text
@@ -132,14 +98,14 @@ def _npy() -> FeatureExtractor:
     def vector(path: Path) -> Tensor:
         return torch.from_numpy(np.load(path, allow_pickle=False)).flatten()
 
-    def npy(paths: Sequence[Path]) -> Tensor:
+    def vectors(paths: Sequence[Path]) -> Tensor:
         rows = [_read(path, vector) for path in paths]
         for path, row in zip(paths, rows, strict=True):
             if row.shape != rows[0].shape:
-                raise InputError("file", f"{len(rows[0])}, as in {paths[0]}", f"{path} with {len(row)} values")
+                raise InputError("file", f"{len(rows[0])} values, as in {paths[0]}", f"{path} with {len(row)} values")
         return torch.stack(rows)
 
-    return npy
+    return vectors
 
 
 def _backbone(name: str) -> FeatureExtractor:
@@ -162,12 +128,12 @@ def _backbone(name: str) -> FeatureExtractor:
     return lambda paths: embed(backbone, torch.stack([_read(path, image) for path in paths]), progress=False)
 
 
-FEATURES: Mapping[str, Callable[[], FeatureExtractor]] = {"text": _text, "npy": _npy}
-"""The functions that make a feature extractor, by its name."""
-
-
 def _read(path: Path, read: Callable[[Path], _T], expected: str = "a file that can be read") -> _T:
     try:
         return read(path)
     except (OSError, TypeError, ValueError) as error:
         raise InputError("file", expected, f"{path} ({error})") from error
+
+
+FEATURES: Mapping[str, Callable[[], FeatureExtractor]] = {"text": _text, "npy": _npy}
+"""The functions that make a feature extractor, by its name."""
