@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar, get_args
 
 import torch
 
 from convexheads._functorch import compute_without_grad
-from convexheads._validation import Check, check_positive_int, optional
+from convexheads._validation import Check, check_choice, check_positive_int, optional
 from convexheads.heads import _logistic_newton
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
 from convexheads.solvers import OnFailure, Solution, Status
-from convexheads.solvers.base import check_on_failure, handle_failures
+from convexheads.solvers.base import handle_failures
 
 _MAX_NEWTON_STEPS = 100
 _TOLERANCE = 1e-6
 # Newton's method goes on until rounding stops it, as the implicit gradient is that of the exact optimum.
 _AIM = 1e-15
-
-
-def _check_on_failure(name: str, value: Any) -> Any:
-    check_on_failure("LogisticHead", value)
-    return value
 
 
 class LogisticHead(ClassificationHead):
@@ -67,7 +62,7 @@ class LogisticHead(ClassificationHead):
     checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {
         "regularization": check_positive,
         "steps": optional(check_positive_int),
-        "on_failure": _check_on_failure,
+        "on_failure": partial(check_choice, choices=get_args(OnFailure)),
     }
 
     on_failure: OnFailure

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from convexheads._functorch import compute_without_grad, inspect_values, is_transforming
-from convexheads._validation import check_real, describe_type, is_positive_int
+from convexheads._validation import check_choice, check_positive_int, check_real, describe_type, optional
 from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError, SolverError, SolverWarning
 from convexheads.precision import full_precision, working_dtype
 from convexheads.solvers.certificate import Certificate, account_for_rounding, certify
@@ -98,9 +98,8 @@ class Solver(ABC):
         name = type(self).__name__
         if self.package is not None and find_spec(self.package) is None:
             raise MissingDependencyError(self.package, extra=self.package, needed_by=name)
-        if max_iterations is not None and not is_positive_int(max_iterations):
-            raise InputError(f"{name}(max_iterations)", "an integer of at least 1, or None", repr(max_iterations))
-        check_on_failure(name, on_failure)
+        optional(check_positive_int)(f"{name}(max_iterations)", max_iterations)
+        check_choice(f"{name}(on_failure)", on_failure, get_args(OnFailure))
         self.max_iterations = max_iterations
         self.tolerance = (
             self.default_tolerance if tolerance is None else check_real(f"{name}(tolerance)", tolerance, positive=True)
@@ -234,12 +233,6 @@ class Solver(ABC):
     def _is_solved(self, solution: Solution) -> Tensor:
         """The tasks that `Fallback` does not hand on, `(tasks,)` of bool."""
         return solution.converged
-
-
-def check_on_failure(name: str, on_failure: object) -> None:
-    """Raise `InputError` unless `on_failure` is one of the three policies."""
-    if not isinstance(on_failure, str) or on_failure not in get_args(OnFailure):
-        raise InputError(f"{name}(on_failure)", f"one of {get_args(OnFailure)}", repr(on_failure))
 
 
 def handle_failures(name: str, solution: Solution, tolerance: float, on_failure: OnFailure) -> None:

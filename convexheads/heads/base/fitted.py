@@ -13,9 +13,9 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from convexheads._gram import constant
-from convexheads._validation import check_gram, check_query
+from convexheads._validation import check_query
 from convexheads.errors import ConvexHeadsError
-from convexheads.heads.base.support_set import KernelExpansion, SupportSet
+from convexheads.heads.base.support_set import KernelExpansion, SupportSet, compute_gram
 from convexheads.kernels import KernelLike, Linear, Product, Sum
 from convexheads.precision import full_precision
 from convexheads.solvers import Solution
@@ -71,8 +71,7 @@ class Fitted:
             `(*batch, q, n)`.
         """
         features, mask = self.support.features, self.support.mask
-        gram = self.support.kernel(query, features)
-        check_gram(gram, query, features, validate=self.support.validate)
+        gram = compute_gram(self.support.kernel, query, features, validate=self.support.validate)
         return gram if mask is None else gram.masked_fill(~mask.unsqueeze(-2), 0)
 
     def query_gram_diagonal(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q"]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.nn import functional
 
-from convexheads._validation import check_gram
+from convexheads._validation import check_finite
+from convexheads.errors import InputError
 from convexheads.kernels import KernelLike, Linear
 from convexheads.solvers import Solution
 
@@ -43,8 +45,7 @@ class SupportSet:
 
         Masked examples are orthogonal to all others, and as long as those are on average.
         """
-        gram = self.kernel(self.features, self.features)
-        check_gram(gram, self.features, self.features, validate=self.validate)
+        gram = compute_gram(self.kernel, self.features, self.features, validate=self.validate)
         return gram if self.mask is None else _mask_gram(gram, self.mask)
 
     @property
@@ -97,6 +98,20 @@ def one_hot(
     targets = (labels.unsqueeze(-1) == torch.arange(ways, device=labels.device)).to(dtype)
     targets = torch.where(targets.any(-1, keepdim=True), targets, torch.nan)
     return targets if mask is None else targets.masked_fill(~mask.unsqueeze(-1), 0)
+
+
+def compute_gram(kernel: KernelLike, x: Tensor, y: Tensor, *, validate: bool) -> Float[Tensor, "*batch m n"]:
+    """The Gram matrix of `x` and `y`; raises `InputError` for another shape or dtype, or a value that is not finite."""
+    gram: Any = kernel(x, y)
+    expected = (*x.shape[:-1], y.shape[-2])
+    if not isinstance(gram, Tensor) or gram.shape != expected:
+        got = f"shape {tuple(gram.shape)}" if isinstance(gram, Tensor) else type(gram).__name__
+        raise InputError("kernel", f"a Gram matrix of shape {expected}", f"a result of {got}")
+    if gram.dtype != x.dtype:
+        raise InputError("kernel", f"the dtype of its arguments, {x.dtype}", f"a result of {gram.dtype}")
+    if validate:
+        check_finite("kernel", gram)
+    return gram
 
 
 def _mask_gram(gram: Float[Tensor, "*batch n n"], mask: Bool[Tensor, "*batch n"]) -> Float[Tensor, "*batch n n"]:

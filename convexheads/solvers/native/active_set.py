@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from convexheads._validation import check_positive_ints
-from convexheads.errors import InputError, MissingDependencyError
+from convexheads._validation import check_choice, check_positive_ints
+from convexheads.errors import MissingDependencyError
 from convexheads.solvers.base import OnFailure, Solved, Solver, SolverResult
 from convexheads.solvers.certificate import Certificate, certify
 from convexheads.solvers.implicit import ActiveSet, active_entries, factorize_free
@@ -177,8 +177,7 @@ def numba_is_installed() -> bool:
 
 def check_backend(name: str, backend: object) -> None:
     """Raise an error unless `backend` is one of the three and installed."""
-    if not isinstance(backend, str) or backend not in get_args(Backend):
-        raise InputError(f"{name}(backend)", f"one of {get_args(Backend)}", repr(backend))
+    check_choice(f"{name}(backend)", backend, get_args(Backend))
     if backend == "numba" and not numba_is_installed():
         raise MissingDependencyError("numba", extra="numba", needed_by=f"{name}(backend='numba')")
 

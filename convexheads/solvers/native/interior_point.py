@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from convexheads._validation import check_positive_ints, check_real
+from convexheads._validation import check_choice, check_positive_ints, check_real
 from convexheads.errors import InputError
 from convexheads.solvers.base import OnFailure, Solver, SolverResult
 from convexheads.solvers.kkt import MIN_EXAMPLES_FOR_LOW_RANK, with_gram_factor
@@ -63,8 +63,7 @@ class InteriorPointSolver(Solver):
     ) -> None:
         super().__init__(max_iterations=max_iterations, tolerance=tolerance, on_failure=on_failure)
         name = type(self).__name__
-        if not isinstance(gradient, str) or gradient not in get_args(Gradient):
-            raise InputError(f"{name}(gradient)", f"one of {get_args(Gradient)}", repr(gradient))
+        check_choice(f"{name}(gradient)", gradient, get_args(Gradient))
         if (gradient == "last_iterate") is (max_iterations is None) and gradient != "exact":
             expected = "a number" if gradient == "last_iterate" else "None"
             raise InputError(f"{name}(max_iterations)", f"{expected} with gradient={gradient!r}", max_iterations)
