@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from convexheads.solvers.certificate import StallDetector
 from convexheads.solvers.kkt import cholesky
-from convexheads.solvers.stalling import StallDetector
 
 _MAX_BACKTRACKS = 30
 _PATIENCE = 3

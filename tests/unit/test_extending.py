@@ -21,7 +21,7 @@ from convexheads.solvers import (
     Status,
     implicit,
 )
-from convexheads.solvers.stalling import StallDetector
+from convexheads.solvers.certificate import StallDetector
 
 
 class ProjectedGradientSolver(Solver):

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads.solvers import feasible_rows
 from convexheads.solvers.kkt import cholesky
 from convexheads.solvers.problem import DualProblem
 
@@ -49,15 +48,7 @@ def admm(problem: DualProblem, *, steps: int) -> Iterator[WarmStart]:
         for _ in range(steps):
             moved = solve(_project_row_sums(problem.linear + penalty * (coef - dual), problem.rows_sum_to_zero))
             target = torch.lerp(coef, moved, relaxation) + dual
-            coef, row_multipliers = feasible_rows.proximal(
-                target,
-                problem.lower,
-                problem.upper,
-                weight=penalty,
-                smoothing=problem.smoothing,
-                rows_sum_to_zero=problem.rows_sum_to_zero,
-                guess=row_multipliers,
-            )
+            coef, row_multipliers = problem.rows.proximal(target, penalty, guess=row_multipliers)
             dual, relaxation = target - coef, OVER_RELAXATION
         assert row_multipliers is not None
         bound_multipliers = penalty * dual - row_multipliers

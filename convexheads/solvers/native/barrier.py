@@ -8,11 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from convexheads.solvers.certificate import certify
+from convexheads.solvers.certificate import StallDetector, certify
 from convexheads.solvers.implicit import BarrierPoint
 from convexheads.solvers.kkt import BlockKKT, FactorizedKKT, LowRankKKT
 from convexheads.solvers.problem import DualProblem
-from convexheads.solvers.stalling import StallDetector
 
 _FRACTION_TO_BOUNDARY = 0.99
 _REGULARIZATION = 1e-12

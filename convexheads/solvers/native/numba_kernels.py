@@ -18,7 +18,7 @@ from convexheads.solvers.native.numba_kkt import compute_residual, factorize, in
 @kernel
 @no_type_check
 def project(row, target, lower, upper, weight, smoothing, newton_tolerance):
-    """`feasible_rows.proximal` of one row with a zero sum, by Newton's method; exact if bounds are on one side."""
+    """`FeasibleRows.proximal` of one row with a zero sum, by Newton's method; exact if bounds are on one side."""
     k = len(row)
     multiplier, is_restarted = 0.0, False
     for _ in range(2 * k + 2):
