@@ -34,13 +34,16 @@ def compute_without_grad(function: Callable[..., tuple[Tensor, ...]], *arguments
 
 def inspect_values(function: Callable[..., _T], *arguments: Any) -> _T:
     """Like `compute_without_grad`, for a function that returns anything else than tensors, or raises."""
+    if not is_transforming():
+        with torch.no_grad():
+            return function(*arguments)
     seen: list[_T] = []
 
     def call(*values: Any) -> tuple[Tensor, ...]:
         seen.append(function(*values))
         return ()
 
-    compute_without_grad(call, *arguments)
+    _Computed.apply(call, *arguments)
     return seen[0]
 
 

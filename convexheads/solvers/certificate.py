@@ -41,15 +41,13 @@ class Certificate(TensorRecord):
     """Bounds on the error of coefficients, whichever solver computed them. `certify` makes it.
 
     Attributes:
-        feasible: projection of the coefficients on the feasible set, `(*batch, n, k)`.
-        gap: relative duality gap of the projection, `(*batch,)`.
-        primal_error_bound: upper bound of the relative error of the primal weights, `(*batch,)`.
-        residual: distance of the coefficients to the feasible set, relative to the largest coefficient (at least one
-            unit), `(*batch,)`.
-        violation: the residual of the projection, `(*batch,)`; zero unless a row has no feasible point at all.
-        bound_multipliers: positive at an upper bound, negative at a lower bound, zero at free entries, `(*batch, n,
-            k)`.
-        row_multipliers: multipliers of the zero row sums, `(*batch, n)`.
+        feasible: projection of the coefficients on the feasible set.
+        gap: relative duality gap of the projection.
+        primal_error_bound: upper bound of the relative error of the primal weights.
+        residual: distance of the coefficients to the feasible set, relative to the largest one (at least one unit).
+        violation: the residual of the projection; zero unless a row has no feasible point at all.
+        bound_multipliers: positive at an upper bound, negative at a lower bound, zero at free entries.
+        row_multipliers: multipliers of the zero row sums.
     """
 
     feasible: Float[Tensor, "*batch n k"]

@@ -61,7 +61,7 @@ class FeasibleRows(NamedTuple):
         return self.clip(moved if rate is None else moved * rate), multiplier
 
     def conjugate(self, slope: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The maximum of `f(a) = <slope, a> - <smoothing, a^2> / 2` over the feasible rows, and how much f(at) is below.
+        """The maximum of `f(a) = <slope, a> - <smoothing, a^2> / 2` over the feasible rows, and how far f(at) is below.
 
         Both are `(...)` and upper bounds of the true values, infinite where the row is unbounded; the second one is a
         sum of non-negative terms, so tiny ones are exact. The third result is the multiplier of `sum a = 0`.

@@ -33,7 +33,7 @@ MIN_EXAMPLES_FOR_LOW_RANK = 256
 
 
 class KKT(TensorRecord, ABC):
-    """A factorized KKT system. All its fields are tensors, tasks first, or are shared by all tasks."""
+    """A factorized KKT system."""
 
     @abstractmethod
     def solve(
@@ -58,11 +58,7 @@ class FactorizedKKT(KKT):
         refinements: int,
         start: tuple[Float[Tensor, "tasks k n"], Float[Tensor, "tasks n"]] | None = None,
     ) -> tuple[Float[Tensor, "tasks k n"], Float[Tensor, "tasks n"]]:
-        """Return `(x, row_multipliers)`, refined against the unregularized system.
-
-        A singular system (duplicates, n > d) has many solutions. The result is the one closest to `start`, or to zero
-        without one.
-        """
+        """Of the many solutions of a singular system (duplicates, n > d), the result is the one closest to `start`."""
         if start is None:
             x, row_multipliers = self._eliminate(right, sums)
         else:
@@ -203,8 +199,7 @@ def pivoted_cholesky(
 ) -> Float[Tensor, "tasks n r"] | None:
     """A factor with `factor @ factor.mT == gram`, to rounding; None if it would need more than `max_rank` columns.
 
-    The Cholesky factorization with pivoting (Higham 1990) ends when the diagonal of the residual is zero. It costs r
-    columns, whatever the kernel.
+    The Cholesky factorization with pivoting (Higham 1990) ends when the diagonal of the residual is zero.
     """
     tasks, n, _ = gram.shape
     residual_diagonal = gram.diagonal(dim1=-2, dim2=-1).clone()

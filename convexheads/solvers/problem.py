@@ -193,8 +193,8 @@ def check_problem(problem: object) -> None:
         raise InputError("problem", "a DualProblem", type(problem).__name__)
     check_bool("DualProblem(rows_sum_to_zero)", problem.rows_sum_to_zero)
     for name, value in vars(problem).items():
-        optional = name not in ("gram", "linear")
-        if name != "rows_sum_to_zero" and not (is_float_tensor(value) or (value is None and optional)):
+        is_missing = value is None and name not in ("gram", "linear")
+        if not (is_missing or name == "rows_sum_to_zero" or is_float_tensor(value)):
             raise InputError(f"DualProblem({name})", "a tensor of floating-point values", describe_type(value))
     linear, factor = problem.linear, problem.gram_factor
     if linear.ndim < 2 or not all(linear.shape[-2:]):

@@ -1,8 +1,8 @@
-"""The steps of ADMM, which are so cheap that they find the active set of large problems.
+"""The steps of ADMM, which are cheap enough to find the active set of large problems.
 
-A step alternates between the Hessian and the feasible rows. The first is ONE n x n system for all classes and all
-steps, and the second is done row by row, so that memory grows as n*k + n*n, however many classes there are. (Glowinski
-& Marroco 1975, Gabay & Mercier 1976; over-relaxed as in Eckstein & Bertsekas 1992; see Boyd et al. 2011.)
+A step alternates between the Hessian and the feasible rows. The first is one n x n system for all classes and all
+steps, and the second is done row by row, so memory grows as n*k + n*n. (Glowinski & Marroco 1975, Gabay & Mercier 1976;
+over-relaxed as in Eckstein & Bertsekas 1992; see Boyd et al. 2011.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class WarmStart(NamedTuple):
 
 
 def ridge_step(problem: DualProblem) -> WarmStart:
-    """One unconstrained (ridge) step from zero; entries that overshoot a bound form the initial active set."""
+    """One unconstrained (ridge) step from zero; entries beyond a bound form the initial active set."""
     penalty = PENALTY * problem.curvature()[:, None, None]
     right = _project_row_sums(problem.linear, problem.rows_sum_to_zero)
     coef = torch.cholesky_solve(right, cholesky(_plus_diagonal(problem.gram, penalty)))
