@@ -189,7 +189,7 @@ def _compile(build: Callable[[CvxpyTask], Any], n: int, k: int, names: tuple[str
     if isinstance(problem, cvxpy.Minimize):
         problem = cvxpy.Problem(problem)
     if not isinstance(problem, cvxpy.Problem):
-        raise InputError("build", "an expression to minimize or a cvxpy.Problem", f"a {type(problem).__name__}")
+        raise InputError("build", "an expression to minimize or a cvxpy.Problem", f"a {type(problem).__name__} from it")
     # Scores and weights (in an orthonormal basis of the support's span) are variables of their own, so that their
     # products with parameters are DPP.
     coupling_constraints = [scores == gram @ coef, weights == root @ coef]
@@ -197,8 +197,8 @@ def _compile(build: Callable[[CvxpyTask], Any], n: int, k: int, names: tuple[str
     if not problem.is_dcp():
         raise InputError("build", "a convex problem", "a problem that is not convex by CVXPY's rules (is_dcp)")
     if not problem.is_dpp():
-        expected = "a problem in which parameters (targets, hyper-parameters) do not multiply each other"
-        raise InputError("build", expected, "a problem that is convex, but not DPP: multiply, e.g., `squared_norm`")
+        expected = "one in which parameters do not multiply each other: multiply `squared_norm`, for instance"
+        raise InputError("build", expected, "a problem that is convex, but not DPP")
     used = {parameter.id for parameter in problem.parameters()}
     given = [gram, root, targets, *parameters.values()]
     # cvxpylayers requires that every parameter is used; a term of zero uses those that the problem does not.

@@ -15,7 +15,7 @@ from convexheads.solvers.problem import DualProblem, Solution
 
 
 class Fallback(Solver):
-    """A solver that solves the tasks that one solver does not certify by another one.
+    """A composition of two solvers: the second one solves the tasks that the first one does not certify.
 
     Use it when a fast solver fails on some tasks. Each task has the gradient of the solver that solved it.
 
