@@ -24,9 +24,7 @@ is_transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transfor
 def compute_without_grad(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tuple[Tensor, ...]:
     """Call a function without gradient, on tensors whose values can be inspected.
 
-    Args:
-        function: It takes tensors with any number of leading dimensions and returns tensors with the same ones.
-        arguments: Tensors with the same leading dimensions; anything else is passed on unchanged.
+    The tensors among the arguments and results have the same leading dimensions, any number of them.
     """
     if is_transforming():
         return _Computed.apply(function, *arguments)
@@ -36,13 +34,16 @@ def compute_without_grad(function: Callable[..., tuple[Tensor, ...]], *arguments
 
 def inspect_values(function: Callable[..., _T], *arguments: Any) -> _T:
     """Like `compute_without_grad`, for a function that returns anything else than tensors, or raises."""
+    if not is_transforming():
+        with torch.no_grad():
+            return function(*arguments)
     seen: list[_T] = []
 
     def call(*values: Any) -> tuple[Tensor, ...]:
         seen.append(function(*values))
         return ()
 
-    compute_without_grad(call, *arguments)
+    _Computed.apply(call, *arguments)
     return seen[0]
 
 
@@ -54,12 +55,9 @@ def move_vmap_dim_to_front(size: int, dimension: int | None, value: Any) -> Any:
 
 
 def once_differentiable(value: Tensor, gradient: Tensor, by: str) -> Tensor:
-    """Return a first derivative that raises an error when it is differentiated.
+    """The derivative `value`, which was computed outside the graph, such that differentiating it raises an error.
 
-    Args:
-        value: The derivative, outside the graph.
-        gradient: The incoming gradient, which connects `value` to the graph of a second derivative.
-        by: Name of the solver, for the error message.
+    The incoming `gradient` connects it to the graph of a second derivative; `by` is the solver's name in the error.
     """
     return _Refuse.apply(value, gradient, by)
 

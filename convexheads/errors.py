@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class ConvexHeadsError(Exception):
     """Base class of all convexheads exceptions.
 
-    It is raised itself where no subclass fits: for a second derivative through a solver that has only the first, and
-    for the weights of a fitted head that is not linear.
+    It is raised itself if no subclass fits: for a second derivative through a solver that has only the first, and for
+    the weights of a fitted head that is not linear.
     """
 
 
@@ -22,12 +22,9 @@ class InputError(ConvexHeadsError, ValueError):
     """An argument is unusable; a `ValueError` too. The message names it, the expected and the received value.
 
     Args:
-        argument: its name.
+        argument: the name of the argument, which is also an attribute of the error.
         expected: the expected value, in words.
         got: the received value, as the message shows it.
-
-    Attributes:
-        argument: its name.
     """
 
     def __init__(self, argument: str, expected: str, got: Any) -> None:
@@ -36,15 +33,12 @@ class InputError(ConvexHeadsError, ValueError):
 
 
 class SolverError(ConvexHeadsError, RuntimeError):
-    """At least one task of a batch could not be solved to the tolerance asked for; a `RuntimeError` too.
+    """At least one task of a batch could not be solved to the tolerance; a `RuntimeError` too.
 
     Args:
         message: the failed tasks, with their gap and residual.
-        solution: see below. Defaults to None.
-
-    Attributes:
         solution: the `Solution` of the whole batch, with the status of each task, so that the tasks that succeeded are
-            not lost; None where a closed form failed.
+            not lost; also an attribute of the error. Defaults to None (a closed form failed).
     """
 
     def __init__(self, message: str, solution: Solution | None = None) -> None:
@@ -55,13 +49,13 @@ class SolverError(ConvexHeadsError, RuntimeError):
 class MissingDependencyError(ConvexHeadsError, ImportError):
     """An optional package is needed and not installed, or the installed version is unsupported; an `ImportError` too.
 
-    The message ends with the pip command that installs what is needed. The command names the packages themselves,
-    so it works whether convexheads was installed from a checkout or from a package index.
+    The message ends with a pip command that installs the package. It names the packages themselves, so it works whether
+    convexheads was installed from a checkout or from a package index.
 
     Args:
-        package: its name.
+        package: the name of the package.
         extra: the extra of convexheads that the package belongs to; the command installs all requirements of the extra.
-        needed_by: what needs it.
+        needed_by: the class or function that needs it.
     """
 
     def __init__(self, package: str, extra: str, needed_by: str) -> None:
@@ -69,7 +63,7 @@ class MissingDependencyError(ConvexHeadsError, ImportError):
 
 
 def _install_command(package: str, extra: str) -> str:
-    """The pip command that installs an extra; quoted so that shells of every system take it."""
+    """The pip command that installs an extra, quoted for the shells of every system."""
     if extra == "bench":  # the benchmarks are part of a checkout only
         return 'pip install ".[bench]"'
     # learn2learn 0.2.0 ships C files that do not compile on Python 3.11; with this option it builds from its sources.
@@ -79,7 +73,7 @@ def _install_command(package: str, extra: str) -> str:
 
 
 def _requirements(extra: str) -> list[str]:
-    """The requirements of an extra, from the metadata of the installed package; none where it is not installed."""
+    """The requirements of an extra, from the metadata of the installed package; empty if it is not installed."""
     try:
         pairs = [requirement.partition(";") for requirement in requires("convexheads") or ()]
     except PackageNotFoundError:

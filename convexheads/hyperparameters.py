@@ -1,4 +1,4 @@
-"""Hyperparameters: floats, or parameters that learn along with the backbone; and modules that are made of them."""
+"""Hyperparameters: floats, or parameters that learn along with the backbone; and modules with such settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Learnable(nn.Module):
     Eq. 12 as an unconstrained parameter.
 
     Args:
-        value: starting value, a number that float32 holds (at most 1e38), and from 1e-37 on if `positive`.
+        value: starting value, at most 1e38 in magnitude, and at least 1e-37 if `positive`.
         positive: whether the value stays positive. False allows any sign, as for a bias. Defaults to True.
 
     Raises:
@@ -59,9 +59,8 @@ class Learnable(nn.Module):
         return super()._apply(keep_precision, recurse)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        for name in ("log_value", "signed_value"):  # the parameter's name in weights that were saved before 0.1
-            if (value := state_dict.pop(prefix + name, None)) is not None:
-                state_dict[prefix + "raw_value"] = value
+        if (value := state_dict.pop(prefix + "log_value", None)) is not None:  # its name in the weights of the package
+            state_dict[prefix + "raw_value"] = value
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __repr__(self) -> str:
@@ -73,13 +72,7 @@ Hyperparameter = float | Learnable
 
 
 def check_positive(name: str, value: Any, *, allow_zero: bool = False) -> Hyperparameter:
-    """Return a float or a positive `Learnable`, or raise `InputError`.
-
-    Args:
-        name: of the argument, for the error.
-        value: anything.
-        allow_zero: whether zero is allowed. Defaults to False.
-    """
+    """Return the `value` of the argument `name` if it is positive, or zero with `allow_zero`; or raise `InputError`."""
     if isinstance(value, Learnable):
         if value.positive:
             return value
@@ -88,27 +81,14 @@ def check_positive(name: str, value: Any, *, allow_zero: bool = False) -> Hyperp
 
 
 def check_any_sign(name: str, value: Any) -> Hyperparameter:
-    """Return a float or a `Learnable`, of any sign, or raise `InputError`.
-
-    Args:
-        name: of the argument, for the error.
-        value: anything.
-    """
+    """Return the `value` of the argument `name`, of any sign, or raise `InputError`."""
     if isinstance(value, Learnable):
         return value
     return check_real(name, value, alternative=" or Learnable(..., positive=False)")
 
 
 def as_tensor(hyperparameter: Hyperparameter, like: Tensor) -> Tensor:
-    """The hyperparameter as a scalar tensor, through which gradients reach it.
-
-    Args:
-        hyperparameter: a number or a `Learnable`.
-        like: a tensor that supplies the dtype and the device.
-
-    Returns:
-        A tensor without dimensions, `()`.
-    """
+    """The `hyperparameter` as a 0-d tensor with the dtype and device of `like`, through which gradients reach it."""
     if isinstance(hyperparameter, Learnable):
         return hyperparameter.value.to(like)
     return torch.full((), hyperparameter, dtype=like.dtype, device=like.device)  # created on the device, without a copy
@@ -120,8 +100,8 @@ def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str
     Use it when you train `Learnable`s with weight decay, which would pull each of them toward one.
 
     Args:
-        module: such as an `nn.ModuleList` of a backbone and a head.
-        weight_decay: of all other parameters, at least 0.
+        module: any module, such as an `nn.ModuleList` of a backbone and a head.
+        weight_decay: weight decay of the other parameters, at least 0.
 
     Returns:
         Two groups of parameters, each a dictionary as optimizers take them.
@@ -146,26 +126,21 @@ class Configurable(nn.Module):
     """
 
     checks: ClassVar[dict[str, Check]] = {}
-    """By setting, the function `(name, value) -> value` that checks it, and returns what to keep."""
+    """For each setting, the function `(name, value) -> value` that checks it and returns the value to keep."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if check := self.checks.get(name):
             value = check(self._argument(name), value)
             if not isinstance(value, nn.Module):
-                self._modules.pop(name, None)  # a number in the place of a `Learnable`
+                self._modules.pop(name, None)  # a number replaces a `Learnable`
         super().__setattr__(name, value)
 
     def _argument(self, name: str) -> str:
-        """What errors call the setting."""
+        """The name of the setting in errors."""
         return name
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The settings by name, as scikit-learn has them.
-
-        Args:
-            deep: whether to include those of a setting that has settings, such as "kernel__length_scale". Defaults to
-                True.
-        """
+        """The settings by name, as in scikit-learn; with `deep`, also those of settings ("kernel__length_scale")."""
         params = {name: getattr(self, name) for name in _arguments(type(self))}
         if deep:
             for name, value in list(params.items()):
@@ -174,10 +149,7 @@ class Configurable(nn.Module):
         return params
 
     def set_params(self: _C, **params: Any) -> _C:
-        """Change settings by name, as scikit-learn does, and return the module.
-
-        Args:
-            params: new values; "kernel__length_scale" is the `length_scale` of the `kernel`.
+        """Change the settings named in `params`, as in scikit-learn, and return the module.
 
         Raises:
             InputError: there is no such setting, or its value is unusable.
@@ -217,7 +189,7 @@ class Configurable(nn.Module):
 
 @cache
 def _arguments(kind: type) -> dict[str, inspect.Parameter]:
-    """The named arguments of a class's constructor, with those of the base classes' that it passes on by `**`."""
+    """The named arguments of a class's constructor, including those of base classes that it passes on by `**`."""
     found: dict[str, inspect.Parameter] = {}
     for base in kind.__mro__:
         if "__init__" not in vars(base) or base is Configurable:

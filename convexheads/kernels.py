@@ -1,8 +1,8 @@
 """Kernels: callables `(x, y) -> gram` that turn a head into a non-linear one.
 
 A kernel maps `x` of shape `(*batch, m, d)` and `y` of shape `(*batch, n, d)` to the Gram matrix `(*batch, m, n)`, in
-their dtype. Any such callable works, a function or an `nn.Module`; it has to be positive semi-definite and, for
-gradients, differentiable. Heads call it in float64, with the support as `y`, and check what it returns.
+their dtype. Any such callable serves, a function or an `nn.Module`; it has to be positive semi-definite and, for
+gradients, differentiable. Heads call it in float64, with the support as `y`, and check its result.
 
 The kernels of this module add and multiply: `Linear() + 0.5 * RBF()`, `Linear() + 1.0`, `Cosine() * Polynomial(2)`.
 """
@@ -32,12 +32,7 @@ def is_kernel(value: object) -> TypeGuard[KernelLike]:
 
 
 def check_kernel(name: str, value: Any) -> KernelLike:
-    """Return the `value` if it is a kernel, or raise `InputError`.
-
-    Args:
-        name: of the argument, for the error.
-        value: anything.
-    """
+    """Return the `value` of the argument `name` if it is a kernel, or raise `InputError`."""
     if not is_kernel(value):
         raise InputError(name, "a callable (x, y) -> gram, such as convexheads.kernels.RBF(1.0)", repr(value))
     return value
@@ -49,10 +44,9 @@ def condition(
     """Fix a kernel's data-dependent and learnable parameters for one support set.
 
     Args:
-        kernel: a kernel. If it has a method `condition_on(features, mask)`, this returns what the method returns; else
-            the kernel itself.
-        features: of the support set, `(*batch, n, d)`.
-        mask: `(*batch, n)`, False at examples to disregard; or None.
+        kernel: a kernel. The result is that of its method `condition_on(features, mask)`, or itself if it has none.
+        features: features of the support set, `(*batch, n, d)`.
+        mask: `(*batch, n)`, False at examples to ignore; or None.
     """
     condition_on = getattr(kernel, "condition_on", None)
     return kernel if condition_on is None else condition_on(features, mask)
@@ -62,10 +56,10 @@ class Kernel(Configurable):
     """Base class of kernels that add and multiply, with other kernels and with positive numbers or `Learnable`s.
 
     Sums and products of kernels are kernels, and so is a positive constant (Rasmussen & Williams 2006, Section 4.2.4
-    and Table 4.1). A subclass writes `forward(x, y)`, or `condition_on` where it takes something from the data.
+    and Table 4.1). A subclass writes `forward(x, y)`, or `condition_on` if its parameters depend on the data.
 
     Raises:
-        InputError: by `+` and `*`, for what is neither a kernel nor a positive finite number or `Learnable`.
+        InputError: by `+` and `*`, for a value that is neither a kernel nor a positive finite number or `Learnable`.
     """
 
     def __add__(self, other: KernelLike | Hyperparameter) -> Sum:
@@ -81,38 +75,22 @@ class Kernel(Configurable):
         return Product(_as_kernel(other), self)
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
-        """The Gram matrix of `x` and `y`, by default that of the kernel conditioned on `y`.
-
-        Args:
-            x: features, `(*batch, m, d)`.
-            y: features, `(*batch, n, d)`.
-
-        Returns:
-            `(*batch, m, n)`.
-        """
+        """The Gram matrix `(*batch, m, n)` of `x` and `y`; by default that of the kernel conditioned on `y`."""
         conditioned = self.condition_on(y, None)
         if conditioned is self:
             raise NotImplementedError(f"{type(self).__name__} has neither `forward` nor `condition_on`")
         return conditioned(x, y)
 
     def condition_on(self, features: Float[Tensor, "*batch n d"], mask: Bool[Tensor, "*batch n"] | None) -> KernelLike:
-        """Fix data-dependent and learnable parameters for one support set; by default, return the kernel itself.
-
-        Args:
-            features: of the support set, `(*batch, n, d)`.
-            mask: `(*batch, n)`, False at examples to disregard; or None.
-
-        Returns:
-            A kernel for queries `(*batch, q, d)` against this support set.
-        """
+        """The kernel for the support set with these `features` and `mask`; by default the kernel itself."""
         return self
 
     def _argument(self, name: str) -> str:
         return f"{type(self).__name__}({name})"
 
 
-def _as_kernel(value: KernelLike | Hyperparameter) -> KernelLike:
-    return value if is_kernel(value) else Constant(value)  # pyright: ignore[reportArgumentType]
+def _as_kernel(value: Any) -> KernelLike:
+    return value if is_kernel(value) else Constant(value)
 
 
 class Linear(Kernel):
@@ -144,7 +122,7 @@ class Linear(Kernel):
         return gram / x.shape[-1] if self.normalize else gram
 
     def feature_map(self, x: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n d"]:
-        """The features `(*batch, n, d)` whose dot product this kernel is, from `x`, `(*batch, n, d)`."""
+        """The features `(*batch, n, d)` whose dot product is the kernel of `x`."""
         return x / x.shape[-1] ** 0.5 if self.normalize else x
 
 
@@ -198,9 +176,9 @@ class RBF(Kernel):
     Args:
         length_scale: the standard deviation of the Gaussian, positive, in the units of the features; a float or
             `Learnable`. Defaults to None: the median distance between two support examples of the task, through which
-            gradients flow; 1 where that is zero, or where there is only one example. This is the "median heuristic" of
-            Gretton et al. 2012, who take the median over both samples of a test. Of an even number of distances, it is
-            the smaller one in the middle.
+            gradients flow; 1 if that is zero, or if there is only one example. This is the "median heuristic" of
+            Gretton et al. 2012, who take the median over both samples of a test. The median of an even number of
+            distances is the smaller one of the two in the middle.
 
     Raises:
         InputError: `length_scale` is not positive and finite.
@@ -254,15 +232,12 @@ class Polynomial(Kernel):
 
 
 class _CompositeKernel(Kernel):
-    """Base class of sums and products."""
-
     def __init__(self, *kernels: KernelLike) -> None:
         super().__init__()
         if not kernels:
             raise InputError(self._argument("kernels"), "at least one kernel", "none")
         for number, kernel in enumerate(kernels):
-            if not is_kernel(kernel):
-                raise InputError(self._argument("kernels"), "kernels, callables (x, y) -> gram", repr(kernel))
+            check_kernel(self._argument("kernels"), kernel)
             if isinstance(kernel, nn.Module):
                 self.add_module(str(number), kernel)
         self.kernels = kernels
@@ -278,7 +253,7 @@ class _CompositeKernel(Kernel):
 
 
 class Sum(_CompositeKernel):
-    r"""The sum of kernels, \(k_1 + k_2 + \dots\), which stands for the features of all of them side by side.
+    r"""The sum of kernels, \(k_1 + k_2 + \dots\), whose feature map concatenates theirs.
 
     Use it when several views of the features should count together. Also written `first + second`. See Rasmussen &
     Williams (2006), Section 4.2.4.
@@ -298,16 +273,11 @@ class Sum(_CompositeKernel):
 
 
 class Product(_CompositeKernel):
-    r"""The product of kernels, \(k_1 k_2 \cdots\), which stands for all products of their features.
+    r"""The product of kernels, \(k_1 k_2 \cdots\), whose features are the products of theirs.
 
     Use it when examples should be similar by every kernel at once, or to weight a kernel. Also written
-    `first * second` or `0.5 * kernel`. See Rasmussen & Williams (2006), Section 4.2.4.
-
-    Args:
-        kernels: one or more callables `(x, y) -> gram`.
-
-    Raises:
-        InputError: there are none, or one of them is not callable.
+    `first * second` or `0.5 * kernel`. The argument `kernels` and its errors are those of `Sum`. See Rasmussen &
+    Williams (2006), Section 4.2.4.
 
     Example:
         `Learnable(0.5) * RBF()`

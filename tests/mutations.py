@@ -69,7 +69,7 @@ MUTATIONS = [
     ),
     Mutation(
         "interior-point-violation",
-        "solvers/native/barrier.py",
+        "solvers/native/interior_point.py",
         "multiplier = point.multiplier - target / point.slack - stiffness * residual.violation",
         "multiplier = point.multiplier - target / point.slack",
         "test_gradient_modes.py",
@@ -212,14 +212,14 @@ MUTATIONS = [
     ),
     Mutation(
         "one-vs-rest-targets",
-        "heads/one_vs_rest.py",
+        "heads/svm.py",
         "linear=2 * targets - 1",
         "linear=targets - 1",
         "test_references.py::test_one_vs_rest_equals_scikit_learn",
     ),
     Mutation(
         "simplex-code",
-        "heads/simplified_svm.py",
+        "heads/svm.py",
         "max(targets.shape[-1] - 1, 1)",
         "max(targets.shape[-1], 1)",
         "test_references.py::test_two_classes_equal_svc",

@@ -1,4 +1,4 @@
-"""Few-shot heads, one file per convex problem."""
+"""Few-shot heads, one file per family of convex problems."""
 
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.fitted import Fitted, FittedClassifier, FittedRegressor
@@ -9,13 +9,16 @@ from convexheads.heads.cvxpy import CvxpyHead, CvxpyTask
 from convexheads.heads.discriminant import LinearDiscriminantHead, MahalanobisHead
 from convexheads.heads.gaussian_process import FittedGaussianProcess, GaussianProcessHead
 from convexheads.heads.logistic import LogisticHead
-from convexheads.heads.one_vs_rest import OneVsRestSVMHead
 from convexheads.heads.prototype import PrototypeHead
 from convexheads.heads.ridge import RidgeHead, RidgeRegressionHead
-from convexheads.heads.simplified_svm import SimplifiedSVMHead
 from convexheads.heads.support_vector_regression import SupportVectorRegressionHead
-from convexheads.heads.svm import MulticlassSVM, SVMHead
-from convexheads.heads.weston_watkins import WestonWatkinsSVMHead
+from convexheads.heads.svm import (
+    MulticlassSVM,
+    OneVsRestSVMHead,
+    SimplifiedSVMHead,
+    SVMHead,
+    WestonWatkinsSVMHead,
+)
 
 __all__ = [
     "ClassificationHead",

@@ -17,16 +17,9 @@ from convexheads.kernels import Linear
 def cholesky(
     matrix: Float[Tensor, "*batch n n"], *, name: str, validate: bool, per_class: bool = False
 ) -> Float[Tensor, "*batch n n"]:
-    """The lower Cholesky factor; NaN where a matrix is not positive definite, if that is not an error.
+    """The lower Cholesky factor, `per_class` if the last batch dimension is that of classes.
 
-    Args:
-        matrix: symmetric, `(*batch, n, n)`.
-        name: of the matrix, for the error.
-        validate: whether to check that all matrices are positive definite, which waits for a GPU.
-        per_class: whether the last dimension of `batch` is that of the classes of a task. Defaults to False.
-
-    Raises:
-        SolverError: a matrix is not positive definite, and `validate`.
+    A matrix that is not positive definite raises `SolverError` with `validate`, which waits for a GPU, and else is NaN.
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
     if not validate:
@@ -49,41 +42,21 @@ def add_to_diagonal(
 
 
 def ridge_regression(support: SupportSet, regularization: Hyperparameter, *, name: str) -> Float[Tensor, "*batch n k"]:
-    """The dual coefficients `(gram + regularization * I)^-1 targets`, `(*batch, n, k)`.
-
-    Args:
-        support: of a batch of tasks.
-        regularization: lambda.
-        name: of the head, for the error.
-
-    Raises:
-        SolverError: as `cholesky`.
-    """
+    """The dual coefficients `(gram + regularization * I)^-1 targets`; `name` is that of the head, for the error."""
     *_, n, d = support.features.shape
     penalty = as_tensor(regularization, support.features)
     name = f"{name}: the Gram matrix plus the regularization on its diagonal"
-    kernel = support.kernel
-    if isinstance(kernel, Linear) and type(kernel) is Linear and n > d:  # not a subclass, which may be another kernel
-        features = kernel.feature_map(support.features)
-        return _primal_ridge_regression(features, support.targets, penalty, name=name, validate=support.validate)
-    factor = cholesky(add_to_diagonal(support.gram, penalty), name=name, validate=support.validate)
-    return torch.cholesky_solve(support.targets, factor)
-
-
-def _primal_ridge_regression(
-    features: Float[Tensor, "*batch n d"],
-    targets: Float[Tensor, "*batch n k"],
-    penalty: Float[Tensor, ""],
-    *,
-    name: str,
-    validate: bool,
-) -> Float[Tensor, "*batch n k"]:
-    """The same for the linear kernel by a d x d system, the smaller one for fewer features than examples."""
-    factor = cholesky(add_to_diagonal(features.mT @ features, penalty), name=name, validate=validate)
+    kernel, targets = support.kernel, support.targets
+    if not (isinstance(kernel, Linear) and type(kernel) is Linear and n > d):  # a subclass may be another kernel
+        factor = cholesky(add_to_diagonal(support.gram, penalty), name=name, validate=support.validate)
+        return torch.cholesky_solve(targets, factor)
+    # The d x d system of the primal is smaller.
+    features = kernel.feature_map(support.features)
+    factor = cholesky(add_to_diagonal(features.mT @ features, penalty), name=name, validate=support.validate)
 
     def solve(right: Tensor) -> Tensor:
         return (right - features @ torch.cholesky_solve(features.mT @ right, factor)) / penalty
 
     coef = solve(targets)
-    # The difference above loses digits where the penalty is small; one step of refinement brings them back.
+    # The difference above loses digits where the penalty is small; one step of refinement recovers them.
     return coef + solve(targets - features @ (features.mT @ coef) - penalty * coef)

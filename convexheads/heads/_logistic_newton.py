@@ -9,42 +9,28 @@ each example; eliminating it leaves k Choleskys of n x n and one of their sum (R
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from convexheads.solvers.certificate import StallDetector
 from convexheads.solvers.kkt import cholesky
-from convexheads.solvers.stalling import StallDetector
 
 _MAX_BACKTRACKS = 30
 _PATIENCE = 3
 
 
-class Optimum(NamedTuple):
-    """Coefficients that are feasible for the dual, their certified relative duality gap, and the Newton steps."""
-
-    coef: Float[Tensor, "*batch n k"]
-    gap: Float[Tensor, "*batch"]
-    steps: Int[Tensor, "*batch"]
-
-
 @dataclass(frozen=True, eq=False)
 class SoftmaxKKT:
-    """`(K + W^-1)^-1` for each task, an operator on n x k; differentiable.
+    """`(K + W^-1)^-1` for each task, an operator on n x k; differentiable."""
 
-    Attributes:
-        blocks: `(D^-1 + K)^-1` of each class.
-        total: the Cholesky factor of their sum.
-    """
-
-    blocks: Float[Tensor, "tasks k n n"]
-    total: Float[Tensor, "tasks n n"]
+    blocks: Float[Tensor, "tasks k n n"]  # `(D^-1 + K)^-1` of each class, with D = diag(p)
+    total: Float[Tensor, "tasks n n"]  # the Cholesky factor of their sum
 
     @classmethod
     def factorize(cls, gram: Float[Tensor, "tasks n n"], probabilities: Float[Tensor, "tasks n k"]) -> SoftmaxKKT:
-        """From K and the probabilities of which W is made."""
+        """Factorize the system of a Gram matrix and the probabilities p."""
         root = probabilities.mT.sqrt().unsqueeze(-1)  # (tasks, k, n, 1)
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         factor = cholesky(eye + root * gram.unsqueeze(1) * root.mT)
@@ -76,8 +62,11 @@ def newton_step(
 
 def solve(
     gram: Float[Tensor, "*batch n n"], targets: Float[Tensor, "*batch n k"], *, tolerance: float, max_steps: int
-) -> Optimum:
-    """Damped Newton on a batch of tasks, each until its gap is below `tolerance` or has stopped falling."""
+) -> tuple[Float[Tensor, "*batch n k"], Float[Tensor, "*batch"], Int[Tensor, "*batch"]]:
+    """Damped Newton on a batch of tasks, each until its gap is below `tolerance` or has stopped falling.
+
+    Returns coefficients that are feasible for the dual, their certified relative duality gap, and the number of steps.
+    """
     batch, (n, k) = targets.shape[:-2], targets.shape[-2:]
     gram, targets = gram.reshape(-1, n, n), targets.reshape(-1, n, k)
     coef = torch.zeros_like(targets)
@@ -105,29 +94,22 @@ def solve(
         done = done | (best_gap <= tolerance) | stalling.update(gap) | torch.isnan(gap)
         if done.all():
             break
-    return Optimum(best.reshape(*batch, n, k), best_gap.reshape(batch), steps.reshape(batch))
-
-
-def attach(
-    gram: Float[Tensor, "tasks n n"], targets: Float[Tensor, "tasks n k"], coef: Float[Tensor, "tasks n k"]
-) -> Float[Tensor, "tasks n k"]:
-    """The optimum, found without autograd, as a function of the problem (implicit function theorem)."""
-    return _Optimal.apply(gram, targets, coef)
+    return best.reshape(*batch, n, k), best_gap.reshape(batch), steps.reshape(batch)
 
 
 def certified_gap(
     gram: Float[Tensor, "tasks n n"], targets: Float[Tensor, "tasks n k"], coef: Float[Tensor, "tasks n k"]
 ) -> Float[Tensor, " tasks"]:
-    """The relative duality gap of any coefficients, made feasible for the dual first."""
+    """The relative duality gap of the feasible coefficients next to `coef`."""
     return _gap(gram, targets, _feasible(targets, coef))
 
 
-# Where examples are fitted almost perfectly, losses and probabilities are tiny. What follows works with those of the
-# wrong classes, so that they keep their digits.
+# Where examples are fitted almost perfectly, losses and probabilities are tiny. The functions below work with those of
+# the wrong classes, which keep their digits.
 
 
 def _margins(targets: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """By how much each wrong class's score exceeds that of the right one (0 for itself), and the loss of each row."""
+    """The difference of each class's score to that of the right class, and the loss of each row."""
     margins = scores - (targets * scores).sum(-1, keepdim=True)
     beyond = margins.masked_fill(targets > 0, -torch.inf).logsumexp(-1)
     return margins, torch.logaddexp(torch.zeros_like(beyond), beyond)
@@ -139,7 +121,7 @@ def _objective(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
 
 
 def _feasible(targets: Tensor, coef: Tensor) -> Tensor:
-    """Close to `coef`, with `targets - coef` a distribution in each row."""
+    """Coefficients close to `coef`, for which each row of `targets - coef` is a distribution."""
     wrong = (-coef).clamp_min(0).masked_fill(targets > 0, 0)
     wrong = wrong / wrong.sum(-1, keepdim=True).clamp_min(1)
     return targets * wrong.sum(-1, keepdim=True) - wrong
@@ -152,15 +134,15 @@ def _gap(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
     p = (-coef).masked_fill(targets > 0, 0)
     logs = margins - loss.unsqueeze(-1)
     of_wrong = torch.special.xlogy(p, p) - p * logs - p + logs.exp().masked_fill(targets > 0, 0)
-    s, t = p.sum(-1).clamp_max(1), -torch.expm1(-loss)  # a sum of 1 may come out larger
+    s, t = p.sum(-1).clamp_max(1), -torch.expm1(-loss)  # rounding may make a sum of 1 larger
     of_right = torch.special.xlog1py(1 - s, -s) + (1 - s) * loss + s - t
     value = (coef * scores).sum((-2, -1)) / 2 + loss.sum(-1)
     gap = (of_wrong.sum(-1) + of_right).clamp_min(0).sum(-1)
     return gap / value.clamp_min(torch.finfo(value.dtype).tiny)
 
 
-class _Optimal(torch.autograd.Function):
-    """`coef`, known to solve `coef = targets - softmax(gram @ coef)`, as a function of `gram` and `targets`."""
+class Optimal(torch.autograd.Function):
+    """The solution `coef` of `coef = targets - softmax(gram @ coef)`, as a function of `gram` and `targets`."""
 
     generate_vmap_rule = True
 
@@ -183,7 +165,7 @@ class _Optimal(torch.autograd.Function):
 
 
 class _Solved(torch.autograd.Function):
-    """`(gram + W^-1)^-1 right`, differentiable any number of times; the factors of a `SoftmaxKKT` come with it."""
+    """`(gram + W^-1)^-1 right`, by the factors of a `SoftmaxKKT`, differentiable any number of times."""
 
     generate_vmap_rule = True
 
@@ -199,7 +181,7 @@ class _Solved(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         gram, p, right, blocks, total, solved = ctx.saved_tensors
         adjoint = _Solved.apply(gram, p, gradient, blocks, total)
-        # What W maps to `solved` and to `adjoint`, up to a shift of rows, which it doesn't see.
+        # W maps these to `solved` and to `adjoint`; a constant added to a row has no effect.
         z, q = right - gram @ solved, gradient - gram @ adjoint
         outer = adjoint @ solved.mT
         inner = (p * z).sum(-1, keepdim=True), (p * q).sum(-1, keepdim=True)

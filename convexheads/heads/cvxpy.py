@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from threading import Lock
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,13 +32,11 @@ _MAX_LAYERS = 64  # kept per `build` function
 
 @dataclass(frozen=True, eq=False)
 class CvxpyTask:
-    """The CVXPY objects of which a problem is built, for one task of n examples and k classes.
-
-    `CvxpyHead` makes it.
+    """The CVXPY objects to build a problem from, for one task of n examples and k classes. `CvxpyHead` makes it.
 
     Attributes:
         coef: the variable, `(n, k)`: dual coefficients.
-        scores: those of the support examples, `gram @ coef`, `(n, k)`.
+        scores: scores of the support examples, `gram @ coef`, `(n, k)`.
         squared_norm: the sum over classes of `|w_k|^2`, a convex expression, a scalar.
         targets: one-hot labels, a parameter, `(n, k)`.
         parameters: the head's hyperparameters by name, positive scalar parameters. CVXPY does not allow them to
@@ -59,7 +57,7 @@ def _check_build(name: str, value: Any) -> Any:
 
 
 class _Hyperparameters(nn.Module):
-    """Hyperparameters by name, of which `Learnable`s are parameters of the head."""
+    """Hyperparameters by name. `Learnable`s among them are parameters of the head."""
 
     def __init__(self, by_name: Mapping[str, Hyperparameter]) -> None:
         super().__init__()
@@ -81,30 +79,26 @@ def _check_hyperparameters(name: str, value: Any) -> _Hyperparameters:
 
 
 def _is_name(value: object) -> bool:
-    """Whether it is an identifier that is free as the name of a submodule, too."""
+    """Whether this is an identifier that can be the name of a submodule."""
     return isinstance(value, str) and value.isidentifier() and not hasattr(_Hyperparameters({}), value)
 
 
 class CvxpyHead(ClassificationHead):
     """A head from a convex problem that you write in CVXPY. It needs the extra `cvxpylayers`.
 
-    Use it to try a convex problem out, before writing its dual. Pass a function that takes a `CvxpyTask` and returns an
-    expression to minimize, or a whole `cvxpy.Problem`. It is called once per shape, and the compiled problem is kept as
-    long as the function: pass a function that you keep, not a new lambda in every step. Problems are solved with
-    Clarabel (Goulart & Chen 2024) to 1e-10 and differentiated by cvxpylayers (Agrawal et al. 2019): on the CPU, task by
-    task, first derivatives only.
+    Use it to try a convex problem out, before writing its dual. Problems are solved with Clarabel (Goulart & Chen 2024)
+    to 1e-10 and differentiated by cvxpylayers (Agrawal et al. 2019): on the CPU, task by task, first derivatives only.
 
-    What differs from cvxpylayers alone: a task without a solution is an error, where that returns any numbers; and
-    gradients are scaled, as diffcp treats those below 1e-8 as zero.
+    What differs from cvxpylayers alone: a task without a solution is an error, where cvxpylayers returns arbitrary
+    numbers; and gradients are scaled, because diffcp treats those below 1e-8 as zero.
 
     Args:
-        build: the function, of one argument. The problem has to be convex, and DPP in its parameters.
-        hyperparameters: by name, positive; floats or `Learnable`s, which receive gradients. They are the `parameters`
-            of the `CvxpyTask`. Defaults to None.
-        kernel: any callable `(x, y) -> gram`. Defaults to `Linear()`.
-        scale: factor of all logits (gamma in Eq. 12 of Lee et al. 2019), positive; a float or `Learnable`. Defaults to
-            1.
-        validate: whether to check the values of all input, see `Head`. Defaults to True.
+        build: a function from a `CvxpyTask` to an expression to minimize, or to a whole `cvxpy.Problem`. The problem
+            has to be convex, and DPP in its parameters. It is compiled once per shape, and kept as long as the
+            function: pass the same function every time, not a new lambda in every step.
+        hyperparameters: positive hyperparameters by name, floats or `Learnable`s, which receive gradients. They are
+            the `parameters` of the `CvxpyTask`. Defaults to None.
+        kernel: this argument, `scale` and `validate` are those of `Head`.
 
     Raises:
         InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does, for a problem that is
@@ -141,7 +135,7 @@ class CvxpyHead(ClassificationHead):
         gram, targets = support.gram, support.targets
         *batch, n, k = targets.shape
         hyperparameters = {} if self.hyperparameters is None else self.hyperparameters.by_name
-        layer, lock = _layer(self.build, n, k, tuple(hyperparameters))
+        layer = _layer(self.build, n, k, tuple(hyperparameters))
         values = [as_tensor(value, gram).expand(batch).reshape(-1) for value in hyperparameters.values()]
 
         if support.validate:
@@ -153,7 +147,7 @@ class CvxpyHead(ClassificationHead):
             parameters = (gram, _SquareRoot.apply(gram), targets, *values)
             found = cvxpylayers.call(layer, *parameters, tolerance=_TOLERANCE, max_iterations=_MAX_ITERATIONS)
             tasks = zip(zip(*parameters, strict=True), zip(*found, strict=True), strict=True)
-            with lock:  # the check assigns to the variables of the layer, which other threads may share
+            with layer.lock:  # the check assigns to the variables of the layer, which other threads may share
                 solved = [_is_solved(layer, *task) for task in tasks]
             return torch.where(torch.tensor(solved, device=gram.device)[:, None, None], found[0], torch.nan)
 
@@ -168,23 +162,18 @@ class CvxpyHead(ClassificationHead):
         return KernelExpansion(coef.reshape(targets.shape))
 
 
-class _Layer(NamedTuple):
-    layer: cvxpylayers.Layer
-    lock: Lock
-
-
-_layers: WeakKeyDictionary[Callable[[CvxpyTask], Any], dict[tuple[Any, ...], _Layer]] = WeakKeyDictionary()
+_layers: WeakKeyDictionary[Callable[[CvxpyTask], Any], dict[tuple[Any, ...], cvxpylayers.Layer]] = WeakKeyDictionary()
 _layers_lock = Lock()
 
 
-def _layer(build: Callable[[CvxpyTask], Any], *key: Any) -> _Layer:
-    """The compiled problem for one shape, shared by all heads with the same function, for the life of the function."""
+def _layer(build: Callable[[CvxpyTask], Any], *key: Any) -> cvxpylayers.Layer:
+    """The compiled problem for one shape, shared by all heads with the same function, as long as this exists."""
     with _layers_lock:
         layers = _layers.setdefault(build, {})
         if key not in layers:
             if len(layers) == _MAX_LAYERS:
                 del layers[next(iter(layers))]
-            layers[key] = _Layer(_compile(build, *key), Lock())
+            layers[key] = _compile(build, *key)
         return layers[key]
 
 
@@ -208,10 +197,7 @@ def _compile(build: Callable[[CvxpyTask], Any], n: int, k: int, names: tuple[str
     if not problem.is_dcp():
         raise InputError("build", "a convex problem", "a problem that is not convex by CVXPY's rules (is_dcp)")
     if not problem.is_dpp():
-        expected = (
-            "one in which parameters (targets, hyperparameters) do not multiply each other: multiply "
-            "`squared_norm` by a hyperparameter, for instance"
-        )
+        expected = "one in which parameters do not multiply each other: multiply `squared_norm`, for instance"
         raise InputError("build", expected, "a problem that is convex, but not DPP")
     used = {parameter.id for parameter in problem.parameters()}
     given = [gram, root, targets, *parameters.values()]
@@ -225,7 +211,7 @@ def _compile(build: Callable[[CvxpyTask], Any], n: int, k: int, names: tuple[str
 
 
 def _is_solved(layer: cvxpylayers.Layer, parameters: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
-    """Whether values for the variables are feasible, and no direction of unbounded descent."""
+    """Whether values for the variables are feasible, and not a direction of unbounded descent."""
     import numpy as np
 
     if not all(torch.isfinite(value).all() for value in found):

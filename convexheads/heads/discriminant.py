@@ -43,14 +43,11 @@ class LinearDiscriminantHead(ClassificationHead):
     variance to shrink toward: pass `variance`.
 
     Args:
-        shrinkage: s, above 0 and at most 1, which makes it the nearest class mean (up to the frequencies). Defaults to
+        shrinkage: s, above 0 and at most 1, where 1 gives the nearest class mean (up to the frequencies). Defaults to
             0.5.
         variance: v, positive, in squared units of the features; a float or `Learnable`. Defaults to None, the
-            mean variance. With a kernel other than the linear one, d is still the number of input features.
-        kernel: any callable `(x, y) -> gram`. Defaults to `Linear()`.
-        scale: factor of all logits (gamma in Eq. 12 of Lee et al. 2019), positive; a float or `Learnable`. Defaults to
-            1.
-        validate: whether to check the values of all input, see `Head`. Defaults to True.
+            mean variance, where d is the number of input features with any kernel.
+        kernel: this argument, `scale` and `validate` are those of `Head`.
 
     Raises:
         InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does, for a class without
@@ -121,10 +118,7 @@ class MahalanobisHead(ClassificationHead):
     Args:
         regularization: beta, positive, in squared units of the features; a float or `Learnable`. Defaults to 1, that of
             the paper.
-        kernel: any callable `(x, y) -> gram`. Defaults to `Linear()`.
-        scale: factor of all logits (gamma in Eq. 12 of Lee et al. 2019), positive; a float or `Learnable`. Defaults to
-            1.
-        validate: whether to check the values of all input, see `Head`. Defaults to True.
+        kernel: this argument, `scale` and `validate` are those of `Head`.
 
     Raises:
         InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does, and for a class

@@ -22,16 +22,16 @@ from convexheads.precision import full_precision
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Posterior(KernelExpansion):
-    """The expansion together with the Cholesky factor that variance and likelihood need."""
+    """The expansion with the Cholesky factor, for the variance and the likelihood."""
 
     factor: Float[Tensor, "*batch n n"] | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FittedGaussianProcess(FittedRegressor):
-    """A Gaussian process fitted on the support sets of a batch of tasks: call it on queries for the mean.
+    """A Gaussian process fitted on the support sets of a batch of tasks. `GaussianProcessHead.fit` makes it.
 
-    `GaussianProcessHead.fit` makes it; its attributes are those of `FittedRegressor`.
+    A call on queries returns the mean. Its attributes are those of `FittedRegressor`.
     """
 
     def variance(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q"]:
@@ -80,21 +80,20 @@ class FittedGaussianProcess(FittedRegressor):
 class GaussianProcessHead(RegressionHead):
     r"""Gaussian process regression, the head of deep kernel transfer (DKT, Patacchiola et al. 2020).
 
-    Use it when a prediction should say how uncertain it is.
+    Use it when predictions should come with their uncertainty.
 
     The posterior mean is \(k(q, S) (K + \sigma^2 I)^{-1} y\), the variance \(k(q, q) - k(q, S) (K + \sigma^2 I)^{-1}
     k(S, q)\) (Rasmussen & Williams 2006, Eq. 2.25 and 2.26). The prior mean is zero: center the targets, or give the
     kernel a constant.
 
-    The fitted head also has `variance(query)` and `log_marginal_likelihood()`. What differs from DKT: that maximizes
-    the marginal likelihood of all examples of a task, which is
-    `head.fit(examples, targets).log_marginal_likelihood()`; its kernels are gpytorch's.
+    The fitted head also has `variance(query)` and `log_marginal_likelihood()`. What differs from DKT: DKT
+    maximizes the marginal likelihood of all examples of a task, which is
+    `head.fit(examples, targets).log_marginal_likelihood()`, and its kernels are those of gpytorch.
 
     Args:
         noise_variance: sigma squared, the variance of an observation, positive, in squared units of the targets; a
             float or `Learnable`. Defaults to 0.1.
-        kernel: any callable `(x, y) -> gram`, the prior covariance. Defaults to `RBF()`.
-        validate: whether to check the values of all input, see `Head`. Defaults to True.
+        kernel: the prior covariance. Defaults to `RBF()`. This argument and `validate` are those of `Head`.
 
     Raises:
         InputError: an argument is unusable. Calls raise what `RegressionHead.forward` does.

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar, get_args
 
 import torch
 
 from convexheads._functorch import compute_without_grad
-from convexheads._validation import Check, check_positive_int, optional
+from convexheads._validation import Check, check_choice, check_positive_int, optional
 from convexheads.heads import _logistic_newton
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
 from convexheads.solvers import OnFailure, Solution, Status
-from convexheads.solvers.base import check_on_failure, handle_failures
+from convexheads.solvers.base import handle_failures
 
 _MAX_NEWTON_STEPS = 100
 _TOLERANCE = 1e-6
-# Newton's method goes on until rounding stops it, as the implicit gradient is that of the exact optimum.
+# Newton's method continues until rounding stops it, because the implicit gradient is that of the exact optimum.
 _AIM = 1e-15
-
-
-def _check_on_failure(name: str, value: Any) -> Any:
-    check_on_failure("LogisticHead", value)
-    return value
 
 
 class LogisticHead(ClassificationHead):
     r"""Multinomial logistic regression: the softmax's cross-entropy with an L2 regularizer.
 
-    Use it when you need probabilities: it is trained for them, and needs the least calibration.
+    Use it when you need probabilities: its loss is that of probabilities, and it needs the least calibration.
 
     Primal: \(\min_w \frac{\lambda}{2} \sum_k |w_k|^2 + \sum_n \left(\log \sum_k e^{w_k \cdot x_n} - w_{y_n} \cdot
     x_n\right)\). Optimality: \(\lambda \alpha = Y - \operatorname{softmax}(K \alpha)\), where
@@ -48,14 +43,11 @@ class LogisticHead(ClassificationHead):
 
     Args:
         regularization: lambda, positive; a float or `Learnable`. Defaults to 1.
-        steps: number of undamped Newton steps; the status is `STOPPED` where they don't reach the certified relative
-            duality gap of 1e-6. Defaults to None, which runs to convergence.
-        on_failure: what happens when a task is not solved to that gap, as for a `Solver`: "raise" (default), "warn" or
+        steps: number of undamped Newton steps; the status is `STOPPED` if they do not reach the certified relative
+            duality gap of 1e-6. Defaults to None (until converged).
+        on_failure: what happens if a task is not solved to that gap, as for a `Solver`: "raise" (default), "warn" or
             "return".
-        kernel: any callable `(x, y) -> gram`. Defaults to `Linear()`.
-        scale: factor of all logits (gamma in Eq. 12 of Lee et al. 2019), positive; a float or `Learnable`. Defaults to
-            1.
-        validate: whether to check the values of all input, see `Head`. Defaults to True.
+        kernel: this argument, `scale` and `validate` are those of `Head`.
 
     Raises:
         InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does.
@@ -67,7 +59,7 @@ class LogisticHead(ClassificationHead):
     checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {
         "regularization": check_positive,
         "steps": optional(check_positive_int),
-        "on_failure": _check_on_failure,
+        "on_failure": partial(check_choice, choices=get_args(OnFailure)),
     }
 
     on_failure: OnFailure
@@ -97,7 +89,7 @@ class LogisticHead(ClassificationHead):
         else:
             solve = partial(_logistic_newton.solve, tolerance=_AIM, max_steps=_MAX_NEWTON_STEPS)
             coef, gap, taken = compute_without_grad(solve, gram, targets)
-            coef = _logistic_newton.attach(gram, targets, coef)
+            coef = _logistic_newton.Optimal.apply(gram, targets, coef)
         otherwise = Status.FAILED if self.steps is None else Status.STOPPED
         status = torch.where(gap <= _TOLERANCE, Status.CONVERGED, otherwise)
         status = torch.where(torch.isfinite(gap), status, Status.FAILED)

@@ -24,16 +24,13 @@ class RidgeHead(ClassificationHead):
 
     What differs: this is Eq. 11 up to the constants printed there. The ridge code published by Lee et al. returns twice
     these coefficients, which their learnable scale absorbs; their R2D2 code returns these. R2D2 learns lambda, a scale
-    and a bias (the same for all classes, so it matters for losses other than the softmax's cross-entropy only):
+    and a bias (the same for all classes, so it has no effect on the softmax's cross-entropy):
     `convexheads.models.r2d2()`.
 
     Args:
         regularization: lambda, positive; a float or `Learnable`. Defaults to 50, that of Lee et al. 2019.
         bias: added to all logits, after `scale`; a float or `Learnable(..., positive=False)`. Defaults to 0.
-        kernel: any callable `(x, y) -> gram`. Defaults to `Linear()`.
-        scale: factor of all logits (gamma in Eq. 12 of Lee et al. 2019), positive; a float or `Learnable`. Defaults to
-            1.
-        validate: whether to check the values of all input, see `Head`. Defaults to True.
+        kernel: this argument, `scale` and `validate` are those of `Head`.
 
     Raises:
         InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does.
@@ -72,14 +69,12 @@ class RidgeRegressionHead(RegressionHead):
 
     Use it to predict values where neither uncertainty nor outliers matter.
 
-    Primal: \(\min_w \frac12 |Xw - y|^2 + \frac{\lambda}{2} |w|^2\). Dual: \(\alpha = (K + \lambda I)^{-1} y\); with
-    fewer features than examples and the linear kernel, the d x d system of the primal. Like the original, it has no
-    intercept.
+    Primal: \(\min_w \frac12 |Xw - y|^2 + \frac{\lambda}{2} |w|^2\). Dual: \(\alpha = (K + \lambda I)^{-1} y\), solved
+    as by `RidgeHead`. Like the original, it has no intercept.
 
     Args:
         regularization: lambda, positive; a float or `Learnable`. Defaults to 1.
-        kernel: any callable `(x, y) -> gram`. Defaults to `Linear()`.
-        validate: whether to check the values of all input, see `Head`. Defaults to True.
+        kernel: this argument and `validate` are those of `Head`.
 
     Raises:
         InputError: an argument is unusable. Calls raise what `RegressionHead.forward` does.

@@ -23,16 +23,15 @@ class SupportVectorRegressionHead(RegressionHead):
     \(\alpha = a - b\): \(\max_{a, b} -\frac12 |w|^2 + \langle y, a - b \rangle - \varepsilon \sum_n (a_n + b_n)\)
     subject to \(0 \le a, b \le C\).
 
-    What differs: there is no intercept; a kernel with a constant (`RBF() + Constant(1.0)`) adds one, regularized as
-    weights are. The `solution` of a fitted head is that for \(a\) above \(b\), `(*batch, 2n, outputs)`.
+    What differs: there is no intercept (see `RegressionHead`). The `solution` of a fitted head is that for \(a\) above
+    \(b\), `(*batch, 2n, outputs)`.
 
     Args:
         C: weight of the errors, positive; a float or `Learnable`. Defaults to 1.
         epsilon: half width of the free tube, positive, in the units of the targets; a float or `Learnable`.
             Defaults to 0.1.
-        solver: a `Solver` or the name of one: "native" (default), "qpth", "cvxpylayers", "moreau".
-        kernel: any callable `(x, y) -> gram`. Defaults to `Linear()`.
-        validate: whether to check the values of all input, see `Head`. Defaults to True.
+        solver: a `Solver`, or its name as in `SOLVERS`. Defaults to "native".
+        kernel: this argument and `validate` are those of `Head`.
 
     Raises:
         InputError: an argument is unusable. Calls raise what `RegressionHead.forward` does.

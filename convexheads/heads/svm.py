@@ -1,4 +1,4 @@
-"""Multi-class support vector machines: their base class, and the SVM of Crammer and Singer."""
+"""Multi-class support vector machines: their base class, and one class per formulation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from convexheads._validation import Check, check_bool
+from convexheads._validation import Check, check_bool, check_real
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, Learnable, as_tensor, check_positive
@@ -22,7 +22,8 @@ from convexheads.solvers import DualProblem, Solver, get_solver
 class MulticlassSVM(ClassificationHead):
     r"""Base class of SVMs whose dual is a `DualProblem`, as Eq. 10 of Lee et al. 2019 is.
 
-    Use it to write an SVM of your own: in `solve`, build the dual with `upper_bound`, and pass it to `solve_dual`.
+    Use it to write an SVM of your own: in `solve`, build the dual with `upper_bound`, and pass it to `solve_dual`. SVMs
+    have no bias; a kernel with a constant (`Linear() + Constant(1.0)`) adds one, which is regularized as weights are.
 
     Args:
         C: weight of the slacks, positive; a float or `Learnable`. Defaults to 0.1, that of Lee et al. 2019.
@@ -32,11 +33,8 @@ class MulticlassSVM(ClassificationHead):
         smoothing: quadratic smoothing of the loss, \(\frac{\delta}{2}|\alpha|^2\) in the dual, over all coefficients,
             non-negative; a float or `Learnable`. Defaults to 0. The code published by Lee et al. 2019 has 1, unlike the
             paper.
-        solver: a `Solver` or the name of one: "native" (default), "qpth", "cvxpylayers", "moreau".
-        kernel: any callable `(x, y) -> gram`. Defaults to `Linear()`.
-        scale: factor of all logits (gamma in Eq. 12 of Lee et al. 2019), positive; a float or `Learnable`. Defaults to
-            1.
-        validate: whether to check the values of all input, see `Head`. Defaults to True.
+        solver: a `Solver`, or its name as in `SOLVERS`. Defaults to "native".
+        kernel: this argument, `scale` and `validate` are those of `Head`.
 
     Raises:
         InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does.
@@ -67,11 +65,7 @@ class MulticlassSVM(ClassificationHead):
         self.C, self.squared_hinge, self.smoothing, self.solver = C, squared_hinge, smoothing, get_solver(solver)
 
     def upper_bound(self, like: Tensor) -> Float[Tensor, ""]:
-        """The upper bound of the multipliers of slacks, a scalar `()`: C, or infinity where the hinge is squared.
-
-        Args:
-            like: a tensor that supplies the dtype and the device.
-        """
+        """The upper bound of the slacks' multipliers, C or infinity, a 0-d tensor of the dtype and device of `like`."""
         return as_tensor(math.inf if self.squared_hinge else self.C, like)
 
     def solve_dual(self, problem: DualProblem, slacks: Bool[Tensor, "*batch n m"]) -> KernelExpansion:
@@ -109,12 +103,8 @@ class SVMHead(MulticlassSVM):
     (`solver=QpthSolver(max_iterations=3)` is the paper's). From their published code and learn2learn: those add
     1 to the dual's diagonal (`smoothing=1`), run 15 iterations, and their scale is an unconstrained parameter.
 
-    Its arguments `C` (default 0.1), `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale` and `validate` are those
-    of `MulticlassSVM`.
-
-    Raises:
-        InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does.
-        MissingDependencyError: the named solver's package is not installed.
+    Its arguments `C` (default 0.1), `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale` and `validate`, and its
+    errors, are those of `MulticlassSVM`.
 
     Example:
         `logits = SVMHead(C=0.1)(support, labels, query)`
@@ -125,3 +115,122 @@ class SVMHead(MulticlassSVM):
         own = targets > 0
         upper = torch.where(own, self.upper_bound(targets), 0)
         return self.solve_dual(DualProblem(support.gram, linear=targets, upper=upper), own)
+
+
+class WestonWatkinsSVMHead(MulticlassSVM):
+    r"""Multi-class SVM of Weston & Watkins (1999): one slack per example and wrong class.
+
+    Use it when every wrong class should count, not only the nearest one.
+
+    Primal, with margin m:
+    \(\min_w \frac12 \sum_k |w_k|^2 + C \sum_n \sum_{k \ne y_n} \max(0, m - w_{y_n} \cdot x_n + w_k \cdot x_n)\).
+    Dual: \(\max_\alpha -\frac12 \sum_k |w_k|^2 + m \sum_n \alpha_n^{y_n}\) subject to
+    \(-C \le \alpha_n^k \le 0\) for \(k \ne y_n\) and \(\sum_k \alpha_n^k = 0\), where
+    \(w_k = \sum_n \alpha_n^k x_n\).
+
+    What differs from the original: there is no bias. Lee et al. 2019 name this SVM as an alternative (Section 3.3)
+    without figures; their published code has it with the kernel `Linear() + Constant(1.0)` and C = 1e-5.
+
+    Args:
+        C: weight of the slacks, positive; a float or `Learnable`. Defaults to 0.1. This argument, `squared_hinge`,
+            `smoothing`, `solver`, `kernel`, `scale` and `validate` are those of `MulticlassSVM`.
+        margin: m, positive. Defaults to 2, that of the original.
+
+    Raises:
+        InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does.
+        MissingDependencyError: the named solver's package is not installed.
+
+    Example:
+        `logits = WestonWatkinsSVMHead(C=0.05)(support, labels, query)`
+    """
+
+    checks: ClassVar[dict[str, Check]] = MulticlassSVM.checks | {"margin": partial(check_real, positive=True)}
+
+    def __init__(
+        self,
+        C: Hyperparameter = 0.1,
+        *,
+        margin: float = 2.0,
+        squared_hinge: bool = False,
+        smoothing: Hyperparameter = 0.0,
+        solver: Solver | str = "native",
+        kernel: KernelLike | None = None,
+        scale: Hyperparameter = 1.0,
+        validate: bool = True,
+    ) -> None:
+        super().__init__(
+            C,
+            squared_hinge=squared_hinge,
+            smoothing=smoothing,
+            solver=solver,
+            kernel=kernel,
+            scale=scale,
+            validate=validate,
+        )
+        self.margin = margin
+
+    def solve(self, support: SupportSet) -> KernelExpansion:
+        targets = support.labeled_targets
+        own, bound = targets > 0, self.upper_bound(targets)
+        lower, upper = torch.where(own, -torch.inf, -bound), torch.where(own, torch.inf, 0.0).to(targets)
+        return self.solve_dual(DualProblem(support.gram, linear=self.margin * targets, lower=lower, upper=upper), ~own)
+
+
+class OneVsRestSVMHead(MulticlassSVM):
+    r"""A binary SVM for each class against all others (Rifkin & Klautau 2004), solved together.
+
+    Use it when classes may overlap, or when each class should have a score of its own.
+
+    Primal, with \(t_n^k = 1\) where \(k = y_n\) and \(-1\) elsewhere:
+    \(\min_w \frac12 \sum_k |w_k|^2 + C \sum_n \sum_k \max(0, 1 - t_n^k\, w_k \cdot x_n)\).
+    Dual: \(\max_\alpha -\frac12 \sum_k |w_k|^2 + \sum_{n,k} t_n^k \alpha_n^k\) subject to
+    \(0 \le t_n^k \alpha_n^k \le C\), where \(w_k = \sum_n \alpha_n^k x_n\).
+
+    What differs: there is no bias.
+
+    Its arguments `C` (default 0.1), `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale` and `validate`, and its
+    errors, are those of `MulticlassSVM`.
+
+    Example:
+        `logits = OneVsRestSVMHead(C=0.5)(support, labels, query)`
+    """
+
+    def solve(self, support: SupportSet) -> KernelExpansion:
+        targets = support.labeled_targets
+        own, bound = targets > 0, self.upper_bound(targets)
+        lower, upper = torch.where(own, 0, -bound), torch.where(own, bound, 0)
+        dual = DualProblem(support.gram, linear=2 * targets - 1, lower=lower, upper=upper, rows_sum_to_zero=False)
+        return self.solve_dual(dual, torch.ones_like(own))
+
+
+class SimplifiedSVMHead(MulticlassSVM):
+    r"""Simplified multi-class SVM of He et al. (2012): one slack per example, against the mean of the others.
+
+    Use it where there are many classes: its dual has k times fewer variables than those of the other SVMs.
+
+    Primal, for k classes:
+    \(\min_w \frac12 \sum_k |w_k|^2 + C \sum_n \max(0, 1 - w_{y_n} \cdot x_n + \frac{1}{k-1} \sum_{j \ne y_n} w_j \cdot
+    x_n)\).
+    Dual, with the simplex code \(v_n\) (1 at the label, \(-\frac{1}{k-1}\) elsewhere):
+    \(\max_a -\frac12 \sum_{n,m} a_n a_m\, v_n \cdot v_m\, x_n \cdot x_m + \sum_n a_n\) subject to \(0 \le a_n \le C\),
+    where \(w_k = \sum_n a_n v_n^k x_n\).
+
+    What differs: the code published by Lee et al. 2019 has this head with C = 0.01, and scores a class by its own
+    examples alone, without the \(-\frac{1}{k-1}\). Neither has a bias.
+
+    Its arguments `C` (default 0.1), `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale` and `validate`, and its
+    errors, are those of `MulticlassSVM`. The `solution` of a fitted head is that for \(a\), `(*batch, n, 1)`.
+
+    Example:
+        `logits = SimplifiedSVMHead(C=0.01)(support, labels, query)`
+    """
+
+    def solve(self, support: SupportSet) -> KernelExpansion:
+        targets = support.labeled_targets
+        code = targets - (1 - targets) / max(targets.shape[-1] - 1, 1)
+        one = torch.ones_like(targets[..., :1])
+        upper = self.upper_bound(targets).expand_as(one)
+        gram = support.gram * (code @ code.mT)
+        dual = DualProblem(gram, linear=one, lower=0 * one, upper=upper, rows_sum_to_zero=False)
+        expansion = self.solve_dual(dual, one > 0)
+        return replace(expansion, coef=expansion.coef * code)

@@ -47,17 +47,10 @@ __all__ = [
 
 
 def get_solver(solver: Solver | str) -> Solver:
-    """The solver itself, or the one of that name with its default settings.
-
-    Args:
-        solver: a `Solver`, or one of the names in `SOLVERS`: "native", "active-set", "interior-point", "admm", "qpth",
-            "cvxpylayers", "moreau".
-
-    Returns:
-        A solver.
+    """Return the `solver` itself, or for a name in `SOLVERS` the solver with its default settings.
 
     Raises:
-        InputError: neither a `Solver` nor a known name.
+        InputError: `solver` is neither a `Solver` nor a known name.
         MissingDependencyError: the package of the named backend is not installed.
     """
     if isinstance(solver, Solver):

@@ -14,29 +14,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from convexheads._functorch import compute_without_grad, inspect_values, is_transforming
-from convexheads._validation import check_real, describe_type, is_positive_int
+from convexheads._validation import check_choice, check_positive_int, check_real, describe_type, optional
 from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError, SolverError, SolverWarning
 from convexheads.precision import full_precision, working_dtype
 from convexheads.solvers.certificate import Certificate, account_for_rounding, certify
 from convexheads.solvers.implicit import Linearization, implied_active_set
-from convexheads.solvers.problem import DualProblem, Solution, Status, check_problem
-from convexheads.solvers.records import TensorRecord
+from convexheads.solvers.problem import DualProblem, Solution, Status, TensorRecord, check_problem
 from convexheads.solvers.rescaling import replace_non_finite_tasks, rescale
 
 OnFailure = Literal["raise", "warn", "return"]
-"""What to do about a task that is not solved: "raise" `SolverError`, emit `SolverWarning`, or "return" it."""
+"""The policy for a task that is not solved: "raise" `SolverError`, emit `SolverWarning`, or "return" it."""
 
 
 class SolverResult(NamedTuple):
-    """Coefficients with what else a solver knows about them. `Solver.solve_batch` may return it instead of a tensor.
+    """A result of `Solver.solve_batch` with more than coefficients. The base class computes what is None.
 
-    The base class works out whatever is None. A solver outside of this library needs none of it.
-
-    Attributes:
-        coef: coefficients of the rescaled problem, `(tasks, n, k)`; NaN in tasks that could not be solved.
-        iterations: number of iterations of each task, `(tasks,)`.
-        certificate: the certificate of `coef`.
-        linearization: the system that the gradient is computed with.
+    The linearization is the system that the gradient is computed with.
     """
 
     coef: Float[Tensor, "tasks n k"]
@@ -47,13 +40,10 @@ class SolverResult(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Solved(TensorRecord):
-    """A flat batch, solved without autograd, and what its gradient is computed from.
+    """The solution of a flat batch in its original units, and the system of its rescaled problem, for the gradient.
 
-    Attributes:
-        solution: the solution, in the units of the problem.
-        hessian_scale: the Hessian of the rescaled problem divided by that of the problem.
-        linearization: the system of the rescaled problem; None for an empty batch, or if the coefficients have a
-            gradient of their own.
+    `hessian_scale` is the Hessian of the rescaled problem divided by that of the problem. There is no linearization for
+    an empty batch, or if the coefficients have a gradient of their own.
     """
 
     solution: Solution
@@ -62,7 +52,7 @@ class Solved(TensorRecord):
 
 
 class Solver(ABC):
-    """Solves batches of problems. It holds hyperparameters only, so any number of heads and threads can share it.
+    """Base class of solvers. A solver holds settings only, so any number of heads and threads can share it.
 
     A subclass writes one method, `solve_batch`, which returns coefficients. The base class rescales the problem before,
     certifies the coefficients afterwards, and makes them differentiable by the implicit function theorem.
@@ -86,7 +76,7 @@ class Solver(ABC):
     package: ClassVar[str | None] = None
     """The optional package that the backend needs, which is also the name of the extra that installs it."""
     provides_gradient: ClassVar[bool] = False
-    """Whether `solve_batch` returns coefficients with a gradient of its own. If not, it runs without autograd."""
+    """Whether the coefficients that `solve_batch` returns have a gradient. If not, it runs without autograd."""
 
     def __init__(
         self,
@@ -98,9 +88,8 @@ class Solver(ABC):
         name = type(self).__name__
         if self.package is not None and find_spec(self.package) is None:
             raise MissingDependencyError(self.package, extra=self.package, needed_by=name)
-        if max_iterations is not None and not is_positive_int(max_iterations):
-            raise InputError(f"{name}(max_iterations)", "an integer of at least 1, or None", repr(max_iterations))
-        check_on_failure(name, on_failure)
+        optional(check_positive_int)(f"{name}(max_iterations)", max_iterations)
+        check_choice(f"{name}(on_failure)", on_failure, get_args(OnFailure))
         self.max_iterations = max_iterations
         self.tolerance = (
             self.default_tolerance if tolerance is None else check_real(f"{name}(tolerance)", tolerance, positive=True)
@@ -119,7 +108,7 @@ class Solver(ABC):
 
     @abstractmethod
     def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"] | SolverResult:
-        """Solve a flat, rescaled batch of problems. This is the one method that a subclass writes.
+        """Solve a flat, rescaled batch of problems: the one method that a subclass writes.
 
         It runs without autograd, unless the class sets `provides_gradient`. It must not print, must not let a task
         affect another one, and must not raise for a task that it cannot solve.
@@ -146,8 +135,8 @@ class Solver(ABC):
             InputError: the problem is not a `DualProblem` of floating-point tensors of matching shapes on one device,
                 it has no bounds, or a lower bound is above an upper bound (checked on the CPU only).
             SolverError: a task failed and `on_failure="raise"`; with "warn", a `SolverWarning` is emitted.
-            ConvexHeadsError: `solve_batch` lost its gradient although the class sets `provides_gradient`. Also in the
-                backward pass, if a second derivative is requested that the backend does not have.
+            ConvexHeadsError: the result of `solve_batch` has no gradient although the class sets `provides_gradient`.
+                Also in the backward pass, if a second derivative is requested that the backend does not have.
         """
         check_problem(problem)
         batch, device = problem.linear.shape[:-2], problem.linear.device
@@ -218,7 +207,7 @@ class Solver(ABC):
         return Solved(solution, coef_scale / multiplier_scale, linearization)
 
     def _result(self, problem: DualProblem, rescaled: DualProblem, coef_scale: Float[Tensor, " tasks"]) -> SolverResult:
-        """The result of `solve_batch` for the rescaled problem."""
+        """The checked result of `solve_batch` for the rescaled problem."""
         if not len(coef_scale):  # an empty batch needs no solve
             return SolverResult(rescaled.linear)
         result = self.solve_batch(rescaled)
@@ -232,18 +221,12 @@ class Solver(ABC):
         return result if isinstance(result, SolverResult) else SolverResult(coef)
 
     def _is_solved(self, solution: Solution) -> Tensor:
-        """The tasks that `Fallback` does not hand on, `(tasks,)` of bool."""
+        """Which tasks `Fallback` does not solve again, `(tasks,)` of bool."""
         return solution.converged
 
 
-def check_on_failure(name: str, on_failure: object) -> None:
-    """Raise `InputError` unless `on_failure` is one of the three policies."""
-    if not isinstance(on_failure, str) or on_failure not in get_args(OnFailure):
-        raise InputError(f"{name}(on_failure)", f"one of {get_args(OnFailure)}", repr(on_failure))
-
-
 def handle_failures(name: str, solution: Solution, tolerance: float, on_failure: OnFailure) -> None:
-    """Raise or warn, as `on_failure` says, if a task of the solution failed."""
+    """Raise or warn, depending on `on_failure`, if a task of the solution failed."""
     if on_failure == "return":
         return
     failures = inspect_values(_failures, solution.status, solution.gap, solution.residual)

@@ -11,9 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from convexheads.solvers import feasible_rows
-from convexheads.solvers.problem import DualProblem
-from convexheads.solvers.records import TensorRecord
+from convexheads.solvers.problem import DualProblem, TensorRecord
 from convexheads.solvers.rescaling import largest_bounds
 
 INDEFINITENESS = 1e-9
@@ -30,26 +28,26 @@ ROUNDING_MARGIN = 1e-2
 _PRIMAL_SCALINGS = (0.0, *(1 + 10.0**exponent for exponent in range(-14, 0, 2)))
 # Skip the search over scalings if the unscaled weights already prove this relative gap.
 _GAP_GOOD_ENOUGH = 1e-12
-# In large problems, scalings are tried in chunks of at most this number of entries.
+# The largest number of entries of the chunks in which scalings are tried.
 _MAX_ENTRIES_PER_CHUNK = 2**23
-# No gap below this multiple of the machine precision can be reached.
+# No gap below this multiple of the machine's precision can be reached.
 _ROUNDING_FLOOR = 4096
+# Above this gap, tasks do not count as stalled.
+_SMALL_GAP = 1e-4
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Certificate(TensorRecord):
-    """What can be proved about coefficients, whoever computed them. `certify` makes it.
+    """Bounds on the error of coefficients, whichever solver computed them. `certify` makes it.
 
     Attributes:
-        feasible: projection of the coefficients on the feasible set, `(*batch, n, k)`.
-        gap: relative duality gap of the projection, `(*batch,)`.
-        primal_error_bound: upper bound of the relative error of the primal weights, `(*batch,)`.
-        residual: distance of the coefficients to the feasible set, relative to the largest coefficient (at least one
-            unit), `(*batch,)`.
-        violation: the same of the projection; zero unless a row has no feasible point at all, `(*batch,)`.
-        bound_multipliers: positive at an upper bound, negative at a lower bound, zero at free entries, `(*batch, n,
-            k)`.
-        row_multipliers: multipliers of the zero row sums, `(*batch, n)`.
+        feasible: projection of the coefficients on the feasible set.
+        gap: relative duality gap of the projection.
+        primal_error_bound: upper bound of the relative error of the primal weights.
+        residual: distance of the coefficients to the feasible set, relative to the largest one (at least one unit).
+        violation: the residual of the projection; zero unless a row has no feasible point at all.
+        bound_multipliers: positive at an upper bound, negative at a lower bound, zero at free entries.
+        row_multipliers: multipliers of the zero row sums.
     """
 
     feasible: Float[Tensor, "*batch n k"]
@@ -61,15 +59,10 @@ class Certificate(TensorRecord):
     row_multipliers: Float[Tensor, "*batch n"]
 
     def converged(self, tolerance: float) -> Bool[Tensor, "*batch"]:
-        """Whether a task counts as solved.
+        """Which tasks are solved: the gap is at most `tolerance`, and the residual at most its square root.
 
-        The gap is of second order in the error of the coefficients, the residual is of first order.
-
-        Args:
-            tolerance: relative duality gap. Below what rounding leaves (9e-13 in float64) it has no effect.
-
-        Returns:
-            `(*batch,)` of bool.
+        The gap is of second order in the error of the coefficients, and the residual of first order. A tolerance below
+        the effect of rounding (9e-13 in float64) counts as that.
         """
         tolerance = max(tolerance, _ROUNDING_FLOOR * torch.finfo(self.gap.dtype).eps)
         return (self.gap <= tolerance) & (self.residual <= tolerance**0.5)
@@ -77,25 +70,34 @@ class Certificate(TensorRecord):
     def certifies(self, tolerance: float) -> Bool[Tensor, "*batch"]:
         """Whether the gap and the squared relative error of the weights are both proved to be at most `tolerance`.
 
-        With a small C the loss dominates the objective, and the gap alone says little about the weights.
-
-        Args:
-            tolerance: relative, without units.
-
-        Returns:
-            `(*batch,)` of bool.
+        With a small C the loss dominates the objective, and a small gap does not imply a small error of the weights.
         """
         return (self.gap <= tolerance) & ((self.primal_error_bound.square() <= tolerance) | (self.gap <= ZERO_GAP))
 
     def is_feasible(self) -> Bool[Tensor, "*batch"]:
-        """Whether the coefficients themselves were feasible.
-
-        If they were not, an optimal projection does not imply a correct active set.
-
-        Returns:
-            `(*batch,)` of bool.
-        """
+        """Whether the coefficients were feasible. If not, an optimal projection does not imply a correct active set."""
         return self.residual <= FEASIBILITY_TOLERANCE
+
+
+class StallDetector:
+    """Finds the tasks whose certified gap, because of rounding, has not fallen for `patience` iterations in a row.
+
+    A gap counts as fallen when it is half of the last one that counted, so that slow, but steady progress counts. Gaps
+    above 1e-4 never count as stalled, because far from the optimum a gap may stay the same for a while.
+    """
+
+    def __init__(self, gap: Float[Tensor, " tasks"], *, patience: int) -> None:
+        self.patience = patience
+        self._best = self._last_progress = gap
+        self._without_progress = torch.zeros_like(gap, dtype=torch.long)
+
+    def update(self, gap: Float[Tensor, " tasks"]) -> Bool[Tensor, " tasks"]:
+        """Which tasks have stalled, after one more iteration with this gap."""
+        halved = gap < self._last_progress / 2
+        self._last_progress = torch.where(halved, gap, self._last_progress)
+        self._without_progress = torch.where(halved | (self._best > _SMALL_GAP), 0, self._without_progress + 1)
+        self._best = self._best.fmin(gap)
+        return self._without_progress >= self.patience
 
 
 def certify(problem: DualProblem, coef: Float[Tensor, "*batch n k"]) -> Certificate:
@@ -139,7 +141,7 @@ def certify(problem: DualProblem, coef: Float[Tensor, "*batch n k"]) -> Certific
 
 
 def account_for_rounding(problem: DualProblem, certificate: Certificate) -> Certificate:
-    """The certificate with a gap that allows for rounding of the Gram matrix, where that matters.
+    """The certificate with a gap that accounts for rounding of the Gram matrix.
 
     `certify` treats the Gram matrix as exact, but its entries are rounded inner products, and a score is a sum of
     them: with `eps` the machine's precision, the score of example i for class k may be off by `eps sqrt(K_ii) sum_j
@@ -149,10 +151,10 @@ def account_for_rounding(problem: DualProblem, certificate: Certificate) -> Cert
 
     Args:
         problem: a rescaled problem (`rescale`).
-        certificate: what `certify` returned for coefficients.
+        certificate: the result of `certify`.
 
     Returns:
-        The same, with a larger `gap` in such tasks.
+        The certificate, with a larger `gap` in such tasks.
     """
     feasible = certificate.feasible
     eps = torch.finfo(feasible.dtype).eps
@@ -205,14 +207,7 @@ def _gap(
     if score_error is not None:
         score_error = score_error * _ascent_sign(problem, slope, feasible)
         slope, moved = slope + score_error, (score_error * feasible).sum((-2, -1))
-    losses, distances, row_multipliers = feasible_rows.conjugate(
-        slope,
-        problem.lower,
-        problem.upper,
-        at=feasible,
-        rows_sum_to_zero=problem.rows_sum_to_zero,
-        smoothing=problem.smoothing,
-    )
+    losses, distances, row_multipliers = problem.rows.conjugate(slope, feasible)
     scaling = scaling[..., 0, 0]
     # `P - D` itself, summed from non-negative terms: a difference of objectives would drown small gaps in rounding.
     gap = distances.clamp_min(0).sum(-1) + (scaling - 1).square() / 2 * quadratic + moved
@@ -221,14 +216,7 @@ def _gap(
 
 def _ascent_sign(problem: DualProblem, slope: Tensor, feasible: Tensor) -> Tensor:
     """The sign of each entry's change for which the maximum over the feasible rows can only grow."""
-    _, _, row_multipliers = feasible_rows.conjugate(
-        slope,
-        problem.lower,
-        problem.upper,
-        at=feasible,
-        rows_sum_to_zero=problem.rows_sum_to_zero,
-        smoothing=problem.smoothing,
-    )
+    _, _, row_multipliers = problem.rows.conjugate(slope, feasible)
     sign = torch.where(slope >= row_multipliers, 1.0, -1.0).to(slope.dtype)
     if problem.upper is not None:
         sign = torch.where(problem.upper > 0, sign, -1.0)

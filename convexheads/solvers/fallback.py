@@ -15,13 +15,13 @@ from convexheads.solvers.problem import DualProblem, Solution
 
 
 class Fallback(Solver):
-    """Hands the tasks that one solver does not certify on to another one.
+    """A composition of two solvers: the second one solves the tasks that the first one does not certify.
 
     Use it when a fast solver fails on some tasks. Each task has the gradient of the solver that solved it.
 
     Args:
         first: the solver of all tasks.
-        then: the solver of those that `first` does not certify.
+        then: the solver of the tasks that `first` does not certify.
         tolerance: relative duality gap that errors and warnings report. Default None (that of `then`).
         on_failure: what happens if neither solver certifies a task: "raise" (default), "warn" or "return". The
             `on_failure` of the two solvers has no effect.
@@ -48,22 +48,15 @@ class Fallback(Solver):
     def _solve_flat(self, problem: DualProblem) -> Solution:
         solution = self.first._solve_flat(problem)
         unsolved = ~self.first._is_solved(solution)
-        if is_transforming():  # where tasks cannot be selected by their values
-            if not inspect_values(lambda unsolved: bool(unsolved.any()), unsolved):
-                return solution
-            solution, other = _common_fields(solution, self.then._solve_flat(problem))
-            others = other.tensors()
-            return solution.map(
-                lambda name, value: torch.where(unsolved.view(-1, *[1] * (value.ndim - 1)), others[name], value)
-            )
-        if not unsolved.any():
+        selects = not is_transforming()  # inside `torch.func.vmap`, tasks cannot be selected by their values
+        if not (unsolved.any() if selects else inspect_values(lambda unsolved: bool(unsolved.any()), unsolved)):
             return solution
-        solution, other = _common_fields(solution, self.then._solve_flat(problem.select(unsolved)))
-        return solution.replace_tasks(unsolved, other)
-
-
-def _common_fields(one: Solution, other: Solution) -> tuple[Solution, Solution]:
-    """Two solutions without the number of iterations if one of them does not know it."""
-    if one.iterations is None or other.iterations is None:
-        one, other = replace(one, iterations=None), replace(other, iterations=None)
-    return one, other
+        other = self.then._solve_flat(problem.select(unsolved) if selects else problem)
+        if solution.iterations is None or other.iterations is None:
+            solution, other = replace(solution, iterations=None), replace(other, iterations=None)
+        if selects:
+            return solution.replace_tasks(unsolved, other)
+        others = other.tensors()
+        return solution.map(
+            lambda name, value: torch.where(unsolved.view(-1, *[1] * (value.ndim - 1)), others[name], value)
+        )

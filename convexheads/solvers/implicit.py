@@ -32,8 +32,7 @@ from torch import Tensor
 from convexheads._functorch import is_transforming, move_vmap_dim_to_front, once_differentiable
 from convexheads.solvers.certificate import Certificate
 from convexheads.solvers.kkt import KKT, BlockKKT
-from convexheads.solvers.problem import DualProblem
-from convexheads.solvers.records import TensorRecord
+from convexheads.solvers.problem import DualProblem, TensorRecord
 
 REGULARIZATION = 1e-9
 """What active-set systems are regularized by, relative to the mean diagonal of the Hessian."""
@@ -42,11 +41,7 @@ _REFINEMENTS = 3
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Linearization(TensorRecord):
-    """The linear system from which coefficients get their gradient.
-
-    Attributes:
-        kkt: the factorized system of the rescaled problem.
-    """
+    """The factorized system of the rescaled problem, from which coefficients get their gradient."""
 
     kkt: KKT
 
@@ -56,26 +51,17 @@ class Linearization(TensorRecord):
     ) -> Float[Tensor, "tasks n k"]:
         """Make coefficients that were found without autograd differentiable functions of every tensor of `problem`.
 
-        Args:
-            problem: a flat batch of problems in their original units.
-            coef: the coefficients.
-            hessian_scale: the Hessian of the rescaled problem divided by that of `problem`.
+        That is a flat batch in its original units, and `hessian_scale` the rescaled Hessian divided by its Hessian.
         """
 
     def unscaled(self, coef_scale: Float[Tensor, " tasks"]) -> Linearization:
-        """The same with coefficients in the original units."""
+        """The linearization with coefficients in the original units."""
         return self
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ActiveSet(Linearization):
-    """The exact gradient: active bounds stay active, and the free entries solve a linear system.
-
-    Attributes:
-        kkt: the system of the free entries.
-        at_upper: entries at their upper bound.
-        at_lower: entries at their lower bound.
-    """
+    """The exact gradient: entries at their bounds stay there, and the free entries solve a linear system."""
 
     at_upper: Bool[Tensor, "tasks n k"]
     at_lower: Bool[Tensor, "tasks n k"]
@@ -93,11 +79,7 @@ class ActiveSet(Linearization):
 class BarrierPoint(Linearization):
     """A relaxed gradient: that of a point inside the barrier. It has no second derivative.
 
-    Attributes:
-        kkt: the system with the stiffness on its diagonal.
-        point: the point inside the barrier.
-        upper: stiffness of each upper bound, multiplier over slack.
-        lower: stiffness of each lower bound.
+    `upper` and `lower` are the stiffness of the bounds, multiplier over slack, which is on the diagonal of the system.
     """
 
     point: Float[Tensor, "tasks n k"]
@@ -108,7 +90,7 @@ class BarrierPoint(Linearization):
         self, problem: DualProblem, coef: Float[Tensor, "tasks n k"], hessian_scale: Float[Tensor, " tasks"]
     ) -> Float[Tensor, "tasks n k"]:
         kkt, factors = _as_function(self.kkt)
-        # A barrier of stiffness w, which is a constant here, pulls with `w (bound - coefficient)`.
+        # A barrier of stiffness w, which is a constant here, has the gradient `w (coefficient - bound)`.
         linear = problem.linear
         for stiffness, bound in ((self.upper, problem.upper), (self.lower, problem.lower)):
             if bound is not None:
@@ -127,7 +109,7 @@ def implied_active_set(problem: DualProblem, certificate: Certificate) -> Active
 
 
 def active_entries(problem: DualProblem, coef: Tensor, bound_multipliers: Tensor) -> tuple[Tensor, Tensor]:
-    """Which entries are at their upper and at their lower bound: those whose multiplier exceeds the distance to it."""
+    """The entries at their upper and at their lower bound: those whose multiplier exceeds the distance to it."""
     nowhere = torch.zeros_like(coef, dtype=torch.bool)
     at_upper = nowhere if problem.upper is None else problem.upper - coef < bound_multipliers
     at_lower = nowhere if problem.lower is None else coef - problem.lower < -bound_multipliers
@@ -143,7 +125,7 @@ def factorize_free(problem: DualProblem, at_upper: Tensor, at_lower: Tensor) -> 
 
 
 def _as_function(kkt: KKT) -> tuple[Callable[..., KKT], list[Tensor]]:
-    """A system as a function of its tensors, which autograd has to see."""
+    """A system as a function of its tensors, because these have to be arguments of an autograd function."""
     factors = kkt.tensors()
 
     def rebuild(*tensors: Tensor) -> KKT:
@@ -161,9 +143,8 @@ class _ImplicitSolve(torch.autograd.Function):
         gram x + smoothing * x + row_multipliers = linear  at the free entries,   x = fixed  at the others,
         sum_c x_c = sums
 
-    If x is known already it is passed as `known`; its row multipliers are then not returned. None means zero. A system
-    that cannot be factorized gives NaN gradients, never a number without meaning, but zero where the incoming gradient
-    is zero.
+    If x is known already it is passed as `known`; its row multipliers are then not returned. None means zero. If a
+    system cannot be factorized, its gradient is NaN, or zero if the incoming gradient is zero.
     """
 
     @staticmethod
@@ -196,26 +177,15 @@ class _ImplicitSolve(torch.autograd.Function):
         solve = _ImplicitSolve.apply if torch.is_grad_enabled() or is_transforming() else _ImplicitSolve.forward
         u, row_multipliers = solve(ctx.kkt, gram, smoothing, grad_x, None, grad_multipliers, None, scale, *factors)
         ignored = _non_finite_without_gradient(u, x, grad_x, grad_multipliers)
-        u, x, row_multipliers = (
-            u.masked_fill(ignored, 0),
-            x.masked_fill(ignored, 0),
-            row_multipliers.masked_fill(ignored.squeeze(-1), 0),
-        )
+        u, x = u.masked_fill(ignored, 0), x.masked_fill(ignored, 0)
+        row_multipliers = row_multipliers.masked_fill(ignored.squeeze(-1), 0)
         outer = u @ x.mT
         grad_smoothing = None if smoothing is None else -u * x
         grad_fixed = None
-        if ctx.needs_input_grad[4]:  # the reaction at a bound; at free entries it has no effect
+        if ctx.needs_input_grad[4]:  # a change of a bound acts through its multiplier; at free entries it has no effect
             grad_fixed = (grad_x - gram @ u - row_multipliers.unsqueeze(-1)).masked_fill(ignored, 0)
-        nothing = (None,) * (2 + len(factors))
-        return (
-            None,
-            -(outer + outer.mT) / 2,
-            grad_smoothing,
-            u,
-            grad_fixed,
-            row_multipliers if ctx.needs_input_grad[5] else None,
-            *nothing,
-        )
+        grad_sums = row_multipliers if ctx.needs_input_grad[5] else None
+        return None, -(outer + outer.mT) / 2, grad_smoothing, u, grad_fixed, grad_sums, *(None,) * (2 + len(factors))
 
     @staticmethod
     def vmap(info, in_dims, kkt, *tensors):
@@ -230,22 +200,13 @@ class _RelaxedImplicitSolve(_ImplicitSolve):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.kkt, gram, smoothing, _, point, _, _, scale, *factors = inputs
-        ctx.save_for_backward(gram, smoothing, point, scale, *factors)
+        _ImplicitSolve.setup_context(ctx, inputs, (inputs[4],))
 
     @staticmethod
     def backward(ctx, grad_x: Tensor, grad_multipliers: Tensor):
-        gram, smoothing, x, scale, *factors = (None if value is None else value.detach() for value in ctx.saved_tensors)
-        given = grad_x.detach(), None, grad_multipliers.detach(), None
-        u, _ = _ImplicitSolve.apply(ctx.kkt, gram, smoothing, *given, scale, *factors)
-        assert x is not None
-        ignored = _non_finite_without_gradient(u, x, grad_x, grad_multipliers)
-        u, x = u.masked_fill(ignored, 0), x.masked_fill(ignored, 0)
-        outer = u @ x.mT
-        found = -(outer + outer.mT) / 2, None if smoothing is None else -u * x, u
+        found = _ImplicitSolve.backward(ctx, grad_x.detach(), grad_multipliers.detach())
         by = "an InteriorPointSolver whose gradient is not exact"
-        found = (None if value is None else once_differentiable(value, grad_x, by) for value in found)
-        return None, *found, *(None,) * (4 + len(factors))
+        return (*(None if value is None else once_differentiable(value.detach(), grad_x, by) for value in found),)
 
     @staticmethod
     def vmap(info, in_dims, kkt, *tensors):
@@ -255,12 +216,12 @@ class _RelaxedImplicitSolve(_ImplicitSolve):
 def _non_finite_without_gradient(u: Tensor, x: Tensor, grad_x: Tensor, grad_multipliers: Tensor) -> Tensor:
     """The non-finite tasks whose incoming gradient is zero, `(tasks, 1, 1)`.
 
-    A failed task that the loss leaves out would otherwise add NaN (zero times NaN) to the gradients of what all tasks
-    share. Finite tasks stay as they are, also with a gradient of zero, so that second derivatives are right.
+    A failed task that is no part of the loss would otherwise add NaN (zero times NaN) to the gradients of shared
+    parameters. Finite tasks stay as they are, also with a gradient of zero, so that second derivatives are right.
     """
     total = (u + x).sum((-2, -1))
-    asked = grad_x.flatten(-2).any(-1) | grad_multipliers.any(-1)
-    return ((total - total != 0) & ~asked)[:, None, None]  # of what is not finite, the difference is NaN
+    has_gradient = grad_x.flatten(-2).any(-1) | grad_multipliers.any(-1)
+    return ((total - total != 0) & ~has_gradient)[:, None, None]  # infinity or NaN minus itself is NaN
 
 
 def _vmap_rule(function: type[_ImplicitSolve], size: int, in_dims: Any, kkt: Callable[..., KKT], tensors: Any) -> Any:

@@ -20,21 +20,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from convexheads.solvers.problem import DualProblem
-from convexheads.solvers.records import TensorRecord
+from convexheads.solvers.problem import DualProblem, TensorRecord
 
 # Free rows are gathered into smaller blocks if they are at most this fraction of all rows.
 _MAX_FREE_FRACTION_TO_GATHER = 0.75
-# The pivoted Cholesky factorization checks after every `_CHECK_EVERY` columns whether it is complete.
+# The number of columns after which the pivoted Cholesky factorization checks whether it is complete.
 _CHECK_EVERY = 16
 # A factor of the Gram matrix saves time if its rank is at most this fraction of the number of examples.
 _MAX_RANK_FRACTION = 0.25
-# Problems with fewer examples are not searched for one.
 MIN_EXAMPLES_FOR_LOW_RANK = 256
+"""The number of examples from which on the solvers look for a factor of the Gram matrix."""
 
 
 class KKT(TensorRecord, ABC):
-    """A factorized KKT system. All its fields are tensors, tasks first, or are shared by all tasks."""
+    """A factorized KKT system."""
 
     @abstractmethod
     def solve(
@@ -45,17 +44,11 @@ class KKT(TensorRecord, ABC):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FactorizedKKT(KKT):
-    """The factors of one such system per task. A block that cannot be factorized gives NaN for its task alone.
-
-    Attributes:
-        gram: the Gram matrix, which the classes share.
-        diagonal: added to the block of each class; None for zero.
-        schur: the Cholesky factor of the row multipliers' system; None without row sums.
-    """
+    """The factors of one such system per task. A block that cannot be factorized gives NaN for its task alone."""
 
     gram: Float[Tensor, "tasks n n"]
     diagonal: Float[Tensor, "tasks k n"] | None
-    schur: Float[Tensor, "tasks n n"] | None
+    schur: Float[Tensor, "tasks n n"] | None  # the Cholesky factor of the row multipliers' system
 
     def solve(
         self,
@@ -65,11 +58,7 @@ class FactorizedKKT(KKT):
         refinements: int,
         start: tuple[Float[Tensor, "tasks k n"], Float[Tensor, "tasks n"]] | None = None,
     ) -> tuple[Float[Tensor, "tasks k n"], Float[Tensor, "tasks n"]]:
-        """Return `(x, row_multipliers)`, refined against the unregularized system.
-
-        A singular system (duplicates, n > d) has many solutions. The result is the one closest to `start`, or to zero
-        without one.
-        """
+        """Of the many solutions of a singular system (duplicates, n > d), the result is the one closest to `start`."""
         if start is None:
             x, row_multipliers = self._eliminate(right, sums)
         else:
@@ -97,15 +86,9 @@ class FactorizedKKT(KKT):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BlockKKT(FactorizedKKT):
-    """A system with the inverse of every block.
+    """A system with the inverse of every regularized block, which consists of all n rows or of those in its `index`.
 
-    Attributes:
-        gram: see `FactorizedKKT`.
-        diagonal: see `FactorizedKKT`.
-        schur: see `FactorizedKKT`.
-        inverse: the inverses of the regularized blocks.
-        index: the rows that each block consists of, padded; None if every block has all n rows.
-        free_mask: 1 for free entries and 0 for fixed ones, by block if there is an `index`; None if all are free.
+    The mask is 1 for the free entries of each block and 0 for the fixed ones; None if all are free.
     """
 
     inverse: Float[Tensor, "tasks k m m"]
@@ -123,16 +106,10 @@ class BlockKKT(FactorizedKKT):
         regularization: float,
         max_free_fraction: float = _MAX_FREE_FRACTION_TO_GATHER,
     ) -> BlockKKT:
-        """Factorize.
+        """Factorize the system of the `free` entries; the others are fixed at zero, and their equations dropped.
 
-        Args:
-            gram: the Gram matrix, which the classes share.
-            diagonal: added to the block of each class; None for zero.
-            free: the free entries; the others are fixed at zero, and their equations dropped. None if all are free.
-            rows_sum_to_zero: whether the row sums couple the classes.
-            regularization: added to the diagonal. It keeps singular blocks factorizable; refinement against the
-                unregularized system removes its effect.
-            max_free_fraction: blocks are gathered from the free rows if these are at most this fraction of all rows.
+        The regularization of the diagonal keeps singular blocks factorizable; refinement against the unregularized
+        system removes its effect.
         """
         n = gram.shape[-1]
         block = gram.unsqueeze(1)
@@ -185,15 +162,7 @@ def _assemble(inverse: Tensor, index: Tensor, n: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRankKKT(FactorizedKKT):
-    """A system with a Gram matrix of small rank r: the inverse of a block is a diagonal minus a low-rank product.
-
-    Attributes:
-        gram: see `FactorizedKKT`.
-        diagonal: see `FactorizedKKT`.
-        schur: see `FactorizedKKT`.
-        inverse_diagonal: the diagonal of each block's inverse.
-        low_rank_factor: the matrix whose product with its transpose is subtracted.
-    """
+    """A system with a Gram matrix of small rank r: the inverse of a block is a diagonal minus a low-rank product."""
 
     inverse_diagonal: Float[Tensor, "tasks k n"]
     low_rank_factor: Float[Tensor, "tasks k r n"]
@@ -230,8 +199,7 @@ def pivoted_cholesky(
 ) -> Float[Tensor, "tasks n r"] | None:
     """A factor with `factor @ factor.mT == gram`, to rounding; None if it would need more than `max_rank` columns.
 
-    The Cholesky factorization with pivoting (Higham 1990) ends when the diagonal of the residual is zero. It costs r
-    columns, whatever the kernel.
+    The Cholesky factorization with pivoting (Higham 1990) ends when the diagonal of the residual is zero.
     """
     tasks, n, _ = gram.shape
     residual_diagonal = gram.diagonal(dim1=-2, dim2=-1).clone()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,8 +14,60 @@ from torch import Tensor
 from convexheads._functorch import inspect_values
 from convexheads._validation import check_bool, describe_type, is_float_tensor
 from convexheads.errors import InputError
-from convexheads.solvers import feasible_rows
-from convexheads.solvers.records import TensorRecord
+from convexheads.solvers.feasible_rows import FeasibleRows
+
+_R = TypeVar("_R", bound="TensorRecord")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TensorRecord:
+    """A dataclass of tensors, tasks first, and of records of such tensors. All tasks share the other fields."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, without the fields that are None; those of an inner record as `record.name`."""
+        found: dict[str, Tensor] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                found[name] = value
+            elif isinstance(value, TensorRecord):
+                found |= {f"{name}.{inner}": tensor for inner, tensor in value.tensors().items()}
+        return found
+
+    def map(self: _R, function: Callable[[str, Tensor], Tensor]) -> _R:
+        """A copy with `function(name, tensor)` instead of every tensor, with names and order as in `tensors()`."""
+        values: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                value = function(name, value)
+            elif isinstance(value, TensorRecord):
+                value = value.map(lambda inner, tensor, name=name: function(f"{name}.{inner}", tensor))
+            values[name] = value
+        return type(self)(**values)
+
+    def detach(self: _R) -> _R:
+        """A copy without gradient."""
+        return self.map(lambda _, value: value.detach())
+
+    def to(self: _R, device: torch.device | str) -> _R:
+        """A copy on another device; gradients flow through the copy."""
+        return self.map(lambda _, value: value.to(device))
+
+    def select(self: _R, chosen: slice | Bool[Tensor, " tasks"]) -> _R:
+        """The chosen tasks of a flat batch."""
+        return self.map(lambda _, value: value[chosen])
+
+    def replace_tasks(self: _R, chosen: Bool[Tensor, " tasks"], values: _R) -> _R:
+        """A copy of a flat batch in which the chosen tasks are replaced by the tasks of `values`."""
+        new = values.tensors()
+        return self.map(lambda name, value: value.index_put((chosen,), new[name]))
+
+    def __repr__(self) -> str:
+        shown = (
+            f"{name}={tuple(value.shape) if isinstance(value, Tensor) else repr(value)}"
+            for name, value in vars(self).items()
+            if value is not None
+        )
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,44 +114,27 @@ class DualProblem(TensorRecord):
         return mean if self.smoothing is None else mean + self.smoothing.mean((-2, -1))
 
     def gradient(self, coef: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n k"]:
-        """The gradient of the quadratic part, which is the Hessian times the coefficients.
-
-        Args:
-            coef: coefficients, `(*batch, n, k)`.
-
-        Returns:
-            `(*batch, n, k)`.
-        """
+        """The gradient of the quadratic part, `(*batch, n, k)`, which is the Hessian times `coef`."""
         image = self.gram @ coef
         return image if self.smoothing is None else image + self.smoothing * coef
 
     def active_bounds(
         self, at_upper: Bool[Tensor, "*batch n k"], at_lower: Bool[Tensor, "*batch n k"]
     ) -> Float[Tensor, "*batch n k"]:
-        """The values of the active bounds, and zero at free entries.
-
-        Args:
-            at_upper: entries that are at their upper bound, `(*batch, n, k)`.
-            at_lower: entries that are at their lower bound, `(*batch, n, k)`.
-
-        Returns:
-            `(*batch, n, k)`.
-        """
+        """The values of the active bounds, those of entries `at_upper` and `at_lower`, and zero at free entries."""
         values = torch.zeros_like(self.linear)
         if self.upper is not None:
             values = torch.where(at_upper, self.upper, values)
         return values if self.lower is None else torch.where(at_lower, self.lower, values)
 
     def project(self, coef: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n k"]:
-        """The nearest feasible coefficients, row by row.
+        """The feasible coefficients nearest to `coef`, row by row."""
+        return self.rows.project(coef)
 
-        Args:
-            coef: coefficients, `(*batch, n, k)`.
-
-        Returns:
-            `(*batch, n, k)`.
-        """
-        return feasible_rows.project(coef, self.lower, self.upper, rows_sum_to_zero=self.rows_sum_to_zero)
+    @property
+    def rows(self) -> FeasibleRows:
+        """The feasible set of each support example."""
+        return FeasibleRows(self.lower, self.upper, self.smoothing, self.rows_sum_to_zero)
 
 
 class Status(IntEnum):
@@ -108,7 +145,7 @@ class Status(IntEnum):
     STOPPED = 1
     """Stopped at the `max_iterations` that the user chose. Early stopping is not a failure."""
     FAILED = 2
-    """Not certified: the coefficients are no better than `gap` says."""
+    """Not certified. `gap` bounds the error of the coefficients."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -151,49 +188,29 @@ class Solution(TensorRecord):
 
 
 def check_problem(problem: object) -> None:
-    """Validate a problem.
-
-    Args:
-        problem: any object.
-
-    Raises:
-        InputError: it is not a problem of floating-point tensors of matching shapes on one device, it has no bounds, or
-            a lower bound is above an upper bound (checked on the CPU only).
-    """
+    """Raise `InputError` unless tensors have one device and matching shapes, and bounds are present and in order."""
     if not isinstance(problem, DualProblem):
         raise InputError("problem", "a DualProblem", type(problem).__name__)
-    _check_types(problem)
-    _check_shapes(problem)
-    if problem.lower is None and problem.upper is None:
-        raise InputError("DualProblem(lower, upper)", "at least one of them", "None for both")
-    if problem.lower is not None and problem.upper is not None and problem.linear.device.type == "cpu":
-        inspect_values(_check_order, problem.lower, problem.upper)
-
-
-def _check_types(problem: DualProblem) -> None:
     check_bool("DualProblem(rows_sum_to_zero)", problem.rows_sum_to_zero)
     for name, value in vars(problem).items():
-        optional = name not in ("gram", "linear")
-        if name != "rows_sum_to_zero" and not (is_float_tensor(value) or (value is None and optional)):
+        is_missing = value is None and name not in ("gram", "linear")
+        if not (is_missing or name == "rows_sum_to_zero" or is_float_tensor(value)):
             raise InputError(f"DualProblem({name})", "a tensor of floating-point values", describe_type(value))
-
-
-def _check_shapes(problem: DualProblem) -> None:
     linear, factor = problem.linear, problem.gram_factor
     if linear.ndim < 2 or not all(linear.shape[-2:]):
         raise InputError("DualProblem(linear)", "(*batch, n, k), n and k at least 1", f"shape {tuple(linear.shape)}")
     *batch, n, _ = linear.shape
     expected = {"gram": (*batch, n, n)} | ({} if factor is None else {"gram_factor": (*batch, n, *factor.shape[-1:])})
     for name, value in problem.tensors().items():
-        shape = expected.get(name, tuple(linear.shape))
+        name, shape = f"DualProblem({name})", expected.get(name, tuple(linear.shape))
         if value.shape != shape:
-            raise InputError(
-                f"DualProblem({name})", f"{shape}, to match the linear term", f"shape {tuple(value.shape)}"
-            )
+            raise InputError(name, f"{shape}, to match the linear term", f"shape {tuple(value.shape)}")
         if value.device != linear.device:
-            raise InputError(
-                f"DualProblem({name})", f"that of the linear term, {linear.device}", f"device {value.device}"
-            )
+            raise InputError(name, f"the device of the linear term, {linear.device}", f"device {value.device}")
+    if problem.lower is None and problem.upper is None:
+        raise InputError("DualProblem(lower, upper)", "at least one of them", "None for both")
+    if problem.lower is not None and problem.upper is not None and linear.device.type == "cpu":
+        inspect_values(_check_order, problem.lower, problem.upper)
 
 
 def _check_order(lower: Tensor, upper: Tensor) -> None:

@@ -12,13 +12,7 @@ from convexheads.solvers.problem import DualProblem
 
 
 class Rescaled(NamedTuple):
-    """A problem in units of its own.
-
-    Attributes:
-        problem: the rescaled problem.
-        coef_scale: what its coefficients have to be multiplied by, `(*batch,)`.
-        multiplier_scale: what its multipliers have to be multiplied by, `(*batch,)`.
-    """
+    """A rescaled problem, and the factors by which its coefficients and multipliers have to be multiplied."""
 
     problem: DualProblem
     coef_scale: Float[Tensor, "*batch"]
@@ -26,16 +20,10 @@ class Rescaled(NamedTuple):
 
 
 def rescale(problem: DualProblem) -> Rescaled:
-    """Rescale a problem, so that solvers and tolerances are independent of the scale of the features and of C.
+    """Rescale a `problem` with finite data, so that no tolerance depends on the scale of the features or on C.
 
     A dual SVM depends on C*K only. Coefficients are measured in units of `min(C, 1/h)`, where h is the mean diagonal
     of K. Features scaled by 1e-4 or 1e4 then give the same rescaled problem, and any C gives one of moderate size.
-
-    Args:
-        problem: a batch of problems with finite data.
-
-    Returns:
-        The rescaled problem and its scales.
     """
     with torch.no_grad():
         multiplier_scale = problem.linear.abs().amax((-2, -1))
@@ -59,13 +47,13 @@ def rescale(problem: DualProblem) -> Rescaled:
 
 
 def largest_bounds(problem: DualProblem) -> Float[Tensor, "*batch n"]:
-    """The largest finite bound of each row, `(*batch, n)`."""
+    """The largest finite bound of each row."""
     bounds = [bound.abs().nan_to_num(posinf=0) for bound in (problem.lower, problem.upper) if bound is not None]
     return torch.stack([bound.amax(-1) for bound in bounds]).amax(0)
 
 
 def replace_non_finite_tasks(problem: DualProblem) -> tuple[DualProblem, Bool[Tensor, " tasks"]]:
-    """Put a trivial problem in the place of every task with non-finite data, and return a mask of those tasks too."""
+    """Replace every task with non-finite data by a trivial problem, and return a mask of those tasks too."""
     tensors = problem.tensors()
     # Fast path: finite sums imply finite entries.
     if torch.isfinite(torch.stack([value.sum() for value in tensors.values()]).sum()):
@@ -75,8 +63,6 @@ def replace_non_finite_tasks(problem: DualProblem) -> tuple[DualProblem, Bool[Te
     non_finite = torch.stack([entries.flatten(1).any(1) for entries in bad]).any(0)
     eye = torch.eye(problem.gram.shape[-1]).to(problem.gram)
     placeholder = {"gram": eye, "gram_factor": 0.0, "linear": 0.0, "lower": -1.0, "upper": 1.0, "smoothing": 1.0}
-
-    def substitute(name: str, value: Tensor) -> Tensor:
-        return torch.where(non_finite.view(-1, *[1] * (value.ndim - 1)), placeholder[name], value)
-
-    return problem.map(substitute), non_finite
+    return problem.map(
+        lambda name, value: torch.where(non_finite.view(-1, *[1] * (value.ndim - 1)), placeholder[name], value)
+    ), non_finite

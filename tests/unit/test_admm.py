@@ -12,8 +12,9 @@ from problems import known, known_problem
 from tasks import close, crammer_singer, examples, task
 
 from convexheads import SVMHead
-from convexheads.solvers import ADMMSolver, NativeSolver, Status, feasible_rows
+from convexheads.solvers import ADMMSolver, NativeSolver, Status
 from convexheads.solvers.certificate import certify
+from convexheads.solvers.feasible_rows import FeasibleRows
 from convexheads.solvers.kkt import BlockKKT
 from convexheads.solvers.native.admm_steps import admm
 from convexheads.solvers.rescaling import rescale
@@ -49,12 +50,10 @@ def test_proximal_step_without_sorting(k, seed, upper, smoothed, guessed):
     smoothing = torch.rand(5, k, generator=generator, dtype=torch.float64) if smoothed else None
     limits = (None, bound) if upper else (-bound, None)
     guess = 3 * torch.randn(5, 1, generator=generator, dtype=torch.float64) if guessed else None
-    row, _ = feasible_rows.proximal(
-        target, *limits, weight=weight, smoothing=smoothing, rows_sum_to_zero=True, guess=guess
-    )
+    row, _ = FeasibleRows(*limits, smoothing, True).proximal(target, weight, guess)
     infinite = torch.full_like(bound, torch.inf)
     both = (-infinite, bound) if upper else (-bound, infinite)
-    expected, _ = feasible_rows.proximal(target, *both, weight=weight, smoothing=smoothing, rows_sum_to_zero=True)
+    expected, _ = FeasibleRows(*both, smoothing, True).proximal(target, weight)
     assert close(row, expected, 1.0) < 1e-12
     assert row.sum(-1).abs().max() < 1e-12
 

@@ -11,7 +11,7 @@ from torch.func import grad, vmap
 
 from convexheads import ConvexHeadsError, InputError, Learnable, OneVsRestSVMHead, SVMHead
 from convexheads.solvers import DualProblem, InteriorPointSolver, NativeSolver
-from convexheads.solvers.native.barrier import central_path
+from convexheads.solvers.native.interior_point import central_path
 from convexheads.solvers.rescaling import rescale
 
 

@@ -122,7 +122,7 @@ BAD_CALLS = {
     "mask without examples": (
         (SUPPORT, LABELS, QUERY),
         {"mask": torch.tensor([[True] * 6, [False] * 6])},
-        r"mask: expected .*, got no example left in task \(1,\)",
+        r"mask: expected .*, got none in task \(1,\)",
     ),
     "labels elsewhere": ((SUPPORT, LABELS.to("meta"), QUERY), {}, r"labels: expected .* cpu.*, got device meta"),
     "images": (

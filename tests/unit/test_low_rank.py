@@ -17,7 +17,7 @@ from convexheads.solvers.certificate import certify
 from convexheads.solvers.kkt import BlockKKT, LowRankKKT, pivoted_cholesky, with_gram_factor
 from convexheads.solvers.native import active_set
 from convexheads.solvers.native.admm_steps import admm
-from convexheads.solvers.native.barrier import interior_point
+from convexheads.solvers.native.interior_point import interior_point
 from convexheads.solvers.rescaling import rescale
 
 

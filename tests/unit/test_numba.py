@@ -91,9 +91,7 @@ def projection(qp, seed):
     assume(qp.rows_sum_to_zero and (qp.lower is None or qp.upper is None))  # where Newton's method is exact
     weight = torch.tensor([[[0.7]]], dtype=torch.float64)
     target = torch.randn(qp.linear.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    expected, _ = feasible_rows.proximal(
-        target, qp.lower, qp.upper, weight=weight, smoothing=qp.smoothing, rows_sum_to_zero=True
-    )
+    expected, _ = qp.rows.proximal(target, weight)
     _, _, lower, upper, smoothing = arrays(qp)
     for i, row in enumerate(expected[0]):
         found = np.empty(len(row))

@@ -19,16 +19,8 @@ from convexheads.precision import full_precision, working_dtype
 class ClassificationHead(Head):
     """Base class of few-shot classifiers that solve a convex problem, the setting of Lee et al. 2019 (Section 3).
 
-    A subclass writes one method, `solve`, from a `SupportSet` with one-hot targets to a `KernelExpansion`.
-
-    Args:
-        kernel: any callable `(x, y) -> gram` (`convexheads.kernels`). Defaults to `Linear()`.
-        scale: factor of all logits (gamma in Eq. 12 of Lee et al. 2019), positive; a float or `Learnable`. Defaults to
-            1.
-        validate: whether to check the values of all input, see `Head`. Defaults to True.
-
-    Raises:
-        InputError: an argument is unusable.
+    A subclass writes one method, `solve`, from a `SupportSet` with one-hot targets to a `KernelExpansion`. Arguments
+    (`kernel`, `scale` and `validate`) and errors are those of `Head`.
     """
 
     requires_all_classes: ClassVar[bool] = False
@@ -51,20 +43,20 @@ class ClassificationHead(Head):
                 `labels.unique(return_inverse=True)[1]`); shots may differ between classes.
             query: features, `(*batch, q, d)`.
             ways: number of classes k. Defaults to None, the largest label plus one (reading it waits for a GPU). A
-                tensor of integers, `(*batch,)`, has the number of classes of each task; k is then the largest of them,
-                and the logits of classes that a task does not have are minus infinity. The tasks of each size are
-                solved together.
-            mask: `(*batch, n)`, False at examples to leave out, so that tasks of different size fit one batch. Defaults
-                to None (no mask).
+                tensor of integers, `(*batch,)`, is the number of classes of each task; k is then the largest of them,
+                and the logits of classes that a task does not have are minus infinity. Tasks with the same number of
+                classes are solved together.
+            mask: `(*batch, n)`, False at examples to ignore, so that tasks of different size fit one batch. Defaults to
+                None (no mask).
 
         Returns:
             Logits, `(*batch, q, k)`, in the support's dtype. Gradients reach support, query and `Learnable`s.
 
         Raises:
-            InputError: an argument is unusable; the message names it, the expected and the received value. Likewise
-                for a kernel that returns no Gram matrix, or one that is not positive semi-definite and makes the
-                problem fail. With `validate=False`, wrong values are not an error: a label out of range gives NaN
-                logits in its task, or that task fails in the solver; and a closed form that has no solution gives NaN.
+            InputError: an argument is unusable, or the kernel: it returns no Gram matrix, or one that is not positive
+                semi-definite and makes the problem fail. With `validate=False`, wrong values are not an error: a label
+                out of range gives NaN logits in its task, or that task fails in the solver; and a closed form that has
+                no solution gives NaN.
             SolverError: a task could not be solved (see the solver's `on_failure`; with "warn", `SolverWarning`
                 instead).
             ConvexHeadsError: in the backward pass, for a second derivative that the solver does not have.
@@ -79,17 +71,10 @@ class ClassificationHead(Head):
         ways: int | Integer[Tensor, "*#batch"] | None = None,
         mask: Bool[Tensor, "*batch n"] | None = None,
     ) -> FittedClassifier:
-        """Fit on the support sets of a batch of tasks.
-
-        Args:
-            support: features, `(*batch, n, d)`, as in `forward`, and so are the other arguments.
-            labels: `(*batch, n)`, integers from 0 to k - 1.
-            ways: number of classes k, or that of each task, `(*batch,)`. Defaults to None, the largest label plus one.
-            mask: `(*batch, n)`, False at examples to leave out. Defaults to None (no mask).
+        """Fit on the support sets of a batch of tasks: `support`, `labels`, `ways` and `mask` are those of `forward`.
 
         Returns:
-            The fitted head, to be called on queries `(*batch, q, d)`. It holds everything it needs; its `solution` has
-                the certificate.
+            The fitted head, to be called on queries `(*batch, q, d)`. Its `solution` has the certificate.
 
         Raises:
             InputError: as in `forward`.

@@ -1,4 +1,4 @@
-"""Heads that were fitted: frozen, and ready for queries."""
+"""The results of `Head.fit`: frozen heads, to be called on queries."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from convexheads._gram import constant
-from convexheads._validation import check_gram, check_query
+from convexheads._validation import check_query
 from convexheads.errors import ConvexHeadsError
-from convexheads.heads.base.support_set import KernelExpansion, SupportSet
+from convexheads.heads.base.support_set import KernelExpansion, SupportSet, compute_gram
 from convexheads.kernels import KernelLike, Linear, Product, Sum
 from convexheads.precision import full_precision
 from convexheads.solvers import Solution
@@ -62,34 +62,19 @@ class Fitted:
             return (self.scale * scores).to(self.dtype)
 
     def cross_gram(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q n"]:
-        """The kernel between queries and the support, zero at masked examples.
-
-        Args:
-            query: features, `(*batch, q, d)`, in working precision (float64).
-
-        Returns:
-            `(*batch, q, n)`.
-        """
+        """The kernel between `query`, in working precision (float64), and the support; zero at masked examples."""
         features, mask = self.support.features, self.support.mask
-        gram = self.support.kernel(query, features)
-        check_gram(gram, query, features, validate=self.support.validate)
+        gram = compute_gram(self.support.kernel, query, features, validate=self.support.validate)
         return gram if mask is None else gram.masked_fill(~mask.unsqueeze(-2), 0)
 
     def query_gram_diagonal(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q"]:
-        """The kernel between each query and itself.
-
-        Args:
-            query: features, `(*batch, q, d)`, in working precision (float64).
-
-        Returns:
-            `(*batch, q)`.
-        """
+        """The kernel between each `query`, in working precision (float64), and itself."""
         itself = query.unsqueeze(-2)
         return self.support.kernel(itself, itself)[..., 0, 0]
 
     @property
     def weight(self) -> Float[Tensor, "*batch k d"]:
-        """The weights `(*batch, k, d)` with which scores are `query @ weight.mT + bias`, with gradient.
+        """The weights `(*batch, k, d)` of scores that are `query @ weight.mT + bias`, with gradient.
 
         Raises:
             ConvexHeadsError: the scores are not linear in the features.
@@ -99,7 +84,7 @@ class Fitted:
 
     @property
     def bias(self) -> Float[Tensor, "*batch k"]:
-        """The bias `(*batch, k)` that goes with `weight`.
+        """The bias `(*batch, k)` of these scores.
 
         Raises:
             ConvexHeadsError: the scores are not linear in the features.
@@ -137,11 +122,7 @@ class Fitted:
         return form
 
     def to(self: _F, device: torch.device | str) -> _F:
-        """The same fit on another device.
-
-        Args:
-            device: where to move all tensors.
-        """
+        """The same fit on another `device`."""
         return _map(self, lambda tensor: tensor.to(device), lambda module: module.to(device))
 
     def detach(self: _F) -> _F:
@@ -162,7 +143,7 @@ class FittedClassifier(Fitted):
     """A classification head fitted on the support sets of a batch of tasks. `ClassificationHead.fit` makes it.
 
     Attributes:
-        ways: the number of classes of each task, `(*batch,)`, where they differ; None (default) where all have k.
+        ways: the number of classes of each task, `(*batch,)`. Defaults to None (all have k).
 
     Example:
         `logits = SVMHead().fit(support, labels)(query)`
@@ -178,27 +159,16 @@ class FittedClassifier(Fitted):
                 any floating-point dtype.
 
         Returns:
-            Logits `(*batch, q, k)` in the dtype of the support features that the head was fitted on; minus infinity for
-                classes that a task does not have.
+            Logits, `(*batch, q, k)`, in the dtype of the support; minus infinity for classes that a task does not have.
 
         Raises:
-            InputError: shape, dtype or device don't fit the support, or a feature is not finite.
+            InputError: shape, dtype or device do not match the support, or a feature is not finite.
         """
         logits = self._scores(query)
         return logits if self.ways is None else logits.masked_fill(self._absent.unsqueeze(-2), -torch.inf)
 
     def probabilities(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q k"]:
-        """The softmax of the logits; `calibrate` finds the scale for which it is well calibrated.
-
-        Args:
-            query: features, `(*batch, q, d)`.
-
-        Returns:
-            Probabilities `(*batch, q, k)`, which sum to one over the classes.
-
-        Raises:
-            InputError: as in a call.
-        """
+        """The softmax of the logits of `query`, `(*batch, q, k)`; see `calibrate`. Errors are those of a call."""
         return self(query).softmax(-1)
 
     @property
@@ -217,8 +187,7 @@ class FittedRegressor(Fitted):
     """A regression head fitted on the support sets of a batch of tasks. `RegressionHead.fit` makes it.
 
     Attributes:
-        single_output: whether targets had no last dimension of outputs, so that predictions have none. Defaults to
-            False.
+        single_output: whether targets, and so predictions, have no dimension of outputs. Defaults to False.
 
     Example:
         `values = RidgeRegressionHead().fit(support, targets)(query)`
@@ -237,14 +206,14 @@ class FittedRegressor(Fitted):
                 dtype.
 
         Raises:
-            InputError: shape, dtype or device don't fit the support, or a feature is not finite.
+            InputError: shape, dtype or device do not match the support, or a feature is not finite.
         """
         values = self._scores(query)
         return values.squeeze(-1) if self.single_output else values
 
 
 def _map(value: Any, on_tensor: Callable[[Tensor], Tensor], on_module: Callable[[nn.Module], Any]) -> Any:
-    """A copy of a fitted head, or of a part of it, with all tensors and modules replaced."""
+    """A copy of a fitted head, or of one of its parts, with all tensors and modules replaced."""
     again = partial(_map, on_tensor=on_tensor, on_module=on_module)
     if isinstance(value, Tensor):
         return on_tensor(value)

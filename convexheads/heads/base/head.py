@@ -18,8 +18,8 @@ from convexheads.kernels import Kernel, KernelLike, Linear, check_kernel, condit
 class Head(Configurable, ABC):
     """Base class of all heads: modules that solve a convex problem over the support set of a task.
 
-    A subclass of `ClassificationHead` or `RegressionHead` writes one method, `solve`. Checks, batches of tasks,
-    precision, masks, kernels and scoring are those of the base classes. Nothing of an episode is kept on the module.
+    A subclass of `ClassificationHead` or `RegressionHead` writes one method, `solve`. The base classes provide checks,
+    batches of tasks, precision, masks, kernels and scoring. The module keeps nothing of an episode.
 
     Args:
         kernel: any callable `(x, y) -> gram` (`convexheads.kernels`). Defaults to `Linear()`.
@@ -36,7 +36,7 @@ class Head(Configurable, ABC):
 
     checks: ClassVar[dict[str, Check]] = {"kernel": check_kernel, "scale": check_positive, "validate": check_bool}
     default_kernel: ClassVar[type[Kernel]] = Linear
-    """The kernel of a head that was not given one."""
+    """The kernel if none is given."""
 
     kernel: KernelLike
     scale: Hyperparameter
@@ -55,12 +55,12 @@ class Head(Configurable, ABC):
             support: features, Gram matrix and targets of a batch of tasks.
 
         Returns:
-            Coefficients `(*batch, n, k)` and what else scores need, differentiable in the support set and in the
+            Coefficients `(*batch, n, k)` and other terms of the scores, differentiable in the support set and in the
                 hyperparameters.
 
         Raises:
-            SolverError: a task could not be solved. `fit` turns that into an `InputError` where the Gram matrix turns
-                out not to be positive semi-definite.
+            SolverError: a task could not be solved. `fit` raises an `InputError` instead if the Gram matrix is not
+                positive semi-definite.
         """
 
     def _support_set(
@@ -72,7 +72,7 @@ class Head(Configurable, ABC):
         return SupportSet(features, targets, mask, condition(self.kernel, features, mask), self.validate)
 
     def _solve_checked(self, support: SupportSet) -> KernelExpansion:
-        """Solve, check the result, and look for the likely reason of a failure."""
+        """Solve, check the result, and check the Gram matrix after a failure."""
         try:
             expansion = self.solve(support)
         except SolverError:

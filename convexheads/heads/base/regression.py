@@ -19,15 +19,7 @@ class RegressionHead(Head):
 
     A subclass writes one method, `solve`, from a `SupportSet` to a `KernelExpansion` (see the representer theorem,
     Schoelkopf, Herbrich & Smola 2001). There is no intercept: center the targets, or give the kernel a constant
-    (`RBF() + Constant(1.0)`).
-
-    Args:
-        kernel: any callable `(x, y) -> gram`. Defaults to `Linear()`.
-        scale: factor of all predictions, positive; a float or `Learnable`. Defaults to 1.
-        validate: whether to check the values of all input, see `Head`. Defaults to True.
-
-    Raises:
-        InputError: an argument is unusable.
+    (`RBF() + Constant(1.0)`). Its arguments `kernel`, `scale` and `validate`, and its errors, are those of `Head`.
     """
 
     _fitted_class: ClassVar[type[FittedRegressor]] = FittedRegressor
@@ -46,17 +38,16 @@ class RegressionHead(Head):
             support: features, `(*batch, n, d)`; the leading dimensions are tasks, any number of them.
             targets: values to regress on, `(*batch, n)` or `(*batch, n, outputs)`, of any floating-point dtype.
             query: features, `(*batch, q, d)`.
-            mask: `(*batch, n)`, False at examples to leave out, so that tasks of different size fit one batch. Defaults
-                to None (no mask).
+            mask: `(*batch, n)`, False at examples to ignore, so that tasks of different size fit one batch. Defaults to
+                None (no mask).
 
         Returns:
             Predictions, `(*batch, q)` or `(*batch, q, outputs)`, in the units of the targets and in the support's
                 dtype. Gradients reach support, targets, query and `Learnable`s.
 
         Raises:
-            InputError: an argument is unusable; the message names it, the expected and the received value. Likewise
-                for a kernel that returns no Gram matrix, or one that is not positive semi-definite and makes the
-                problem fail.
+            InputError: an argument is unusable, or the kernel: it returns no Gram matrix, or one that is not positive
+                semi-definite and makes the problem fail.
             SolverError: a task could not be solved.
             ConvexHeadsError: in the backward pass, for a second derivative that the solver does not have.
         """
@@ -69,12 +60,7 @@ class RegressionHead(Head):
         *,
         mask: Bool[Tensor, "*batch n"] | None = None,
     ) -> FittedRegressor:
-        """Fit on the support sets of a batch of tasks.
-
-        Args:
-            support: features, `(*batch, n, d)`, as in `forward`, and so are the other arguments.
-            targets: values to regress on, `(*batch, n)` or `(*batch, n, outputs)`.
-            mask: `(*batch, n)`, False at examples to leave out. Defaults to None (no mask).
+        """Fit on the support sets of a batch of tasks: `support`, `targets` and `mask` are those of `forward`.
 
         Returns:
             The fitted head, to be called on queries `(*batch, q, d)`.

@@ -1,17 +1,19 @@
-"""What a head solves, and what it finds: support sets and kernel expansions."""
+"""The argument and the result of `Head.solve`: support sets and kernel expansions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.nn import functional
 
-from convexheads._validation import check_gram
+from convexheads._validation import check_finite
+from convexheads.errors import InputError
 from convexheads.kernels import KernelLike, Linear
 from convexheads.solvers import Solution
 
@@ -23,8 +25,8 @@ class SupportSet:
     Attributes:
         features: `(*batch, n, d)`; zero at masked examples.
         targets: one-hot labels, or the values to regress on, `(*batch, n, k)`; zero at masked examples.
-        mask: `(*batch, n)`, False at examples to leave out; None (default) if there are none.
-        kernel: the head's, with its parameters fixed for these support sets. Defaults to `Linear()`.
+        mask: `(*batch, n)`, False at examples to ignore. Defaults to None (no mask).
+        kernel: the head's kernel, with its parameters fixed for these support sets. Defaults to `Linear()`.
         validate: whether to check values. Defaults to True.
 
     Example:
@@ -41,10 +43,9 @@ class SupportSet:
     def gram(self) -> Float[Tensor, "*batch n n"]:
         """The Gram matrix `kernel(features, features)`, `(*batch, n, n)`, computed on first use.
 
-        Masked examples are orthogonal to all others, and as long as those are on average.
+        Masked examples are orthogonal to all others, with their mean squared length.
         """
-        gram = self.kernel(self.features, self.features)
-        check_gram(gram, self.features, self.features, validate=self.validate)
+        gram = compute_gram(self.kernel, self.features, self.features, validate=self.validate)
         return gram if self.mask is None else _mask_gram(gram, self.mask)
 
     @property
@@ -55,7 +56,7 @@ class SupportSet:
         return torch.cat([self.targets[..., :1] + ~self.mask.unsqueeze(-1), self.targets[..., 1:]], -1)
 
     def release_gram(self) -> None:
-        """Forget the Gram matrix, which grows with the square of n; it is computed again if it is used again."""
+        """Free the memory of the Gram matrix; another use computes it again."""
         vars(self).pop("gram", None)
 
     def __repr__(self) -> str:
@@ -65,7 +66,7 @@ class SupportSet:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class KernelExpansion:
-    """What `Head.solve` returns: scores as a combination of kernel values.
+    """The result of `Head.solve`: scores as a combination of kernel values.
 
     With `s = kernel(q, support)`, the score of a query q for class c is
     `s @ coef_c + bias_c + s @ quadratic_c @ s + self_similarity_weight * kernel(q, q)`.
@@ -74,8 +75,8 @@ class KernelExpansion:
         coef: dual coefficients, `(*batch, n, k)`; those of masked examples are ignored.
         bias: `(*batch, k)`; None (default) for zero.
         quadratic: symmetric, `(*batch, k, n, n)`; None (default) for a score that is linear in the kernel.
-        self_similarity_weight: factor of each query's kernel with itself, the same for all classes, such as -1 for
-            squared distances; a number or a scalar tensor, `()`. Defaults to 0.
+        self_similarity_weight: factor of each query's kernel with itself, for all classes, such as -1 for squared
+            distances; a number or a 0-d tensor. Defaults to 0.
         solution: status, gap and multipliers of an iterative solver; None (default) for a closed form.
     """
 
@@ -93,10 +94,24 @@ class KernelExpansion:
 def one_hot(
     labels: Integer[Tensor, "*batch n"], ways: int, mask: Bool[Tensor, "*batch n"] | None, dtype: torch.dtype
 ) -> Float[Tensor, "*batch n k"]:
-    """One-hot labels, with zero rows where `mask` is False and NaN rows where a label is no class at all."""
+    """One-hot labels, with zero rows where `mask` is False and NaN rows where a label is out of range."""
     targets = (labels.unsqueeze(-1) == torch.arange(ways, device=labels.device)).to(dtype)
     targets = torch.where(targets.any(-1, keepdim=True), targets, torch.nan)
     return targets if mask is None else targets.masked_fill(~mask.unsqueeze(-1), 0)
+
+
+def compute_gram(kernel: KernelLike, x: Tensor, y: Tensor, *, validate: bool) -> Float[Tensor, "*batch m n"]:
+    """The Gram matrix of `x` and `y`; raises `InputError` for another shape or dtype, or a value that is not finite."""
+    gram: Any = kernel(x, y)
+    expected = (*x.shape[:-1], y.shape[-2])
+    if not isinstance(gram, Tensor) or gram.shape != expected:
+        got = f"shape {tuple(gram.shape)}" if isinstance(gram, Tensor) else type(gram).__name__
+        raise InputError("kernel", f"a Gram matrix of shape {expected}", f"a result of {got}")
+    if gram.dtype != x.dtype:
+        raise InputError("kernel", f"the dtype of its arguments, {x.dtype}", f"a result of {gram.dtype}")
+    if validate:
+        check_finite("kernel", gram)
+    return gram
 
 
 def _mask_gram(gram: Float[Tensor, "*batch n n"], mask: Bool[Tensor, "*batch n"]) -> Float[Tensor, "*batch n n"]:
@@ -110,13 +125,13 @@ def merge_groups(
     groups: Sequence[KernelExpansion], order: Integer[Tensor, " tasks"], batch: torch.Size
 ) -> KernelExpansion:
     """One batch from expansions of tasks with different numbers of classes: padded with zeros, in the given order."""
+    class_dims = {"coef": 1, "bias": 1, "quadratic": 3, "bound_multipliers": 1}  # counted from the last
 
-    def pad_and_concat(values: Sequence[Tensor | None], class_dim: int | None) -> Tensor | None:
-        """`class_dim`: which dimension, counted from the last, is that of the classes; None if there is none."""
-        values = [value for value in values if value is not None]
+    def merge(name: str, records: Sequence[Any]) -> Any:
+        values = [value for record in records if (value := getattr(record, name)) is not None]
         if not values:
             return None
-        if class_dim is not None:
+        if class_dim := class_dims.get(name):
             ways = [value.shape[-class_dim] for value in values]
             padding = [(0, 0) * (class_dim - 1) + (0, max(ways) - k) for k in ways]
             values = [functional.pad(value, sizes) for value, sizes in zip(values, padding, strict=True)]
@@ -124,16 +139,7 @@ def merge_groups(
         return joined.reshape((*batch, *joined.shape[1:]))
 
     solutions = [group.solution for group in groups if group.solution is not None]
-    solution = None
-    if solutions:
-        names = [item.name for item in fields(Solution)]
-        class_dims = {"coef": 1, "bound_multipliers": 1}
-        joined = {name: pad_and_concat([getattr(s, name) for s in solutions], class_dims.get(name)) for name in names}
-        solution = Solution(**joined)  # pyright: ignore[reportArgumentType]
+    solution = Solution(**{item.name: merge(item.name, solutions) for item in fields(Solution)}) if solutions else None
     return replace(
-        groups[0],
-        coef=pad_and_concat([group.coef for group in groups], 1),
-        bias=pad_and_concat([group.bias for group in groups], 1),
-        quadratic=pad_and_concat([group.quadratic for group in groups], 3),
-        solution=solution,
+        groups[0], solution=solution, **{name: merge(name, groups) for name in ("coef", "bias", "quadratic")}
     )

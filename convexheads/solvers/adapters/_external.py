@@ -1,4 +1,4 @@
-"""What adapters share: the dense form of a problem, and an external differentiable solver as one node of the graph."""
+"""Helpers of adapters: the dense form of a problem, and an external differentiable solver as one node of the graph."""
 
 from __future__ import annotations
 
@@ -14,16 +14,7 @@ from convexheads.solvers.problem import DualProblem
 
 
 class DenseProblem(NamedTuple):
-    """`min 1/2 z'Qz + p'z` subject to `Gz <= h`, `Az = b`, with `z` the coefficients row by row. `to_dense` makes it.
-
-    Attributes:
-        Q: `(*batch, nk, nk)`.
-        p: `(*batch, nk)`.
-        G: `(*batch, inequalities, nk)`.
-        h: `(*batch, inequalities)`.
-        A: `(*batch, equalities, nk)`.
-        b: `(*batch, equalities)`.
-    """
+    """`min 1/2 z'Qz + p'z` subject to `Gz <= h`, `Az = b`, for coefficients `z` row by row. `to_dense` makes it."""
 
     Q: Float[Tensor, "*batch nk nk"]
     p: Float[Tensor, "*batch nk"]
@@ -34,16 +25,10 @@ class DenseProblem(NamedTuple):
 
 
 def to_dense(problem: DualProblem) -> DenseProblem:
-    """Convert a problem to the standard dense form of general-purpose solvers, fully expanded over the batch.
+    """Convert a `problem` to the dense form of general-purpose solvers, with matrices of nk x nk for every task.
 
     Infinite bounds are left out. A task that has more of them than another one of the batch gets idle rows `0 z <= 1`
-    instead.
-
-    Args:
-        problem: any number of leading dimensions.
-
-    Returns:
-        Matrices of nk x nk; without row sums, there are no equalities.
+    instead. Without row sums, there are no equalities.
     """
     *batch, n, k = problem.linear.shape
     eye = torch.eye(n * k, dtype=problem.gram.dtype, device=problem.gram.device)
@@ -71,9 +56,7 @@ def to_dense(problem: DualProblem) -> DenseProblem:
 
 
 def call_backend(solve: Callable[..., Tensor], *inputs: Tensor, backend: str) -> Tensor:
-    """`solve(*inputs)`, differentiable once.
-
-    It works around two defects that backends share:
+    """Return `solve(*inputs)`, differentiable once, with workarounds for two common defects of backends.
 
     - Incoming gradients are scaled to one per task, and the outgoing ones back, because backends compare them with
       absolute thresholds (diffcp treats a gradient below 1e-8 as zero).
@@ -84,9 +67,6 @@ def call_backend(solve: Callable[..., Tensor], *inputs: Tensor, backend: str) ->
             the output are the tasks, which do not affect each other.
         inputs: the tensors to differentiate with respect to, each `(tasks, ...)`.
         backend: name of the backend in the error.
-
-    Returns:
-        The result of `solve`, `(tasks, ...)`.
     """
     return _Call.apply(solve, backend, *inputs)
 

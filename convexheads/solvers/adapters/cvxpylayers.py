@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from threading import Lock
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -67,32 +68,29 @@ class CvxpylayersSolver(Solver):
 
 
 class Layer(NamedTuple):
-    """A CVXPY problem, compiled: `solve` is a `CvxpyLayer` from its parameters to its variables, by Clarabel."""
+    """A compiled CVXPY problem. `solve` is a `CvxpyLayer` from its parameters to its variables, by Clarabel."""
 
     solve: Any
     problem: Any
     parameters: list[Any]
     variables: list[Any]
+    lock: Lock  # for those who assign values to the variables
 
 
 def call(layer: Layer, *parameters: Tensor, tolerance: float, max_iterations: int) -> list[Tensor]:
     """The variables of a `CvxpyLayer` for a batch of parameters, NaN in tasks that raised an error.
 
-    diffcp ignores the status of Clarabel: a problem without a solution may give any numbers.
-
-    Args:
-        layer: the result of `layer_of`.
-        parameters: tensors with the tasks as first dimension.
-        tolerance: the tolerance of Clarabel for gaps and residuals.
-        max_iterations: the largest number of iterations of Clarabel.
+    diffcp ignores the status of Clarabel: a problem without a solution may give arbitrary numbers.
     """
+    from diffcp import SolverError
+
     arguments: dict[str, Any] = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), tolerance)
-    arguments |= {"max_iter": max_iterations}
+    arguments["max_iter"] = max_iterations
     if torch.is_grad_enabled() and any(x.requires_grad for x in parameters):
         arguments |= {"mode": "lsmr", "n_jobs_backward": 1}
     try:
         solutions = layer.solve(*(x.cpu() for x in parameters), solver_args=arguments)
-    except (RuntimeError, ValueError, ArithmeticError, _diffcp_error()):
+    except (RuntimeError, ValueError, ArithmeticError, SolverError):
         if len(parameters[0]) == 1:
             return [parameters[0].new_full((1, *variable.shape), torch.nan) for variable in layer.variables]
         tasks = (tuple(x[task : task + 1] for x in parameters) for task in range(len(parameters[0])))
@@ -102,24 +100,13 @@ def call(layer: Layer, *parameters: Tensor, tolerance: float, max_iterations: in
 
 
 def layer_of(problem: Any, parameters: list[Any], variables: list[Any]) -> Layer:
-    """Compile a problem."""
+    """Compile a problem for cvxpylayers."""
     from cvxpylayers.torch.cvxpylayer import CvxpyLayer
 
+    arguments: dict[str, Any] = {"solve_method": "CLARABEL", "verbose": False, "n_jobs_forward": 1}
     with torch.sparse.check_sparse_tensor_invariants(enable=False):  # an explicit setting avoids a warning
-        solve = CvxpyLayer(
-            problem,
-            parameters=parameters,
-            variables=variables,
-            solver="DIFFCP",
-            solver_args={"solve_method": "CLARABEL", "verbose": False, "n_jobs_forward": 1},
-        )
-    return Layer(solve, problem, parameters, variables)
-
-
-def _diffcp_error() -> type[Exception]:
-    from diffcp import SolverError
-
-    return SolverError
+        solve = CvxpyLayer(problem, parameters, variables, solver="DIFFCP", solver_args=arguments)
+    return Layer(solve, problem, parameters, variables, Lock())
 
 
 @lru_cache(maxsize=64)
@@ -145,9 +132,9 @@ def _square_root(matrix: Tensor) -> Tensor:
 
 
 class _QuadraticTerm(torch.autograd.Function):
-    """Adds the Hessian's gradient to that of the linear term: where `u` is the latter, the Gram matrix has `-u coef'`.
+    """Computes the Gram matrix's gradient `-u coef'` from that of the linear term, `u`.
 
-    It keeps the Cholesky or eigenvalue factor, whose own derivative is ill-conditioned, out of the gradient.
+    The backward pass then does not differentiate the square root, whose derivative is ill-conditioned.
     """
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -49,25 +49,14 @@ class MoreauSolver(Solver):
         bounds = [(sign, bound) for sign, bound in ((1.0, problem.upper), (-1.0, problem.lower)) if bound is not None]
         finite = [torch.isfinite(bound) for _, bound in bounds]
         # An entry has a row if any task bounds it; in the other tasks that is the idle row `0 a <= 1`.
-        rows = [(on.any(0).flatten().nonzero().squeeze(-1)) for on in finite]
+        rows = [on.any(0).flatten().nonzero().squeeze(-1) for on in finite]
         smoothing = torch.zeros_like(problem.linear) if problem.smoothing is None else problem.smoothing
-        coefficients = torch.cat(
-            [torch.ones(tasks, n * k if problem.rows_sum_to_zero else 0).to(problem.linear)]
-            + [
-                sign * on.flatten(1)[:, row].to(problem.linear)
-                for (sign, _), on, row in zip(bounds, finite, rows, strict=True)
-            ],
-            -1,
-        )
-        solver = _solver(
-            tasks,
-            n,
-            k,
-            problem.rows_sum_to_zero,
-            tuple(tuple(row.tolist()) for row in rows),
-            str(problem.linear.device),
-            self._settings(),
-        )
+        sums = torch.ones(tasks, n * k if problem.rows_sum_to_zero else 0).to(problem.linear)
+        sides = zip(bounds, finite, rows, strict=True)
+        present = [sign * on.flatten(1)[:, row].to(problem.linear) for (sign, _), on, row in sides]
+        coefficients = torch.cat([sums, *present], -1)
+        structure = tuple(tuple(row.tolist()) for row in rows), str(problem.linear.device)
+        solver = _solver(tasks, n, k, problem.rows_sum_to_zero, *structure, self.tolerance * 1e-5, self.max_iterations)
 
         def solve(gram: Tensor, smoothing: Tensor, linear: Tensor, *limits: Tensor) -> Tensor:
             hessian = gram.unsqueeze(2).expand(tasks, n, k, n) + torch.diag_embed(smoothing.mT).permute(0, 2, 1, 3)
@@ -80,27 +69,25 @@ class MoreauSolver(Solver):
         limits = [bound for _, bound in bounds]
         return _external.call_backend(solve, problem.gram, smoothing, problem.linear, *limits, backend="MoreauSolver")
 
-    def _settings(self) -> tuple[float, int | None]:
-        return self.tolerance * 1e-5, self.max_iterations
 
-
-def _solver(
-    tasks: int, n: int, k: int, rows_sum_to_zero: bool, rows: tuple[tuple[int, ...], ...], device: str, settings: Any
-) -> Any:
-    """A solver for problems of this structure, cached per thread."""
-    kept: OrderedDict[Any, Any] = _local.__dict__.setdefault("kept", OrderedDict())
-    key = (tasks, n, k, rows_sum_to_zero, rows, device, settings)
-    if key not in kept:
-        kept[key] = _build(*key)
-        if len(kept) > _CACHE_SIZE:
-            kept.popitem(last=False)
-    kept.move_to_end(key)
-    return kept[key]
+def _solver(*key: Any) -> Any:
+    """The result of `_build`, cached per thread."""
+    if not hasattr(_local, "build"):
+        _local.build = lru_cache(_CACHE_SIZE)(_build)
+    return _local.build(*key)
 
 
 def _build(
-    tasks: int, n: int, k: int, rows_sum_to_zero: bool, rows: tuple[tuple[int, ...], ...], device: str, settings: Any
+    tasks: int,
+    n: int,
+    k: int,
+    rows_sum_to_zero: bool,
+    rows: tuple[tuple[int, ...], ...],
+    device: str,
+    tolerance: float,
+    early: int | None,
 ) -> Any:
+    """A solver for problems of this structure."""
     import moreau
     from moreau.torch import Solver as Moreau
 
@@ -109,7 +96,6 @@ def _build(
     bounded = torch.tensor([row for side in rows for row in side], dtype=torch.long)
     columns = torch.cat([entry.flatten() if rows_sum_to_zero else entry.flatten()[:0], bounded])
     counts = torch.cat([torch.full((n if rows_sum_to_zero else 0,), k), torch.ones(len(bounded), dtype=torch.long)])
-    tolerance, early = settings
     make: Any = Moreau
     return make(
         n=n * k,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Literal, NamedTuple, get_args
@@ -10,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from convexheads._validation import check_positive_ints
-from convexheads.errors import InputError, MissingDependencyError
+from convexheads._validation import check_choice, check_positive_ints
+from convexheads.errors import MissingDependencyError
 from convexheads.solvers.base import OnFailure, Solved, Solver, SolverResult
 from convexheads.solvers.certificate import Certificate, certify
 from convexheads.solvers.implicit import ActiveSet, active_entries, factorize_free
@@ -19,21 +20,21 @@ from convexheads.solvers.native.admm_steps import WarmStart, admm, ridge_step
 from convexheads.solvers.problem import DualProblem, Solution
 
 Backend = Literal["auto", "torch", "numba"]
-"""What solves problems: PyTorch, kernels compiled by Numba on the CPU, or whichever is faster."""
+"""The implementation: PyTorch, kernels compiled by Numba on the CPU, or the faster one."""
 INNER_TOLERANCE_RATIO = 1e-3
-"""Solvers go on to this fraction of their tolerance, because the gradient depends on the right active set."""
+"""Solvers aim at this fraction of their tolerance, because the gradient depends on the right active set."""
 MAX_ROUNDS = 12
 REFINEMENTS = 2
-# Problems of at least this number of coefficients start with a few steps of ADMM, smaller ones with ridge regression.
+# The first guess of problems with at least this number of coefficients is that of ADMM, and else of a ridge regression.
 _MIN_SIZE_FOR_ADMM = 500
 _ADMM_STEPS = 10
-# Larger problems on a GPU are not copied to the CPU. Up to 5 ways the copy is several times as fast, beyond it is
-# slower.
+# Larger problems on a GPU are not copied to the CPU. With up to 5 ways the copy is several times as fast, with more it
+# is slower.
 _MAX_ENTRIES_TO_COPY = 2**23
 
 
 class SearchResult(NamedTuple):
-    """Where the search for an active set ended: the exact solution for the active set, and the rounds of each task."""
+    """The last active set with its exact solution, which is feasible up to rounding if the active set is right."""
 
     coef: Float[Tensor, "tasks n k"]
     active_set: ActiveSet
@@ -41,15 +42,15 @@ class SearchResult(NamedTuple):
 
 
 class ActiveSetSolver(Solver):
-    """Active-set Newton, by the primal-dual active set method (Hintermueller, Ito & Kunisch 2002).
+    """Active-set Newton, the primal-dual active set method of Hintermueller, Ito & Kunisch (2002).
 
-    Use it for few-shot problems that are not degenerate; it needs a handful of rounds and is exact to rounding. It may
-    cycle, or meet a singular system. The coefficients of a task whose active set it cannot prove to be right are NaN:
-    combine it with another solver (`Fallback`), as `NativeSolver` does. The gradient is exact, to any order.
+    Use it for few-shot problems that are not degenerate; it needs a few rounds and is exact to rounding. It may cycle,
+    or find a singular system. The coefficients of a task whose active set it cannot prove to be right are NaN: combine
+    it with another solver (`Fallback`), as `NativeSolver` does. The gradient is exact, to any order.
 
     Args:
-        tolerance: certified relative duality gap; an active set counts as right at a thousandth of it. Default 1e-6.
-        on_failure: what happens if a task is not solved: "raise" (default), "warn" or "return".
+        tolerance: as in `Solver`; an active set counts as right at a thousandth of it.
+        on_failure: as in `Solver`.
         backend: "torch" solves all tasks at once on their device. "numba" solves them one by one on the CPU, by
             compiled kernels, to which problems on a GPU are copied; it needs the extra `numba`. "auto" (default) is
             "numba" if that is installed and faster, and "torch" otherwise.
@@ -105,16 +106,7 @@ class ActiveSetSolver(Solver):
 
 
 def search(problem: DualProblem, start: WarmStart, *, max_rounds: int) -> SearchResult:
-    """Search for the active set of a flat, rescaled batch.
-
-    Args:
-        problem: the problems.
-        start: the coefficients and multipliers that imply the first guess.
-        max_rounds: number of rounds after which the search ends with its last guess.
-
-    Returns:
-        The last active set with its exact solution, which is feasible up to rounding if the active set is right.
-    """
+    """Search for the active set of a flat, rescaled batch. The first guess is the one that `start` implies."""
     coef, bound_multipliers, row_multipliers = start
     at_upper, at_lower = active_entries(problem, coef, bound_multipliers)
     rounds = torch.ones_like(coef[:, 0, 0], dtype=torch.long)
@@ -145,10 +137,10 @@ def search(problem: DualProblem, start: WarmStart, *, max_rounds: int) -> Search
 def polish(
     problem: DualProblem, coef: Float[Tensor, "tasks n k"], *, move: bool = True
 ) -> tuple[ActiveSet, Certificate]:
-    """The active set implied by near-optimal coefficients of a flat, rescaled batch, and a certificate of the result.
+    """The active set that near-optimal coefficients of a flat, rescaled batch imply, and a certificate.
 
-    The result is the projection of `coef`. With `move`, it is the exact solution for the active set if that has a
-    smaller certified gap.
+    It is that of the projection of `coef`; or, with `move`, of the exact solution for the active set if its gap is
+    smaller.
     """
     certificate = certify(problem, coef)
     start = WarmStart(coef, certificate.bound_multipliers, certificate.row_multipliers)
@@ -165,8 +157,7 @@ def is_proven(certificate: Certificate, tolerance: float) -> Tensor:
 
 def of_projection(certificate: Certificate, **changes: Tensor) -> Certificate:
     """The certificate of the projection itself, for a solver that returns it."""
-    fields = vars(certificate) | {"residual": certificate.violation} | changes
-    return Certificate(**fields)
+    return replace(certificate, residual=certificate.violation, **changes)
 
 
 @cache
@@ -176,15 +167,14 @@ def numba_is_installed() -> bool:
 
 
 def check_backend(name: str, backend: object) -> None:
-    """Raise an error unless `backend` is one of the three and installed."""
-    if not isinstance(backend, str) or backend not in get_args(Backend):
-        raise InputError(f"{name}(backend)", f"one of {get_args(Backend)}", repr(backend))
+    """Raise an error unless `backend` is one of the choices, and installed."""
+    check_choice(f"{name}(backend)", backend, get_args(Backend))
     if backend == "numba" and not numba_is_installed():
         raise MissingDependencyError("numba", extra="numba", needed_by=f"{name}(backend='numba')")
 
 
 def moves_to_cpu(problem: DualProblem, backend: Backend) -> bool:
-    """Whether a problem on another device is copied to the CPU. For small ones that is faster than many launches."""
+    """Whether a problem on another device is copied to the CPU, which is faster for small ones."""
     if backend != "auto":
         return backend == "numba"
     tasks, n, k = problem.linear.shape

@@ -18,17 +18,15 @@ _FIRST_SEARCH_GAP = 1e-3
 
 
 class ADMMSolver(Solver):
-    """ADMM (Boyd et al. 2011), until a few rounds of active-set Newton end certified.
+    """ADMM (Boyd et al. 2011), with a few rounds of active-set Newton at the end, which make the solution exact.
 
     Use it for problems with very many classes: no matrix of n x n is formed per class, except for the free rows. The
     gradient is exact, to any order, if the active set is right.
 
     Args:
-        max_iterations: stop after this number of ADMM steps and return the current iterate. Default None (until
-            converged, at most 600).
-        tolerance: certified relative duality gap at which a task counts as converged. Default 1e-6; it goes on to a
-            thousandth of that.
-        on_failure: what happens if a task is not certified: "raise" (default), "warn" or "return".
+        max_iterations: as in `Solver`. Default None (until converged, at most 600 ADMM steps).
+        tolerance: as in `Solver`; the iteration ends at a thousandth of it.
+        on_failure: as in `Solver`.
         steps: number of ADMM steps between two certificates. Default 10.
         max_rounds: number of rounds of active-set Newton after such steps. Default 3.
         min_examples_for_low_rank: number of examples from which on the Gram matrix is factorized if its rank r is at

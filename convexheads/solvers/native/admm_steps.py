@@ -1,8 +1,8 @@
-"""The steps of ADMM, which are so cheap that they find the active set of large problems.
+"""The steps of ADMM, which are cheap enough to find the active set of large problems.
 
-A step alternates between the Hessian and the feasible rows. The first is ONE n x n system for all classes and all
-steps, and the second is done row by row, so that memory grows as n*k + n*n, however many classes there are. (Glowinski
-& Marroco 1975, Gabay & Mercier 1976; over-relaxed as in Eckstein & Bertsekas 1992; see Boyd et al. 2011.)
+A step alternates between the Hessian and the feasible rows. The first is one n x n system for all classes and all
+steps, and the second is done row by row, so memory grows as n*k + n*n. (Glowinski & Marroco 1975, Gabay & Mercier 1976;
+over-relaxed as in Eckstein & Bertsekas 1992; see Boyd et al. 2011.)
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads.solvers import feasible_rows
 from convexheads.solvers.kkt import cholesky
 from convexheads.solvers.problem import DualProblem
 
@@ -32,7 +31,7 @@ class WarmStart(NamedTuple):
 
 
 def ridge_step(problem: DualProblem) -> WarmStart:
-    """One unconstrained (ridge) step from zero; entries that overshoot a bound form the initial active set."""
+    """One unconstrained (ridge) step from zero; entries beyond a bound form the initial active set."""
     penalty = PENALTY * problem.curvature()[:, None, None]
     right = _project_row_sums(problem.linear, problem.rows_sum_to_zero)
     coef = torch.cholesky_solve(right, cholesky(_plus_diagonal(problem.gram, penalty)))
@@ -49,15 +48,7 @@ def admm(problem: DualProblem, *, steps: int) -> Iterator[WarmStart]:
         for _ in range(steps):
             moved = solve(_project_row_sums(problem.linear + penalty * (coef - dual), problem.rows_sum_to_zero))
             target = torch.lerp(coef, moved, relaxation) + dual
-            coef, row_multipliers = feasible_rows.proximal(
-                target,
-                problem.lower,
-                problem.upper,
-                weight=penalty,
-                smoothing=problem.smoothing,
-                rows_sum_to_zero=problem.rows_sum_to_zero,
-                guess=row_multipliers,
-            )
+            coef, row_multipliers = problem.rows.proximal(target, penalty, guess=row_multipliers)
             dual, relaxation = target - coef, OVER_RELAXATION
         assert row_multipliers is not None
         bound_multipliers = penalty * dual - row_multipliers

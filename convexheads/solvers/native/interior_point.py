@@ -1,21 +1,34 @@
-"""The interior-point solver: slower than the active set, but robust."""
+"""The interior-point solver: slower than the active set, but robust. No matrix is larger than n x n."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-from convexheads._validation import check_positive_ints, check_real
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from convexheads._validation import check_choice, check_positive_ints, check_real
 from convexheads.errors import InputError
 from convexheads.solvers.base import OnFailure, Solver, SolverResult
-from convexheads.solvers.kkt import MIN_EXAMPLES_FOR_LOW_RANK, with_gram_factor
+from convexheads.solvers.certificate import StallDetector, certify
+from convexheads.solvers.implicit import BarrierPoint
+from convexheads.solvers.kkt import MIN_EXAMPLES_FOR_LOW_RANK, BlockKKT, FactorizedKKT, LowRankKKT, with_gram_factor
 from convexheads.solvers.native.active_set import INNER_TOLERANCE_RATIO, of_projection, polish
-from convexheads.solvers.native.barrier import central_path, interior_point
 from convexheads.solvers.problem import DualProblem
 
 Gradient = Literal["exact", "relaxed", "last_iterate"]
 """The gradient that `InteriorPointSolver` returns."""
 _MAX_ITERATIONS = 100
-_COMPLEMENTARITY = 1e-3
+_FRACTION_TO_BOUNDARY = 0.99
+_REGULARIZATION = 1e-12
+# The factor by which a step along the central path reduces slack times multiplier.
+_CENTERING = 0.1
+# Mean complementarity of the rescaled problem below which iterates are certified.
+_COMPLEMENTARITY_TO_CERTIFY = 1e-4
+_PATIENCE = 8
+# Largest error of a point of the central path, relative to its complementarity.
+_CENTRALITY_TOLERANCE = 1e-8
 
 
 class InteriorPointSolver(Solver):
@@ -29,10 +42,9 @@ class InteriorPointSolver(Solver):
     coefficients are the projection of the last iterate.
 
     Args:
-        max_iterations: stop after this number of iterations. Default None (until converged, at most 100).
-        tolerance: certified relative duality gap at which a task counts as converged. Default 1e-6; it goes on to a
-            thousandth of that.
-        on_failure: what happens if a task is not certified: "raise" (default), "warn" or "return".
+        max_iterations: as in `Solver`. Default None (until converged, at most 100).
+        tolerance: as in `Solver`; the iteration ends at a thousandth of it.
+        on_failure: as in `Solver`.
         gradient: "exact" (default) is the gradient of the solution with its active set (of the active set that the
             last iterate implies, if `max_iterations` is given). "relaxed" is the gradient of the point at which every
             slack times its multiplier is `complementarity` (qpax, Tracy & Manchester 2024); it has no kinks at weakly
@@ -58,13 +70,12 @@ class InteriorPointSolver(Solver):
         tolerance: float | None = None,
         on_failure: OnFailure = "raise",
         gradient: Gradient = "exact",
-        complementarity: float = _COMPLEMENTARITY,
+        complementarity: float = 1e-3,
         min_examples_for_low_rank: int = MIN_EXAMPLES_FOR_LOW_RANK,
     ) -> None:
         super().__init__(max_iterations=max_iterations, tolerance=tolerance, on_failure=on_failure)
         name = type(self).__name__
-        if not isinstance(gradient, str) or gradient not in get_args(Gradient):
-            raise InputError(f"{name}(gradient)", f"one of {get_args(Gradient)}", repr(gradient))
+        check_choice(f"{name}(gradient)", gradient, get_args(Gradient))
         if (gradient == "last_iterate") is (max_iterations is None) and gradient != "exact":
             expected = "a number" if gradient == "last_iterate" else "None"
             raise InputError(f"{name}(max_iterations)", f"{expected} with gradient={gradient!r}", max_iterations)
@@ -85,3 +96,195 @@ class InteriorPointSolver(Solver):
             linearization = relaxed.linearize(problem)
         certificate = of_projection(certificate)
         return SolverResult(certificate.feasible, iterate.iterations, certificate, linearization)
+
+
+class InteriorPointResult(NamedTuple):
+    """The final point with its stiffness, as in `BarrierPoint`, and the number of iterations of each task."""
+
+    point: Float[Tensor, "tasks n k"]
+    upper: Float[Tensor, "tasks n k"]
+    lower: Float[Tensor, "tasks n k"]
+    iterations: Int[Tensor, " tasks"]
+
+    def linearize(self, problem: DualProblem) -> BarrierPoint:
+        """The system that this point's gradient is computed with."""
+        stiffness = self.upper + self.lower
+        diagonal = stiffness if problem.smoothing is None else stiffness + problem.smoothing
+        return BarrierPoint(_factorize(problem, diagonal.mT), self.point, self.upper, self.lower)
+
+
+class _Point(NamedTuple):
+    """An iterate or a step, class-major, with a slack and a multiplier for each bound."""
+
+    coef: Float[Tensor, "tasks k n"]
+    row_multipliers: Float[Tensor, "tasks 1 n"]
+    slack: Float[Tensor, "sides tasks k n"]
+    multiplier: Float[Tensor, "sides tasks k n"]
+
+
+class _Residual(NamedTuple):
+    """The violation of the optimality conditions."""
+
+    stationarity: Float[Tensor, "tasks k n"]
+    violation: Float[Tensor, "sides tasks k n"]
+    balance: Float[Tensor, "tasks n"]
+
+    def size(self) -> Float[Tensor, " tasks"]:
+        """The largest violation of each task."""
+        violation = self.violation.abs().amax((0, 2, 3))
+        return self.stationarity.abs().amax((1, 2)).maximum(self.balance.abs().amax(1)).maximum(violation)
+
+
+def interior_point(problem: DualProblem, *, tolerance: float, max_iterations: int) -> InteriorPointResult:
+    """Mehrotra's predictor-corrector method on a flat, rescaled batch.
+
+    Each task stops when its certificate certifies `tolerance`, or when the gap has stopped falling. A task whose system
+    cannot be factorized keeps its best iterate and does not affect the others. The result has the iterate of each task
+    whose projection has the smallest certified gap.
+    """
+    barrier = _Barrier(problem)
+    point = barrier.start()
+    best, best_stiffness = point.coef.mT, torch.ones_like(point.slack)
+    best_gap = torch.full_like(problem.linear[:, 0, 0], torch.inf)
+    iterations = torch.zeros_like(best_gap, dtype=torch.long)
+    done = torch.zeros_like(best_gap, dtype=torch.bool)
+    stalling = StallDetector(best_gap, patience=_PATIENCE)
+
+    for iteration in range(1, max_iterations + 1):
+        point, mean, _ = barrier.step(point)
+        # Far from convergence there is nothing to certify. NaN must not be treated as far from convergence.
+        remaining = torch.where(done, torch.inf, mean[:, 0, 0])
+        if iteration < max_iterations and remaining.amin() > _COMPLEMENTARITY_TO_CERTIFY:
+            continue
+        certificate = certify(problem, point.coef.mT)
+        gap = certificate.gap
+        better = (gap < best_gap) & ~done
+        best = torch.where(better[:, None, None], point.coef.mT, best)
+        best_stiffness = torch.where(better[:, None, None], point.multiplier / point.slack, best_stiffness)
+        best_gap = torch.where(better, gap, best_gap)
+        iterations = torch.where(done, iterations, iteration)
+        done = done | certificate.certifies(tolerance) | stalling.update(gap) | torch.isnan(gap)
+        if done.all():
+            break
+    return InteriorPointResult(best, *barrier.by_side(best_stiffness), iterations)
+
+
+def central_path(problem: DualProblem, *, complementarity: float, max_iterations: int) -> InteriorPointResult:
+    """The point of the central path at which every slack times its multiplier is `complementarity`.
+
+    Its coefficients are strictly inside their bounds and depend smoothly on the problem. They are not those of the
+    optimum, but as close to it as `complementarity` is to zero.
+    """
+    barrier = _Barrier(problem)
+    point = barrier.start()
+    iterations = torch.zeros_like(problem.linear[:, 0, 0], dtype=torch.long)
+    for iteration in range(1, max_iterations + 1):
+        point, _, residual = barrier.step(point, complementarity)
+        error = (point.slack * point.multiplier - complementarity).abs().amax((0, 2, 3)) / complementarity
+        unfinished = (error > _CENTRALITY_TOLERANCE) | (residual.size() > _CENTRALITY_TOLERANCE)
+        iterations = torch.where(unfinished | (iterations == 0), iteration, iterations)
+        if not unfinished.any():
+            break
+    return InteriorPointResult(point.coef.mT, *barrier.by_side(point.multiplier / point.slack), iterations)
+
+
+class _Barrier:
+    """The problem with slacks: all constraints as `sign * coef + slack = limit`.
+
+    A missing bound is the idle row `0 * coef + slack = 1`.
+    """
+
+    def __init__(self, problem: DualProblem) -> None:
+        self.problem = problem
+        self.linear = problem.linear.mT.contiguous()
+        self.smoothing = 0.0 if problem.smoothing is None else problem.smoothing.mT
+        bounds = ((1.0, problem.upper), (-1.0, problem.lower))
+        self.sides = [(sign, bound.mT) for sign, bound in bounds if bound is not None]
+        present = torch.stack([torch.isfinite(bound) for _, bound in self.sides])
+        self.sign = torch.stack([torch.full_like(self.linear, sign) for sign, _ in self.sides]) * present
+        self.limit = torch.where(present, torch.stack([sign * bound for sign, bound in self.sides]), 1.0)
+
+    def start(self) -> _Point:
+        """Zero, with slacks and multipliers inside."""
+        slack = torch.where(self.limit > 0, self.limit, 1.0)
+        zero = torch.zeros_like(self.linear)
+        return _Point(zero, torch.zeros_like(self.linear[:, :1]), slack, torch.ones_like(slack))
+
+    def step(self, point: _Point, min_complementarity: float = 0.0) -> tuple[_Point, Tensor, _Residual]:
+        """One predictor-corrector step; with `min_complementarity`, towards the point where every product equals it.
+
+        Returns the next point, and the mean of slack times multiplier, `(tasks, 1, 1)`, and residual of this one.
+        """
+        stiffness = point.multiplier / point.slack
+        diagonal = (self.sign.abs() * stiffness).sum(0) + self.smoothing
+        kkt = _factorize(self.problem, diagonal)
+        residual = _Residual(
+            stationarity=point.coef @ self.problem.gram
+            + self.smoothing * point.coef
+            - self.linear
+            + (self.sign * point.multiplier).sum(0)
+            + point.row_multipliers,
+            violation=self.sign * point.coef + point.slack - self.limit,
+            balance=point.coef.sum(1) if self.problem.rows_sum_to_zero else torch.zeros_like(point.coef[:, 0]),
+        )
+        mean = _mean(point.slack * point.multiplier)
+        if min_complementarity:
+            target = (_CENTERING * mean).clamp_min(min_complementarity).expand_as(point.slack)
+        else:
+            zero = torch.zeros_like(point.slack)
+            predictor = self._direction(kkt, point, stiffness, residual, zero, refinements=0)
+            length = _length(point, predictor)
+            ahead = (point.slack + length * predictor.slack) * (point.multiplier + length * predictor.multiplier)
+            target = mean * (_mean(ahead) / mean) ** 3 - predictor.slack * predictor.multiplier
+        corrector = self._direction(kkt, point, stiffness, residual, target, refinements=2)
+        length = _length(point, corrector)
+        moved = (value + length * change for value, change in zip(point, corrector, strict=True))
+        return _Point(*moved), mean, residual
+
+    def by_side(self, value: Float[Tensor, "sides tasks k n"]) -> tuple[Tensor, Tensor]:
+        """The parts that belong to the upper and to the lower bounds, zero where there are none."""
+        value = value * self.sign.abs()
+        parts = {sign: part.mT for (sign, _), part in zip(self.sides, value, strict=True)}
+        zero = torch.zeros_like(value[0].mT)
+        return parts.get(1.0, zero), parts.get(-1.0, zero)
+
+    def _direction(
+        self,
+        kkt: FactorizedKKT,
+        point: _Point,
+        stiffness: Tensor,
+        residual: _Residual,
+        target: Tensor,
+        refinements: int,
+    ) -> _Point:
+        """The Newton step towards zero residuals and `slack * multiplier = target`."""
+        multiplier = point.multiplier - target / point.slack - stiffness * residual.violation
+        right = (self.sign * multiplier).sum(0) - residual.stationarity
+        coef, row_multipliers = kkt.solve(right, -residual.balance, refinements=refinements)
+        slack = -residual.violation - self.sign * coef
+        change = target / point.slack - point.multiplier - stiffness * slack
+        return _Point(coef, row_multipliers.unsqueeze(1), slack, change)
+
+
+def _factorize(problem: DualProblem, diagonal: Float[Tensor, "tasks k n"]) -> FactorizedKKT:
+    settings: dict[str, Any] = {
+        "diagonal": diagonal,
+        "rows_sum_to_zero": problem.rows_sum_to_zero,
+        "regularization": _REGULARIZATION,
+    }
+    if problem.gram_factor is None:
+        return BlockKKT.factorize(problem.gram, **settings)
+    return LowRankKKT.factorize(problem.gram, problem.gram_factor, **settings)
+
+
+def _mean(products: Tensor) -> Tensor:
+    """The mean over sides, classes and examples, `(tasks, 1, 1)`."""
+    return products.mean((0, 2, 3), keepdim=True).squeeze(0)
+
+
+def _length(point: _Point, direction: _Point) -> Tensor:
+    """The longest step of each task, at most 1, that keeps slacks and multipliers positive, `(tasks, 1, 1)`."""
+    fastest = torch.maximum(
+        (-direction.slack / point.slack).amax((0, 2, 3)), (-direction.multiplier / point.multiplier).amax((0, 2, 3))
+    )
+    return (_FRACTION_TO_BOUNDARY / fastest.clamp_min(_FRACTION_TO_BOUNDARY))[:, None, None]

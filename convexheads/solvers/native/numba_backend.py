@@ -1,8 +1,8 @@
 """The active-set solver on the CPU, by kernels that Numba compiles: from problems to certified solutions, task by task.
 
-For small tasks PyTorch is limited by the number of its calls, not by arithmetic. Here a task is one compiled loop:
-rescaling, a few steps of ADMM, the search for the active set, and the certificate. Tasks run in parallel. Only the rows
-of the free coefficients take part: a class with m of them costs one inverse of m x m.
+For small tasks the time of PyTorch is that of its calls, not of arithmetic. Here a task is one compiled loop:
+rescaling, a few steps of ADMM, the search for the active set, and the certificate. Tasks run in parallel. A class with
+m free coefficients costs one inverse of m x m.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from convexheads.solvers.native import admm_steps, numba_kernels, numba_kkt
 from convexheads.solvers.problem import DualProblem, Solution, Status
 from convexheads.solvers.rescaling import rescale
 
-# ADMM takes at most `_MAX_STEPS` steps, and ends when the active set has not changed for `_PATIENCE` of them.
 _MAX_STEPS = 40
+"""The largest number of steps of ADMM."""
 _PATIENCE = 2
-# Number of floating-point operations, about, from which on threads save time. Threads of PyTorch's own pool wait
-# actively for a while after each of its operations, and compete for the processors.
+"""The number of such steps without a change of the active set after which the search begins."""
+# The approximate number of floating-point operations from which on threads save time. Threads of PyTorch's own pool
+# wait actively for a while after each of its operations, and compete for the processors.
 _MIN_FLOPS_FOR_THREADS = 1e7
 _FLOAT64 = torch.finfo(torch.float64)
 _LIMITS = (certificate.INDEFINITENESS, _FLOAT64.eps, _FLOAT64.tiny)
@@ -47,7 +48,7 @@ _TOLERANCES = (
 def solve(problem: DualProblem, tolerance: float, *, max_rounds: int, refinements: int) -> Solved:
     """Solve a flat batch of problems in float64 on the CPU, in their original units.
 
-    Tasks in which nothing was proved to the tolerance have the status `FAILED` and coefficients of NaN.
+    Tasks that are not certified to the tolerance have the status `FAILED` and coefficients of NaN.
     """
     data = _arrays(problem)
     tasks, n, k = shape = data[1].shape
@@ -57,9 +58,8 @@ def solve(problem: DualProblem, tolerance: float, *, max_rounds: int, refinement
     results = (coef, bound_multipliers, row_multipliers, side, gaps, rounds, scales, proven)
     system = np.empty((tasks, n, n)), np.empty(shape)
     factors = _allocate_factors(tasks, n, k)
-    penalty, over_relaxation = admm_steps.PENALTY, admm_steps.OVER_RELAXATION
-    settings = (penalty, _MAX_STEPS, _PATIENCE, over_relaxation, REGULARIZATION, refinements, max_rounds)
-    tolerances = (tolerance, *_TOLERANCES)
+    admm_settings = admm_steps.PENALTY, _MAX_STEPS, _PATIENCE, admm_steps.OVER_RELAXATION
+    settings, tolerances = (*admm_settings, REGULARIZATION, refinements, max_rounds), (tolerance, *_TOLERANCES)
     arguments = (data, problem.rows_sum_to_zero, settings, tolerances, results, system, factors)
     _run(numba_kernels.solve_all, tasks, tasks * k * n**3, *arguments)
     coef = torch.from_numpy(coef)
@@ -83,7 +83,7 @@ def solve(problem: DualProblem, tolerance: float, *, max_rounds: int, refinement
 
 
 def _reject_rounding(problem: DualProblem, coef: Tensor, rounding: np.ndarray, proven: np.ndarray) -> None:
-    """Withdraw the proof of tasks whose gap exceeds the threshold once rounding is allowed for."""
+    """Mark tasks as not proven if their gap exceeds the threshold once rounding is accounted for."""
     doubtful = proven & (rounding > certificate.ROUNDING_MARGIN * certificate.ROUNDING_THRESHOLD)
     if doubtful.any():
         chosen = torch.from_numpy(doubtful)
@@ -95,17 +95,7 @@ def _reject_rounding(problem: DualProblem, coef: Tensor, rounding: np.ndarray, p
 
 @dataclass(frozen=True, eq=False, repr=False)
 class NumbaKKT(KKT):
-    """The factorized systems for the active sets of a batch.
-
-    Attributes:
-        gram: the Gram matrix, which the classes share.
-        smoothing: added to the diagonal of each class.
-        blocks: the inverses of the blocks of the classes, row by row, each with space for all n rows.
-        index: the rows that each block consists of.
-        count: the number of these rows.
-        schur: the Cholesky factor of the system for the row multipliers.
-        rows_sum_to_zero: whether the row sums couple the classes.
-    """
+    """The twin of `BlockKKT`. Each block has space for all n rows, and consists of the first `count` in `index`."""
 
     gram: Float[Tensor, "tasks n n"]
     smoothing: Float[Tensor, "tasks n k"]
@@ -150,7 +140,7 @@ def _run(loop: Any, tasks: int, operations: int, *arguments: Any) -> None:
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    """The threads of this process, which start when there is work for them. There is one pool, whatever its use."""
+    """The threads of this process, which start when there is work for them."""
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="convexheads")
 
 
@@ -160,22 +150,13 @@ if hasattr(os, "register_at_fork"):  # threads do not survive a fork
 
 def _allocate_factors(tasks: int, n: int, k: int) -> tuple[np.ndarray, ...]:
     """Memory for the factors. The system provides pages of it when they are written to."""
-    return (
-        np.empty((tasks, k, n * n)),
-        np.empty((tasks, k, n), np.int64),
-        np.empty((tasks, k), np.int64),
-        np.empty((tasks, n, n)),
-    )
+    blocks, schur = np.empty((tasks, k, n * n)), np.empty((tasks, n, n))
+    return blocks, np.empty((tasks, k, n), np.int64), np.empty((tasks, k), np.int64), schur
 
 
 def _arrays(problem: DualProblem) -> tuple[np.ndarray, ...]:
-    def array(value: Tensor | None, missing: float) -> np.ndarray:
+    def array(value: Tensor | None, missing: float = 0.0) -> np.ndarray:
         return np.full(problem.linear.shape, missing) if value is None else value.contiguous().numpy()
 
-    return (
-        problem.gram.contiguous().numpy(),
-        problem.linear.contiguous().numpy(),
-        array(problem.lower, -np.inf),
-        array(problem.upper, np.inf),
-        array(problem.smoothing, 0.0),
-    )
+    lower, upper = array(problem.lower, -np.inf), array(problem.upper, np.inf)
+    return array(problem.gram), array(problem.linear), lower, upper, array(problem.smoothing)

@@ -1,8 +1,7 @@
-"""A few-shot problem, solved from data to certificate in one kernel per task that Numba compiles.
+"""Kernels that Numba compiles, which solve a few-shot problem from its data to the certificate.
 
 Each function is the twin of one in PyTorch, and `tests/unit/test_numba.py` compares the pairs. Tolerances are
-arguments: they are defined beside the twins. Functions are at module level because Numba can keep the machine code of
-such functions only.
+arguments, because they are defined beside the twins.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from convexheads.solvers.native.numba_kkt import compute_residual, factorize, in
 @kernel
 @no_type_check
 def project(row, target, lower, upper, weight, smoothing, newton_tolerance):
-    """`feasible_rows.proximal` of one row with a zero sum, by Newton's method; exact if bounds are on one side."""
+    """`FeasibleRows.proximal` of one row with a zero sum, by Newton's method; exact if bounds are on one side."""
     k = len(row)
     multiplier, is_restarted = 0.0, False
     for _ in range(2 * k + 2):
@@ -151,8 +150,8 @@ def certify(task, rows_sum_to_zero, coef, row_multipliers, bound_multipliers, li
     """`certificate.certify`, for coefficients that need no projection except for clipping.
 
     Returns the relative gap; twice the gap relative to the squared norm of the weights, which bounds their squared
-    error; how far clipping moved the coefficients; the largest row sum, which clipping leaves; and an upper bound of
-    the effect of rounding, relative to the objective.
+    error; the largest change by clipping; the largest row sum after it; and an upper bound of the effect of rounding,
+    relative to the objective.
     """
     indefiniteness, eps, tiny = limits
     gram, linear, lower, upper, smoothing = task
@@ -181,8 +180,7 @@ def certify(task, rows_sum_to_zero, coef, row_multipliers, bound_multipliers, li
                     least = max(least, slope)
                 if lower[i, c] == -np.inf:
                     most = min(most, slope)
-        # Any row multiplier proves an upper bound. At an entry without a bound, it has to be on the right side of the
-        # slope.
+        # Any row multiplier proves an upper bound, if it is on the right side of the slope at entries without a bound.
         if rows_sum_to_zero:
             row_multipliers[i] = min(max(row_multipliers[i], least), most)
         distance = 0.0

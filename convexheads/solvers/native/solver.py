@@ -29,15 +29,15 @@ class NativeSolver(Solver):
     order. A batch gives the same results as solving tasks one by one.
 
     It is `Fallback(ActiveSetSolver(), InteriorPointSolver())`. If a matrix of n x n per class would not fit into
-    memory, `ADMMSolver` takes the place of the first, and of the second too, unless the Gram matrix has a small rank.
+    memory, it is `Fallback(ADMMSolver(), InteriorPointSolver())` if the Gram matrix has a small rank, and else
+    `ADMMSolver()`.
 
     Args:
-        tolerance: certified relative duality gap at which a task counts as converged. Default 1e-6; it goes on to a
-            thousandth of that.
-        on_failure: what happens if a task is not certified: "raise" (default), "warn" or "return".
+        tolerance: as in `Solver`; the solvers aim at a thousandth of it.
+        on_failure: as in `Solver`.
         backend: what `ActiveSetSolver` works with: "auto" (default), "torch" or "numba". With Numba installed (the
             extra `numba`), "auto" uses compiled kernels on the CPU, which are many times faster for few-shot problems,
-            and copies small problems on a GPU to them. The first call compiles for some fifteen seconds; the result is
+            and copies small problems on a GPU to them. The first call compiles for about 15 seconds; the result is
             kept on disk.
         max_block_entries: largest number of entries that the n x n matrices of all classes may have together. Batches
             are divided, and tasks that have more are solved by ADMM. Default 2**28, which is 2 GB.
@@ -82,7 +82,7 @@ class NativeSolver(Solver):
         if at_once:
             parts = (problem.select(slice(first, first + at_once)) for first in range(0, tasks, at_once))
             return _concatenate([self._few_classes._solve_flat(part) for part in parts])
-        if not is_transforming():  # where the rank, which depends on values, cannot decide between solvers
+        if not is_transforming():  # inside `torch.func.vmap`, values cannot decide between solvers
             with torch.no_grad():
                 factor = with_gram_factor(problem.detach(), min_examples=MIN_EXAMPLES_FOR_LOW_RANK).gram_factor
             if factor is not None and k * n * factor.shape[-1] <= self.max_block_entries:

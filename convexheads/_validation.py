@@ -1,27 +1,111 @@
-"""Checks of tensors: support sets, queries and Gram matrices.
+"""Checks of what users pass in: plain values, support sets, queries and Gram matrices.
 
-Types and shapes are always checked. Checks that read values take `validate`; where it is False, they read nothing, and
-so never wait for a GPU.
+Types and shapes of tensors are always checked. Checks that read their values take `validate`; where it is False, they
+read nothing, and so never wait for a GPU.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, TypeGuard
+import math
+import numbers
+import operator
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
-from convexheads._validation.values import as_integer, describe
 from convexheads.errors import InputError
 
+Check = Callable[[str, Any], Any]
+"""From the name of an argument and its value to the value to keep; raises `InputError`."""
+_T = TypeVar("_T")
 # With more classes than this, labels are almost certainly raw class ids, and the one-hot matrix would exhaust memory.
 _MAX_WAYS = 2**20
 
 
+def describe(value: object) -> str:
+    """The `value` as an error shows it: its repr, plus the type unless it is a builtin."""
+    kind = type(value)
+    plain = kind.__module__ == "builtins" or kind.__name__ in repr(value)
+    return repr(value) if plain else f"{value!r} ({kind.__module__}.{kind.__name__})"
+
+
+def as_integer(value: object) -> int | None:
+    """The integer that the `value` stands for, anything with `__index__` but a bool; None for all else."""
+    is_bool = type(value).__name__ in ("bool", "bool_")  # also NumPy's, which warns when it is used as an integer
+    if is_bool or (isinstance(value, Tensor) and (value.ndim or value.dtype == torch.bool)):
+        return None
+    try:
+        return operator.index(value)  # pyright: ignore[reportArgumentType]
+    except (TypeError, RuntimeError):  # the latter for a tensor without values
+        return None
+
+
+def check_positive_int(name: str, value: object) -> int:
+    number = as_integer(value)
+    if number is None or number < 1:
+        raise InputError(name, "an integer of at least 1", describe(value))
+    return number
+
+
+def check_positive_ints(**values: object) -> None:
+    for name, value in values.items():
+        check_positive_int(name, value)
+
+
+def check_seed(seed: object) -> None:
+    """Raise `InputError` unless this is a seed of PyTorch's and NumPy's generators."""
+    number = as_integer(seed)
+    if number is None or not 0 <= number < 2**63:
+        raise InputError("seed", "an integer from 0 to 2**63 - 1", describe(seed))
+
+
+def check_rank(rank: object, world_size: object) -> None:
+    """Raise `InputError` unless there is a process of this rank among `world_size` processes."""
+    size = check_positive_int("world_size", world_size)
+    if as_integer(rank) not in range(size):
+        raise InputError("rank", f"an integer from 0 to world_size - 1 = {size - 1}", describe(rank))
+
+
+def check_bool(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise InputError(name, "True or False", describe(value))
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> Any:
+    """Return the `value` if it is one of the `choices`, or raise `InputError`."""
+    if not isinstance(value, str) or value not in choices:
+        raise InputError(name, f"one of {', '.join(choices)}", repr(value))
+    return value
+
+
+def check_real(
+    name: str, value: Any, *, positive: bool = False, allow_zero: bool = False, alternative: str = ""
+) -> float:
+    """Return a real number or 0-d tensor as a finite float; `alternative` is what else the error says is accepted."""
+    number = math.nan
+    if isinstance(value, Tensor):
+        has_value = not (value.ndim or value.is_complex() or value.requires_grad or value.is_meta)
+        number = float(value.item()) if has_value and value.dtype != torch.bool else math.nan
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+        with suppress(OverflowError):
+            number = float(value)
+    if not math.isfinite(number) or (positive and (number < 0 or (number == 0 and not allow_zero))):
+        sign = "non-negative " if allow_zero else "positive " if positive else ""
+        raise InputError(name, f"a {sign}finite number{alternative}", describe(value))
+    return number
+
+
+def optional(check: Callable[[str, Any], _T]) -> Callable[[str, Any], _T | None]:
+    """The check, for a value that may also be None."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
 def is_dense(value: object) -> TypeGuard[Tensor]:
-    """Whether the `value` is a tensor, and not a sparse one."""
     return isinstance(value, Tensor) and value.layout == torch.strided
 
 
@@ -31,20 +115,23 @@ def is_float_tensor(value: object) -> TypeGuard[Tensor]:
 
 
 def is_integer_tensor(value: object) -> TypeGuard[Tensor]:
-    """Whether the `value` is a tensor of integers of any width."""
     return is_dense(value) and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
 
 
 def describe_type(value: object) -> str:
-    """The type of a `value` that should have been another kind of tensor, in words."""
+    """The type of a `value` that is not the expected kind of tensor, in words."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     return f"a tensor of {value.dtype}" if is_dense(value) else f"a tensor of {value.dtype}, {value.layout}"
 
 
 def describe_first_task(tasks: Tensor) -> str:
-    """The first of the tasks of which this is true, in words."""
+    """The first task at which this boolean tensor is True, in words."""
     return f"task {tuple(tasks.nonzero()[0].tolist())}" if tasks.ndim else "the task"
+
+
+def _shape(value: Tensor) -> str:
+    return f"shape {tuple(value.shape)}"
 
 
 def check_finite(name: str, value: Tensor) -> None:
@@ -74,26 +161,10 @@ def _check_device(name: str, value: Tensor, support: Tensor) -> None:
         raise InputError(name, f"the support's device, {support.device}", f"device {value.device}")
 
 
-def _shape(value: Tensor) -> str:
-    return f"shape {tuple(value.shape)}"
-
-
-# Support sets and queries
-
-
 def check_classification(
     support: Any, labels: Any, ways: Any, mask: Any, *, requires_all_classes: bool, validate: bool
 ) -> int:
-    """Return the number of classes (the largest, where `ways` has that of each task), or raise `InputError`.
-
-    Args:
-        support: features, `(*batch, n, d)`.
-        labels: integers, `(*batch, n)`.
-        ways: number of classes, that of each task, `(*batch,)`, or None for the largest label plus one.
-        mask: `(*batch, n)`, or None.
-        requires_all_classes: whether a class without examples is an error.
-        validate: whether to check values.
-    """
+    """Return the number of classes; the largest one, if `ways` has the number of each task."""
     _check_examples(support, mask)
     if not is_integer_tensor(labels):
         raise InputError("labels", "a tensor of integers 0..ways-1", describe_type(labels))
@@ -115,18 +186,11 @@ def check_classification(
         if not validate:
             return number
         ways = number
-    check = partial(_check_labels, requires_all_classes=requires_all_classes, validate=validate)
-    return inspect_values(check, support, labels, ways, mask)
+    return inspect_values(_check_labels, support, labels, ways, mask, requires_all_classes, validate)
 
 
 def _check_labels(
-    support: Tensor,
-    labels: Tensor,
-    ways: int | Tensor | None,
-    mask: Tensor | None,
-    *,
-    requires_all_classes: bool,
-    validate: bool,
+    support: Tensor, labels: Tensor, ways: int | Tensor | None, mask: Tensor | None, all_classes: bool, validate: bool
 ) -> int:
     labels = labels.long()  # torch cannot compare its unsigned types
     if mask is not None:
@@ -135,22 +199,20 @@ def _check_labels(
     if isinstance(ways, Tensor):
         ways = ways.long()
         max_ways = int(ways.max().item()) if ways.numel() else 1
-    elif ways is None:
-        ways = max_ways = max(1, int(labels.max().item()) + 1) if labels.numel() else 1
     else:
-        max_ways = ways
+        max_ways = ways or (max(1, int(labels.max().item()) + 1) if labels.numel() else 1)
     if not validate:
         return max_ways
     _check_values(support, mask)
     if isinstance(ways, Tensor) and (ways < 1).any():
         raise InputError("ways", "at least 1", f"{ways[ways < 1][0].item()} in {describe_first_task(ways < 1)}")
-    limit = ways.unsqueeze(-1) if isinstance(ways, Tensor) else ways
+    limit = ways.unsqueeze(-1) if isinstance(ways, Tensor) else max_ways
     wrong = (labels < 0) | (labels >= limit)
     if wrong.any():
         got = f"{labels[wrong][0].item()} in {describe_first_task(wrong.any(-1))}"
         raise InputError("labels", f"values 0..{highest}", got)
     _check_max_ways(max_ways)
-    if requires_all_classes:
+    if all_classes:
         classes = torch.arange(max_ways, device=labels.device)
         present = labels.unsqueeze(-1) == classes
         present = (present if mask is None else present & mask.unsqueeze(-1)).any(-2)
@@ -169,26 +231,18 @@ def _check_max_ways(ways: int) -> None:
 
 
 def check_regression(support: Any, targets: Any, mask: Any, *, validate: bool) -> bool:
-    """Return whether targets lack a dimension of outputs, or raise `InputError`.
-
-    Args:
-        support: features, `(*batch, n, d)`.
-        targets: values, `(*batch, n)` or `(*batch, n, outputs)`.
-        mask: `(*batch, n)`, or None.
-        validate: whether to check values.
-    """
+    """Return whether targets are one value per example, and so lack a dimension of outputs."""
     _check_examples(support, mask)
     if not is_float_tensor(targets):
         raise InputError("targets", "a tensor of floating-point values", describe_type(targets))
-    single = targets.shape == support.shape[:-1]
-    if not single and (
-        targets.ndim != support.ndim or targets.shape[:-1] != support.shape[:-1] or not targets.shape[-1]
-    ):
-        expected = f"one value, or one row of values, per support example, {tuple(support.shape[:-1])} or with outputs"
+    examples = support.shape[:-1]
+    single = targets.shape == examples
+    if not single and (targets.ndim != support.ndim or targets.shape[:-1] != examples or not targets.shape[-1]):
+        expected = f"one value, or one row of values, per support example, {tuple(examples)} or with outputs"
         raise InputError("targets", expected, _shape(targets))
     _check_device("targets", targets, support)
     if validate:
-        inspect_values(_check_targets, support, targets if not single else targets.unsqueeze(-1), mask)
+        inspect_values(_check_targets, support, targets.unsqueeze(-1) if single else targets, mask)
     return single
 
 
@@ -204,7 +258,7 @@ def _check_examples(support: Any, mask: Any) -> None:
         raise InputError("support", "at least one example and one feature, (*batch, n, d)", _shape(support))
     if mask is not None:
         if not is_dense(mask) or mask.dtype != torch.bool:
-            raise InputError("mask", "a tensor of bool, False at examples to leave out", describe_type(mask))
+            raise InputError("mask", "a tensor of bool, False at examples to ignore", describe_type(mask))
         if mask.shape != (*batch, n):
             raise InputError("mask", f"one entry per support example, {(*batch, n)}", _shape(mask))
         _check_device("mask", mask, support)
@@ -214,39 +268,20 @@ def _check_values(support: Tensor, mask: Tensor | None) -> None:
     if mask is not None:
         empty = ~mask.any(-1)
         if empty.any():
-            got = f"no example left in {describe_first_task(empty)}"
-            raise InputError("mask", "at least one example in every task", got)
+            raise InputError("mask", "at least one example in every task", f"none in {describe_first_task(empty)}")
         support = support.masked_fill(~mask.unsqueeze(-1), 0)
     _check_finite("support", support)
 
 
 def check_query(query: Any, support: Tensor, *, validate: bool) -> None:
-    """Raise `InputError` unless `query` goes with the support features of the fit."""
     _check_features("query", query)
-    expected = (*support.shape[:-2], query.shape[-2], support.shape[-1])
-    if query.shape != expected:
-        what = "feature size" if query.shape[:-1] == expected[:-1] else "task dimensions"
-        raise InputError(
-            "query", f"the {what} of the support, {(*expected[:-2], 'q', expected[-1])}".replace("'", ""), _shape(query)
-        )
+    *batch, _, d = support.shape
+    if query.shape != (*batch, query.shape[-2], d):
+        what = "feature size" if query.shape[:-2] == support.shape[:-2] else "task dimensions"
+        raise InputError("query", f"the {what} of the support, {(*batch, 'q', d)}".replace("'", ""), _shape(query))
     _check_device("query", query, support)
     if validate:
         check_finite("query", query)
-
-
-# Kernels
-
-
-def check_gram(gram: Any, features: Tensor, others: Tensor, *, validate: bool) -> None:
-    """Raise `InputError` unless a kernel returned a Gram matrix of the two, of finite values."""
-    expected = (*features.shape[:-1], others.shape[-2])
-    if not isinstance(gram, Tensor) or gram.shape != expected:
-        got = _shape(gram) if isinstance(gram, Tensor) else type(gram).__name__
-        raise InputError("kernel", f"a Gram matrix of shape {expected}", f"a result of {got}")
-    if gram.dtype != features.dtype:
-        raise InputError("kernel", f"the dtype of its arguments, {features.dtype}", f"a result of {gram.dtype}")
-    if validate:
-        check_finite("kernel", gram)
 
 
 def check_definite(gram: Tensor) -> None:
