@@ -211,7 +211,7 @@ class _Barrier:
         return _Point(zero, torch.zeros_like(self.linear[:, :1]), slack, torch.ones_like(slack))
 
     def step(self, point: _Point, min_complementarity: float = 0.0) -> tuple[_Point, Tensor, _Residual]:
-        """One predictor-corrector step; with `min_complementarity`, towards the point where every product equals it.
+        """One predictor-corrector step; with `min_complementarity`, toward the point where every product equals it.
 
         Returns the next point, and the mean of slack times multiplier, `(tasks, 1, 1)`, and residual of this one.
         """
@@ -257,7 +257,7 @@ class _Barrier:
         target: Tensor,
         refinements: int,
     ) -> _Point:
-        """The Newton step towards zero residuals and `slack * multiplier = target`."""
+        """The Newton step toward zero residuals and `slack * multiplier = target`."""
         multiplier = point.multiplier - target / point.slack - stiffness * residual.violation
         right = (self.sign * multiplier).sum(0) - residual.stationarity
         coef, row_multipliers = kkt.solve(right, -residual.balance, refinements=refinements)
