@@ -21,14 +21,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import jsonargparse
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
 from tqdm.auto import tqdm
 
-from benchmarks import report
+from benchmarks import experiment, report
 
 ROOT = Path(__file__).parent.parent
 CORE = Path(__file__).parent / "core"
@@ -160,9 +159,7 @@ def show(
     title: str, columns: tuple[str, str], times: dict[str, tuple[float, float]], found: list[Change], threshold: float
 ) -> Table:
     """A line for each benchmark, with what `times` says of it before and now."""
-    table = Table(title=title, title_justify="left")
-    for column in ("", *columns, "change, %", "noise, %", ""):
-        table.add_column(column, justify="right" if column else "left")
+    table = report.new_table(title, ("", *columns, "change, %", "noise, %", ""), left=[""])
     for each in found:
         cells = [f"{time:.3f}" for time in times[each.name]] if each.name in times else ["", ""]
         verdict = each.verdict(threshold)
@@ -173,11 +170,11 @@ def show(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m benchmarks.core_speed",
-        description="Measure the speed of ridge regression and of the SVM (5-way 1-shot, 5-way 5-shot, 20-way 5-shot; "
-        "forward and backward; processor time on one thread), and report what changed since the stored reference.",
+    description = (
+        "Measure the speed of ridge regression and of the SVM (5-way 1-shot, 5-way 5-shot, 20-way 5-shot; forward and "
+        "backward; processor time on one thread), and report what changed since the stored reference."
     )
+    parser = experiment.parser("core_speed", description)
     parser.add_argument("--against", type=str | None, help="revision to compare with, measured in the same run instead")
     parser.add_argument(
         "--save", action="store_true", help="store what is measured as the reference, and compare nothing"

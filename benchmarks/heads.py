@@ -10,19 +10,18 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import pandas
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import convexheads as ch
-from benchmarks import report
+from benchmarks import experiment, report
 from benchmarks.data import ImageSet, load
 from convexheads.evaluation import calibrate, embed, evaluate
 
@@ -118,10 +117,8 @@ def compare(
 
 def show(rows: pandas.DataFrame, title: str) -> Table:
     """The rows as a table."""
-    table = Table(title=title, title_justify="left")
     columns = ("shots", "head", "chosen", "accuracy, %", "minus SVM, %", "calibration error, %", "ms", "certified, %")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "head" else "right", no_wrap=column == "head")
+    table = report.new_table(title, columns, left=["head"], no_wrap=True)
     for row in rows.to_dict("records"):
         table.add_row(
             str(row["shots"]),
@@ -138,19 +135,13 @@ def show(rows: pandas.DataFrame, title: str) -> Table:
 
 def draw(rows: pandas.DataFrame, title: str, path: Path) -> None:
     """Draw the accuracies as points with their 95 % intervals: a panel for each number of shots."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     groups = list(rows.groupby("shots"))
-    figure = Figure(figsize=(3 + 2.6 * len(groups), 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    figure, panels = report.panels(len(groups), width=3 + 2.6 * len(groups), height=4.6, sharey=True)
     for axes, (n, own) in zip(panels, groups, strict=True):
         axes.errorbar(100 * own["accuracy"], own["head"], xerr=100 * own["interval"], fmt="o", capsize=3)
         axes.grid(axis="y", linewidth=0.4)
         axes.set_title(f"{n}-shot", fontsize=10)
         axes.set_xlabel("accuracy, %")
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
@@ -158,7 +149,7 @@ def draw(rows: pandas.DataFrame, title: str, path: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = jsonargparse.ArgumentParser(prog="python -m benchmarks.heads", description=(__doc__ or "").split("\n")[0])
+    parser = experiment.parser("heads", __doc__, "seed", "threads", "output")
     parser.add_argument("--data-root", type=Path, required=True, help="folder of CIFAR-100, only read")
     text = "of a Conv-4 trained on CIFAR-FS: a name, folder or file that `convexheads.load_pretrained` knows"
     parser.add_argument("--weights", default="conv4-cifar-fs-ridge", help=text)
@@ -167,23 +158,16 @@ def main() -> None:
     )
     parser.add_argument("--episodes", type=int, default=2000, help="test episodes, the same for all heads")
     parser.add_argument("--validation-episodes", type=int, default=300, help="to choose and to calibrate on")
-    parser.add_argument("--seed", type=int, default=0, help="of the episodes")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor threads")
-    parser.add_argument("--output", type=Path, default=Path("runs/heads"), help="folder for the result")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    try:
+    with experiment.input_errors_end_the_script():
         data = load("cifar-fs", options.data_root, progress=True)
         found = features(data, options.weights)
-    except ch.InputError as error:
-        raise SystemExit(f"error: {error}") from error
-    options.output.mkdir(parents=True, exist_ok=True)
     settings = {name: options[name] for name in ("shots", "episodes", "validation_episodes", "seed")}
     rows = compare(data, found, **settings)
     title = "All heads on one Conv-4's features of CIFAR-FS's 20 test classes, 5-way"
-    table = show(rows, title)
     origin = report.provenance()
-    machine = f"{origin['machine']['processor']}, {options.threads} threads, torch {origin['versions']['torch']}"
+    machine = f"{experiment.place(origin)}, torch {origin['versions']['torch']}"
     note = (
         f"Features: {options.weights}. "
         f"Mean over {options.episodes:,} episodes, the same for all heads, ± half the 95 % confidence interval; the "
@@ -192,16 +176,16 @@ def main() -> None:
         "these too. Expected calibration error: before (200 episodes) and after. Milliseconds an episode: fit and 75 "
         f"queries, in batches of 50; {machine}. Made by `python -m benchmarks.heads`."
     )
-    Console().print(table, note, f"All of it is in {options.output}", sep="\n")
-    record = {
-        "weights": options.weights,
-        "settings": settings,
-        "results": json.loads(rows.to_json(orient="records") or ""),
-        **origin,
-    }
-    (options.output / "heads.json").write_text(json.dumps(record, indent=2) + "\n")
-    report.write_markdown(table, note, options.output / "heads.md")
-    draw(rows, title, options.output / "heads.png")
+    results = json.loads(rows.to_json(orient="records") or "")
+    experiment.write(
+        options.output,
+        "heads",
+        show(rows, title),
+        note,
+        record={"weights": options.weights, "settings": settings, "results": results, **origin},
+        draw=partial(draw, rows, title),
+        width=110,
+    )
 
 
 if __name__ == "__main__":

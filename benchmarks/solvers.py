@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import gc
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -17,19 +16,17 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import jsonargparse
 import numpy
 import pandas
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import convexheads as ch
-from benchmarks import report
+from benchmarks import experiment, report
 
 SIZES = {"5w1s": (5, 1), "5w5s": (5, 5), "5w15s": (5, 15), "20w1s": (20, 1), "20w5s": (20, 5), "64w5s": (64, 5)}
 C = 0.1
@@ -264,10 +261,9 @@ def growth(rows: pandas.DataFrame) -> pandas.DataFrame:
 
 def show(rows: pandas.DataFrame, title: str) -> Table:
     """Milliseconds of both passes with errors, and how many times the native solver's and ridge's time that is."""
-    table = Table(title=title, title_justify="left")
     columns = ("size", "tasks", "precision", "", "forward, ms", "both, ms", "/ native", "/ ridge")
-    for column in (*columns, "logits error", "gradient error", "memory, MB"):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    columns += ("logits error", "gradient error", "memory, MB")
+    table = report.new_table(title, columns, left=[""], no_wrap=True)
     cases = ["size", "tasks", "precision"]
     for _, own in rows.groupby(cases, sort=False):
         times = dict(zip(own["contender"], own["both"], strict=True))
@@ -282,12 +278,7 @@ def show(rows: pandas.DataFrame, title: str) -> Table:
 
 def draw(rows: pandas.DataFrame, title: str, path: Path) -> None:
     """Draw time against n * k, both logarithmic, and gradient error against time."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = report.panels(2, width=11, height=4.6)
     for name, own in rows.groupby("contender", sort=False):
         own = pandas.DataFrame(own[own["tasks"] == own["tasks"].max()]).sort_values("nk")
         left.loglog(own["nk"], 1e3 * own["both"], "o-", label=name)
@@ -296,7 +287,6 @@ def draw(rows: pandas.DataFrame, title: str, path: Path) -> None:
     left.set(xlabel="examples x classes", ylabel="forward and backward, ms")
     right.set(xlabel="forward and backward, ms", ylabel="relative error of the gradient")
     for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
         axes.grid(linewidth=0.3)
     left.legend(frameon=False)
     figure.suptitle(title, fontsize=10)
@@ -307,12 +297,6 @@ def write(rows: pandas.DataFrame, settings: dict[str, Any], origin: dict[str, An
     """Show the results, and write them as JSON, Markdown and a picture."""
     title = f"One pass of an SVM head, median of {settings['repeats']} (3 where slow, one above {_VERY_SLOW:.0f} s)"
     table, exponents = show(rows, title), growth(rows)
-    machine = origin["machine"]
-    device = (
-        machine["accelerator"]
-        if settings["device"] == "cuda"
-        else f"{machine['processor']}, {settings['threads']} threads"
-    )
     fitted = "; ".join(
         f"{row['contender']} {row['time']:.1f}" + ("" if pandas.isna(row["memory"]) else f" and {row['memory']:.1f}")
         for row in exponents.to_dict("records")
@@ -325,7 +309,8 @@ def write(rows: pandas.DataFrame, settings: dict[str, Any], origin: dict[str, An
         else "No errors: Moreau, against which they are measured, is not installed."
     )
     note = (
-        f"C = {C}, {settings['features']} features, {settings['queries']} queries per class; {device}, torch "
+        f"C = {C}, {settings['features']} features, {settings['queries']} queries per class; "
+        f"{experiment.place(origin, settings['device'])}, torch "
         f"{origin['versions']['torch']}. {errors} Memory: the peak of both passes beyond what was taken before. "
         "`interior point` is the native solver's own, alone; qpth has the 15 iterations of the paper's code, and one "
         f"thread above n k = {_ONE_THREAD}, where it solves task by task; learn2learn's `SVClassifier` is smoothed and "
@@ -333,38 +318,34 @@ def write(rows: pandas.DataFrame, settings: dict[str, Any], origin: dict[str, An
         + (f"Growth of time (and of memory) with n k, fitted exponents: {fitted}. " if fitted else "")
         + "Made by `python -m benchmarks.solvers`."
     )
-    Console(width=max(130, Console().width)).print(table, note, f"All of it is in {output}", sep="\n")
-    output.mkdir(parents=True, exist_ok=True)
-    record = {"settings": settings, "results": report.records(rows), "growth": report.records(exponents), **origin}
-    (output / "solvers.json").write_text(json.dumps(record, indent=2) + "\n")
-    report.write_markdown(table, note, output / "solvers.md")
-    draw(rows, title, output / "solvers.png")
+    experiment.write(
+        output,
+        "solvers",
+        table,
+        note,
+        record={"settings": settings, "results": report.records(rows), "growth": report.records(exponents), **origin},
+        draw=partial(draw, rows, title),
+        width=130,
+    )
 
 
 def main() -> None:
     """The command line."""
     absent = missing()
     every = [*contenders(), *absent]
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m benchmarks.solvers", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = experiment.parser("solvers", __doc__, "device", "threads", "output")
     parser.add_argument("--sizes", type=list[str], default=list(SIZES), help=f"of {', '.join(SIZES)}")
     parser.add_argument("--tasks", type=list[int], default=[8], help="tasks solved at once, one or several numbers")
     parser.add_argument("--precisions", type=list[str], default=["float64"], help=f"of {', '.join(PRECISIONS)}")
     text = "the contenders; those whose package is not installed are left out"
     parser.add_argument("--names", type=list[str], default=every, help=text)
-    parser.add_argument("--device", type=Literal["cpu", "cuda"], default="cpu", help="where to solve")
     parser.add_argument("--features", type=int, default=640, help="feature dimension")
     parser.add_argument("--queries", type=int, default=15, help="query examples per class")
     parser.add_argument("--repeats", type=int, default=15, help="timed repeats, after one that warms up")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor threads")
-    parser.add_argument("--output", type=Path, default=Path("runs/solvers"), help="folder for the result")
     options = parser.parse_args()
     settings: dict[str, Any] = {name: options[name] for name in _SETTINGS}
-    known = {"sizes": list(SIZES), "names": every, "precisions": PRECISIONS}
-    for name, wanted in known.items():
-        if unknown := set(settings[name]) - set(wanted):
-            raise SystemExit(f"error: {name}: expected some of {', '.join(wanted)}, got {', '.join(sorted(unknown))}")
+    for name, known in {"sizes": SIZES, "names": every, "precisions": PRECISIONS}.items():
+        experiment.refuse_unknown(name, settings[name], known)
     for name in settings["names"]:
         if name in absent:
             print(f"{name} {LEFT_OUT} {absent[name]}", file=sys.stderr)

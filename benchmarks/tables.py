@@ -7,24 +7,22 @@ a data set see the same episodes. A figure that draws such cells is a table too.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
 import pandas
-from rich.console import Console
 from rich.table import Table as RichTable
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import convexheads as ch
-from benchmarks import report, require_modules
+from benchmarks import experiment, report, require_modules
 from benchmarks.data import ImageSet, load
 from benchmarks.options import Options
 from convexheads.evaluation import Evaluation
@@ -76,15 +74,10 @@ def published(name: str) -> pandas.DataFrame:
 
 def bars(table: Table, ours: pandas.DataFrame, path: Path) -> None:
     """Ours as bars with their intervals, published values of the same model and backbone as diamonds."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     theirs = published(table.name).set_index(["model", "backbone", "dataset", "shots"])
     columns = list(dict.fromkeys(zip(ours["dataset"], ours["shots"], strict=True)))
     names = list(dict.fromkeys(zip(ours["model"], ours["backbone"], strict=True)))
-    figure = Figure(figsize=(2 + 2.2 * len(columns), 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, (axes,) = report.panels(width=2 + 2.2 * len(columns), height=4.4)
     width = 0.8 / len(names)
     for number, (model, backbone) in enumerate(names):
         own = [row for row in report.records(ours) if (row["model"], row["backbone"]) == (model, backbone)]
@@ -99,7 +92,6 @@ def bars(table: Table, ours: pandas.DataFrame, path: Path) -> None:
     axes.axhline(100 / table.ways, color="grey", linestyle="--", linewidth=1, label="chance")
     axes.set_xticks(range(len(columns)), [f"{TITLES[dataset]}\n{shots}-shot" for dataset, shots in columns])
     axes.set_ylabel("accuracy on unseen classes, %")
-    axes.spines[["top", "right"]].set_visible(False)
     longest = max(len(model) for model, _ in names)
     figure.legend(loc="outside lower center", ncols=1 if longest > 25 else 2, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
@@ -248,13 +240,9 @@ def show(
     `more` are further columns, whose texts stand in rows of "published" or "ours", model and backbone.
     """
     more = more or {}
-    result = RichTable(title=f"{table.title}, {scale} scale", title_justify="left")
-    for column in ("model", "backbone", "by"):
-        result.add_column(column)
-    for dataset, shots in table.columns:
-        result.add_column(f"{TITLES[dataset]} {shots}-shot, %", justify="right")
-    for header in more:
-        result.add_column(header, justify="right")
+    left = ("model", "backbone", "by")
+    columns = [*left, *(f"{TITLES[dataset]} {shots}-shot, %" for dataset, shots in table.columns), *more]
+    result = report.new_table(f"{table.title}, {scale} scale", columns, left=left)
     texts = {
         (by, row["model"], row["backbone"], row["dataset"], row["shots"]): row["text"]
         for by, frame in (("published", published(table.name)), ("ours", ours))
@@ -277,11 +265,9 @@ def show(
 
 def differences(table: Table, ours: pandas.DataFrame) -> RichTable:
     """What each of ours has more than the first of its backbone, paired by episode."""
-    result = RichTable(title="Ours minus the first of them, in points, paired by episode", title_justify="left")
     columns = [column for column in table.columns if column in set(zip(ours["dataset"], ours["shots"], strict=True))]
-    result.add_column("model")
-    for dataset, shots in columns:
-        result.add_column(f"{TITLES[dataset]} {shots}-shot", justify="right")
+    headers = ["model", *(f"{TITLES[dataset]} {shots}-shot" for dataset, shots in columns)]
+    result = report.new_table("Ours minus the first of them, in points, paired by episode", headers, left=["model"])
     for model, own in ours.groupby("model", sort=False):
         cells = {
             (row["dataset"], row["shots"]): f"{row['difference']:+.2f} ± {row['difference interval']:.2f}"
@@ -301,14 +287,17 @@ def write(table: Table, ours: pandas.DataFrame, scale: Scale, output: Path) -> N
         f"{describe(table, ours)} torch {origin['versions']['torch']}. Made by "
         f"`python -m benchmarks.{table.name} --scale {scale} --data-root DIR`."
     )
-    Console(width=max(150, Console().width)).print(shown, note, paired, f"All of it is in {output}", sep="\n")
-    output.mkdir(parents=True, exist_ok=True)
-    ours.to_csv(output / f"{table.name}.csv", index=False)
-    record = {"scale": scale, "results": report.records(ours), **origin}
-    (output / f"{table.name}.json").write_text(json.dumps(record, indent=2) + "\n")
-    note += f"\n\n## {paired.title}\n\n{report.markdown(paired)}" if paired.row_count else ""
-    report.write_markdown(shown, note, output / f"{table.name}.md")
-    table.draw(table, ours, output / f"{table.name}.png")
+    experiment.write(
+        output,
+        table.name,
+        shown,
+        note,
+        more=[(paired, "")] if paired.row_count else [],
+        record={"scale": scale, "results": report.records(ours), **origin},
+        rows=ours,
+        draw=partial(table.draw, table, ours),
+        width=150,
+    )
 
 
 def describe(table: Table, ours: pandas.DataFrame) -> str:
@@ -338,27 +327,32 @@ def describe_published(table: Table) -> str:
     return "; ".join(["Published: as printed there; n/a where there is no value for that backbone", *notes]) + "."
 
 
-def main(table: Table, description: str, arguments: Sequence[str] | None = None) -> None:
-    """The command line of a table."""
-    parser = jsonargparse.ArgumentParser(prog=f"python -m benchmarks.{table.name}", description=description)
-    scales = tuple(table.rows)
-    text = "paper: its own networks; laptop: Conv-4"
-    parser.add_argument("--scale", type=Literal[scales], default=scales[-1], help=text)
-    parser.add_argument("--data-root", type=Path | None, help="folder of the data; else variable CONVEXHEADS_DATA")
-    parser.add_argument("--train", action="store_true", help="train what has no weights yet; hours, or days")
-    parser.add_argument("--episodes", type=int, default=10_000, help="test episodes")
-    parser.add_argument("--queries", type=int, default=15, help="query images per class")
-    parser.add_argument("--seed", type=int, default=0, help="of the test episodes")
-    parser.add_argument(
-        "--output", type=Path | None, help=f"folder for the result; runs/{table.name}-SCALE if not given"
-    )
-    options = parser.parse_args(arguments)
-    settings = {name: options[name] for name in ("train", "episodes", "queries", "seed")}
-    try:
-        ours = measure(table, options.scale, root=Options(data_root=options.data_root).root, **settings)
+def parser(table: Table, description: str | None) -> jsonargparse.ArgumentParser:
+    """The command line of a table, but for the folder of the result."""
+    made = experiment.parser(table.name, description, "data_root", "seed")
+    scales, text = tuple(table.rows), "paper: its own networks; laptop: Conv-4"
+    made.add_argument("--scale", type=Literal[scales], default=scales[-1], help=text)
+    made.add_argument("--train", action="store_true", help="train what has no weights yet; hours, or days")
+    made.add_argument("--episodes", type=int, default=10_000, help="test episodes")
+    made.add_argument("--queries", type=int, default=15, help="query images per class")
+    return made
+
+
+def measure_as_told(table: Table, options: Any) -> pandas.DataFrame:
+    """`measure` by the options of the command line."""
+    names = ("train", "episodes", "queries", "seed")
+    root = Options(data_root=options.data_root).root
+    return measure(table, options.scale, root=root, **{name: options[name] for name in names})
+
+
+def main(table: Table, description: str | None, arguments: Sequence[str] | None = None) -> None:
+    """Measure a table by the command line."""
+    command, text = parser(table, description), f"folder for the result; default: runs/{table.name}-SCALE"
+    command.add_argument("--output", type=Path | None, help=text)
+    options = command.parse_args(arguments)
+    with experiment.input_errors_end_the_script():
+        ours = measure_as_told(table, options)
         if ours.empty:
             first = next(iter(table.rows[options.scale][0].recipes.values()))
-            _weights(first, None, train=False)  # whose error says what to do
-    except ch.InputError as error:
-        raise SystemExit(f"error: {error}") from error
+            _weights(first, None, train=False)  # its error says what to do
     write(table, ours, options.scale, options.output or Path("runs") / f"{table.name}-{options.scale}")
