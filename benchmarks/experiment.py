@@ -23,7 +23,7 @@ def parser(name: str, description: str | None, *common: str) -> jsonargparse.Arg
     Args:
         name: the module.
         description: what `--help` shows. Of several lines, such as those of a docstring, only the first.
-        common: which of the options to add that several scripts have: data_root, seed, threads, device, output.
+        common: the shared options to add, of data_root, seed, threads, device and output.
     """
     made = jsonargparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}", description=(description or "").partition("\n")[0]
@@ -57,7 +57,7 @@ def input_errors_end_the_script() -> Iterator[None]:
 
 
 def place(origin: dict[str, Any], device: str = "cpu") -> str:
-    """The processor with its number of threads, or the GPU; `origin` is that of `report.provenance`."""
+    """The processor with its number of threads, or the GPU; `origin` is the result of `report.provenance`."""
     machine = origin["machine"]
     return machine["accelerator"] if device == "cuda" else f"{machine['processor']}, {machine['threads']} threads"
 
@@ -78,7 +78,7 @@ def write(
 
     Args:
         output: the folder.
-        name: of the files: NAME.md, NAME.json, and with `rows` and `draw` NAME.csv and NAME.png.
+        name: names the files NAME.md, NAME.json and, with `rows` and `draw`, NAME.csv and NAME.png.
         table: the result as a table.
         note: the text below it.
         record: the result for JSON, with `report.provenance`.

@@ -1,9 +1,9 @@
-"""Figure 2 of the paper: accuracy against the shots of the training, for the SVM and for prototypes.
+"""Figure 2 of the paper: accuracy against the shots in meta-training, for the SVM and for prototypes.
 
 python -m benchmarks.figure2 --data-root DIR                          # Conv-4, trained for a short time
 python -m benchmarks.figure2 --data-root DIR --scale paper --train    # ResNet-12, as in the paper: needs GPUs
 
-The paper has a picture only, no numbers.
+The paper has only a picture, without numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HEADS = {name: tables.HEADS[name] for name in ("svm", "prototypes")}
 
 
 def curves(table: Table, ours: pandas.DataFrame, path: Path) -> None:
-    """Accuracy against training shots: a panel for each data set, a line for each head and number of test shots."""
+    """Draw accuracy against training shots: a panel per data set, a line per head and number of test shots."""
     groups = list(ours.groupby("dataset", sort=False))
     figure, panels = report.panels(len(groups), width=4.6 * len(groups), height=4.6)
     for axes, (dataset, found) in zip(panels, groups, strict=True):

@@ -1,9 +1,9 @@
-"""Figure 3 of the paper: accuracy of the SVM against the iterations of its solver, on qpth and on ours.
+"""Figure 3 of the paper: accuracy of the SVM against the iterations of its solver, for qpth and for ours.
 
-python -m benchmarks.figure3 --data-root DIR                          # Conv-4 on CIFAR-FS, from the weights at hand
+python -m benchmarks.figure3 --data-root DIR                          # Conv-4 on CIFAR-FS, from packaged weights
 python -m benchmarks.figure3 --data-root DIR --scale paper --train    # ResNet-12 on miniImageNet: needs GPUs
 
-Ours, stopped, is the interior point; at the optimum it is the solver as it comes.
+Our solver is the interior point method where it is stopped early, and the default solver of `SVMHead` at the optimum.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SCALES: dict[tables.Scale, tuple[str, str]] = {
 
 
 def solvers(iterations: int) -> dict[str, Solver]:
-    """Those that are compared, stopped after so many iterations."""
+    """The solvers to compare, each stopped after a number of iterations."""
     return {
         "qpth": ch.solvers.QpthSolver(max_iterations=iterations, on_failure="return"),
         "ours": ch.solvers.InteriorPointSolver(max_iterations=iterations, on_failure="return"),
@@ -44,14 +44,14 @@ def solvers(iterations: int) -> dict[str, Solver]:
 def measure(
     features: Tensor, labels: Tensor, *, shots: Sequence[int], iterations: Sequence[int], episodes: int, seed: int
 ) -> pandas.DataFrame:
-    """One line for each solver, number of iterations and of shots; the optimum's has infinitely many iterations.
+    """One line per solver, number of iterations and number of shots; the optimum has infinitely many iterations.
 
-    All see the same episodes, so the difference from the optimum is paired. Milliseconds are those of the whole head
-    for one episode, of 50 solved at once.
+    All solvers see the same episodes, so the difference from the optimum is paired. Milliseconds are the time of the
+    whole head per episode, when 50 episodes are solved at once.
     """
     rows: list[dict[str, Any]] = []
     settings: dict[str, Any] = {"episodes": episodes, "seed": seed, "progress": False}
-    warm_up: dict[str, Any] = settings | {"episodes": min(episodes, 50)}  # compiles what is compiled
+    warm_up: dict[str, Any] = settings | {"episodes": min(episodes, 50)}  # compiles the kernels
     optimum: dict[int, Tensor] = {}
     jobs = [(n, count) for n in shots for count in (math.inf, *iterations)]
     for n, count in (bar := tqdm(jobs, unit="point")):
@@ -99,7 +99,7 @@ def show(rows: pandas.DataFrame, title: str) -> Table:
 
 
 def draw(rows: pandas.DataFrame, path: Path) -> None:
-    """Accuracy against iterations, a panel for each number of shots, the optimum as a line."""
+    """Draw accuracy against iterations: a panel per number of shots, the optimum as a line."""
     shots = rows["shots"].unique().tolist()
     figure, panels = report.panels(len(shots), width=4.4 * len(shots), height=3.8)
     for axes, n in zip(panels, shots, strict=True):
@@ -123,7 +123,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", type=tables.Scale, default="laptop", help=text)
     parser.add_argument("--train", action="store_true", help="train what has no weights yet; hours, or days")
     parser.add_argument("--shots", type=list[int], default=[1, 5], help="support images per class")
-    parser.add_argument("--iterations", type=list[int], default=list(ITERATIONS), help="where the solvers are stopped")
+    parser.add_argument(
+        "--iterations",
+        type=list[int],
+        default=list(ITERATIONS),
+        help="numbers of iterations after which the solvers are stopped",
+    )
     parser.add_argument("--episodes", type=int, default=2000, help="test episodes")
     options = parser.parse_args(arguments)
     settings: dict[str, Any] = {name: options[name] for name in ("shots", "iterations", "episodes", "seed")}

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, most valuable first, within a time limit.
+"""Do everything that needs a GPU, most valuable first, within a time limit.
 
 python -m benchmarks.gpu --minutes 12 --data-root DIR --output OUT    # run it again to continue
 python -m benchmarks.gpu --pack DIR2 --data-root DIR                  # pack the data into a few small files

@@ -1,4 +1,4 @@
-"""Which settings of a head a backbone learns well through: short trainings of Conv-4 that differ in the head alone.
+"""Compare settings of heads to train through, by short trainings of a Conv-4 that differ only in the head.
 
 python -m benchmarks.head_settings --data-root DIR --steps 1000
 """
@@ -35,7 +35,7 @@ RECIPE = "table2/cifar-fs/conv4/svm"
 
 
 class UnitLength(Kernel):
-    """The dot product in units of the mean squared length of a task's support features."""
+    """The dot product divided by the mean squared length of a task's support features."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return x @ y.mT
@@ -48,7 +48,7 @@ class UnitLength(Kernel):
 class Apart(Training):
     """A training that passes support and query images through the backbone one after the other.
 
-    So each has its own batch statistics, as in the code that Lee et al. 2019 published.
+    Each part has its own batch statistics, as in the code that Lee et al. 2019 published.
     """
 
     def features(self, drawn: Tensor) -> Tensor:
@@ -65,9 +65,9 @@ class Setting:
     """A head, and how it is trained through.
 
     Attributes:
-        make: a new head.
-        training: how its steps are taken.
-        changes: options of the run that are other than usual.
+        make: makes a new head.
+        training: the class that takes its steps.
+        changes: options of the run that differ from the recipe.
     """
 
     make: Callable[[], ch.ClassificationHead]
@@ -149,11 +149,13 @@ def main() -> None:
     """The command line."""
     parser = experiment.parser("head_settings", __doc__, "data_root", "threads", "output")
     parser.add_argument("--dataset", type=Literal["cifar-fs", "fc100"], default="cifar-fs", help="data to train on")
-    parser.add_argument("--settings", type=list[str], default=list(SETTINGS), help="which; all unless given")
-    parser.add_argument("--steps", type=int, default=1000, help="training steps, with one cosine")
+    parser.add_argument(
+        "--settings", type=list[str], default=list(SETTINGS), help="settings to train with; default: all"
+    )
+    parser.add_argument("--steps", type=int, default=1000, help="training steps; the learning rate follows one cosine")
     parser.add_argument("--episodes", type=int, default=1000, help="episodes of the evaluation, on validation classes")
-    parser.add_argument("--seeds", type=list[int], default=[0], help="of weights and episodes")
-    parser.add_argument("--minutes", type=float, default=1e6, help="begin no training after that time")
+    parser.add_argument("--seeds", type=list[int], default=[0], help="seeds of the weights and the episodes")
+    parser.add_argument("--minutes", type=float, default=1e6, help="time after which no training begins")
     chosen = parser.parse_args()
     experiment.refuse_unknown("settings", chosen.settings, SETTINGS)
     torch.set_num_threads(chosen.threads)
@@ -162,7 +164,7 @@ def main() -> None:
     data = load(chosen.dataset, base.root, splits=["train", "val"], progress=True)
     known = {"steps": chosen.steps, "episodes": chosen.episodes, "dataset": chosen.dataset}
     rows: list[dict[str, Any]] = []
-    if path.is_file():  # go on
+    if path.is_file():  # an earlier run is continued
         saved = json.loads(path.read_text())
         if saved["sizes"] != known:
             raise SystemExit(f"error: output: expected results with {known}, got {saved['sizes']} in {path}")

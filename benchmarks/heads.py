@@ -1,7 +1,7 @@
 """Compare all heads on the features of a trained Conv-4: accuracy, calibration, time, certificates.
 
 python -m benchmarks.heads --data-root DIR                        # with weights that come with the package
-python -m benchmarks.heads --data-root DIR --weights runs/FOLDER  # with those of a `python -m benchmarks.train`
+python -m benchmarks.heads --data-root DIR --weights runs/FOLDER  # with those of a run of `python -m benchmarks.train`
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WEIGHT = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 
 
 def _kernel() -> ch.kernels.Linear:
-    return ch.kernels.Linear(normalize=True)  # brings the diagonal of the Gram matrix to about 1
+    return ch.kernels.Linear(normalize=True)  # the diagonal of the Gram matrix is about 1
 
 
 FAMILIES: dict[str, tuple[Callable[[float], ch.ClassificationHead], tuple[float, ...]]] = {
@@ -51,11 +51,11 @@ FAMILIES: dict[str, tuple[Callable[[float], ch.ClassificationHead], tuple[float,
     "Mahalanobis": (lambda beta: ch.MahalanobisHead(beta, kernel=_kernel()), (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)),
     "prototypes": (lambda _: ch.PrototypeHead(kernel=_kernel()), (1.0,)),
 }
-"""Each head with the one hyper-parameter that is chosen on validation classes, and the values to choose from."""
+"""Each head as a function of its hyper-parameter, and the values of which one is chosen on validation classes."""
 
 
 def features(data: dict[str, ImageSet], weights: str) -> dict[str, Tensor]:
-    """The features of the validation and the test classes, by a trained backbone.
+    """The features of the validation and the test classes from a trained backbone.
 
     Raises:
         InputError: there are no such weights.
@@ -73,10 +73,11 @@ def compare(
     validation_episodes: int,
     seed: int,
 ) -> pandas.DataFrame:
-    """One row for each head and number of shots.
+    """One row per head and number of shots.
 
-    The hyper-parameter is the one of highest accuracy over episodes of validation classes, on which the temperature is
-    fitted too. Accuracies and calibration errors are of test classes, the same episodes for all heads.
+    The hyper-parameter is the one with the highest accuracy over episodes of validation classes, on which the
+    temperature is fitted too. Accuracies and calibration errors are measured on test classes, with the same episodes
+    for all heads.
     """
     rows, reference = [], {}
     options: dict[str, Any] = {"seed": seed, "progress": False}
@@ -150,14 +151,16 @@ def draw(rows: pandas.DataFrame, title: str, path: Path) -> None:
 def main() -> None:
     """The command line."""
     parser = experiment.parser("heads", __doc__, "seed", "threads", "output")
-    parser.add_argument("--data-root", type=Path, required=True, help="folder of CIFAR-100, only read")
-    text = "of a Conv-4 trained on CIFAR-FS: a name, folder or file that `convexheads.load_pretrained` knows"
+    parser.add_argument("--data-root", type=Path, required=True, help="folder of CIFAR-100 (read-only)")
+    text = "weights of a Conv-4 trained on CIFAR-FS: a name, folder or file that `convexheads.load_pretrained` knows"
     parser.add_argument("--weights", default="conv4-cifar-fs-ridge", help=text)
     parser.add_argument(
         "--shots", type=tuple[int, ...], default=(1, 5, 20), help="support images per class, as in [1,5]"
     )
     parser.add_argument("--episodes", type=int, default=2000, help="test episodes, the same for all heads")
-    parser.add_argument("--validation-episodes", type=int, default=300, help="to choose and to calibrate on")
+    parser.add_argument(
+        "--validation-episodes", type=int, default=300, help="validation episodes, to choose and to calibrate on"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with experiment.input_errors_end_the_script():

@@ -1,4 +1,4 @@
-"""Solve one SVM of very many classes, and say how long it took, how well it is solved and how much memory it needed.
+"""Solve an SVM with very many classes, and measure its time, its relative gap and its memory.
 
 python -m benchmarks.many_classes
 """
@@ -17,7 +17,7 @@ from benchmarks.solvers import C, episode, peak_memory
 
 
 def measure(*, ways: int, shots: int, tasks: int, features: int, repeats: int, interior_point: bool) -> dict[str, Any]:
-    """Seconds of the forward and the backward pass, the largest certified gap, bytes, and the interior point's time."""
+    """Seconds of the forward and of both passes, the largest certified gap, bytes, and the interior point's seconds."""
     support, labels, query = episode(tasks, ways, shots, features, 1)
     found: dict[str, Any] = {}
 

@@ -1,4 +1,4 @@
-"""What heads and loops cost: a head in a training step and in an evaluation on cached features, a loop in each step.
+"""Measure the cost of heads in a training step and in an evaluation, and that of training loops per step.
 
 python -m benchmarks.overhead
 """
@@ -53,9 +53,9 @@ def step(
 
 
 def training(*, backbone: str, device: str, episodes: int, queries: int, repeats: int) -> dict[str, float]:
-    """Median seconds of a training step through each head, interleaved, and of the SVM's step relative to others.
+    """Median seconds of a training step through each head, and the ratio of the SVM's step to the others.
 
-    The relative ones are medians over repeats of the ratio of two steps that ran one after the other.
+    The heads alternate. The ratio is the median over repeats of the ratio of two steps that ran one after the other.
     """
     torch.manual_seed(0)
     images = torch.randint(0, 256, (episodes, WAYS * (SHOTS + queries), 3, 32, 32), dtype=torch.uint8)
@@ -137,7 +137,7 @@ def step_alone(own: Training, images: Tensor) -> None:
 
 
 def alone(own: Training, steps: int) -> float:
-    """Seconds of so many steps on one batch."""
+    """Seconds of a number of steps on one batch."""
     images = own.episodes(own.episodes.draw(0))
     begin = report.now(images)
     for _ in range(steps):
@@ -146,7 +146,7 @@ def alone(own: Training, steps: int) -> float:
 
 
 def with_a_new_batch(own: Training, steps: int) -> float:
-    """Seconds of so many steps, each on the images of episodes that are drawn for it."""
+    """Seconds of a number of steps, each on the images of newly drawn episodes."""
     begin = report.now(own.episodes.images)
     for number in range(steps):
         step_alone(own, own.episodes(own.episodes.draw(number)))
@@ -154,7 +154,7 @@ def with_a_new_batch(own: Training, steps: int) -> float:
 
 
 def in_the_plain_loop(own: Training, steps: int) -> float:
-    """Seconds of so many steps as `benchmarks.loop.train` takes them."""
+    """Seconds of a number of steps in the loop of `benchmarks.loop.train`."""
     drawn = own.episodes.draw(own.step)
     begin = report.now(drawn)
     for _ in range(steps):
@@ -166,7 +166,7 @@ def in_the_plain_loop(own: Training, steps: int) -> float:
 
 
 def in_lightning(own: Training, steps: int) -> float:
-    """Seconds of so many steps of `EpisodicModule` under the quietest trainer, after a first one."""
+    """Seconds of a number of steps of `EpisodicModule`, after a first one, in a trainer without logs and bars."""
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import LambdaCallback
 
@@ -200,7 +200,7 @@ def in_lightning(own: Training, steps: int) -> float:
 def loops(
     *, device: Literal["cpu", "cuda"], tasks: int, queries: int, repeats: int, steps: int = BLOCK
 ) -> dict[str, float]:
-    """Seconds of a step alone and in each loop: medians over blocks of so many steps, the loops in turn."""
+    """Seconds of a step alone and in each loop: medians over blocks of steps, which alternate between the loops."""
     ways: dict[str, Callable[[Training, int], float]]
     ways = {ALONE: alone, NEW_BATCH: with_a_new_batch, PLAIN: in_the_plain_loop}
     if find_spec("pytorch_lightning"):

@@ -1,4 +1,4 @@
-"""What a run leaves behind: a table, a picture and where the numbers come from."""
+"""Tables, pictures, JSON and provenance: the parts that results are written with."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Row(NamedTuple):
     """The accuracy of one head on one backbone's features.
 
     Attributes:
-        backbone: what the features come from, such as "meta-trained" or "untrained".
+        backbone: the source of the features, such as "meta-trained" or "untrained".
         head: the head's name.
         ways: classes of an episode.
         shots: support images per class.
         accuracy: mean over the episodes, 0 to 1.
-        interval: half width of the mean's 95 % confidence interval.
-        episodes: how many there were.
+        interval: half the width of the 95 % confidence interval of the mean.
+        episodes: the number of episodes.
         largest_gap: the largest certified relative duality gap of an episode; None for closed forms.
     """
 
@@ -56,7 +56,7 @@ class Row(NamedTuple):
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
-    """The rows as a table: a line for every backbone and head, and chance; a column for every kind of episode."""
+    """The rows as a table: a line per backbone and head, and one for chance; a column per kind of episode."""
     tasks = sorted({(row.ways, row.shots) for row in rows})
     columns = [f"{ways}-way {shots}-shot" for ways, shots in tasks]
     result = new_table(title, ["backbone", "head", *columns], left=("backbone", "head"))
@@ -69,7 +69,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
 
 
 def new_table(title: str, columns: Iterable[str], *, left: Sequence[str] = (), no_wrap: bool = False) -> Table:
-    """A table without rows; its columns are justified right, but for those in `left`."""
+    """A table without rows. Its columns are justified right, except those in `left`."""
     result = Table(title=title, title_justify="left")
     for column in columns:
         result.add_column(column, justify="left" if column in left else "right", no_wrap=no_wrap)
@@ -77,7 +77,7 @@ def new_table(title: str, columns: Iterable[str], *, left: Sequence[str] = (), n
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:
-    """Write a record in one step, so that whoever is interrupted leaves the whole of the old file or of the new one."""
+    """Write a record atomically: after an interruption the file is complete, the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _storage.atomic_write(path, (json.dumps(record, indent=2) + "\n").encode())
 
@@ -114,7 +114,7 @@ def panels(count: int = 1, *, width: float, height: float, **settings: Any) -> t
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Draw the accuracies as bars with their 95 % intervals: a group for every kind of episode."""
+    """Draw the accuracies as bars with their 95 % intervals: a group per kind of episode."""
     tasks = sorted({(row.ways, row.shots) for row in rows})
     series = list(dict.fromkeys((row.backbone, row.head) for row in rows))
     heads = list(dict.fromkeys(row.head for row in rows))
@@ -149,7 +149,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 def details(command: str, seed: int, seconds: dict[str, float], origin: dict[str, Any]) -> str:
-    """Where the numbers come from, as a Markdown list; `origin` is that of `provenance`."""
+    """The provenance of a result as a Markdown list; `origin` is the result of `provenance`."""
     machine = origin["machine"]
     device = machine["accelerator"] or f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores"
     times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
@@ -171,14 +171,14 @@ def records(frame: pandas.DataFrame) -> list[dict[str, Any]]:
 
 
 def now(value: Tensor) -> float:
-    """Seconds on a clock, once the device of `value` has done what it was told before."""
+    """Seconds on a clock, after the device of `value` has finished its pending work."""
     if value.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, commit and machine: what it takes to judge or repeat a result. No path or host name among it."""
+    """Versions, commit and machine, which are needed to judge or repeat a result; no path and no host name."""
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "commit": _commit(),

@@ -1,4 +1,4 @@
-"""Time the solvers of one head against each other, interleaved in one process, with their errors beside the times.
+"""Compare the solvers of the SVM: times, errors and memory, measured alternately in one process.
 
 python -m benchmarks.solvers
 """
@@ -30,29 +30,29 @@ from benchmarks import experiment, report
 
 SIZES = {"5w1s": (5, 1), "5w5s": (5, 5), "5w15s": (5, 15), "20w1s": (20, 1), "20w5s": (20, 5), "64w5s": (64, 5)}
 C = 0.1
-# qpth solves larger problems task by task, which is fastest on one thread.
+# Above this n * k, qpth solves task by task, which is fastest on one thread.
 _ONE_THREAD = 150
-# Moreau, the reference, solves larger problems by an interior point: gradients are good to two digits at most there.
+# Above this n * k, Moreau, the reference, uses an interior point method: its gradients have two good digits at most.
 _OWN_GRADIENTS = 500
-# And beyond this it takes minutes.
+# Above this n * k, Moreau takes minutes.
 _REFERENCE = 2500
-# Seconds from which on three repeats are enough.
+# A pass of more seconds than this is repeated three times only.
 _SLOW = 0.3
-# And from which on a size's first run, which otherwise warms up, is the only one.
+# A pass of more seconds than this is not repeated: the first run, usually a warm-up, is the result.
 _VERY_SLOW = 5.0
 PRECISIONS = ["float64", "float32", "bfloat16"]
 LEFT_OUT = "is left out:"
-"""How the command says of a contender that its package is missing."""
+"""The words of the command for a contender whose package is missing."""
 _SETTINGS = ("sizes", "tasks", "precisions", "names", "device", "features", "queries", "repeats", "threads")
 
 
 class Contender(NamedTuple):
-    """Something to time: from support, labels and query to logits.
+    """A function to time, from support, labels and query to logits.
 
     Attributes:
         call: the function.
-        largest: the n * k above which it is left out, as it would take minutes.
-        exact: whether its answer is that of the paper's SVM, so that it has an error.
+        largest: the n * k above which it is left out because it would take minutes.
+        exact: whether it solves the paper's SVM, so that its error can be measured.
     """
 
     call: Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -135,7 +135,7 @@ def once(call: Callable[..., Tensor], support: Tensor, labels: Tensor, query: Te
 
 
 def peak_memory(run: Callable[[], object], device: str) -> float | None:
-    """Bytes that a call takes at most, beyond what is taken before; None where the system doesn't tell."""
+    """The peak memory of a call in bytes, beyond what was in use before; None if the system does not report it."""
     gc.collect()
     if device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -153,7 +153,7 @@ def peak_memory(run: Callable[[], object], device: str) -> float | None:
 
 
 def _give_back() -> None:
-    """Give freed memory back to the system, where C's library can: reused, it would not count as taken."""
+    """Return freed memory to the system, if the C library can: the reuse of freed memory would not be counted."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -164,7 +164,7 @@ def _resident(name: str) -> float:
 
 
 class Reference(NamedTuple):
-    """What errors are measured against: Moreau at a tight tolerance, its gradient where that is exact."""
+    """The reference for errors: Moreau at a tight tolerance, and its gradient where that is exact."""
 
     logits: Tensor
     gradient: Tensor | None
@@ -193,10 +193,10 @@ def measure(
     repeats: int,
     threads: int,
 ) -> pandas.DataFrame:
-    """One row for each size, number of tasks, precision and contender: median seconds, errors and memory."""
+    """One row per size, number of tasks, precision and contender: median seconds, errors and memory."""
     rows, available = [], contenders()
     every = list(itertools.product(sizes, tasks, precisions))
-    for name in names:  # whatever is compiled, is now
+    for name in names:  # compiles all kernels
         support, labels, query = (value.to(device) for value in episode(1, 2, 1, 4, 1))
         once(available[name].call, support, labels, query, 2)
     for size, count, precision in (bar := tqdm(every, unit="case")):
@@ -244,7 +244,7 @@ def _error(value: Tensor, reference: Tensor) -> float:
 
 
 def growth(rows: pandas.DataFrame) -> pandas.DataFrame:
-    """How time and memory grow with n * k: exponents of power laws, of each contender with three sizes or more."""
+    """The growth of time and memory with n * k: exponents of power laws, per contender with at least three sizes."""
     found = []
     for name, own in rows.groupby("contender", sort=False):
         own = own.sort_values("nk").groupby("nk", as_index=False)[["both", "memory"]].median()
@@ -252,7 +252,7 @@ def growth(rows: pandas.DataFrame) -> pandas.DataFrame:
             continue
         nk = numpy.log(own["nk"])
         found.append({"contender": name, "time": numpy.polyfit(nk, numpy.log(own["both"]), 1)[0]})
-        # Below a few megabytes, what the system counts is not what was asked for.
+        # Below a few megabytes, the system's count is not the memory that was requested.
         large = own[own["memory"] > 2**22]
         if len(large) >= 3:
             found[-1]["memory"] = numpy.polyfit(numpy.log(large["nk"]), numpy.log(large["memory"]), 1)[0]
@@ -260,7 +260,7 @@ def growth(rows: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def show(rows: pandas.DataFrame, title: str) -> Table:
-    """Milliseconds of both passes with errors, and how many times the native solver's and ridge's time that is."""
+    """Milliseconds of both passes with errors, and their ratio to the times of the native solver and of ridge."""
     columns = ("size", "tasks", "precision", "", "forward, ms", "both, ms", "/ native", "/ ridge")
     columns += ("logits error", "gradient error", "memory, MB")
     table = report.new_table(title, columns, left=[""], no_wrap=True)

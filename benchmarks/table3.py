@@ -55,7 +55,7 @@ TABLE = Table(
 def measure(
     *, backbones: Sequence[str], shots: Sequence[int], queries: int, size: int, repeats: int, device: str
 ) -> pandas.DataFrame:
-    """Median milliseconds of the forward pass of one episode, and of the head's share of it; heads in turn."""
+    """Median milliseconds of the forward pass of one episode, and the head's share of them; the heads alternate."""
     rows = []
     for name in backbones:
         images = torch.randint(
@@ -92,7 +92,7 @@ def _once(
 
 
 def times(rows: pandas.DataFrame, scale: Scale) -> dict[str, dict[tuple[str, str, str], str]]:
-    """Published and ours as columns: by header, the texts by "published" or "ours", model and backbone."""
+    """Published times and ours as columns: for each header, texts by "published" or "ours", model and backbone."""
     found: dict[str, dict[tuple[str, str, str], str]] = {}
     for row in report.records(pandas.read_csv(HERE / "published" / "table3_times.csv")):
         own = found.setdefault(f"{row['shots']}-shot, ms", {})
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = ("backbones", "shots", "queries", "size", "repeats", "device")
     settings: dict[str, Any] = {name: options[name] for name in names}
     with experiment.input_errors_end_the_script():
-        accuracies = tables.measure_as_told(TABLE, options)
+        accuracies = tables.measure_by_options(TABLE, options)
     rows = measure(**settings)
     origin = report.provenance()
     note = (

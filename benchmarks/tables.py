@@ -1,4 +1,4 @@
-"""What the scripts of the paper's tables have in common: published values, ours beside them, and how ours come about.
+"""The common part of the scripts for tables: published values, our measurements, and tables of both.
 
 A table is a list of cells. Those with a recipe are measured, on weights that come with the package, that are in
 `benchmarks/results/trainings/RECIPE`, that a training has left in `runs/RECIPE`, or that are trained now. All heads on
@@ -59,9 +59,9 @@ class Row:
 
 
 def published(name: str) -> pandas.DataFrame:
-    """The published accuracies of a table, in per cent, a line for each; and as they are printed there (`text`).
+    """The published accuracies of a table in percent, one per line, and the text as printed in the paper.
 
-    None where the paper has a picture only.
+    There are no lines if the paper has only a picture.
     """
     file = HERE / "published" / f"{name}.csv"
     source = file if file.is_file() else StringIO("model,backbone,dataset,shots,accuracy,interval,note")
@@ -73,7 +73,7 @@ def published(name: str) -> pandas.DataFrame:
 
 
 def bars(table: Table, ours: pandas.DataFrame, path: Path) -> None:
-    """Ours as bars with their intervals, published values of the same model and backbone as diamonds."""
+    """Draw ours as bars with their intervals, and published values of the same model and backbone as diamonds."""
     theirs = published(table.name).set_index(["model", "backbone", "dataset", "shots"])
     columns = list(dict.fromkeys(zip(ours["dataset"], ours["shots"], strict=True)))
     names = list(dict.fromkeys(zip(ours["model"], ours["backbone"], strict=True)))
@@ -102,12 +102,12 @@ class Table:
     """A table of the paper, or a figure.
 
     Attributes:
-        name: such as "table2", which also names the file of published values, where there are any.
-        title: what stands above it.
+        name: such as "table2"; published values, if there are any, are in the file of this name.
+        title: the text above it.
         datasets: its columns, each with 1 and 5 shots.
-        rows: ours, by scale. Differences are paired with those of the first row of a backbone.
+        rows: our rows, by scale. Differences are to the first row of the same backbone, paired by episode.
         ways: classes of an episode.
-        draw: draws ours.
+        draw: draws our measurements.
     """
 
     name: str
@@ -136,9 +136,9 @@ def find_weights(recipe: str) -> Path | None:
 def features(
     recipe: str, dataset: str, *, root: Path | None, train: bool
 ) -> tuple[Tensor, Tensor, ch.models.Pretrained]:
-    """Features and labels of a data set's test classes by the backbone of a recipe, and its weights.
+    """Features and labels of a data set's test classes from the backbone of a recipe, and the trained model.
 
-    Images of another size than the backbone was trained on are brought to that.
+    Images of another size than the backbone was trained on are resized to it.
 
     Raises:
         InputError: there are no weights and `train` is false, or the data is missing.
@@ -150,7 +150,7 @@ def features(
 def evaluate(
     recipe: str, dataset: str, shots: int, *, root: Path | None, train: bool, **settings: Any
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Accuracies of a trained backbone with the head that it was trained through, and what it was trained with.
+    """Accuracies of a trained backbone with the head that it was trained through, and the options of its training.
 
     Raises:
         InputError: there are no weights and `train` is false, or the data is missing.
@@ -191,9 +191,9 @@ def _features(weights: Path, dataset: str, root: Path | None) -> tuple[Tensor, c
 def measure(
     table: Table, scale: Scale, *, root: Path | None, train: bool, episodes: int, queries: int, seed: int
 ) -> pandas.DataFrame:
-    """One line for each cell of ours: accuracy, interval, and the paired difference from the backbone's first row.
+    """One line per cell of ours: accuracy, interval, and the paired difference from the backbone's first row.
 
-    Without `train`, what has no weights yet is left out.
+    Without `train`, cells without weights are left out.
 
     Raises:
         InputError: the data is missing.
@@ -235,9 +235,9 @@ def measure(
 def show(
     table: Table, ours: pandas.DataFrame, scale: Scale, more: dict[str, dict[tuple[str, str, str], str]] | None = None
 ) -> RichTable:
-    """Published and ours in one table; n/a where nothing was published for that very backbone.
+    """Published values and ours in one table; n/a where nothing was published for that backbone.
 
-    `more` are further columns, whose texts stand in rows of "published" or "ours", model and backbone.
+    `more` has further columns: for each header, texts by "published" or "ours", model and backbone.
     """
     more = more or {}
     left = ("model", "backbone", "by")
@@ -264,7 +264,7 @@ def show(
 
 
 def differences(table: Table, ours: pandas.DataFrame) -> RichTable:
-    """What each of ours has more than the first of its backbone, paired by episode."""
+    """The difference of each of ours to the first of its backbone, paired by episode."""
     columns = [column for column in table.columns if column in set(zip(ours["dataset"], ours["shots"], strict=True))]
     headers = ["model", *(f"{TITLES[dataset]} {shots}-shot" for dataset, shots in columns)]
     result = report.new_table("Ours minus the first of them, in points, paired by episode", headers, left=["model"])
@@ -301,7 +301,7 @@ def write(table: Table, ours: pandas.DataFrame, scale: Scale, output: Path) -> N
 
 
 def describe(table: Table, ours: pandas.DataFrame) -> str:
-    """How ours came about, and what is to be known of the published values."""
+    """The conditions of our measurements, and notes on the published values."""
     budgets: dict[str, list[str]] = {}
     for row in report.records(ours):
         own = budgets.setdefault(f"{row['training episodes']:,}", [])
@@ -319,7 +319,7 @@ def describe(table: Table, ours: pandas.DataFrame) -> str:
 
 
 def describe_published(table: Table) -> str:
-    """What is to be known of the published values."""
+    """Notes on the published values."""
     theirs = published(table.name)
     if theirs.empty:
         return "Nothing is published as a number."
@@ -328,7 +328,7 @@ def describe_published(table: Table) -> str:
 
 
 def parser(table: Table, description: str | None) -> jsonargparse.ArgumentParser:
-    """The command line of a table, but for the folder of the result."""
+    """The command line of a table, without the option for the folder of the result."""
     made = experiment.parser(table.name, description, "data_root", "seed")
     scales, text = tuple(table.rows), "paper: its own networks; laptop: Conv-4"
     made.add_argument("--scale", type=Literal[scales], default=scales[-1], help=text)
@@ -338,8 +338,8 @@ def parser(table: Table, description: str | None) -> jsonargparse.ArgumentParser
     return made
 
 
-def measure_as_told(table: Table, options: Any) -> pandas.DataFrame:
-    """`measure` by the options of the command line."""
+def measure_by_options(table: Table, options: Any) -> pandas.DataFrame:
+    """Call `measure` with the options of the command line."""
     names = ("train", "episodes", "queries", "seed")
     root = Options(data_root=options.data_root).root
     return measure(table, options.scale, root=root, **{name: options[name] for name in names})
@@ -351,7 +351,7 @@ def main(table: Table, description: str | None, arguments: Sequence[str] | None 
     command.add_argument("--output", type=Path | None, help=text)
     options = command.parse_args(arguments)
     with experiment.input_errors_end_the_script():
-        ours = measure_as_told(table, options)
+        ours = measure_by_options(table, options)
         if ours.empty:
             first = next(iter(table.rows[options.scale][0].recipes.values()))
             _weights(first, None, train=False)  # its error says what to do

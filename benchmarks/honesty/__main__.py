@@ -1,4 +1,4 @@
-"""Try every head and solver on thousands of hard tasks, and count who is right, who says so, and who is silently wrong.
+"""Try every head and solver on thousands of hard tasks, and count correct, reported and silently wrong answers.
 
 python -m benchmarks.honesty
 """
@@ -48,7 +48,7 @@ def measure(name: str, of: Set, tasks: int, limit: float, workers: int, device: 
 
 
 def show(rows: list[dict[str, Any]], title: str) -> Table:
-    """Counts of each verdict; shares are of the tasks that were tried."""
+    """Counts of each verdict; percentages refer to the tasks that were tried."""
     columns = ("contender", "set", "tried", "solved, %", *VERDICTS[1:-1], "gradients", "wrong ones")
     table = report.new_table(title, columns, left=("contender", "set"), no_wrap=True)
     for row in rows:
@@ -65,10 +65,10 @@ def main() -> None:
     parser = experiment.parser("honesty", __doc__, "device", "output")
     tried = contenders()
     known = list(tried)
-    parser.add_argument("--tasks", type=int, default=5000, help="hard tasks, of seeds 0, 1, 2, ...")
+    parser.add_argument("--tasks", type=int, default=5000, help="hard tasks, with the seeds 0, 1, 2, ...")
     parser.add_argument("--beyond", type=int, default=500, help="tasks with C beyond what float64 can express")
-    parser.add_argument("--peer-tasks", type=int, default=300, help="hard tasks for those on other solvers")
-    parser.add_argument("--names", type=list[str], default=known, help=f"who takes part, of: {', '.join(known)}")
+    parser.add_argument("--peer-tasks", type=int, default=300, help="hard tasks for contenders on other solvers")
+    parser.add_argument("--names", type=list[str], default=known, help=f"contenders to try, of {', '.join(known)}")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds of a task, after which it counts as hung")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     options = parser.parse_args()
