@@ -1,6 +1,13 @@
-"""The paper's experiments: `python -m benchmarks.train` meta-trains a backbone through a head and evaluates it.
+"""Scripts that train, evaluate and measure. "Benchmarks" in CONTRIBUTING.md has a list of them with their results.
 
-They need the extra `bench`; importing this package itself needs the core of convexheads only.
+- `train.py` meta-trains a backbone through a head. `recipes.py` has the options of all committed trainings.
+- `table1.py` to `table4.py`, `figure2.py`, `figure3.py`, `omniglot.py`, `fast.py`: tables and figures.
+- `solvers.py`, `overhead.py`, `many_classes.py`, `core_speed.py`: speed. `heads.py`, `head_settings.py`: accuracy.
+- `honesty/`: reliability on hard tasks. `gpu.py`: everything that needs a GPU. `quickstart.py`: `make quickstart`.
+- `experiment.py`, `report.py`, `tables.py`: command lines, files of results, and tables that these scripts share.
+- `options.py`, `loop.py`, `processes.py`, `data/`: the parts of a training.
+
+The scripts need the extra `bench`; importing this package needs only the core of convexheads.
 """
 
 from __future__ import annotations

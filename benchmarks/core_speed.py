@@ -1,7 +1,7 @@
-"""Measure the speed of ridge regression and of the SVM, and say what changed since a reference or another revision.
+"""Measure the speed of ridge regression and of the SVM, and compare it with a reference or with another revision.
 
 python -m benchmarks.core_speed                  # relative to a fixed workload, compared with the stored reference
-python -m benchmarks.core_speed --against main   # both versions, in turn, in one run: far less noise
+python -m benchmarks.core_speed --against main   # both versions alternately in one run: far less noise
 """
 
 from __future__ import annotations
@@ -21,28 +21,27 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import jsonargparse
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
 from tqdm.auto import tqdm
 
-from benchmarks import report
+from benchmarks import experiment, report
 
 ROOT = Path(__file__).parent.parent
 CORE = Path(__file__).parent / "core"
 REFERENCE = CORE / "reference.json"
 THRESHOLD = 3.0
 Ratios = dict[str, list[float]]
-"""Of each benchmark the ratio of two times, once for each process that measured it."""
+"""For each benchmark the ratio of two times, one per process that measured it."""
 
 
 class Change(NamedTuple):
     """How the time of one benchmark changed.
 
     Attributes:
-        name: of the benchmark.
+        name: the name of the benchmark.
         percent: the change, positive where it is slower now.
         noise: half the width of the 95 % confidence interval of the change, in percent.
     """
@@ -52,7 +51,7 @@ class Change(NamedTuple):
     noise: float
 
     def verdict(self, threshold: float) -> str:
-        """What can be said of the change.
+        """The change in words.
 
         Args:
             threshold: the change that matters, in percent.
@@ -89,8 +88,8 @@ def measure(seconds: float, base: Path | None = None) -> dict[str, dict[str, flo
     """Run all benchmarks once, in a new process.
 
     Args:
-        seconds: of each benchmark.
-        base: the folder of another version of the package, to measure in the place of the workload. None (default):
+        seconds: how long each benchmark takes.
+        base: the folder of another version of the package, to measure instead of the workload. None (default):
             the workload.
 
     Returns:
@@ -110,7 +109,7 @@ def measure(seconds: float, base: Path | None = None) -> dict[str, dict[str, flo
 
 
 def measure_repeatedly(repeats: int, seconds: float, base: Path | None = None) -> dict[str, list[dict[str, float]]]:
-    """Run all benchmarks in this number of processes; compilation by the first one is not timed."""
+    """Run all benchmarks in each of several processes. Compilation, which the first process does, is not timed."""
     found: dict[str, list[dict[str, float]]] = {}
     for _ in tqdm(range(repeats), unit="process", leave=False):
         for name, values in measure(seconds, base).items():
@@ -159,10 +158,8 @@ def read(here: dict[str, str | None], console: Console) -> Ratios:
 def show(
     title: str, columns: tuple[str, str], times: dict[str, tuple[float, float]], found: list[Change], threshold: float
 ) -> Table:
-    """A line for each benchmark, with what `times` says of it before and now."""
-    table = Table(title=title, title_justify="left")
-    for column in ("", *columns, "change, %", "noise, %", ""):
-        table.add_column(column, justify="right" if column else "left")
+    """A line for each benchmark, with its times before and now from `times`."""
+    table = report.new_table(title, ("", *columns, "change, %", "noise, %", ""), left=[""])
     for each in found:
         cells = [f"{time:.3f}" for time in times[each.name]] if each.name in times else ["", ""]
         verdict = each.verdict(threshold)
@@ -173,17 +170,19 @@ def show(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m benchmarks.core_speed",
-        description="Measure the speed of ridge regression and of the SVM (5-way 1-shot, 5-way 5-shot, 20-way 5-shot; "
-        "forward and backward; processor time on one thread), and report what changed since the stored reference.",
+    description = (
+        "Measure the speed of ridge regression and of the SVM (5-way 1-shot, 5-way 5-shot, 20-way 5-shot; forward and "
+        "backward; processor time on one thread), and report what changed since the stored reference."
     )
+    parser = experiment.parser("core_speed", description)
     parser.add_argument("--against", type=str | None, help="revision to compare with, measured in the same run instead")
     parser.add_argument(
         "--save", action="store_true", help="store what is measured as the reference, and compare nothing"
     )
     parser.add_argument("--repeats", type=int | None, help="processes that measure; 3 by default, with --against 5")
-    parser.add_argument("--seconds", type=float, default=0.15, help="of each of the 12 benchmarks in each process")
+    parser.add_argument(
+        "--seconds", type=float, default=0.15, help="seconds for each of the 12 benchmarks in each process"
+    )
     parser.add_argument(
         "--fail-above", type=float | None, help="exit code 1 where a benchmark got slower by more percent, beyond noise"
     )

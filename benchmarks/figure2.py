@@ -1,9 +1,9 @@
-"""Figure 2 of the paper: accuracy against the shots of the training, for the SVM and for prototypes.
+"""Figure 2 of the paper: accuracy against the shots in meta-training, for the SVM and for prototypes.
 
 python -m benchmarks.figure2 --data-root DIR                          # Conv-4, trained for a short time
 python -m benchmarks.figure2 --data-root DIR --scale paper --train    # ResNet-12, as in the paper: needs GPUs
 
-The paper has a picture only, no numbers.
+The paper has only a picture, without numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas
 
-from benchmarks import tables
+from benchmarks import report, tables
 from benchmarks.tables import TITLES, Row, Scale, Table, main
 
 TRAINING_SHOTS = (1, 5, 10, 15)
@@ -21,14 +21,10 @@ HEADS = {name: tables.HEADS[name] for name in ("svm", "prototypes")}
 
 
 def curves(table: Table, ours: pandas.DataFrame, path: Path) -> None:
-    """Accuracy against training shots: a panel for each data set, a line for each head and number of test shots."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = list(ours.groupby("dataset", sort=False))
-    figure = Figure(figsize=(4.6 * len(panels), 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (dataset, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    """Draw accuracy against training shots: a panel per data set, a line per head and number of test shots."""
+    groups = list(ours.groupby("dataset", sort=False))
+    figure, panels = report.panels(len(groups), width=4.6 * len(groups), height=4.6)
+    for axes, (dataset, found) in zip(panels, groups, strict=True):
         found = found.assign(head=[str(model).partition(",")[0] for model in found["model"]])
         for head, shots in dict.fromkeys(zip(found["head"], found["shots"], strict=True)):
             own = found.query("head == @head and shots == @shots").sort_values(by="training shots")
@@ -46,7 +42,6 @@ def curves(table: Table, ours: pandas.DataFrame, path: Path) -> None:
             )
         axes.set(xlabel="shots of the training", ylabel="accuracy on unseen classes, %", xticks=TRAINING_SHOTS)
         axes.set_title(f"{TITLES[str(dataset)]}, {table.ways}-way")
-        axes.spines[["top", "right"]].set_visible(False)
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
@@ -72,4 +67,4 @@ SCALES: dict[Scale, list[Row]] = {
 TABLE = Table("figure2", "Figure 2: 5-way accuracy by the shots of the training", DATASETS, SCALES, draw=curves)
 
 if __name__ == "__main__":
-    main(TABLE, (__doc__ or "").partition("\n")[0])
+    main(TABLE, __doc__)

@@ -1,30 +1,27 @@
-"""Figure 3 of the paper: accuracy of the SVM against the iterations of its solver, on qpth and on ours.
+"""Figure 3 of the paper: accuracy of the SVM against the iterations of its solver, for qpth and for ours.
 
-python -m benchmarks.figure3 --data-root DIR                          # Conv-4 on CIFAR-FS, from the weights at hand
+python -m benchmarks.figure3 --data-root DIR                          # Conv-4 on CIFAR-FS, from packaged weights
 python -m benchmarks.figure3 --data-root DIR --scale paper --train    # ResNet-12 on miniImageNet: needs GPUs
 
-Ours, stopped, is the interior point; at the optimum it is the solver as it comes.
+Our solver is the interior point method where it is stopped early, and the default solver of `SVMHead` at the optimum.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import pandas
-import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import convexheads as ch
-from benchmarks import report, tables
+from benchmarks import experiment, report, tables
 from benchmarks.options import Options
 from convexheads.solvers import Solver
 
@@ -37,7 +34,7 @@ SCALES: dict[tables.Scale, tuple[str, str]] = {
 
 
 def solvers(iterations: int) -> dict[str, Solver]:
-    """The solvers that are compared, each stopped after `iterations` iterations."""
+    """The solvers to compare, each stopped after a number of iterations."""
     return {
         "qpth": ch.solvers.QpthSolver(max_iterations=iterations, on_failure="return"),
         "ours": ch.solvers.InteriorPointSolver(max_iterations=iterations, on_failure="return"),
@@ -47,14 +44,14 @@ def solvers(iterations: int) -> dict[str, Solver]:
 def measure(
     features: Tensor, labels: Tensor, *, shots: Sequence[int], iterations: Sequence[int], episodes: int, seed: int
 ) -> pandas.DataFrame:
-    """One line for each solver, number of iterations and of shots; the optimum's has infinitely many iterations.
+    """One line per solver, number of iterations and number of shots; the optimum has infinitely many iterations.
 
-    All see the same episodes, so the difference from the optimum is paired. Milliseconds are those of the whole head
-    for one episode, of 50 solved at once.
+    All solvers see the same episodes, so the difference from the optimum is paired. Milliseconds are the time of the
+    whole head per episode, when 50 episodes are solved at once.
     """
     rows: list[dict[str, Any]] = []
     settings: dict[str, Any] = {"episodes": episodes, "seed": seed, "progress": False}
-    warm_up: dict[str, Any] = settings | {"episodes": min(episodes, 50)}  # compiles what is compiled
+    warm_up: dict[str, Any] = settings | {"episodes": min(episodes, 50)}  # compiles the kernels
     optimum: dict[int, Tensor] = {}
     jobs = [(n, count) for n in shots for count in (math.inf, *iterations)]
     for n, count in (bar := tqdm(jobs, unit="point")):
@@ -84,9 +81,8 @@ def measure(
 
 def show(rows: pandas.DataFrame, title: str) -> Table:
     """A line for each point."""
-    table = Table(title=title, title_justify="left")
-    for column in ("shots", "solver", "iterations", "accuracy, %", "minus optimum", "median gap", "ms an episode"):
-        table.add_column(column, justify="left" if column == "solver" else "right")
+    columns = ("shots", "solver", "iterations", "accuracy, %", "minus optimum", "median gap", "ms an episode")
+    table = report.new_table(title, columns, left=["solver"])
     for row in rows.to_dict("records"):
         count = "optimum" if row["iterations"] == math.inf else f"{row['iterations']:.0f}"
         accuracy = f"{row['accuracy']:.2f} ± {row['interval']:.2f}"
@@ -103,14 +99,10 @@ def show(rows: pandas.DataFrame, title: str) -> Table:
 
 
 def draw(rows: pandas.DataFrame, path: Path) -> None:
-    """Accuracy against iterations, a panel for each number of shots, the optimum as a line."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Draw accuracy against iterations: a panel per number of shots, the optimum as a line."""
     shots = rows["shots"].unique().tolist()
-    figure = Figure(figsize=(4.4 * len(shots), 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, n in zip(figure.subplots(1, len(shots), squeeze=False)[0], shots, strict=True):
+    figure, panels = report.panels(len(shots), width=4.4 * len(shots), height=3.8)
+    for axes, n in zip(panels, shots, strict=True):
         own = rows[rows["shots"] == n]
         for name in dict.fromkeys(own["solver"]):
             points = own[(own["solver"] == name) & (own["iterations"] < math.inf)]
@@ -120,33 +112,30 @@ def draw(rows: pandas.DataFrame, path: Path) -> None:
         optimum = own.loc[own["iterations"] == math.inf, "accuracy"].item()
         axes.axhline(optimum, color="gray", linestyle="--", linewidth=1, label="optimum")
         axes.set(xlabel="iterations", ylabel="accuracy, %", title=f"5-way {n}-shot")
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m benchmarks.figure3", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = experiment.parser("figure3", __doc__, "data_root", "seed", "output")
     text = "paper: ResNet-12 on miniImageNet; laptop: Conv-4 on CIFAR-FS"
     parser.add_argument("--scale", type=tables.Scale, default="laptop", help=text)
     parser.add_argument("--train", action="store_true", help="train what has no weights yet; hours, or days")
-    parser.add_argument("--data-root", type=Path | None, help="folder of the data; else variable CONVEXHEADS_DATA")
     parser.add_argument("--shots", type=list[int], default=[1, 5], help="support images per class")
-    parser.add_argument("--iterations", type=list[int], default=list(ITERATIONS), help="where the solvers are stopped")
+    parser.add_argument(
+        "--iterations",
+        type=list[int],
+        default=list(ITERATIONS),
+        help="numbers of iterations after which the solvers are stopped",
+    )
     parser.add_argument("--episodes", type=int, default=2000, help="test episodes")
-    parser.add_argument("--seed", type=int, default=0, help="of the test episodes")
-    parser.add_argument("--output", type=Path, default=Path("runs/figure3"), help="folder for the result")
     options = parser.parse_args(arguments)
     settings: dict[str, Any] = {name: options[name] for name in ("shots", "iterations", "episodes", "seed")}
     recipe, dataset = SCALES[options.scale]
-    try:
+    with experiment.input_errors_end_the_script():
         root = Options(data_root=options.data_root).root
         features, labels, trained = tables.features(recipe, dataset, root=root, train=options.train)
-    except ch.InputError as error:
-        raise SystemExit(f"error: {error}") from error
     budget = trained.settings["steps"] * trained.settings["tasks"]
     network = f"{tables.TITLES[dataset]}, {trained.settings['backbone']}"
     rows = measure(features, labels, **settings)
@@ -155,23 +144,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     note = (
         f"Mean over {options.episodes:,} episodes of unseen classes, the same ones everywhere, ± half the 95 % "
         f"confidence interval; C = 0.1. Weights: {recipe}, {budget:,} "
-        f"training episodes. Times: {origin['machine']['processor']}, {torch.get_num_threads()} threads, 50 episodes "
-        "at once. Made by `python -m benchmarks.figure3 --scale {options.scale} --data-root DIR`."
+        f"training episodes. Times: {experiment.place(origin)}, 50 episodes "
+        f"at once. Made by `python -m benchmarks.figure3 --scale {options.scale} --data-root DIR`."
     )
-    Console(width=max(110, Console().width)).print(
-        show(rows, title), note, f"All of it is in {options.output}", sep="\n"
+    experiment.write(
+        options.output,
+        "figure3",
+        show(rows, title),
+        note,
+        record={"configuration": recipe, "settings": settings, "results": report.records(rows), **origin},
+        rows=rows,
+        draw=partial(draw, rows),
+        width=110,
     )
-    options.output.mkdir(parents=True, exist_ok=True)
-    rows.to_csv(options.output / "figure3.csv", index=False)
-    record = {
-        "configuration": recipe,
-        "settings": settings,
-        "results": report.records(rows),
-        **origin,
-    }
-    (options.output / "figure3.json").write_text(json.dumps(record, indent=2) + "\n")
-    report.write_markdown(show(rows, title), note, options.output / "figure3.md")
-    draw(rows, options.output / "figure3.png")
 
 
 if __name__ == "__main__":

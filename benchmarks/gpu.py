@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, most valuable first, within a time limit.
+"""Do everything that needs a GPU, most valuable first, within a time limit.
 
 python -m benchmarks.gpu --minutes 12 --data-root DIR --output OUT    # run it again to continue
 python -m benchmarks.gpu --pack DIR2 --data-root DIR                  # pack the data into a few small files
@@ -19,13 +19,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
-import jsonargparse
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import report
+from benchmarks import experiment, report
 from benchmarks.data import ImageSet
 from benchmarks.data.sheets import pack
 from benchmarks.loop import Training
@@ -246,7 +244,7 @@ def _speed(session: Session) -> str:
         record = {"results": rows, "flop": flop, "peak_flop_per_s": peak, "floor_ms": floor, "steps": steps, **origin}
         _write_speed(rows, record, path.with_suffix(".md"))
         # Written last: its rows are not measured again.
-        _storage.atomic_write(path, (json.dumps(record, indent=2) + "\n").encode())
+        report.write_json(record, path)
         del training
         torch.cuda.empty_cache()
     if not rows:
@@ -256,9 +254,8 @@ def _speed(session: Session) -> str:
 
 
 def _write_speed(rows: list[dict[str, Any]], record: dict[str, Any], path: Path) -> None:
-    table = Table(title="Training steps of the paper's recipe", title_justify="left")
-    for column in ("variant", "head", "threads", "ms per step", "steps per second", "of the peak, %", "first step, s"):
-        table.add_column(column, justify="left" if column in ("variant", "head") else "right")
+    columns = ("variant", "head", "threads", "ms per step", "steps per second", "of the peak, %", "first step, s")
+    table = report.new_table("Training steps of the paper's recipe", columns, left=("variant", "head"))
     for row in rows:
         share = 100 * record["floor_ms"] / row["ms"]
         numbers = (f"{row['ms']:.2f}", f"{1e3 / row['ms']:.1f}", f"{share:.0f}", f"{row['first_step_s']:.0f}")
@@ -433,12 +430,8 @@ def _in_half_precision(path: Path) -> bytes:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = experiment.parser("gpu", __doc__, "data_root", "output")
     parser.add_argument("--minutes", type=float, default=12.0, help="time limit for all stages together")
-    parser.add_argument("--data-root", type=Path | None, default=None, help="folder of the data, which may be packed")
-    parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder for all results")
     parser.add_argument(
         "--stages", type=list[Literal[tuple(STAGES)]], default=list(STAGES), help="the stages to run, in this order"
     )

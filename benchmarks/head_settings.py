@@ -1,4 +1,4 @@
-"""Which settings of a head a backbone learns well through: short trainings of Conv-4 that differ in the head alone.
+"""Compare settings of heads to train through, by short trainings of a Conv-4 that differ only in the head.
 
 python -m benchmarks.head_settings --data-root DIR --steps 1000
 """
@@ -10,24 +10,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
-import jsonargparse
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import convexheads as ch
-from benchmarks import report
+from benchmarks import experiment, report
 from benchmarks.data import ImageSet, load
 from benchmarks.loop import Training
 from benchmarks.options import Options
 from benchmarks.processes import Processes
 from benchmarks.train import episodes
-from convexheads import Learnable, PrototypeHead, RidgeHead, SVMHead, _storage
+from convexheads import Learnable, PrototypeHead, RidgeHead, SVMHead
 from convexheads.evaluation import embed, evaluate
 from convexheads.hyperparameters import as_tensor
 from convexheads.kernels import Kernel
@@ -38,7 +35,7 @@ RECIPE = "table2/cifar-fs/conv4/svm"
 
 
 class UnitLength(Kernel):
-    """The dot product in units of the mean squared length of a task's support features."""
+    """The dot product divided by the mean squared length of a task's support features."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return x @ y.mT
@@ -51,7 +48,7 @@ class UnitLength(Kernel):
 class Apart(Training):
     """A training that passes support and query images through the backbone one after the other.
 
-    So each has its own batch statistics, as in the code that Lee et al. 2019 published.
+    Each part has its own batch statistics, as in the code that Lee et al. 2019 published.
     """
 
     def features(self, drawn: Tensor) -> Tensor:
@@ -68,9 +65,9 @@ class Setting:
     """A head, and how it is trained through.
 
     Attributes:
-        make: a new head.
-        training: how its steps are taken.
-        changes: options of the run that are other than usual.
+        make: makes a new head.
+        training: the class that takes its steps.
+        changes: options of the run that differ from the recipe.
     """
 
     make: Callable[[], ch.ClassificationHead]
@@ -150,34 +147,29 @@ def measure(name: str, options: Options, data: dict[str, ImageSet], test_episode
 
 def main() -> None:
     """The command line."""
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m benchmarks.head_settings", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("--data-root", type=Path | None, default=None, help="folder of the data")
+    parser = experiment.parser("head_settings", __doc__, "data_root", "threads", "output")
     parser.add_argument("--dataset", type=Literal["cifar-fs", "fc100"], default="cifar-fs", help="data to train on")
-    parser.add_argument("--settings", type=list[str], default=list(SETTINGS), help="which; all unless given")
-    parser.add_argument("--steps", type=int, default=1000, help="training steps, with one cosine")
+    parser.add_argument(
+        "--settings", type=list[str], default=list(SETTINGS), help="settings to train with; default: all"
+    )
+    parser.add_argument("--steps", type=int, default=1000, help="training steps; the learning rate follows one cosine")
     parser.add_argument("--episodes", type=int, default=1000, help="episodes of the evaluation, on validation classes")
-    parser.add_argument("--seeds", type=list[int], default=[0], help="of weights and episodes")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor threads")
-    parser.add_argument("--minutes", type=float, default=1e6, help="begin no training after that time")
-    parser.add_argument("--output", type=Path, default=Path("runs/head_settings"), help="folder for the result")
+    parser.add_argument("--seeds", type=list[int], default=[0], help="seeds of the weights and the episodes")
+    parser.add_argument("--minutes", type=float, default=1e6, help="time after which no training begins")
     chosen = parser.parse_args()
-    if unknown := set(chosen.settings) - set(SETTINGS):
-        raise SystemExit(f"error: settings: expected some of {list(SETTINGS)}, got {sorted(unknown)}")
+    experiment.refuse_unknown("settings", chosen.settings, SETTINGS)
     torch.set_num_threads(chosen.threads)
     end, path = time.monotonic() + 60 * chosen.minutes, chosen.output / "head_settings.json"
     base = Options.from_recipe(RECIPE, dataset=chosen.dataset, steps=chosen.steps, data_root=chosen.data_root)
     data = load(chosen.dataset, base.root, splits=["train", "val"], progress=True)
     known = {"steps": chosen.steps, "episodes": chosen.episodes, "dataset": chosen.dataset}
     rows: list[dict[str, Any]] = []
-    if path.is_file():  # go on
+    if path.is_file():  # an earlier run is continued
         saved = json.loads(path.read_text())
         if saved["sizes"] != known:
             raise SystemExit(f"error: output: expected results with {known}, got {saved['sizes']} in {path}")
         rows = saved["results"]
     done = {(row["setting"], row["seed"]) for row in rows}
-    chosen.output.mkdir(parents=True, exist_ok=True)
     for seed in chosen.seeds:
         options = Options(**(vars(base) | {"seed": seed, "on_failure": "skip", "compile": "none"}))
         for name in chosen.settings:
@@ -185,15 +177,12 @@ def main() -> None:
                 continue
             rows.append(measure(name, options, data, chosen.episodes) | {"seed": seed})
             record = {"sizes": known, "results": rows, **report.provenance()}
-            _storage.atomic_write(path, (json.dumps(record, indent=2) + "\n").encode())
+            report.write_json(record, path)
     if not rows:
         raise SystemExit("error: minutes: expected enough for one training, got none done")
-    table = Table(title=f"Conv-4 after {chosen.steps} steps on {chosen.dataset}, by the head", title_justify="left")
     columns = [name for name in rows[0] if name not in ("setting", "seed", "failures", "seconds")]
-    table.add_column("setting")
-    table.add_column("seed", justify="right")
-    for column in columns:
-        table.add_column(column, justify="right")
+    title = f"Conv-4 after {chosen.steps} steps on {chosen.dataset}, by the head"
+    table = report.new_table(title, ["setting", "seed", *columns], left=["setting"])
     for row in rows:
         digits = {"training accuracy": 3, "squared length": 0}
         table.add_row(row["setting"], str(row["seed"]), *(f"{row[name]:.{digits.get(name, 1)}f}" for name in columns))

@@ -1,7 +1,7 @@
 """Compare all heads on the features of a trained Conv-4: accuracy, calibration, time, certificates.
 
 python -m benchmarks.heads --data-root DIR                        # with weights that come with the package
-python -m benchmarks.heads --data-root DIR --weights runs/FOLDER  # with those of a `python -m benchmarks.train`
+python -m benchmarks.heads --data-root DIR --weights runs/FOLDER  # with those of a run of `python -m benchmarks.train`
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import pandas
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import convexheads as ch
-from benchmarks import report
+from benchmarks import experiment, report
 from benchmarks.data import ImageSet, load
 from convexheads.evaluation import calibrate, embed, evaluate
 
@@ -31,7 +30,7 @@ WEIGHT = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 
 
 def _kernel() -> ch.kernels.Linear:
-    return ch.kernels.Linear(normalize=True)  # brings the diagonal of the Gram matrix to about 1
+    return ch.kernels.Linear(normalize=True)  # the diagonal of the Gram matrix is about 1
 
 
 FAMILIES: dict[str, tuple[Callable[[float], ch.ClassificationHead], tuple[float, ...]]] = {
@@ -52,11 +51,11 @@ FAMILIES: dict[str, tuple[Callable[[float], ch.ClassificationHead], tuple[float,
     "Mahalanobis": (lambda beta: ch.MahalanobisHead(beta, kernel=_kernel()), (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)),
     "prototypes": (lambda _: ch.PrototypeHead(kernel=_kernel()), (1.0,)),
 }
-"""Each head with the one hyperparameter that is chosen on validation classes, and the values to choose from."""
+"""Each head as a function of its hyperparameter, and the values of which one is chosen on validation classes."""
 
 
 def features(data: dict[str, ImageSet], weights: str) -> dict[str, Tensor]:
-    """The features of the validation and the test classes, by a trained backbone.
+    """The features of the validation and the test classes from a trained backbone.
 
     Raises:
         InputError: there are no such weights.
@@ -74,10 +73,11 @@ def compare(
     validation_episodes: int,
     seed: int,
 ) -> pandas.DataFrame:
-    """One row for each head and number of shots.
+    """One row per head and number of shots.
 
-    The hyperparameter is the one of highest accuracy over episodes of validation classes, on which the temperature is
-    fitted too. Accuracies and calibration errors are of test classes, the same episodes for all heads.
+    The hyperparameter is the one with the highest accuracy over episodes of validation classes, on which the
+    temperature is fitted too. Accuracies and calibration errors are measured on test classes, with the same episodes
+    for all heads.
     """
     rows, reference = [], {}
     options: dict[str, Any] = {"seed": seed, "progress": False}
@@ -118,10 +118,8 @@ def compare(
 
 def show(rows: pandas.DataFrame, title: str) -> Table:
     """The rows as a table."""
-    table = Table(title=title, title_justify="left")
     columns = ("shots", "head", "chosen", "accuracy, %", "minus SVM, %", "calibration error, %", "ms", "certified, %")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "head" else "right", no_wrap=column == "head")
+    table = report.new_table(title, columns, left=["head"], no_wrap=True)
     for row in rows.to_dict("records"):
         table.add_row(
             str(row["shots"]),
@@ -138,19 +136,13 @@ def show(rows: pandas.DataFrame, title: str) -> Table:
 
 def draw(rows: pandas.DataFrame, title: str, path: Path) -> None:
     """Draw the accuracies as points with their 95 % intervals: a panel for each number of shots."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     groups = list(rows.groupby("shots"))
-    figure = Figure(figsize=(3 + 2.6 * len(groups), 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    figure, panels = report.panels(len(groups), width=3 + 2.6 * len(groups), height=4.6, sharey=True)
     for axes, (n, own) in zip(panels, groups, strict=True):
         axes.errorbar(100 * own["accuracy"], own["head"], xerr=100 * own["interval"], fmt="o", capsize=3)
         axes.grid(axis="y", linewidth=0.4)
         axes.set_title(f"{n}-shot", fontsize=10)
         axes.set_xlabel("accuracy, %")
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
@@ -158,32 +150,27 @@ def draw(rows: pandas.DataFrame, title: str, path: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = jsonargparse.ArgumentParser(prog="python -m benchmarks.heads", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data-root", type=Path, required=True, help="folder of CIFAR-100, only read")
-    text = "of a Conv-4 trained on CIFAR-FS: a name, folder or file that `convexheads.load_pretrained` knows"
+    parser = experiment.parser("heads", __doc__, "seed", "threads", "output")
+    parser.add_argument("--data-root", type=Path, required=True, help="folder of CIFAR-100 (read-only)")
+    text = "weights of a Conv-4 trained on CIFAR-FS: a name, folder or file that `convexheads.load_pretrained` knows"
     parser.add_argument("--weights", default="conv4-cifar-fs-ridge", help=text)
     parser.add_argument(
         "--shots", type=tuple[int, ...], default=(1, 5, 20), help="support images per class, as in [1,5]"
     )
     parser.add_argument("--episodes", type=int, default=2000, help="test episodes, the same for all heads")
-    parser.add_argument("--validation-episodes", type=int, default=300, help="to choose and to calibrate on")
-    parser.add_argument("--seed", type=int, default=0, help="of the episodes")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor threads")
-    parser.add_argument("--output", type=Path, default=Path("runs/heads"), help="folder for the result")
+    parser.add_argument(
+        "--validation-episodes", type=int, default=300, help="validation episodes, to choose and to calibrate on"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    try:
+    with experiment.input_errors_end_the_script():
         data = load("cifar-fs", options.data_root, progress=True)
         found = features(data, options.weights)
-    except ch.InputError as error:
-        raise SystemExit(f"error: {error}") from error
-    options.output.mkdir(parents=True, exist_ok=True)
     settings = {name: options[name] for name in ("shots", "episodes", "validation_episodes", "seed")}
     rows = compare(data, found, **settings)
     title = "All heads on one Conv-4's features of CIFAR-FS's 20 test classes, 5-way"
-    table = show(rows, title)
     origin = report.provenance()
-    machine = f"{origin['machine']['processor']}, {options.threads} threads, torch {origin['versions']['torch']}"
+    machine = f"{experiment.place(origin)}, torch {origin['versions']['torch']}"
     note = (
         f"Features: {options.weights}. "
         f"Mean over {options.episodes:,} episodes, the same for all heads, ± half the 95 % confidence interval; the "
@@ -192,16 +179,16 @@ def main() -> None:
         "these too. Expected calibration error: before (200 episodes) and after. Milliseconds an episode: fit and 75 "
         f"queries, in batches of 50; {machine}. Made by `python -m benchmarks.heads`."
     )
-    Console().print(table, note, f"All of it is in {options.output}", sep="\n")
-    record = {
-        "weights": options.weights,
-        "settings": settings,
-        "results": json.loads(rows.to_json(orient="records") or ""),
-        **origin,
-    }
-    (options.output / "heads.json").write_text(json.dumps(record, indent=2) + "\n")
-    report.write_markdown(table, note, options.output / "heads.md")
-    draw(rows, title, options.output / "heads.png")
+    results = json.loads(rows.to_json(orient="records") or "")
+    experiment.write(
+        options.output,
+        "heads",
+        show(rows, title),
+        note,
+        record={"weights": options.weights, "settings": settings, "results": results, **origin},
+        draw=partial(draw, rows, title),
+        width=110,
+    )
 
 
 if __name__ == "__main__":

@@ -1,26 +1,23 @@
-"""Solve one SVM of very many classes, and say how long it took, how well it is solved and how much memory it needed.
+"""Solve an SVM with very many classes, and measure its time, its relative gap and its memory.
 
 python -m benchmarks.many_classes
 """
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import torch
 from rich.console import Console
 
 import convexheads as ch
-from benchmarks import report
+from benchmarks import experiment, report
 from benchmarks.solvers import C, episode, peak_memory
 
 
 def measure(*, ways: int, shots: int, tasks: int, features: int, repeats: int, interior_point: bool) -> dict[str, Any]:
-    """Seconds of the forward and the backward pass, the largest certified gap, bytes, and the interior point's time."""
+    """Seconds of the forward and of both passes, the largest certified gap, bytes, and the interior point's seconds."""
     support, labels, query = episode(tasks, ways, shots, features, 1)
     found: dict[str, Any] = {}
 
@@ -51,16 +48,13 @@ def measure(*, ways: int, shots: int, tasks: int, features: int, repeats: int, i
 
 def main() -> None:
     """The command line."""
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m benchmarks.many_classes", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = experiment.parser("many_classes", __doc__, "output")
     parser.add_argument("--ways", type=int, default=1000, help="classes")
     parser.add_argument("--shots", type=int, default=5, help="support examples per class")
     parser.add_argument("--tasks", type=int, default=1, help="tasks solved at once")
     parser.add_argument("--features", type=int, default=640, help="feature dimension")
     parser.add_argument("--repeats", type=int, default=1, help="repeats, of which the fastest counts")
     parser.add_argument("--interior-point", type=bool, default=False, help="time our own interior point too")
-    parser.add_argument("--output", type=Path, default=Path("runs/many_classes"), help="folder for the result")
     options = parser.parse_args()
     names = ("ways", "shots", "tasks", "features", "repeats", "interior_point")
     settings = {name: options[name] for name in names}
@@ -76,10 +70,8 @@ def main() -> None:
         f"{options.ways}-way {options.shots}-shot, {options.tasks} task(s): forward {found['forward']:.2f} s, "
         f"both passes {found['both']:.2f} s, relative gap {found['gap']:.0e}{memory}{slower}"
     )
-    options.output.mkdir(parents=True, exist_ok=True)
     record = {"settings": settings, "results": found, **report.provenance()}
-    name = f"{options.ways}w{options.shots}s.json"
-    (options.output / name).write_text(json.dumps(record, indent=2) + "\n")
+    report.write_json(record, options.output / f"{options.ways}w{options.shots}s.json")
 
 
 if __name__ == "__main__":

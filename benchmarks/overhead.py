@@ -1,30 +1,26 @@
-"""What heads and loops cost: a head in a training step and in an evaluation on cached features, a loop in each step.
+"""Measure the cost of heads in a training step and in an evaluation, and that of training loops per step.
 
 python -m benchmarks.overhead
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
-import jsonargparse
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
 import convexheads as ch
-from benchmarks import report
+from benchmarks import experiment, report
 from benchmarks.data import ImageSet
 from benchmarks.loop import Training
 from benchmarks.options import Options
@@ -57,9 +53,9 @@ def step(
 
 
 def training(*, backbone: str, device: str, episodes: int, queries: int, repeats: int) -> dict[str, float]:
-    """Median seconds of a training step through each head, interleaved, and of the SVM's step relative to others.
+    """Median seconds of a training step through each head, and the ratio of the SVM's step to the others.
 
-    The relative ones are medians over repeats of the ratio of two steps that ran one after the other.
+    The heads alternate. The ratio is the median over repeats of the ratio of two steps that ran one after the other.
     """
     torch.manual_seed(0)
     images = torch.randint(0, 256, (episodes, WAYS * (SHOTS + queries), 3, 32, 32), dtype=torch.uint8)
@@ -141,7 +137,7 @@ def step_alone(own: Training, images: Tensor) -> None:
 
 
 def alone(own: Training, steps: int) -> float:
-    """Seconds of `steps` steps on one batch."""
+    """Seconds of a number of steps on one batch."""
     images = own.episodes(own.episodes.draw(0))
     begin = report.now(images)
     for _ in range(steps):
@@ -150,7 +146,7 @@ def alone(own: Training, steps: int) -> float:
 
 
 def with_a_new_batch(own: Training, steps: int) -> float:
-    """Seconds of `steps` steps, each on the images of episodes that are drawn for it."""
+    """Seconds of a number of steps, each on the images of newly drawn episodes."""
     begin = report.now(own.episodes.images)
     for number in range(steps):
         step_alone(own, own.episodes(own.episodes.draw(number)))
@@ -158,7 +154,7 @@ def with_a_new_batch(own: Training, steps: int) -> float:
 
 
 def in_the_plain_loop(own: Training, steps: int) -> float:
-    """Seconds of `steps` steps as `benchmarks.loop.train` takes them."""
+    """Seconds of a number of steps in the loop of `benchmarks.loop.train`."""
     drawn = own.episodes.draw(own.step)
     begin = report.now(drawn)
     for _ in range(steps):
@@ -170,7 +166,7 @@ def in_the_plain_loop(own: Training, steps: int) -> float:
 
 
 def in_lightning(own: Training, steps: int) -> float:
-    """Seconds of `steps` steps of `EpisodicModule` under the quietest trainer, after a first one."""
+    """Seconds of a number of steps of `EpisodicModule`, after a first one, in a trainer without logs and bars."""
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import LambdaCallback
 
@@ -204,7 +200,7 @@ def in_lightning(own: Training, steps: int) -> float:
 def loops(
     *, device: Literal["cpu", "cuda"], tasks: int, queries: int, repeats: int, steps: int = BLOCK
 ) -> dict[str, float]:
-    """Seconds of a step alone and in each loop: medians over blocks of `steps` steps, the loops in turn."""
+    """Seconds of a step alone and in each loop: medians over blocks of steps, which alternate between the loops."""
     ways: dict[str, Callable[[Training, int], float]]
     ways = {ALONE: alone, NEW_BATCH: with_a_new_batch, PLAIN: in_the_plain_loop}
     if find_spec("pytorch_lightning"):
@@ -222,9 +218,8 @@ def loops(
 
 def show_loops(seconds: dict[str, float], title: str) -> Table:
     """A line for the step alone, with a new batch, and in each loop."""
-    table = Table(title=title, title_justify="left")
-    for column in ("", "ms per step", f"more than {ALONE}, ms", f"more than {NEW_BATCH}, ms"):
-        table.add_column(column, justify="right" if column else "left")
+    columns = ("", "ms per step", f"more than {ALONE}, ms", f"more than {NEW_BATCH}, ms")
+    table = report.new_table(title, columns, left=[""])
     for name, taken in seconds.items():
         more = [f"{1e3 * (taken - seconds[base]):.2f}" for base in (ALONE, NEW_BATCH)]
         shown = {ALONE: 0, NEW_BATCH: 1}.get(name, 2)
@@ -234,9 +229,7 @@ def show_loops(seconds: dict[str, float], title: str) -> Table:
 
 def show(steps: dict[str, float], evaluations: dict[str, float], title: str) -> Table:
     """A line for each head."""
-    table = Table(title=title, title_justify="left")
-    for column in ("head", "training step, ms", "evaluation, s"):
-        table.add_column(column, justify="left" if column == "head" else "right")
+    table = report.new_table(title, ("head", "training step, ms", "evaluation, s"), left=["head"])
     for name in HEADS:
         table.add_row(name, f"{1e3 * steps[name]:.1f}", f"{evaluations[name]:.1f}")
     return table
@@ -244,11 +237,8 @@ def show(steps: dict[str, float], evaluations: dict[str, float], title: str) -> 
 
 def main() -> None:
     """The command line."""
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m benchmarks.overhead", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = experiment.parser("overhead", __doc__, "device", "threads", "output")
     parser.add_argument("--backbone", type=Literal[tuple(BACKBONES)], default="conv4", help="network that is trained")
-    parser.add_argument("--device", type=Literal["cpu", "cuda"], default="cpu", help="where to compute")
     parser.add_argument(
         "--tasks", type=int, default=8, help="episodes of a training step, 5-way 5-shot, 32 x 32 pixels"
     )
@@ -259,8 +249,6 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=10_000, help="episodes of the evaluation, 5-way 5-shot")
     parser.add_argument("--queries", type=int, default=15, help="query examples per class in the evaluation")
     parser.add_argument("--features", type=int, default=256, help="feature dimension in the evaluation")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor threads")
-    parser.add_argument("--output", type=Path, default=Path("runs/overhead"), help="folder for the result")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     where = {"device": options.device}
@@ -271,9 +259,6 @@ def main() -> None:
     origin = report.provenance()
     names = ("backbone", "device", "tasks", "train_queries", "repeats", "episodes", "queries", "features", "threads")
     settings = {name: options[name] for name in names}
-    machine = f"{origin['machine']['processor']}, {options.threads} threads"
-    if options.device == "cuda":
-        machine = origin["machine"]["accelerator"]
     table = show(steps, evaluations, "What a head costs, 5-way 5-shot")
     note = (
         f"Training step: a {options.backbone} on {options.tasks} episodes of 32 x 32 images, {options.train_queries} "
@@ -281,7 +266,7 @@ def main() -> None:
         f"SVM's takes {steps['svm / prototypes']:.3f} times as long as prototypes' and {steps['svm / ridge']:.3f} "
         f"times as long as ridge regression's (medians). Evaluation: `convexheads.evaluate` over {options.episodes:,} "
         f"episodes of {options.features} cached features, {options.queries} queries per class. "
-        f"{machine}, torch {origin['versions']['torch']}. "
+        f"{experiment.place(origin, options.device)}, torch {origin['versions']['torch']}. "
         "Made by `python -m benchmarks.overhead`."
     )
     added = show_loops(found, "What a loop costs, 5-way 5-shot")
@@ -297,13 +282,14 @@ def main() -> None:
         if LIGHTNING in found
         else "pytorch-lightning is not installed, so it has no line."
     )
-    texts = (table, note, added, added_note, f"All of it is in {options.output}")
-    Console(width=max(100, Console().width)).print(*texts, sep="\n")
-    options.output.mkdir(parents=True, exist_ok=True)
-    record = {"settings": settings, "training": steps, "evaluation": evaluations, "loops": found, **origin}
-    (options.output / "overhead.json").write_text(json.dumps(record, indent=2) + "\n")
-    note += f"\n\n## {added.title}\n\n{report.markdown(added)}\n\n{added_note}"
-    report.write_markdown(table, note, options.output / "overhead.md")
+    experiment.write(
+        options.output,
+        "overhead",
+        table,
+        note,
+        more=[(added, added_note)],
+        record={"settings": settings, "training": steps, "evaluation": evaluations, "loops": found, **origin},
+    )
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, distributed
 
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What PyTorch and its launchers call the place of a process among the others."""
+"""The variables by which PyTorch and its launchers tell a process its rank and the address of the others."""
 FIRST_PROCESS = "CONVEXHEADS_FIRST_PROCESS"
-"""In this variable the process that starts the others gives them its number."""
+"""The variable in which the process that starts the others tells them its id."""
 
 GRACE = 10
-"""Seconds that the first process has to end by itself after another one has ended with an error."""
+"""Seconds in which the first process can end with an error of its own after another process has ended with one."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Processes:
     """This process among those that share a training.
 
     Attributes:
-        rank: which one it is; the first is 0.
-        count: how many there are.
+        rank: its number; the first process has 0.
+        count: the number of processes.
     """
 
     rank: int = 0
@@ -42,7 +42,7 @@ class Processes:
         return self.rank == 0
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by their means over all processes, in place; one message for each data type."""
+        """Replace tensors by their means over all processes, in place, with one message per data type."""
         if self.count == 1:
             return
         kinds = defaultdict(list)
@@ -112,7 +112,7 @@ def _end_with_parent(process: int) -> None:
 
 def _end_with_child(child: subprocess.Popen[bytes]) -> None:
     if code := child.wait():
-        if code > 0:  # an error, which the first process may have as well and tells by itself
+        if code > 0:  # the first process may end with the same error, and then reports it
             time.sleep(GRACE)
         print(f"error: process {child.pid} ended with {code}, and so all end", file=sys.stderr, flush=True)
         os._exit(1)

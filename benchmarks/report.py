@@ -1,18 +1,19 @@
-"""What a run leaves behind: a table, a picture and where the numbers come from."""
+"""Tables, pictures, JSON and provenance: the parts that results are written with."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas
 import torch
@@ -21,6 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from convexheads import _storage
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 PACKAGES = ("convexheads", "torch", "torchvision", "learn2learn", "numpy")
 
 
@@ -28,13 +35,13 @@ class Row(NamedTuple):
     """The accuracy of one head on one backbone's features.
 
     Attributes:
-        backbone: what the features come from, such as "meta-trained" or "untrained".
+        backbone: the source of the features, such as "meta-trained" or "untrained".
         head: the head's name.
         ways: classes of an episode.
         shots: support images per class.
         accuracy: mean over the episodes, 0 to 1.
-        interval: half width of the mean's 95 % confidence interval.
-        episodes: how many there were.
+        interval: half the width of the 95 % confidence interval of the mean.
+        episodes: the number of episodes.
         largest_gap: the largest certified relative duality gap of an episode; None for closed forms.
     """
 
@@ -49,19 +56,30 @@ class Row(NamedTuple):
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
-    """The rows as a table: a line for every backbone and head, and chance; a column for every kind of episode."""
+    """The rows as a table: a line per backbone and head, and one for chance; a column per kind of episode."""
     tasks = sorted({(row.ways, row.shots) for row in rows})
-    result = Table(title=title, title_justify="left")
-    result.add_column("backbone")
-    result.add_column("head")
-    for ways, shots in tasks:
-        result.add_column(f"{ways}-way {shots}-shot", justify="right")
+    columns = [f"{ways}-way {shots}-shot" for ways, shots in tasks]
+    result = new_table(title, ["backbone", "head", *columns], left=("backbone", "head"))
     for backbone, head in dict.fromkeys((row.backbone, row.head) for row in rows):
         own = {(row.ways, row.shots): row for row in rows if (row.backbone, row.head) == (backbone, head)}
         cells = [f"{100 * own[n].accuracy:.2f} ± {100 * own[n].interval:.2f}" if n in own else "" for n in tasks]
         result.add_row(backbone, head, *cells)
     result.add_row("chance", "", *(f"{100 / ways:.2f}" for ways, _ in tasks))
     return result
+
+
+def new_table(title: str, columns: Iterable[str], *, left: Sequence[str] = (), no_wrap: bool = False) -> Table:
+    """A table without rows. Its columns are justified right, except those in `left`."""
+    result = Table(title=title, title_justify="left")
+    for column in columns:
+        result.add_column(column, justify="left" if column in left else "right", no_wrap=no_wrap)
+    return result
+
+
+def write_json(record: dict[str, Any], path: Path) -> None:
+    """Write a record atomically: after an interruption the file is complete, the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _storage.atomic_write(path, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def write_markdown(result: Table, note: str, path: Path) -> None:
@@ -82,19 +100,27 @@ def markdown(result: Table) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def draw(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Draw the accuracies as bars with their 95 % intervals: a group for every kind of episode."""
+def panels(count: int = 1, *, width: float, height: float, **settings: Any) -> tuple[Figure, list[Axes]]:
+    """A picture with panels side by side; sizes are in inches, and `settings` are those of `Figure.subplots`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    found = list(figure.subplots(1, count, squeeze=False, **settings)[0])
+    for axes in found:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, found
+
+
+def draw(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Draw the accuracies as bars with their 95 % intervals: a group per kind of episode."""
     tasks = sorted({(row.ways, row.shots) for row in rows})
     series = list(dict.fromkeys((row.backbone, row.head) for row in rows))
     heads = list(dict.fromkeys(row.head for row in rows))
     backbones = list(dict.fromkeys(row.backbone for row in rows))
     width = 0.8 / len(series)
-    figure = Figure(figsize=(2.2 + 0.37 * len(series) * len(tasks), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, (axes,) = panels(width=2.2 + 0.37 * len(series) * len(tasks), height=4.2)
     for i, (backbone, head) in enumerate(series):
         own = [row for row in rows if (row.backbone, row.head) == (backbone, head)]
         places = [tasks.index((row.ways, row.shots)) + (i - (len(series) - 1) / 2) * width for row in own]
@@ -117,14 +143,13 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     axes.set_xticks(ends, [f"{ways}-way {shots}-shot" for ways, shots in tasks])
     axes.set_ylim(0, 105)
     axes.set_ylabel("accuracy on unseen classes, %")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, fontsize=10, loc="left")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
 def details(command: str, seed: int, seconds: dict[str, float], origin: dict[str, Any]) -> str:
-    """Where the numbers come from, as a Markdown list; `origin` is that of `provenance`."""
+    """The provenance of a result as a Markdown list; `origin` is the result of `provenance`."""
     machine = origin["machine"]
     device = machine["accelerator"] or f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores"
     times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
@@ -146,14 +171,14 @@ def records(frame: pandas.DataFrame) -> list[dict[str, Any]]:
 
 
 def now(value: Tensor) -> float:
-    """Seconds on a clock, once the device of `value` has done what it was told before."""
+    """Seconds on a clock, after the device of `value` has finished its pending work."""
     if value.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, commit and machine: what it takes to judge or repeat a result. No path or host name among it."""
+    """Versions, commit and machine, which are needed to judge or repeat a result; no path and no host name."""
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "commit": _commit(),

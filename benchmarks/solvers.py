@@ -1,4 +1,4 @@
-"""Time the solvers of one head against each other, interleaved in one process, with their errors beside the times.
+"""Compare the solvers of the SVM: times, errors and memory, measured alternately in one process.
 
 python -m benchmarks.solvers
 """
@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import gc
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -17,45 +16,43 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import jsonargparse
 import numpy
 import pandas
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import convexheads as ch
-from benchmarks import report
+from benchmarks import experiment, report
 
 SIZES = {"5w1s": (5, 1), "5w5s": (5, 5), "5w15s": (5, 15), "20w1s": (20, 1), "20w5s": (20, 5), "64w5s": (64, 5)}
 C = 0.1
-# qpth solves larger problems task by task, which is fastest on one thread.
+# Above this n * k, qpth solves task by task, which is fastest on one thread.
 _ONE_THREAD = 150
-# Moreau, the reference, solves larger problems by an interior point: gradients are good to two digits at most there.
+# Above this n * k, Moreau, the reference, uses an interior point method: its gradients have two good digits at most.
 _OWN_GRADIENTS = 500
-# And beyond this it takes minutes.
+# Above this n * k, Moreau takes minutes.
 _REFERENCE = 2500
-# Seconds from which on three repeats are enough.
+# A pass of more seconds than this is repeated three times only.
 _SLOW = 0.3
-# And from which on a size's first run, which otherwise warms up, is the only one.
+# A pass of more seconds than this is not repeated: the first run, usually a warm-up, is the result.
 _VERY_SLOW = 5.0
 PRECISIONS = ["float64", "float32", "bfloat16"]
 LEFT_OUT = "is left out:"
-"""How the command says of a contender that its package is missing."""
+"""The words of the command for a contender whose package is missing."""
 _SETTINGS = ("sizes", "tasks", "precisions", "names", "device", "features", "queries", "repeats", "threads")
 
 
 class Contender(NamedTuple):
-    """Something to time: from support, labels and query to logits.
+    """A function to time, from support, labels and query to logits.
 
     Attributes:
         call: the function.
-        largest: the n * k above which it is left out, as it would take minutes.
-        exact: whether its answer is that of the paper's SVM, so that it has an error.
+        largest: the n * k above which it is left out because it would take minutes.
+        exact: whether it solves the paper's SVM, so that its error can be measured.
     """
 
     call: Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -138,7 +135,7 @@ def once(call: Callable[..., Tensor], support: Tensor, labels: Tensor, query: Te
 
 
 def peak_memory(run: Callable[[], object], device: str) -> float | None:
-    """Bytes that a call takes at most, beyond what is taken before; None if the system does not report it."""
+    """The peak memory of a call in bytes, beyond what was in use before; None if the system does not report it."""
     gc.collect()
     if device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -156,7 +153,7 @@ def peak_memory(run: Callable[[], object], device: str) -> float | None:
 
 
 def _give_back() -> None:
-    """Give freed memory back to the system, where C's library can: reused, it would not count as taken."""
+    """Return freed memory to the system, if the C library can: the reuse of freed memory would not be counted."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -167,7 +164,7 @@ def _resident(name: str) -> float:
 
 
 class Reference(NamedTuple):
-    """What errors are measured against: Moreau at a tight tolerance, its gradient where that is exact."""
+    """The reference for errors: Moreau at a tight tolerance, and its gradient where that is exact."""
 
     logits: Tensor
     gradient: Tensor | None
@@ -196,10 +193,10 @@ def measure(
     repeats: int,
     threads: int,
 ) -> pandas.DataFrame:
-    """One row for each size, number of tasks, precision and contender: median seconds, errors and memory."""
+    """One row per size, number of tasks, precision and contender: median seconds, errors and memory."""
     rows, available = [], contenders()
     every = list(itertools.product(sizes, tasks, precisions))
-    for name in names:  # whatever is compiled, is now
+    for name in names:  # compiles all kernels
         support, labels, query = (value.to(device) for value in episode(1, 2, 1, 4, 1))
         once(available[name].call, support, labels, query, 2)
     for size, count, precision in (bar := tqdm(every, unit="case")):
@@ -247,7 +244,7 @@ def _error(value: Tensor, reference: Tensor) -> float:
 
 
 def growth(rows: pandas.DataFrame) -> pandas.DataFrame:
-    """How time and memory grow with n * k: exponents of power laws, of each contender with three sizes or more."""
+    """The growth of time and memory with n * k: exponents of power laws, per contender with at least three sizes."""
     found = []
     for name, own in rows.groupby("contender", sort=False):
         own = own.sort_values("nk").groupby("nk", as_index=False)[["both", "memory"]].median()
@@ -255,7 +252,7 @@ def growth(rows: pandas.DataFrame) -> pandas.DataFrame:
             continue
         nk = numpy.log(own["nk"])
         found.append({"contender": name, "time": numpy.polyfit(nk, numpy.log(own["both"]), 1)[0]})
-        # Below a few megabytes, what the system counts is not what was asked for.
+        # Below a few megabytes, the system's count is not the memory that was requested.
         large = own[own["memory"] > 2**22]
         if len(large) >= 3:
             found[-1]["memory"] = numpy.polyfit(numpy.log(large["nk"]), numpy.log(large["memory"]), 1)[0]
@@ -263,11 +260,10 @@ def growth(rows: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def show(rows: pandas.DataFrame, title: str) -> Table:
-    """Milliseconds of both passes with errors, and how many times the native solver's and ridge's time that is."""
-    table = Table(title=title, title_justify="left")
+    """Milliseconds of both passes with errors, and their ratio to the times of the native solver and of ridge."""
     columns = ("size", "tasks", "precision", "", "forward, ms", "both, ms", "/ native", "/ ridge")
-    for column in (*columns, "logits error", "gradient error", "memory, MB"):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    columns += ("logits error", "gradient error", "memory, MB")
+    table = report.new_table(title, columns, left=[""], no_wrap=True)
     cases = ["size", "tasks", "precision"]
     for _, own in rows.groupby(cases, sort=False):
         times = dict(zip(own["contender"], own["both"], strict=True))
@@ -282,12 +278,7 @@ def show(rows: pandas.DataFrame, title: str) -> Table:
 
 def draw(rows: pandas.DataFrame, title: str, path: Path) -> None:
     """Draw time against n * k, both logarithmic, and gradient error against time."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = report.panels(2, width=11, height=4.6)
     for name, own in rows.groupby("contender", sort=False):
         own = pandas.DataFrame(own[own["tasks"] == own["tasks"].max()]).sort_values("nk")
         left.loglog(own["nk"], 1e3 * own["both"], "o-", label=name)
@@ -296,7 +287,6 @@ def draw(rows: pandas.DataFrame, title: str, path: Path) -> None:
     left.set(xlabel="examples x classes", ylabel="forward and backward, ms")
     right.set(xlabel="forward and backward, ms", ylabel="relative error of the gradient")
     for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
         axes.grid(linewidth=0.3)
     left.legend(frameon=False)
     figure.suptitle(title, fontsize=10)
@@ -307,12 +297,6 @@ def write(rows: pandas.DataFrame, settings: dict[str, Any], origin: dict[str, An
     """Show the results, and write them as JSON, Markdown and a picture."""
     title = f"One pass of an SVM head, median of {settings['repeats']} (3 where slow, one above {_VERY_SLOW:.0f} s)"
     table, exponents = show(rows, title), growth(rows)
-    machine = origin["machine"]
-    device = (
-        machine["accelerator"]
-        if settings["device"] == "cuda"
-        else f"{machine['processor']}, {settings['threads']} threads"
-    )
     fitted = "; ".join(
         f"{row['contender']} {row['time']:.1f}" + ("" if pandas.isna(row["memory"]) else f" and {row['memory']:.1f}")
         for row in exponents.to_dict("records")
@@ -325,7 +309,8 @@ def write(rows: pandas.DataFrame, settings: dict[str, Any], origin: dict[str, An
         else "No errors: Moreau, against which they are measured, is not installed."
     )
     note = (
-        f"C = {C}, {settings['features']} features, {settings['queries']} queries per class; {device}, torch "
+        f"C = {C}, {settings['features']} features, {settings['queries']} queries per class; "
+        f"{experiment.place(origin, settings['device'])}, torch "
         f"{origin['versions']['torch']}. {errors} Memory: the peak of both passes beyond what was taken before. "
         "`interior point` is the native solver's own, alone; qpth has the 15 iterations of the paper's code, and one "
         f"thread above n k = {_ONE_THREAD}, where it solves task by task; learn2learn's `SVClassifier` is smoothed and "
@@ -333,38 +318,34 @@ def write(rows: pandas.DataFrame, settings: dict[str, Any], origin: dict[str, An
         + (f"Growth of time (and of memory) with n k, fitted exponents: {fitted}. " if fitted else "")
         + "Made by `python -m benchmarks.solvers`."
     )
-    Console(width=max(130, Console().width)).print(table, note, f"All of it is in {output}", sep="\n")
-    output.mkdir(parents=True, exist_ok=True)
-    record = {"settings": settings, "results": report.records(rows), "growth": report.records(exponents), **origin}
-    (output / "solvers.json").write_text(json.dumps(record, indent=2) + "\n")
-    report.write_markdown(table, note, output / "solvers.md")
-    draw(rows, title, output / "solvers.png")
+    experiment.write(
+        output,
+        "solvers",
+        table,
+        note,
+        record={"settings": settings, "results": report.records(rows), "growth": report.records(exponents), **origin},
+        draw=partial(draw, rows, title),
+        width=130,
+    )
 
 
 def main() -> None:
     """The command line."""
     absent = missing()
     every = [*contenders(), *absent]
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m benchmarks.solvers", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = experiment.parser("solvers", __doc__, "device", "threads", "output")
     parser.add_argument("--sizes", type=list[str], default=list(SIZES), help=f"of {', '.join(SIZES)}")
     parser.add_argument("--tasks", type=list[int], default=[8], help="tasks solved at once, one or several numbers")
     parser.add_argument("--precisions", type=list[str], default=["float64"], help=f"of {', '.join(PRECISIONS)}")
     text = "the contenders; those whose package is not installed are left out"
     parser.add_argument("--names", type=list[str], default=every, help=text)
-    parser.add_argument("--device", type=Literal["cpu", "cuda"], default="cpu", help="where to solve")
     parser.add_argument("--features", type=int, default=640, help="feature dimension")
     parser.add_argument("--queries", type=int, default=15, help="query examples per class")
     parser.add_argument("--repeats", type=int, default=15, help="timed repeats, after one that warms up")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor threads")
-    parser.add_argument("--output", type=Path, default=Path("runs/solvers"), help="folder for the result")
     options = parser.parse_args()
     settings: dict[str, Any] = {name: options[name] for name in _SETTINGS}
-    known = {"sizes": list(SIZES), "names": every, "precisions": PRECISIONS}
-    for name, wanted in known.items():
-        if unknown := set(settings[name]) - set(wanted):
-            raise SystemExit(f"error: {name}: expected some of {', '.join(wanted)}, got {', '.join(sorted(unknown))}")
+    for name, known in {"sizes": SIZES, "names": every, "precisions": PRECISIONS}.items():
+        experiment.refuse_unknown(name, settings[name], known)
     for name in settings["names"]:
         if name in absent:
             print(f"{name} {LEFT_OUT} {absent[name]}", file=sys.stderr)

@@ -39,4 +39,4 @@ TABLE = Table(
 )
 
 if __name__ == "__main__":
-    main(TABLE, (__doc__ or "").partition("\n")[0])
+    main(TABLE, __doc__)

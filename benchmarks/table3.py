@@ -8,22 +8,19 @@ Times are those of 84 x 84 images, one episode at a time.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import jsonargparse
 import pandas
 import torch
-from rich.console import Console
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import convexheads as ch
-from benchmarks import report, table1, tables
-from benchmarks.options import Options
+from benchmarks import experiment, report, table1, tables
 from benchmarks.tables import HEADS, HERE, Row, Scale, Table
 from convexheads.models import build_backbone, build_head
 
@@ -58,7 +55,7 @@ TABLE = Table(
 def measure(
     *, backbones: Sequence[str], shots: Sequence[int], queries: int, size: int, repeats: int, device: str
 ) -> pandas.DataFrame:
-    """Median milliseconds of the forward pass of one episode, and of the head's share of it; heads in turn."""
+    """Median milliseconds of the forward pass of one episode, and the head's share of them; the heads alternate."""
     rows = []
     for name in backbones:
         images = torch.randint(
@@ -95,7 +92,7 @@ def _once(
 
 
 def times(rows: pandas.DataFrame, scale: Scale) -> dict[str, dict[tuple[str, str, str], str]]:
-    """Published and ours as columns: by header, the texts by "published" or "ours", model and backbone."""
+    """Published times and ours as columns: for each header, texts by "published" or "ours", model and backbone."""
     found: dict[str, dict[tuple[str, str, str], str]] = {}
     for row in report.records(pandas.read_csv(HERE / "published" / "table3_times.csv")):
         own = found.setdefault(f"{row['shots']}-shot, ms", {})
@@ -111,46 +108,25 @@ def times(rows: pandas.DataFrame, scale: Scale) -> dict[str, dict[tuple[str, str
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m benchmarks.table3", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument(
-        "--backbones", type=list[str], default=list(BACKBONES), help=f"timed, of {', '.join(BACKBONES)}"
-    )
-    parser.add_argument("--shots", type=list[int], default=[1, 5], help="timed support images per class")
-    parser.add_argument("--queries", type=int, default=15, help="query images per class")
+    parser = tables.parser(TABLE, __doc__)
+    text = f"backbones to time, of {', '.join(BACKBONES)}"
+    parser.add_argument("--backbones", type=list[str], default=list(BACKBONES), help=text)
+    parser.add_argument("--shots", type=list[int], default=[1, 5], help="support images per class that are timed")
     parser.add_argument("--size", type=int, default=84, help="height and width of the timed images")
     parser.add_argument("--repeats", type=int, default=15, help="timed episodes of each head")
-    parser.add_argument("--device", type=Literal["cpu", "cuda"], default="cpu", help="where to time")
-    scales, text = tuple(TABLE.rows), "whose accuracies; paper: its own networks; laptop: Conv-4"
-    parser.add_argument("--scale", type=Literal[scales], default=scales[-1], help=text)
-    parser.add_argument("--data-root", type=Path | None, help="folder of the data; else variable CONVEXHEADS_DATA")
-    parser.add_argument("--train", action="store_true", help="train what has no weights yet: days")
-    parser.add_argument("--episodes", type=int, default=10_000, help="test episodes of the accuracies")
-    parser.add_argument("--seed", type=int, default=0, help="of the test episodes")
+    parser.add_argument("--device", type=Literal["cpu", "cuda"], default="cpu", help="device to measure on")
     parser.add_argument("--output", type=Path, default=Path("runs/table3"), help="folder for the result")
     options = parser.parse_args(arguments)
-    if unknown := set(options.backbones) - set(BACKBONES):
-        raise SystemExit(f"error: backbones: expected some of {', '.join(BACKBONES)}, got {', '.join(sorted(unknown))}")
+    experiment.refuse_unknown("backbones", options.backbones, BACKBONES)
     names = ("backbones", "shots", "queries", "size", "repeats", "device")
     settings: dict[str, Any] = {name: options[name] for name in names}
-    try:
-        accuracies = tables.measure(
-            TABLE,
-            options.scale,
-            root=Options(data_root=options.data_root).root,
-            **{name: options[name] for name in ("train", "episodes", "queries", "seed")},
-        )
-    except ch.InputError as error:
-        raise SystemExit(f"error: {error}") from error
+    with experiment.input_errors_end_the_script():
+        accuracies = tables.measure_by_options(TABLE, options)
     rows = measure(**settings)
     origin = report.provenance()
-    machine = origin["machine"]
-    where = (
-        machine["accelerator"] if options.device == "cuda" else f"{machine['processor']}, {machine['threads']} threads"
-    )
     note = (
-        f"Our times: {where}; one episode at a time, {options.queries} queries per class, {options.size} x "
+        f"Our times: {experiment.place(origin, options.device)}; "
+        f"one episode at a time, {options.queries} queries per class, {options.size} x "
         f"{options.size} pixels, medians of {options.repeats}, the heads in turn; untrained weights, on which times "
         "don't depend; the head's share in brackets. Published times: on a GPU of 2019, so only the differences "
         "between heads compare. "
@@ -159,15 +135,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"`python -m benchmarks.table3 --scale {options.scale} --data-root DIR`."
     )
     table = tables.show(TABLE, accuracies, options.scale, times(rows, options.scale))
-    Console(width=max(170, Console().width)).print(table, note, f"All of it is in {options.output}", sep="\n")
-    options.output.mkdir(parents=True, exist_ok=True)
+    experiment.write(
+        options.output,
+        "table3",
+        table,
+        note,
+        record={"settings": settings, "results": report.records(accuracies), "times": report.records(rows), **origin},
+        rows=None if accuracies.empty else accuracies,
+        draw=None if accuracies.empty else partial(TABLE.draw, TABLE, accuracies),
+        width=170,
+    )
     rows.to_csv(options.output / "table3_times.csv", index=False)
-    record = {"settings": settings, "results": report.records(accuracies), "times": report.records(rows), **origin}
-    (options.output / "table3.json").write_text(json.dumps(record, indent=2) + "\n")
-    report.write_markdown(table, note, options.output / "table3.md")
-    if not accuracies.empty:
-        accuracies.to_csv(options.output / "table3.csv", index=False)
-        TABLE.draw(TABLE, accuracies, options.output / "table3.png")
 
 
 if __name__ == "__main__":

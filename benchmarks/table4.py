@@ -1,4 +1,4 @@
-"""Table 4 of the paper: what each kind of regularization adds to the SVM, published values and ours.
+"""Table 4 of the paper: the contribution of each kind of regularization to the SVM, published values and ours.
 
 python -m benchmarks.table4 --data-root DIR                          # Conv-4 on CIFAR-FS, trained for a short time
 python -m benchmarks.table4 --data-root DIR --scale paper --train    # ResNet-12 on miniImageNet: needs GPUs
@@ -47,4 +47,4 @@ TABLE = Table(
 )
 
 if __name__ == "__main__":
-    main(TABLE, (__doc__ or "").partition("\n")[0])
+    main(TABLE, __doc__)

@@ -1,4 +1,4 @@
-"""What the scripts of the paper's tables have in common: published values, ours beside them, and how ours come about.
+"""The common part of the scripts for tables: published values, our measurements, and tables of both.
 
 A table is a list of cells. Those with a recipe are measured, on weights that come with the package, that are in
 `benchmarks/results/trainings/RECIPE`, that a training has left in `runs/RECIPE`, or that are trained now. All heads on
@@ -7,24 +7,22 @@ a data set see the same episodes. A figure that draws such cells is a table too.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
 import pandas
-from rich.console import Console
 from rich.table import Table as RichTable
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import convexheads as ch
-from benchmarks import report, require_modules
+from benchmarks import experiment, report, require_modules
 from benchmarks.data import ImageSet, load
 from benchmarks.options import Options
 from convexheads.evaluation import Evaluation
@@ -61,9 +59,9 @@ class Row:
 
 
 def published(name: str) -> pandas.DataFrame:
-    """The published accuracies of a table, in per cent, a line for each; and as they are printed there (`text`).
+    """The published accuracies of a table in percent, one per line, and the text as printed in the paper.
 
-    None where the paper has a picture only.
+    There are no lines if the paper has only a picture.
     """
     file = HERE / "published" / f"{name}.csv"
     source = file if file.is_file() else StringIO("model,backbone,dataset,shots,accuracy,interval,note")
@@ -75,16 +73,11 @@ def published(name: str) -> pandas.DataFrame:
 
 
 def bars(table: Table, ours: pandas.DataFrame, path: Path) -> None:
-    """Ours as bars with their intervals, published values of the same model and backbone as diamonds."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Draw ours as bars with their intervals, and published values of the same model and backbone as diamonds."""
     theirs = published(table.name).set_index(["model", "backbone", "dataset", "shots"])
     columns = list(dict.fromkeys(zip(ours["dataset"], ours["shots"], strict=True)))
     names = list(dict.fromkeys(zip(ours["model"], ours["backbone"], strict=True)))
-    figure = Figure(figsize=(2 + 2.2 * len(columns), 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, (axes,) = report.panels(width=2 + 2.2 * len(columns), height=4.4)
     width = 0.8 / len(names)
     for number, (model, backbone) in enumerate(names):
         own = [row for row in report.records(ours) if (row["model"], row["backbone"]) == (model, backbone)]
@@ -99,7 +92,6 @@ def bars(table: Table, ours: pandas.DataFrame, path: Path) -> None:
     axes.axhline(100 / table.ways, color="gray", linestyle="--", linewidth=1, label="chance")
     axes.set_xticks(range(len(columns)), [f"{TITLES[dataset]}\n{shots}-shot" for dataset, shots in columns])
     axes.set_ylabel("accuracy on unseen classes, %")
-    axes.spines[["top", "right"]].set_visible(False)
     longest = max(len(model) for model, _ in names)
     figure.legend(loc="outside lower center", ncols=1 if longest > 25 else 2, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
@@ -110,12 +102,12 @@ class Table:
     """A table of the paper, or a figure.
 
     Attributes:
-        name: such as "table2", which also names the file of published values, where there are any.
-        title: heading above the table.
+        name: such as "table2"; published values, if there are any, are in the file of this name.
+        title: the text above it.
         datasets: its columns, each with 1 and 5 shots.
-        rows: ours, by scale. Differences are paired with those of the first row of a backbone.
+        rows: our rows, by scale. Differences are to the first row of the same backbone, paired by episode.
         ways: classes of an episode.
-        draw: draws ours.
+        draw: draws our measurements.
     """
 
     name: str
@@ -144,9 +136,9 @@ def find_weights(recipe: str) -> Path | None:
 def features(
     recipe: str, dataset: str, *, root: Path | None, train: bool
 ) -> tuple[Tensor, Tensor, ch.models.Pretrained]:
-    """Features and labels of a data set's test classes by the backbone of a recipe, and its weights.
+    """Features and labels of a data set's test classes from the backbone of a recipe, and the trained model.
 
-    Images of another size than the backbone was trained on are brought to that.
+    Images of another size than the backbone was trained on are resized to it.
 
     Raises:
         InputError: there are no weights and `train` is false, or the data is missing.
@@ -158,7 +150,7 @@ def features(
 def evaluate(
     recipe: str, dataset: str, shots: int, *, root: Path | None, train: bool, **settings: Any
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Accuracies of a trained backbone with the head that it was trained through, and what it was trained with.
+    """Accuracies of a trained backbone with the head that it was trained through, and the options of its training.
 
     Raises:
         InputError: there are no weights and `train` is false, or the data is missing.
@@ -199,9 +191,9 @@ def _features(weights: Path, dataset: str, root: Path | None) -> tuple[Tensor, c
 def measure(
     table: Table, scale: Scale, *, root: Path | None, train: bool, episodes: int, queries: int, seed: int
 ) -> pandas.DataFrame:
-    """One line for each cell of ours: accuracy, interval, and the paired difference from the backbone's first row.
+    """One line per cell of ours: accuracy, interval, and the paired difference from the backbone's first row.
 
-    Without `train`, what has no weights yet is left out.
+    Without `train`, cells without weights are left out.
 
     Raises:
         InputError: the data is missing.
@@ -243,18 +235,14 @@ def measure(
 def show(
     table: Table, ours: pandas.DataFrame, scale: Scale, more: dict[str, dict[tuple[str, str, str], str]] | None = None
 ) -> RichTable:
-    """Published and ours in one table; n/a where nothing was published for that very backbone.
+    """Published values and ours in one table; n/a where nothing was published for that backbone.
 
-    `more` are further columns, whose texts stand in rows of "published" or "ours", model and backbone.
+    `more` has further columns: for each header, texts by "published" or "ours", model and backbone.
     """
     more = more or {}
-    result = RichTable(title=f"{table.title}, {scale} scale", title_justify="left")
-    for column in ("model", "backbone", "by"):
-        result.add_column(column)
-    for dataset, shots in table.columns:
-        result.add_column(f"{TITLES[dataset]} {shots}-shot, %", justify="right")
-    for header in more:
-        result.add_column(header, justify="right")
+    left = ("model", "backbone", "by")
+    columns = [*left, *(f"{TITLES[dataset]} {shots}-shot, %" for dataset, shots in table.columns), *more]
+    result = report.new_table(f"{table.title}, {scale} scale", columns, left=left)
     texts = {
         (by, row["model"], row["backbone"], row["dataset"], row["shots"]): row["text"]
         for by, frame in (("published", published(table.name)), ("ours", ours))
@@ -276,12 +264,10 @@ def show(
 
 
 def differences(table: Table, ours: pandas.DataFrame) -> RichTable:
-    """What each of ours has more than the first of its backbone, paired by episode."""
-    result = RichTable(title="Ours minus the first of them, in points, paired by episode", title_justify="left")
+    """The difference of each of ours to the first of its backbone, paired by episode."""
     columns = [column for column in table.columns if column in set(zip(ours["dataset"], ours["shots"], strict=True))]
-    result.add_column("model")
-    for dataset, shots in columns:
-        result.add_column(f"{TITLES[dataset]} {shots}-shot", justify="right")
+    headers = ["model", *(f"{TITLES[dataset]} {shots}-shot" for dataset, shots in columns)]
+    result = report.new_table("Ours minus the first of them, in points, paired by episode", headers, left=["model"])
     for model, own in ours.groupby("model", sort=False):
         cells = {
             (row["dataset"], row["shots"]): f"{row['difference']:+.2f} ± {row['difference interval']:.2f}"
@@ -301,18 +287,21 @@ def write(table: Table, ours: pandas.DataFrame, scale: Scale, output: Path) -> N
         f"{describe(table, ours)} torch {origin['versions']['torch']}. Made by "
         f"`python -m benchmarks.{table.name} --scale {scale} --data-root DIR`."
     )
-    Console(width=max(150, Console().width)).print(shown, note, paired, f"All of it is in {output}", sep="\n")
-    output.mkdir(parents=True, exist_ok=True)
-    ours.to_csv(output / f"{table.name}.csv", index=False)
-    record = {"scale": scale, "results": report.records(ours), **origin}
-    (output / f"{table.name}.json").write_text(json.dumps(record, indent=2) + "\n")
-    note += f"\n\n## {paired.title}\n\n{report.markdown(paired)}" if paired.row_count else ""
-    report.write_markdown(shown, note, output / f"{table.name}.md")
-    table.draw(table, ours, output / f"{table.name}.png")
+    experiment.write(
+        output,
+        table.name,
+        shown,
+        note,
+        more=[(paired, "")] if paired.row_count else [],
+        record={"scale": scale, "results": report.records(ours), **origin},
+        rows=ours,
+        draw=partial(table.draw, table, ours),
+        width=150,
+    )
 
 
 def describe(table: Table, ours: pandas.DataFrame) -> str:
-    """How ours came about, and what is to be known of the published values."""
+    """The conditions of our measurements, and notes on the published values."""
     budgets: dict[str, list[str]] = {}
     for row in report.records(ours):
         own = budgets.setdefault(f"{row['training episodes']:,}", [])
@@ -330,7 +319,7 @@ def describe(table: Table, ours: pandas.DataFrame) -> str:
 
 
 def describe_published(table: Table) -> str:
-    """What is to be known of the published values."""
+    """Notes on the published values."""
     theirs = published(table.name)
     if theirs.empty:
         return "Nothing is published as a number."
@@ -338,27 +327,32 @@ def describe_published(table: Table) -> str:
     return "; ".join(["Published: as printed there; n/a where there is no value for that backbone", *notes]) + "."
 
 
-def main(table: Table, description: str, arguments: Sequence[str] | None = None) -> None:
-    """The command line of a table."""
-    parser = jsonargparse.ArgumentParser(prog=f"python -m benchmarks.{table.name}", description=description)
-    scales = tuple(table.rows)
-    text = "paper: its own networks; laptop: Conv-4"
-    parser.add_argument("--scale", type=Literal[scales], default=scales[-1], help=text)
-    parser.add_argument("--data-root", type=Path | None, help="folder of the data; else variable CONVEXHEADS_DATA")
-    parser.add_argument("--train", action="store_true", help="train what has no weights yet; hours, or days")
-    parser.add_argument("--episodes", type=int, default=10_000, help="test episodes")
-    parser.add_argument("--queries", type=int, default=15, help="query images per class")
-    parser.add_argument("--seed", type=int, default=0, help="of the test episodes")
-    parser.add_argument(
-        "--output", type=Path | None, help=f"folder for the result; runs/{table.name}-SCALE if not given"
-    )
-    options = parser.parse_args(arguments)
-    settings = {name: options[name] for name in ("train", "episodes", "queries", "seed")}
-    try:
-        ours = measure(table, options.scale, root=Options(data_root=options.data_root).root, **settings)
+def parser(table: Table, description: str | None) -> jsonargparse.ArgumentParser:
+    """The command line of a table, without the option for the folder of the result."""
+    made = experiment.parser(table.name, description, "data_root", "seed")
+    scales, text = tuple(table.rows), "paper: its own networks; laptop: Conv-4"
+    made.add_argument("--scale", type=Literal[scales], default=scales[-1], help=text)
+    made.add_argument("--train", action="store_true", help="train what has no weights yet; hours, or days")
+    made.add_argument("--episodes", type=int, default=10_000, help="test episodes")
+    made.add_argument("--queries", type=int, default=15, help="query images per class")
+    return made
+
+
+def measure_by_options(table: Table, options: Any) -> pandas.DataFrame:
+    """Call `measure` with the options of the command line."""
+    names = ("train", "episodes", "queries", "seed")
+    root = Options(data_root=options.data_root).root
+    return measure(table, options.scale, root=root, **{name: options[name] for name in names})
+
+
+def main(table: Table, description: str | None, arguments: Sequence[str] | None = None) -> None:
+    """Measure a table by the command line."""
+    command, text = parser(table, description), f"folder for the result; default: runs/{table.name}-SCALE"
+    command.add_argument("--output", type=Path | None, help=text)
+    options = command.parse_args(arguments)
+    with experiment.input_errors_end_the_script():
+        ours = measure_by_options(table, options)
         if ours.empty:
             first = next(iter(table.rows[options.scale][0].recipes.values()))
-            _weights(first, None, train=False)  # whose error says what to do
-    except ch.InputError as error:
-        raise SystemExit(f"error: {error}") from error
+            _weights(first, None, train=False)  # its error says what to do
     write(table, ours, options.scale, options.output or Path("runs") / f"{table.name}-{options.scale}")

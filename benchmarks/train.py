@@ -8,7 +8,6 @@ python -m benchmarks.train --recipe table2/cifar-fs/conv4/ridge --data-root DIR
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import shutil
@@ -239,7 +238,7 @@ def write(
     console.print(table, note, f"All of it is in {options.folder}", sep="\n")
     report.write_markdown(table, f"{note}\n\n{details}", options.folder / "result.md")
     report.draw(rows, title, options.folder / "accuracy.png")
-    _storage.atomic_write(options.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    report.write_json(result, options.folder / "result.json")
 
 
 def main(

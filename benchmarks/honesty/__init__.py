@@ -1,7 +1,8 @@
-"""How often solvers are right, how often they say that they failed, and how often they are wrong without a word.
+"""The rate at which solvers are right, report a failure, or are silently wrong.
 
-`tasks.py` draws hard tasks, `contenders.py` solves them, `judges.py` says how good an answer is: from the features
-alone, in extended precision, with no code of the library. `__main__.py` runs all of it in processes of their own.
+`tasks.py` draws hard tasks, `contenders.py` solves them, and `judges.py` measures the error of an answer from the
+features alone, in extended precision, with no code of the library. `attempts.py` runs each attempt in another process,
+and `__main__.py` counts the verdicts.
 """
 
 from benchmarks import require_modules

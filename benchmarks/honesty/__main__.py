@@ -1,23 +1,20 @@
-"""Try every head and solver on thousands of hard tasks, and count who is right, who says so, and who is silently wrong.
+"""Try every head and solver on thousands of hard tasks, and count correct, reported and silently wrong answers.
 
 python -m benchmarks.honesty
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import jsonargparse
 import pandas
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from benchmarks import report
+from benchmarks import experiment, report
 from benchmarks.honesty.attempts import PRECISE, VERDICTS, WRONG, WRONG_GRADIENT, attempts
 from benchmarks.honesty.contenders import contenders
 from benchmarks.honesty.tasks import Set
@@ -51,10 +48,9 @@ def measure(name: str, of: Set, tasks: int, limit: float, workers: int, device: 
 
 
 def show(rows: list[dict[str, Any]], title: str) -> Table:
-    """Counts of each verdict; shares are of the tasks that were tried."""
-    table = Table(title=title, title_justify="left")
-    for column in ("contender", "set", "tried", "solved, %", *VERDICTS[1:-1], "gradients", "wrong ones"):
-        table.add_column(column, justify="left" if column in ("contender", "set") else "right", no_wrap=True)
+    """Counts of each verdict; percentages refer to the tasks that were tried."""
+    columns = ("contender", "set", "tried", "solved, %", *VERDICTS[1:-1], "gradients", "wrong ones")
+    table = report.new_table(title, columns, left=("contender", "set"), no_wrap=True)
     for row in rows:
         tried = row["tasks"] - row["left out"]
         share = f"{100 * row['solved'] / tried:.2f}" if tried else ""
@@ -66,22 +62,17 @@ def show(rows: list[dict[str, Any]], title: str) -> Table:
 
 def main() -> None:
     """The command line."""
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m benchmarks.honesty", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = experiment.parser("honesty", __doc__, "device", "output")
     tried = contenders()
     known = list(tried)
-    parser.add_argument("--tasks", type=int, default=5000, help="hard tasks, of seeds 0, 1, 2, ...")
+    parser.add_argument("--tasks", type=int, default=5000, help="hard tasks, with the seeds 0, 1, 2, ...")
     parser.add_argument("--beyond", type=int, default=500, help="tasks with C beyond what float64 can express")
-    parser.add_argument("--peer-tasks", type=int, default=300, help="hard tasks for those on other solvers")
-    parser.add_argument("--names", type=list[str], default=known, help=f"who takes part, of: {', '.join(known)}")
+    parser.add_argument("--peer-tasks", type=int, default=300, help="hard tasks for contenders on other solvers")
+    parser.add_argument("--names", type=list[str], default=known, help=f"contenders to try, of {', '.join(known)}")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds of a task, after which it counts as hung")
     parser.add_argument("--workers", type=int, default=2, help="processes")
-    parser.add_argument("--device", type=Literal["cpu", "cuda"], default="cpu", help="where to solve")
-    parser.add_argument("--output", type=Path, default=Path("runs/honesty"), help="folder for the result")
     options = parser.parse_args()
-    if unknown := set(options.names) - set(known):
-        raise SystemExit(f"error: names: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    experiment.refuse_unknown("names", options.names, known)
     rows = []
     for name in options.names:
         tasks = options.peer_tasks if tried[name].peer else options.tasks
@@ -109,18 +100,13 @@ def write(rows: list[dict[str, Any]], options: Any) -> None:
         + ("" if options.device == "cpu" else f"Solved on {origin['machine']['accelerator']}. ")
         + "Made by `python -m benchmarks.honesty`."
     )
-    Console(width=max(160, Console().width)).print(table, note, f"All of it is in {options.output}", sep="\n")
-    options.output.mkdir(parents=True, exist_ok=True)
-    settings = {
-        name: options[name] for name in ("tasks", "beyond", "peer_tasks", "names", "limit", "workers", "device")
-    }
+    names = ("tasks", "beyond", "peer_tasks", "names", "limit", "workers", "device")
     plain = [{key: value for key, value in row.items() if key != "notable"} for row in rows]
-    record = {"settings": settings, "results": plain, **origin}
-    (options.output / "honesty.json").write_text(json.dumps(record, indent=2) + "\n")
+    record = {"settings": {name: options[name] for name in names}, "results": plain, **origin}
+    experiment.write(options.output, "honesty", table, note, record=record, width=160)
     notable = [{"contender": row["contender"], "set": row["set"], **each} for row in rows for each in row["notable"]]
     columns = ["contender", "set", "seed", "verdict", "detail"]
     pandas.DataFrame(notable, columns=columns).to_csv(options.output / "notable.csv", index=False)
-    report.write_markdown(table, note, options.output / "honesty.md")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs a contender on a hard task in a process that may crash or hang, and records the outcome."""
+"""Attempts of contenders at hard tasks, in processes that may crash or hang."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _set_up() -> None:
 
 
 def attempt(name: str, of: Set, seed: int, *, device: str = "cpu") -> tuple[str, str, float | None]:
-    """A verdict, what there is to say of it, and the gradient's error where it was looked at."""
+    """The verdict, its reason, and the error of the gradient if it was checked."""
     contender, task = contenders()[name], hard_task(seed, of)
     if task.size > contender.largest or not contender.suits(task):
         return "left out", "", None
@@ -30,7 +30,7 @@ def attempt(name: str, of: Set, seed: int, *, device: str = "cpu") -> tuple[str,
         answer = contender.answer(task.to(device))
     except contender.documented as error:
         return "flagged", f"{type(error).__name__}: {error}", None
-    except Exception as error:  # whatever else comes is what is counted here
+    except Exception as error:  # any other error counts as a crash
         return "crashed", f"{type(error).__name__}: {error}", None
     # Beyond float64, differences of logits are noise.
     return verdict(answer), f"gap {answer.gap:.0e}", answer.gradient_error if of == "hard" else None
@@ -46,7 +46,7 @@ def verdict(answer: Answer) -> str:
 def attempts(
     name: str, of: Set, seeds: range, limit: float, workers: int, device: str = "cpu"
 ) -> Iterator[tuple[str, str, float | None]]:
-    """`attempt` on each seed, in processes that may crash or hang."""
+    """Call `attempt` for each seed, in processes that may crash or hang."""
     context = get_context("spawn" if device == "cuda" else None)  # CUDA doesn't work in forked processes
     with ProcessPool(max_workers=workers, initializer=_set_up, context=context) as pool:
         results = pool.map(partial(attempt, name, of, device=device), seeds, timeout=limit).result()

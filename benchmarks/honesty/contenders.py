@@ -1,4 +1,4 @@
-"""Who is tried: every head on the native solver, the paper's SVM on every solver, two peers without our adapters."""
+"""The contenders: all heads on the native solver, the paper's SVM on all solvers, two solvers without our adapters."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from convexheads.solvers import to_dense
 
 
 class Answer(NamedTuple):
-    """The outcome of a task.
+    """The answer of a contender to a task.
 
     Attributes:
-        gap: the judge's.
-        solved: whether the contender says that it has solved the task.
-        gradient_error: relative, of a directional derivative; None where it wasn't looked at.
+        gap: the error that the judge measures.
+        solved: whether the contender reports that it has solved the task.
+        gradient_error: the relative error of a directional derivative; None if it was not checked.
     """
 
     gap: float
@@ -35,15 +35,14 @@ class Answer(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """Someone who solves tasks.
+    """A head with a solver, or a solver alone, that is tried on tasks.
 
     Attributes:
-        answer: from a task to an answer. What it raises counts as flagged if it is an error that it documents, and as a
-            crash otherwise.
-        peer: whether somebody else's solver does the work, and few tasks are enough.
-        largest: the examples times classes above which it is left out, as it would take minutes or gigabytes.
-        documented: the errors that it says it raises.
-        suits: which tasks it is made for.
+        answer: from a task to an answer. A documented error counts as flagged, any other error as a crash.
+        peer: whether the solver is not ours, so that it is tried on few tasks.
+        largest: the examples times classes above which it is left out because it would take minutes or gigabytes.
+        documented: the errors that it is documented to raise.
+        suits: whether it is made for a task.
     """
 
     answer: Callable[[HardTask], Answer]
@@ -54,7 +53,7 @@ class Contender(NamedTuple):
 
 
 def contenders() -> dict[str, Contender]:
-    """All of them, by name."""
+    """All contenders by name."""
     exact: dict[str, Any] = {
         "largest": 300,
         "suits": lambda task: _has_every_class(task) and task.support.shape[-1] <= 12,
@@ -168,7 +167,7 @@ def _problem(task: HardTask) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _qpth(task: HardTask) -> Answer:
-    """As MetaOptNet's code calls it, but for the 1 that it adds to the diagonal."""
+    """Call qpth as MetaOptNet's code does, without the 1 that it adds to the diagonal."""
     from qpth.qp import QPFunction
 
     _, gram, own = _problem(task)
@@ -202,7 +201,7 @@ def _cvxpylayers_errors() -> tuple[type[Exception], ...]:
 
 
 _SMALL = 300
-# Relative to the largest coefficient, or to a multiplier of one: what has a derivative on both sides.
+# An entry is clearly free or held above this slack, relative to the largest coefficient, or this relative multiplier.
 _CLEAR = 1e-3
 _DEFINITE = 1e-7
 
@@ -211,11 +210,11 @@ def _is_regular(head: MulticlassSVM, fitted: FittedClassifier, task: HardTask) -
     """Whether there is a derivative on both sides.
 
     Each entry is clearly free or clearly held (strict complementarity), and the free ones are determined by the
-    problem: its Hessian is definite on them (second-order sufficiency). A support example of zero, say, has the same
-    score for all classes, and the slightest move of it decides which of them counts.
+    problem: its Hessian is definite on them (second-order sufficiency). For example, a support example of zeros has
+    the same score for all classes, and its slightest move decides which of them counts.
     """
     assert fitted.solution is not None
-    if task.ways == 1:  # all is zero
+    if task.ways == 1:  # all coefficients are zero
         return False
     coef, pull = fitted.solution.coef, fitted.solution.bound_multipliers
     assert pull is not None
@@ -242,7 +241,7 @@ def _is_regular(head: MulticlassSVM, fitted: FittedClassifier, task: HardTask) -
 
 
 def _dual(head: MulticlassSVM, fitted: FittedClassifier) -> ch.solvers.DualProblem:
-    """The problem that the head gives to its solver."""
+    """The problem that a head passes to its solver."""
     head, recorder = copy.copy(head), _Recorder(on_failure="return")
     head.solver = recorder
     head.solve(fitted.support)
@@ -268,7 +267,7 @@ def _gradient_error_of(head: ch.ClassificationHead, task: HardTask) -> float:
 
 
 def _gradient_error(logits: Callable[[Tensor], Tensor], support: Tensor) -> float:
-    """Of a directional derivative of the logits, against central differences with the best of several steps."""
+    """The error of a directional derivative of the logits: the smallest over central differences with several steps."""
     generator = torch.Generator().manual_seed(0)
     support = support.clone().requires_grad_()
     out = logits(support)
@@ -276,7 +275,7 @@ def _gradient_error(logits: Callable[[Tensor], Tensor], support: Tensor) -> floa
     weights /= out.detach().abs().max() or 1.0
     (gradient,) = torch.autograd.grad((out * weights).sum(), support)
     random = torch.randn(support.shape, generator=generator, dtype=support.dtype).to(support)
-    # Along the gradient, so that there is something to see, and not only along it.
+    # Mostly along the gradient, so that the derivative is not small, but not only along it.
     steepest = gradient / gradient.norm() if gradient.norm() > 0 else torch.zeros_like(gradient)
     direction = steepest + 0.1 * random / random.norm()
     slope = (gradient * direction).sum().item()
@@ -287,7 +286,7 @@ def _gradient_error(logits: Callable[[Tensor], Tensor], support: Tensor) -> floa
                 (logits(support + sign * step * size * direction) * weights).sum().item() for sign in (1, -1)
             )
             difference = (ahead - behind) / (2 * step * size)
-            # What rounding leaves of a difference of two numbers around one.
+            # The rounding error of a difference of two numbers around one.
             noise = 1e-9 / (step * size)
             errors.append(max(abs(difference - slope) - noise, 0) / max(abs(difference), abs(slope), 1e-300))
     return min(errors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -110,6 +111,21 @@ def test_an_unknown_recipe_is_refused_with_the_closest_one() -> None:
         Options.from_recipe("table2/cifar-fs/resnet-12/ridge")
     assert "table2/cifar-fs/resnet12/ridge, got" in str(error.value)
     assert all(name in str(error.value) for name in RECIPES)
+
+
+def test_a_recipe_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its results have a folder of its name; a file of options and the command line override it."""
+    name = "table4/cifar-fs/conv4/svm-none"
+    own = tmp_path / "own.yaml"
+    own.write_text("steps: 7\ntasks: 3\n")
+    parse = partial(Options.parse, description="")
+    assert parse(["--recipe", name]) == Options.from_recipe(name, output=Path("runs") / name)
+    found = parse(["--recipe", name, "--config", str(own), "--tasks", "2", "--output", "out"])
+    assert found == Options.from_recipe(name, steps=7, tasks=2, output=Path("out"))
+    with pytest.raises(SystemExit) as end:
+        parse(["--list-recipes"])
+    assert not end.value.code
+    assert capsys.readouterr().out.split() == list(RECIPES)
 
 
 @pytest.mark.parametrize("recipe", ["table2/cifar-fs/conv4/svm", "table4/cifar-fs/conv4/svm-none"])
