@@ -71,7 +71,8 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """Predict the most probable label of each sample of `X`, `(q,)`."""
-        return self.classes_[self._logits(X).argmax(-1).numpy()]
+        best = self._logits(X).argmax(-1).numpy()  # before `classes_`, which does not exist before a fit
+        return self.classes_[best]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Compute the softmax of the logits of samples `X`, `(q, k)`.
