@@ -1,4 +1,4 @@
-"""Executes the Python blocks of a page. `docs/hooks.py` calls it in processes of their own."""
+"""Executes the Python blocks of a page. `docs/hooks.py` calls it in separate processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def execute(codes: Sequence[str]) -> tuple[list[str], str]:
         codes: the source of each block.
 
     Returns:
-        What each block printed, up to the first that failed; and that one's traceback, or an empty string.
+        The output of each block before the first that failed, and the traceback of that block or an empty string.
     """
     module = ModuleType("page")
     sys.modules["page"] = module  # where dataclasses and pickle look for what a block defines

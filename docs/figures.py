@@ -1,4 +1,4 @@
-"""The pictures and tables of the documentation, made at each build: by heads at work, or from committed results."""
+"""Draws the pictures and tables of the documentation at each build, with heads or from committed results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from convexheads.solvers import InteriorPointSolver, NativeSolver, Solver
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 COLORS = ("#4c8dd6", "#e58a2e", "#3fae6a", "#c85fb0", "#9a8cf0", "#b5a13c")
 
-# What is drawn in this color takes the text's own, light or dark, in the page.
+# In the page, this color is replaced by that of the text, which differs between the light and the dark scheme.
 _TEXT = "#010203"
 rcParams.update(
     {
@@ -55,7 +55,7 @@ def picture(figure: Figure, caption: str) -> str:
     FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
     svg = text.getvalue()[text.getvalue().index("<svg") :]
     svg = svg.replace(_TEXT, "currentColor").replace("\n", " ")
-    mark = f"{crc32(svg.encode()):x}"  # ids of their own, as several pictures share a page
+    mark = f"{crc32(svg.encode()):x}"  # makes ids unique, because a page may have several pictures
     svg = re.sub(r'( id="|xlink:href="#|url\(#)', rf"\g<1>p{mark}-", svg)
     said = html.escape(caption, quote=True)
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{said}" ', 1)
@@ -63,7 +63,7 @@ def picture(figure: Figure, caption: str) -> str:
 
 
 def boundaries(heads: Mapping[str, ClassificationHead], *, ways: int = 3, shots: int = 7, seed: int = 5) -> Figure:
-    """What heads decide everywhere in the plane, from the same support set; support vectors are ringed.
+    """The decisions of heads in the plane, fitted on the same support set; support vectors are ringed.
 
     Colors are the classes, stronger where the best logit is further ahead of the second.
     """
@@ -106,7 +106,7 @@ def _blobs(ways: int, shots: int, seed: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def curves(heads: Mapping[str, RegressionHead], *, points: int = 9, seed: int = 3) -> Figure:
-    """What regression heads predict from the same few points of a sinusoid; a band where they know their variance."""
+    """Predictions of regression heads from the same few points of a sinusoid, with a band if they have a variance."""
     generator = torch.Generator().manual_seed(seed)
     x = 10 * torch.rand(points, 1, generator=generator) - 5
     y = 2 * (x[:, 0] - 1).sin() + 0.15 * torch.randn(points, generator=generator)
@@ -132,7 +132,7 @@ def curves(heads: Mapping[str, RegressionHead], *, points: int = 9, seed: int = 
 
 
 def speed() -> Figure:
-    """Time of both passes against the size of the task, from the committed result of `benchmarks.solvers`."""
+    """The time of both passes for each size of the task, from the committed result of `benchmarks.solvers`."""
     rows = _result("solvers/cpu")["results"]
     names = {
         "native": "convexheads",
@@ -160,7 +160,7 @@ def speed() -> Figure:
 
 
 def speed_table(of: str = "solvers/cpu") -> str:
-    """How many times faster than its peers the native solver is, as Markdown, from a result of `benchmarks.solvers`."""
+    """The speedup of the native solver over the others, as Markdown, from a result of `benchmarks.solvers`."""
     times = {(row["contender"], row["size"]): row["both"] for row in _result(of)["results"]}
     sizes = ("5w1s", "5w5s", "5w15s", "20w1s", "20w5s")
     lines = ["| | " + " | ".join(s.replace("w", "-way ").replace("s", "-shot") for s in sizes) + " |", "|---" * 6 + "|"]
@@ -203,7 +203,7 @@ def precision_table() -> str:
 
 
 def kinks() -> Figure:
-    """A query's logit while one support example moves: its value, and what three ways say of its derivative."""
+    """A query's logit while one support example moves: its value, and its derivative computed in three ways."""
     support, labels = _blobs(3, 5, seed=2)
     support, query = support.double(), torch.tensor([[0.3, -0.2]], dtype=torch.float64)
 
@@ -251,7 +251,7 @@ BACKWARD_PATH = (
     ("no autograd", "KKT.solve"),
     ("heads", "Gram matrix and kernel (autograd)"),
 )
-"""What the backward pass of such a call passes, in order."""
+"""The steps of the backward pass of such a call, in order."""
 
 
 def call_path() -> Figure:

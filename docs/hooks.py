@@ -1,8 +1,8 @@
-"""Hooks of MkDocs: what the pages' Python blocks print is cached in `.cache/docs`, by content.
+"""Hooks of MkDocs that execute the pages' Python blocks and cache their output in `.cache/docs`.
 
-The key of a block is its code, that of the blocks before it in its session, and all else that its output depends on:
-the package, `docs/figures.py`, the committed results, and the versions of other packages. Blocks that are not in the
-cache are executed in other processes, one for each processor core, while MkDocs reads the pages.
+The key of a block consists of its code, the code of earlier blocks in its session, and everything else that its output
+depends on: the package, `docs/figures.py`, the committed results, and the versions of other packages. Blocks that are
+not in the cache are executed in parallel processes while MkDocs reads the pages.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for whoever calls `mkdocs` and not `python -m mkdocs`
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for calls of `mkdocs`; `python -m mkdocs` adds it itself
 from docs.blocks import execute
 
 FILES = ("convexheads/**/*", "docs/*.py", "benchmarks/results/**/*.json")
 PACKAGES = ("cvxpy", "cvxpylayers", "matplotlib", "numba", "numpy", "pillow", "qpth", "scikit-learn", "scipy", "torch")
-"""Whose versions change what blocks compute or draw."""
+"""Packages whose versions change the output of blocks."""
 _BLOCK = re.compile(r'^( *)```python ([^\n]*exec="on"[^\n]*)\n(.*?)\n\1```$', re.DOTALL | re.MULTILINE)
 _SESSION = re.compile(r'session="(.*?)"')
 
 
 def fingerprint(root: Path) -> str:
-    """A hash of all that the output of a block depends on, besides its code."""
+    """A hash of everything that the output of a block depends on, except its code."""
     paths = {path for pattern in FILES for path in root.glob(pattern) if path.is_file()}
     found = sha256(sys.version.encode())
     for path in sorted(path for path in paths if "__pycache__" not in path.parts):
@@ -49,13 +49,13 @@ def fingerprint(root: Path) -> str:
 
 
 OTHERS = ("torch._dynamo", "torch.optim", "matplotlib.figure", "numba", "scipy.stats", "sklearn.datasets")
-"""What most blocks import: it is imported once, where processes can be made as copies of one that has done so."""
+"""Modules that most blocks import. If processes can be forked from a server, the server imports them once."""
 MANY = 10
-"""From more sessions than these on, that is worth it."""
+"""The server saves time if more than this number of sessions are executed."""
 
 
 class Blocks:
-    """The blocks of one build, and what they print.
+    """The blocks of one build, and their output.
 
     Args:
         root: folder of `mkdocs.yml`.
@@ -68,13 +68,13 @@ class Blocks:
         self.sessions: defaultdict[str, list[str]] = defaultdict(list)
         self.running: dict[Path, tuple[list[Path], Future[tuple[list[str], str]]]] = {}
         self.used: set[Path] = set()
-        self.page = ""  # that MkDocs is at
+        self.page = ""  # the page that MkDocs is reading
         self.many = False  # whether more than MANY sessions are executed
 
     @cached_property
     def pool(self) -> ProcessPoolExecutor:
-        """Processes that import the package as it is now, also while `mkdocs serve` builds again and again."""
-        os.environ["OMP_NUM_THREADS"] = "1"  # in each of these processes, as there is one for each core
+        """New processes, which import the current state of the package; `mkdocs serve` builds repeatedly."""
+        os.environ["OMP_NUM_THREADS"] = "1"  # because there is one process per core
         context = get_context("spawn")
         if self.many and "forkserver" in get_all_start_methods():
             context = get_context("forkserver")
@@ -82,11 +82,11 @@ class Blocks:
         return ProcessPoolExecutor(min(os.cpu_count() or 1, 4), mp_context=context)
 
     def path(self, codes: Sequence[str]) -> Path:
-        """Where the output of the last of a session's blocks is kept."""
+        """The file with the output of the last of a session's blocks."""
         return self.folder / (sha256("\0".join([self.version, *codes]).encode()).hexdigest() + ".txt")
 
     def paths(self, codes: Sequence[str]) -> list[Path]:
-        """Where the outputs of a session's blocks are kept."""
+        """The files with the outputs of a session's blocks."""
         return [self.path(codes[: number + 1]) for number in range(len(codes))]
 
     def known(self, codes: Sequence[str]) -> bool:
@@ -100,7 +100,7 @@ class Blocks:
             self.running.update(dict.fromkeys(work[0], work))
 
     def run(self, code: str, *, session: str = "", **_: Any) -> str:
-        """What a block prints, as markdown-exec asks for it.
+        """The output of a block, in the interface of markdown-exec.
 
         Args:
             code: the source.
@@ -127,7 +127,7 @@ class Blocks:
         return path.read_text(encoding="utf-8")
 
     def close(self, *, prune: bool) -> None:
-        """End the processes and, if asked for, delete what this build did not use."""
+        """End the processes and, with `prune`, delete outputs that this build did not use."""
         if "pool" in vars(self):
             self.pool.shutdown(cancel_futures=True)
         for path in self.folder.iterdir() if prune else ():
@@ -146,10 +146,10 @@ def on_config(config: MkDocsConfig) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Start to execute the blocks of all pages, the longest code first, and let MkDocs read the pages in that order.
+    """Start to execute the blocks of all pages, the longest code first, and let MkDocs read the pages in this order.
 
-    Most of the time goes to the tutorials, and no core should be left with one of them at the end. Pages without blocks
-    come first: MkDocs reads them in the meantime.
+    Tutorials take most of the time, and no core should start one of them at the end. Pages without blocks come first:
+    MkDocs reads them while the blocks are executed.
     """
     sessions: defaultdict[tuple[File, object], list[str]] = defaultdict(list)
     for file in files.documentation_pages():
@@ -165,15 +165,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> None:
-    """Note the page, for the message about a block that fails."""
+    """Store the page for the message about a block that fails."""
     _blocks.page = page.file.src_uri
 
 
 def on_post_build(config: MkDocsConfig) -> None:
-    """Delete what is stale."""
+    """Delete outdated outputs."""
     _blocks.close(prune=True)
 
 
 def on_build_error(error: Exception) -> None:
-    """Stop what is still being executed."""
+    """Stop blocks that are still being executed."""
     _blocks.close(prune=False)
