@@ -37,4 +37,4 @@ def faults(text: str) -> list[str]:
 names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 paths = [name for name in names if Path(name).suffix in SUFFIXES and not name.startswith(SKIPPED)]
 lines = [f"{name}:{fault}" for name in paths for fault in faults((ROOT / name).read_text(encoding="utf-8"))]
-sys.exit("\n".join(lines))
+sys.exit("\n".join(lines) or 0)
