@@ -100,9 +100,8 @@ def evaluation(*, device: str, episodes: int, queries: int, features: int) -> di
 class OneLayer(Backbone):
     """64 features that are linear in the pixels of 32 x 32 images, so that the time of the loop itself shows."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 64))
+    def make_layers(self) -> tuple[nn.Module, int]:
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 64)), 64
 
 
 def one_layer_training(*, device: Literal["cpu", "cuda"], tasks: int, queries: int, steps: int) -> Training:
