@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from threading import Lock
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,7 +38,7 @@ def test_a_problem_of_cvxpy_is_checked_and_described() -> None:
 
 
 def test_values_that_are_not_finite_solve_no_problem() -> None:
-    layer = cvxpylayers.Layer(None, None, [], [])
+    layer = cvxpylayers.Layer(None, None, [], [], Lock())
     assert not _is_solved(layer, [], [torch.tensor([1.0, torch.nan])])
 
 
@@ -49,7 +50,7 @@ def test_the_task_that_clarabel_refuses_fails_alone() -> None:
             raise ValueError("no solution")
         return [2 * values]
 
-    layer = cvxpylayers.Layer(solve, None, [], [SimpleNamespace(shape=(3,))])
+    layer = cvxpylayers.Layer(solve, None, [], [SimpleNamespace(shape=(3,))], Lock())
     found = cvxpylayers.call(layer, torch.tensor([[1.0] * 3, [-1.0] * 3, [3.0] * 3]), tolerance=1e-8, max_iterations=9)
     assert found[0][[0, 2]].tolist() == [[2.0] * 3, [6.0] * 3]
     assert found[0][1].isnan().all()
