@@ -170,7 +170,7 @@ class Training:
                 return _loss_on_host(self.head, features, self.episodes, **settings)
             return episode_loss(self.head, episode, **settings)
         except (InputError, SolverError) as error:
-            tasks = non_finite_tasks(features, 1)
+            tasks = non_finite_tasks(1, features)
             if isinstance(error, InputError) and not tasks:
                 raise  # not caused by the values
             if isinstance(error, SolverError) and error.solution is not None:

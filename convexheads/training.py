@@ -86,7 +86,10 @@ def raise_failure(failure: dict[str, Any], error: Exception | None = None) -> No
     raise InputError("batch", expected, f"{format_step(failure)} ({failure['cause']})") from error
 
 
-def non_finite_tasks(values: Tensor, dimensions: int) -> list[int]:
-    """List the tasks with a non-finite value, by flat index; the first `dimensions` dimensions are those of tasks."""
-    nonfinite = (~values.isfinite()).flatten(dimensions).any(-1)
-    return nonfinite.flatten().nonzero().flatten().tolist()
+def non_finite_tasks(dimensions: int, *values: Tensor) -> list[int]:
+    """List the tasks with non-finite values, by flat index, in the first of several tensors that has any.
+
+    The first `dimensions` dimensions of each tensor are those of tasks.
+    """
+    found = ((~each.isfinite()).flatten(dimensions).any(-1).flatten().nonzero().flatten() for each in values)
+    return next((tasks.tolist() for tasks in found if len(tasks)), [])

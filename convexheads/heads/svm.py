@@ -99,7 +99,7 @@ class SVMHead(MulticlassSVM):
     \(\max_\alpha -\frac12 \sum_k |w_k|^2 + \sum_n \alpha_n^{y_n}\) subject to
     \(\alpha_n^k \le C [k = y_n]\) and \(\sum_k \alpha_n^k = 0\).
 
-    What differs from Lee et al.: the problem is solved to optimality unless the solver is told to stop early
+    What differs from Lee et al.: the problem is solved to optimality unless the solver stops early
     (`solver=QpthSolver(max_iterations=3)` is the paper's). From their published code and learn2learn: those add
     1 to the dual's diagonal (`smoothing=1`), run 15 iterations, and their scale is an unconstrained parameter.
 

@@ -72,7 +72,7 @@ class Solver(ABC):
     """
 
     default_tolerance: ClassVar[float] = 1e-6
-    """The relative duality gap at which a task counts as converged, unless the constructor says otherwise."""
+    """The relative duality gap at which a task counts as converged, by default."""
     package: ClassVar[str | None] = None
     """The optional package that the backend needs, which is also the name of the extra that installs it."""
     provides_gradient: ClassVar[bool] = False

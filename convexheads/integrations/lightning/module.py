@@ -112,15 +112,15 @@ class EpisodicModule(pl.LightningModule):
         """
         if self.on_failed_step != "raise" and self._before is None:
             self._before = {name: value.clone() for name, value in self.named_buffers()}
-        features, error = self._features(batch), None
+        features, error, task_dims = self._features(batch), None, batch[1].ndim - 1
         try:
             loss, metrics, logits = self._episodes(features, batch[1])
             if loss.isfinite():
                 self.log_dict(metrics, prog_bar=True, batch_size=batch[1].shape[:-1].numel())
                 return loss
-            cause, tasks = f"a loss of {loss.item()}", _first_non_finite_tasks(batch[1], batch[0], features, logits)
+            cause, tasks = f"a loss of {loss.item()}", training.non_finite_tasks(task_dims, batch[0], features, logits)
         except InputError as unusable:
-            if not (tasks := _first_non_finite_tasks(batch[1], batch[0], features)):
+            if not (tasks := training.non_finite_tasks(task_dims, batch[0], features)):
                 raise  # the error has another cause than the values
             cause, error = str(unusable), unusable
         except SolverError as unsolved:
@@ -216,9 +216,3 @@ class EpisodicModule(pl.LightningModule):
         factor = SCHEDULES[self.schedule]
         schedule = optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step / self.total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def _first_non_finite_tasks(labels: Tensor, *values: Tensor) -> list[int]:
-    """The tasks with non-finite values, in the first of several tensors `(*tasks, ...)` that has any."""
-    found = (training.non_finite_tasks(each, labels.ndim - 1) for each in values)
-    return next(filter(None, found), [])
