@@ -11,8 +11,8 @@ from convexheads.solvers.base import OnFailure, Solver
 from convexheads.solvers.fallback import Fallback
 from convexheads.solvers.native.active_set import ActiveSetSolver
 from convexheads.solvers.native.admm import ADMMSolver
+from convexheads.solvers.native.default import NativeSolver
 from convexheads.solvers.native.interior_point import InteriorPointSolver
-from convexheads.solvers.native.solver import NativeSolver
 from convexheads.solvers.problem import DualProblem, Solution, Status
 
 SOLVERS: dict[str, type[Solver]] = {

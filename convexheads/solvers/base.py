@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from convexheads._functorch import compute_without_grad, inspect_values, is_transforming
@@ -49,6 +49,18 @@ class Solved(TensorRecord):
     solution: Solution
     hessian_scale: Float[Tensor, " tasks"]
     linearization: Linearization | None
+
+
+class Plan(NamedTuple):
+    """How a flat batch is solved. `Solver.plan` makes it.
+
+    The problem may have been moved to another device. The first solver solves all tasks, at most `max_tasks` at once,
+    and each of the others those that the solvers before it did not solve.
+    """
+
+    problem: DualProblem
+    solvers: tuple[Solver, ...]
+    max_tasks: int | None = None
 
 
 class Solver(ABC):
@@ -151,8 +163,36 @@ class Solver(ABC):
         handle_failures(type(self).__name__, solution, self.tolerance, self.on_failure)
         return solution
 
-    def _solve_flat(self, problem: DualProblem) -> Solution:
-        """Solve a flat batch of problems in working precision, with gradient. Compositions of solvers override this."""
+    def plan(self, problem: DualProblem) -> Plan:
+        """Decide how a flat batch is solved: by this solver alone. Compositions of solvers override this."""
+        return Plan(problem, (self,))
+
+    def _is_solved(self, solution: Solution) -> Bool[Tensor, " tasks"]:
+        """Which tasks the next solver of a plan does not solve again."""
+        return solution.converged
+
+    def _solve_flat(self, whole: DualProblem) -> Solution:
+        """Solve a flat batch in working precision by its plan, with gradient."""
+        problem, (solver, *others), max_tasks = self.plan(whole)
+        if max_tasks is not None and max_tasks < len(problem.linear):
+            starts = range(0, len(problem.linear), max_tasks)
+            parts = [self._solve_flat(problem.select(slice(start, start + max_tasks))) for start in starts]
+            tensors = [part.tensors() for part in parts]
+            return parts[0].map(lambda name, _: torch.cat([part[name] for part in tensors])).to(whole.linear.device)
+        solution = solver._solve_alone(problem)
+        selects = not is_transforming()  # inside `torch.func.vmap`, tasks cannot be selected by their values
+        for then in others:
+            unsolved = ~solver._is_solved(solution)
+            if not (unsolved.any() if selects else inspect_values(lambda unsolved: bool(unsolved.any()), unsolved)):
+                break
+            solver, other = then, then._solve_flat(problem.select(unsolved) if selects else problem)
+            if solution.iterations is None or other.iterations is None:
+                solution, other = replace(solution, iterations=None), replace(other, iterations=None)
+            solution = solution.replace_tasks(unsolved, other) if selects else solution.where(unsolved, other)
+        return solution if problem is whole else solution.to(whole.linear.device)
+
+    def _solve_alone(self, problem: DualProblem) -> Solution:
+        """Solve a flat batch in working precision by this solver, with gradient."""
         if self.provides_gradient:
             return self._solve_numerically(problem).solution
         if is_transforming():
@@ -219,10 +259,6 @@ class Solver(ABC):
         if self.provides_gradient and wanted and not coef.requires_grad:
             raise ConvexHeadsError(f"{name}: expected coefficients with gradient, got none, but provides_gradient=True")
         return result if isinstance(result, SolverResult) else SolverResult(coef)
-
-    def _is_solved(self, solution: Solution) -> Tensor:
-        """Which tasks `Fallback` does not solve again, `(tasks,)` of bool."""
-        return solution.converged
 
 
 def handle_failures(name: str, solution: Solution, tolerance: float, on_failure: OnFailure) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads._functorch import inspect_values, is_transforming
 from convexheads.errors import InputError
-from convexheads.solvers.base import OnFailure, Solver
-from convexheads.solvers.problem import DualProblem, Solution
+from convexheads.solvers.base import OnFailure, Plan, Solver
+from convexheads.solvers.problem import DualProblem
 
 
 class Fallback(Solver):
@@ -42,21 +38,9 @@ class Fallback(Solver):
         super().__init__(tolerance=then.tolerance if tolerance is None else tolerance, on_failure=on_failure)
         self.first, self.then = first, then
 
+    def plan(self, problem: DualProblem) -> Plan:
+        plan = self.first.plan(problem)
+        return plan._replace(solvers=(*plan.solvers, self.then))
+
     def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:
         return self._solve_flat(problem).coef
-
-    def _solve_flat(self, problem: DualProblem) -> Solution:
-        solution = self.first._solve_flat(problem)
-        unsolved = ~self.first._is_solved(solution)
-        selects = not is_transforming()  # inside `torch.func.vmap`, tasks cannot be selected by their values
-        if not (unsolved.any() if selects else inspect_values(lambda unsolved: bool(unsolved.any()), unsolved)):
-            return solution
-        other = self.then._solve_flat(problem.select(unsolved) if selects else problem)
-        if solution.iterations is None or other.iterations is None:
-            solution, other = replace(solution, iterations=None), replace(other, iterations=None)
-        if selects:
-            return solution.replace_tasks(unsolved, other)
-        others = other.tensors()
-        return solution.map(
-            lambda name, value: torch.where(unsolved.view(-1, *[1] * (value.ndim - 1)), others[name], value)
-        )

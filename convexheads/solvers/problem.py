@@ -61,6 +61,11 @@ class TensorRecord:
         new = values.tensors()
         return self.map(lambda name, value: value.index_put((chosen,), new[name]))
 
+    def where(self: _R, chosen: Bool[Tensor, " tasks"], values: _R) -> _R:
+        """Like `replace_tasks`, but `values` has all tasks. This works inside `torch.func.vmap` too."""
+        new = values.tensors()
+        return self.map(lambda name, value: torch.where(chosen.view(-1, *[1] * (value.ndim - 1)), new[name], value))
+
     def __repr__(self) -> str:
         shown = (
             f"{name}={tuple(value.shape) if isinstance(value, Tensor) else repr(value)}"

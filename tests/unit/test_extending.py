@@ -206,7 +206,7 @@ def test_what_is_used_of_torch_s_internals(monkeypatch):
     assert inspect.signature(forward) == signature
     drawn = task(2, shots=(3, 2, 3))[:3]
     expected = logits_and_gradients(NativeSolver(), *drawn)
-    for module in ("_functorch", "solvers.base", "solvers.fallback", "solvers.implicit"):
+    for module in ("_functorch", "solvers.base", "solvers.implicit"):
         monkeypatch.setattr(f"convexheads.{module}.is_transforming", lambda: True)
     for one, other in zip(logits_and_gradients(NativeSolver(), *drawn), expected, strict=True):
         assert close(one, other) < 1e-12

@@ -162,7 +162,7 @@ def test_tasks_too_large_for_blocks_of_all_classes_use_admm_and_the_low_rank_for
     query, _ = clusters(classes=3, each=5, d=9, seed=1)
     support, query = support.double(), query.double()
     expected = SVMHead(0.05)(support, labels, query)
-    monkeypatch.setattr(active_set.ActiveSetSolver, "_solve_flat", None)
+    monkeypatch.setattr(active_set.ActiveSetSolver, "_solve_alone", None)
     for rank in (40, 1):
         fitted = SVMHead(0.05, solver=NativeSolver(max_block_entries=3 * 270 * rank)).fit(support, labels)
         assert close(fitted(query), expected) < 1e-7

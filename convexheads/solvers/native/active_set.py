@@ -13,11 +13,11 @@ from torch import Tensor
 
 from convexheads._validation import check_choice, check_positive_ints
 from convexheads.errors import MissingDependencyError
-from convexheads.solvers.base import OnFailure, Solved, Solver, SolverResult
+from convexheads.solvers.base import OnFailure, Plan, Solved, Solver, SolverResult
 from convexheads.solvers.certificate import Certificate, certify
 from convexheads.solvers.implicit import ActiveSet, active_entries, factorize_free
 from convexheads.solvers.native.admm_steps import WarmStart, admm, ridge_step
-from convexheads.solvers.problem import DualProblem, Solution
+from convexheads.solvers.problem import DualProblem
 
 Backend = Literal["auto", "torch", "numba"]
 """The implementation: PyTorch, kernels compiled by Numba on the CPU, or the faster one."""
@@ -88,10 +88,9 @@ class ActiveSetSolver(Solver):
         coef = certificate.feasible.masked_fill(unsolved[:, None, None], torch.nan)
         return SolverResult(coef, rounds, certificate, active_set)
 
-    def _solve_flat(self, problem: DualProblem) -> Solution:
-        if not problem.linear.is_cpu and moves_to_cpu(problem, self.backend):
-            return super()._solve_flat(problem.to("cpu")).to(problem.linear.device)
-        return super()._solve_flat(problem)
+    def plan(self, problem: DualProblem) -> Plan:
+        moves = not problem.linear.is_cpu and moves_to_cpu(problem, self.backend)
+        return super().plan(problem.to("cpu") if moves else problem)
 
     def _solve_numerically(self, problem: DualProblem) -> Solved:
         """The Numba kernels rescale, solve and certify in one call, by the same formulas (tests/unit/test_numba.py)."""

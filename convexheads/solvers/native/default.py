@@ -5,23 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from convexheads._functorch import is_transforming
 from convexheads._validation import check_positive_ints
-from convexheads.solvers.base import OnFailure, Solver
+from convexheads.solvers.base import OnFailure, Plan
 from convexheads.solvers.fallback import Fallback
 from convexheads.solvers.kkt import MIN_EXAMPLES_FOR_LOW_RANK, with_gram_factor
-from convexheads.solvers.native.active_set import ActiveSetSolver, Backend, moves_to_cpu
+from convexheads.solvers.native.active_set import ActiveSetSolver, Backend
 from convexheads.solvers.native.admm import ADMMSolver
 from convexheads.solvers.native.interior_point import InteriorPointSolver
-from convexheads.solvers.problem import DualProblem, Solution
+from convexheads.solvers.problem import DualProblem
 
 _MAX_BLOCK_ENTRIES = 2**28
 
 
-class NativeSolver(Solver):
+class NativeSolver(Fallback):
     """The default solver: active-set Newton, and an interior point for the tasks that it does not solve.
 
     Use it unless there is a reason not to. It needs nothing but PyTorch, is the fastest and most precise solver here,
@@ -58,38 +56,22 @@ class NativeSolver(Solver):
         backend: Backend = "auto",
         max_block_entries: int = _MAX_BLOCK_ENTRIES,
     ) -> None:
-        super().__init__(tolerance=tolerance, on_failure=on_failure)
+        first = ActiveSetSolver(tolerance=tolerance, backend=backend)
+        super().__init__(first, InteriorPointSolver(tolerance=tolerance), tolerance=tolerance, on_failure=on_failure)
         check_positive_ints(max_block_entries=max_block_entries)
         self.backend: Backend = backend
         self.max_block_entries = max_block_entries
-        active_set = ActiveSetSolver(tolerance=tolerance, backend=backend)
-        interior_point = InteriorPointSolver(tolerance=tolerance)
         self._admm = ADMMSolver(tolerance=tolerance)
-        self._few_classes = Fallback(active_set, interior_point)
-        self._many_classes = Fallback(self._admm, interior_point)
 
-    def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:
-        return self._solve_flat(problem).coef
-
-    def _solve_flat(self, problem: DualProblem) -> Solution:
-        linear = problem.linear
-        if not linear.is_cpu and moves_to_cpu(problem, self.backend):
-            return self._solve_flat(problem.to("cpu")).to(linear.device)
-        tasks, n, k = linear.shape
-        if tasks * k * n * n <= self.max_block_entries:
-            return self._few_classes._solve_flat(problem)
-        at_once = self.max_block_entries // (k * n * n)
-        if at_once:
-            parts = (problem.select(slice(first, first + at_once)) for first in range(0, tasks, at_once))
-            return _concatenate([self._few_classes._solve_flat(part) for part in parts])
+    def plan(self, problem: DualProblem) -> Plan:
+        plan = super().plan(problem)
+        problem, (_, n, k) = plan.problem, problem.linear.shape
+        tasks_at_once = self.max_block_entries // (k * n * n)
+        if tasks_at_once:
+            return plan._replace(max_tasks=tasks_at_once)
         if not is_transforming():  # inside `torch.func.vmap`, values cannot decide between solvers
             with torch.no_grad():
                 factor = with_gram_factor(problem.detach(), min_examples=MIN_EXAMPLES_FOR_LOW_RANK).gram_factor
             if factor is not None and k * n * factor.shape[-1] <= self.max_block_entries:
-                return self._many_classes._solve_flat(replace(problem, gram_factor=factor))
-        return self._admm._solve_flat(problem)
-
-
-def _concatenate(parts: list[Solution]) -> Solution:
-    tensors = [part.tensors() for part in parts]
-    return parts[0].map(lambda name, _: torch.cat([part[name] for part in tensors]))
+                return Plan(replace(problem, gram_factor=factor), (self._admm, self.then))
+        return Plan(problem, (self._admm,))
