@@ -141,7 +141,7 @@ class Configurable(nn.Module):
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The settings by name, as in scikit-learn; with `deep`, also those of settings ("kernel__length_scale")."""
-        params = {name: getattr(self, name) for name in _arguments(type(self))}
+        params = {name: getattr(self, name) for name in constructor_arguments(type(self))}
         if deep:
             for name, value in list(params.items()):
                 if isinstance(value, Configurable):
@@ -156,8 +156,8 @@ class Configurable(nn.Module):
         """
         for name, value in params.items():
             outer, _, inner = name.partition("__")
-            if outer not in _arguments(type(self)):
-                raise InputError(outer, f"one of {', '.join(_arguments(type(self)))}", "no such setting")
+            if outer not in constructor_arguments(type(self)):
+                raise InputError(outer, f"one of {', '.join(constructor_arguments(type(self)))}", "no such setting")
             if not inner:
                 setattr(self, name, value)
             elif isinstance(part := getattr(self, outer), Configurable):
@@ -172,7 +172,7 @@ class Configurable(nn.Module):
     def __repr__(self) -> str:
         """The constructor call: arguments that may be positional, and others that differ from their defaults."""
         shown = []
-        for name, argument in _arguments(type(self)).items():
+        for name, argument in constructor_arguments(type(self)).items():
             value, default = getattr(self, name), self._default(name, argument.default)
             is_default = type(value) is type(default) and repr(value) == repr(default)
             if is_default and (argument.kind is argument.KEYWORD_ONLY or value is None):
@@ -188,7 +188,7 @@ class Configurable(nn.Module):
 
 
 @cache
-def _arguments(kind: type) -> dict[str, inspect.Parameter]:
+def constructor_arguments(kind: type) -> dict[str, inspect.Parameter]:
     """The named arguments of a class's constructor, including those of base classes that it passes on by `**`."""
     found: dict[str, inspect.Parameter] = {}
     for base in kind.__mro__:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
+import math
 import warnings
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from convexheads._functorch import compute_without_grad, inspect_values, is_transforming
 from convexheads._validation import check_choice, check_positive_int, check_real, describe_type, optional
 from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError, SolverError, SolverWarning
+from convexheads.hyperparameters import constructor_arguments
 from convexheads.precision import full_precision, working_dtype
 from convexheads.solvers.certificate import Certificate, account_for_rounding, certify
 from convexheads.solvers.implicit import Linearization, implied_active_set
@@ -55,15 +55,16 @@ class Plan(NamedTuple):
     """How a flat batch is solved. `Solver.plan` makes it.
 
     The problem may have been moved to another device. The first solver solves all tasks, at most `max_tasks` at once,
-    and each of the others those that the solvers before it did not solve.
+    and each of the others solves the tasks that are not converged yet, or have a gap above `max_gap`.
     """
 
     problem: DualProblem
     solvers: tuple[Solver, ...]
     max_tasks: int | None = None
+    max_gap: float = math.inf
 
 
-class Solver(ABC):
+class Solver:
     """Base class of solvers. A solver holds settings only, so any number of heads and threads can share it.
 
     A subclass writes one method, `solve_batch`, which returns coefficients. The base class rescales the problem before,
@@ -90,6 +91,11 @@ class Solver(ABC):
     provides_gradient: ClassVar[bool] = False
     """Whether the coefficients that `solve_batch` returns have a gradient. If not, it runs without autograd."""
 
+    @property
+    def rescales(self) -> bool:
+        """Whether `solve_batch` gets a rescaled problem: True, unless a subclass overrides this."""
+        return True
+
     def __init__(
         self,
         *,
@@ -108,17 +114,21 @@ class Solver(ABC):
         )
         self.on_failure: OnFailure = on_failure
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self):  # a change would reach every head that shares the solver
+            raise AttributeError(f"{type(self).__name__}.{name}: expected a new solver, because solvers do not change")
+        super().__setattr__(name, value)
+
     def __repr__(self) -> str:
         shown = []
-        for name, parameter in inspect.signature(type(self)).parameters.items():
-            value = getattr(self, name, parameter.default)
-            if parameter.default is parameter.empty:
+        for name, argument in constructor_arguments(type(self)).items():
+            value = getattr(self, name)
+            if argument.default is argument.empty:
                 shown.append(repr(value))
-            elif value != (self.default_tolerance if name == "tolerance" else parameter.default):
+            elif value != (self.default_tolerance if name == "tolerance" else argument.default):
                 shown.append(f"{name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    @abstractmethod
     def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"] | SolverResult:
         """Solve a flat, rescaled batch of problems: the one method that a subclass writes.
 
@@ -132,6 +142,7 @@ class Solver(ABC):
         Returns:
             The coefficients, `(tasks, n, k)`, with NaN in tasks that could not be solved.
         """
+        raise NotImplementedError(f"{type(self).__name__}: expected a method solve_batch (or, of a composition, plan)")
 
     def solve(self, problem: DualProblem) -> Solution:
         """Solve a batch of problems with any number of leading dimensions.
@@ -167,25 +178,21 @@ class Solver(ABC):
         """Decide how a flat batch is solved: by this solver alone. Compositions of solvers override this."""
         return Plan(problem, (self,))
 
-    def _is_solved(self, solution: Solution) -> Bool[Tensor, " tasks"]:
-        """Which tasks the next solver of a plan does not solve again."""
-        return solution.converged
-
     def _solve_flat(self, whole: DualProblem) -> Solution:
         """Solve a flat batch in working precision by its plan, with gradient."""
-        problem, (solver, *others), max_tasks = self.plan(whole)
+        problem, (first, *others), max_tasks, max_gap = self.plan(whole)
         if max_tasks is not None and max_tasks < len(problem.linear):
             starts = range(0, len(problem.linear), max_tasks)
             parts = [self._solve_flat(problem.select(slice(start, start + max_tasks))) for start in starts]
             tensors = [part.tensors() for part in parts]
             return parts[0].map(lambda name, _: torch.cat([part[name] for part in tensors])).to(whole.linear.device)
-        solution = solver._solve_alone(problem)
+        solution = first._solve_alone(problem)
         selects = not is_transforming()  # inside `torch.func.vmap`, tasks cannot be selected by their values
-        for then in others:
-            unsolved = ~solver._is_solved(solution)
+        for solver in others:
+            unsolved = ~solution.converged | (solution.gap > max_gap)
             if not (unsolved.any() if selects else inspect_values(lambda unsolved: bool(unsolved.any()), unsolved)):
                 break
-            solver, other = then, then._solve_flat(problem.select(unsolved) if selects else problem)
+            other = solver._solve_flat(problem.select(unsolved) if selects else problem)
             if solution.iterations is None or other.iterations is None:
                 solution, other = replace(solution, iterations=None), replace(other, iterations=None)
             solution = solution.replace_tasks(unsolved, other) if selects else solution.where(unsolved, other)
@@ -224,9 +231,14 @@ class Solver(ABC):
         """Rescale, solve and certify a flat batch."""
         finite, non_finite = replace_non_finite_tasks(problem)
         rescaled, coef_scale, multiplier_scale = rescale(finite)
-        result = self._result(finite, rescaled, coef_scale)
+        if self.rescales:
+            result = self._result(rescaled)
+        else:
+            result = self._result(finite)
+            result = result._replace(coef=result.coef / coef_scale[:, None, None])
         certificate, linearization = result.certificate, result.linearization
         if certificate is None:
+            rescaled, _, _ = rescale(finite)  # `solve_batch` may have changed the other one in place
             certificate = certify(rescaled.detach(), result.coef.detach())
         certificate = account_for_rounding(rescaled.detach(), certificate)
         if linearization is None and not self.provides_gradient and len(coef_scale):
@@ -246,16 +258,16 @@ class Solver(ABC):
         linearization = None if linearization is None else linearization.unscaled(coef_scale)
         return Solved(solution, coef_scale / multiplier_scale, linearization)
 
-    def _result(self, problem: DualProblem, rescaled: DualProblem, coef_scale: Float[Tensor, " tasks"]) -> SolverResult:
-        """The checked result of `solve_batch` for the rescaled problem."""
-        if not len(coef_scale):  # an empty batch needs no solve
-            return SolverResult(rescaled.linear)
-        result = self.solve_batch(rescaled)
+    def _result(self, problem: DualProblem) -> SolverResult:
+        """The checked result of `solve_batch`."""
+        if not len(problem.linear):  # an empty batch needs no solve
+            return SolverResult(problem.linear)
+        result = self.solve_batch(problem)
         coef, name = result.coef if isinstance(result, SolverResult) else result, f"{type(self).__name__}.solve_batch"
-        if not isinstance(coef, Tensor) or coef.shape != rescaled.linear.shape:
+        if not isinstance(coef, Tensor) or coef.shape != problem.linear.shape:
             got = f"shape {tuple(coef.shape)}" if isinstance(coef, Tensor) else describe_type(coef)
-            raise InputError(name, f"a tensor of coefficients of shape {tuple(rescaled.linear.shape)}", got)
-        wanted = torch.is_grad_enabled() and any(value.requires_grad for value in rescaled.tensors().values())
+            raise InputError(name, f"a tensor of coefficients of shape {tuple(problem.linear.shape)}", got)
+        wanted = torch.is_grad_enabled() and any(value.requires_grad for value in problem.tensors().values())
         if self.provides_gradient and wanted and not coef.requires_grad:
             raise ConvexHeadsError(f"{name}: expected coefficients with gradient, got none, but provides_gradient=True")
         return result if isinstance(result, SolverResult) else SolverResult(coef)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
-from torch import Tensor
-
 from convexheads.errors import InputError
 from convexheads.solvers.base import OnFailure, Plan, Solver
 from convexheads.solvers.problem import DualProblem
@@ -18,7 +15,6 @@ class Fallback(Solver):
     Args:
         first: the solver of all tasks.
         then: the solver of the tasks that `first` does not certify.
-        tolerance: relative duality gap that errors and warnings report. Default None (that of `then`).
         on_failure: what happens if neither solver certifies a task: "raise" (default), "warn" or "return". The
             `on_failure` of the two solvers has no effect.
 
@@ -29,18 +25,13 @@ class Fallback(Solver):
         `SVMHead(solver=Fallback(ActiveSetSolver(), InteriorPointSolver()))`
     """
 
-    def __init__(
-        self, first: Solver, then: Solver, *, tolerance: float | None = None, on_failure: OnFailure = "raise"
-    ) -> None:
+    def __init__(self, first: Solver, then: Solver, *, on_failure: OnFailure = "raise") -> None:
         for name, solver in (("first", first), ("then", then)):
             if not isinstance(solver, Solver):
                 raise InputError(f"Fallback({name})", "a Solver", repr(solver))
-        super().__init__(tolerance=then.tolerance if tolerance is None else tolerance, on_failure=on_failure)
+        super().__init__(tolerance=then.tolerance, on_failure=on_failure)
         self.first, self.then = first, then
 
     def plan(self, problem: DualProblem) -> Plan:
         plan = self.first.plan(problem)
         return plan._replace(solvers=(*plan.solvers, self.then))
-
-    def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:
-        return self._solve_flat(problem).coef

@@ -12,7 +12,7 @@ from tasks import COMFORTABLE, PRECISION, close, examples, tasks
 from convexheads import SVMHead
 from convexheads.solvers import SOLVERS, CvxpylayersSolver, NativeSolver, QpthSolver, Solver
 
-OTHERS = ["qpth", "cvxpylayers", "moreau"]
+OTHERS = [name for name, solver in SOLVERS.items() if solver.package is not None]
 
 
 @pytest.fixture(scope="module", params=OTHERS)
@@ -71,3 +71,13 @@ def test_names_and_objects_are_interchangeable():
         "CvxpylayersSolver(tolerance=0.01, on_failure='warn')"
     )
     assert NativeSolver().tolerance == 1e-6
+
+
+def test_backend_that_solves_no_task_gives_gradients_of_nan(monkeypatch):
+    monkeypatch.setattr(QpthSolver, "_attempt", lambda *_: None)
+    support = torch.randn(2, 6, 4, requires_grad=True)
+    labels = torch.arange(3).repeat(2).expand(2, -1)
+    logits = SVMHead(solver=QpthSolver(on_failure="return"))(support, labels, torch.randn(2, 5, 4))
+    assert logits.isnan().all()
+    logits.sum().backward()
+    assert support.grad.isnan().all()

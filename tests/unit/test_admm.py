@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
-
 import pytest
 import torch
 from hypothesis import assume, given
@@ -28,7 +26,7 @@ def test_converges_to_the_known_solution(n, k, seed, bounds, smoothing, rows_sum
         2, n, k, seed=seed, bounds=bounds, smoothing=smoothing, rows_sum_to_zero=rows_sum_to_zero
     )
     rescaled, coef_scale, multiplier_scale = rescale(qp)
-    start = next(admm(rescaled, steps=1500))
+    start = next(admm(rescaled, [1500]))
     certificate = certify(rescaled, start.coef)
     assert certificate.residual.max() < 1e-12  # always feasible
     # How fast depends on the Gram matrix; the multipliers go with the gap.
@@ -90,7 +88,7 @@ def test_stops_at_its_last_iterate():
 def test_more_steps_come_closer():
     support, labels, *_ = many(6)
     qp, *_ = rescale(crammer_singer(support, labels, 0.3))
-    gaps = [certify(qp, start.coef).gap.max() for start in islice(admm(qp, steps=10), 4)]
+    gaps = [certify(qp, start.coef).gap.max() for start in admm(qp, [10] * 4)]
     assert gaps == sorted(gaps, reverse=True)
     assert gaps[-1] < 1e-3 * gaps[0]
 
@@ -112,3 +110,12 @@ def test_gathered_blocks_are_the_whole_ones(rows_sum_to_zero):
         found[share] = kkt.solve(right, sums, refinements=2)
     for one, other in zip(found[0.0], found[0.9], strict=True):
         assert close(other, one) < 1e-10
+
+
+@pytest.mark.parametrize("limit", [1, 5, 15])
+def test_takes_as_many_steps_as_allowed(limit):
+    qp = crammer_singer(*task(2, shots=(5,) * 5)[:2], C=0.3)
+    solution = ADMMSolver(max_iterations=limit, max_rounds=1, on_failure="return").solve(qp)
+    assert (solution.iterations <= limit).all()
+    stopped = solution.iterations[~solution.converged]
+    assert (stopped == limit).all()

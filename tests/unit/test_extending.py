@@ -136,10 +136,46 @@ def test_fallback_reports_what_neither_solves():
 @pytest.mark.usefixtures("unchecked")
 def test_solvers_are_shown_as_they_were_made():
     solver = Fallback(ActiveSetSolver(max_rounds=3), InteriorPointSolver(tolerance=1e-4), on_failure="warn")
-    shown = "Fallback(ActiveSetSolver(max_rounds=3), InteriorPointSolver(tolerance=0.0001), tolerance=0.0001, "
+    shown = "Fallback(ActiveSetSolver(max_rounds=3), InteriorPointSolver(tolerance=0.0001), "
     assert repr(solver) == shown + "on_failure='warn')"
     with pytest.raises(InputError, match=r"Fallback\(then\)"):
         Fallback(ActiveSetSolver(), "native")
+
+
+def test_solver_that_changes_its_problem_is_not_certified_by_it():
+    class Careless(Solver):
+        def solve_batch(self, problem):
+            return problem.linear.zero_()
+
+    solution = Careless(on_failure="return").solve(crammer_singer(*task(4)[:2], C=0.3))
+    assert (solution.status == Status.FAILED).all()
+
+
+def test_options_that_a_solver_passes_on_are_shown():
+    class Own(ProjectedGradientSolver):
+        def __init__(self, sweeps=7, **options):
+            super().__init__(**options)
+            self.sweeps = sweeps
+
+    assert repr(Own(3, tolerance=1e-3)) == "Own(sweeps=3, tolerance=0.001)"
+    assert repr(Own()) == "Own()"
+
+
+def test_settings_of_a_solver_do_not_change():
+    solver = NativeSolver()
+    for name in ("tolerance", "backend", "on_failure", "first"):
+        with pytest.raises(AttributeError):
+            setattr(solver, name, getattr(solver, name))
+
+
+def test_tasks_with_different_ways_when_only_one_solver_reports_iterations():
+    """The second solver, which reports none, is needed for some groups of tasks only."""
+    ways = torch.tensor([1, 3, 1, 3, 1, 3, 3, 1])
+    support, labels = torch.randn(8, 12, 3), torch.arange(12) % ways[:, None]
+    solver = Fallback(ActiveSetSolver(max_rounds=1, backend="torch"), ProjectedGradientSolver(on_failure="return"))
+    fitted = SVMHead(10.0, solver=Fallback(solver, NativeSolver())).fit(support, labels, ways=ways)
+    assert fitted.solution.converged.all()
+    assert fitted.solution.iterations is None
 
 
 # Records of tensors ---------------------------------------------------------------------------------------------------

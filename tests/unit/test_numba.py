@@ -47,7 +47,7 @@ def allocate(qp):
 
 def near_solution(qp, seed):
     """Coefficients and row multipliers close to the optimum, some of them outside their bounds."""
-    start = next(admm_steps.admm(qp, steps=30))
+    start = next(admm_steps.admm(qp, [30]))
     noise = 1e-3 * torch.randn(qp.linear.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return start._replace(coef=start.coef + noise)
 
@@ -104,7 +104,7 @@ def projection(qp, seed):
 def admm_step(qp, seed):
     assume(qp.lower is None or qp.upper is None or not qp.rows_sum_to_zero)
     qp = rescale(qp).problem
-    expected = next(admm_steps.admm(qp, steps=4))
+    expected = next(admm_steps.admm(qp, [4]))
     coef, side = np.empty(qp.linear.shape[1:]), np.empty(qp.linear.shape[1:], np.int8)
     penalty = admm_steps.PENALTY * qp.curvature()[0].item()
     settings = admm_steps.OVER_RELAXATION, feasible_rows.NEWTON_TOLERANCE

@@ -128,8 +128,8 @@ def merge_groups(
     class_dims = {"coef": 1, "bias": 1, "quadratic": 3, "bound_multipliers": 1}  # counted from the last
 
     def merge(name: str, records: Sequence[Any]) -> Any:
-        values = [value for record in records if (value := getattr(record, name)) is not None]
-        if not values:
+        values = [getattr(record, name) for record in records]
+        if any(value is None for value in values):  # such as iterations that not every solver reports
             return None
         if class_dim := class_dims.get(name):
             ways = [value.shape[-class_dim] for value in values]

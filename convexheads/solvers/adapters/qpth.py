@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexheads.solvers.adapters import _external
-from convexheads.solvers.base import Solver, SolverResult
+from convexheads.solvers.base import Solver
 from convexheads.solvers.problem import DualProblem
 
 # torch's batched LU on CPU may hang from about 150 rows on with several threads (pytorch issues 141358, 142815).
@@ -48,11 +48,10 @@ class QpthSolver(Solver):
     package: ClassVar[str | None] = "qpth"
     provides_gradient: ClassVar[bool] = True
 
-    def _result(self, problem: DualProblem, rescaled: DualProblem, coef_scale: Float[Tensor, " tasks"]) -> SolverResult:
-        if self.max_iterations is None or not len(coef_scale):
-            return super()._result(problem, rescaled, coef_scale)
+    @property
+    def rescales(self) -> bool:
         # When qpth stops early, its iterates matter: they are those of the problem as it was posed, as in the paper.
-        return SolverResult(self.solve_batch(problem) / coef_scale[:, None, None])
+        return self.max_iterations is None
 
     def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:
         plain = problem.detach()

@@ -80,7 +80,7 @@ class ActiveSetSolver(Solver):
 
     def solve_batch(self, problem: DualProblem) -> SolverResult:
         _, n, k = problem.linear.shape
-        start = ridge_step(problem) if n * k < _MIN_SIZE_FOR_ADMM else next(admm(problem, steps=_ADMM_STEPS))
+        start = ridge_step(problem) if n * k < _MIN_SIZE_FOR_ADMM else next(admm(problem, (_ADMM_STEPS,)))
         coef, active_set, rounds = search(problem, start, max_rounds=self.max_rounds)
         certificate = certify(problem, coef)
         unsolved = ~is_proven(certificate, INNER_TOLERANCE_RATIO * self.tolerance)

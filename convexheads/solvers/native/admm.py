@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 
 from convexheads._validation import check_positive_ints
@@ -10,7 +12,7 @@ from convexheads.solvers.certificate import certify
 from convexheads.solvers.kkt import MIN_EXAMPLES_FOR_LOW_RANK, with_gram_factor
 from convexheads.solvers.native.active_set import INNER_TOLERANCE_RATIO, is_proven, of_projection, polish, search
 from convexheads.solvers.native.admm_steps import admm
-from convexheads.solvers.problem import DualProblem, Solution
+from convexheads.solvers.problem import DualProblem
 
 _MAX_ITERATIONS = 600
 # A search for the active set starts when all gaps are below this value, then at a tenth of it, and so on.
@@ -24,7 +26,7 @@ class ADMMSolver(Solver):
     gradient is exact, to any order, if the active set is right.
 
     Args:
-        max_iterations: as in `Solver`. Default None (until converged, at most 600 ADMM steps).
+        max_iterations: as in `Solver`. Default None (until converged, at most 600). Only steps of ADMM count.
         tolerance: as in `Solver`; the iteration ends at a thousandth of it.
         on_failure: as in `Solver`.
         steps: number of ADMM steps between two certificates. Default 10.
@@ -58,22 +60,22 @@ class ADMMSolver(Solver):
         problem = with_gram_factor(problem, min_examples=self.min_examples_for_low_rank)
         tolerance, search_gap = INNER_TOLERANCE_RATIO * self.tolerance, _FIRST_SEARCH_GAP
         limit = self.max_iterations or _MAX_ITERATIONS
-        steps = min(self.steps, limit)
-        for taken, iterate in enumerate(admm(problem, steps=steps), 1):
-            is_last = (taken + 1) * steps > limit
-            if not is_last and (certify(problem, iterate.coef).gap > search_gap).any():
+        blocks = [self.steps] * (limit // self.steps) + [limit % self.steps] * (limit % self.steps > 0)
+        iterates = zip(accumulate(blocks), admm(problem, blocks), strict=True)
+        while True:
+            taken, iterate = next(iterates)
+            if taken < limit and (certify(problem, iterate.coef).gap > search_gap).any():
                 continue
-            coef, active_set, rounds = search(problem, iterate, max_rounds=self.max_rounds)
+            coef, active_set, _ = search(problem, iterate, max_rounds=self.max_rounds)
             certificate = certify(problem, coef)
             solved = is_proven(certificate, tolerance)
-            if is_last and not solved.all():  # where the search did not succeed, the iterate is better
-                coef = torch.where(solved[:, None, None], coef, iterate.coef)
-                active_set, certificate = polish(problem, coef)
-            if is_last or solved.all():
-                certificate = of_projection(certificate)
-                return SolverResult(certificate.feasible, taken * steps + rounds, certificate, active_set)
+            if solved.all() or taken == limit:
+                break
             search_gap /= 10
-        raise AssertionError("ADMM ended early")
-
-    def _is_solved(self, solution: Solution) -> torch.Tensor:
-        return solution.converged & (solution.gap <= INNER_TOLERANCE_RATIO * self.tolerance)
+        if not solved.all():  # where the search did not succeed, the iterate is better
+            coef = torch.where(solved[:, None, None], coef, iterate.coef)
+            active_set, certificate = polish(problem, coef)
+        certificate = of_projection(certificate)
+        return SolverResult(
+            certificate.feasible, torch.full_like(solved, taken, dtype=torch.long), certificate, active_set
+        )

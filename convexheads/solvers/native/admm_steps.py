@@ -7,7 +7,7 @@ over-relaxed as in Eckstein & Bertsekas 1992; see Boyd et al. 2011.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -38,13 +38,13 @@ def ridge_step(problem: DualProblem) -> WarmStart:
     return WarmStart(coef, penalty * coef, torch.zeros_like(coef[..., 0]))
 
 
-def admm(problem: DualProblem, *, steps: int) -> Iterator[WarmStart]:
-    """Feasible coefficients of a flat, rescaled batch, and multipliers, after every `steps` steps."""
+def admm(problem: DualProblem, blocks: Iterable[int]) -> Iterator[WarmStart]:
+    """Feasible coefficients of a flat, rescaled batch, and multipliers, after each of the `blocks` of so many steps."""
     penalty = PENALTY * problem.curvature()[:, None, None]
     solve = _regularized_inverse(problem, penalty)
     coef, dual, relaxation = torch.zeros_like(problem.linear), torch.zeros_like(problem.linear), 1.0
     row_multipliers = None
-    while True:
+    for steps in blocks:
         for _ in range(steps):
             moved = solve(_project_row_sums(problem.linear + penalty * (coef - dual), problem.rows_sum_to_zero))
             target = torch.lerp(coef, moved, relaxation) + dual

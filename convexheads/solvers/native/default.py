@@ -11,7 +11,7 @@ from convexheads._validation import check_positive_ints
 from convexheads.solvers.base import OnFailure, Plan
 from convexheads.solvers.fallback import Fallback
 from convexheads.solvers.kkt import MIN_EXAMPLES_FOR_LOW_RANK, with_gram_factor
-from convexheads.solvers.native.active_set import ActiveSetSolver, Backend
+from convexheads.solvers.native.active_set import INNER_TOLERANCE_RATIO, ActiveSetSolver, Backend
 from convexheads.solvers.native.admm import ADMMSolver
 from convexheads.solvers.native.interior_point import InteriorPointSolver
 from convexheads.solvers.problem import DualProblem
@@ -57,7 +57,7 @@ class NativeSolver(Fallback):
         max_block_entries: int = _MAX_BLOCK_ENTRIES,
     ) -> None:
         first = ActiveSetSolver(tolerance=tolerance, backend=backend)
-        super().__init__(first, InteriorPointSolver(tolerance=tolerance), tolerance=tolerance, on_failure=on_failure)
+        super().__init__(first, InteriorPointSolver(tolerance=tolerance), on_failure=on_failure)
         check_positive_ints(max_block_entries=max_block_entries)
         self.backend: Backend = backend
         self.max_block_entries = max_block_entries
@@ -73,5 +73,6 @@ class NativeSolver(Fallback):
             with torch.no_grad():
                 factor = with_gram_factor(problem.detach(), min_examples=MIN_EXAMPLES_FOR_LOW_RANK).gram_factor
             if factor is not None and k * n * factor.shape[-1] <= self.max_block_entries:
-                return Plan(replace(problem, gram_factor=factor), (self._admm, self.then))
+                problem = replace(problem, gram_factor=factor)
+                return Plan(problem, (self._admm, self.then), max_gap=INNER_TOLERANCE_RATIO * self.tolerance)
         return Plan(problem, (self._admm,))
