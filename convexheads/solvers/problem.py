@@ -132,6 +132,11 @@ class DualProblem(TensorRecord):
             values = torch.where(at_upper, self.upper, values)
         return values if self.lower is None else torch.where(at_lower, self.lower, values)
 
+    @property
+    def bounds(self) -> list[tuple[float, Float[Tensor, "*batch n k"]]]:
+        """The bounds that the problem has, with their sign: 1 for the upper one, -1 for the lower one."""
+        return [(sign, bound) for sign, bound in ((1.0, self.upper), (-1.0, self.lower)) if bound is not None]
+
     def project(self, coef: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n k"]:
         """The feasible coefficients nearest to `coef`, row by row."""
         return self.rows.project(coef)

@@ -48,7 +48,7 @@ def rescale(problem: DualProblem) -> Rescaled:
 
 def largest_bounds(problem: DualProblem) -> Float[Tensor, "*batch n"]:
     """The largest finite bound of each row."""
-    bounds = [bound.abs().nan_to_num(posinf=0) for bound in (problem.lower, problem.upper) if bound is not None]
+    bounds = [bound.abs().nan_to_num(posinf=0) for _, bound in problem.bounds]
     return torch.stack([bound.amax(-1) for bound in bounds]).amax(0)
 
 

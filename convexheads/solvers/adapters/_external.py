@@ -36,14 +36,13 @@ def to_dense(problem: DualProblem) -> DenseProblem:
     if problem.smoothing is not None:
         hessian = hessian + torch.diag_embed(problem.smoothing.reshape(*batch, n * k))
     sides, limits = [], []
-    for sign, bound in ((1, problem.upper), (-1, problem.lower)):
-        if bound is not None:
-            bound = sign * bound.reshape(*batch, n * k)
-            present = torch.isfinite(bound)
-            order = (~present).to(torch.uint8).argsort(dim=-1, stable=True)[..., : int(present.sum(-1).max())]
-            present = present.gather(-1, order)
-            sides.append(sign * present[..., None] * eye[order])
-            limits.append(torch.where(present, bound.gather(-1, order), 1))
+    for sign, bound in problem.bounds:
+        bound = sign * bound.reshape(*batch, n * k)
+        present = torch.isfinite(bound)
+        order = (~present).to(torch.uint8).argsort(dim=-1, stable=True)[..., : int(present.sum(-1).max())]
+        present = present.gather(-1, order)
+        sides.append(sign * present[..., None] * eye[order])
+        limits.append(torch.where(present, bound.gather(-1, order), 1))
     equality = eye.view(n, k, n * k).sum(1) if problem.rows_sum_to_zero else eye[:0]
     return DenseProblem(
         Q=hessian,

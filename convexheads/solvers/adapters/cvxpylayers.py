@@ -45,7 +45,7 @@ class CvxpylayersSolver(Solver):
 
     def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:
         smoothing = torch.zeros_like(problem.linear) if problem.smoothing is None else problem.smoothing
-        bounds = [(sign, bound) for sign, bound in ((1, problem.upper), (-1, problem.lower)) if bound is not None]
+        bounds = problem.bounds
         _, n, k = problem.linear.shape
         layer = _layer(n, k, tuple(sign for sign, _ in bounds), problem.rows_sum_to_zero)
         # A missing bound is the idle row `0 a <= 1`.
@@ -110,7 +110,7 @@ def layer_of(problem: Any, parameters: list[Any], variables: list[Any]) -> Layer
 
 
 @lru_cache(maxsize=64)
-def _layer(n: int, k: int, signs: tuple[int, ...], rows_sum_to_zero: bool) -> Layer:
+def _layer(n: int, k: int, signs: tuple[float, ...], rows_sum_to_zero: bool) -> Layer:
     import cvxpy
 
     coef = cvxpy.Variable((n, k))

@@ -46,7 +46,7 @@ class MoreauSolver(Solver):
 
     def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:
         tasks, n, k = problem.linear.shape
-        bounds = [(sign, bound) for sign, bound in ((1.0, problem.upper), (-1.0, problem.lower)) if bound is not None]
+        bounds = problem.bounds
         finite = [torch.isfinite(bound) for _, bound in bounds]
         # An entry has a row if any task bounds it; in the other tasks that is the idle row `0 a <= 1`.
         rows = [on.any(0).flatten().nonzero().squeeze(-1) for on in finite]

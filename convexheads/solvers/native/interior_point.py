@@ -99,12 +99,12 @@ class InteriorPointSolver(Solver):
 
 
 class InteriorPointResult(NamedTuple):
-    """The final point with its stiffness, as in `BarrierPoint`, and the number of iterations of each task."""
+    """The final point with its stiffness, as in `BarrierPoint`, and the number of iterations, if counted."""
 
     point: Float[Tensor, "tasks n k"]
     upper: Float[Tensor, "tasks n k"]
     lower: Float[Tensor, "tasks n k"]
-    iterations: Int[Tensor, " tasks"]
+    iterations: Int[Tensor, " tasks"] | None = None
 
     def linearize(self, problem: DualProblem) -> BarrierPoint:
         """The system that this point's gradient is computed with."""
@@ -177,15 +177,12 @@ def central_path(problem: DualProblem, *, complementarity: float, max_iterations
     """
     barrier = _Barrier(problem)
     point = barrier.start()
-    iterations = torch.zeros_like(problem.linear[:, 0, 0], dtype=torch.long)
-    for iteration in range(1, max_iterations + 1):
+    for _ in range(max_iterations):
         point, _, residual = barrier.step(point, complementarity)
         error = (point.slack * point.multiplier - complementarity).abs().amax((0, 2, 3)) / complementarity
-        unfinished = (error > _CENTRALITY_TOLERANCE) | (residual.size() > _CENTRALITY_TOLERANCE)
-        iterations = torch.where(unfinished | (iterations == 0), iteration, iterations)
-        if not unfinished.any():
+        if not ((error > _CENTRALITY_TOLERANCE) | (residual.size() > _CENTRALITY_TOLERANCE)).any():
             break
-    return InteriorPointResult(point.coef.mT, *barrier.by_side(point.multiplier / point.slack), iterations)
+    return InteriorPointResult(point.coef.mT, *barrier.by_side(point.multiplier / point.slack))
 
 
 class _Barrier:
@@ -198,8 +195,7 @@ class _Barrier:
         self.problem = problem
         self.linear = problem.linear.mT.contiguous()
         self.smoothing = 0.0 if problem.smoothing is None else problem.smoothing.mT
-        bounds = ((1.0, problem.upper), (-1.0, problem.lower))
-        self.sides = [(sign, bound.mT) for sign, bound in bounds if bound is not None]
+        self.sides = [(sign, bound.mT) for sign, bound in problem.bounds]
         present = torch.stack([torch.isfinite(bound) for _, bound in self.sides])
         self.sign = torch.stack([torch.full_like(self.linear, sign) for sign, _ in self.sides]) * present
         self.limit = torch.where(present, torch.stack([sign * bound for sign, bound in self.sides]), 1.0)
