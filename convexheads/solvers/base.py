@@ -164,7 +164,7 @@ class Solver(ABC):
         return solution
 
     def plan(self, problem: DualProblem) -> Plan:
-        """Decide how a flat batch is solved. By default, this solver solves all tasks; compositions override this."""
+        """Decide how `problem`, a flat batch, is solved: here by this solver alone. Compositions override this."""
         return Plan(problem, (self,))
 
     def _is_solved(self, solution: Solution) -> Bool[Tensor, " tasks"]:

@@ -51,7 +51,7 @@ class Linearization(TensorRecord):
     ) -> Float[Tensor, "tasks n k"]:
         """Make coefficients that were found without autograd differentiable functions of every tensor of `problem`.
 
-        The batch is flat and in original units; `hessian_scale` is the rescaled Hessian divided by the original Hessian.
+        The problem is a flat batch in original units. `hessian_scale` is the rescaled Hessian divided by the original.
         """
 
     def unscaled(self, coef_scale: Float[Tensor, " tasks"]) -> Linearization:
