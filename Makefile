@@ -1,7 +1,7 @@
-# Every target sets itself up: all that is needed is Python 3.11 or newer with pip.
+# Every target creates its own environment. It needs only Python 3.11 or newer, with pip.
 PYTHON ?= python3
 BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
-# The environment of developers has everything; the others have what their target needs, and are much smaller.
+# The development environment has everything. The others have what their target needs, and are much smaller.
 DEV := .venv
 CORE := .venv-core
 BUILD := .venv-build
@@ -38,7 +38,7 @@ $(QUICKSTART)/.ready: pyproject.toml
 	@echo "Installing PyTorch, Numba, matplotlib and this library into $(QUICKSTART): about 6.5 GB, once."
 	$(call install,$(QUICKSTART),--editable '.[quickstart]')
 
-quickstart: $(QUICKSTART)/.ready  ## Learn to read alphabets never seen: a table and two pictures (two minutes)
+quickstart: $(QUICKSTART)/.ready  ## Learn to read unseen alphabets: a table and two pictures (two minutes)
 	$(QUICKSTART)/$(BIN)/python -m benchmarks.quickstart
 
 install: $(DEV)/.ready  ## Install everything for development into .venv
@@ -53,10 +53,10 @@ test-all: $(DEV)/.ready mutations  ## Run everything: slow tests, fuzzing, mutat
 	$(RUN) $(PYTEST) -m "" --hypothesis-profile nightly
 	$(RUN) -m nox
 
-mutations: $(CORE)/.ready  ## Break the library in small ways, each of which the unit tests have to notice (minutes)
+mutations: $(CORE)/.ready  ## Break the library in small ways, each of which the unit tests have to detect (minutes)
 	$(RUN_CORE) tests/mutations.py
 
-bench-core: $(DEV)/.ready  ## Measure the speed of ridge and SVM; with BASE=<revision>, compare with that (minutes)
+bench-core: $(DEV)/.ready  ## Measure the speed of ridge and SVM; BASE=<revision> compares with that revision (minutes)
 	$(RUN) -m benchmarks.core_speed $(if $(BASE),--against $(BASE))
 
 test-versions: $(DEV)/.ready  ## Test the oldest and the newest versions, and each extra alone (long; 20 GB of disk)
@@ -85,12 +85,12 @@ docs-check: $(DEV)/.ready  ## Check the links of the documentation, and its page
 serve: $(DEV)/.ready  ## Build the documentation and serve it on this machine
 	$(RUN) -m mkdocs serve --watch convexheads
 
-# The release's version, which the package alone says.
+# The version of the release, which is stated only in the package.
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' convexheads/__init__.py)
 DOCS ?= dev
 MIKE := PATH="$(CURDIR)/$(DEV)/$(BIN):$$PATH" DOCS_VERSIONS=mike NO_MKDOCS_2_WARNING=1 mike
 
-# The first page of the site is that of the newest release, or of `dev` before there is one.
+# The first page of the site belongs to the newest release, or to `dev` if there is no release yet.
 docs-deploy: $(DEV)/.ready  ## Commit the documentation to the branch gh-pages; DOCS=dev or DOCS=release
 ifeq ($(DOCS),release)
 	$(MIKE) deploy --update-aliases $(basename $(VERSION)) latest
@@ -105,7 +105,7 @@ build: $(BUILD)/.ready  ## Build the source distribution and the wheel into dist
 	$(BUILD)/$(BIN)/python -m build
 	$(BUILD)/$(BIN)/python -m twine check --strict dist/*
 
-release-notes:  ## Write the changelog of this version to build/release-notes.md; a TAG has to be this version's
+release-notes:  ## Write the changelog of this version to build/release-notes.md; TAG, if set, must match it
 	@test "$${TAG:-v$(VERSION)}" = "v$(VERSION)" || { echo "expected the tag v$(VERSION), got $$TAG"; exit 1; }
 	@mkdir -p build
 	@awk '/^## / { within = ($$2 == "[$(VERSION)]"); next } within' CHANGELOG.md > build/release-notes.md

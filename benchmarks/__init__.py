@@ -1,11 +1,11 @@
-"""Scripts that train, evaluate and measure. "Benchmarks" in CONTRIBUTING.md has a list of them with their results.
+"""Scripts that train, evaluate and measure. "Benchmarks" in CONTRIBUTING.md lists them with their results.
 
-- `train.py` meta-trains a backbone through a head. `recipes.py` has the options of all committed trainings.
+- `train.py` meta-trains a backbone through a head. `recipes.py` has the options of all committed training runs.
 - `table1.py` to `table4.py`, `figure2.py`, `figure3.py`, `omniglot.py`, `fast.py`: tables and figures.
 - `solvers.py`, `overhead.py`, `many_classes.py`, `core_speed.py`: speed. `heads.py`, `head_settings.py`: accuracy.
 - `honesty/`: reliability on hard tasks. `gpu.py`: everything that needs a GPU. `quickstart.py`: `make quickstart`.
-- `experiment.py`, `report.py`, `tables.py`: command lines, files of results, and tables that these scripts share.
-- `options.py`, `loop.py`, `processes.py`, `data/`: the parts of a training.
+- `experiment.py`, `report.py`, `tables.py`: the shared code for command lines, result files and tables.
+- `options.py`, `loop.py`, `processes.py`, `data/`: the parts of a training run.
 
 The scripts need the extra `bench`; importing this package needs only the core of convexheads.
 """

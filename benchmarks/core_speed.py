@@ -34,15 +34,15 @@ CORE = Path(__file__).parent / "core"
 REFERENCE = CORE / "reference.json"
 THRESHOLD = 3.0
 Ratios = dict[str, list[float]]
-"""For each benchmark the ratio of two times, one per process that measured it."""
+"""For each benchmark, ratios of two times, one ratio per process that measured them."""
 
 
 class Change(NamedTuple):
-    """How the time of one benchmark changed.
+    """The change in the time of one benchmark.
 
     Attributes:
         name: the name of the benchmark.
-        percent: the change, positive where it is slower now.
+        percent: the change, positive if the benchmark is slower now.
         noise: half the width of the 95 % confidence interval of the change, in percent.
     """
 
@@ -57,8 +57,8 @@ class Change(NamedTuple):
             threshold: the change that matters, in percent.
 
         Returns:
-            "slower" or "faster" where it exceeds both threshold and noise; "not slower" where the interval excludes a
-                slowdown that matters; "unclear" otherwise: there is too much noise to tell.
+            "slower" or "faster" if the change exceeds both threshold and noise; "not slower" if the interval excludes a
+                slowdown that matters; "unclear" otherwise, because there is too much noise to tell.
         """
         if abs(self.percent) > max(threshold, self.noise):
             return "slower" if self.percent > 0 else "faster"
@@ -66,11 +66,11 @@ class Change(NamedTuple):
 
 
 def changes(now: Ratios, before: Ratios | None = None) -> list[Change]:
-    """The change of each benchmark, and of all together by the geometric mean.
+    """The change of each benchmark, and the change of all together by the geometric mean.
 
     Args:
-        now: ratios to the workload, or, without `before`, to the other version.
-        before: ratios to the workload in the reference. None (default) for none.
+        now: ratios to the workload or, without `before`, to the other version.
+        before: ratios to the workload in the reference. Default None (no reference).
     """
     logs = {name: [np.log(ratios), *([np.log(before[name])] if before else [])] for name, ratios in now.items()}
     logs["all"] = [np.mean(every, 0) for every in zip(*logs.values(), strict=True)]
@@ -78,7 +78,7 @@ def changes(now: Ratios, before: Ratios | None = None) -> list[Change]:
 
 
 def _change(name: str, now: np.ndarray, before: np.ndarray | None = None) -> Change:
-    """By Student's t-test, in Welch's form for two samples; of logarithms, as times differ by factors."""
+    """The change, by Student's t-test (Welch's for two samples) on logarithms, because times differ by factors."""
     test = stats.ttest_1samp(now, 0) if before is None else stats.ttest_ind(now, before, equal_var=False)
     low, high = test.confidence_interval(0.95)
     return Change(name, percent=100 * np.expm1((low + high) / 2).item(), noise=100 * np.sinh((high - low) / 2).item())
@@ -89,11 +89,11 @@ def measure(seconds: float, base: Path | None = None) -> dict[str, dict[str, flo
 
     Args:
         seconds: how long each benchmark takes.
-        base: the folder of another version of the package, to measure instead of the workload. None (default):
-            the workload.
+        base: the folder of another version of the package, which is measured instead of the workload. Default None
+            (the workload).
 
     Returns:
-        By benchmark: the ratio of the two times, and the median of each, in seconds.
+        For each benchmark, the ratio of the two times, and the median of each, in seconds.
     """
     with TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
@@ -109,7 +109,7 @@ def measure(seconds: float, base: Path | None = None) -> dict[str, dict[str, flo
 
 
 def measure_repeatedly(repeats: int, seconds: float, base: Path | None = None) -> dict[str, list[dict[str, float]]]:
-    """Run all benchmarks in each of several processes. Compilation, which the first process does, is not timed."""
+    """Run all benchmarks in each of several processes. The first process compiles the kernels, which is not timed."""
     found: dict[str, list[dict[str, float]]] = {}
     for _ in tqdm(range(repeats), unit="process", leave=False):
         for name, values in measure(seconds, base).items():
@@ -135,7 +135,7 @@ def other_version(revision: str) -> Iterator[Path]:
 
 
 def origin() -> dict[str, str | None]:
-    """What the ratios depend on besides the package: they can be compared where all of this is the same."""
+    """What the ratios depend on besides the package. They can be compared if all of this is the same."""
     made = report.provenance()
     packages = {name: made["versions"][name] for name in ("python", "torch", "numpy")} | {"numba": version("numba")}
     benchmark = hashlib.sha256((CORE / "bench_core.py").read_bytes()).hexdigest()
@@ -143,15 +143,15 @@ def origin() -> dict[str, str | None]:
 
 
 def read(here: dict[str, str | None], console: Console) -> Ratios:
-    """The stored reference; with a warning where it was made elsewhere, and an error where it can't be compared."""
+    """The stored reference, with a warning if it was made elsewhere, and an error if it can't be compared."""
     stored = json.loads(REFERENCE.read_text())
     there = stored["origin"]
     if there["benchmark"] != here["benchmark"]:
         raise SystemExit(
-            "error: the benchmarks have changed since the reference was made: make another one with --save"
+            "error: the benchmarks have changed since the reference was made; make another one with --save"
         )
     for name in (name for name in here if there.get(name) != here[name]):
-        console.print(f"The reference was made with another {name}: {there.get(name)}, and not {here[name]}.")
+        console.print(f"The reference was made with a different {name}: {there.get(name)} then, {here[name]} now.")
     return stored["ratios"]
 
 
@@ -175,16 +175,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "backward; processor time on one thread), and report what changed since the stored reference."
     )
     parser = experiment.parser("core_speed", description)
-    parser.add_argument("--against", type=str | None, help="revision to compare with, measured in the same run instead")
-    parser.add_argument(
-        "--save", action="store_true", help="store what is measured as the reference, and compare nothing"
-    )
-    parser.add_argument("--repeats", type=int | None, help="processes that measure; 3 by default, with --against 5")
+    parser.add_argument("--against", type=str | None, help="revision to compare with, measured in the same run")
+    parser.add_argument("--save", action="store_true", help="store the result as the reference, and compare nothing")
+    parser.add_argument("--repeats", type=int | None, help="number of processes; default: 3, or 5 with --against")
     parser.add_argument(
         "--seconds", type=float, default=0.15, help="seconds for each of the 12 benchmarks in each process"
     )
     parser.add_argument(
-        "--fail-above", type=float | None, help="exit code 1 where a benchmark got slower by more percent, beyond noise"
+        "--fail-above", type=float | None, help="percentage of slowdown, beyond noise, above which the exit code is 1"
     )
     options = parser.parse_args(arguments)
     repeats = options.repeats if options.repeats is not None else 3 if options.against is None else 5
@@ -206,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             REFERENCE.write_text(json.dumps({"origin": origin(), "ratios": measured}, indent=2) + "\n")
             return
         found = changes(measured, before)
-        title, columns = "Speed compared with the reference, in times of the workload", ("before", "now")
+        title, columns = "Speed compared with the reference, in multiples of the workload's time", ("before", "now")
         times = {name: (np.median(before[name]).item(), np.median(measured[name]).item()) for name in measured}
     note = (
         "Noise: half the 95 % confidence interval, over processes. Not slower: the interval excludes a slowdown by "

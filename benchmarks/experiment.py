@@ -22,8 +22,8 @@ def parser(name: str, description: str | None, *common: str) -> jsonargparse.Arg
 
     Args:
         name: the module.
-        description: what `--help` shows. Of several lines, such as those of a docstring, only the first.
-        common: the shared options to add, of data_root, seed, threads, device and output.
+        description: what `--help` shows; only the first line, for instance of a docstring, is used.
+        common: the shared options to add, chosen from data_root, seed, threads, device and output.
     """
     made = jsonargparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}", description=(description or "").partition("\n")[0]
@@ -49,7 +49,7 @@ def refuse_unknown(option: str, given: Iterable[str], known: Iterable[str]) -> N
 
 @contextmanager
 def input_errors_end_the_script() -> Iterator[None]:
-    """Show an `InputError`, such as that of missing data, without a traceback."""
+    """Show an `InputError`, such as one for missing data, without a traceback."""
     try:
         yield
     except ch.InputError as error:
@@ -82,12 +82,12 @@ def write(
         table: the result as a table.
         note: the text below it.
         record: the result for JSON, with `report.provenance`.
-        more: further tables, each with a text below it, which may be empty.
+        more: further tables, each with a text (possibly empty) below it.
         rows: the result for CSV.
         draw: draws the result, and writes the picture to a path.
         width: the smallest width of the console, in characters.
     """
-    shown = [table, note, *(each for pair in more for each in pair if each), f"All of it is in {output}"]
+    shown = [table, note, *(each for pair in more for each in pair if each), f"All results are in {output}"]
     Console(width=max(width, Console().width)).print(*shown, sep="\n")
     output.mkdir(parents=True, exist_ok=True)
     if rows is not None:

@@ -3,7 +3,7 @@
 python -m benchmarks.figure2 --data-root DIR                          # Conv-4, trained for a short time
 python -m benchmarks.figure2 --data-root DIR --scale paper --train    # ResNet-12, as in the paper: needs GPUs
 
-The paper has only a picture, without numbers.
+The paper shows only a picture, without numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HEADS = {name: tables.HEADS[name] for name in ("svm", "prototypes")}
 
 
 def curves(table: Table, ours: pandas.DataFrame, path: Path) -> None:
-    """Draw accuracy against training shots: a panel per data set, a line per head and number of test shots."""
+    """Draw accuracy against training shots, with a panel per data set and a line per head and number of test shots."""
     groups = list(ours.groupby("dataset", sort=False))
     figure, panels = report.panels(len(groups), width=4.6 * len(groups), height=4.6)
     for axes, (dataset, found) in zip(panels, groups, strict=True):
@@ -40,7 +40,7 @@ def curves(table: Table, ours: pandas.DataFrame, path: Path) -> None:
                 capsize=3,
                 label=f"{head}, {shots}-shot",
             )
-        axes.set(xlabel="shots of the training", ylabel="accuracy on unseen classes, %", xticks=TRAINING_SHOTS)
+        axes.set(xlabel="training shots", ylabel="accuracy on unseen classes, %", xticks=TRAINING_SHOTS)
         axes.set_title(f"{TITLES[str(dataset)]}, {table.ways}-way")
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
@@ -64,7 +64,7 @@ SCALES: dict[Scale, list[Row]] = {
     "paper": rows(DATASETS, "ResNet-12", "resnet12"),
     "laptop": rows(("cifar-fs", "fc100"), "64-64-64-64", "conv4"),
 }
-TABLE = Table("figure2", "Figure 2: 5-way accuracy by the shots of the training", DATASETS, SCALES, draw=curves)
+TABLE = Table("figure2", "Figure 2: 5-way accuracy by number of training shots", DATASETS, SCALES, draw=curves)
 
 if __name__ == "__main__":
     main(TABLE, __doc__)

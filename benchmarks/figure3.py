@@ -1,9 +1,9 @@
-"""Figure 3 of the paper: accuracy of the SVM against the iterations of its solver, for qpth and for ours.
+"""Figure 3 of the paper: accuracy of the SVM against the iterations of its solver, for qpth and for our solver.
 
 python -m benchmarks.figure3 --data-root DIR                          # Conv-4 on CIFAR-FS, from packaged weights
 python -m benchmarks.figure3 --data-root DIR --scale paper --train    # ResNet-12 on miniImageNet: needs GPUs
 
-Our solver is the interior point method where it is stopped early, and the default solver of `SVMHead` at the optimum.
+Our solver is the interior-point solver if it is stopped early, and the default solver of `SVMHead` at the optimum.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def solvers(iterations: int) -> dict[str, Solver]:
 def measure(
     features: Tensor, labels: Tensor, *, shots: Sequence[int], iterations: Sequence[int], episodes: int, seed: int
 ) -> pandas.DataFrame:
-    """One line per solver, number of iterations and number of shots; the optimum has infinitely many iterations.
+    """One row per solver, number of iterations and number of shots; the optimum has infinitely many iterations.
 
     All solvers see the same episodes, so the difference from the optimum is paired. Milliseconds are the time of the
     whole head per episode, when 50 episodes are solved at once.
@@ -81,7 +81,7 @@ def measure(
 
 def show(rows: pandas.DataFrame, title: str) -> Table:
     """A line for each point."""
-    columns = ("shots", "solver", "iterations", "accuracy, %", "minus optimum", "median gap", "ms an episode")
+    columns = ("shots", "solver", "iterations", "accuracy, %", "minus optimum", "median gap", "ms per episode")
     table = report.new_table(title, columns, left=["solver"])
     for row in rows.to_dict("records"):
         count = "optimum" if row["iterations"] == math.inf else f"{row['iterations']:.0f}"
@@ -99,7 +99,7 @@ def show(rows: pandas.DataFrame, title: str) -> Table:
 
 
 def draw(rows: pandas.DataFrame, path: Path) -> None:
-    """Draw accuracy against iterations: a panel per number of shots, the optimum as a line."""
+    """Draw accuracy against iterations, with a panel per number of shots and the optimum as a line."""
     shots = rows["shots"].unique().tolist()
     figure, panels = report.panels(len(shots), width=4.4 * len(shots), height=3.8)
     for axes, n in zip(panels, shots, strict=True):
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = experiment.parser("figure3", __doc__, "data_root", "seed", "output")
     text = "paper: ResNet-12 on miniImageNet; laptop: Conv-4 on CIFAR-FS"
     parser.add_argument("--scale", type=tables.Scale, default="laptop", help=text)
-    parser.add_argument("--train", action="store_true", help="train what has no weights yet; hours, or days")
+    parser.add_argument("--train", action="store_true", help="train networks without weights; takes hours or days")
     parser.add_argument("--shots", type=list[int], default=[1, 5], help="support images per class")
     parser.add_argument(
         "--iterations",
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     origin = report.provenance()
     title = f"Figure 3: the SVM's accuracy against its solver's iterations, {network}"
     note = (
-        f"Mean over {options.episodes:,} episodes of unseen classes, the same ones everywhere, ± half the 95 % "
+        f"Mean over {options.episodes:,} episodes of unseen classes, the same for all solvers, ± half the 95 % "
         f"confidence interval; C = 0.1. Weights: {recipe}, {budget:,} "
         f"training episodes. Times: {experiment.place(origin)}, 50 episodes "
         f"at once. Made by `python -m benchmarks.figure3 --scale {options.scale} --data-root DIR`."

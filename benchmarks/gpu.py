@@ -1,4 +1,4 @@
-"""Do everything that needs a GPU, most valuable first, within a time limit.
+"""Do everything that needs a GPU, in order of importance, within a time limit.
 
 python -m benchmarks.gpu --minutes 12 --data-root DIR --output OUT    # run it again to continue
 python -m benchmarks.gpu --pack DIR2 --data-root DIR                  # pack the data into a few small files
@@ -44,7 +44,7 @@ SHORT = 10_000
 
 @dataclass(frozen=True)
 class Entry:
-    """A training in the queue.
+    """A training run in the queue.
 
     Attributes:
         name: the folder of its results.
@@ -62,7 +62,7 @@ class Entry:
 
 
 def _table4() -> Iterator[Entry]:
-    """The rows of Table 4 on CIFAR-FS, named after what they add to a plain training."""
+    """The rows of Table 4 on CIFAR-FS, named after what they add to plain training."""
     plain = {"augment": "none", "weight_decay": 0.0, "dropblock": "none", "steps": SHORT}
     added: dict[str, dict[str, Any]] = {
         "augmentation": {"augment": "flip-crop-jitter"},
@@ -89,7 +89,7 @@ def _queue() -> Iterator[Entry]:
     yield Entry("table2_cifar-fs_r2d2_ridge", "table2/cifar-fs/resnet12/ridge", {"backbone": "r2d2"})
     for name in ("svm", "ridge", "prototypes-5-shot", "prototypes-1-shot"):
         yield Entry(f"table2_fc100_resnet12_{name}", f"table2/fc100/resnet12/{name}")
-    # The row with DropBlock is Figure 2's point with 5 shots.
+    # The row with DropBlock is the point of Figure 2 with 5 shots.
     yield from (each for each in _table4() if not each.name.endswith("-dropblock"))
     for head in ("svm", "prototypes"):
         for shots in (1, 5, 10, 15):
@@ -104,7 +104,7 @@ def _queue() -> Iterator[Entry]:
 
 
 QUEUE = tuple(_queue())
-"""The trainings, most valuable first."""
+"""The training runs, in order of importance."""
 SMOKE_QUEUE = (
     Entry("smoke_svm", "table2/cifar-fs/resnet12/svm"),
     Entry("smoke_ridge", "table2/cifar-fs/resnet12/ridge"),
@@ -119,7 +119,7 @@ class Variant:
         name: its name in the table.
         precision: the precision of the backbone.
         compile: the mode of `torch.compile` for the backbone.
-        channels_last: whether the weights have that memory format; images always have it.
+        channels_last: whether the weights have the memory format `channels_last`, as images always do.
     """
 
     name: str
@@ -147,8 +147,8 @@ class Session:
         data_root: folder of the data.
         deadline: when to stop, by `time.monotonic()`.
         smoke: whether to use tiny sizes.
-        queue: the trainings.
-        changes: options that override those of all trainings in the queue.
+        queue: the training runs.
+        changes: options that override those of all training runs in the queue.
     """
 
     output: Path
@@ -194,7 +194,7 @@ def tests(session: Session) -> str:
 
 
 def solvers(session: Session) -> str:
-    """Time the SVM's solvers and ridge regression; solvers whose package is missing are left out and named."""
+    """Time the solvers of the SVM and ridge regression; a solver whose package is missing is left out and named."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = ["[5w1s]", "--repeats", "1"] if session.smoke else ["[5w1s,5w5s,20w5s]", "--repeats", "5"]
     names = ["--names", "[ridge,native,native in torch,interior point,qpth]"]
@@ -243,7 +243,7 @@ def _speed(session: Session) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         record = {"results": rows, "flop": flop, "peak_flop_per_s": peak, "floor_ms": floor, "steps": steps, **origin}
         _write_speed(rows, record, path.with_suffix(".md"))
-        # Written last: its rows are not measured again.
+        # This file is written last, because its rows are not measured again.
         report.write_json(record, path)
         del training
         torch.cuda.empty_cache()
@@ -263,9 +263,9 @@ def _write_speed(rows: list[dict[str, Any]], record: dict[str, Any], path: Path)
     machine, versions = record["machine"], record["versions"]
     note = (
         f"{machine['accelerator'] or machine['processor']}, torch {versions['torch']}; means of {record['steps']} "
-        f"steps in a row, each with drawing, gathering and augmenting images. A step has {record['flop'] / 1e12:.2f} "
-        f"TFLOP, for which {record['peak_flop_per_s'] / 1e12:.0f} TFLOP/s, measured on a product of large bfloat16 "
-        f"matrices, would need {record['floor_ms']:.2f} ms. Made by `python -m benchmarks.gpu`."
+        f"consecutive steps, with drawing, gathering and augmenting images. A step has {record['flop'] / 1e12:.2f} "
+        f"TFLOP, which would take {record['floor_ms']:.2f} ms at {record['peak_flop_per_s'] / 1e12:.0f} TFLOP/s, as "
+        "measured on a product of large bfloat16 matrices. Made by `python -m benchmarks.gpu`."
     )
     Console().print(table, note)
     report.write_markdown(table, note, path)
@@ -289,7 +289,7 @@ def _small(options: Options) -> Options:
 
 
 def _on_noise(options: Options, *, channels_last: bool) -> Training:
-    """A training on random images."""
+    """A training run on random images."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (64 * 30, 3, 32, 32), dtype=torch.uint8, generator=generator)
     data = ImageSet(images, torch.arange(len(images)) % 64, tuple(map(str, range(64))))
@@ -303,7 +303,7 @@ def _on_noise(options: Options, *, channels_last: bool) -> Training:
 
 
 def _flop(training: Training) -> int:
-    """Floating-point operations of the backbone's forward and backward pass in one step."""
+    """Floating-point operations of the forward and backward pass of the backbone in one step."""
     images = training.episodes(training.episodes.draw(0))
     with FlopCounterMode(display=False) as counter:
         training.backbone(images).sum().backward()
@@ -314,7 +314,7 @@ def _time(training: Training, steps: int, warmup: int, *, network_only: bool) ->
     """Milliseconds per step, and seconds of the first step.
 
     A step includes drawing its images and reading its metrics. With `network_only`, it is a forward and backward pass
-    that gathers and augments the same images every time.
+    that gathers and augments the same images each time.
     """
     drawn = training.episodes.draw(0)
     begin, first = report.now(drawn), 0.0
@@ -345,7 +345,7 @@ def _peak(where: torch.device, size: int) -> float:
 
 
 def trainings(session: Session) -> str:
-    """Run the queue, resuming each training from its last checkpoint."""
+    """Run the queue, resuming each training run from its last checkpoint."""
     finished = 0
     for entry in session.queue:
         folder = session.output / entry.name
@@ -363,10 +363,10 @@ def trainings(session: Session) -> str:
         try:
             rows = run(options, deadline=session.deadline - (0 if session.smoke else 15))
         except ConvexHeadsError as error:
-            print(f"{entry.name}: {error}", flush=True)  # the other trainings continue
+            print(f"{entry.name}: {error}", flush=True)  # the other training runs continue
             continue
         finished += bool(rows)
-    return f"{finished} of {len(session.queue)} trainings are finished"
+    return f"{finished} of {len(session.queue)} training runs are finished"
 
 
 STAGES: dict[str, Callable[[Session], str]] = {
@@ -375,7 +375,7 @@ STAGES: dict[str, Callable[[Session], str]] = {
     "solvers": solvers,
     "trainings": trainings,
 }
-"""The stages, most valuable first."""
+"""The stages, in order of importance."""
 
 
 def pack_results(output: Path) -> list[Path]:
@@ -406,7 +406,7 @@ def pack_results(output: Path) -> list[Path]:
 
 
 def unpack_results(folder: Path, output: Path) -> list[str]:
-    """Unpack the parts that `pack_results` wrote; returns the names of the files."""
+    """Unpack the parts that `pack_results` wrote, and return the names of the files."""
     content = b"".join(path.read_bytes() for path in sorted(folder.glob("part-*")))
     with tarfile.open(fileobj=BytesIO(content), mode="r:") as tar:
         tar.extractall(output, filter="data")
@@ -414,7 +414,7 @@ def unpack_results(folder: Path, output: Path) -> list[str]:
 
 
 def _in_half_precision(path: Path) -> bytes:
-    """A file of weights with all matrices and filters in float16, which `load_pretrained` can read."""
+    """A file of weights, with all matrices and filters in float16, that `load_pretrained` can read."""
     key = {"key": "settings", "needed_by": "benchmarks.gpu"}
     tensors, settings = _storage.load(path, **key)
     half = {
@@ -435,8 +435,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--stages", type=list[Literal[tuple(STAGES)]], default=list(STAGES), help="the stages to run, in this order"
     )
-    parser.add_argument("--only", type=list[str], default=[], help="names of the trainings to run; default: all")
-    text = "options that override those of all trainings, as in '{steps: 10000}'"
+    parser.add_argument("--only", type=list[str], default=[], help="names of the training runs; default: all")
+    text = "options that override those of all training runs, as in '{steps: 10000}'"
     parser.add_argument("--changes", type=dict[str, Any], default={}, help=text)
     parser.add_argument("--smoke", action="store_true", help="run every stage with tiny sizes, on any machine")
     text = "only pack the data into small files in this folder"
@@ -465,7 +465,7 @@ def main(arguments: list[str] | None = None) -> None:
     parts = pack_results(session.output)
     unfinished = [entry.name for entry in queue if not (session.output / entry.name / "result.json").is_file()]
     print(f"Packed results: {', '.join(str(part) for part in parts)}")
-    print(f"Next: {unfinished[0]}; run this again to continue" if unfinished else "All trainings are finished")
+    print(f"Next: {unfinished[0]}; run this again to continue" if unfinished else "All training runs are finished")
 
 
 if __name__ == "__main__":

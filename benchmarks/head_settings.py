@@ -1,4 +1,4 @@
-"""Compare settings of heads to train through, by short trainings of a Conv-4 that differ only in the head.
+"""Compare settings of the heads that a backbone is trained through, in short training runs of a Conv-4.
 
 python -m benchmarks.head_settings --data-root DIR --steps 1000
 """
@@ -46,9 +46,9 @@ class UnitLength(Kernel):
 
 
 class Apart(Training):
-    """A training that passes support and query images through the backbone one after the other.
+    """A training run that passes support and query images through the backbone one after the other.
 
-    Each part has its own batch statistics, as in the code that Lee et al. 2019 published.
+    Each of the two has its own batch statistics, as in the code that Lee et al. 2019 published.
     """
 
     def features(self, drawn: Tensor) -> Tensor:
@@ -62,11 +62,11 @@ class Apart(Training):
 
 @dataclass(frozen=True)
 class Setting:
-    """A head, and how it is trained through.
+    """A head, and how a backbone is trained through it.
 
     Attributes:
         make: makes a new head.
-        training: the class that takes its steps.
+        training: the class of the training loop.
         changes: options of the run that differ from the recipe.
     """
 
@@ -112,7 +112,7 @@ SETTINGS: dict[str, Setting] = {
 
 
 def measure(name: str, options: Options, data: dict[str, ImageSet], test_episodes: int) -> dict[str, Any]:
-    """Train through a head, and evaluate it, ridge regression and prototypes on validation classes."""
+    """Train through a head; then evaluate that head, ridge regression and prototypes on validation classes."""
     setting = SETTINGS[name]
     options = Options(**(vars(options) | setting.changes))
     torch.manual_seed(options.seed)
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="training steps; the learning rate follows one cosine")
     parser.add_argument("--episodes", type=int, default=1000, help="episodes of the evaluation, on validation classes")
     parser.add_argument("--seeds", type=list[int], default=[0], help="seeds of the weights and the episodes")
-    parser.add_argument("--minutes", type=float, default=1e6, help="time after which no training begins")
+    parser.add_argument("--minutes", type=float, default=1e6, help="time limit, after which no training run starts")
     chosen = parser.parse_args()
     experiment.refuse_unknown("settings", chosen.settings, SETTINGS)
     torch.set_num_threads(chosen.threads)
@@ -179,16 +179,16 @@ def main() -> None:
             record = {"sizes": known, "results": rows, **report.provenance()}
             report.write_json(record, path)
     if not rows:
-        raise SystemExit("error: minutes: expected enough for one training, got none done")
+        raise SystemExit("error: minutes: expected enough for one training run, got no finished run")
     columns = [name for name in rows[0] if name not in ("setting", "seed", "failures", "seconds")]
-    title = f"Conv-4 after {chosen.steps} steps on {chosen.dataset}, by the head"
+    title = f"Conv-4 after {chosen.steps} steps on {chosen.dataset}, by training head"
     table = report.new_table(title, ["setting", "seed", *columns], left=["setting"])
     for row in rows:
         digits = {"training accuracy": 3, "squared length": 0}
         table.add_row(row["setting"], str(row["seed"]), *(f"{row[name]:.{digits.get(name, 1)}f}" for name in columns))
     machine = report.provenance()["machine"]
     note = (
-        "Training accuracy: mean over the second half of the steps. The others: in %, over "
+        "Training accuracy: mean over the second half of the steps. Other accuracies: in %, over "
         f"{chosen.episodes:,} episodes of the validation classes, 15 queries per class, by the head itself, by ridge "
         "regression (lambda = 50) and by prototypes on the same features. 8 episodes of 5-way 5-shot per step, 6 "
         "queries per class, SGD with learning rate 0.1 and one cosine. "

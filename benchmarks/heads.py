@@ -1,7 +1,7 @@
 """Compare all heads on the features of a trained Conv-4: accuracy, calibration, time, certificates.
 
 python -m benchmarks.heads --data-root DIR                        # with weights that come with the package
-python -m benchmarks.heads --data-root DIR --weights runs/FOLDER  # with those of a run of `python -m benchmarks.train`
+python -m benchmarks.heads --data-root DIR --weights runs/FOLDER  # with weights from `python -m benchmarks.train`
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ FAMILIES: dict[str, tuple[Callable[[float], ch.ClassificationHead], tuple[float,
     "Mahalanobis": (lambda beta: ch.MahalanobisHead(beta, kernel=_kernel()), (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)),
     "prototypes": (lambda _: ch.PrototypeHead(kernel=_kernel()), (1.0,)),
 }
-"""Each head as a function of its hyperparameter, and the values of which one is chosen on validation classes."""
+"""Each head as a function of its hyperparameter, and the values from which one is chosen on validation classes."""
 
 
 def features(data: dict[str, ImageSet], weights: str) -> dict[str, Tensor]:
@@ -75,9 +75,9 @@ def compare(
 ) -> pandas.DataFrame:
     """One row per head and number of shots.
 
-    The hyperparameter is the one with the highest accuracy over episodes of validation classes, on which the
-    temperature is fitted too. Accuracies and calibration errors are measured on test classes, with the same episodes
-    for all heads.
+    The hyperparameter is the one with the highest accuracy over episodes of validation classes, which also serve to fit
+    the temperature. Accuracies and calibration errors are measured on test classes, with the same episodes for all
+    heads.
     """
     rows, reference = [], {}
     options: dict[str, Any] = {"seed": seed, "progress": False}
@@ -135,7 +135,7 @@ def show(rows: pandas.DataFrame, title: str) -> Table:
 
 
 def draw(rows: pandas.DataFrame, title: str, path: Path) -> None:
-    """Draw the accuracies as points with their 95 % intervals: a panel for each number of shots."""
+    """Draw the accuracies as points with their 95 % intervals, with a panel for each number of shots."""
     groups = list(rows.groupby("shots"))
     figure, panels = report.panels(len(groups), width=3 + 2.6 * len(groups), height=4.6, sharey=True)
     for axes, (n, own) in zip(panels, groups, strict=True):
@@ -159,7 +159,7 @@ def main() -> None:
     )
     parser.add_argument("--episodes", type=int, default=2000, help="test episodes, the same for all heads")
     parser.add_argument(
-        "--validation-episodes", type=int, default=300, help="validation episodes, to choose and to calibrate on"
+        "--validation-episodes", type=int, default=300, help="validation episodes, to choose and to calibrate heads"
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -168,15 +168,15 @@ def main() -> None:
         found = features(data, options.weights)
     settings = {name: options[name] for name in ("shots", "episodes", "validation_episodes", "seed")}
     rows = compare(data, found, **settings)
-    title = "All heads on one Conv-4's features of CIFAR-FS's 20 test classes, 5-way"
+    title = "All heads on features of one Conv-4, for the 20 test classes of CIFAR-FS, 5-way"
     origin = report.provenance()
     machine = f"{experiment.place(origin)}, torch {origin['versions']['torch']}"
     note = (
         f"Features: {options.weights}. "
         f"Mean over {options.episodes:,} episodes, the same for all heads, ± half the 95 % confidence interval; the "
-        "difference to the first head is paired. Chosen: C of SVMs, lambda, shrinkage or beta of the others, by "
+        "difference from the first head is paired. Chosen: C of SVMs, lambda, shrinkage or beta of the others, by "
         f"accuracy over {options.validation_episodes} episodes of validation classes; the temperature is fitted on "
-        "these too. Expected calibration error: before (200 episodes) and after. Milliseconds an episode: fit and 75 "
+        "these too. Expected calibration error: before (200 episodes) and after. Milliseconds per episode: fit and 75 "
         f"queries, in batches of 50; {machine}. Made by `python -m benchmarks.heads`."
     )
     results = json.loads(rows.to_json(orient="records") or "")

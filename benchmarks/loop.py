@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 class Training:
-    """The state of a training, which checkpoints save, and its steps.
+    """The state of a training run, which checkpoints save, and its steps.
 
     The metrics of a step stay on the device until `read`. A step with a non-finite loss or gradient changes no
     parameter, and no buffer unless `options.on_failure` is "raise". Unless such steps are skipped, later steps change
@@ -46,23 +46,23 @@ class Training:
 
     Args:
         options: the options of the run.
-        backbone: from images to features; moved to the device, as the head is.
+        backbone: maps images to features; moved to the device, like the head.
         head: fitted to every episode; its learnable parameters are trained too.
         episodes: makes the batch of each step.
         processes: this process's rank, and how many processes share each step.
 
     Attributes:
         step: the number of steps taken.
-        rows: the log: values by name, keyed by the number of the step after which they were logged.
+        rows: the log, which has values by name, keyed by the number of the step after which they were logged.
         failures: the failed steps, each a dictionary with the keys "step", "tasks" (numbered across all processes, as
             `EpisodeLoader` distributes them) and "cause".
         best: the highest accuracy on validation classes so far.
-        averages: with `options.average`, the moving averages of weights and statistics, which are validated and
-            saved, by the names that checkpoints use.
-        seconds: the training time so far, including that of the runs before this one was resumed.
+        averages: with `options.average`, the moving averages of weights and statistics, keyed by the names that
+            checkpoints use; they are validated and saved.
+        seconds: the training time so far, including the time before the run was resumed.
         gram_on_host: whether only the Gram matrix of the features is copied from the GPU and the CPU does the rest of
-            the head's work. True for SVMs with a linear kernel, whose solver runs on the CPU: the GPU then waits for
-            far fewer small operations.
+            the work of the head. True for SVMs with a linear kernel, whose solver runs on the CPU: the GPU then
+            waits for far fewer small operations.
         interval: steps between two rows of the log.
         stopped: whether a step failed and `options.on_failure` is "stop".
     """
@@ -94,7 +94,7 @@ class Training:
             nesterov=True,
             fused=True,
         )
-        for value in self.parameters.values():  # undefined after a skipped first step otherwise
+        for value in self.parameters.values():  # otherwise undefined if the first step is skipped
             self.optimizer.state[value]["momentum_buffer"] = torch.zeros_like(value)
         state = self._state() if options.average else {}
         self._latest = {name: value for name, value in state.items() if value.is_floating_point()}
@@ -115,9 +115,7 @@ class Training:
         """Take a step on the batch that `episodes.draw` has drawn; only the head may wait for the device."""
         options = self.options
         before = [value.clone() for value in self.buffers.values()] if options.on_failure != "raise" else []
-        seed = _seed(
-            options.seed, self.step, self.processes.rank
-        )  # for dropout: a resumed training draws the same masks
+        seed = _seed(options.seed, self.step, self.processes.rank)  # for dropout: a resumed run draws the same masks
         torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a stack trace per absent accelerator
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -148,7 +146,7 @@ class Training:
 
     def _average(self, failed: Tensor) -> None:
         """Move the averages toward the weights, unless the step failed."""
-        decay = min(self.options.average, (1 + self.step) / (10 + self.step))  # at first, of few steps
+        decay = min(self.options.average, (1 + self.step) / (10 + self.step))  # averages only a few steps at first
         averages = list(self.averages.values())
         change = torch._foreach_sub(list(self._latest.values()), averages)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_mul_(change, (1 - decay) * (1 - failed))  # pyright: ignore[reportPrivateImportUsage]
@@ -162,7 +160,7 @@ class Training:
         return features.float() if features.dtype.itemsize < 4 else features  # logits have this precision too
 
     def _loss(self, features: Tensor) -> EpisodeLoss:
-        """The loss; NaN if the head can't be fitted to these values, and then the head's error is kept."""
+        """The loss. If the head can't be fitted to these values, the loss is NaN and the error is kept."""
         options, episode = self.options, self.episodes.split(features)
         settings = {"ways": options.ways, "label_smoothing": options.label_smoothing}
         try:
@@ -181,7 +179,7 @@ class Training:
             return EpisodeLoss(loss, {"loss": loss.detach()}, episode.query)
 
     def _numbers(self, result: EpisodeLoss, features: Tensor, nonfinite: Tensor, failed: Tensor) -> Tensor:
-        """One row for `_report`: metrics, whether the step failed, which gradient, and sums of each task's values."""
+        """One row for `_report`: metrics, whether the step failed, the non-finite gradient, and sums of each task."""
         metrics = result.metrics | {"loss": result.loss.detach()}
         unknown = torch.full((), torch.nan, device=self.device)
         gradient = torch.where(nonfinite.any(), nonfinite.float().argmax(), -1)
@@ -192,7 +190,7 @@ class Training:
     # Metrics
 
     def read(self) -> None:
-        """Read the metrics that the steps since the last read left on the device; this waits for these steps.
+        """Read the metrics of the steps since the last read from the device, which waits for these steps.
 
         Every `interval` steps, the means of the metrics become a row of the log.
 
@@ -208,7 +206,7 @@ class Training:
             if any(each["failed"] for each in reports):
                 self._fail(step, reports)
                 if self.stopped:
-                    self.step = step + 1  # resuming continues after it: later steps changed nothing
+                    self.step = step + 1  # a resumed run continues after it: later steps changed nothing
                     return
             else:
                 self._pending.append({name: _combined(name, reports) for name in METRICS if name in reports[0]})
@@ -216,7 +214,7 @@ class Training:
                 self._log(step)
 
     def _report(self, step: int, values: list[float]) -> dict[str, Any]:
-        """The metrics of a step in this process, whether the step failed and, if this process knows, why."""
+        """The metrics of a step in this process, whether the step failed and, if this process knows it, the cause."""
         count = len(METRICS)
         metrics = {name: value for name, value in zip(METRICS, values, strict=False) if value == value}
         failed, gradient, *sums = values[count:]
@@ -258,7 +256,7 @@ class Training:
     # Validation and checkpoints
 
     def validate(self, data: ImageSet) -> bool:
-        """Log the accuracy on validation classes, from 0 to 1; returns whether it is the highest so far."""
+        """Log the accuracy on validation classes, from 0 to 1, and return whether it is the highest so far."""
         options, processes = self.options, self.processes
         processes.share([*self.buffers.values(), *self.averages.values()])
         with self._averaged():
@@ -281,12 +279,12 @@ class Training:
         return improved
 
     def _state(self) -> dict[str, Tensor]:
-        """The state of backbone and head, by the names that checkpoints have for it."""
+        """The state of backbone and head, keyed by the names that checkpoints use."""
         return dict(_named(self.backbone, self.head, nn.Module.state_dict))
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """In here, backbone and head have their averages, if there are any."""
+        """Within this context, backbone and head hold the averages, if there are any."""
         before = {name: self._state()[name].clone() for name in self.averages}
         self.load_weights(self._state() | self.averages)
         try:
@@ -295,7 +293,7 @@ class Training:
             self.load_weights(self._state() | before)
 
     def weights(self) -> dict[str, Tensor]:
-        """The state of backbone and head that counts, averages if there are any, on the CPU."""
+        """The state of backbone and head on the CPU, with the averages if there are any."""
         return {name: value.cpu() for name, value in (self._state() | self.averages).items()}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
@@ -337,13 +335,13 @@ class Training:
 def train(options: Options, data: dict[str, ImageSet], training: Training, *, deadline: float = float("inf")) -> None:
     """Take all remaining steps; write the log and checkpoints to the output folder.
 
-    If there are validation classes, the training ends with the weights that were best on them.
+    If there are validation classes, the run ends with the weights that were best on them.
 
     Args:
         options: the options of the run.
         data: "val", if the data set has validation classes, is evaluated every `options.validate_every` steps.
-        training: a new one, or one that was loaded from a checkpoint.
-        deadline: by `time.monotonic()`; after it, the training stops early and writes a checkpoint.
+        training: a new training run, or one that was loaded from a checkpoint.
+        deadline: when to stop early and write a checkpoint, by `time.monotonic()`. Default: never.
 
     Raises:
         ConvexHeadsError: a step failed, and `options.on_failure` is not "skip".
@@ -378,13 +376,13 @@ def train(options: Options, data: dict[str, ImageSet], training: Training, *, de
         training.processes.gather(None)  # the other processes end after the first one has written the checkpoint
         failure = training.failures[-1]
         why = f"step {failure['step']} failed ({failure['cause']}), training has stopped"
-        raise ConvexHeadsError(f"{why}; {options.checkpoint} is from before the step, --resume continues after it")
+        raise ConvexHeadsError(f"{why}; {options.checkpoint} is from before the step; --resume continues after it")
     if first and training.step == total:
         training.load_weights(_storage.load(best, **KIND)[0] if best.is_file() else training.weights())
 
 
 class _Gram(nn.Module):
-    """A kernel that returns known matrices: of the support with itself, and of the queries with the support."""
+    """A kernel that returns given matrices: one of the support with itself, and one of the queries with the support."""
 
     support: Tensor
     query: Tensor

@@ -17,7 +17,7 @@ from benchmarks.solvers import C, episode, peak_memory
 
 
 def measure(*, ways: int, shots: int, tasks: int, features: int, repeats: int, interior_point: bool) -> dict[str, Any]:
-    """Seconds of the forward and of both passes, the largest certified gap, bytes, and the interior point's seconds."""
+    """Seconds of the forward pass and of both passes, largest certified gap, memory, and interior-point seconds."""
     support, labels, query = episode(tasks, ways, shots, features, 1)
     found: dict[str, Any] = {}
 
@@ -53,16 +53,16 @@ def main() -> None:
     parser.add_argument("--shots", type=int, default=5, help="support examples per class")
     parser.add_argument("--tasks", type=int, default=1, help="tasks solved at once")
     parser.add_argument("--features", type=int, default=640, help="feature dimension")
-    parser.add_argument("--repeats", type=int, default=1, help="repeats, of which the fastest counts")
-    parser.add_argument("--interior-point", type=bool, default=False, help="time our own interior point too")
+    parser.add_argument("--repeats", type=int, default=1, help="repeats, of which the fastest is reported")
+    parser.add_argument("--interior-point", type=bool, default=False, help="also time our own interior-point solver")
     options = parser.parse_args()
     names = ("ways", "shots", "tasks", "features", "repeats", "interior_point")
     settings = {name: options[name] for name in names}
-    with Console().status(f"{options.ways}-way {options.shots}-shot, minutes for a thousand ways"):
+    with Console().status(f"{options.ways}-way {options.shots}-shot, which takes minutes for a thousand ways"):
         found = measure(**settings)
     memory = "" if found["memory"] is None else f", {found['memory'] / 2**30:.1f} GB"
     slower = (
-        f"; our interior point {found['interior point'] / found['both']:.0f} times as long"
+        f"; our interior-point solver takes {found['interior point'] / found['both']:.0f} times as long"
         if "interior point" in found
         else ""
     )

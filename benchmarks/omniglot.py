@@ -1,4 +1,4 @@
-"""Omniglot, 20-way: Conv-4 through each head, beside prototypes as published.
+"""Omniglot, 20-way: Conv-4 trained through each head, next to the published results of prototypes.
 
 python -m benchmarks.omniglot --data-root DIR      # from weights that come with the package: minutes
 """

@@ -56,16 +56,16 @@ class Options:
         Literal["none", "flip-crop", "flip-crop-jitter"] | None,
         "augmentation of training images; default: none for digits and glyphs, flip-crop for others",
     ] = None
-    trainval: Annotated[bool, "train on the validation classes too, and keep the last weights"] = False
-    rotations: Annotated[bool, "train on classes rotated by 90, 180 and 270 degrees too, as further classes"] = False
+    trainval: Annotated[bool, "also train on the validation classes, and keep the last weights"] = False
+    rotations: Annotated[bool, "also train on rotated images (90, 180, 270 degrees) as new classes"] = False
     average: Annotated[
-        float, "decay per step of a moving average of the weights, which is then validated and saved; 0 for none"
+        float, "decay per step of a moving average of the weights, which is validated and saved; 0 for no average"
     ] = 0.0
     on_failure: Annotated[
         Literal["raise", "skip", "stop"],
         "for a step with a non-finite loss or gradient: raise an error, skip the step, or stop before it",
     ] = "raise"
-    validate_every: Annotated[int, "training steps between validations; the best one selects the weights"] = 500
+    validate_every: Annotated[int, "training steps between validations; the best weights are kept"] = 500
     validation_episodes: Annotated[int, "episodes per validation"] = 500
     validation_shots: Annotated[int, "support images per class in validation"] = 5
     checkpoint_every: Annotated[int, "training steps between checkpoints"] = 100
@@ -124,7 +124,7 @@ class Options:
         return self.compile or ("default" if device.type == "cuda" else "none")
 
     def record(self) -> dict[str, Any]:
-        """The options that determine the result, ready for YAML; those of paths, hardware and resuming are left out."""
+        """The options that determine the result, ready for YAML, without those for paths, hardware and resuming."""
         record = asdict(self) | {"steps": self.total_steps, "augment": self.augmentation}
         for name in ("data_root", "output", "resume", "threads", "device", "processes", "compile"):
             del record[name]
@@ -161,7 +161,7 @@ class Options:
         """Read the command line. It overrides a file of options, which overrides a recipe.
 
         Raises:
-            InputError: a number is out of range, there is no such recipe, or a file of options is unusable.
+            InputError: a number is out of range, there is no such recipe, or the file of options is unusable.
         """
         parser = jsonargparse.ArgumentParser(prog=f"python -m {cls.program}", description=description)
         text = "use the options of a recipe, such as table2/cifar-fs/resnet12/svm; its results are in runs/NAME"
@@ -193,7 +193,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The options that a YAML file sets.
 
     Raises:
-        InputError: it can't be read, or has an unknown option.
+        InputError: the file can't be read, or has an unknown option.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -202,7 +202,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError("config", "a YAML file of options by name", f"{path}, which holds a {type(content).__name__}")
     if unknown := sorted(map(str, content.keys() - {each.name for each in fields(Options)})):
-        raise InputError("config", "options of `--help`, with underscores", f"{path} with {', '.join(unknown)}")
+        raise InputError("config", "options listed by `--help`, with underscores", f"{path} with {', '.join(unknown)}")
     return content
 
 

@@ -1,4 +1,4 @@
-"""Measure the cost of heads in a training step and in an evaluation, and that of training loops per step.
+"""Measure the cost of heads in a training step and in an evaluation, and the cost of training loops per step.
 
 python -m benchmarks.overhead
 """
@@ -33,7 +33,7 @@ from convexheads.training import episode_loss
 HEADS = ("prototypes", "ridge", "svm")
 WAYS, SHOTS = 5, 5
 BLOCK = 20
-"""Steps of a loop that are timed in a row; a multiple of those between two readings of `Training`."""
+"""Consecutive steps of a loop that are timed, a multiple of the steps after which `Training` reads its metrics."""
 ALONE, NEW_BATCH, PLAIN, LIGHTNING = "the step alone", "with a new batch", "the plain loop", "Lightning"
 
 
@@ -53,9 +53,9 @@ def step(
 
 
 def training(*, backbone: str, device: str, episodes: int, queries: int, repeats: int) -> dict[str, float]:
-    """Median seconds of a training step through each head, and the ratio of the SVM's step to the others.
+    """Median seconds of a training step through each head, and the ratio of the step with the SVM to the others.
 
-    The heads alternate. The ratio is the median over repeats of the ratio of two steps that ran one after the other.
+    The heads alternate. The ratio is the median, over repeats, of the ratio of two steps in the same round.
     """
     torch.manual_seed(0)
     images = torch.randint(0, 256, (episodes, WAYS * (SHOTS + queries), 3, 32, 32), dtype=torch.uint8)
@@ -98,14 +98,14 @@ def evaluation(*, device: str, episodes: int, queries: int, features: int) -> di
 
 
 class OneLayer(Backbone):
-    """64 features that are linear in the pixels of 32 x 32 images, so that the time of the loop itself shows."""
+    """64 features that are linear in the pixels of 32 x 32 images, so that the loop itself takes most of the time."""
 
     def make_layers(self) -> tuple[nn.Module, int]:
         return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 64)), 64
 
 
 def one_layer_training(*, device: Literal["cpu", "cuda"], tasks: int, queries: int, steps: int) -> Training:
-    """A training of one layer through prototypes, on 32 x 32 pixels of noise."""
+    """A training run of one layer through prototypes, on 32 x 32 pixels of noise."""
     torch.manual_seed(0)
     images = torch.randint(0, 256, (64 * 30, 3, 32, 32), dtype=torch.uint8)
     data = ImageSet(images, torch.arange(len(images)) % 64, tuple(map(str, range(64))))
@@ -261,10 +261,11 @@ def main() -> None:
     table = show(steps, evaluations, "What a head costs, 5-way 5-shot")
     note = (
         f"Training step: a {options.backbone} on {options.tasks} episodes of 32 x 32 images, {options.train_queries} "
-        f"queries per class, SGD; medians of {options.repeats} steps, the heads in turn. Of two steps in a row, the "
-        f"SVM's takes {steps['svm / prototypes']:.3f} times as long as prototypes' and {steps['svm / ridge']:.3f} "
-        f"times as long as ridge regression's (medians). Evaluation: `convexheads.evaluate` over {options.episodes:,} "
-        f"episodes of {options.features} cached features, {options.queries} queries per class. "
+        f"queries per class, SGD; medians of {options.repeats} steps, the heads in turn. In the same round, the step "
+        f"with the SVM takes {steps['svm / prototypes']:.3f} times as long as that with prototypes and "
+        f"{steps['svm / ridge']:.3f} times as long as that with ridge regression (medians). Evaluation: "
+        f"`convexheads.evaluate` over {options.episodes:,} episodes of {options.features} cached features, "
+        f"{options.queries} queries per class. "
         f"{experiment.place(origin, options.device)}, torch {origin['versions']['torch']}. "
         "Made by `python -m benchmarks.overhead`."
     )
@@ -273,7 +274,7 @@ def main() -> None:
         f"A step: {options.tasks} episodes of 32 x 32 pixels of noise, {options.train_queries} queries per class, "
         f"through one linear layer and prototypes, with SGD; medians over {options.repeats} blocks of {BLOCK} steps, "
         f"all lines in turn. {ALONE.capitalize()} is forward, loss, backward and optimizer on one and the same batch. "
-        "A new batch is drawn and gathered without augmentation, as both loops have it. The plain loop is "
+        "A new batch is drawn and gathered without augmentation, as in both loops. The plain loop is "
         "`benchmarks.loop`, with its checks and readings, without validations and checkpoints. "
     )
     added_note += (

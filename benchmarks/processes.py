@@ -1,4 +1,4 @@
-"""Several processes that share the steps of one training."""
+"""Several processes that share the steps of one training run."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ import torch
 from torch import Tensor, distributed
 
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""The variables by which PyTorch and its launchers tell a process its rank and the address of the others."""
+"""The variables in which PyTorch and its launchers pass the rank of a process and the address of the others."""
 FIRST_PROCESS = "CONVEXHEADS_FIRST_PROCESS"
-"""The variable in which the process that starts the others tells them its id."""
+"""The variable in which the process that starts the others passes its id."""
 
 GRACE = 10
-"""Seconds in which the first process can end with an error of its own after another process has ended with one."""
+"""Seconds in which the first process may end with its own error after another process has ended with one."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that share a training.
+    """This process, one of those that share a training run.
 
     Attributes:
-        rank: its number; the first process has 0.
+        rank: the number of this process, which is 0 for the first one.
         count: the number of processes.
     """
 
@@ -56,12 +56,12 @@ class Processes:
                 each.copy_(mean.view_as(each))
 
     def share(self, tensors: Sequence[Tensor]) -> None:
-        """Give every process the values that the first one has, in place."""
+        """Copy the values of the first process to every process, in place."""
         for each in tensors if self.count > 1 else ():
             distributed.broadcast(each, 0)
 
     def gather(self, value: Any) -> list[Any]:
-        """Collect what every process has, in the order of ranks."""
+        """Collect the value of every process, in the order of ranks."""
         if self.count == 1:
             return [value]
         found: list[Any] = [None] * self.count
@@ -96,7 +96,7 @@ def join(count: int, device: torch.device) -> Processes:
 
 
 def leave() -> None:
-    """End the connection to the other processes, if there is one; this process may join others again."""
+    """End the connection to the other processes, if there is one. This process may then join others again."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
         for name in (*ENVIRONMENT, FIRST_PROCESS):
@@ -106,7 +106,7 @@ def leave() -> None:
 def _end_with_parent(process: int) -> None:
     while os.getppid() == process:
         time.sleep(1)
-    print("error: the first process is gone, and so this one ends", file=sys.stderr, flush=True)
+    print("error: the first process is gone, so this process ends too", file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -114,5 +114,5 @@ def _end_with_child(child: subprocess.Popen[bytes]) -> None:
     if code := child.wait():
         if code > 0:  # the first process may end with the same error, and then reports it
             time.sleep(GRACE)
-        print(f"error: process {child.pid} ended with {code}, and so all end", file=sys.stderr, flush=True)
+        print(f"error: process {child.pid} ended with status {code}, so all processes end", file=sys.stderr, flush=True)
         os._exit(1)

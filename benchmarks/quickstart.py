@@ -1,4 +1,4 @@
-"""Learn to read alphabets never seen, from one example of each letter: a table and two pictures in two minutes.
+"""Learn to read unseen alphabets from one example of each letter: a table and two pictures in two minutes.
 
 python -m benchmarks.quickstart              # what `make quickstart` runs
 python -m benchmarks.quickstart --seed 1     # or any other option of benchmarks.train
@@ -31,7 +31,7 @@ HEADS: dict[str, ch.ClassificationHead] = {
     "ridge": ch.RidgeHead(10.0),
     "prototypes": ch.PrototypeHead(),
 }
-"""The heads that are compared. Their settings were chosen by the accuracy on the validation scripts."""
+"""The heads that are compared. Their settings were chosen by accuracy on the validation scripts."""
 TITLES = {"NKO": "N'Ko"}
 GREEN, RED, INK = "#1a7f37", "#c62828", "#24292f"
 EXPLANATION = """The network was trained on Latin, Cyrillic, Arabic and
@@ -44,7 +44,7 @@ the network's features, {pixels} are."""
 
 
 class QuickstartOptions(Options):
-    """Options whose defaults are the quickstart's."""
+    """Options with the defaults of the quickstart."""
 
     program: ClassVar[str] = "benchmarks.quickstart"
     defaults: ClassVar[dict[str, Any]] = {
@@ -63,7 +63,7 @@ class QuickstartOptions(Options):
 
 
 def compare(options: Options, data: ImageSet, backbones: Mapping[str, nn.Module]) -> list[report.Row]:
-    """Evaluate all heads on every backbone's features, but on the untrained one's only prototypes.
+    """Evaluate all heads on the features of every backbone, but only prototypes on those of the untrained backbone.
 
     The features of an untrained backbone are so small that the other heads would need settings of their own.
     """
@@ -75,11 +75,11 @@ def compare(options: Options, data: ImageSet, backbones: Mapping[str, nn.Module]
 
 
 def run(options: QuickstartOptions) -> None:
-    """Train, or continue a training that was interrupted; compare the heads; draw the letters."""
+    """Train, or continue an interrupted run; compare the heads; draw the letters."""
     if options.checkpoint.is_file() and not (options.folder / "result.json").is_file():
         options = replace(options, resume=True)
     folder, console = options.folder, Console()
-    console.print("The first step compiles the SVM's solver, for some fifteen seconds, unless that is done already.")
+    console.print("The first step also compiles the SVM's solver, once, which takes about fifteen seconds.")
     train.run(options, compare)
     backbone, unseen = ch.load_pretrained(folder).backbone, load("glyphs", splits=["test"])["test"]
     draw_letters(backbone, HEADS["svm"], unseen, folder / "letters.png", seed=options.seed)
@@ -88,7 +88,7 @@ def run(options: QuickstartOptions) -> None:
         f"Letters never seen before, and what they were taken for: {folder / 'letters.png'}",
         f"The table as a picture: {folder / 'accuracy.png'}",
         f"Weights: {folder / 'model.safetensors'}, for convexheads.load_pretrained({str(folder)!r})",
-        "Next: docs/quickstart.md does the same in a loop of your own;",
+        "Next: docs/quickstart.md does the same in your own loop;",
         "      python -m benchmarks.quickstart --help lists what can be changed, such as --head ridge.",
     )
     console.print(*lines, sep="\n", soft_wrap=True, highlight=False)

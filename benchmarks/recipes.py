@@ -1,8 +1,8 @@
-"""The options of every training that a table or figure needs, by name: `python -m benchmarks.train --recipe NAME`.
+"""The options of all training runs for tables and figures, by name: `python -m benchmarks.train --recipe NAME`.
 
-A name says what the training is for: `TABLE/DATASET/BACKBONE/HEAD`, with `-VARIANT` at its end where there are several.
-A recipe sets some of the options of `benchmarks.options.Options`; the others have their defaults. Of two dictionaries
-that set the same option, the right one counts. A training that several tables use is listed under one of them.
+A name states the purpose of the run: `TABLE/DATASET/BACKBONE/HEAD`, with `-VARIANT` at the end if there are several.
+A recipe sets some of the options of `benchmarks.options.Options`; the others have their defaults. If two dictionaries
+set the same option, the one on the right takes precedence. A run that several tables use is listed under one of them.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ LAPTOP: Settings = {  # Conv-4 in an hour on one processor core.
     "augment": "flip-crop",
     "test_episodes": 10_000,
 }
-LAPTOP_SHORT: Settings = LAPTOP | {  # Conv-4 in minutes on one processor core, for tables of many trainings.
+LAPTOP_SHORT: Settings = LAPTOP | {  # Conv-4 in minutes on one processor core, for tables of many training runs.
     "steps": 500,
     "tasks": 4,
     "precision": "bfloat16",
     "validate_every": 250,
     "test_episodes": 1000,
 }
-FAST: Settings = PAPER | {  # Not the paper's: a third of its steps, four times as many classes, averaged weights.
+FAST: Settings = PAPER | {  # Unlike the paper: a third of the steps, four times as many classes, averaged weights.
     "steps": 20_000,
     "schedule": "cosine",
     "rotations": True,
     "average": 0.999,
 }
 
-# Data sets. The number of shots in meta-training is the paper's for the SVM and ridge regression.
+# Data sets. The number of shots in meta-training is the one in the paper for the SVM and ridge regression.
 CIFAR_FS: Settings = {"dataset": "cifar-fs", "shots": 5}
 FC100: Settings = {"dataset": "fc100", "shots": 15}
 MINIIMAGENET: Settings = {"dataset": "miniimagenet", "shots": 15}
@@ -94,7 +94,7 @@ RECIPES: dict[str, Settings] = {
     "table1/tieredimagenet/resnet12/ridge": PAPER | TIEREDIMAGENET | RESNET12 | RIDGE,
     "table1/tieredimagenet/resnet12/svm": PAPER | TIEREDIMAGENET | RESNET12 | SVM,
     "table1/tieredimagenet/resnet12/svm-trainval": PAPER | TIEREDIMAGENET | RESNET12 | SVM | TRAINVAL,
-    # Table 2. The weights of Conv-4 come with the package, those for the smoothed SVM excepted.
+    # Table 2. The weights of Conv-4 come with the package, except those for the smoothed SVM.
     "table2/cifar-fs/resnet12/ridge": PAPER | CIFAR_FS | RESNET12 | RIDGE,
     "table2/cifar-fs/resnet12/svm": PAPER | CIFAR_FS | RESNET12 | SVM,
     "table2/cifar-fs/resnet12/svm-trainval": PAPER | CIFAR_FS | RESNET12 | SVM | TRAINVAL,

@@ -1,4 +1,4 @@
-"""Tables, pictures, JSON and provenance: the parts that results are written with."""
+"""Tables, pictures, JSON and provenance: functions for writing results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PACKAGES = ("convexheads", "torch", "torchvision", "learn2learn", "numpy")
 
 
 class Row(NamedTuple):
-    """The accuracy of one head on one backbone's features.
+    """The accuracy of one head on the features of one backbone.
 
     Attributes:
         backbone: the source of the features, such as "meta-trained" or "untrained".
@@ -56,7 +56,7 @@ class Row(NamedTuple):
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
-    """The rows as a table: a line per backbone and head, and one for chance; a column per kind of episode."""
+    """The rows as a table, with a line per backbone and head, a line for chance, and a column per kind of episode."""
     tasks = sorted({(row.ways, row.shots) for row in rows})
     columns = [f"{ways}-way {shots}-shot" for ways, shots in tasks]
     result = new_table(title, ["backbone", "head", *columns], left=("backbone", "head"))
@@ -69,7 +69,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
 
 
 def new_table(title: str, columns: Iterable[str], *, left: Sequence[str] = (), no_wrap: bool = False) -> Table:
-    """A table without rows. Its columns are justified right, except those in `left`."""
+    """A table without rows. Its columns are right-justified, except those in `left`."""
     result = Table(title=title, title_justify="left")
     for column in columns:
         result.add_column(column, justify="left" if column in left else "right", no_wrap=no_wrap)
@@ -77,7 +77,7 @@ def new_table(title: str, columns: Iterable[str], *, left: Sequence[str] = (), n
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:
-    """Write a record atomically: after an interruption the file is complete, the old one or the new one."""
+    """Write a record atomically: after an interruption, the file is either the old one or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _storage.atomic_write(path, (json.dumps(record, indent=2) + "\n").encode())
 
@@ -114,7 +114,7 @@ def panels(count: int = 1, *, width: float, height: float, **settings: Any) -> t
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Draw the accuracies as bars with their 95 % intervals: a group per kind of episode."""
+    """Draw the accuracies as bars with their 95 % intervals, with a group per kind of episode."""
     tasks = sorted({(row.ways, row.shots) for row in rows})
     series = list(dict.fromkeys((row.backbone, row.head) for row in rows))
     heads = list(dict.fromkeys(row.head for row in rows))
@@ -159,7 +159,7 @@ def details(command: str, seed: int, seconds: dict[str, float], origin: dict[str
 
 
 def records(frame: pandas.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a frame for JSON: with all their digits, None for what is missing, and infinity as a word."""
+    """The rows of a frame for JSON, with all digits, None for missing values, and infinity as a word."""
 
     def plain(value: Any) -> Any:
         if pandas.isna(value):
@@ -178,7 +178,7 @@ def now(value: Tensor) -> float:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, commit and machine, which are needed to judge or repeat a result; no path and no host name."""
+    """The versions, commit and machine needed to judge or repeat a result, without paths and host names."""
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "commit": _commit(),

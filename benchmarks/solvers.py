@@ -32,17 +32,17 @@ SIZES = {"5w1s": (5, 1), "5w5s": (5, 5), "5w15s": (5, 15), "20w1s": (20, 1), "20
 C = 0.1
 # Above this n * k, qpth solves task by task, which is fastest on one thread.
 _ONE_THREAD = 150
-# Above this n * k, Moreau, the reference, uses an interior point method: its gradients have two good digits at most.
+# Above this n * k, Moreau, the reference, uses an interior-point method: its gradients have at most two good digits.
 _OWN_GRADIENTS = 500
 # Above this n * k, Moreau takes minutes.
 _REFERENCE = 2500
-# A pass of more seconds than this is repeated three times only.
+# A pass that takes more seconds than this is repeated only three times.
 _SLOW = 0.3
-# A pass of more seconds than this is not repeated: the first run, usually a warm-up, is the result.
+# A pass that takes more seconds than this is not repeated. The first run, usually a warm-up, is the result.
 _VERY_SLOW = 5.0
 PRECISIONS = ["float64", "float32", "bfloat16"]
 LEFT_OUT = "is left out:"
-"""The words of the command for a contender whose package is missing."""
+"""The words with which the command reports a contender whose package is missing."""
 _SETTINGS = ("sizes", "tasks", "precisions", "names", "device", "features", "queries", "repeats", "threads")
 
 
@@ -52,7 +52,7 @@ class Contender(NamedTuple):
     Attributes:
         call: the function.
         largest: the n * k above which it is left out because it would take minutes.
-        exact: whether it solves the paper's SVM, so that its error can be measured.
+        exact: whether it solves the SVM of the paper, so that its error can be measured.
     """
 
     call: Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -71,7 +71,7 @@ def missing() -> dict[str, ch.MissingDependencyError]:
 
 
 def _made() -> dict[str, Contender | ch.MissingDependencyError]:
-    """The paper's SVM on each solver, learn2learn's smoothed one in a loop, and ridge regression as the floor."""
+    """The SVM of the paper on each solver, learn2learn's smoothed SVM in a loop, and ridge regression as a floor."""
 
     def of(head: ch.ClassificationHead) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
         return lambda support, labels, query, ways: head(support, labels, query, ways=ways)
@@ -153,7 +153,7 @@ def peak_memory(run: Callable[[], object], device: str) -> float | None:
 
 
 def _give_back() -> None:
-    """Return freed memory to the system, if the C library can: the reuse of freed memory would not be counted."""
+    """Return freed memory to the system, if the C library can, because its reuse would not be counted."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -164,7 +164,7 @@ def _resident(name: str) -> float:
 
 
 class Reference(NamedTuple):
-    """The reference for errors: Moreau at a tight tolerance, and its gradient where that is exact."""
+    """The reference for errors: Moreau at a tight tolerance, and its gradient if that is exact."""
 
     logits: Tensor
     gradient: Tensor | None
@@ -244,7 +244,7 @@ def _error(value: Tensor, reference: Tensor) -> float:
 
 
 def growth(rows: pandas.DataFrame) -> pandas.DataFrame:
-    """The growth of time and memory with n * k: exponents of power laws, per contender with at least three sizes."""
+    """The growth of time and memory with n * k, as exponents of power laws, per contender with at least three sizes."""
     found = []
     for name, own in rows.groupby("contender", sort=False):
         own = own.sort_values("nk").groupby("nk", as_index=False)[["both", "memory"]].median()
@@ -260,7 +260,7 @@ def growth(rows: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def show(rows: pandas.DataFrame, title: str) -> Table:
-    """Milliseconds of both passes with errors, and their ratio to the times of the native solver and of ridge."""
+    """Milliseconds of both passes, errors, and ratios to the times of the native solver and of ridge regression."""
     columns = ("size", "tasks", "precision", "", "forward, ms", "both, ms", "/ native", "/ ridge")
     columns += ("logits error", "gradient error", "memory, MB")
     table = report.new_table(title, columns, left=[""], no_wrap=True)
@@ -302,19 +302,19 @@ def write(rows: pandas.DataFrame, settings: dict[str, Any], origin: dict[str, An
         for row in exponents.to_dict("records")
     )
     errors = (
-        "Errors: the largest, relative to the largest entry, against Moreau at tolerance 1e-8; of gradients up to n k "
-        f"= {_OWN_GRADIENTS}, beyond which its own are good to two digits at most, and of logits up to n k = "
+        "Errors are the largest, relative to the largest entry, against Moreau at tolerance 1e-8: for gradients up to "
+        f"n k = {_OWN_GRADIENTS}, beyond which those of Moreau have at most two good digits; for logits up to n k = "
         f"{_REFERENCE}."
         if "moreau" in contenders()
-        else "No errors: Moreau, against which they are measured, is not installed."
+        else "There are no errors, because Moreau, the reference, is not installed."
     )
     note = (
         f"C = {C}, {settings['features']} features, {settings['queries']} queries per class; "
         f"{experiment.place(origin, settings['device'])}, torch "
-        f"{origin['versions']['torch']}. {errors} Memory: the peak of both passes beyond what was taken before. "
-        "`interior point` is the native solver's own, alone; qpth has the 15 iterations of the paper's code, and one "
-        f"thread above n k = {_ONE_THREAD}, where it solves task by task; learn2learn's `SVClassifier` is smoothed and "
-        "in float32; what would take minutes is left out. "
+        f"{origin['versions']['torch']}. {errors} Memory: the peak of both passes beyond the memory in use before. "
+        "`interior point` is `InteriorPointSolver` alone; qpth runs 15 iterations, as in the published code, and above "
+        f"n k = {_ONE_THREAD} task by task on one thread; `SVClassifier` of learn2learn is smoothed and "
+        "in float32; sizes that would take minutes are left out. "
         + (f"Growth of time (and of memory) with n k, fitted exponents: {fitted}. " if fitted else "")
         + "Made by `python -m benchmarks.solvers`."
     )
@@ -334,9 +334,9 @@ def main() -> None:
     absent = missing()
     every = [*contenders(), *absent]
     parser = experiment.parser("solvers", __doc__, "device", "threads", "output")
-    parser.add_argument("--sizes", type=list[str], default=list(SIZES), help=f"of {', '.join(SIZES)}")
+    parser.add_argument("--sizes", type=list[str], default=list(SIZES), help=f"some of {', '.join(SIZES)}")
     parser.add_argument("--tasks", type=list[int], default=[8], help="tasks solved at once, one or several numbers")
-    parser.add_argument("--precisions", type=list[str], default=["float64"], help=f"of {', '.join(PRECISIONS)}")
+    parser.add_argument("--precisions", type=list[str], default=["float64"], help=f"some of {', '.join(PRECISIONS)}")
     text = "the contenders; those whose package is not installed are left out"
     parser.add_argument("--names", type=list[str], default=every, help=text)
     parser.add_argument("--features", type=int, default=640, help="feature dimension")

@@ -3,7 +3,7 @@
 python -m benchmarks.table3 --data-root DIR                          # Conv-4 trained on CIFAR-FS: across domains
 python -m benchmarks.table3 --data-root DIR --scale paper --train    # as in the paper: needs GPUs
 
-Times are those of 84 x 84 images, one episode at a time.
+Times are measured on 84 x 84 images, one episode at a time.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ TABLE = Table(
 def measure(
     *, backbones: Sequence[str], shots: Sequence[int], queries: int, size: int, repeats: int, device: str
 ) -> pandas.DataFrame:
-    """Median milliseconds of the forward pass of one episode, and the head's share of them; the heads alternate."""
+    """Median milliseconds of the forward pass of one episode, and those of the head alone. The heads alternate."""
     rows = []
     for name in backbones:
         images = torch.randint(
@@ -109,7 +109,7 @@ def times(rows: pandas.DataFrame, scale: Scale) -> dict[str, dict[tuple[str, str
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = tables.parser(TABLE, __doc__)
-    text = f"backbones to time, of {', '.join(BACKBONES)}"
+    text = f"backbones to time, some of {', '.join(BACKBONES)}"
     parser.add_argument("--backbones", type=list[str], default=list(BACKBONES), help=text)
     parser.add_argument("--shots", type=list[int], default=[1, 5], help="support images per class that are timed")
     parser.add_argument("--size", type=int, default=84, help="height and width of the timed images")
@@ -127,9 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     note = (
         f"Our times: {experiment.place(origin, options.device)}; "
         f"one episode at a time, {options.queries} queries per class, {options.size} x "
-        f"{options.size} pixels, medians of {options.repeats}, the heads in turn; untrained weights, on which times "
-        "don't depend; the head's share in brackets. Published times: on a GPU of 2019, so only the differences "
-        "between heads compare. "
+        f"{options.size} pixels, medians of {options.repeats}, the heads in turn; the weights are untrained, because "
+        "times don't depend on them; the head's share is in parentheses. Published times: measured on a GPU from 2019, "
+        "so only the differences between heads are comparable. "
         f"{tables.describe_published(TABLE) if accuracies.empty else tables.describe(TABLE, accuracies)} "
         f"torch {origin['versions']['torch']}. Made by "
         f"`python -m benchmarks.table3 --scale {options.scale} --data-root DIR`."

@@ -1,8 +1,8 @@
-"""The common part of the scripts for tables: published values, our measurements, and tables of both.
+"""The common code of the scripts for tables: published values, our measurements, and tables of both.
 
 A table is a list of cells. Those with a recipe are measured, on weights that come with the package, that are in
-`benchmarks/results/trainings/RECIPE`, that a training has left in `runs/RECIPE`, or that are trained now. All heads on
-a data set see the same episodes. A figure that draws such cells is a table too.
+`benchmarks/results/trainings/RECIPE`, that a training run has left in `runs/RECIPE`, or that are trained now. All heads
+on a data set see the same episodes. A figure that draws such cells is also a table.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ TITLES = {
     "omniglot": "Omniglot",
 }
 HEADS = {"prototypes": "Prototypical Networks", "ridge": "MetaOptNet-RR", "svm": "MetaOptNet-SVM"}
-"""By the names of `convexheads.models.list_pretrained`, those of the paper."""
+"""The names of heads in `convexheads.models.list_pretrained`, and their names in the paper."""
 
 Scale = Literal["paper", "laptop"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method of ours.
+    """One of our methods.
 
     Attributes:
-        model: its name, as in the published table where that has it.
-        backbone: likewise.
-        recipes: by data set and shots of the test, the recipe that the weights were trained by (on whichever data
-            set).
+        model: its name, as in the published table if it is there.
+        backbone: the name of its backbone, likewise.
+        recipes: for each test data set and number of test shots, the recipe with which the weights were trained,
+            possibly on another data set.
     """
 
     model: str
@@ -73,7 +73,7 @@ def published(name: str) -> pandas.DataFrame:
 
 
 def bars(table: Table, ours: pandas.DataFrame, path: Path) -> None:
-    """Draw ours as bars with their intervals, and published values of the same model and backbone as diamonds."""
+    """Draw our values as bars with intervals, and published values of the same model and backbone as diamonds."""
     theirs = published(table.name).set_index(["model", "backbone", "dataset", "shots"])
     columns = list(dict.fromkeys(zip(ours["dataset"], ours["shots"], strict=True)))
     names = list(dict.fromkeys(zip(ours["model"], ours["backbone"], strict=True)))
@@ -102,10 +102,10 @@ class Table:
     """A table of the paper, or a figure.
 
     Attributes:
-        name: such as "table2"; published values, if there are any, are in the file of this name.
+        name: the name, such as "table2", also of the file of published values, if there are any.
         title: the text above it.
         datasets: its columns, each with 1 and 5 shots.
-        rows: our rows, by scale. Differences are to the first row of the same backbone, paired by episode.
+        rows: our rows, by scale. Differences are from the first row with the same backbone, paired by episode.
         ways: classes of an episode.
         draw: draws our measurements.
     """
@@ -119,12 +119,12 @@ class Table:
 
     @property
     def columns(self) -> list[tuple[str, int]]:
-        """Data set and shots of each."""
+        """The data set and the shots of each column."""
         return [(dataset, shots) for dataset in self.datasets for shots in (1, 5)]
 
 
 def find_weights(recipe: str) -> Path | None:
-    """The weights of a finished training by a recipe: the committed ones, else those below `runs/`."""
+    """The weights of a finished training run by a recipe: the committed ones, otherwise those below `runs/`."""
     table, dataset, backbone, head = recipe.split("/")
     packaged = WEIGHTS_DIR / f"{backbone}-{dataset}-{head}.safetensors"
     files = [packaged] if table in ("table2", "omniglot") else []
@@ -136,9 +136,9 @@ def find_weights(recipe: str) -> Path | None:
 def features(
     recipe: str, dataset: str, *, root: Path | None, train: bool
 ) -> tuple[Tensor, Tensor, ch.models.Pretrained]:
-    """Features and labels of a data set's test classes from the backbone of a recipe, and the trained model.
+    """Features and labels of the test classes of a data set, by the backbone of a recipe, and the trained model.
 
-    Images of another size than the backbone was trained on are resized to it.
+    If the images have another size than those the backbone was trained on, they are resized to that size.
 
     Raises:
         InputError: there are no weights and `train` is false, or the data is missing.
@@ -150,7 +150,7 @@ def features(
 def evaluate(
     recipe: str, dataset: str, shots: int, *, root: Path | None, train: bool, **settings: Any
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Accuracies of a trained backbone with the head that it was trained through, and the options of its training.
+    """Accuracies of a trained backbone with the head that it was trained through, and the options of that run.
 
     Raises:
         InputError: there are no weights and `train` is false, or the data is missing.
@@ -164,7 +164,7 @@ def _weights(recipe: str, root: Path | None, train: bool) -> Path:
         return weights
     if not train:
         command = f"python -m benchmarks.train --recipe {recipe} --data-root DIR"
-        raise ch.InputError("weights", f"--train, or the result of {command}", f"none of {recipe}")
+        raise ch.InputError("weights", f"--train, or the result of {command}", f"no weights for {recipe}")
     from benchmarks.train import run
 
     options = Options.from_recipe(recipe, data_root=root, output=Path("runs") / recipe)
@@ -182,7 +182,7 @@ def _features(weights: Path, dataset: str, root: Path | None) -> tuple[Tensor, c
     trained, images = ch.load_pretrained(weights), _test_classes(dataset, root).images
     if images.shape[-1] != (size := trained.settings["image_size"]):
         require_modules("torchvision")
-        from torchvision.transforms.v2.functional import resize  # for images of another size alone
+        from torchvision.transforms.v2.functional import resize  # only for images of another size
 
         images = resize(images, [size, size])
     return ch.embed(trained.backbone, images), trained
@@ -191,7 +191,7 @@ def _features(weights: Path, dataset: str, root: Path | None) -> tuple[Tensor, c
 def measure(
     table: Table, scale: Scale, *, root: Path | None, train: bool, episodes: int, queries: int, seed: int
 ) -> pandas.DataFrame:
-    """One line per cell of ours: accuracy, interval, and the paired difference from the backbone's first row.
+    """One line per cell that we measure: accuracy, interval, and paired difference from the backbone's first row.
 
     Without `train`, cells without weights are left out.
 
@@ -235,7 +235,7 @@ def measure(
 def show(
     table: Table, ours: pandas.DataFrame, scale: Scale, more: dict[str, dict[tuple[str, str, str], str]] | None = None
 ) -> RichTable:
-    """Published values and ours in one table; n/a where nothing was published for that backbone.
+    """Published values and ours in one table, with n/a if nothing was published for that backbone.
 
     `more` has further columns: for each header, texts by "published" or "ours", model and backbone.
     """
@@ -264,10 +264,10 @@ def show(
 
 
 def differences(table: Table, ours: pandas.DataFrame) -> RichTable:
-    """The difference of each of ours to the first of its backbone, paired by episode."""
+    """The difference of each of our rows from the first row with the same backbone, paired by episode."""
     columns = [column for column in table.columns if column in set(zip(ours["dataset"], ours["shots"], strict=True))]
     headers = ["model", *(f"{TITLES[dataset]} {shots}-shot" for dataset, shots in columns)]
-    result = report.new_table("Ours minus the first of them, in points, paired by episode", headers, left=["model"])
+    result = report.new_table("Our rows minus the first of the backbone, in %, paired", headers, left=["model"])
     for model, own in ours.groupby("model", sort=False):
         cells = {
             (row["dataset"], row["shots"]): f"{row['difference']:+.2f} ± {row['difference interval']:.2f}"
@@ -311,9 +311,9 @@ def describe(table: Table, ours: pandas.DataFrame) -> str:
     if len(budgets) == 1:
         (trained,) = budgets
     return (
-        f"Ours: mean over {ours['episodes'].iloc[0]:,} episodes of unseen classes, {ours['queries'].iloc[0]} queries a "
-        f"class, seed {ours['seed'].iloc[0]}, the same ones for all heads, ± half the 95 % confidence interval; one "
-        f"training each, seed {ours['training seed'].iloc[0]}. Training episodes: {trained}. "
+        f"Ours: mean over {ours['episodes'].iloc[0]:,} episodes of unseen classes, {ours['queries'].iloc[0]} queries "
+        f"per class, seed {ours['seed'].iloc[0]}, the same ones for all heads, ± half the 95 % confidence interval; "
+        f"one training run each, seed {ours['training seed'].iloc[0]}. Training episodes: {trained}. "
         f"{describe_published(table)}"
     )
 
@@ -322,9 +322,9 @@ def describe_published(table: Table) -> str:
     """Notes on the published values."""
     theirs = published(table.name)
     if theirs.empty:
-        return "Nothing is published as a number."
+        return "The paper gives no numbers."
     notes = [f"{', '.join(dict.fromkeys(own['model']))}: {note}" for note, own in theirs.groupby("note") if note]
-    return "; ".join(["Published: as printed there; n/a where there is no value for that backbone", *notes]) + "."
+    return "; ".join(["Published: as printed in the paper; n/a if it has no value for that backbone", *notes]) + "."
 
 
 def parser(table: Table, description: str | None) -> jsonargparse.ArgumentParser:
@@ -332,7 +332,7 @@ def parser(table: Table, description: str | None) -> jsonargparse.ArgumentParser
     made = experiment.parser(table.name, description, "data_root", "seed")
     scales, text = tuple(table.rows), "paper: its own networks; laptop: Conv-4"
     made.add_argument("--scale", type=Literal[scales], default=scales[-1], help=text)
-    made.add_argument("--train", action="store_true", help="train what has no weights yet; hours, or days")
+    made.add_argument("--train", action="store_true", help="train networks without weights; takes hours or days")
     made.add_argument("--episodes", type=int, default=10_000, help="test episodes")
     made.add_argument("--queries", type=int, default=15, help="query images per class")
     return made
@@ -346,7 +346,7 @@ def measure_by_options(table: Table, options: Any) -> pandas.DataFrame:
 
 
 def main(table: Table, description: str | None, arguments: Sequence[str] | None = None) -> None:
-    """Measure a table by the command line."""
+    """Measure a table from the command line."""
     command, text = parser(table, description), f"folder for the result; default: runs/{table.name}-SCALE"
     command.add_argument("--output", type=Path | None, help=text)
     options = command.parse_args(arguments)

@@ -41,7 +41,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Pixels(nn.Module):
-    """No backbone: flattens uint8 images (n, channels, height, width) into rows of numbers from 0 to 1.
+    """Takes the place of a backbone and flattens uint8 images (n, channels, height, width) into rows from 0 to 1.
 
     A backbone should beat the accuracy of a head on these.
     """
@@ -72,7 +72,7 @@ def device(options: Options) -> torch.device:
 
 
 def test(options: Options, data: ImageSet, backbones: Mapping[str, nn.Module]) -> list[report.Row]:
-    """Evaluate heads on the features of each backbone: all heads on the first, `options.head` on the others."""
+    """Evaluate all heads on the features of the first backbone, and `options.head` on those of the others."""
     tasks, rows = [(options.ways, shots) for shots in options.test_shots], []
     for name, backbone in backbones.items():
         heads = {head: build_head(head) for head in ([options.head] if rows else [options.head, *HEADS])}
@@ -120,10 +120,10 @@ def run(
     Args:
         options: the options of the run.
         test: evaluates heads on the features of each backbone.
-        deadline: by `time.monotonic()`; after it, the training stops early and can be resumed later.
+        deadline: when to stop early, by `time.monotonic()`; the run can be resumed later. Default: never.
 
     Returns:
-        The accuracies; empty if the training stopped early, or if this is not the first of several processes.
+        The accuracies, empty if training stopped early or if this is not the first of several processes.
 
     Raises:
         InputError: an option is unusable, or the data is missing.
@@ -175,7 +175,7 @@ def prepare(options: Options) -> None:
             raise ch.InputError("resume", "a folder that an earlier run wrote to", f"{folder} without a checkpoint")
         saved, record = read_settings(config), options.record()
         if changed := _changed(record, saved):
-            raise ch.InputError("resume", f"the options of {config}", f"another value of {', '.join(changed)}")
+            raise ch.InputError("resume", f"the options of {config}", f"different values of {', '.join(changed)}")
         _check_checkpoint(options)
         if record != saved:
             write_config(options)
@@ -183,7 +183,7 @@ def prepare(options: Options) -> None:
     result, resumable = folder / "result.json", options.checkpoint.is_file()
     if resumable and not result.is_file():
         raise ch.InputError("output", "--resume, or another --output", f"{folder}, which holds an unfinished run")
-    options.checkpoint.unlink(missing_ok=True)  # first: the leftovers must not look like a run to resume
+    options.checkpoint.unlink(missing_ok=True)  # first, because leftovers must not look like a run to resume
     result.unlink(missing_ok=True)
     if resumable:
         for logs in ("tensorboard", "checkpoints"):
@@ -204,13 +204,13 @@ def _check_checkpoint(options: Options) -> None:
         _, record = _storage.load(path, **KIND)
         saved = dict(record["options"])
     except (OSError, LookupError, TypeError, ValueError) as error:
-        raise ch.InputError("resume", expected, f"{path}, damaged or something else: {error}") from error
+        raise ch.InputError("resume", expected, f"{path}, damaged or not a checkpoint: {error}") from error
     if changed := _changed(options.record(), saved):
-        raise ch.InputError("resume", expected, f"{path}, that of another run ({', '.join(changed)})")
+        raise ch.InputError("resume", expected, f"{path}, which belongs to another run ({', '.join(changed)})")
 
 
 def _changed(record: dict[str, Any], saved: dict[str, Any]) -> list[str]:
-    # A training that stopped at a failed step may resume and skip such steps.
+    # A run that stopped at a failed step may be resumed with such steps skipped.
     return sorted(name for name in record if name != "on_failure" and record[name] != saved.get(name))
 
 
@@ -235,7 +235,7 @@ def write(
     details = report.details(options.command(), options.seed, seconds, provenance)
     table = report.table(rows, title)
     console = Console()
-    console.print(table, note, f"All of it is in {options.folder}", sep="\n")
+    console.print(table, note, f"All results are in {options.folder}", sep="\n")
     report.write_markdown(table, f"{note}\n\n{details}", options.folder / "result.md")
     report.draw(rows, title, options.folder / "accuracy.png")
     report.write_json(result, options.folder / "result.json")

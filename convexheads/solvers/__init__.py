@@ -1,4 +1,4 @@
-"""Interchangeable solvers of the dual quadratic program of SVMs, by object or by name."""
+"""Interchangeable solvers of the dual quadratic program of SVMs. A head takes a solver or its name."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ __all__ = [
 
 
 def get_solver(solver: Solver | str) -> Solver:
-    """Return the `solver` itself, or for a name in `SOLVERS` the solver with its default settings.
+    """Return the `solver` itself or, for a name in `SOLVERS`, that solver with its default settings.
 
     Raises:
         InputError: `solver` is neither a `Solver` nor a known name.

@@ -27,9 +27,9 @@ OnFailure = Literal["raise", "warn", "return"]
 
 
 class SolverResult(NamedTuple):
-    """A result of `Solver.solve_batch` with more than coefficients. The base class computes what is None.
+    """A result of `Solver.solve_batch` that has more than coefficients.
 
-    The linearization is the system that the gradient is computed with.
+    The gradient is computed from the linearization. The base class computes a missing certificate and linearization.
     """
 
     coef: Float[Tensor, "tasks n k"]
@@ -40,10 +40,10 @@ class SolverResult(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Solved(TensorRecord):
-    """The solution of a flat batch in its original units, and the system of its rescaled problem, for the gradient.
+    """The solution of a flat batch in its original units, and the system that gives its gradient.
 
-    `hessian_scale` is the Hessian of the rescaled problem divided by that of the problem. There is no linearization for
-    an empty batch, or if the coefficients have a gradient of their own.
+    `hessian_scale` is the Hessian of the rescaled problem divided by that of the original problem. There is no
+    linearization for an empty batch, or if the coefficients have a gradient already.
     """
 
     solution: Solution
@@ -54,8 +54,8 @@ class Solved(TensorRecord):
 class Plan(NamedTuple):
     """How a flat batch is solved. `Solver.plan` makes it.
 
-    The problem may have been moved to another device. The first solver solves all tasks, at most `max_tasks` at once,
-    and each of the others solves the tasks that are not converged yet, or have a gap above `max_gap`.
+    The problem may have been moved to another device. The first solver solves all tasks, at most `max_tasks` at once.
+    Each of the other solvers solves the tasks that have not converged yet, or whose gap exceeds `max_gap`.
     """
 
     problem: DualProblem
@@ -67,15 +67,15 @@ class Plan(NamedTuple):
 class Solver:
     """Base class of solvers. A solver holds settings only, so any number of heads and threads can share it.
 
-    A subclass writes one method, `solve_batch`, which returns coefficients. The base class rescales the problem before,
-    certifies the coefficients afterwards, and makes them differentiable by the implicit function theorem.
+    A subclass implements one method, `solve_batch`, which returns coefficients. The base class first rescales the
+    problem, then certifies the coefficients and makes them differentiable by the implicit function theorem.
 
     Args:
         max_iterations: stop after this number of iterations and return the current iterate, with status `STOPPED`.
             Early stopping is not a failure (Lee et al. 2019 stop after three iterations). Default None (until
             converged).
-        tolerance: relative duality gap at which a task counts as converged. Default None (`default_tolerance`). Below
-            the effect of rounding it has no effect: 9e-13, or 5e-4 in float32 (on devices without float64).
+        tolerance: relative duality gap at which a task counts as converged. Default None (`default_tolerance`). The
+            smallest effective tolerance is 9e-13 (5e-4 in float32, on devices without float64), because of rounding.
         on_failure: what happens if a task is not certified to the tolerance: "raise" (default) a `SolverError` that
             carries the solution, "warn" (`SolverWarning`), or "return" it with its status.
 
@@ -130,10 +130,10 @@ class Solver:
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"] | SolverResult:
-        """Solve a flat, rescaled batch of problems: the one method that a subclass writes.
+        """Solve a flat, rescaled batch of problems. This is the one method that a subclass has to implement.
 
         It runs without autograd, unless the class sets `provides_gradient`. It must not print, must not let a task
-        affect another one, and must not raise for a task that it cannot solve.
+        affect another one, and must not raise an error for a task that it cannot solve.
 
         Args:
             problem: at least one task, with coefficients `(tasks, n, k)` and numbers around one (`rescale`), all finite
@@ -159,7 +159,7 @@ class Solver:
                 it has no bounds, or a lower bound is above an upper bound (checked on the CPU only).
             SolverError: a task failed and `on_failure="raise"`; with "warn", a `SolverWarning` is emitted.
             ConvexHeadsError: the result of `solve_batch` has no gradient although the class sets `provides_gradient`.
-                Also in the backward pass, if a second derivative is requested that the backend does not have.
+                The backward pass raises it too, if it is asked for a second derivative that the backend lacks.
         """
         check_problem(problem)
         batch, device = problem.linear.shape[:-2], problem.linear.device
@@ -175,11 +175,11 @@ class Solver:
         return solution
 
     def plan(self, problem: DualProblem) -> Plan:
-        """Decide how a flat batch is solved: by this solver alone. Compositions of solvers override this."""
+        """Decide how `problem`, a flat batch, is solved: here by this solver alone. Compositions override this."""
         return Plan(problem, (self,))
 
     def _solve_flat(self, whole: DualProblem) -> Solution:
-        """Solve a flat batch in working precision by its plan, with gradient."""
+        """Solve a flat batch in working precision, with gradient, as `plan` decides."""
         problem, (first, *others), max_tasks, max_gap = self.plan(whole)
         if max_tasks is not None and max_tasks < len(problem.linear):
             starts = range(0, len(problem.linear), max_tasks)
@@ -199,7 +199,7 @@ class Solver:
         return solution if problem is whole else solution.to(whole.linear.device)
 
     def _solve_alone(self, problem: DualProblem) -> Solution:
-        """Solve a flat batch in working precision by this solver, with gradient."""
+        """Solve a flat batch in working precision, with gradient, by this solver alone."""
         if self.provides_gradient:
             return self._solve_numerically(problem).solution
         if is_transforming():

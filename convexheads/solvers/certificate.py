@@ -17,20 +17,20 @@ from convexheads.solvers.rescaling import largest_bounds
 INDEFINITENESS = 1e-9
 """Negative curvature beyond this, relative to the diagonal of the Gram matrix, is not the effect of rounding."""
 ZERO_GAP = 1e-16
-"""Where the optimal weights are zero, no relative error of them is ever small. Then a gap of this size is enough."""
+"""If the optimal weights are zero, their relative error is never small. Then a gap of this size is enough."""
 FEASIBILITY_TOLERANCE = 1e-6
 """Largest residual of coefficients that count as feasible."""
 ROUNDING_THRESHOLD = 1e-6
 """The effect of rounding is added to relative gaps only above this value."""
 ROUNDING_MARGIN = 1e-2
-"""The effect of rounding is worked out where a first-order estimate exceeds this share of the threshold."""
+"""The effect of rounding is computed only if a first-order estimate exceeds this fraction of the threshold."""
 # Scaling w up slightly absorbs rounding errors in the slacks, which C amplifies.
 _PRIMAL_SCALINGS = (0.0, *(1 + 10.0**exponent for exponent in range(-14, 0, 2)))
 # Skip the search over scalings if the unscaled weights already prove this relative gap.
 _GAP_GOOD_ENOUGH = 1e-12
 # The largest number of entries of the chunks in which scalings are tried.
 _MAX_ENTRIES_PER_CHUNK = 2**23
-# No gap below this multiple of the machine's precision can be reached.
+# Gaps below this multiple of machine precision cannot be reached.
 _ROUNDING_FLOOR = 4096
 # Above this gap, tasks do not count as stalled.
 _SMALL_GAP = 1e-4
@@ -38,13 +38,13 @@ _SMALL_GAP = 1e-4
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Certificate(TensorRecord):
-    """Bounds on the error of coefficients, whichever solver computed them. `certify` makes it.
+    """Bounds on the error of coefficients, whichever solver computed them. `certify` creates it.
 
     Attributes:
-        feasible: projection of the coefficients on the feasible set.
+        feasible: projection of the coefficients onto the feasible set.
         gap: relative duality gap of the projection.
         primal_error_bound: upper bound of the relative error of the primal weights.
-        residual: distance of the coefficients to the feasible set, relative to the largest one (at least one unit).
+        residual: distance of the coefficients from the feasible set, relative to the largest coefficient or 1.
         violation: the residual of the projection; zero unless a row has no feasible point at all.
         bound_multipliers: positive at an upper bound, negative at a lower bound, zero at free entries.
         row_multipliers: multipliers of the zero row sums.
@@ -62,7 +62,7 @@ class Certificate(TensorRecord):
         """Which tasks are solved: the gap is at most `tolerance`, and the residual at most its square root.
 
         The gap is of second order in the error of the coefficients, and the residual of first order. A tolerance below
-        the effect of rounding (9e-13 in float64) counts as that.
+        the effect of rounding (9e-13 in float64) is raised to that value.
         """
         tolerance = max(tolerance, _ROUNDING_FLOOR * torch.finfo(self.gap.dtype).eps)
         return (self.gap <= tolerance) & (self.residual <= tolerance**0.5)
@@ -82,7 +82,7 @@ class Certificate(TensorRecord):
 class StallDetector:
     """Finds the tasks whose certified gap, because of rounding, has not fallen for `patience` iterations in a row.
 
-    A gap counts as fallen when it is half of the last one that counted, so that slow, but steady progress counts. Gaps
+    A gap has fallen when it is less than half of the last gap that had fallen, so slow but steady progress counts. Gaps
     above 1e-4 never count as stalled, because far from the optimum a gap may stay the same for a while.
     """
 
@@ -92,7 +92,7 @@ class StallDetector:
         self._without_progress = torch.zeros_like(gap, dtype=torch.long)
 
     def update(self, gap: Float[Tensor, " tasks"]) -> Bool[Tensor, " tasks"]:
-        """Which tasks have stalled, after one more iteration with this gap."""
+        """Return which tasks have stalled, after one more iteration with this gap."""
         halved = gap < self._last_progress / 2
         self._last_progress = torch.where(halved, gap, self._last_progress)
         self._without_progress = torch.where(halved | (self._best > _SMALL_GAP), 0, self._without_progress + 1)
@@ -103,15 +103,15 @@ class StallDetector:
 def certify(problem: DualProblem, coef: Float[Tensor, "*batch n k"]) -> Certificate:
     """Bound the distance of coefficients from the optimum by weak duality (Boyd & Vandenberghe 2004, Section 5.5.1).
 
-    For feasible coefficients `a` the dual objective `D(a)` is a lower bound of the optimum. For any weights w, the
-    primal objective `P(w)` is an upper bound; w = Phi'a is scaled by several factors, and the best one counts.
+    For feasible coefficients `a`, the dual objective `D(a)` is a lower bound of the optimum. For any weights w, the
+    primal objective `P(w)` is an upper bound. The weights w = Phi'a are scaled by several factors, to use the best one.
 
     Args:
         problem: a rescaled problem (`rescale`).
         coef: coefficients, `(*batch, n, k)`. NaN gives a gap of NaN.
 
     Returns:
-        The certificate. Its gap is `(P - D) / P`, and its error bound is one of `|w - w*| / |w|`.
+        The certificate. Its gap is `(P - D) / P`, and `primal_error_bound` bounds `|w - w*| / |w|`.
     """
     feasible = problem.project(coef)
     scores = problem.gram @ feasible
@@ -144,17 +144,17 @@ def account_for_rounding(problem: DualProblem, certificate: Certificate) -> Cert
     """The certificate with a gap that accounts for rounding of the Gram matrix.
 
     `certify` treats the Gram matrix as exact, but its entries are rounded inner products, and a score is a sum of
-    them: with `eps` the machine's precision, the score of example i for class k may be off by `eps sqrt(K_ii) sum_j
-    sqrt(K_jj) |a_jk|`, to first order. Slacks that are too small by this amount cost the primal objective C times as
-    much. The effect exceeds a relative gap of 1e-6 (5e-4 in float32) from C times the squared length of the features of
-    about 1e9 on, and only where no weights separate the support set.
+    them. Where `eps` is machine precision, the score of example i for class k may be off by `eps sqrt(K_ii) sum_j
+    sqrt(K_jj) |a_jk|`, to first order. Slacks that are too small by this amount change the primal objective by C times
+    as much. The effect exceeds a relative gap of 1e-6 (5e-4 in float32) only if C times the squared length of the
+    features is about 1e9 or more, and only if no weights separate the support set.
 
     Args:
         problem: a rescaled problem (`rescale`).
         certificate: the result of `certify`.
 
     Returns:
-        The certificate, with a larger `gap` in such tasks.
+        The certificate, with a larger `gap` in the tasks in which the effect is that large.
     """
     feasible = certificate.feasible
     eps = torch.finfo(feasible.dtype).eps
@@ -209,13 +209,13 @@ def _gap(
         slope, moved = slope + score_error, (score_error * feasible).sum((-2, -1))
     losses, distances, row_multipliers = problem.rows.conjugate(slope, feasible)
     scaling = scaling[..., 0, 0]
-    # `P - D` itself, summed from non-negative terms: a difference of objectives would drown small gaps in rounding.
+    # `P - D` is a sum of non-negative terms, because in a difference of objectives rounding would hide small gaps.
     gap = distances.clamp_min(0).sum(-1) + (scaling - 1).square() / 2 * quadratic + moved
     return gap, losses.sum(-1) + scaling.square() / 2 * quadratic, row_multipliers
 
 
 def _ascent_sign(problem: DualProblem, slope: Tensor, feasible: Tensor) -> Tensor:
-    """The sign of each entry's change for which the maximum over the feasible rows can only grow."""
+    """The sign of the change of each slope entry for which the maximum over the feasible rows cannot decrease."""
     _, _, row_multipliers = problem.rows.conjugate(slope, feasible)
     sign = torch.where(slope >= row_multipliers, 1.0, -1.0).to(slope.dtype)
     if problem.upper is not None:

@@ -1,4 +1,4 @@
-"""Composition of solvers."""
+"""The composition of two solvers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from convexheads.solvers.problem import DualProblem
 
 
 class Fallback(Solver):
-    """A composition of two solvers: the second one solves the tasks that the first one does not certify.
+    """A composition of two solvers, of which the second one solves the tasks that the first one does not certify.
 
     Use it when a fast solver fails on some tasks. Each task has the gradient of the solver that solved it.
 
@@ -19,7 +19,7 @@ class Fallback(Solver):
             `on_failure` of the two solvers has no effect.
 
     Raises:
-        InputError: an argument is unusable. Solving raises what `Solver.solve` does.
+        InputError: an argument is unusable. Solving raises the errors of `Solver.solve`.
 
     Example:
         `SVMHead(solver=Fallback(ActiveSetSolver(), InteriorPointSolver()))`

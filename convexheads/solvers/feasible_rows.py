@@ -1,8 +1,8 @@
 """The feasible set of one support example.
 
-It is a row `a` of k coefficients with `lower <= a <= upper` and, for most heads, `sum a = 0`. The feasible set of the
-whole problem is the product of these rows. Its projection and its support function, on which every certificate rests,
-are therefore exact and cost one sort per row.
+It consists of the rows `a` of k coefficients with `lower <= a <= upper` and, for most heads, `sum a = 0`. The feasible
+set of the whole problem is the product of these sets. Its projection and its support function, on which every
+certificate is based, are therefore exact and cost one sort per row.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 ROW_SUM_TOLERANCE = 1e-14
-"""The Numba kernels do not project rows, but accept sums up to this, relative to the largest coefficient of a task."""
+"""The Numba kernels do not project rows. They accept row sums up to this, relative to the largest coefficient."""
 NEWTON_TOLERANCE = 1e-12
-"""Their proximal step, which only a first guess depends on, stops at sums of this size, relative to the row."""
+"""The proximal step of the Numba kernels, used only for a first guess, stops at sums of this relative size."""
 
 
 class FeasibleRows(NamedTuple):
@@ -45,8 +45,8 @@ class FeasibleRows(NamedTuple):
     def proximal(self, target: Tensor, weight: Tensor, guess: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The feasible row that minimizes `weight |a - target|^2 / 2 + <smoothing, a^2> / 2`, for positive weights.
 
-        The weight and the multiplier of `sum a = 0`, which is returned too, are `(..., 1)`; it is zero without row
-        sums. A guess of the multiplier saves time.
+        The second result is the multiplier of `sum a = 0`. It is zero if rows need not sum to zero. Multiplier and
+        weight are `(..., 1)`. A guess of the multiplier saves time.
         """
         smoothing = self.smoothing
         rate = None if smoothing is None else weight / (weight + smoothing)
@@ -61,10 +61,10 @@ class FeasibleRows(NamedTuple):
         return self.clip(moved if rate is None else moved * rate), multiplier
 
     def conjugate(self, slope: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The maximum of `f(a) = <slope, a> - <smoothing, a^2> / 2` over the feasible rows, and how far f(at) is below.
+        """The maximum of `f(a) = <slope, a> - <smoothing, a^2> / 2` over feasible rows, and its distance from f(at).
 
-        Both are `(...)` and upper bounds of the true values, infinite where the row is unbounded; the second one is a
-        sum of non-negative terms, so tiny ones are exact. The third result is the multiplier of `sum a = 0`.
+        Both are `(...)` and upper bounds of the true values, infinite if the row is unbounded. The second one is a sum
+        of non-negative terms, so tiny values are accurate. The third result is the multiplier of `sum a = 0`.
         """
         lower, upper, smoothing, sum_to_zero = self
         if not sum_to_zero:
@@ -76,8 +76,8 @@ class FeasibleRows(NamedTuple):
         else:
             multiplier = self._row_multiplier(slope, torch.zeros_like(slope) if smoothing is None else smoothing)
         reduced = slope - multiplier
-        # By weak duality any multiplier gives an upper bound; the entries then separate. Without smoothing an entry
-        # jumps from one bound to the other where `reduced` changes sign.
+        # By weak duality, any multiplier gives an upper bound, and the entries then separate. Without smoothing, an
+        # entry jumps from one bound to the other where `reduced` changes sign.
         infinite = torch.full_like(reduced, torch.inf)
         best = torch.where(reduced > 0, infinite if upper is None else upper, -infinite if lower is None else lower)
         undecided = reduced == 0
@@ -96,8 +96,8 @@ class FeasibleRows(NamedTuple):
     def _one_sided_multiplier(self, target: Tensor, rate: Tensor | None, guess: Tensor | None) -> Tensor:
         """The s for which `clip(rate (target - s))` sums to zero, where all bounds are on one side; `(..., 1)`.
 
-        The sum is then a convex or a concave function of s, piecewise linear: Newton's method needs no sorting and ends
-        exactly. Its first step leads to one side of the root, wherever it starts, and the others stay there.
+        The sum is then a convex or concave, piecewise linear function of s, so Newton's method needs no sorting and
+        ends at the exact root. From any start, its first step leads to one side of the root; later steps stay there.
         """
         unbounded = target.mean(-1, keepdim=True) if rate is None else _ratio(rate * target, rate)
         guess = unbounded if guess is None else guess
@@ -119,8 +119,8 @@ class FeasibleRows(NamedTuple):
         """The multiplier s of `sum a = 0` when `<slope, a> - <smoothing, a^2> / 2` is maximized, shape `(..., 1)`.
 
         As s grows, each entry `a_c = clip((slope_c - s) / smoothing_c, lower_c, upper_c)` stays at its upper bound,
-        then falls at the rate 1 / smoothing, then stays at its lower bound. Without smoothing it jumps. Between two
-        such breakpoints s solves a linear equation.
+        then falls at the rate 1 / smoothing, then stays at its lower bound. Without smoothing, it jumps. Between two
+        such breakpoints, s solves a linear equation.
         """
         k = slope.shape[-1]
         infinite = torch.full_like(slope, torch.inf)
@@ -129,13 +129,13 @@ class FeasibleRows(NamedTuple):
         smoothing = smoothing.expand_as(slope)
         smooth = smoothing > 0
         rate = torch.where(smooth, 1 / smoothing, 0)
-        # Bounds that cannot be reached are moved closer: their sums would lose digits.
+        # Bounds that cannot be reached are moved closer, because their sums would lose digits.
         nearest = torch.zeros_like(slope).clamp(lower, upper)
         spread = slope.amax(-1, keepdim=True) - slope.amin(-1, keepdim=True)
         far = 2 * k * (rate * spread + nearest.abs()).amax(-1, keepdim=True) + 1
         far = torch.where(smooth, far, torch.inf)
         upper, lower = upper.minimum(far), lower.maximum(-far)
-        # An unbounded jump can balance all others together, and needs no larger bound.
+        # An unbounded jump has to balance at most all the others, so it needs no larger bound.
         ends = torch.stack([upper, lower])
         all_others = ends.abs().nan_to_num(posinf=0).sum((0, -1)).unsqueeze(-1) + 1
         upper, lower = ends.clamp(-all_others, all_others)
@@ -151,7 +151,7 @@ class FeasibleRows(NamedTuple):
         last = ((total - free * point >= 0).sum(-1, keepdim=True) - 1).clamp_min(0)
         first, following = point.gather(-1, last), point.gather(-1, (last + 1).clamp_max(2 * k - 1))
         free, total = free.gather(-1, last), total.gather(-1, last)
-        # Where nothing falls, the sum is zero for any s in between, or it changes sign in the jump that follows.
+        # If no entry falls, the sum is zero for any s in between, or it changes sign in the jump that follows.
         zero = total <= 64 * torch.finfo(slope.dtype).eps * all_others
         s = torch.where(free > 0, total / free, torch.where(zero, (first + following) / 2, following))
         return s.maximum(first).minimum(following)

@@ -1,4 +1,4 @@
-"""The implicit gradient: the one place where a solution is made differentiable.
+"""The implicit gradient. This is the one place where a solution is made differentiable.
 
 At the optimum some coefficients are at a bound, and the free ones solve a linear system,
 
@@ -6,15 +6,15 @@ At the optimum some coefficients are at a bound, and the free ones solve a linea
 
 so the solution is differentiated by differentiating that system with the active set fixed (the implicit function
 theorem on the KKT conditions, Eq. 8 of Lee et al. 2019). The system is symmetric, so its adjoint has the same factors,
-and the backward pass is one more solve. That solve is again differentiable, so derivatives of any order are right.
+and the backward pass is one more solve. That solve is again differentiable, so derivatives of any order are correct.
 
 If a bound is weakly active (a coefficient at the bound with a multiplier of zero), the solution has no derivative, only
-directional ones. The active set decides which of them is returned.
+directional derivatives. The active set decides which of them is returned.
 
-Relaxed gradients belong to a point inside the barrier of an interior point: the KKT conditions with every complementary
-pair at a positive product, where the stiffness of the barrier, multiplier over slack, takes the place of the active
-bounds (OptNet, Amos & Kolter 2017, at the iterate where it stops; qpax, Tracy & Manchester 2024, at a product of one's
-choice).
+A relaxed gradient is the gradient at a point inside the barrier of an interior-point method. Such a point satisfies the
+KKT conditions, except that every slack times its multiplier is positive. The stiffness of the barrier, multiplier over
+slack, replaces the active bounds. OptNet (Amos & Kolter 2017) uses the iterate at which it stops, and qpax (Tracy &
+Manchester 2024) the point with a given product.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from convexheads.solvers.kkt import KKT, BlockKKT
 from convexheads.solvers.problem import DualProblem, TensorRecord
 
 REGULARIZATION = 1e-9
-"""What active-set systems are regularized by, relative to the mean diagonal of the Hessian."""
+"""The regularization of active-set systems, relative to the mean diagonal of the Hessian."""
 _REFINEMENTS = 3
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Linearization(TensorRecord):
-    """The factorized system of the rescaled problem, from which coefficients get their gradient."""
+    """The factorized system of the rescaled problem, from which the gradient of the coefficients is computed."""
 
     kkt: KKT
 
@@ -51,7 +51,7 @@ class Linearization(TensorRecord):
     ) -> Float[Tensor, "tasks n k"]:
         """Make coefficients that were found without autograd differentiable functions of every tensor of `problem`.
 
-        That is a flat batch in its original units, and `hessian_scale` the rescaled Hessian divided by its Hessian.
+        The problem is a flat batch in original units. `hessian_scale` is the rescaled Hessian divided by the original.
         """
 
     def unscaled(self, coef_scale: Float[Tensor, " tasks"]) -> Linearization:
@@ -61,7 +61,7 @@ class Linearization(TensorRecord):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ActiveSet(Linearization):
-    """The exact gradient: entries at their bounds stay there, and the free entries solve a linear system."""
+    """The exact gradient. Entries at their bounds stay there, and the free entries solve a linear system."""
 
     at_upper: Bool[Tensor, "tasks n k"]
     at_lower: Bool[Tensor, "tasks n k"]
@@ -77,7 +77,7 @@ class ActiveSet(Linearization):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BarrierPoint(Linearization):
-    """A relaxed gradient: that of a point inside the barrier. It has no second derivative.
+    """A relaxed gradient, at a point inside the barrier. It has no second derivative.
 
     `upper` and `lower` are the stiffness of the bounds, multiplier over slack, which is on the diagonal of the system.
     """
@@ -90,7 +90,7 @@ class BarrierPoint(Linearization):
         self, problem: DualProblem, coef: Float[Tensor, "tasks n k"], hessian_scale: Float[Tensor, " tasks"]
     ) -> Float[Tensor, "tasks n k"]:
         kkt, factors = _as_function(self.kkt)
-        # A barrier of stiffness w, which is a constant here, has the gradient `w (coefficient - bound)`.
+        # A barrier with stiffness w, a constant here, has the gradient `w (coefficient - bound)`.
         linear = problem.linear
         for stiffness, bound in ((self.upper, problem.upper), (self.lower, problem.lower)):
             if bound is not None:
@@ -109,7 +109,7 @@ def implied_active_set(problem: DualProblem, certificate: Certificate) -> Active
 
 
 def active_entries(problem: DualProblem, coef: Tensor, bound_multipliers: Tensor) -> tuple[Tensor, Tensor]:
-    """The entries at their upper and at their lower bound: those whose multiplier exceeds the distance to it."""
+    """The entries at their upper and at their lower bound, whose multiplier exceeds the distance to that bound."""
     nowhere = torch.zeros_like(coef, dtype=torch.bool)
     at_upper = nowhere if problem.upper is None else problem.upper - coef < bound_multipliers
     at_lower = nowhere if problem.lower is None else coef - problem.lower < -bound_multipliers
@@ -143,8 +143,8 @@ class _ImplicitSolve(torch.autograd.Function):
         gram x + smoothing * x + row_multipliers = linear  at the free entries,   x = fixed  at the others,
         sum_c x_c = sums
 
-    If x is known already it is passed as `known`; its row multipliers are then not returned. None means zero. If a
-    system cannot be factorized, its gradient is NaN, or zero if the incoming gradient is zero.
+    If x is known already, it is passed as `known`, and zeros are returned as row multipliers. None for another argument
+    means zero. If a system cannot be factorized, its gradient is NaN, or zero if the incoming gradient is zero.
     """
 
     @staticmethod
@@ -193,9 +193,9 @@ class _ImplicitSolve(torch.autograd.Function):
 
 
 class _RelaxedImplicitSolve(_ImplicitSolve):
-    """`known`, with the gradient of the point `fixed` inside a barrier, whose stiffness is part of `factors`.
+    """Returns `known`, with the gradient at the point `fixed` inside a barrier, whose stiffness is part of `factors`.
 
-    The stiffness depends on the solution, so there is a first derivative only.
+    The stiffness depends on the solution, so there is only a first derivative.
     """
 
     @staticmethod
@@ -216,8 +216,8 @@ class _RelaxedImplicitSolve(_ImplicitSolve):
 def _non_finite_without_gradient(u: Tensor, x: Tensor, grad_x: Tensor, grad_multipliers: Tensor) -> Tensor:
     """The non-finite tasks whose incoming gradient is zero, `(tasks, 1, 1)`.
 
-    A failed task that is no part of the loss would otherwise add NaN (zero times NaN) to the gradients of shared
-    parameters. Finite tasks stay as they are, also with a gradient of zero, so that second derivatives are right.
+    A failed task that is not part of the loss would otherwise add NaN (zero times NaN) to the gradients of shared
+    parameters. Finite tasks stay as they are, even if their gradient is zero, so that second derivatives are correct.
     """
     total = (u + x).sum((-2, -1))
     has_gradient = grad_x.flatten(-2).any(-1) | grad_multipliers.any(-1)
@@ -237,6 +237,6 @@ def _vmap_rule(function: type[_ImplicitSolve], size: int, in_dims: Any, kkt: Cal
 
 
 # torch inspects this signature in every call, which takes longer than solving a small task. `inspect.signature` returns
-# the attribute if there is one, and derives the same signature if there is none.
+# this attribute if it exists; otherwise it would derive the same signature each time.
 _forward: Any = _ImplicitSolve.forward
 _forward.__signature__ = inspect.signature(_forward)

@@ -1,14 +1,14 @@
-"""The structured KKT system that the interior point, the active set and the gradient share.
+"""The structured KKT system that the interior-point solver, active-set Newton and the gradient share.
 
 Up to its diagonal, the Hessian of the dual is the same n x n matrix for each class, so the system consists of one block
 per class, and only the row sums couple the blocks:
 
     (gram + diag(diagonal_c)) x_c + row_multipliers = right_c  for every class c,     sum_c x_c = sums
 
-Eliminating the blocks leaves n x n matrices throughout: one Cholesky factorization per class and one for the row
-multipliers, and never a matrix of (nk)^2. If the rank r of the Gram matrix is small, for instance because there are
-many more examples than features, a class costs one Cholesky factorization of r x r, by the Sherman-Morrison-Woodbury
-identity. Tensors here are class-major, `(tasks, k, n)`, so that classes are one more batch dimension.
+Eliminating the blocks leaves only n x n matrices, with one Cholesky factorization per class and one for the row
+multipliers, and never an nk x nk matrix. If the rank r of the Gram matrix is small, for instance because there are many
+more examples than features, a class costs one Cholesky factorization of an r x r matrix, by the Sherman-Morrison-
+Woodbury identity. Tensors here are class-major, `(tasks, k, n)`, so that classes are one more batch dimension.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CHECK_EVERY = 16
 # A factor of the Gram matrix saves time if its rank is at most this fraction of the number of examples.
 _MAX_RANK_FRACTION = 0.25
 MIN_EXAMPLES_FOR_LOW_RANK = 256
-"""The number of examples from which on the solvers look for a factor of the Gram matrix."""
+"""The smallest number of examples for which the solvers look for a factor of the Gram matrix."""
 
 
 class KKT(TensorRecord, ABC):
@@ -44,7 +44,7 @@ class KKT(TensorRecord, ABC):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FactorizedKKT(KKT):
-    """The factors of one such system per task. A block that cannot be factorized gives NaN for its task alone."""
+    """The factors of one such system per task. A block that cannot be factorized gives NaN for its task only."""
 
     gram: Float[Tensor, "tasks n n"]
     diagonal: Float[Tensor, "tasks k n"] | None
@@ -58,7 +58,7 @@ class FactorizedKKT(KKT):
         refinements: int,
         start: tuple[Float[Tensor, "tasks k n"], Float[Tensor, "tasks n"]] | None = None,
     ) -> tuple[Float[Tensor, "tasks k n"], Float[Tensor, "tasks n"]]:
-        """Of the many solutions of a singular system (duplicates, n > d), the result is the one closest to `start`."""
+        """If the system is singular (duplicate examples, n > d), return the solution that is closest to `start`."""
         if start is None:
             x, row_multipliers = self._eliminate(right, sums)
         else:
@@ -88,7 +88,7 @@ class FactorizedKKT(KKT):
 class BlockKKT(FactorizedKKT):
     """A system with the inverse of every regularized block, which consists of all n rows or of those in its `index`.
 
-    The mask is 1 for the free entries of each block and 0 for the fixed ones; None if all are free.
+    `free_mask` is 1 for the free entries of each block and 0 for the fixed entries, or None if all entries are free.
     """
 
     inverse: Float[Tensor, "tasks k m m"]
@@ -108,7 +108,7 @@ class BlockKKT(FactorizedKKT):
     ) -> BlockKKT:
         """Factorize the system of the `free` entries; the others are fixed at zero, and their equations dropped.
 
-        The regularization of the diagonal keeps singular blocks factorizable; refinement against the unregularized
+        The regularization of the diagonal makes singular blocks factorizable. Refinement against the unregularized
         system removes its effect.
         """
         n = gram.shape[-1]
@@ -162,7 +162,7 @@ def _assemble(inverse: Tensor, index: Tensor, n: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LowRankKKT(FactorizedKKT):
-    """A system with a Gram matrix of small rank r: the inverse of a block is a diagonal minus a low-rank product."""
+    """A system with a Gram matrix of small rank r: the inverse of a block is a diagonal minus a low-rank matrix."""
 
     inverse_diagonal: Float[Tensor, "tasks k n"]
     low_rank_factor: Float[Tensor, "tasks k r n"]
@@ -177,7 +177,7 @@ class LowRankKKT(FactorizedKKT):
         rows_sum_to_zero: bool,
         regularization: float,
     ) -> LowRankKKT:
-        """Factorize; `gram_factor @ gram_factor.mT` is the Gram matrix. See `BlockKKT.factorize` for the rest."""
+        """Factorize, given `gram_factor @ gram_factor.mT == gram`. The rest is as in `BlockKKT.factorize`."""
         inverse_diagonal = 1 / (diagonal + max(regularization, 4 * torch.finfo(gram.dtype).eps))
         scaling = inverse_diagonal.sqrt().unsqueeze(2)
         columns = gram_factor.mT.unsqueeze(1) * scaling
@@ -197,7 +197,7 @@ class LowRankKKT(FactorizedKKT):
 def pivoted_cholesky(
     gram: Float[Tensor, "tasks n n"], *, max_rank: int, check_every: int = _CHECK_EVERY
 ) -> Float[Tensor, "tasks n r"] | None:
-    """A factor with `factor @ factor.mT == gram`, to rounding; None if it would need more than `max_rank` columns.
+    """A factor with `factor @ factor.mT == gram` up to rounding; None if it would need more than `max_rank` columns.
 
     The Cholesky factorization with pivoting (Higham 1990) ends when the diagonal of the residual is zero.
     """
@@ -219,7 +219,7 @@ def pivoted_cholesky(
 
 
 def with_gram_factor(problem: DualProblem, *, min_examples: int) -> DualProblem:
-    """The problem with a factor of its Gram matrix if it has many examples and a small rank. A known factor is kept."""
+    """Add a factor of the Gram matrix to a problem with many examples and a small rank. A given factor is kept."""
     n = problem.gram.shape[-1]
     if problem.gram_factor is not None or n < min_examples:
         return problem

@@ -21,10 +21,10 @@ _R = TypeVar("_R", bound="TensorRecord")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TensorRecord:
-    """A dataclass of tensors, tasks first, and of records of such tensors. All tasks share the other fields."""
+    """A dataclass of tensors with tasks as the first dimension, of such records, and of settings of the whole batch."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, without the fields that are None; those of an inner record as `record.name`."""
+        """The tensors by name, without fields that are None. Those of an inner record are named `record.name`."""
         found: dict[str, Tensor] = {}
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
@@ -34,7 +34,7 @@ class TensorRecord:
         return found
 
     def map(self: _R, function: Callable[[str, Tensor], Tensor]) -> _R:
-        """A copy with `function(name, tensor)` instead of every tensor, with names and order as in `tensors()`."""
+        """A copy with `function(name, tensor)` in place of every tensor. Names and order are as in `tensors()`."""
         values: dict[str, Any] = {}
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
@@ -93,8 +93,8 @@ class DualProblem(TensorRecord):
             smoothing).
         rows_sum_to_zero: whether every row of coefficients sums to zero. Default True.
         gram_factor: a matrix with `gram_factor @ gram_factor.mT == gram`, `(*batch, n, r)`. If r is much smaller than
-            n, the interior point and ADMM are faster with it. Default None (the native solvers look for one in large
-            problems).
+            n, the interior-point solver and ADMM are faster with it. Default None (the native solvers look for one in
+            large problems).
 
     Example:
         `DualProblem(support @ support.mT, linear=targets, upper=C * targets)`
@@ -119,14 +119,14 @@ class DualProblem(TensorRecord):
         return mean if self.smoothing is None else mean + self.smoothing.mean((-2, -1))
 
     def gradient(self, coef: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n k"]:
-        """The gradient of the quadratic part, `(*batch, n, k)`, which is the Hessian times `coef`."""
+        """The gradient of the quadratic part, which is the Hessian times `coef`, `(*batch, n, k)`."""
         image = self.gram @ coef
         return image if self.smoothing is None else image + self.smoothing * coef
 
     def active_bounds(
         self, at_upper: Bool[Tensor, "*batch n k"], at_lower: Bool[Tensor, "*batch n k"]
     ) -> Float[Tensor, "*batch n k"]:
-        """The values of the active bounds, those of entries `at_upper` and `at_lower`, and zero at free entries."""
+        """The bounds of the entries that are `at_upper` or `at_lower`, and zero at the free entries."""
         values = torch.zeros_like(self.linear)
         if self.upper is not None:
             values = torch.where(at_upper, self.upper, values)
@@ -155,7 +155,7 @@ class Status(IntEnum):
     STOPPED = 1
     """Stopped at the `max_iterations` that the user chose. Early stopping is not a failure."""
     FAILED = 2
-    """Not certified. `gap` bounds the error of the coefficients."""
+    """Not certified. `gap` still bounds the error of the coefficients."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -166,11 +166,11 @@ class Solution(TensorRecord):
         coef: dual coefficients with gradient, `(*batch, n, k)`.
         bound_multipliers: multipliers of the bounds, positive at an upper bound, negative at a lower bound, zero at
             free entries, `(*batch, n, k)`; None for a problem without bounds.
-        row_multipliers: multipliers of the zero row sums, `(*batch, n)`; None for a problem without them.
+        row_multipliers: multipliers of the zero row sums, `(*batch, n)`; None if there are no such constraints.
         status: the `Status` of each task, `(*batch,)`.
         gap: certified relative duality gap of each task, computed from `coef` alone, `(*batch,)`.
-        residual: largest distance of `coef` to the feasible set, relative to the largest coefficient (at least one unit
-            of the rescaled problem), `(*batch,)`.
+        residual: largest distance of `coef` from the feasible set, relative to the largest coefficient (at least one
+            unit of the rescaled problem), `(*batch,)`.
         iterations: number of iterations of each task, `(*batch,)`; None if the backend does not report it.
     """
 
@@ -198,7 +198,7 @@ class Solution(TensorRecord):
 
 
 def check_problem(problem: object) -> None:
-    """Raise `InputError` unless tensors have one device and matching shapes, and bounds are present and in order."""
+    """Raise `InputError` unless all tensors match in shape and device, and bounds are present and in order."""
     if not isinstance(problem, DualProblem):
         raise InputError("problem", "a DualProblem", type(problem).__name__)
     check_bool("DualProblem(rows_sum_to_zero)", problem.rows_sum_to_zero)

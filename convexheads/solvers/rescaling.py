@@ -1,4 +1,4 @@
-"""Rescaling: the equivalent problem in which coefficients and multipliers are around one."""
+"""Rescaling, which gives an equivalent problem in which coefficients and multipliers are around one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Rescaled(NamedTuple):
 def rescale(problem: DualProblem) -> Rescaled:
     """Rescale a `problem` with finite data, so that no tolerance depends on the scale of the features or on C.
 
-    A dual SVM depends on C*K only. Coefficients are measured in units of `min(C, 1/h)`, where h is the mean diagonal
-    of K. Features scaled by 1e-4 or 1e4 then give the same rescaled problem, and any C gives one of moderate size.
+    A dual SVM depends only on C*K. Coefficients are measured in units of `min(C, 1/h)`, where h is the mean diagonal
+    of K. Features scaled by 1e-4 or 1e4 then give the same rescaled problem, and any C gives moderate numbers.
     """
     with torch.no_grad():
         multiplier_scale = problem.linear.abs().amax((-2, -1))
@@ -53,7 +53,7 @@ def largest_bounds(problem: DualProblem) -> Float[Tensor, "*batch n"]:
 
 
 def replace_non_finite_tasks(problem: DualProblem) -> tuple[DualProblem, Bool[Tensor, " tasks"]]:
-    """Replace every task with non-finite data by a trivial problem, and return a mask of those tasks too."""
+    """Replace every task with non-finite data with a trivial problem, and also return a mask of those tasks."""
     tensors = problem.tensors()
     # Fast path: finite sums imply finite entries.
     if torch.isfinite(torch.stack([value.sum() for value in tensors.values()]).sum()):

@@ -183,7 +183,7 @@ def test_killed_at_a_random_moment_it_goes_on(tmp_path: Path) -> None:
                 time.sleep(1)
     said = (tmp_path / "log").read_text()
     assert code == 0, said
-    assert "All trainings are finished" in said
+    assert "All training runs are finished" in said
     for entry in gpu.SMOKE_QUEUE:
         folder = tmp_path / "out" / entry.name
         assert json.loads((folder / "result.json").read_text())["results"]

@@ -232,7 +232,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(undisturbed, tmp_path, monk
     for content in (*foreign(tmp_path, monkeypatch), *(other.read_bytes() for other in others)):
         checkpoint.write_bytes(content)
         with pytest.raises(
-            InputError, match=r"resume: expected .*, got .*last\.safetensors, damaged or something else"
+            InputError, match=r"resume: expected .*, got .*last\.safetensors, damaged or not a checkpoint"
         ):
             train.prepare(options)
     tensors, record = _storage.load(checkpoint_of(undisturbed), **KIND)
@@ -242,7 +242,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(undisturbed, tmp_path, monk
             train.prepare(options)
     record["options"]["seed"] = 5
     _storage.save(checkpoint, tensors, record, **KIND)
-    with pytest.raises(InputError, match=r"last\.safetensors, that of another run \(seed\)"):
+    with pytest.raises(InputError, match=r"last\.safetensors, which belongs to another run \(seed\)"):
         train.prepare(options)
     assert not (tmp_path / "unpickled").exists()
     assert (folder / "config.yaml").read_bytes() == before

@@ -174,7 +174,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Table:
 
 def test_trains_what_is_missing_and_writes_the_same_table_again(small: Table, tmp_path: Path) -> None:
     arguments = ["--episodes", "30", "--output", "result"]
-    with pytest.raises(SystemExit, match=r"weights: expected --train, or.*, got none of small/digits/conv4/prototypes"):
+    with pytest.raises(SystemExit, match=r"weights: expected --train, or.*, got no weights for small/digits/conv4/"):
         tables.main(small, "", arguments)
     tables.main(small, "", [*arguments, "--train"])
     files = {path.name: path.read_bytes() for path in (tmp_path / "result").iterdir()}

@@ -145,7 +145,7 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(
             train.main(arguments)
     with pytest.raises(SystemExit, match="holds an unfinished run"):
         train.main(arguments)
-    with pytest.raises(SystemExit, match="another value of seed"):
+    with pytest.raises(SystemExit, match="different values of seed"):
         train.main([*arguments, "--resume", "--seed", "1"])
     assert not (tmp_path / "result.json").exists()
 

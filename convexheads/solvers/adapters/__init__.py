@@ -1,1 +1,1 @@
-"""Solvers of other packages, each with workarounds for the defects of its backend."""
+"""Solvers from other packages, each with workarounds for the defects of its backend."""

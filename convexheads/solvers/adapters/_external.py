@@ -1,4 +1,4 @@
-"""Helpers of adapters: the dense form of a problem, and an external differentiable solver as one node of the graph."""
+"""Helpers of adapters: the dense form of a problem, and an external differentiable solver as a node of the graph."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from convexheads.solvers.problem import DualProblem
 
 
 class DenseProblem(NamedTuple):
-    """`min 1/2 z'Qz + p'z` subject to `Gz <= h`, `Az = b`, for coefficients `z` row by row. `to_dense` makes it."""
+    """`min 1/2 z'Qz + p'z` subject to `Gz <= h`, `Az = b`, for coefficients `z` row by row. `to_dense` creates it."""
 
     Q: Float[Tensor, "*batch nk nk"]
     p: Float[Tensor, "*batch nk"]
@@ -25,10 +25,10 @@ class DenseProblem(NamedTuple):
 
 
 def to_dense(problem: DualProblem) -> DenseProblem:
-    """Convert a `problem` to the dense form of general-purpose solvers, with matrices of nk x nk for every task.
+    """Convert a `problem` to the dense form of general-purpose solvers, with an nk x nk matrix for every task.
 
-    Infinite bounds are left out. A task that has more of them than another one of the batch gets idle rows `0 z <= 1`
-    instead. Without row sums, there are no equalities.
+    Infinite bounds are left out. A task that has more of them than another task of the batch gets idle rows `0 z <= 1`
+    in their place. If rows need not sum to zero, there are no equalities.
     """
     *batch, n, k = problem.linear.shape
     eye = torch.eye(n * k, dtype=problem.gram.dtype, device=problem.gram.device)
@@ -57,15 +57,15 @@ def to_dense(problem: DualProblem) -> DenseProblem:
 def call_backend(solve: Callable[..., Tensor], *inputs: Tensor, backend: str) -> Tensor:
     """Return `solve(*inputs)`, differentiable once, with workarounds for two common defects of backends.
 
-    - Incoming gradients are scaled to one per task, and the outgoing ones back, because backends compare them with
-      absolute thresholds (diffcp treats a gradient below 1e-8 as zero).
+    - Incoming gradients are scaled so that the largest entry of each task is one, and the results are scaled back,
+      because backends compare gradients with absolute thresholds (diffcp treats a gradient below 1e-8 as zero).
     - A request for a second derivative raises `ConvexHeadsError`, because no backend computes it correctly.
 
     Args:
-        solve: a function that is differentiable by the backend's own means. The first dimension of every input and of
-            the output are the tasks, which do not affect each other.
+        solve: a function that the backend differentiates. The first dimension of every input and of the output is
+            the tasks, which do not affect each other.
         inputs: the tensors to differentiate with respect to, each `(tasks, ...)`.
-        backend: name of the backend in the error.
+        backend: name of the backend, for the error.
     """
     return _Call.apply(solve, backend, *inputs)
 

@@ -1,4 +1,4 @@
-"""cvxpylayers: the canonicalization of CVXPY and Clarabel, differentiated by diffcp."""
+"""cvxpylayers, which canonicalizes a problem by CVXPY, solves it by Clarabel and differentiates it by diffcp."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from convexheads.solvers.problem import DualProblem
 class CvxpylayersSolver(Solver):
     """cvxpylayers (Agrawal et al. 2019) with Clarabel (Goulart & Chen 2024). It needs the extra `cvxpylayers`.
 
-    Use it to check other solvers: it is slow, works on the CPU only, and shares no code with them. Gradients are those
-    of diffcp (Agrawal et al. 2019, "Differentiating through a cone program"). Differences from cvxpylayers alone:
+    Use it to check other solvers: it is slow, works on the CPU only, and shares no code with them. Gradients are
+    computed by diffcp (Agrawal et al. 2019, "Differentiating through a cone program"). Differences from cvxpylayers:
 
-    - `quad_form` with a parameter is not DPP: the Hessian enters as a square root.
+    - `quad_form` with a parameter is not DPP: the square root of the Hessian is the parameter.
     - Compiling takes seconds: it is done once per shape.
-    - SCS, the default, is accurate to 1e-2 in the gradient: Clarabel is used, at 1e-7 of `tolerance`.
+    - SCS, the default, is accurate to 1e-2 in the gradient: Clarabel is used instead, at 1e-7 times `tolerance`.
     - diffcp treats gradients below 1e-8 as zero: they are scaled.
-    - A task that cannot be solved raises an error for the batch: it is then solved task by task, and that task is NaN.
-    - A second derivative is refused with an error.
+    - One task that cannot be solved fails the whole batch: tasks are then solved one by one, and only that task is NaN.
+    - A request for a second derivative raises an error.
 
     It takes `max_iterations` (default None: at most 200), `tolerance` (default 1e-3) and `on_failure` (default
     "raise"), as every `Solver` does.
 
     Raises:
-        InputError: an argument is outside its range. Solving raises what `Solver.solve` does.
+        InputError: an argument is outside its range. Solving raises the errors of `Solver.solve`.
         MissingDependencyError: cvxpylayers is not installed.
 
     Example:
@@ -68,13 +68,13 @@ class CvxpylayersSolver(Solver):
 
 
 class Layer(NamedTuple):
-    """A compiled CVXPY problem. `solve` is a `CvxpyLayer` from its parameters to its variables, by Clarabel."""
+    """A compiled CVXPY problem. `solve` is a `CvxpyLayer`, which maps parameters to variables by Clarabel."""
 
     solve: Any
     problem: Any
     parameters: list[Any]
     variables: list[Any]
-    lock: Lock  # for those who assign values to the variables
+    lock: Lock  # for code that assigns values to the variables
 
 
 def call(layer: Layer, *parameters: Tensor, tolerance: float, max_iterations: int) -> list[Tensor]:
@@ -132,7 +132,7 @@ def _square_root(matrix: Tensor) -> Tensor:
 
 
 class _QuadraticTerm(torch.autograd.Function):
-    """Computes the Gram matrix's gradient `-u coef'` from that of the linear term, `u`.
+    """Computes the gradient `-u coef'` of the Gram matrix from the gradient `u` of the linear term.
 
     The backward pass then does not differentiate the square root, whose derivative is ill-conditioned.
     """

@@ -1,4 +1,4 @@
-"""Moreau, a batched differentiable solver by the authors of CVXPY, for CPU and CUDA."""
+"""Moreau, a batched differentiable solver by the authors of CVXPY, for the CPU and CUDA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from convexheads.solvers.problem import DualProblem
 _CACHE_SIZE = 16
 _MAX_ITERATIONS = 200
 _MAX_SIZE_FOR_ACTIVE_SET = 500
-_local = threading.local()  # threads must not share its solvers
+_local = threading.local()  # because threads must not share a solver of Moreau
 
 
 class MoreauSolver(Solver):
@@ -25,15 +25,15 @@ class MoreauSolver(Solver):
 
     Use it to compare with a strong general-purpose solver. It is batched, on the CPU and on CUDA, and keeps the Hessian
     sparse, with one n x n block per class. It builds on Clarabel (Goulart & Chen 2024) and, for small problems on the
-    CPU, on DAQP (Arnstroem, Bemporad & Axehill 2022). Gradients are its own, by diffqcp (Healey, Nobel & Boyd 2025).
-    Its solver is built once per shape and thread. Differences from Moreau alone: a second derivative is refused,
-    gradients are scaled per task, and a task that it cannot solve is NaN and affects no other.
+    CPU, on DAQP (Arnstroem, Bemporad & Axehill 2022). It computes gradients by diffqcp (Healey, Nobel & Boyd 2025).
+    Its solver is built once per shape and thread. Differences from Moreau alone: a request for a second derivative
+    raises an error, gradients are scaled per task, and a task that Moreau cannot solve is NaN and affects no other.
 
     It takes `max_iterations` (default None: at most 200), `tolerance` (default 1e-5) and `on_failure` (default
     "raise"), as every `Solver` does.
 
     Raises:
-        InputError: an argument is outside its range. Solving raises what `Solver.solve` does.
+        InputError: an argument is outside its range. Solving raises the errors of `Solver.solve`.
         MissingDependencyError: moreau is not installed.
 
     Example:
@@ -48,7 +48,7 @@ class MoreauSolver(Solver):
         tasks, n, k = problem.linear.shape
         bounds = problem.bounds
         finite = [torch.isfinite(bound) for _, bound in bounds]
-        # An entry has a row if any task bounds it; in the other tasks that is the idle row `0 a <= 1`.
+        # An entry has a row if any task bounds it. In the other tasks, this is the idle row `0 a <= 1`.
         rows = [on.any(0).flatten().nonzero().squeeze(-1) for on in finite]
         smoothing = torch.zeros_like(problem.linear) if problem.smoothing is None else problem.smoothing
         sums = torch.ones(tasks, n * k if problem.rows_sum_to_zero else 0).to(problem.linear)
@@ -106,7 +106,7 @@ def _build(
         A_col_indices=columns,
         cones=moreau.Cones(num_zero_cones=n if rows_sum_to_zero else 0, num_nonneg_cones=len(bounded)),
         settings=moreau.Settings(
-            # The rule of "auto", which warns about it. The active set cannot be stopped early.
+            # The rule is that of "auto", which would emit a warning. The active-set solver cannot be stopped early.
             solver="active_set" if early is None and device == "cpu" and n * k <= _MAX_SIZE_FOR_ACTIVE_SET else "ipm",
             device=device.partition(":")[0],
             batch_size=tasks,

@@ -13,9 +13,9 @@ from convexheads.solvers.adapters import _external
 from convexheads.solvers.base import Solver
 from convexheads.solvers.problem import DualProblem
 
-# torch's batched LU on CPU may hang from about 150 rows on with several threads (pytorch issues 141358, 142815).
+# With several threads, torch's batched LU on the CPU may hang from about 150 rows (pytorch issues 141358, 142815).
 _MAX_ROWS_IN_BATCH = 128
-# qpth factorizes the Hessian, which is singular if n > d: its smallest eigenvalue is raised to this, relative to its
+# qpth factorizes the Hessian, which is singular if n > d. Its smallest eigenvalue is raised to this, relative to its
 # mean diagonal.
 _SMALLEST_EIGENVALUE = 1e-6
 
@@ -24,20 +24,20 @@ class QpthSolver(Solver):
     """qpth (Amos & Kolter 2017), the solver of Lee et al. 2019 and of their published code.
 
     Use it to reproduce the paper: `QpthSolver(max_iterations=3)` stops as early as the paper does. It needs the extra
-    `qpth`. Gradients are qpth's own. Differences from qpth alone:
+    `qpth`. qpth computes the gradients. Differences from qpth alone:
 
-    - qpth returns the mean of the gradients of a parameter that the batch shares: everything is expanded first.
+    - For a parameter that tasks share, qpth returns the mean of the gradients, not the sum: inputs are expanded first.
     - Batched LU may hang on the CPU: large problems are solved task by task.
-    - A task that cannot be factorized would invalidate the batch: it is then solved task by task, and that task is NaN.
-    - The second derivative is silently wrong: it is refused with an error.
-    - qpth prints if residuals are large: status and certified gap take the place of that.
+    - One task that cannot be factorized fails the whole batch: tasks are then solved one by one, and only it is NaN.
+    - The second derivative is silently wrong: a request for it raises an error.
+    - qpth prints a message if residuals are large: the status and the certified gap replace the message.
     - qpth factorizes the Hessian: if that is singular, its smallest eigenvalue is raised to 1e-6 of its mean diagonal.
 
     Its matrices are nk x nk. It takes `max_iterations` (default None: at most 50), `tolerance` (default 1e-5) and
     `on_failure` (default "raise"), as every `Solver` does.
 
     Raises:
-        InputError: an argument is outside its range. Solving raises what `Solver.solve` does.
+        InputError: an argument is outside its range. Solving raises the errors of `Solver.solve`.
         MissingDependencyError: qpth is not installed.
 
     Example:
@@ -50,7 +50,7 @@ class QpthSolver(Solver):
 
     @property
     def rescales(self) -> bool:
-        # When qpth stops early, its iterates matter: they are those of the problem as it was posed, as in the paper.
+        # When qpth stops early, the result depends on the scaling, so the original problem is solved, as in the paper.
         return self.max_iterations is None
 
     def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:

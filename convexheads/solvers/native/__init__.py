@@ -1,1 +1,1 @@
-"""Solvers of this library: active set, interior point, ADMM, and the default composition of them."""
+"""The solvers of this library: active-set Newton, interior point, ADMM, and the default composition of them."""

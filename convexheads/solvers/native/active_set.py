@@ -20,16 +20,16 @@ from convexheads.solvers.native.admm_steps import WarmStart, admm, ridge_step
 from convexheads.solvers.problem import DualProblem
 
 Backend = Literal["auto", "torch", "numba"]
-"""The implementation: PyTorch, kernels compiled by Numba on the CPU, or the faster one."""
+"""The implementation: PyTorch, kernels that Numba compiles for the CPU, or the faster of the two."""
 INNER_TOLERANCE_RATIO = 1e-3
 """Solvers aim at this fraction of their tolerance, because the gradient depends on the right active set."""
 MAX_ROUNDS = 12
 REFINEMENTS = 2
-# The first guess of problems with at least this number of coefficients is that of ADMM, and else of a ridge regression.
+# For problems with at least this number of coefficients, ADMM gives the first guess; for others, a ridge regression.
 _MIN_SIZE_FOR_ADMM = 500
 _ADMM_STEPS = 10
-# Larger problems on a GPU are not copied to the CPU. With up to 5 ways the copy is several times as fast, with more it
-# is slower.
+# Larger problems on a GPU are not copied to the CPU. With up to 5 ways, copying and solving on the CPU is several times
+# as fast as solving on the GPU; with more ways, it is slower.
 _MAX_ENTRIES_TO_COPY = 2**23
 
 
@@ -45,19 +45,19 @@ class ActiveSetSolver(Solver):
     """Active-set Newton, the primal-dual active set method of Hintermueller, Ito & Kunisch (2002).
 
     Use it for few-shot problems that are not degenerate; it needs a few rounds and is exact to rounding. It may cycle,
-    or find a singular system. The coefficients of a task whose active set it cannot prove to be right are NaN: combine
-    it with another solver (`Fallback`), as `NativeSolver` does. The gradient is exact, to any order.
+    or find a singular system. If it cannot prove that the active set of a task is right, the coefficients are NaN:
+    combine it with another solver (`Fallback`), as `NativeSolver` does. The gradient is exact, to any order.
 
     Args:
         tolerance: as in `Solver`; an active set counts as right at a thousandth of it.
         on_failure: as in `Solver`.
-        backend: "torch" solves all tasks at once on their device. "numba" solves them one by one on the CPU, by
-            compiled kernels, to which problems on a GPU are copied; it needs the extra `numba`. "auto" (default) is
-            "numba" if that is installed and faster, and "torch" otherwise.
+        backend: "torch" solves all tasks at once on their device. "numba" solves them one by one with kernels compiled
+            for the CPU, to which problems on a GPU are copied; it needs the extra `numba`. "auto" (default) is "numba"
+            if that is installed and faster, and "torch" otherwise.
         max_rounds: number of rounds after which the search gives up. Default 12.
 
     Raises:
-        InputError: an argument is outside its range. Solving raises what `Solver.solve` does.
+        InputError: an argument is outside its range. Solving raises the errors of `Solver.solve`.
         MissingDependencyError: `backend="numba"` and Numba is not installed.
 
     Example:
@@ -115,7 +115,7 @@ def search(problem: DualProblem, start: WarmStart, *, max_rounds: int) -> Search
         fixed = problem.active_bounds(at_upper, at_lower)
         kkt = factorize_free(problem, at_upper, at_lower)
         right, sums = (problem.linear - problem.gram @ fixed).mT, -fixed.sum(-1)
-        # If several solutions are optimal, starting at the last one stays near the one that respects the bounds.
+        # If several solutions are optimal, a start at the last one leads to a solution near the one within the bounds.
         last = torch.where(free, coef, 0).mT, row_multipliers
         moved, row_multipliers = kkt.solve(right, sums, start=last, refinements=0)
         coef = moved.mT + fixed
@@ -138,8 +138,8 @@ def polish(
 ) -> tuple[ActiveSet, Certificate]:
     """The active set that near-optimal coefficients of a flat, rescaled batch imply, and a certificate.
 
-    It is that of the projection of `coef`; or, with `move`, of the exact solution for the active set if its gap is
-    smaller.
+    The certificate belongs to the projection of `coef` or, with `move`, to the exact solution for the active set, if
+    the gap of that solution is not larger.
     """
     certificate = certify(problem, coef)
     start = WarmStart(coef, certificate.bound_multipliers, certificate.row_multipliers)
@@ -161,7 +161,7 @@ def of_projection(certificate: Certificate, **changes: Tensor) -> Certificate:
 
 @cache
 def numba_is_installed() -> bool:
-    """Whether Numba and SciPy, whose BLAS it uses, are installed."""
+    """Whether Numba is installed, and SciPy, whose BLAS Numba uses."""
     return None not in map(find_spec, ("numba", "scipy"))
 
 
@@ -173,7 +173,7 @@ def check_backend(name: str, backend: object) -> None:
 
 
 def moves_to_cpu(problem: DualProblem, backend: Backend) -> bool:
-    """Whether a problem on another device is copied to the CPU, which is faster for small ones."""
+    """Whether a problem on another device is copied to the CPU, which is faster for small problems."""
     if backend != "auto":
         return backend == "numba"
     tasks, n, k = problem.linear.shape

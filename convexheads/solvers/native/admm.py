@@ -15,14 +15,14 @@ from convexheads.solvers.native.admm_steps import admm
 from convexheads.solvers.problem import DualProblem
 
 _MAX_ITERATIONS = 600
-# A search for the active set starts when all gaps are below this value, then at a tenth of it, and so on.
+# The first search for the active set starts when all gaps are below this value, the next one at a tenth, and so on.
 _FIRST_SEARCH_GAP = 1e-3
 
 
 class ADMMSolver(Solver):
     """ADMM (Boyd et al. 2011), with a few rounds of active-set Newton at the end, which make the solution exact.
 
-    Use it for problems with very many classes: no matrix of n x n is formed per class, except for the free rows. The
+    Use it for problems with very many classes: no n x n matrix is formed per class, only a matrix of the free rows. The
     gradient is exact, to any order, if the active set is right.
 
     Args:
@@ -31,11 +31,11 @@ class ADMMSolver(Solver):
         on_failure: as in `Solver`.
         steps: number of ADMM steps between two certificates. Default 10.
         max_rounds: number of rounds of active-set Newton after such steps. Default 3.
-        min_examples_for_low_rank: number of examples from which on the Gram matrix is factorized if its rank r is at
-            most n / 4; ADMM then works with a matrix of r x r. Default 256.
+        min_examples_for_low_rank: smallest number of examples for which the Gram matrix is factorized if its rank r is
+            at most n / 4; ADMM then works with an r x r matrix. Default 256.
 
     Raises:
-        InputError: an argument is outside its range. Solving raises what `Solver.solve` does.
+        InputError: an argument is outside its range. Solving raises the errors of `Solver.solve`.
 
     Example:
         `SVMHead(solver=ADMMSolver())`
@@ -56,7 +56,7 @@ class ADMMSolver(Solver):
         self.steps, self.max_rounds, self.min_examples_for_low_rank = steps, max_rounds, min_examples_for_low_rank
 
     def solve_batch(self, problem: DualProblem) -> SolverResult:
-        # A task that is not solved has the last iterate of ADMM, with the active set that it implies.
+        # A task that is not solved gets the last iterate of ADMM, with the active set that this iterate implies.
         problem = with_gram_factor(problem, min_examples=self.min_examples_for_low_rank)
         tolerance, search_gap = INNER_TOLERANCE_RATIO * self.tolerance, _FIRST_SEARCH_GAP
         limit = self.max_iterations or _MAX_ITERATIONS

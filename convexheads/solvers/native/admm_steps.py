@@ -1,7 +1,7 @@
 """The steps of ADMM, which are cheap enough to find the active set of large problems.
 
-A step alternates between the Hessian and the feasible rows. The first is one n x n system for all classes and all
-steps, and the second is done row by row, so memory grows as n*k + n*n. (Glowinski & Marroco 1975, Gabay & Mercier 1976;
+A step has two halves: it solves one n x n system, the same one for all classes and steps, and then handles the feasible
+set row by row. Memory therefore grows as n*k + n*n. (Glowinski & Marroco 1975, Gabay & Mercier 1976;
 over-relaxed as in Eckstein & Bertsekas 1992; see Boyd et al. 2011.)
 """
 

@@ -1,4 +1,4 @@
-"""The default solver: a composition of the others, chosen by the size of the problem and by its device."""
+"""The default solver, a composition of the others that depends on the size of the problem and its device."""
 
 from __future__ import annotations
 
@@ -20,28 +20,27 @@ _MAX_BLOCK_ENTRIES = 2**28
 
 
 class NativeSolver(Fallback):
-    """The default solver: active-set Newton, and an interior point for the tasks that it does not solve.
+    """The default solver: active-set Newton, and an interior-point method for the tasks that it does not solve.
 
     Use it unless there is a reason not to. It needs nothing but PyTorch, is the fastest and most precise solver here,
     and its gradient is exact (the implicit function theorem on the KKT conditions, Eq. 8 of Lee et al. 2019), to any
     order. A batch gives the same results as solving tasks one by one.
 
-    It is `Fallback(ActiveSetSolver(), InteriorPointSolver())`. If a matrix of n x n per class would not fit into
-    memory, it is `Fallback(ADMMSolver(), InteriorPointSolver())` if the Gram matrix has a small rank, and else
-    `ADMMSolver()`.
+    It is `Fallback(ActiveSetSolver(), InteriorPointSolver())`. If one n x n matrix per class would not fit into memory,
+    it is `Fallback(ADMMSolver(), InteriorPointSolver())` for a Gram matrix of small rank, and `ADMMSolver()` otherwise.
 
     Args:
         tolerance: as in `Solver`; the solvers aim at a thousandth of it.
         on_failure: as in `Solver`.
-        backend: what `ActiveSetSolver` works with: "auto" (default), "torch" or "numba". With Numba installed (the
-            extra `numba`), "auto" uses compiled kernels on the CPU, which are many times faster for few-shot problems,
-            and copies small problems on a GPU to them. The first call compiles for about 15 seconds; the result is
-            kept on disk.
-        max_block_entries: largest number of entries that the n x n matrices of all classes may have together. Batches
-            are divided, and tasks that have more are solved by ADMM. Default 2**28, which is 2 GB.
+        backend: as in `ActiveSetSolver`: "auto" (default), "torch" or "numba". With Numba installed (the extra
+            `numba`), "auto" uses compiled kernels on the CPU, which are many times faster for few-shot problems, and
+            copies small problems on a GPU to the CPU. The first call takes about 15 seconds to compile the kernels,
+            which are kept on disk.
+        max_block_entries: largest number of entries that the n x n matrices of all classes may have together. Larger
+            batches are divided, and ADMM solves tasks that have more on their own. Default 2**28, which is 2 GB.
 
     Raises:
-        InputError: an argument is outside its range. Solving raises what `Solver.solve` does.
+        InputError: an argument is outside its range. Solving raises the errors of `Solver.solve`.
         MissingDependencyError: `backend="numba"` and Numba is not installed.
 
     Example:

@@ -1,4 +1,4 @@
-"""The interior-point solver: slower than the active set, but robust. No matrix is larger than n x n."""
+"""The interior-point solver, which is slower than active-set Newton, but robust. No matrix is larger than n x n."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _CENTRALITY_TOLERANCE = 1e-8
 
 
 class InteriorPointSolver(Solver):
-    """A structured primal-dual interior point, by Mehrotra's predictor-corrector method (1992).
+    """A structured primal-dual interior-point method, Mehrotra's predictor-corrector method (1992).
 
-    Use it for degenerate problems, for early stopping, and for gradients other than the exact one. A step costs two
-    Cholesky factorizations of n x n per class (r x r, if the Gram matrix has a small rank r), for all tasks at once, on
-    any device.
+    Use it for degenerate problems, for early stopping, and for gradients other than the exact one. A step costs one
+    Cholesky factorization per class, of an n x n matrix (r x r, if the Gram matrix has a small rank r), and one for the
+    row multipliers. It runs for all tasks at once, on any device.
 
     Without `max_iterations`, one step of active-set Newton at the end makes the solution exact. With it, the
     coefficients are the projection of the last iterate.
@@ -45,19 +45,19 @@ class InteriorPointSolver(Solver):
         max_iterations: as in `Solver`. Default None (until converged, at most 100).
         tolerance: as in `Solver`; the iteration ends at a thousandth of it.
         on_failure: as in `Solver`.
-        gradient: "exact" (default) is the gradient of the solution with its active set (of the active set that the
-            last iterate implies, if `max_iterations` is given). "relaxed" is the gradient of the point at which every
-            slack times its multiplier is `complementarity` (qpax, Tracy & Manchester 2024); it has no kinks at weakly
-            active bounds. "last_iterate" needs `max_iterations` and is the gradient of the KKT conditions at the last
-            iterate (OptNet, Amos & Kolter 2017, and Lee et al. 2019). The last two have no second derivative.
+        gradient: "exact" (default) is the gradient for the active set of the solution or, if `max_iterations` is given,
+            for the active set that the last iterate implies. "relaxed" is the gradient at the point where every slack
+            times its multiplier is `complementarity` (qpax, Tracy & Manchester 2024); it has no kinks at weakly active
+            bounds. "last_iterate" needs `max_iterations` and is the gradient of the KKT conditions at the last iterate
+            (OptNet, Amos & Kolter 2017, and Lee et al. 2019). The last two have no second derivative.
         complementarity: slack times multiplier for "relaxed", in the units of the rescaled problem, in which
             coefficients and multipliers are around one. Default 1e-3.
-        min_examples_for_low_rank: number of examples from which on the Gram matrix is factorized if its rank r is at
-            most n / 4. Default 256.
+        min_examples_for_low_rank: smallest number of examples for which the Gram matrix is factorized if its rank r is
+            at most n / 4. Default 256.
 
     Raises:
         InputError: an argument is outside its range, or `gradient` and `max_iterations` are incompatible. Solving
-            raises what `Solver.solve` does.
+            raises the errors of `Solver.solve`.
 
     Example:
         `SVMHead(solver=InteriorPointSolver(max_iterations=3, gradient="last_iterate"))`
@@ -107,7 +107,7 @@ class InteriorPointResult(NamedTuple):
     iterations: Int[Tensor, " tasks"] | None = None
 
     def linearize(self, problem: DualProblem) -> BarrierPoint:
-        """The system that this point's gradient is computed with."""
+        """The system from which the gradient at this point is computed."""
         stiffness = self.upper + self.lower
         diagonal = stiffness if problem.smoothing is None else stiffness + problem.smoothing
         return BarrierPoint(_factorize(problem, diagonal.mT), self.point, self.upper, self.lower)
@@ -139,7 +139,7 @@ def interior_point(problem: DualProblem, *, tolerance: float, max_iterations: in
     """Mehrotra's predictor-corrector method on a flat, rescaled batch.
 
     Each task stops when its certificate certifies `tolerance`, or when the gap has stopped falling. A task whose system
-    cannot be factorized keeps its best iterate and does not affect the others. The result has the iterate of each task
+    cannot be factorized keeps its best iterate and does not affect the others. For each task, the result is the iterate
     whose projection has the smallest certified gap.
     """
     barrier = _Barrier(problem)
@@ -152,7 +152,7 @@ def interior_point(problem: DualProblem, *, tolerance: float, max_iterations: in
 
     for iteration in range(1, max_iterations + 1):
         point, mean, _ = barrier.step(point)
-        # Far from convergence there is nothing to certify. NaN must not be treated as far from convergence.
+        # Far from convergence, there is nothing to certify. NaN must not count as far from convergence.
         remaining = torch.where(done, torch.inf, mean[:, 0, 0])
         if iteration < max_iterations and remaining.amin() > _COMPLEMENTARITY_TO_CERTIFY:
             continue
@@ -172,8 +172,8 @@ def interior_point(problem: DualProblem, *, tolerance: float, max_iterations: in
 def central_path(problem: DualProblem, *, complementarity: float, max_iterations: int) -> InteriorPointResult:
     """The point of the central path at which every slack times its multiplier is `complementarity`.
 
-    Its coefficients are strictly inside their bounds and depend smoothly on the problem. They are not those of the
-    optimum, but as close to it as `complementarity` is to zero.
+    Its coefficients are strictly inside their bounds and depend smoothly on the problem. They are not optimal; the
+    smaller `complementarity`, the closer they are to the optimum.
     """
     barrier = _Barrier(problem)
     point = barrier.start()
@@ -186,7 +186,7 @@ def central_path(problem: DualProblem, *, complementarity: float, max_iterations
 
 
 class _Barrier:
-    """The problem with slacks: all constraints as `sign * coef + slack = limit`.
+    """The problem with slacks, in which all bounds are constraints `sign * coef + slack = limit`.
 
     A missing bound is the idle row `0 * coef + slack = 1`.
     """
@@ -201,7 +201,7 @@ class _Barrier:
         self.limit = torch.where(present, torch.stack([sign * bound for sign, bound in self.sides]), 1.0)
 
     def start(self) -> _Point:
-        """Zero, with slacks and multipliers inside."""
+        """Zero coefficients, with positive slacks and multipliers."""
         slack = torch.where(self.limit > 0, self.limit, 1.0)
         zero = torch.zeros_like(self.linear)
         return _Point(zero, torch.zeros_like(self.linear[:, :1]), slack, torch.ones_like(slack))
@@ -209,7 +209,7 @@ class _Barrier:
     def step(self, point: _Point, min_complementarity: float = 0.0) -> tuple[_Point, Tensor, _Residual]:
         """One predictor-corrector step; with `min_complementarity`, toward the point where every product equals it.
 
-        Returns the next point, and the mean of slack times multiplier, `(tasks, 1, 1)`, and residual of this one.
+        Returns the next point, and of `point` the mean of slack times multiplier, `(tasks, 1, 1)`, and the residual.
         """
         stiffness = point.multiplier / point.slack
         diagonal = (self.sign.abs() * stiffness).sum(0) + self.smoothing

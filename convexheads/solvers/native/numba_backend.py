@@ -1,8 +1,8 @@
-"""The active-set solver on the CPU, by kernels that Numba compiles: from problems to certified solutions, task by task.
+"""The active-set solver on the CPU, by kernels that Numba compiles. They solve and certify problems task by task.
 
-For small tasks the time of PyTorch is that of its calls, not of arithmetic. Here a task is one compiled loop:
-rescaling, a few steps of ADMM, the search for the active set, and the certificate. Tasks run in parallel. A class with
-m free coefficients costs one inverse of m x m.
+For small tasks, PyTorch spends more time on calls than on arithmetic. Here a task is one compiled loop: rescaling, a
+few steps of ADMM, the search for the active set, and the certificate. Tasks run in parallel. A class with m free
+coefficients costs the inverse of one m x m matrix.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from convexheads.solvers.rescaling import rescale
 _MAX_STEPS = 40
 """The largest number of steps of ADMM."""
 _PATIENCE = 2
-"""The number of such steps without a change of the active set after which the search begins."""
-# The approximate number of floating-point operations from which on threads save time. Threads of PyTorch's own pool
-# wait actively for a while after each of its operations, and compete for the processors.
+"""The search begins after this number of steps of ADMM without a change of the active set."""
+# The approximate number of floating-point operations above which threads save time. After each PyTorch operation, the
+# threads of PyTorch's own pool busy-wait for a while, and compete for the processors.
 _MIN_FLOPS_FOR_THREADS = 1e7
 _FLOAT64 = torch.finfo(torch.float64)
 _LIMITS = (certificate.INDEFINITENESS, _FLOAT64.eps, _FLOAT64.tiny)
@@ -48,7 +48,7 @@ _TOLERANCES = (
 def solve(problem: DualProblem, tolerance: float, *, max_rounds: int, refinements: int) -> Solved:
     """Solve a flat batch of problems in float64 on the CPU, in their original units.
 
-    Tasks that are not certified to the tolerance have the status `FAILED` and coefficients of NaN.
+    Tasks that are not certified to the tolerance have the status `FAILED`, and their coefficients are NaN.
     """
     data = _arrays(problem)
     tasks, n, k = shape = data[1].shape
@@ -83,7 +83,7 @@ def solve(problem: DualProblem, tolerance: float, *, max_rounds: int, refinement
 
 
 def _reject_rounding(problem: DualProblem, coef: Tensor, rounding: np.ndarray, proven: np.ndarray) -> None:
-    """Mark tasks as not proven if their gap exceeds the threshold once rounding is accounted for."""
+    """Mark tasks as not proven if their gap, after accounting for rounding, exceeds the threshold."""
     doubtful = proven & (rounding > certificate.ROUNDING_MARGIN * certificate.ROUNDING_THRESHOLD)
     if doubtful.any():
         chosen = torch.from_numpy(doubtful)
@@ -95,7 +95,7 @@ def _reject_rounding(problem: DualProblem, coef: Tensor, rounding: np.ndarray, p
 
 @dataclass(frozen=True, eq=False, repr=False)
 class NumbaKKT(KKT):
-    """The twin of `BlockKKT`. Each block has space for all n rows, and consists of the first `count` in `index`."""
+    """The twin of `BlockKKT`. Each block has space for all n rows, but uses only the first `count` of its `index`."""
 
     gram: Float[Tensor, "tasks n n"]
     smoothing: Float[Tensor, "tasks n k"]
@@ -120,8 +120,8 @@ class NumbaKKT(KKT):
 def _run(loop: Any, tasks: int, operations: int, *arguments: Any) -> None:
     """Run a kernel over all tasks, in as many threads as PyTorch has, if the work exceeds `_MIN_FLOPS_FOR_THREADS`.
 
-    The threads are not those of Numba, because OpenMP's cannot be used from a forked process, such as the worker of a
-    data loader. Each takes the next task when it has finished one.
+    The threads are not those of Numba, because OpenMP threads cannot be used from a forked process, such as the worker
+    of a data loader. Each thread takes the next task when it has finished one.
     """
     threads = min(torch.get_num_threads(), tasks)
     if threads < 2 or operations < _MIN_FLOPS_FOR_THREADS:
@@ -140,7 +140,7 @@ def _run(loop: Any, tasks: int, operations: int, *arguments: Any) -> None:
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    """The threads of this process, which start when there is work for them."""
+    """The threads of this process. They start when there is work for them."""
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="convexheads")
 
 
@@ -149,7 +149,7 @@ if hasattr(os, "register_at_fork"):  # threads do not survive a fork
 
 
 def _allocate_factors(tasks: int, n: int, k: int) -> tuple[np.ndarray, ...]:
-    """Memory for the factors. The system provides pages of it when they are written to."""
+    """Memory for the factors. The operating system provides each page when it is first written to."""
     blocks, schur = np.empty((tasks, k, n * n)), np.empty((tasks, n, n))
     return blocks, np.empty((tasks, k, n), np.int64), np.empty((tasks, k), np.int64), schur
 

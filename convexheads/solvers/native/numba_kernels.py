@@ -1,7 +1,7 @@
-"""Kernels that Numba compiles, which solve a few-shot problem from its data to the certificate.
+"""Kernels that Numba compiles. They solve few-shot problems, from the data to the certificate.
 
-Each function is the twin of one in PyTorch, and `tests/unit/test_numba.py` compares the pairs. Tolerances are
-arguments, because they are defined beside the twins.
+Each function is the twin of a PyTorch function, and `tests/unit/test_numba.py` compares the pairs. Tolerances are
+arguments, because they are defined next to the PyTorch functions.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def project(row, target, lower, upper, weight, smoothing, newton_tolerance):
 @kernel
 @no_type_check
 def admm(task, rows_sum_to_zero, penalty, steps, patience, over_relaxation, newton_tolerance, coef, side):
-    """`admm_steps.admm`, for a first guess. It ends when the active set has not changed for `patience` steps."""
+    """`admm_steps.admm` for a first guess. It ends when the active set has not changed for `patience` steps."""
     gram, linear, lower, upper, smoothing = task
     n, k = linear.shape
     inverse = gram.copy()
@@ -149,9 +149,9 @@ def search(task, rows_sum_to_zero, regularization, refinements, max_rounds, coef
 def certify(task, rows_sum_to_zero, coef, row_multipliers, bound_multipliers, limits):
     """`certificate.certify`, for coefficients that need no projection except for clipping.
 
-    Returns the relative gap; twice the gap relative to the squared norm of the weights, which bounds their squared
-    error; the largest change by clipping; the largest row sum after it; and an upper bound of the effect of rounding,
-    relative to the objective.
+    Returns the relative gap; twice the gap relative to the squared norm of the weights, which bounds the squared
+    relative error of the weights; the largest change by clipping; the largest row sum after clipping; and an upper
+    bound of the effect of rounding, relative to the objective.
     """
     indefiniteness, eps, tiny = limits
     gram, linear, lower, upper, smoothing = task
@@ -180,7 +180,7 @@ def certify(task, rows_sum_to_zero, coef, row_multipliers, bound_multipliers, li
                     least = max(least, slope)
                 if lower[i, c] == -np.inf:
                     most = min(most, slope)
-        # Any row multiplier proves an upper bound, if it is on the right side of the slope at entries without a bound.
+        # Any row multiplier gives an upper bound if it is on the right side of the slope at entries without a bound.
         if rows_sum_to_zero:
             row_multipliers[i] = min(max(row_multipliers[i], least), most)
         distance = 0.0
@@ -216,7 +216,7 @@ def certify(task, rows_sum_to_zero, coef, row_multipliers, bound_multipliers, li
 @kernel
 @no_type_check
 def rescale(task, inner):
-    """`rescaling.rescale`, into `inner`; returns the two scales and the curvature of the rescaled problem."""
+    """`rescaling.rescale`, written to `inner`; returns the two scales and the curvature of the rescaled problem."""
     gram, linear, lower, upper, smoothing = task
     n, k = linear.shape
     multiplier_scale, bound, curvature = 0.0, 0.0, 0.0

@@ -1,7 +1,7 @@
 """The KKT system of one task, compiled by Numba: the twin of `convexheads/solvers/kkt.py`.
 
-Numba does not notice that machine code of `numba_kernels.py`, which it keeps on disk, is out of date when only this
-file has changed. Whoever changes this file deletes `__pycache__`.
+Numba keeps the machine code of `numba_kernels.py` on disk, and does not notice that it is out of date when only this
+file has changed. If you change this file, delete `__pycache__`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import no_type_check
 import numba
 import numpy as np
 
-# Sums may be reordered, so that they vectorize; NaN and infinity keep their meaning.
+# Sums may be reordered, so that they can be vectorized; NaN and infinity keep their meaning.
 kernel = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
 
 
@@ -82,7 +82,7 @@ def invert(matrix, m):
 @kernel
 @no_type_check
 def factorize(gram, smoothing, rows_sum_to_zero, side, factors, regularization):
-    """`BlockKKT.factorize`: the inverse of the free rows of each class, and the factor for the row multipliers."""
+    """`BlockKKT.factorize`: the inverse of the block of each class, and the Cholesky factor for the row multipliers."""
     blocks, index, count, schur = factors
     n, k = side.shape
     schur[:] = 0.0
@@ -115,7 +115,7 @@ def factorize(gram, smoothing, rows_sum_to_zero, side, factors, regularization):
 @kernel
 @no_type_check
 def multiply(block, m, local, result):
-    """The inverse of a class times a vector."""
+    """The inverse of a block times a vector."""
     for a in range(m):
         value = 0.0
         row = block[a * m : (a + 1) * m]
@@ -157,7 +157,7 @@ def solve_factorized(rows_sum_to_zero, right, sums, x, row_multipliers, factors)
 @kernel
 @no_type_check
 def compute_residual(gram, smoothing, right, sums, x, row_multipliers, residual, row_sum_residual):
-    """The residual of the equations, of free and of fixed entries, and that of the row sums."""
+    """The residual of the equations of free and fixed entries, and the residual of the row sums."""
     n, k = x.shape
     image = np.dot(gram, x)
     for i in range(n):
