@@ -217,6 +217,9 @@ class WRN28(Backbone):
     Use it when you compare with published results for WRN-28-10. The arguments `in_channels`, `image_size`, `mean` and
     `std` are those of `Backbone`.
 
+    Raises:
+        MissingDependencyError: learn2learn is not installed.
+
     Example:
         `backbone = WRN28(in_channels=3, image_size=84)`
     """
