@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from convexheads.solvers.certificate import StallDetector
@@ -48,10 +48,8 @@ class SoftmaxKKT:
         return (self.blocks @ value.mT.unsqueeze(-1)).squeeze(-1).mT
 
 
-def newton_step(
-    gram: Float[Tensor, "tasks n n"], targets: Float[Tensor, "tasks n k"], coef: Float[Tensor, "tasks n k"]
-) -> Float[Tensor, "tasks n k"]:
-    """One undamped Newton step from `coef`; differentiable."""
+def newton_step(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
+    """One undamped Newton step from `coef`, `(tasks, n, k)`; differentiable."""
     margins, loss = _margins(targets, gram @ coef)
     p = (margins - loss.unsqueeze(-1)).exp()
     # `W scores + targets - p`, whose rows sum to zero, by the entries of the wrong classes.
@@ -60,10 +58,8 @@ def newton_step(
     return right - SoftmaxKKT.factorize(gram, p).solve(gram @ right)
 
 
-def solve(
-    gram: Float[Tensor, "*batch n n"], targets: Float[Tensor, "*batch n k"], *, tolerance: float, max_steps: int
-) -> tuple[Float[Tensor, "*batch n k"], Float[Tensor, "*batch"], Int[Tensor, "*batch"]]:
-    """Damped Newton on a batch of tasks, each until its gap is below `tolerance` or has stopped falling.
+def solve(gram: Tensor, targets: Tensor, *, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Damped Newton on tasks `(*batch, n, k)`, each until its gap is below `tolerance` or has stopped falling.
 
     Returns coefficients that are feasible for the dual, their certified relative duality gap, and the number of steps.
     """
@@ -97,9 +93,7 @@ def solve(
     return best.reshape(*batch, n, k), best_gap.reshape(batch), steps.reshape(batch)
 
 
-def certified_gap(
-    gram: Float[Tensor, "tasks n n"], targets: Float[Tensor, "tasks n k"], coef: Float[Tensor, "tasks n k"]
-) -> Float[Tensor, " tasks"]:
+def certified_gap(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
     """The relative duality gap of the feasible coefficients next to `coef`."""
     return _gap(gram, targets, _feasible(targets, coef))
 
