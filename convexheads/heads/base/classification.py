@@ -84,17 +84,15 @@ class ClassificationHead(Head):
             support, labels, ways, mask, requires_all_classes=self.requires_all_classes, validate=self.validate
         )
         with full_precision(support.device):
-            features = support.to(working_dtype(support.device))
-            if mask is not None:  # masked rows may contain NaN
-                features = features.masked_fill(~mask.unsqueeze(-1), 0)
-            targets = one_hot(labels.long(), max_ways, mask, features.dtype)
-            examples = self._support_set(features, targets, mask)
+            targets = one_hot(labels, max_ways, working_dtype(support.device))
+            examples = self._support_set(support, targets, mask)
             each = ways.long() if isinstance(ways, Tensor) and ways.ndim else None
             if each is None or not each.numel():
                 expansion = self._solve_checked(examples)
             else:
                 expansion = self._solve_grouped_by_ways(examples, each)
-            return FittedClassifier(expansion, examples, as_tensor(self.scale, features), support.dtype, each)
+            scale = as_tensor(self.scale, examples.features)
+            return FittedClassifier(expansion, examples, scale, support.dtype, each)
 
     def _solve_grouped_by_ways(self, support: SupportSet, ways: Integer[Tensor, "*batch"]) -> KernelExpansion:
         """Solve the tasks with the same number of classes together; absent classes get coefficients of zero."""

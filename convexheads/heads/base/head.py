@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from convexheads._validation import Check, check_bool, check_definite
@@ -13,6 +12,7 @@ from convexheads.errors import InputError, SolverError
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Configurable, Hyperparameter, check_positive
 from convexheads.kernels import Kernel, KernelLike, Linear, check_kernel, condition
+from convexheads.precision import working_dtype
 
 
 class Head(Configurable, ABC):
@@ -63,12 +63,12 @@ class Head(Configurable, ABC):
                 positive semi-definite.
         """
 
-    def _support_set(
-        self,
-        features: Float[Tensor, "*batch n d"],
-        targets: Float[Tensor, "*batch n k"],
-        mask: Bool[Tensor, "*batch n"] | None,
-    ) -> SupportSet:
+    def _support_set(self, features: Tensor, targets: Tensor, mask: Tensor | None) -> SupportSet:
+        """The support set in working precision, zero at masked examples, which may contain NaN."""
+        features = features.to(working_dtype(features.device))
+        targets = targets.to(features.dtype)
+        if mask is not None:
+            features, targets = (value.masked_fill(~mask.unsqueeze(-1), 0) for value in (features, targets))
         return SupportSet(features, targets, mask, condition(self.kernel, features, mask), self.validate)
 
     def _solve_checked(self, support: SupportSet) -> KernelExpansion:
