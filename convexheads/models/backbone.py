@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from convexheads._validation import check_positive_ints
 from convexheads.errors import InputError
 
-NEGATIVE_SLOPE = 0.1
-"""Slope of the leaky ReLUs of Lee et al. 2019 (Section 4.1)."""
 # Interpolation may overshoot [0, 1] by less than this, while standardized or uint8-valued pixels exceed it.
 _FAR_OUTSIDE = 0.5
 _Own = TypeVar("_Own", bound="Backbone")
