@@ -158,8 +158,7 @@ class FolderClassifier:
             features: "MODULE:FUNCTION" as in the file, if its features are a function, to allow importing it.
 
         Raises:
-            InputError: The file is not a complete one of `save`, or its features are a function that `features` does
-                not name.
+            InputError: The file is incomplete, or `features` does not name the function of its features.
             MissingDependencyError: safetensors, or a package that the features need, is not installed.
         """
         try:

@@ -1,9 +1,8 @@
 """Multinomial logistic regression: structured Newton, its certificate, and its gradient of any order.
 
-In terms of `a`, n x k with rows that sum to zero, the optimum of `1/2 tr(a' K a) + sum_n cross-entropy(K a)` solves
-`a = targets - softmax(K a)`. Newton's system couples the classes through `W = diag(p) - p p'`, one k x k matrix for
-each example; eliminating it leaves k Choleskys of n x n and one of their sum (Rasmussen & Williams 2006, Algorithm
-3.3).
+In terms of `a`, n x k with rows that sum to zero, the optimum of `1/2 tr(a' K a) + sum_n cross-entropy(K a)` solves `a
+= targets - softmax(K a)`. Newton's system couples the classes through `W = diag(p) - p p'`, one k x k matrix for each
+example; eliminating it leaves k Choleskys of n x n and one of their sum (Rasmussen & Williams 2006, Alg. 3.3).
 """
 
 from __future__ import annotations

@@ -42,8 +42,7 @@ class LinearDiscriminantHead(ClassificationHead):
     variance to shrink toward: pass `variance`.
 
     Args:
-        shrinkage: s, above 0 and at most 1, where 1 gives the nearest class mean (up to the frequencies). Defaults to
-            0.5.
+        shrinkage: s, above 0, at most 1, where 1 gives the nearest class mean (up to the frequencies). Defaults to 0.5.
         variance: v, positive, in squared units of the features; a float or `Learnable`. Defaults to None, the
             mean variance, where d is the number of input features with any kernel.
         kernel: this argument, `scale` and `validate` are those of `Head`.
@@ -112,8 +111,8 @@ class MahalanobisHead(ClassificationHead):
     half the variance among that example's features to every entry of \(Q_k\).
 
     Args:
-        regularization: beta, positive, in squared units of the features; a float or `Learnable`. Defaults to 1, that of
-            the paper.
+        regularization: beta, positive, in squared units of features; a float or `Learnable`. Defaults to 1, as in the
+            paper.
         kernel: this argument, `scale` and `validate` are those of `Head`.
 
     Raises:

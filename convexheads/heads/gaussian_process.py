@@ -83,8 +83,8 @@ class GaussianProcessHead(RegressionHead):
     Use it when predictions should come with their uncertainty.
 
     The posterior mean is \(k(q, S) (K + \sigma^2 I)^{-1} y\), the variance \(k(q, q) - k(q, S) (K + \sigma^2 I)^{-1}
-    k(S, q)\) (Rasmussen & Williams 2006, Eq. 2.25 and 2.26). The prior mean is zero: center the targets, or give the
-    kernel a constant.
+    k(S, q)\) (Rasmussen & Williams 2006, Eq. 2.25 and 2.26). The prior mean is zero: center the targets or add a kernel
+    `Constant`.
 
     The fitted head also has `variance(query)` and `log_marginal_likelihood()`. What differs from DKT: DKT
     maximizes the marginal likelihood of all examples of a task, which is

@@ -41,8 +41,7 @@ class RidgeHead(ClassificationHead):
     Use it as a first choice: it has one hyperparameter, and a closed form that is among the fastest.
 
     Primal: \(\min_W \frac12 |XW - Y|^2 + \frac{\lambda}{2} |W|^2\). Dual: \(\alpha = (K + \lambda I)^{-1} Y\), one
-    Cholesky factorization of n x n for all classes. With fewer features than examples, and the linear kernel, one of
-    d x d.
+    Cholesky factorization of n x n for all classes. With the linear kernel and d < n, one of d x d.
 
     What differs: this is Eq. 11 up to the constants printed there. The ridge code published by Lee et al. returns twice
     these coefficients, which their learnable scale absorbs; their R2D2 code returns these. R2D2 learns lambda, a scale

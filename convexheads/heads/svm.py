@@ -28,12 +28,10 @@ class MulticlassSVM(ClassificationHead):
 
     Args:
         C: weight of the slacks, positive; a float or `Learnable`. Defaults to 0.1, that of Lee et al. 2019.
-        squared_hinge: whether slacks count squared, \(C \xi^2\) in place of \(C \xi\). In the dual, their multipliers
-            then have no upper bound, but the quadratic term \(\frac{1}{4C} \alpha^2\) (like LIBLINEAR's, Fan et al.
-            2008). Defaults to False.
+        squared_hinge: whether slacks count squared, \(C \xi^2\) in place of \(C \xi\). Their dual multipliers then have
+            no bound, but the term \(\frac{1}{4C} \alpha^2\) (like LIBLINEAR's, Fan et al. 2008). Defaults to False.
         smoothing: quadratic smoothing of the loss, \(\frac{\delta}{2}|\alpha|^2\) in the dual, over all coefficients,
-            non-negative; a float or `Learnable`. Defaults to 0. The code published by Lee et al. 2019 has 1, unlike the
-            paper.
+            non-negative; a float or `Learnable`. Defaults to 0. The code of Lee et al. 2019 has 1, unlike the paper.
         solver: a `Solver`, or its name as in `SOLVERS`. Defaults to "native".
         kernel: this argument, `scale` and `validate` are those of `Head`.
 
@@ -246,13 +244,11 @@ class SupportVectorRegressionHead(RegressionHead):
     \(\alpha = a - b\): \(\max_{a, b} -\frac12 |w|^2 + \langle y, a - b \rangle - \varepsilon \sum_n (a_n + b_n)\)
     subject to \(0 \le a, b \le C\).
 
-    What differs: there is no intercept (see `RegressionHead`). The `solution` of a fitted head is that for \(a\) above
-    \(b\), `(*batch, 2n, outputs)`.
+    What differs: there is no intercept (see `RegressionHead`). The `solution` of a fit is \(a\) above \(b\).
 
     Args:
         C: weight of the errors, positive; a float or `Learnable`. Defaults to 1.
-        epsilon: half width of the free tube, positive, in the units of the targets; a float or `Learnable`.
-            Defaults to 0.1.
+        epsilon: half width of the free tube, positive, in units of targets; a float or `Learnable`. Defaults to 0.1.
         solver: a `Solver`, or its name as in `SOLVERS`. Defaults to "native".
         kernel: this argument and `validate` are those of `Head`.
 

@@ -64,8 +64,8 @@ class Backbone(nn.Module):
         """Make a backbone with the size and the channels of example images, and the statistics of their pixels.
 
         Args:
-            images: Images such as those of the training classes: uint8, or floating-point values in [0, 1],
-                `(n, channels, height, width)`.
+            images: Images such as those of the training classes, `(n, channels, height, width)`: uint8, or
+                floating-point values in [0, 1].
             settings: Further arguments of the class.
 
         Example:

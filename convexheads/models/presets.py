@@ -1,7 +1,6 @@
 """Heads with the hyperparameters of the literature, as in the paper or as in the authors' code.
 
-What differs from the papers and their code: problems are solved to optimality, and the scale stays positive, while that
-of the code may become negative.
+What differs from the papers and their code: problems are solved to optimality, and the scale stays positive.
 """
 
 from __future__ import annotations
@@ -70,8 +69,7 @@ def r2d2(variant: Variant = "paper") -> RidgeHead:
 
     Args:
         variant: "paper" learns lambda, a scale and a bias, which start at 1, 1e-4 and 0; "reference_code" is the R2-D2
-            head in the code published by Lee et al. 2019: lambda = 50, fixed, a learnable scale that starts at 1, and
-            no bias.
+            head in the code of Lee et al. 2019: lambda = 50, fixed, a learnable scale that starts at 1, and no bias.
     """
     if _is_reference_code(variant):
         return RidgeHead(50.0, scale=Learnable(1.0))

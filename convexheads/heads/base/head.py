@@ -23,8 +23,7 @@ class Head(Configurable, ABC):
 
     Args:
         kernel: any callable `(x, y) -> gram` (`convexheads.kernels`). Defaults to `Linear()`.
-        scale: factor of all scores, positive (gamma in Eq. 12 of Lee et al. 2019); a float or `Learnable`. Defaults to
-            1.
+        scale: positive factor of all scores (gamma in Eq. 12 of Lee et al.); a float or `Learnable`. Defaults to 1.
         validate: whether to check the values of all input, on any device: labels out of range, features and Gram
             matrices that are not finite, matrices that cannot be factorized. False skips every check that reads values,
             so that heads with a closed form never wait for a GPU; tasks with wrong values then give NaN, or fail in the
@@ -55,8 +54,7 @@ class Head(Configurable, ABC):
             support: features, Gram matrix and targets of a batch of tasks.
 
         Returns:
-            Coefficients `(*batch, n, k)` and other terms of the scores, differentiable in the support set and in the
-                hyperparameters.
+            Coefficients `(*batch, n, k)` and other terms of the scores, differentiable in support and hyperparameters.
 
         Raises:
             SolverError: a task could not be solved. `fit` raises an `InputError` instead if the Gram matrix is not

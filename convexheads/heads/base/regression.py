@@ -38,8 +38,8 @@ class RegressionHead(Head):
             support: features, `(*batch, n, d)`; the leading dimensions are tasks, any number of them.
             targets: values to regress on, `(*batch, n)` or `(*batch, n, outputs)`, of any floating-point dtype.
             query: features, `(*batch, q, d)`.
-            mask: `(*batch, n)`, False at examples to ignore, so that tasks of different size fit one batch. Defaults to
-                None (no mask).
+            mask: `(*batch, n)`, False at examples to ignore; tasks of different size then fit one batch. Defaults to
+                None.
 
         Returns:
             Predictions, `(*batch, q)` or `(*batch, q, outputs)`, in the units of the targets and in the support's
