@@ -27,7 +27,7 @@ from benchmarks.options import Options
 from benchmarks.processes import Processes
 from benchmarks.train import episodes as make_episodes
 from convexheads.models import Backbone, build_backbone, build_head
-from convexheads.models.build import BACKBONES
+from convexheads.models.networks import BACKBONES
 from convexheads.training import episode_loss
 
 HEADS = ("prototypes", "ridge", "svm")

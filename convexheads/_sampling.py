@@ -1,11 +1,10 @@
-"""Random episodes of cached features, and the progress bars of an evaluation."""
+"""Random episodes of labeled data, and the progress bars of an evaluation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from operator import index
 from typing import TypeVar
 
 import torch
@@ -39,20 +38,17 @@ def fit_episodes(
 
     The arguments are those of `evaluate`, and the title of the progress bar.
     """
-    _validation.check_positive_ints(ways=ways, shots=shots, queries=queries, episodes=episodes, batch_size=batch_size)
-    _validation.check_seed(seed)
-    _validation.check_rank(rank, world_size)
+    ways, shots, queries, episodes, batch_size = _validation.check_positive_ints(
+        ways=ways, shots=shots, queries=queries, episodes=episodes, batch_size=batch_size
+    )
+    seed, (rank, world_size) = _validation.check_seed(seed), _validation.check_rank(rank, world_size)
     _validation.check_bool("progress", progress)
-    ways, shots, queries, episodes, batch_size = map(index, (ways, shots, queries, episodes, batch_size))
-    seed, rank, world_size = map(index, (seed, rank, world_size))
     if world_size > episodes:
         raise InputError("world_size", f"at most the {episodes} episodes", world_size)
     if not isinstance(head, ClassificationHead):
         raise InputError("head", "a classification head", type(head).__name__)
-    if not _validation.is_float_tensor(features):
-        raise InputError("features", "a tensor of floating-point values", _validation.describe_type(features))
-    if not _validation.is_integer_tensor(labels):
-        raise InputError("labels", "a tensor of integers", _validation.describe_type(labels))
+    _validation.check_tensor("features", features, "a tensor of floating-point values", _validation.is_float_tensor)
+    _validation.check_tensor("labels", labels, "a tensor of integers", _validation.is_integer_tensor)
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         got = f"shapes {tuple(features.shape)} and {tuple(labels.shape)}"
         raise InputError("features, labels", "(examples, d) and (examples,)", got)
@@ -69,28 +65,36 @@ def fit_episodes(
         with torch.no_grad():
             fitted = head.fit(support, support_labels.expand(len(batch), -1), ways=ways)
             logits = fitted(query)
-        yield fitted, logits, query_labels
+        yield fitted, logits, query_labels.expand(len(batch), -1)
+
+
+def group_by_class(labels: Tensor, ways: int, per_class: int, names: Sequence[str] | None = None) -> list[Tensor]:
+    """The indices of the examples of each class, in the order of the sorted labels, on the CPU.
+
+    Raises `InputError` if there are not enough for an episode, with the class's label, or its name in `names`.
+    """
+    labels = labels.cpu().long()
+    classes, counts = (found.tolist() for found in labels.unique(return_counts=True))
+    if len(classes) < ways:
+        raise InputError("labels", f"at least ways={ways}", f"{len(classes)} classes")
+    if (count := min(counts)) < per_class:
+        label = (names or classes)[counts.index(count)]
+        raise InputError("labels", f"at least shots + queries = {per_class}", f"{count} examples of class {label!r}")
+    return [(labels == label).nonzero().squeeze(-1) for label in classes]
 
 
 def sample_episodes(
     labels: Tensor, ways: int, per_class: int, episodes: int, seed: int
 ) -> Iterator[Integer[Tensor, "ways m"]]:
     """Sample the indices of the examples of each episode; classes and examples are drawn without replacement."""
-    labels = labels.cpu().long()
-    classes, counts = labels.unique(return_counts=True)
-    if len(classes) < ways:
-        raise InputError("labels", f"at least ways={ways}", f"{len(classes)} classes")
-    if (counts < per_class).any():
-        label, count = classes[counts.argmin()].item(), counts.min().item()
-        raise InputError("labels", f"at least shots + queries = {per_class}", f"{count} examples of class {label}")
-    members = [(labels == label).nonzero().squeeze(-1) for label in classes]
+    members = group_by_class(labels, ways, per_class)
     generator = torch.Generator().manual_seed(seed)
 
     def choose(count: int, among: int) -> Tensor:
         return torch.randperm(among, generator=generator)[:count]
 
     return (
-        torch.stack([members[c][choose(per_class, len(members[c]))] for c in choose(ways, len(classes)).tolist()])
+        torch.stack([members[c][choose(per_class, len(members[c]))] for c in choose(ways, len(members)).tolist()])
         for _ in range(episodes)
     )
 

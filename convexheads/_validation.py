@@ -51,23 +51,24 @@ def check_positive_int(name: str, value: object) -> int:
     return number
 
 
-def check_positive_ints(**values: object) -> None:
-    for name, value in values.items():
-        check_positive_int(name, value)
+def check_positive_ints(**values: object) -> list[int]:
+    return [check_positive_int(name, value) for name, value in values.items()]
 
 
-def check_seed(seed: object) -> None:
-    """Raise `InputError` unless this is a seed of PyTorch's and NumPy's generators."""
+def check_seed(seed: object) -> int:
+    """Return the `seed` if PyTorch's and NumPy's generators accept it, or raise `InputError`."""
     number = as_integer(seed)
-    if number is None or not 0 <= number < 2**63:
+    if number is None or number not in range(2**63):
         raise InputError("seed", "an integer from 0 to 2**63 - 1", describe(seed))
+    return number
 
 
-def check_rank(rank: object, world_size: object) -> None:
-    """Raise `InputError` unless there is a process of this rank among `world_size` processes."""
-    size = check_positive_int("world_size", world_size)
-    if as_integer(rank) not in range(size):
+def check_rank(rank: object, world_size: object) -> tuple[int, int]:
+    """Return the rank of a process and the number of processes, or raise `InputError` if there is no such process."""
+    size, number = check_positive_int("world_size", world_size), as_integer(rank)
+    if number is None or number not in range(size):
         raise InputError("rank", f"an integer from 0 to world_size - 1 = {size - 1}", describe(rank))
+    return number, size
 
 
 def check_bool(name: str, value: object) -> bool:
@@ -125,6 +126,12 @@ def describe_type(value: object) -> str:
     return f"a tensor of {value.dtype}" if is_dense(value) else f"a tensor of {value.dtype}, {value.layout}"
 
 
+def check_tensor(name: str, value: object, expected: str, is_kind: Callable[[object], bool] = is_dense) -> None:
+    """Raise `InputError` unless the `value` is a tensor of the right kind, which `expected` describes."""
+    if not is_kind(value):
+        raise InputError(name, expected, describe_type(value))
+
+
 def describe_first_task(tasks: Tensor) -> str:
     """The first task at which this boolean tensor is True, in words."""
     return f"task {tuple(tasks.nonzero()[0].tolist())}" if tasks.ndim else "the task"
@@ -149,9 +156,8 @@ def _check_finite(name: str, value: Tensor) -> None:
         raise InputError(name, "finite values", f"non-finite values in row {row}{where}")
 
 
-def _check_features(name: str, value: object) -> None:
-    if not is_float_tensor(value):
-        raise InputError(name, "a tensor of floating-point features", describe_type(value))
+def _check_features(name: str, value: Any) -> None:
+    check_tensor(name, value, "a tensor of floating-point features", is_float_tensor)
     if value.ndim < 2:
         raise InputError(name, "at least two dimensions, (*batch, examples, features)", _shape(value))
 
@@ -166,8 +172,7 @@ def check_classification(
 ) -> int:
     """Return the number of classes; the largest one, if `ways` has the number of each task."""
     _check_examples(support, mask)
-    if not is_integer_tensor(labels):
-        raise InputError("labels", "a tensor of integers 0..ways-1", describe_type(labels))
+    check_tensor("labels", labels, "a tensor of integers 0..ways-1", is_integer_tensor)
     if labels.shape == support.shape[: labels.ndim] and support.ndim > labels.ndim + 1:
         raise InputError("support", f"flat features, {(*labels.shape, 'd')}".replace("'", ""), _shape(support))
     if labels.shape != support.shape[:-1]:
@@ -233,8 +238,7 @@ def _check_max_ways(ways: int) -> None:
 def check_regression(support: Any, targets: Any, mask: Any, *, validate: bool) -> bool:
     """Return whether targets are one value per example, and so lack a dimension of outputs."""
     _check_examples(support, mask)
-    if not is_float_tensor(targets):
-        raise InputError("targets", "a tensor of floating-point values", describe_type(targets))
+    check_tensor("targets", targets, "a tensor of floating-point values", is_float_tensor)
     examples = support.shape[:-1]
     single = targets.shape == examples
     if not single and (targets.ndim != support.ndim or targets.shape[:-1] != examples or not targets.shape[-1]):

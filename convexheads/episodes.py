@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Integer
 from torch import Tensor
 
-from convexheads._validation import check_positive_ints, describe_type, is_dense, is_integer_tensor
+from convexheads._validation import check_positive_ints, check_tensor, is_integer_tensor
 from convexheads.errors import InputError
 
 
@@ -43,10 +43,8 @@ def split_task(data: Tensor, labels: Integer[Tensor, "*batch n"], *, shots: int)
         `episode = split_task(*taskset.sample(), shots=5)`
     """
     check_positive_ints(shots=shots)
-    if not is_dense(data):
-        raise InputError("data", "a tensor of images or features", describe_type(data))
-    if not is_integer_tensor(labels):
-        raise InputError("labels", "a tensor of integers", describe_type(labels))
+    check_tensor("data", data, "a tensor of images or features")
+    check_tensor("labels", labels, "a tensor of integers", is_integer_tensor)
     if data.shape[: labels.ndim] != labels.shape or labels.ndim < 1:
         expected = f"the leading dimensions of labels, {tuple(labels.shape)}"
         raise InputError("data", expected, f"shape {tuple(data.shape)}")
@@ -63,9 +61,8 @@ def split_task(data: Tensor, labels: Integer[Tensor, "*batch n"], *, shots: int)
     in_support = same.tril(-1).sum(-1) < min(shots, n)
     sizes = in_support.sum(-1)
     if (sizes != sizes[0]).any():
-        raise InputError(
-            "labels", "the same number of classes in every task", "tasks with different numbers of classes"
-        )
+        got = "tasks with different numbers of classes"
+        raise InputError("labels", "the same number of classes in every task", got)
     order = (~in_support).to(torch.uint8).argsort(dim=-1, stable=True)
     task = torch.arange(len(rows), device=order.device).unsqueeze(-1)
 

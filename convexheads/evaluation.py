@@ -186,11 +186,8 @@ def calibrate(
     sizes = {"ways": ways, "shots": shots, "queries": queries, "episodes": episodes, "batch_size": batch_size}
     title = f"calibrating {type(head).__name__}"
     fits = fit_episodes(head, features, labels, title, **sizes, seed=seed, progress=progress)
-    scored = [(logits.double(), truth.expand(logits.shape[:-1])) for _, logits, truth in fits]
-    logits, truth = (
-        torch.cat([scores.flatten(0, -2) for scores, _ in scored]),
-        torch.cat([y.flatten() for _, y in scored]),
-    )
+    scored = [(logits.double().flatten(0, 1), truth.flatten()) for _, logits, truth in fits]
+    logits, truth = (torch.cat(batches) for batches in zip(*scored, strict=True))
     # The cross-entropy is convex in the factor, which is around one relative to the spread of the logits.
     logits = logits - logits.mean(-1, keepdim=True)
     unit = logits.std().clamp_min(torch.finfo(logits.dtype).tiny)

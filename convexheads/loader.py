@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from convexheads import _validation
+from convexheads._sampling import group_by_class
 from convexheads.errors import InputError
 
 if TYPE_CHECKING:
@@ -76,44 +76,33 @@ class EpisodeLoader:
         world_size: int = 1,
         num_workers: int = 0,
     ) -> None:
-        _validation.check_positive_ints(
+        self.ways, shots, queries, self.batch_size, self.steps_per_epoch = _validation.check_positive_ints(
             ways=ways, shots=shots, queries=queries, batch_size=batch_size, steps_per_epoch=steps_per_epoch
         )
-        _validation.check_seed(seed)
-        _validation.check_bool("resample_each_epoch", resample_each_epoch)
-        _validation.check_rank(rank, world_size)
+        self.seed = _validation.check_seed(seed)
+        self.rank, self.world_size = _validation.check_rank(rank, world_size)
+        self.resample_each_epoch = _validation.check_bool("resample_each_epoch", resample_each_epoch)
         if transform is not None and not callable(transform):
             raise InputError("transform", "a function from a sample to a sample, or None", repr(transform))
-        if not _validation.is_dense(samples):
-            raise InputError("samples", "a tensor, (n, *sample)", _validation.describe_type(samples))
-        if not _validation.is_integer_tensor(labels):
-            raise InputError("labels", "a tensor of integers", _validation.describe_type(labels))
+        _validation.check_tensor("samples", samples, "a tensor, (n, *sample)")
+        _validation.check_tensor("labels", labels, "a tensor of integers", _validation.is_integer_tensor)
         if (workers := _validation.as_integer(num_workers)) is None or workers < 0:
             raise InputError("num_workers", "a number of processes, 0 for none", _validation.describe(num_workers))
         if workers and samples.device.type != "cpu":
             raise InputError("samples", "the CPU, or num_workers=0", f"device {samples.device}")
-        labels = labels.cpu().long()
         if labels.shape != samples.shape[:1] or not labels.ndim:
             got = f"shapes {tuple(samples.shape)} and {tuple(labels.shape)}"
             raise InputError("samples, labels", "(n, *sample) and (n,)", got)
-        present = labels.unique().tolist()
-        self.members = [(labels == label).nonzero().flatten().numpy() for label in present]
-        if len(self.members) < ways:
-            raise InputError("ways", f"at most the {len(self.members)} classes of the data", ways)
-        if class_names is not None and (not isinstance(class_names, Sequence) or len(class_names) != len(present)):
-            expected = f"a name for each of the {len(present)} classes, or None"
+        count = len(labels.cpu().long().unique())
+        if class_names is not None and (not isinstance(class_names, Sequence) or len(class_names) != count):
+            expected = f"a name for each of the {count} classes, or None"
             raise InputError("class_names", expected, repr(class_names))
-        self.samples_per_class = index(shots) + index(queries)
-        if short := [n for n, members in enumerate(self.members) if len(members) < self.samples_per_class]:
-            name, count = (class_names or present)[short[0]], len(self.members[short[0]])
-            expected = f"at least shots + queries = {self.samples_per_class}"
-            raise InputError("labels", expected, f"{count} samples of class {name!r}")
-        if batch_size % world_size:
-            raise InputError("batch_size", f"a multiple of the {world_size} processes", batch_size)
-        self.samples, self.transform = samples, transform
-        self.ways, self.batch_size, self.steps_per_epoch = index(ways), index(batch_size), index(steps_per_epoch)
-        self.seed, self.rank, self.world_size = index(seed), index(rank), index(world_size)
-        self.num_workers, self.resample_each_epoch = workers, resample_each_epoch
+        self.samples_per_class = shots + queries
+        members = group_by_class(labels, self.ways, self.samples_per_class, class_names)
+        if self.batch_size % self.world_size:
+            raise InputError("batch_size", f"a multiple of the {self.world_size} processes", batch_size)
+        self.members = [indices.numpy() for indices in members]
+        self.samples, self.transform, self.num_workers = samples, transform, workers
         self.step = 0
         self._resumes = False
 

@@ -233,7 +233,7 @@ MUTATIONS = [
     ),
     Mutation(
         "ridge-primal",
-        "heads/_linear_algebra.py",
+        "heads/ridge.py",
         "return (right - features @ torch.cholesky_solve(features.mT @ right, factor)) / penalty",
         "return (right - features @ torch.cholesky_solve(features.mT @ right, factor)) * penalty",
         "test_references.py::test_ridge_equals_scikit_learn",

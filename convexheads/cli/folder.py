@@ -141,7 +141,9 @@ class FolderClassifier:
     def save(self, path: str | Path) -> None:
         """Write the classifier, with the features of the support, as safetensors to a `path` in an existing folder.
 
-        After an `OSError`, an older file is unchanged.
+        Raises:
+            OSError: The file cannot be written; an older one is unchanged.
+            MissingDependencyError: safetensors is not installed.
         """
         settings = {name: getattr(self, name) for name in _SETTINGS}
         tensors = {"support": self._support, "labels": self._labels}
@@ -154,6 +156,10 @@ class FolderClassifier:
         Args:
             path: Path of the file.
             features: "MODULE:FUNCTION" as in the file, if its features are a function, to allow importing it.
+
+        Raises:
+            InputError: The file is incomplete, or `features` does not name the function of its features.
+            MissingDependencyError: safetensors, or a package that the features need, is not installed.
         """
         try:
             tensors, settings = _storage.load(path, key="classifier", needed_by="FolderClassifier")

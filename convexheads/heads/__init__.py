@@ -11,11 +11,11 @@ from convexheads.heads.gaussian_process import FittedGaussianProcess, GaussianPr
 from convexheads.heads.logistic import LogisticHead
 from convexheads.heads.prototype import PrototypeHead
 from convexheads.heads.ridge import RidgeHead, RidgeRegressionHead
-from convexheads.heads.support_vector_regression import SupportVectorRegressionHead
 from convexheads.heads.svm import (
     MulticlassSVM,
     OneVsRestSVMHead,
     SimplifiedSVMHead,
+    SupportVectorRegressionHead,
     SVMHead,
     WestonWatkinsSVMHead,
 )

@@ -1,9 +1,8 @@
 """Multinomial logistic regression: structured Newton, its certificate, and its gradient of any order.
 
-In terms of `a`, n x k with rows that sum to zero, the optimum of `1/2 tr(a' K a) + sum_n cross-entropy(K a)` solves
-`a = targets - softmax(K a)`. Newton's system couples the classes through `W = diag(p) - p p'`, one k x k matrix for
-each example; eliminating it leaves k Choleskys of n x n and one of their sum (Rasmussen & Williams 2006, Algorithm
-3.3).
+In terms of `a`, n x k with rows that sum to zero, the optimum of `1/2 tr(a' K a) + sum_n cross-entropy(K a)` solves `a
+= targets - softmax(K a)`. Newton's system couples the classes through `W = diag(p) - p p'`, one k x k matrix for each
+example; eliminating it leaves k Choleskys of n x n and one of their sum (Rasmussen & Williams 2006, Alg. 3.3).
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from convexheads.solvers.certificate import StallDetector
@@ -48,10 +47,8 @@ class SoftmaxKKT:
         return (self.blocks @ value.mT.unsqueeze(-1)).squeeze(-1).mT
 
 
-def newton_step(
-    gram: Float[Tensor, "tasks n n"], targets: Float[Tensor, "tasks n k"], coef: Float[Tensor, "tasks n k"]
-) -> Float[Tensor, "tasks n k"]:
-    """One undamped Newton step from `coef`; differentiable."""
+def newton_step(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
+    """One undamped Newton step from `coef`, `(tasks, n, k)`; differentiable."""
     margins, loss = _margins(targets, gram @ coef)
     p = (margins - loss.unsqueeze(-1)).exp()
     # `W scores + targets - p`, whose rows sum to zero, by the entries of the wrong classes.
@@ -60,10 +57,8 @@ def newton_step(
     return right - SoftmaxKKT.factorize(gram, p).solve(gram @ right)
 
 
-def solve(
-    gram: Float[Tensor, "*batch n n"], targets: Float[Tensor, "*batch n k"], *, tolerance: float, max_steps: int
-) -> tuple[Float[Tensor, "*batch n k"], Float[Tensor, "*batch"], Int[Tensor, "*batch"]]:
-    """Damped Newton on a batch of tasks, each until its gap is below `tolerance` or has stopped falling.
+def solve(gram: Tensor, targets: Tensor, *, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Damped Newton on tasks `(*batch, n, k)`, each until its gap is below `tolerance` or has stopped falling.
 
     Returns coefficients that are feasible for the dual, their certified relative duality gap, and the number of steps.
     """
@@ -97,9 +92,7 @@ def solve(
     return best.reshape(*batch, n, k), best_gap.reshape(batch), steps.reshape(batch)
 
 
-def certified_gap(
-    gram: Float[Tensor, "tasks n n"], targets: Float[Tensor, "tasks n k"], coef: Float[Tensor, "tasks n k"]
-) -> Float[Tensor, " tasks"]:
+def certified_gap(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
     """The relative duality gap of the feasible coefficients next to `coef`."""
     return _gap(gram, targets, _feasible(targets, coef))
 

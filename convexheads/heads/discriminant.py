@@ -9,13 +9,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
 from convexheads._validation import Check, check_definite, check_real, describe_first_task, optional
 from convexheads.errors import InputError
-from convexheads.heads._linear_algebra import add_to_diagonal, cholesky
+from convexheads.heads._linear_algebra import shifted_cholesky
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
@@ -43,8 +42,7 @@ class LinearDiscriminantHead(ClassificationHead):
     variance to shrink toward: pass `variance`.
 
     Args:
-        shrinkage: s, above 0 and at most 1, where 1 gives the nearest class mean (up to the frequencies). Defaults to
-            0.5.
+        shrinkage: s, above 0, at most 1, where 1 gives the nearest class mean (up to the frequencies). Defaults to 0.5.
         variance: v, positive, in squared units of the features; a float or `Learnable`. Defaults to None, the
             mean variance, where d is the number of input features with any kernel.
         kernel: this argument, `scale` and `validate` are those of `Head`.
@@ -89,11 +87,8 @@ class LinearDiscriminantHead(ClassificationHead):
         else:
             variance = as_tensor(self.variance, gram).expand(examples.shape)
         ridge = self.shrinkage * variance
-        factor = cholesky(
-            add_to_diagonal((1 - self.shrinkage) * scatter, ridge),
-            name="LinearDiscriminantHead: the Gram matrix of the centered support, shrunk,",
-            validate=support.validate,
-        )
+        name = "LinearDiscriminantHead: the Gram matrix of the centered support, shrunk,"
+        factor = shifted_cholesky((1 - self.shrinkage) * scatter, ridge, name=name, validate=support.validate)
         spread = (1 - self.shrinkage) / examples[..., None, None]
         inner = center @ torch.cholesky_solve(center @ gram @ mean, factor)
         coef = (mean - spread * inner) / ridge[..., None, None]
@@ -116,8 +111,8 @@ class MahalanobisHead(ClassificationHead):
     half the variance among that example's features to every entry of \(Q_k\).
 
     Args:
-        regularization: beta, positive, in squared units of the features; a float or `Learnable`. Defaults to 1, that of
-            the paper.
+        regularization: beta, positive, in squared units of features; a float or `Learnable`. Defaults to 1, as in the
+            paper.
         kernel: this argument, `scale` and `validate` are those of `Head`.
 
     Raises:
@@ -153,12 +148,8 @@ class MahalanobisHead(ClassificationHead):
         task_weight = ((1 - share) / (all_members.sum(-1) - 1).clamp_min(1)).sqrt()[..., None, None]
         root = torch.cat([class_root, task_weight * _center(all_members)], -2)
         shared = support.gram.unsqueeze(-3)
-        factor = cholesky(
-            add_to_diagonal(root @ shared @ root.mT, beta),
-            name="MahalanobisHead: a covariance",
-            validate=support.validate,
-            per_class=True,
-        )
+        covariance, name = root @ shared @ root.mT, "MahalanobisHead: a covariance"
+        factor = shifted_cholesky(covariance, beta, name=name, validate=support.validate, per_class=True)
         inverse = root.mT @ torch.cholesky_solve(root, factor)  # the inverse of beta Q_k is I - X' inverse X
         mean = (class_membership / counts.unsqueeze(-1)).unsqueeze(-1)
         image = shared @ mean
@@ -168,7 +159,7 @@ class MahalanobisHead(ClassificationHead):
         return KernelExpansion(coef, bias=bias, quadratic=inverse / (2 * beta), self_similarity_weight=-1 / (2 * beta))
 
 
-def _center(members: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n n"]:
+def _center(members: Tensor) -> Tensor:
     """The projection that subtracts the members' mean from each of them, and maps all others to zero."""
     outer = members.unsqueeze(-1) * members.unsqueeze(-2)
     return torch.diag_embed(members) - outer / members.sum(-1)[..., None, None]
@@ -179,8 +170,5 @@ def _check_variance(variance: Tensor, gram: Tensor, examples: Tensor) -> None:
     none = variance <= 1e-14 * size
     if none.any():
         check_definite(gram)
-        raise InputError(
-            "support",
-            "two different examples of some class, or LinearDiscriminantHead(variance=...)",
-            f"a within-class covariance of zero in {describe_first_task(none)}",
-        )
+        expected = "two different examples of some class, or LinearDiscriminantHead(variance=...)"
+        raise InputError("support", expected, f"a within-class covariance of zero in {describe_first_task(none)}")

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexheads._validation import Check, check_query
-from convexheads.heads._linear_algebra import add_to_diagonal, cholesky
+from convexheads.heads._linear_algebra import shifted_cholesky
 from convexheads.heads.base.fitted import FittedRegressor
 from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
@@ -83,8 +83,8 @@ class GaussianProcessHead(RegressionHead):
     Use it when predictions should come with their uncertainty.
 
     The posterior mean is \(k(q, S) (K + \sigma^2 I)^{-1} y\), the variance \(k(q, q) - k(q, S) (K + \sigma^2 I)^{-1}
-    k(S, q)\) (Rasmussen & Williams 2006, Eq. 2.25 and 2.26). The prior mean is zero: center the targets, or give the
-    kernel a constant.
+    k(S, q)\) (Rasmussen & Williams 2006, Eq. 2.25 and 2.26). The prior mean is zero: center the targets or add a kernel
+    `Constant`.
 
     The fitted head also has `variance(query)` and `log_marginal_likelihood()`. What differs from DKT: DKT
     maximizes the marginal likelihood of all examples of a task, which is
@@ -113,7 +113,7 @@ class GaussianProcessHead(RegressionHead):
         self.noise_variance = noise_variance
 
     def solve(self, support: SupportSet) -> KernelExpansion:
-        noisy = add_to_diagonal(support.gram, as_tensor(self.noise_variance, support.targets))
+        noise = as_tensor(self.noise_variance, support.targets)
         name = "GaussianProcessHead: the Gram matrix plus the noise variance on its diagonal"
-        factor = cholesky(noisy, name=name, validate=support.validate)
+        factor = shifted_cholesky(support.gram, noise, name=name, validate=support.validate)
         return _Posterior(torch.cholesky_solve(support.targets, factor), factor=factor)

@@ -4,13 +4,35 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from convexheads._validation import Check
-from convexheads.heads._linear_algebra import ridge_regression
+from convexheads.heads._linear_algebra import shifted_cholesky
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_any_sign, check_positive
-from convexheads.kernels import KernelLike
+from convexheads.kernels import KernelLike, Linear
+
+
+def _solve_ridge(support: SupportSet, regularization: Hyperparameter, head: str) -> Tensor:
+    """The dual coefficients `(gram + regularization * I)^-1 targets`; `head` is named in the error."""
+    penalty, targets, kernel = as_tensor(regularization, support.targets), support.targets, support.kernel
+    name, validate = f"{head}: the Gram matrix plus the regularization on its diagonal", support.validate
+    *_, n, d = support.features.shape
+    if not (isinstance(kernel, Linear) and type(kernel) is Linear and n > d):  # a subclass may be another kernel
+        return torch.cholesky_solve(targets, shifted_cholesky(support.gram, penalty, name=name, validate=validate))
+    # The d x d system of the primal is smaller.
+    features = kernel.feature_map(support.features)
+    factor = shifted_cholesky(features.mT @ features, penalty, name=name, validate=validate)
+
+    def solve(right: Tensor) -> Tensor:
+        return (right - features @ torch.cholesky_solve(features.mT @ right, factor)) / penalty
+
+    coef = solve(targets)
+    # The difference above loses digits where the penalty is small; one step of refinement recovers them.
+    return coef + solve(targets - features @ (features.mT @ coef) - penalty * coef)
 
 
 class RidgeHead(ClassificationHead):
@@ -19,8 +41,7 @@ class RidgeHead(ClassificationHead):
     Use it as a first choice: it has one hyperparameter, and a closed form that is among the fastest.
 
     Primal: \(\min_W \frac12 |XW - Y|^2 + \frac{\lambda}{2} |W|^2\). Dual: \(\alpha = (K + \lambda I)^{-1} Y\), one
-    Cholesky factorization of n x n for all classes. With fewer features than examples, and the linear kernel, one of
-    d x d.
+    Cholesky factorization of n x n for all classes. With the linear kernel and d < n, one of d x d.
 
     What differs: this is Eq. 11 up to the constants printed there. The ridge code published by Lee et al. returns twice
     these coefficients, which their learnable scale absorbs; their R2D2 code returns these. R2D2 learns lambda, a scale
@@ -57,7 +78,7 @@ class RidgeHead(ClassificationHead):
         self.regularization, self.bias = regularization, bias
 
     def solve(self, support: SupportSet) -> KernelExpansion:
-        coef = ridge_regression(support, self.regularization, name="RidgeHead")
+        coef = _solve_ridge(support, self.regularization, "RidgeHead")
         if self.bias == 0:
             return KernelExpansion(coef)
         bias = as_tensor(self.bias, coef) / as_tensor(self.scale, coef)  # cancel `scale`, which is applied later
@@ -92,4 +113,4 @@ class RidgeRegressionHead(RegressionHead):
         self.regularization = regularization
 
     def solve(self, support: SupportSet) -> KernelExpansion:
-        return KernelExpansion(ridge_regression(support, self.regularization, name="RidgeRegressionHead"))
+        return KernelExpansion(_solve_ridge(support, self.regularization, "RidgeRegressionHead"))

@@ -1,4 +1,4 @@
-"""Multi-class support vector machines: their base class, and one class per formulation."""
+"""Support vector machines: the base class of the multi-class ones, one class per formulation, and regression."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from convexheads._validation import Check, check_bool, check_real
 from convexheads.heads.base.classification import ClassificationHead
+from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, Learnable, as_tensor, check_positive
 from convexheads.kernels import KernelLike
@@ -27,12 +28,10 @@ class MulticlassSVM(ClassificationHead):
 
     Args:
         C: weight of the slacks, positive; a float or `Learnable`. Defaults to 0.1, that of Lee et al. 2019.
-        squared_hinge: whether slacks count squared, \(C \xi^2\) in place of \(C \xi\). In the dual, their multipliers
-            then have no upper bound, but the quadratic term \(\frac{1}{4C} \alpha^2\) (like LIBLINEAR's, Fan et al.
-            2008). Defaults to False.
+        squared_hinge: whether slacks count squared, \(C \xi^2\) in place of \(C \xi\). Their dual multipliers then have
+            no bound, but the term \(\frac{1}{4C} \alpha^2\) (like LIBLINEAR's, Fan et al. 2008). Defaults to False.
         smoothing: quadratic smoothing of the loss, \(\frac{\delta}{2}|\alpha|^2\) in the dual, over all coefficients,
-            non-negative; a float or `Learnable`. Defaults to 0. The code published by Lee et al. 2019 has 1, unlike the
-            paper.
+            non-negative; a float or `Learnable`. Defaults to 0. The code of Lee et al. 2019 has 1, unlike the paper.
         solver: a `Solver`, or its name as in `SOLVERS`. Defaults to "native".
         kernel: this argument, `scale` and `validate` are those of `Head`.
 
@@ -234,3 +233,61 @@ class SimplifiedSVMHead(MulticlassSVM):
         dual = DualProblem(gram, linear=one, lower=0 * one, upper=upper, rows_sum_to_zero=False)
         expansion = self.solve_dual(dual, one > 0)
         return replace(expansion, coef=expansion.coef * code)
+
+
+class SupportVectorRegressionHead(RegressionHead):
+    r"""Epsilon-SVR (Smola & Schoelkopf 2004): errors below epsilon are free, larger ones count linearly.
+
+    Use it when some targets are outliers, which count less than in ridge regression.
+
+    Primal: \(\min_w \frac12 |w|^2 + C \sum_n \max(0, |y_n - w \cdot x_n| - \varepsilon)\). Dual, for the coefficients
+    \(\alpha = a - b\): \(\max_{a, b} -\frac12 |w|^2 + \langle y, a - b \rangle - \varepsilon \sum_n (a_n + b_n)\)
+    subject to \(0 \le a, b \le C\).
+
+    What differs: there is no intercept (see `RegressionHead`). The `solution` of a fit is \(a\) above \(b\).
+
+    Args:
+        C: weight of the errors, positive; a float or `Learnable`. Defaults to 1.
+        epsilon: half width of the free tube, positive, in units of targets; a float or `Learnable`. Defaults to 0.1.
+        solver: a `Solver`, or its name as in `SOLVERS`. Defaults to "native".
+        kernel: this argument and `validate` are those of `Head`.
+
+    Raises:
+        InputError: an argument is unusable. Calls raise what `RegressionHead.forward` does.
+        MissingDependencyError: the named solver's package is not installed.
+
+    Example:
+        `values = SupportVectorRegressionHead(C=10.0, kernel=RBF())(support, targets, query)`
+    """
+
+    checks: ClassVar[dict[str, Check]] = RegressionHead.checks | {
+        "C": check_positive,
+        "epsilon": check_positive,
+        "solver": lambda _, solver: get_solver(solver),
+    }
+
+    solver: Solver
+
+    def __init__(
+        self,
+        C: Hyperparameter = 1.0,
+        *,
+        epsilon: Hyperparameter = 0.1,
+        solver: Solver | str = "native",
+        kernel: KernelLike | None = None,
+        validate: bool = True,
+    ) -> None:
+        super().__init__(kernel=kernel, validate=validate)
+        self.C, self.epsilon, self.solver = C, epsilon, get_solver(solver)
+
+    def solve(self, support: SupportSet) -> KernelExpansion:
+        gram, targets = support.gram, support.targets
+        epsilon = as_tensor(self.epsilon, gram)
+        linear = torch.cat([targets - epsilon, -targets - epsilon], -2)
+        both = torch.cat([torch.cat([gram, -gram], -1), torch.cat([-gram, gram], -1)], -2)
+        upper = as_tensor(self.C, gram).expand(linear.shape)
+        solution = self.solver.solve(
+            DualProblem(both, linear, lower=torch.zeros_like(linear), upper=upper, rows_sum_to_zero=False)
+        )
+        above, below = solution.coef.chunk(2, -2)
+        return KernelExpansion(above - below, solution=solution)

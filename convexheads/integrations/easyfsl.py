@@ -20,9 +20,8 @@ from easyfsl.methods import FewShotClassifier
 class HeadClassifier(FewShotClassifier):
     """A head as one of easyfsl's `FewShotClassifier`s.
 
-    It runs with easyfsl's `TaskSampler`, `evaluate` and training scripts, as its `PrototypicalNetworks` does. What
-    differs: it has no prototypes, and labels other than 0 to k - 1, with which easyfsl's own methods return wrong
-    results, are an error.
+    It runs with easyfsl's `TaskSampler`, `evaluate` and training scripts, as `PrototypicalNetworks` does. What differs:
+    it has no prototypes, and labels other than 0 to k - 1, for which easyfsl's own methods are wrong, are an error.
 
     Use it when you evaluate or train with easyfsl's scripts.
 

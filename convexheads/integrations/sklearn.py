@@ -38,8 +38,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         fitted_: The fitted head, with its certificate: `classifier.fitted_.solution.gap`.
 
     Raises:
-        ValueError: The data or the head are unusable; `convexheads.InputError` and `sklearn.exceptions.NotFittedError`
-            are subclasses.
+        ValueError: The data or the head are unusable, or there was no fit (`InputError`, `NotFittedError`).
         SolverError: The problem could not be solved (see the solver's `on_failure`).
 
     Example:

@@ -1,10 +1,9 @@
 """Backbones, heads with the settings of the literature, and weights that the package contains."""
 
 from convexheads.models.backbone import Backbone
-from convexheads.models.build import build_backbone, build_head, build_model
-from convexheads.models.networks import WRN28, Conv4, DropBlock, R2D2Network, ResNet12
-from convexheads.models.presets import metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
-from convexheads.models.pretrained import Pretrained, list_pretrained, load_pretrained, save_pretrained
+from convexheads.models.networks import WRN28, Conv4, DropBlock, R2D2Network, ResNet12, build_backbone
+from convexheads.models.presets import build_head, metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
+from convexheads.models.pretrained import Pretrained, build_model, list_pretrained, load_pretrained, save_pretrained
 
 __all__ = [
     "WRN28",

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from convexheads._validation import check_positive_ints
 from convexheads.errors import InputError
 
-NEGATIVE_SLOPE = 0.1
-"""Slope of the leaky ReLUs of Lee et al. 2019 (Section 4.1)."""
 # Interpolation may overshoot [0, 1] by less than this, while standardized or uint8-valued pixels exceed it.
 _FAR_OUTSIDE = 0.5
 _Own = TypeVar("_Own", bound="Backbone")
@@ -66,8 +64,8 @@ class Backbone(nn.Module):
         """Make a backbone with the size and the channels of example images, and the statistics of their pixels.
 
         Args:
-            images: Images such as those of the training classes: uint8, or floating-point values in [0, 1],
-                `(n, channels, height, width)`.
+            images: Images such as those of the training classes, `(n, channels, height, width)`: uint8, or
+                floating-point values in [0, 1].
             settings: Further arguments of the class.
 
         Example:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,10 @@ from torch.nn import functional
 
 from convexheads._validation import check_choice, check_positive_ints
 from convexheads.errors import InputError, MissingDependencyError
-from convexheads.models.backbone import NEGATIVE_SLOPE, Backbone
+from convexheads.models.backbone import Backbone
+
+NEGATIVE_SLOPE = 0.1
+"""Slope of the leaky ReLUs of Lee et al. 2019 (Section 4.1)."""
 
 
 class Conv4(Backbone):
@@ -217,6 +221,9 @@ class WRN28(Backbone):
     Use it when you compare with published results for WRN-28-10. The arguments `in_channels`, `image_size`, `mean` and
     `std` are those of `Backbone`.
 
+    Raises:
+        MissingDependencyError: learn2learn is not installed.
+
     Example:
         `backbone = WRN28(in_channels=3, image_size=84)`
     """
@@ -230,3 +237,29 @@ class WRN28(Backbone):
         first = nn.Conv2d(self.in_channels, 16, 3, padding=1)
         last = nn.ReLU(), nn.AdaptiveAvgPool2d(1)
         return nn.Sequential(first, network.layer1, network.layer2, network.layer3, network.bn1, *last), 640
+
+
+BACKBONES: dict[str, type[Backbone]] = {"conv4": Conv4, "r2d2": R2D2Network, "resnet12": ResNet12, "wrn28": WRN28}
+"""The classes that `build_backbone` knows, by name."""
+
+
+def build_backbone(name: str, images: Tensor | None = None, **settings: Any) -> Backbone:
+    """Build a backbone by its name.
+
+    Args:
+        name: One of `BACKBONES`: "conv4", "r2d2", "resnet12", "wrn28".
+        images: Example images for `Backbone.from_images`, `(n, channels, height, width)`; by default, the number of
+            channels, the size, the mean and the standard deviation are settings.
+        settings: Arguments of the backbone's class.
+
+    Raises:
+        MissingDependencyError: The backbone is "wrn28" and learn2learn is not installed.
+
+    Example:
+        `backbone = build_backbone("resnet12", image_size=84, dropblock="none")`
+    """
+    backbone = BACKBONES[check_choice("backbone", name, BACKBONES)]
+    try:
+        return backbone(**settings) if images is None else backbone.from_images(images, **settings)
+    except TypeError as error:
+        raise InputError("backbone", "settings that it has", f"{name} with {settings} ({error})") from error

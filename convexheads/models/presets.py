@@ -1,15 +1,15 @@
 """Heads with the hyperparameters of the literature, as in the paper or as in the authors' code.
 
-What differs from the papers and their code: problems are solved to optimality, and the scale stays positive, while that
-of the code may become negative.
+What differs from the papers and their code: problems are solved to optimality, and the scale stays positive.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 from convexheads._validation import check_choice
-from convexheads.heads import PrototypeHead, RidgeHead, SVMHead
+from convexheads.heads import ClassificationHead, PrototypeHead, RidgeHead, SVMHead
 from convexheads.hyperparameters import Learnable
 from convexheads.kernels import Linear
 
@@ -69,12 +69,32 @@ def r2d2(variant: Variant = "paper") -> RidgeHead:
 
     Args:
         variant: "paper" learns lambda, a scale and a bias, which start at 1, 1e-4 and 0; "reference_code" is the R2-D2
-            head in the code published by Lee et al. 2019: lambda = 50, fixed, a learnable scale that starts at 1, and
-            no bias.
+            head in the code of Lee et al. 2019: lambda = 50, fixed, a learnable scale that starts at 1, and no bias.
     """
     if _is_reference_code(variant):
         return RidgeHead(50.0, scale=Learnable(1.0))
     return RidgeHead(Learnable(1.0), bias=Learnable(0.0, positive=False), scale=Learnable(1e-4))
+
+
+HEADS: dict[str, Callable[[], ClassificationHead]] = {
+    "svm": metaoptnet_svm,
+    "ridge": metaoptnet_ridge,
+    "prototypes": protonet,
+    # Smoothing adds to the diagonal of the Gram matrix, which is 150 to 300 for the features of these backbones.
+    "svm-smoothed": lambda: SVMHead(C=0.1, smoothing=100.0, scale=Learnable(1.0)),
+}
+"""The functions that `build_head` calls, by name."""
+
+
+def build_head(name: str) -> ClassificationHead:
+    """Build a head for training a backbone, with a learnable scale of its logits.
+
+    Args:
+        name: One of `HEADS`: "svm", "ridge" and "prototypes" are `metaoptnet_svm`, `metaoptnet_ridge` and `protonet`.
+            "svm-smoothed" smooths the hinge loss as the reference code of MetaOptNet does, but a hundred times more,
+            with which features learn faster.
+    """
+    return HEADS[check_choice("head", name, HEADS)]()
 
 
 def _is_reference_code(variant: str) -> bool:

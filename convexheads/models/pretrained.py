@@ -6,14 +6,15 @@ import os.path
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from convexheads import _storage
 from convexheads._validation import describe
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead
 from convexheads.models.backbone import Backbone
-from convexheads.models.build import build_model
+from convexheads.models.networks import build_backbone
+from convexheads.models.presets import build_head
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 """The folder of the weights that the package contains."""
@@ -31,6 +32,26 @@ class Pretrained(NamedTuple):
     backbone: Backbone
     head: ClassificationHead
     settings: dict[str, Any]
+
+
+def build_model(
+    config: dict[str, Any], images: Tensor | None = None, **settings: Any
+) -> tuple[Backbone, ClassificationHead]:
+    """Build the backbone and the head with which a training starts.
+
+    Args:
+        config: The names of the "backbone" and the "head"; for a "resnet12", also its "dropblock".
+        images: Example images, as for `build_backbone`.
+        settings: Further arguments of the backbone's class.
+
+    Example:
+        `backbone, head = build_model({"backbone": "conv4", "head": "svm"}, images)`
+    """
+    if missing := {"backbone", "head"} - config.keys():
+        raise InputError("config", "the names of a backbone and of a head", f"no {' and no '.join(sorted(missing))}")
+    if config["backbone"] == "resnet12":
+        settings = {"dropblock": config.get("dropblock", "paper")} | settings
+    return build_backbone(config["backbone"], images, **settings), build_head(config["head"])
 
 
 def list_pretrained() -> list[str]:

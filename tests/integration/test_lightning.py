@@ -152,6 +152,20 @@ def test_schedules(schedule: str, expected: list[float]) -> None:
     assert rates == pytest.approx(expected)
 
 
+def test_weight_decay_leaves_learnables_alone() -> None:
+    own = module(weight_decay=0.5, momentum=0.0)
+    weight = own.backbone.weight.detach().clone()
+    weight, head = own.backbone.weight.detach().clone(), repr(own.head)
+    own.head.scale = Learnable(3.0)
+    head = repr(own.head)
+    for parameter in own.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    found = own.configure_optimizers()
+    found["optimizer"].step()
+    assert repr(own.head) == head
+    torch.testing.assert_close(own.backbone.weight, (1 - 0.1 * 0.5) * weight)
+
+
 def test_label_smoothing_and_what_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     samples, labels = torch.randn(2, 8, 5), torch.arange(8).expand(2, -1) % 2

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from convexheads import InputError, _storage, embed, evaluate, load_pretrained
 from convexheads.models import build_head, build_model, list_pretrained, save_pretrained
-from convexheads.models.build import HEADS
+from convexheads.models.presets import HEADS
 from convexheads.models.pretrained import WEIGHTS_DIR
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from convexheads import InputError
 from convexheads.models import Backbone, Conv4, DropBlock, ResNet12, build_backbone
-from convexheads.models.build import BACKBONES
+from convexheads.models.networks import BACKBONES
 
 OWN = [name for name in BACKBONES if name != "wrn28"]  # whose layers are learn2learn's
 

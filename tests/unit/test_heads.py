@@ -310,7 +310,7 @@ def test_float32_where_float64_is_lacking(monkeypatch):
     """What a device without float64 gives, tried on the CPU."""
     support, labels, query, ways = task(4, dtype=torch.float32)
     exact = SVMHead(0.3)(support.double(), labels, query.double(), ways=ways)
-    for module in ("heads.base.classification", "solvers.base"):
+    for module in ("heads.base.classification", "heads.base.head", "solvers.base"):
         monkeypatch.setattr(f"convexheads.{module}.working_dtype", lambda _: torch.float32)
     fitted = SVMHead(0.3).fit(support, labels, ways=ways)
     assert fitted.expansion.coef.dtype == torch.float32

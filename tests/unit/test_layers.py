@@ -20,9 +20,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("solvers",),
     ("heads",),
-    ("loader",),
     ("episodes", "_sampling"),
-    ("evaluation", "training"),
+    ("loader", "evaluation", "training"),
     ("models",),
     ("",),  # the package itself, whose `__init__` exports the public names
     ("integrations", "cli"),

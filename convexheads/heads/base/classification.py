@@ -43,22 +43,20 @@ class ClassificationHead(Head):
                 `labels.unique(return_inverse=True)[1]`); shots may differ between classes.
             query: features, `(*batch, q, d)`.
             ways: number of classes k. Defaults to None, the largest label plus one (reading it waits for a GPU). A
-                tensor of integers, `(*batch,)`, is the number of classes of each task; k is then the largest of them,
-                and the logits of classes that a task does not have are minus infinity. Tasks with the same number of
-                classes are solved together.
-            mask: `(*batch, n)`, False at examples to ignore, so that tasks of different size fit one batch. Defaults to
-                None (no mask).
+                tensor of integers, `(*batch,)`, has the number of each task; k is then the largest of them, the logits
+                of classes that a task does not have are minus infinity, and tasks with equally many classes are solved
+                together.
+            mask: `(*batch, n)`, False at examples to ignore; tasks of different size then fit one batch. Defaults to
+                None.
 
         Returns:
             Logits, `(*batch, q, k)`, in the support's dtype. Gradients reach support, query and `Learnable`s.
 
         Raises:
             InputError: an argument is unusable, or the kernel: it returns no Gram matrix, or one that is not positive
-                semi-definite and makes the problem fail. With `validate=False`, wrong values are not an error: a label
-                out of range gives NaN logits in its task, or that task fails in the solver; and a closed form that has
-                no solution gives NaN.
-            SolverError: a task could not be solved (see the solver's `on_failure`; with "warn", `SolverWarning`
-                instead).
+                semi-definite and makes the problem fail. With `validate=False`, a label out of range gives NaN logits
+                in its task, or fails in the solver, and a closed form without a solution gives NaN.
+            SolverError: a task could not be solved (see the solver's `on_failure`; "warn" gives a `SolverWarning`).
             ConvexHeadsError: in the backward pass, for a second derivative that the solver does not have.
         """
         return self.fit(support, labels, ways=ways, mask=mask)(query)
@@ -84,17 +82,15 @@ class ClassificationHead(Head):
             support, labels, ways, mask, requires_all_classes=self.requires_all_classes, validate=self.validate
         )
         with full_precision(support.device):
-            features = support.to(working_dtype(support.device))
-            if mask is not None:  # masked rows may contain NaN
-                features = features.masked_fill(~mask.unsqueeze(-1), 0)
-            targets = one_hot(labels.long(), max_ways, mask, features.dtype)
-            examples = self._support_set(features, targets, mask)
+            targets = one_hot(labels, max_ways, working_dtype(support.device))
+            examples = self._support_set(support, targets, mask)
             each = ways.long() if isinstance(ways, Tensor) and ways.ndim else None
             if each is None or not each.numel():
                 expansion = self._solve_checked(examples)
             else:
                 expansion = self._solve_grouped_by_ways(examples, each)
-            return FittedClassifier(expansion, examples, as_tensor(self.scale, features), support.dtype, each)
+            scale = as_tensor(self.scale, examples.features)
+            return FittedClassifier(expansion, examples, scale, support.dtype, each)
 
     def _solve_grouped_by_ways(self, support: SupportSet, ways: Integer[Tensor, "*batch"]) -> KernelExpansion:
         """Solve the tasks with the same number of classes together; absent classes get coefficients of zero."""

@@ -155,8 +155,8 @@ class FittedClassifier(Fitted):
         """Score queries.
 
         Args:
-            query: features, `(*batch, q, d)`, with the leading dimensions, feature size and device of the support; of
-                any floating-point dtype.
+            query: features, `(*batch, q, d)`, of any floating-point dtype, on the device of the support, with its
+                leading dimensions and feature size.
 
         Returns:
             Logits, `(*batch, q, k)`, in the dtype of the support; minus infinity for classes that a task does not have.
@@ -199,11 +199,11 @@ class FittedRegressor(Fitted):
         """Predict.
 
         Args:
-            query: features, `(*batch, q, d)`, with the leading dimensions, feature size and device of the support.
+            query: features, `(*batch, q, d)`, of any floating-point dtype, on the device of the support, with its
+                leading dimensions and feature size.
 
         Returns:
-            `(*batch, q)` or `(*batch, q, outputs)`, like the targets, in the units of the targets and in the support's
-                dtype.
+            `(*batch, q)` or `(*batch, q, outputs)`, in the shape and units of the targets and the dtype of the support.
 
         Raises:
             InputError: shape, dtype or device do not match the support, or a feature is not finite.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from convexheads._validation import Check, check_bool, check_definite
@@ -13,6 +12,7 @@ from convexheads.errors import InputError, SolverError
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Configurable, Hyperparameter, check_positive
 from convexheads.kernels import Kernel, KernelLike, Linear, check_kernel, condition
+from convexheads.precision import working_dtype
 
 
 class Head(Configurable, ABC):
@@ -23,8 +23,7 @@ class Head(Configurable, ABC):
 
     Args:
         kernel: any callable `(x, y) -> gram` (`convexheads.kernels`). Defaults to `Linear()`.
-        scale: factor of all scores, positive (gamma in Eq. 12 of Lee et al. 2019); a float or `Learnable`. Defaults to
-            1.
+        scale: positive factor of all scores (gamma in Eq. 12 of Lee et al.); a float or `Learnable`. Defaults to 1.
         validate: whether to check the values of all input, on any device: labels out of range, features and Gram
             matrices that are not finite, matrices that cannot be factorized. False skips every check that reads values,
             so that heads with a closed form never wait for a GPU; tasks with wrong values then give NaN, or fail in the
@@ -55,20 +54,19 @@ class Head(Configurable, ABC):
             support: features, Gram matrix and targets of a batch of tasks.
 
         Returns:
-            Coefficients `(*batch, n, k)` and other terms of the scores, differentiable in the support set and in the
-                hyperparameters.
+            Coefficients `(*batch, n, k)` and other terms of the scores, differentiable in support and hyperparameters.
 
         Raises:
             SolverError: a task could not be solved. `fit` raises an `InputError` instead if the Gram matrix is not
                 positive semi-definite.
         """
 
-    def _support_set(
-        self,
-        features: Float[Tensor, "*batch n d"],
-        targets: Float[Tensor, "*batch n k"],
-        mask: Bool[Tensor, "*batch n"] | None,
-    ) -> SupportSet:
+    def _support_set(self, features: Tensor, targets: Tensor, mask: Tensor | None) -> SupportSet:
+        """The support set in working precision, zero at masked examples, which may contain NaN."""
+        features = features.to(working_dtype(features.device))
+        targets = targets.to(features.dtype)
+        if mask is not None:
+            features, targets = (value.masked_fill(~mask.unsqueeze(-1), 0) for value in (features, targets))
         return SupportSet(features, targets, mask, condition(self.kernel, features, mask), self.validate)
 
     def _solve_checked(self, support: SupportSet) -> KernelExpansion:

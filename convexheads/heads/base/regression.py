@@ -11,7 +11,7 @@ from convexheads._validation import check_regression
 from convexheads.heads.base.fitted import FittedRegressor
 from convexheads.heads.base.head import Head
 from convexheads.hyperparameters import as_tensor
-from convexheads.precision import full_precision, working_dtype
+from convexheads.precision import full_precision
 
 
 class RegressionHead(Head):
@@ -38,8 +38,8 @@ class RegressionHead(Head):
             support: features, `(*batch, n, d)`; the leading dimensions are tasks, any number of them.
             targets: values to regress on, `(*batch, n)` or `(*batch, n, outputs)`, of any floating-point dtype.
             query: features, `(*batch, q, d)`.
-            mask: `(*batch, n)`, False at examples to ignore, so that tasks of different size fit one batch. Defaults to
-                None (no mask).
+            mask: `(*batch, n)`, False at examples to ignore; tasks of different size then fit one batch. Defaults to
+                None.
 
         Returns:
             Predictions, `(*batch, q)` or `(*batch, q, outputs)`, in the units of the targets and in the support's
@@ -71,12 +71,6 @@ class RegressionHead(Head):
         """
         single = check_regression(support, targets, mask, validate=self.validate)
         with full_precision(support.device):
-            features = support.to(working_dtype(support.device))
-            values = (targets.unsqueeze(-1) if single else targets).to(features.dtype)
-            if mask is not None:  # masked rows may contain NaN
-                features = features.masked_fill(~mask.unsqueeze(-1), 0)
-                values = values.masked_fill(~mask.unsqueeze(-1), 0)
-            examples = self._support_set(features, values, mask)
-            expansion = self._solve_checked(examples)
-            scale = as_tensor(self.scale, features)
+            examples = self._support_set(support, targets.unsqueeze(-1) if single else targets, mask)
+            expansion, scale = self._solve_checked(examples), as_tensor(self.scale, examples.features)
         return self._fitted_class(expansion, examples, scale, support.dtype, single)

@@ -91,13 +91,10 @@ class KernelExpansion:
         return f"{type(self).__name__}(coef={tuple(self.coef.shape)}, with {', '.join(names)})"
 
 
-def one_hot(
-    labels: Integer[Tensor, "*batch n"], ways: int, mask: Bool[Tensor, "*batch n"] | None, dtype: torch.dtype
-) -> Float[Tensor, "*batch n k"]:
-    """One-hot labels, with zero rows where `mask` is False and NaN rows where a label is out of range."""
-    targets = (labels.unsqueeze(-1) == torch.arange(ways, device=labels.device)).to(dtype)
-    targets = torch.where(targets.any(-1, keepdim=True), targets, torch.nan)
-    return targets if mask is None else targets.masked_fill(~mask.unsqueeze(-1), 0)
+def one_hot(labels: Integer[Tensor, "*batch n"], ways: int, dtype: torch.dtype) -> Float[Tensor, "*batch n k"]:
+    """One-hot labels, with NaN rows where a label is out of range."""
+    targets = (labels.long().unsqueeze(-1) == torch.arange(ways, device=labels.device)).to(dtype)
+    return torch.where(targets.any(-1, keepdim=True), targets, torch.nan)
 
 
 def compute_gram(kernel: KernelLike, x: Tensor, y: Tensor, *, validate: bool) -> Float[Tensor, "*batch m n"]:
@@ -114,16 +111,14 @@ def compute_gram(kernel: KernelLike, x: Tensor, y: Tensor, *, validate: bool) ->
     return gram
 
 
-def _mask_gram(gram: Float[Tensor, "*batch n n"], mask: Bool[Tensor, "*batch n"]) -> Float[Tensor, "*batch n n"]:
+def _mask_gram(gram: Tensor, mask: Tensor) -> Tensor:
     both = mask.unsqueeze(-1) & mask.unsqueeze(-2)
     squared = gram.detach().diagonal(dim1=-2, dim2=-1)
     mean = (squared * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
     return gram.masked_fill(~both, 0) + torch.diag_embed(mean * ~mask)
 
 
-def merge_groups(
-    groups: Sequence[KernelExpansion], order: Integer[Tensor, " tasks"], batch: torch.Size
-) -> KernelExpansion:
+def merge_groups(groups: Sequence[KernelExpansion], order: Tensor, batch: torch.Size) -> KernelExpansion:
     """One batch from expansions of tasks with different numbers of classes: padded with zeros, in the given order."""
     class_dims = {"coef": 1, "bias": 1, "quadratic": 3, "bound_multipliers": 1}  # counted from the last
 
@@ -140,6 +135,5 @@ def merge_groups(
 
     solutions = [group.solution for group in groups if group.solution is not None]
     solution = Solution(**{item.name: merge(item.name, solutions) for item in fields(Solution)}) if solutions else None
-    return replace(
-        groups[0], solution=solution, **{name: merge(name, groups) for name in ("coef", "bias", "quadratic")}
-    )
+    merged = {name: merge(name, groups) for name in ("coef", "bias", "quadratic")}
+    return replace(groups[0], solution=solution, **merged)

@@ -1,7 +1,6 @@
 """Meta-training with PyTorch Lightning 2: a backbone and a head, trained on episodes.
 
-This needs the package `pytorch_lightning`, on which learn2learn builds too; it does not accept the classes of
-`lightning.pytorch`.
+This needs the package `pytorch_lightning`, as learn2learn does; it does not accept the classes of `lightning.pytorch`.
 """
 
 from __future__ import annotations

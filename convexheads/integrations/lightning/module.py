@@ -15,6 +15,7 @@ from convexheads._validation import check_choice
 from convexheads.episodes import split_task
 from convexheads.errors import InputError, SolverError
 from convexheads.heads import ClassificationHead
+from convexheads.hyperparameters import parameter_groups
 from convexheads.training import SCHEDULES, EpisodeLoss, OnFailedStep
 
 _log = logging.getLogger("convexheads.integrations.lightning")
@@ -59,7 +60,7 @@ class EpisodicModule(pl.LightningModule):
         learning_rate: Initial learning rate of SGD with Nesterov momentum.
         schedule: The schedule of the learning rate, one of `SCHEDULES`: "cosine", "paper" or "constant".
         momentum: Momentum of SGD.
-        weight_decay: Weight decay of every parameter.
+        weight_decay: Weight decay of all parameters but `Learnable`s, which `parameter_groups` explains.
         label_smoothing: Label smoothing, from 0 to below 1; the paper uses 0.1 for ResNet-12 on miniImageNet.
         on_failed_step: The policy: "raise", "skip" or "stop". A task without a certificate is a failure only if the
             head's solver has `on_failure="raise"`.
@@ -209,9 +210,9 @@ class EpisodicModule(pl.LightningModule):
         return training.episode_loss(self.head, episode, ways=self.ways, label_smoothing=self.label_smoothing)
 
     def configure_optimizers(self) -> Any:
-        """Return SGD with Nesterov momentum on all parameters, and the schedule per step."""
-        rates: Any = {"lr": self.learning_rate, "momentum": self.momentum, "weight_decay": self.weight_decay}
-        optimizer = optim.SGD(self.parameters(), nesterov=self.momentum > 0, **rates)
+        """Return SGD with Nesterov momentum on the groups of `parameter_groups`, and the schedule per step."""
+        groups, momentum = parameter_groups(self, weight_decay=self.weight_decay), self.momentum
+        optimizer = optim.SGD(groups, lr=self.learning_rate, momentum=momentum, nesterov=momentum > 0)
         # `trainer.estimated_stepping_batches` would set up the data before the loader's state is restored.
         factor = SCHEDULES[self.schedule]
         schedule = optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step / self.total_steps))
