@@ -47,7 +47,7 @@ class LogisticHead(ClassificationHead):
             duality gap of 1e-6. Defaults to None (until converged).
         on_failure: what happens if a task is not solved to that gap, as for a `Solver`: "raise" (default), "warn" or
             "return".
-        kernel: this argument, `scale` and `validate` are those of `Head`.
+        kernel: this argument, `scale` and `validate` are those of `ClassificationHead`.
 
     Raises:
         InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does.

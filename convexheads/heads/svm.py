@@ -35,7 +35,7 @@ class MulticlassSVM(ClassificationHead):
             non-negative; a float or `Learnable`. Defaults to 0. The code published by Lee et al. 2019 has 1, unlike the
             paper.
         solver: a `Solver`, or its name as in `SOLVERS`. Defaults to "native".
-        kernel: this argument, `scale` and `validate` are those of `Head`.
+        kernel: this argument, `scale` and `validate` are those of `ClassificationHead`.
 
     Raises:
         InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does.
