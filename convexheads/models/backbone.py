@@ -96,6 +96,9 @@ class Backbone(nn.Module):
         pixels = pixels.contiguous(memory_format=torch.channels_last)  # about 20 % faster on a CPU
         return self.layers(((pixels - self.mean) / self.std).to(self.mean.dtype)).flatten(1)
 
+    def extra_repr(self) -> str:
+        return f"image_size={self.image_size}"
+
     def _positions(self, halvings: int) -> int:
         """Number of positions of the feature maps after this number of 2 x 2 poolings."""
         if min(self.image_size) < 2**halvings:
