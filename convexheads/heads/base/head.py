@@ -41,7 +41,7 @@ class Head(Configurable, ABC):
 
     def __init__(self, *, kernel: KernelLike | None = None, validate: bool = True) -> None:
         super().__init__()
-        self.kernel = self.default_kernel() if kernel is None else kernel
+        self.kernel = kernel  # pyright: ignore[reportAttributeAccessIssue]  # `_check` replaces None
         self.validate = validate
 
     @abstractmethod
@@ -89,5 +89,5 @@ class Head(Configurable, ABC):
                 raise InputError(name, f"{shape} in {dtype}", got)
         return expansion
 
-    def _default(self, name: str, default: Any) -> Any:
-        return self.default_kernel() if name == "kernel" and default is None else super()._default(name, default)
+    def _check(self, name: str, value: Any) -> Any:
+        return super()._check(name, self.default_kernel() if name == "kernel" and value is None else value)
