@@ -101,6 +101,14 @@ def check_real(
     return number
 
 
+def check_fraction(name: str, value: Any) -> float:
+    """Return the `value` as a float if it is a real number from 0 to below 1, or raise `InputError`."""
+    with suppress(InputError):
+        if (number := check_real(name, value, positive=True, allow_zero=True)) < 1:
+            return number
+    raise InputError(name, "a number from 0 to below 1", describe(value))
+
+
 def optional(check: Callable[[str, Any], _T]) -> Callable[[str, Any], _T | None]:
     """The check, for a value that may also be None."""
     return lambda name, value: None if value is None else check(name, value)

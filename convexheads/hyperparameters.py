@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from contextlib import suppress
 from functools import cache
 from typing import Any, ClassVar, TypeVar
 
@@ -129,11 +130,14 @@ class Configurable(nn.Module):
     """For each setting, the function `(name, value) -> value` that checks it and returns the value to keep."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if check := self.checks.get(name):
-            value = check(self._argument(name), value)
+        if name in self.checks:
+            value = self._check(name, value)
             if not isinstance(value, nn.Module):
                 self._modules.pop(name, None)  # a number replaces a `Learnable`
         super().__setattr__(name, value)
+
+    def _check(self, name: str, value: Any) -> Any:
+        return self.checks[name](self._argument(name), value)
 
     def _argument(self, name: str) -> str:
         """The name of the setting in errors."""
@@ -157,7 +161,8 @@ class Configurable(nn.Module):
         for name, value in params.items():
             outer, _, inner = name.partition("__")
             if outer not in constructor_arguments(type(self)):
-                raise InputError(outer, f"one of {', '.join(constructor_arguments(type(self)))}", "no such setting")
+                names = ", ".join(constructor_arguments(type(self))) or "none"
+                raise InputError(outer, f"a setting of {type(self).__name__} ({names})", "no such setting")
             if not inner:
                 setattr(self, name, value)
             elif isinstance(part := getattr(self, outer), Configurable):
@@ -173,18 +178,15 @@ class Configurable(nn.Module):
         """The constructor call: arguments that may be positional, and others that differ from their defaults."""
         shown = []
         for name, argument in constructor_arguments(type(self)).items():
-            value, default = getattr(self, name), self._default(name, argument.default)
+            value, default = getattr(self, name), argument.default
+            if default is not argument.empty and name in self.checks:
+                with suppress(InputError):  # a constructor may replace a default that is only a placeholder
+                    default = self._check(name, default)
             is_default = type(value) is type(default) and repr(value) == repr(default)
             if is_default and (argument.kind is argument.KEYWORD_ONLY or value is None):
                 continue
             shown.append(f"{name}={value.__name__ if inspect.isfunction(value) else repr(value)}")
         return f"{type(self).__name__}({', '.join(shown)})"
-
-    def _default(self, name: str, default: Any) -> Any:
-        """The value of a setting for the default of its argument."""
-        if default is None or default is inspect.Parameter.empty or name not in self.checks:
-            return default
-        return self.checks[name](name, default)
 
 
 @cache

@@ -35,6 +35,8 @@ def check_kernel(name: str, value: Any) -> KernelLike:
     """Return the `value` of the argument `name` if it is a kernel, or raise `InputError`."""
     if not is_kernel(value):
         raise InputError(name, "a callable (x, y) -> gram, such as convexheads.kernels.RBF(1.0)", repr(value))
+    if not callable(method := getattr(value, "condition_on", None) or value):
+        raise InputError(name, "a method condition_on(features, mask), or none", repr(method))
     return value
 
 

@@ -34,8 +34,11 @@ def load_feature_extractor(name: str) -> FeatureExtractor:
         names = ", ".join([*FEATURES, *list_pretrained()])
         raise InputError("features", f"one of {names}, or MODULE:FUNCTION", repr(name))
     try:
-        return getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        extractor: FeatureExtractor = getattr(import_module(module), function)
+        if not callable(extractor):
+            raise TypeError(f"{type(extractor).__name__} is not callable")
+        return extractor
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise InputError("features", "a function of a module that can be imported", f"{name!r} ({error})") from error
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,10 @@ class CvxpyTask:
 def _check_build(name: str, value: Any) -> Any:
     if not callable(value):
         raise InputError(name, "a function from a CvxpyTask to an expression to minimize", repr(value))
+    try:
+        hash(ref(value))
+    except TypeError as error:
+        raise InputError(name, "a function that can be hashed and weakly referenced", f"{value!r} ({error})") from error
     return value
 
 
@@ -98,7 +102,7 @@ class CvxpyHead(ClassificationHead):
             function: pass the same function every time, not a new lambda in every step.
         hyperparameters: positive hyperparameters by name, floats or `Learnable`s, which receive gradients. They are
             the `parameters` of the `CvxpyTask`. Defaults to None.
-        kernel: this argument, `scale` and `validate` are those of `Head`.
+        kernel: this argument, `scale` and `validate` are those of `ClassificationHead`.
 
     Raises:
         InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does, for a problem that is

@@ -45,7 +45,7 @@ class LinearDiscriminantHead(ClassificationHead):
         shrinkage: s, above 0, at most 1, where 1 gives the nearest class mean (up to the frequencies). Defaults to 0.5.
         variance: v, positive, in squared units of the features; a float or `Learnable`. Defaults to None, the
             mean variance, where d is the number of input features with any kernel.
-        kernel: this argument, `scale` and `validate` are those of `Head`.
+        kernel: this argument, `scale` and `validate` are those of `ClassificationHead`.
 
     Raises:
         InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does, for a class without
@@ -113,7 +113,7 @@ class MahalanobisHead(ClassificationHead):
     Args:
         regularization: beta, positive, in squared units of features; a float or `Learnable`. Defaults to 1, as in the
             paper.
-        kernel: this argument, `scale` and `validate` are those of `Head`.
+        kernel: this argument, `scale` and `validate` are those of `ClassificationHead`.
 
     Raises:
         InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does, and for a class

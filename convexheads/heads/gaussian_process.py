@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads._validation import Check, check_query
+from convexheads._validation import Check
 from convexheads.heads._linear_algebra import shifted_cholesky
 from convexheads.heads.base.fitted import FittedRegressor
 from convexheads.heads.base.regression import RegressionHead
@@ -48,11 +48,10 @@ class FittedGaussianProcess(FittedRegressor):
         Raises:
             InputError: as in a call.
         """
-        check_query(query, self.support.features, validate=self.support.validate)
+        query = self._prepare(query)
         with full_precision(query.device):
-            query = query.to(self.support.features.dtype)
-            explained = torch.linalg.solve_triangular(self._factor, self.cross_gram(query).mT, upper=False)
-            variance = self.query_gram_diagonal(query) - explained.square().sum(-2)
+            explained = torch.linalg.solve_triangular(self._factor, self._cross_gram(query).mT, upper=False)
+            variance = self._query_gram_diagonal(query) - explained.square().sum(-2)
             return variance.clamp_min(0).to(self.dtype)
 
     def log_marginal_likelihood(self) -> Float[Tensor, "*batch"]:

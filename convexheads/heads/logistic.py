@@ -45,7 +45,7 @@ class LogisticHead(ClassificationHead):
         steps: number of undamped Newton steps; the status is `STOPPED` if they do not reach the certified relative
             duality gap of 1e-6. Defaults to None (until converged).
         on_failure: what happens to a task above that gap, as for a `Solver`: "raise" (default), "warn" or "return".
-        kernel: this argument, `scale` and `validate` are those of `Head`.
+        kernel: this argument, `scale` and `validate` are those of `ClassificationHead`.
 
     Raises:
         InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does.

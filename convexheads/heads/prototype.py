@@ -19,7 +19,7 @@ class PrototypeHead(ClassificationHead):
     What differs from Lee et al. 2019: they divide the distance by the feature dimension (Section 4.1), which is
     `PrototypeHead(kernel=Linear(normalize=True))`.
 
-    Its arguments `kernel`, `scale` and `validate` are those of `Head`.
+    Its arguments `kernel`, `scale` and `validate` are those of `ClassificationHead`.
 
     Raises:
         InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does, and for a class

@@ -51,7 +51,7 @@ class RidgeHead(ClassificationHead):
     Args:
         regularization: lambda, positive; a float or `Learnable`. Defaults to 50, that of Lee et al. 2019.
         bias: added to all logits, after `scale`; a float or `Learnable(..., positive=False)`. Defaults to 0.
-        kernel: this argument, `scale` and `validate` are those of `Head`.
+        kernel: this argument, `scale` and `validate` are those of `ClassificationHead`.
 
     Raises:
         InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does.

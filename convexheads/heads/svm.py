@@ -33,7 +33,7 @@ class MulticlassSVM(ClassificationHead):
         smoothing: quadratic smoothing of the loss, \(\frac{\delta}{2}|\alpha|^2\) in the dual, over all coefficients,
             non-negative; a float or `Learnable`. Defaults to 0. The code of Lee et al. 2019 has 1, unlike the paper.
         solver: a `Solver`, or its name as in `SOLVERS`. Defaults to "native".
-        kernel: this argument, `scale` and `validate` are those of `Head`.
+        kernel: this argument, `scale` and `validate` are those of `ClassificationHead`.
 
     Raises:
         InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from convexheads._validation import check_positive_ints
+from convexheads._validation import check_positive_int
 from convexheads.errors import InputError
 
 # Interpolation may overshoot [0, 1] by less than this, while standardized or uint8-valued pixels exceed it.
@@ -36,16 +38,17 @@ class Backbone(nn.Module):
     def __init__(
         self,
         in_channels: int = 3,
-        image_size: int | tuple[int, int] = 32,
+        image_size: int | Sequence[int] = 32,
         mean: float | Sequence[float] = 0.5,
         std: float | Sequence[float] = 0.5,
     ) -> None:
         super().__init__()
-        self.image_size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
-        check_positive_ints(in_channels=in_channels, **dict(zip(("height", "width"), self.image_size, strict=True)))
-        self.in_channels = in_channels
+        self.image_size = _check_image_size(image_size)
+        self.in_channels = check_positive_int("in_channels", in_channels)
         for name, values in (("mean", mean), ("std", std)):
-            per_channel = torch.as_tensor(values, dtype=torch.float64)
+            per_channel = torch.tensor(math.nan)
+            with suppress(TypeError, ValueError, RuntimeError):
+                per_channel = torch.as_tensor(values, dtype=torch.float64)
             usable = per_channel.isfinite().all() and (name == "mean" or (per_channel > 0).all())
             if per_channel.shape not in ((), (in_channels,)) or not usable:
                 sign = "" if name == "mean" else "positive "
@@ -74,35 +77,45 @@ class Backbone(nn.Module):
         if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
             got = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
             raise InputError("images", "(n, channels, height, width), with at least one image", got)
-        std, mean = torch.std_mean(_as_pixels(images, images.shape[1]).float(), dim=(0, 2, 3))
+        std, mean = torch.std_mean(_as_pixels(images, images.shape[1:]).float(), dim=(0, 2, 3))
         std = std.where(std > 0, 1)  # a constant channel carries no scale
         mean, std = ((statistic.double() / 255).tolist() for statistic in (mean, std))
         _, channels, height, width = images.shape
         return cls(in_channels=channels, image_size=(height, width), mean=mean, std=std, **settings)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the features of `images` `(n, in_channels, height, width)`, a tensor `(n, num_features)`.
+        """Compute the features of `images` `(n, in_channels, *image_size)`, a tensor `(n, num_features)`.
 
         Raises:
             InputError: The images are neither uint8 nor floating-point values in [0, 1], as torchvision's `ToTensor`
                 makes them, or have another shape.
         """
-        pixels = _as_pixels(images, self.in_channels)
+        pixels = _as_pixels(images, (self.in_channels, *self.image_size))
         pixels = pixels.contiguous(memory_format=torch.channels_last)  # about 20 % faster on a CPU
         return self.layers(((pixels - self.mean) / self.std).to(self.mean.dtype)).flatten(1)
 
+    def extra_repr(self) -> str:
+        return f"image_size={self.image_size}"
+
     def _positions(self, halvings: int) -> int:
         """Number of positions of the feature maps after this number of 2 x 2 poolings."""
+        if min(self.image_size) < 2**halvings:
+            raise InputError("image_size", f"at least {2**halvings} pixels", self.image_size)
         height, width = self.image_size
         return (height // 2**halvings) * (width // 2**halvings)
 
 
-def _as_pixels(images: Tensor, channels: int) -> Tensor:
+def _check_image_size(value: Any) -> tuple[int, int]:
+    height, width = value if isinstance(value, tuple | list) and len(value) == 2 else (value, value)
+    return check_positive_int("image_size", height), check_positive_int("image_size", width)
+
+
+def _as_pixels(images: Tensor, shape: Sequence[int]) -> Tensor:
     """The images in units of uint8 pixels."""
     is_uint8 = images.dtype == torch.uint8
-    if not (is_uint8 or images.is_floating_point()) or images.ndim != 4 or images.shape[1] != channels:
+    if not (is_uint8 or images.is_floating_point()) or images.shape[1:] != shape:
         got = f"shape {tuple(images.shape)} of {images.dtype}"
-        raise InputError("images", f"(n, {channels}, height, width) of torch.uint8 or of floats from 0 to 1", got)
+        raise InputError("images", f"(n, {', '.join(map(str, shape))}) of torch.uint8 or of floats from 0 to 1", got)
     if is_uint8:
         return images
     low, high = (value.item() for value in images.detach().aminmax()) if images.numel() else (0.0, 1.0)

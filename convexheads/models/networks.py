@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convexheads._validation import check_choice, check_positive_ints
+from convexheads._validation import check_choice, check_fraction, check_positive_ints
 from convexheads.errors import InputError, MissingDependencyError
 from convexheads.models.backbone import Backbone
 
@@ -116,7 +116,7 @@ class ResNet12(Backbone):
     def __init__(
         self,
         in_channels: int = 3,
-        image_size: int | tuple[int, int] = 32,
+        image_size: int | Sequence[int] = 32,
         mean: float | Sequence[float] = 0.5,
         std: float | Sequence[float] = 0.5,
         *,
@@ -130,6 +130,7 @@ class ResNet12(Backbone):
         super().__init__(in_channels, image_size, mean, std)
 
     def make_layers(self) -> tuple[nn.Module, int]:
+        positions = self._positions(4)
         block_size = (5 if min(self.image_size) >= 84 else 2) if self.block_size is None else self.block_size
         check_positive_ints(block_size=block_size)
         warmup_steps = 40_000 if self.dropblock == "reference_code" else 0
@@ -143,7 +144,7 @@ class ResNet12(Backbone):
             if isinstance(module, nn.Conv2d):
                 # with the gain for a slope of 0, not 0.1, as in the reference code
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
-        return layers, 640 * (1 if self.average_pool else self._positions(4))
+        return layers, 640 * (1 if self.average_pool else positions)
 
 
 class _ResidualBlock(nn.Module):
@@ -185,11 +186,10 @@ class DropBlock(nn.Module):
     def __init__(self, block_size: int, *, drop_prob: float = 0.1, warmup_steps: int = 0) -> None:
         super().__init__()
         check_positive_ints(block_size=block_size)
-        if not 0 <= drop_prob < 1:
-            raise InputError("drop_prob", "a number from 0 to below 1", drop_prob)
         if warmup_steps:
             check_positive_ints(warmup_steps=warmup_steps)
-        self.block_size, self.drop_prob, self.warmup_steps = block_size, drop_prob, warmup_steps
+        self.block_size, self.warmup_steps = block_size, warmup_steps
+        self.drop_prob = check_fraction("drop_prob", drop_prob)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # a buffer, so that checkpoints contain it
 
     def forward(self, value: Tensor) -> Tensor:

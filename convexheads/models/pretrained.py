@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os.path
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from convexheads import _storage
@@ -106,11 +108,22 @@ def save_pretrained(path: str | Path, backbone: nn.Module, head: ClassificationH
             requires; and any other values that JSON can represent, to describe the training.
 
     Raises:
+        InputError: `load_pretrained` would return another backbone or another head, because the names in `settings` are
+            not theirs, or because their arguments are not those of `build_model`.
         OSError: The file cannot be written; an older one is unchanged.
         MissingDependencyError: safetensors is not installed.
 
     Example:
         `save_pretrained("model.safetensors", backbone, head, {"backbone": "conv4", "head": "svm", "image_size": 32})`
     """
-    state = nn.ModuleDict({"backbone": backbone, "head": head}).state_dict()
+    model = nn.ModuleDict({"backbone": backbone, "head": head})
+    state, is_same = model.state_dict(), False
+    with suppress(LookupError, RuntimeError), torch.random.fork_rng([]):
+        channels = state["backbone.mean"].shape[1]
+        parts = build_model(settings, in_channels=channels, image_size=settings["image_size"])
+        rebuilt = nn.ModuleDict(dict(zip(("backbone", "head"), parts, strict=True)))
+        rebuilt.load_state_dict(state)
+        is_same = repr(rebuilt) == repr(model)
+    if not is_same:
+        raise InputError("settings", "those from which `build_model` builds this backbone and this head", settings)
     _storage.save(path, state, settings, key="settings", needed_by="save_pretrained")

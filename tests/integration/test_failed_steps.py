@@ -64,6 +64,13 @@ def test_a_failed_step_raises_by_default() -> None:
     assert EpisodicModule(nn.Identity(), RidgeHead(), ways=2, shots=1, total_steps=1).on_failed_step == "raise"
 
 
+def test_a_caught_failure_is_not_reported_again() -> None:
+    module, bad = learner("raise"), poisoned()[2]
+    for step in (2, 7):
+        with pytest.raises(InputError, match=rf"got step {step}, "):
+            module.training_step(bad, step)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_there_are_three_ways_to_go_on() -> None:
     with pytest.raises(InputError, match=r"on_failed_step: expected one of raise, skip, stop.*, got 'ignore'"):

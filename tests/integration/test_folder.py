@@ -140,6 +140,12 @@ def test_as_a_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
             r"features: expected one of text, npy, conv4-cifar-fs-prototypes.*, got 'vgg'",
         ),
         (["fit", "{0}/train", "--features", "nowhere:f"], r"expected a function of a module that can be imported"),
+        (
+            ["fit", "{0}/train", "--features", "math:pi"],
+            r"expected a function of a module.*, got 'math:pi' \(.*callable",
+        ),
+        (["fit", "{0}/train", "--features", ":f"], r"expected a function of a module that can be imported, got ':f'"),
+        (["fit", "{0}/train", "--features", ".x:f"], r"expected a function of a module that can be imported"),
         (["fit", "{0}/train", "--features", "npy"], r"file: expected a file that can be read.*, got .*0\.txt \("),
         (["fit", "{0}/train", "--output", "{0}/nowhere/x"], r"output: expected a file in a folder.*, got .*nowhere/x"),
         (["fit", "{0}/train", "--output", "{0}/train"], r"output: expected a file in a folder.*, got .*train"),

@@ -166,6 +166,7 @@ def test_weight_decay_leaves_learnables_alone() -> None:
     torch.testing.assert_close(own.backbone.weight, (1 - 0.1 * 0.5) * weight)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_label_smoothing_and_what_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     samples, labels = torch.randn(2, 8, 5), torch.arange(8).expand(2, -1) % 2
@@ -182,7 +183,7 @@ def test_label_smoothing_and_what_is_logged(monkeypatch: pytest.MonkeyPatch) -> 
         assert loss.item() == pytest.approx(expected.item())
     assert logged["certified"] == 1
     assert logged["iterations"] >= 1
-    for wrong in ({"schedule": "linear"}, {"label_smoothing": 1.0}):
+    for wrong in ({"schedule": "linear"}, {"label_smoothing": 1.0}, {"label_smoothing": "0.1"}):
         with pytest.raises(InputError, match=next(iter(wrong))):
             EpisodicModule(nn.Identity(), SVMHead(), ways=2, shots=2, total_steps=1, **wrong)
 

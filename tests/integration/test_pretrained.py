@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from convexheads import InputError, _storage, embed, evaluate, load_pretrained
-from convexheads.models import build_head, build_model, list_pretrained, save_pretrained
+from convexheads import InputError, Learnable, SVMHead, _storage, embed, evaluate, load_pretrained
+from convexheads.models import ResNet12, build_head, build_model, list_pretrained, save_pretrained
 from convexheads.models.presets import HEADS
 from convexheads.models.pretrained import WEIGHTS_DIR
 
@@ -126,9 +126,32 @@ def test_paths_may_be_strings(tmp_path: Path, kind: type) -> None:
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     examples = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
-    save_pretrained(tmp_path / "own.safetensors", *build_model(settings(), examples), settings("r2d2"))
+    state = torch.nn.ModuleDict(dict(zip(("backbone", "head"), build_model(settings(), examples), strict=True)))
+    path = tmp_path / "own.safetensors"
+    _storage.save(path, state.state_dict(), settings("r2d2"), key="settings", needed_by="the test")
     with pytest.raises(InputError, match=r"own\.safetensors, not the weights of a r2d2"):
         load_pretrained(tmp_path / "own.safetensors")
+
+
+def test_what_would_not_come_back_is_not_saved(tmp_path: Path) -> None:
+    """Arguments are not in the file: a head with another C was once loaded with that of its name."""
+    path, (backbone, head) = tmp_path / "own.safetensors", build_model(settings())
+    resnet = {"backbone": "resnet12", "head": "svm", "image_size": 32}
+    for wrong in (
+        (backbone, SVMHead(C=5.0, scale=Learnable(1.0)), settings()),
+        (backbone, head, settings(head="ridge")),
+        (backbone, head, settings("r2d2")),
+        (backbone, head, settings() | {"image_size": 48}),
+        (backbone, head, {"backbone": "conv4", "head": "svm"}),
+        (ResNet12(average_pool=True), head, resnet),
+        (torch.nn.Linear(2, 2), head, settings()),
+    ):
+        with pytest.raises(InputError, match=r"settings: expected .*, got \{"):
+            save_pretrained(path, *wrong)
+    assert not path.exists()
+    generator = torch.get_rng_state()
+    save_pretrained(path, backbone, head, settings())
+    assert torch.equal(torch.get_rng_state(), generator)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def test_float_images_are_pixels_from_0_to_1() -> None:
 
 def test_mean_and_std_are_those_of_torchvision() -> None:
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    backbone = Conv4(mean=mean, std=std)
+    backbone = Conv4(image_size=16, mean=mean, std=std)
     assert backbone.mean.shape == backbone.std.shape == (1, 3, 1, 1)
     backbone.layers = nn.Identity()
     pixels = pictures(2, 16)
@@ -124,7 +124,7 @@ def test_the_statistics_of_images_keep_their_bits() -> None:
     backbone = Conv4.from_images(images)
     assert torch.equal(backbone.mean, mean)
     assert torch.equal(backbone.std, std)
-    assert torch.isfinite(Conv4.from_images(torch.zeros(2, 3, 16, 16)).eval()(images)).all()  # no division by zero
+    assert torch.isfinite(Conv4.from_images(torch.zeros(2, 3, 32, 32)).eval()(images)).all()  # no division by zero
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -236,6 +236,36 @@ def test_the_size_of_blocks_follows_from_that_of_images_unless_given() -> None:
     assert sizes(pictures(2, 84)) == [5, 5]
     assert sizes(pictures(2, 32), block_size=3) == [3, 3]
     assert sizes(pictures(2, 32), block_size=1) == [1, 1]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("wrong", [0, 8, (32, 8), (32, 32, 3), (32,), [], "32", (32, None), 32.0, None], ids=repr)
+def test_an_unusable_image_size_is_refused(wrong: object) -> None:
+    for make in (Conv4, lambda image_size: ResNet12(image_size=image_size, average_pool=True)):
+        with pytest.raises(InputError, match=r"^image_size: expected"):
+            make(image_size=wrong)
+
+
+def test_an_image_size_may_be_a_list() -> None:
+    """YAML and JSON have no tuples."""
+    assert Conv4(image_size=[32, 48]).image_size == (32, 48)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_images_of_another_size_are_refused(name: str) -> None:
+    """They once gave another number of features than `num_features`."""
+    with pytest.raises(InputError, match=r"images: expected \(n, 3, 32, 32\) .*, got shape \(2, 3, 64, 64\)"):
+        build_backbone(name, image_size=32)(pictures(2, 64))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("wrong", ["a", None, ["a", "b", "c"], torch.nan, [0.5, [0.5], 0.5], {}], ids=repr)
+def test_what_is_no_number_is_refused(wrong: object) -> None:
+    for name in ("mean", "std"):
+        with pytest.raises(InputError, match=rf"^{name}: expected"):
+            Conv4(**{name: wrong})
+    with pytest.raises(InputError, match=r"^drop_prob: expected a number from 0 to below 1, got"):
+        DropBlock(3, drop_prob=wrong)
 
 
 def test_refuses_what_there_is_not() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import pickle
 import sys
 
@@ -124,6 +125,14 @@ def test_a_fit_moves_to_another_device():
     _, linear = fitted.support.kernel.kernels
     assert linear(query.to("meta"), query.to("meta")).is_meta
     assert fitted.support.kernel(query.to("meta"), fitted.support.features).is_meta
+
+
+def test_every_method_takes_queries_of_the_input_dtype():
+    support, labels, query, _ = task(2, dtype=torch.float32)
+    for fitted in (RidgeHead().fit(support, labels), GaussianProcessHead().fit(support, labels.float())):
+        for name, method in inspect.getmembers(type(fitted), inspect.isfunction):
+            if "query" in inspect.signature(method).parameters and (name == "__call__" or name[0] != "_"):
+                assert method(fitted, query).dtype == torch.float32, name
 
 
 @pytest.mark.gpu

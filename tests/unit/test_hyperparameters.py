@@ -24,7 +24,7 @@ from convexheads import (
     kernels,
     parameter_groups,
 )
-from convexheads.kernels import RBF, Constant, Linear, Polynomial
+from convexheads.kernels import RBF, Constant, Cosine, Linear, Polynomial
 from convexheads.solvers import NativeSolver, QpthSolver
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -90,6 +90,17 @@ def test_parameters_are_those_of_scikit_learn():
     for name in ("D", "C__value", "kernel__length_scale"):
         with pytest.raises(InputError):
             head.set_params(**{name: 1.0})
+
+
+def test_none_is_the_default_kernel():
+    for head in (SVMHead(kernel=RBF()), GaussianProcessHead(kernel=Linear())):
+        assert repr(head.set_params(kernel=None)) == repr(type(head)())
+
+
+@pytest.mark.parametrize("kernel", [Cosine(), Linear() + RBF()], ids=repr)
+def test_a_kernel_without_settings_says_so(kernel):
+    with pytest.raises(InputError, match=rf"^x: expected a setting of {type(kernel).__name__} \(none\), got no such"):
+        kernel.set_params(x=1)
 
 
 def test_a_head_that_passes_its_options_on_has_their_parameters():

@@ -429,6 +429,19 @@ def test_head_of_ones_own_with_wrong_coefficients(coef, message):
         OwnHead()(SUPPORT[:, :6], LABELS[:, :6], QUERY, ways=3)
 
 
+@pytest.mark.parametrize("part", ["bias", "quadratic"])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 1), (2, 6, 3), (2, 6, 6), (2, 1, 6, 6)])
+def test_head_of_ones_own_with_other_terms_of_a_wrong_shape(part, shape):
+    """Most of these shapes once broadcast, some to logits of another shape."""
+
+    class OwnHead(ClassificationHead):
+        def solve(self, support):
+            return KernelExpansion(support.targets, **{part: support.targets.new_ones(shape)})
+
+    with pytest.raises(InputError, match=rf"OwnHead.solve: expected .*, got {part} of shape"):
+        OwnHead()(SUPPORT[:, :6], LABELS[:, :6], QUERY, ways=3)
+
+
 def test_kernel_that_is_wrong_for_queries_only():
     with pytest.raises(InputError, match=r"kernel: expected a Gram matrix of shape.*, got a result of shape .*"):
         RidgeHead(kernel=lambda x, y: y @ x.mT)(*GOOD[:3])

@@ -94,6 +94,14 @@ def test_a_kernel_without_a_formula_says_so():
         Empty()(torch.eye(2), torch.eye(2))
 
 
+def test_an_unusable_condition_on_is_refused():
+    kernel = Polynomial()
+    kernel.condition_on = 3
+    for make in (lambda: SVMHead(kernel=kernel), lambda: kernel + Linear()):
+        with pytest.raises(InputError, match=r"expected a method condition_on.*, got 3"):
+            make()
+
+
 def test_all_parts_of_a_sum_are_its_modules():
     module = nn.Bilinear(3, 3, 1)
     kernel = (lambda x, y: x @ y.mT) + RBF(Learnable(2.0)) + Sum(module, Polynomial(offset=Learnable(1.0)))

@@ -162,6 +162,15 @@ def test_bad_input(change, message):
 
 
 @pytest.mark.usefixtures("unchecked")
+def test_predictions_are_in_the_units_of_the_targets():
+    """A scale of the mean alone would contradict the variance, and no constructor takes one."""
+    support, targets, query = torch.randn(6, 3), torch.randn(6), torch.randn(4, 3)
+    head = GaussianProcessHead()
+    expected = head(support, targets, query)
+    head.scale = 3.0
+    assert torch.equal(head(support, targets, query), expected)
+
+
 def test_regression_is_no_classification():
     support, targets, _ = task()
     assert not hasattr(RidgeRegressionHead().fit(support, targets), "probabilities")

@@ -8,23 +8,35 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from convexheads._validation import check_classification
+from convexheads._validation import Check, check_classification
 from convexheads.heads.base.fitted import FittedClassifier
 from convexheads.heads.base.head import Head
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet, merge_groups, one_hot
-from convexheads.hyperparameters import as_tensor
+from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
+from convexheads.kernels import KernelLike
 from convexheads.precision import full_precision, working_dtype
 
 
 class ClassificationHead(Head):
     """Base class of few-shot classifiers that solve a convex problem, the setting of Lee et al. 2019 (Section 3).
 
-    A subclass writes one method, `solve`, from a `SupportSet` with one-hot targets to a `KernelExpansion`. Arguments
-    (`kernel`, `scale` and `validate`) and errors are those of `Head`.
+    A subclass writes one method, `solve`, from a `SupportSet` with one-hot targets to a `KernelExpansion`.
+
+    Args:
+        scale: factor of all scores, positive (gamma in Eq. 12 of Lee et al. 2019); a float or `Learnable`. Defaults to
+            1.
+        kernel: this argument, `validate` and errors are those of `Head`.
     """
 
+    checks: ClassVar[dict[str, Check]] = Head.checks | {"scale": check_positive}
     requires_all_classes: ClassVar[bool] = False
     """Whether a class without support examples is an error."""
+
+    scale: Hyperparameter
+
+    def __init__(self, *, kernel: KernelLike | None = None, scale: Hyperparameter = 1.0, validate: bool = True) -> None:
+        super().__init__(kernel=kernel, validate=validate)
+        self.scale = scale
 
     def forward(
         self,
@@ -90,7 +102,7 @@ class ClassificationHead(Head):
             else:
                 expansion = self._solve_grouped_by_ways(examples, each)
             scale = as_tensor(self.scale, examples.features)
-            return FittedClassifier(expansion, examples, scale, support.dtype, each)
+            return FittedClassifier(expansion, examples, support.dtype, scale, each)
 
     def _solve_grouped_by_ways(self, support: SupportSet, ways: Integer[Tensor, "*batch"]) -> KernelExpansion:
         """Solve the tasks with the same number of classes together; absent classes get coefficients of zero."""

@@ -30,13 +30,11 @@ class Fitted:
     Attributes:
         expansion: coefficients, bias and other terms, in float64.
         support: the support sets, with the head's kernel as it was at the time of the fit.
-        scale: the head's scale at the time of the fit, a scalar, `()`.
         dtype: dtype of the input features and of the returned scores.
     """
 
     expansion: KernelExpansion
     support: SupportSet
-    scale: Float[Tensor, ""]
     dtype: torch.dtype
 
     @property
@@ -45,11 +43,10 @@ class Fitted:
         return self.expansion.solution
 
     def _scores(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q k"]:
-        expansion, features = self.expansion, self.support.features
-        check_query(query, features, validate=self.support.validate)
+        expansion = self.expansion
+        query = self._prepare(query)
         with full_precision(query.device):
-            query = query.to(features.dtype)
-            cross_gram = self.cross_gram(query)
+            cross_gram = self._cross_gram(query)
             scores = cross_gram @ expansion.coef
             if expansion.bias is not None:
                 scores = scores + expansion.bias.unsqueeze(-2)
@@ -58,17 +55,26 @@ class Fitted:
                 scores = scores + (image * cross_gram.unsqueeze(-3)).sum(-1).mT
             weight = expansion.self_similarity_weight
             if not isinstance(weight, float) or weight != 0:
-                scores = scores + weight * self.query_gram_diagonal(query).unsqueeze(-1)
-            return (self.scale * scores).to(self.dtype)
+                scores = scores + weight * self._query_gram_diagonal(query).unsqueeze(-1)
+            return self._to_output(scores)
 
-    def cross_gram(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q n"]:
-        """The kernel between `query`, in working precision (float64), and the support; zero at masked examples."""
+    def _prepare(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q d"]:
+        """The `query` in working precision, after all checks."""
+        check_query(query, self.support.features, validate=self.support.validate)
+        return query.to(self.support.features.dtype)
+
+    def _to_output(self, scores: Tensor) -> Tensor:
+        """Scores, or their weights or bias, as users receive them."""
+        return scores.to(self.dtype)
+
+    def _cross_gram(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q n"]:
+        """The kernel between a prepared `query` and the support; zero at masked examples."""
         features, mask = self.support.features, self.support.mask
         gram = compute_gram(self.support.kernel, query, features, validate=self.support.validate)
         return gram if mask is None else gram.masked_fill(~mask.unsqueeze(-2), 0)
 
-    def query_gram_diagonal(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q"]:
-        """The kernel between each `query`, in working precision (float64), and itself."""
+    def _query_gram_diagonal(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q"]:
+        """The kernel between each prepared `query` and itself."""
         itself = query.unsqueeze(-2)
         return self.support.kernel(itself, itself)[..., 0, 0]
 
@@ -80,7 +86,7 @@ class Fitted:
             ConvexHeadsError: the scores are not linear in the features.
         """
         slope, _ = self._affine_form()
-        return (self.scale * slope * (self.expansion.coef.mT @ self.support.features)).to(self.dtype)
+        return self._to_output(slope * (self.expansion.coef.mT @ self.support.features))
 
     @property
     def bias(self) -> Float[Tensor, "*batch k"]:
@@ -92,7 +98,7 @@ class Fitted:
         _, intercept = self._affine_form()
         coef, mask, bias = self.expansion.coef, self.support.mask, self.expansion.bias
         total = intercept * (coef if mask is None else coef * mask.unsqueeze(-1)).sum(-2)
-        return (self.scale * (total if bias is None else total + bias)).to(self.dtype)
+        return self._to_output(total if bias is None else total + bias)
 
     def to_linear(self) -> nn.Linear:
         """A new `nn.Linear` with the same scores, for a fit of one task.
@@ -143,12 +149,14 @@ class FittedClassifier(Fitted):
     """A classification head fitted on the support sets of a batch of tasks. `ClassificationHead.fit` makes it.
 
     Attributes:
+        scale: the head's scale at the time of the fit, a scalar, `()`.
         ways: the number of classes of each task, `(*batch,)`. Defaults to None (all have k).
 
     Example:
         `logits = SVMHead().fit(support, labels)(query)`
     """
 
+    scale: Float[Tensor, ""]
     ways: Integer[Tensor, "*batch"] | None = None
 
     def __call__(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q k"]:
@@ -175,6 +183,9 @@ class FittedClassifier(Fitted):
     def bias(self) -> Float[Tensor, "*batch k"]:
         bias = super().bias
         return bias if self.ways is None else bias.masked_fill(self._absent, -torch.inf)
+
+    def _to_output(self, scores: Tensor) -> Tensor:
+        return super()._to_output(self.scale * scores)
 
     @property
     def _absent(self) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from convexheads._validation import Check, check_bool, check_definite
 from convexheads.errors import InputError, SolverError
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
-from convexheads.hyperparameters import Configurable, Hyperparameter, check_positive
+from convexheads.hyperparameters import Configurable
 from convexheads.kernels import Kernel, KernelLike, Linear, check_kernel, condition
 from convexheads.precision import working_dtype
 
@@ -23,7 +23,6 @@ class Head(Configurable, ABC):
 
     Args:
         kernel: any callable `(x, y) -> gram` (`convexheads.kernels`). Defaults to `Linear()`.
-        scale: positive factor of all scores (gamma in Eq. 12 of Lee et al.); a float or `Learnable`. Defaults to 1.
         validate: whether to check the values of all input, on any device: labels out of range, features and Gram
             matrices that are not finite, matrices that cannot be factorized. False skips every check that reads values,
             so that heads with a closed form never wait for a GPU; tasks with wrong values then give NaN, or fail in the
@@ -33,18 +32,17 @@ class Head(Configurable, ABC):
         InputError: an argument is unusable.
     """
 
-    checks: ClassVar[dict[str, Check]] = {"kernel": check_kernel, "scale": check_positive, "validate": check_bool}
+    checks: ClassVar[dict[str, Check]] = {"kernel": check_kernel, "validate": check_bool}
     default_kernel: ClassVar[type[Kernel]] = Linear
     """The kernel if none is given."""
 
     kernel: KernelLike
-    scale: Hyperparameter
     validate: bool
 
-    def __init__(self, *, kernel: KernelLike | None = None, scale: Hyperparameter = 1.0, validate: bool = True) -> None:
+    def __init__(self, *, kernel: KernelLike | None = None, validate: bool = True) -> None:
         super().__init__()
-        self.kernel = self.default_kernel() if kernel is None else kernel
-        self.scale, self.validate = scale, validate
+        self.kernel = kernel  # pyright: ignore[reportAttributeAccessIssue]  # `_check` replaces None
+        self.validate = validate
 
     @abstractmethod
     def solve(self, support: SupportSet) -> KernelExpansion:
@@ -81,11 +79,14 @@ class Head(Configurable, ABC):
         name = f"{type(self).__name__}.solve"
         if not isinstance(expansion, KernelExpansion):
             raise InputError(name, "a KernelExpansion", f"a result of {type(expansion).__name__}")
-        coef, targets = expansion.coef, support.targets
-        if coef.shape != targets.shape or coef.dtype != targets.dtype:
-            got = f"coef of shape {tuple(coef.shape)} in {coef.dtype}"
-            raise InputError(name, f"{tuple(targets.shape)} in {targets.dtype}", got)
+        *batch, n, k = support.targets.shape
+        dtype = support.targets.dtype
+        for part, shape in (("coef", (*batch, n, k)), ("bias", (*batch, k)), ("quadratic", (*batch, k, n, n))):
+            value = getattr(expansion, part)
+            if (part == "coef" or value is not None) and (value.shape != shape or value.dtype != dtype):
+                got = f"{part} of shape {tuple(value.shape)} in {value.dtype}"
+                raise InputError(name, f"{shape} in {dtype}", got)
         return expansion
 
-    def _default(self, name: str, default: Any) -> Any:
-        return self.default_kernel() if name == "kernel" and default is None else super()._default(name, default)
+    def _check(self, name: str, value: Any) -> Any:
+        return super()._check(name, self.default_kernel() if name == "kernel" and value is None else value)

@@ -10,7 +10,6 @@ from torch import Tensor
 from convexheads._validation import check_regression
 from convexheads.heads.base.fitted import FittedRegressor
 from convexheads.heads.base.head import Head
-from convexheads.hyperparameters import as_tensor
 from convexheads.precision import full_precision
 
 
@@ -19,7 +18,7 @@ class RegressionHead(Head):
 
     A subclass writes one method, `solve`, from a `SupportSet` to a `KernelExpansion` (see the representer theorem,
     Schoelkopf, Herbrich & Smola 2001). There is no intercept: center the targets, or give the kernel a constant
-    (`RBF() + Constant(1.0)`). Its arguments `kernel`, `scale` and `validate`, and its errors, are those of `Head`.
+    (`RBF() + Constant(1.0)`). Its arguments `kernel` and `validate`, and its errors, are those of `Head`.
     """
 
     _fitted_class: ClassVar[type[FittedRegressor]] = FittedRegressor
@@ -72,5 +71,5 @@ class RegressionHead(Head):
         single = check_regression(support, targets, mask, validate=self.validate)
         with full_precision(support.device):
             examples = self._support_set(support, targets.unsqueeze(-1) if single else targets, mask)
-            expansion, scale = self._solve_checked(examples), as_tensor(self.scale, examples.features)
-        return self._fitted_class(expansion, examples, scale, support.dtype, single)
+            expansion = self._solve_checked(examples)
+        return self._fitted_class(expansion, examples, support.dtype, single)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed, nn, optim
 
 from convexheads import training
-from convexheads._validation import check_choice
+from convexheads._validation import check_choice, check_fraction
 from convexheads.episodes import split_task
 from convexheads.errors import InputError, SolverError
 from convexheads.heads import ClassificationHead
@@ -92,12 +92,11 @@ class EpisodicModule(pl.LightningModule):
         super().__init__()
         check_choice("schedule", schedule, SCHEDULES)
         check_choice("on_failed_step", on_failed_step, get_args(OnFailedStep))
-        if not 0 <= label_smoothing < 1:
-            raise InputError("label_smoothing", "a number from 0 to below 1", label_smoothing)
         self.backbone, self.head = backbone, head
         self.ways, self.shots, self.total_steps = ways, shots, total_steps
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
-        self.schedule, self.label_smoothing, self.on_failed_step = schedule, label_smoothing, on_failed_step
+        self.schedule, self.on_failed_step = schedule, on_failed_step
+        self.label_smoothing = check_fraction("label_smoothing", label_smoothing)
         self.failures: list[dict[str, Any]] = []
         self._failed: dict[str, Any] | None = None  # the failure of this process in the current step
         self._before: dict[str, Tensor] | None = None  # the buffers before the current step
@@ -130,9 +129,10 @@ class EpisodicModule(pl.LightningModule):
             cause, error = str(unsolved), unsolved
         rank, world_size = (0, 1) if self._trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         tasks = [rank + task * world_size for task in tasks or range(batch[1].shape[:-1].numel())]
-        self._failed = self._failed or {"step": self._step(batch_index), "tasks": tasks, "cause": cause}
+        failure = {"step": self._step(batch_index), "tasks": tasks, "cause": cause}
         if self.on_failed_step == "raise":
-            training.raise_failure(self._failed, error)
+            training.raise_failure(failure, error)
+        self._failed = self._failed or failure
         # The gradient passes through the backbone, because other processes may wait for its reduction.
         differentiable = (value for value in (features, *self.parameters()) if value.requires_grad)
         return torch.nan * sum((value.sum() for value in differentiable), features.new_zeros(()))
