@@ -23,18 +23,18 @@ class SupportVectorRegressionHead(RegressionHead):
     \(\alpha = a - b\): \(\max_{a, b} -\frac12 |w|^2 + \langle y, a - b \rangle - \varepsilon \sum_n (a_n + b_n)\)
     subject to \(0 \le a, b \le C\).
 
-    What differs: there is no intercept (see `RegressionHead`). The `solution` of a fitted head is that for \(a\) above
-    \(b\), `(*batch, 2n, outputs)`.
+    Difference from the paper: there is no intercept (see `RegressionHead`). The coefficients in a fitted head's
+    `solution` are \(a\) followed by \(b\), `(*batch, 2n, outputs)`.
 
     Args:
         C: weight of the errors, positive; a float or `Learnable`. Defaults to 1.
-        epsilon: half width of the free tube, positive, in the units of the targets; a float or `Learnable`.
+        epsilon: the largest error that costs nothing, positive, in the units of the targets; a float or `Learnable`.
             Defaults to 0.1.
-        solver: a `Solver`, or its name as in `SOLVERS`. Defaults to "native".
-        kernel: this argument and `validate` are those of `Head`.
+        solver: a `Solver`, or a name from `SOLVERS`. Defaults to "native".
+        kernel: see `Head`, also for `validate`.
 
     Raises:
-        InputError: an argument is unusable. Calls raise what `RegressionHead.forward` does.
+        InputError: an argument is unusable. Calls raise the errors of `RegressionHead.forward`.
         MissingDependencyError: the named solver's package is not installed.
 
     Example:

@@ -19,8 +19,8 @@ from convexheads.precision import full_precision, working_dtype
 class ClassificationHead(Head):
     """Base class of few-shot classifiers that solve a convex problem, the setting of Lee et al. 2019 (Section 3).
 
-    A subclass writes one method, `solve`, from a `SupportSet` with one-hot targets to a `KernelExpansion`. Arguments
-    (`kernel`, `scale` and `validate`) and errors are those of `Head`.
+    A subclass implements one method, `solve`, which takes a `SupportSet` with one-hot targets and returns a
+    `KernelExpansion`. Its arguments `kernel`, `scale` and `validate`, and its errors, are those of `Head`.
     """
 
     requires_all_classes: ClassVar[bool] = False
@@ -46,20 +46,20 @@ class ClassificationHead(Head):
                 tensor of integers, `(*batch,)`, is the number of classes of each task; k is then the largest of them,
                 and the logits of classes that a task does not have are minus infinity. Tasks with the same number of
                 classes are solved together.
-            mask: `(*batch, n)`, False at examples to ignore, so that tasks of different size fit one batch. Defaults to
-                None (no mask).
+            mask: `(*batch, n)`, False at examples to ignore, so that tasks of different sizes fit into one batch.
+                Defaults to None (no mask).
 
         Returns:
             Logits, `(*batch, q, k)`, in the support's dtype. Gradients reach support, query and `Learnable`s.
 
         Raises:
-            InputError: an argument is unusable, or the kernel: it returns no Gram matrix, or one that is not positive
-                semi-definite and makes the problem fail. With `validate=False`, wrong values are not an error: a label
-                out of range gives NaN logits in its task, or that task fails in the solver; and a closed form that has
-                no solution gives NaN.
+            InputError: an argument is unusable. This includes a kernel that returns no Gram matrix, or one that is not
+                positive semi-definite and makes the problem fail. With `validate=False`, wrong values are not an error:
+                a label out of range gives NaN logits in its task, or that task fails in the solver. A closed form that
+                has no solution gives NaN.
             SolverError: a task could not be solved (see the solver's `on_failure`; with "warn", `SolverWarning`
                 instead).
-            ConvexHeadsError: in the backward pass, for a second derivative that the solver does not have.
+            ConvexHeadsError: in the backward pass, for a second derivative that the solver does not support.
         """
         return self.fit(support, labels, ways=ways, mask=mask)(query)
 
