@@ -48,7 +48,7 @@ def build_backbone(name: str, images: Tensor | None = None, **settings: Any) -> 
     try:
         return backbone(**settings) if images is None else backbone.from_images(images, **settings)
     except TypeError as error:
-        raise InputError("backbone", "settings that it has", f"{name} with {settings} ({error})") from error
+        raise InputError("backbone", f"settings of {name}", f"{settings} ({error})") from error
 
 
 def build_head(name: str) -> ClassificationHead:
@@ -56,8 +56,8 @@ def build_head(name: str) -> ClassificationHead:
 
     Args:
         name: One of `HEADS`: "svm", "ridge" and "prototypes" are `metaoptnet_svm`, `metaoptnet_ridge` and `protonet`.
-            "svm-smoothed" smooths the hinge loss as the reference code of MetaOptNet does, but a hundred times more,
-            with which features learn faster.
+            "svm-smoothed" smooths the hinge loss as the reference code of MetaOptNet does, but a hundred times more;
+            features are then learned faster.
     """
     return HEADS[check_choice("head", name, HEADS)]()
 
@@ -65,7 +65,7 @@ def build_head(name: str) -> ClassificationHead:
 def build_model(
     config: dict[str, Any], images: Tensor | None = None, **settings: Any
 ) -> tuple[Backbone, ClassificationHead]:
-    """Build the backbone and the head with which a training starts.
+    """Build the backbone and the head with which a training run starts.
 
     Args:
         config: The names of the "backbone" and the "head"; for a "resnet12", also its "dropblock".
