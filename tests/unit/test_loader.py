@@ -144,9 +144,9 @@ def test_processes_share_the_episodes_of_a_step() -> None:
     ("changes", "message"),
     [
         ({"steps_per_epoch": 0}, r"steps_per_epoch: expected an integer of at least 1.*, got 0"),
-        ({"ways": 7}, r"ways: expected at most the 6 classes.*, got 7"),
+        ({"ways": 7}, r"ways: expected at most .*, 6, got 7"),
         ({"queries": 10}, r"labels: expected at least shots \+ queries = 11, got 10 samples of class 'a'"),
-        ({"world_size": 3}, r"batch_size: expected a multiple of the 3 processes.*, got 4"),
+        ({"world_size": 3}, r"batch_size: expected a multiple of .*, 3, got 4"),
         ({"world_size": 0}, r"world_size: expected an integer of at least 1.*, got 0"),
         ({"rank": 1}, r"rank: expected an integer from 0 to world_size - 1 = 0.*, got 1"),
     ],
