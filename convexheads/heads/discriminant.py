@@ -108,8 +108,8 @@ class MahalanobisHead(ClassificationHead):
     \(N_k\) examples, and \(\beta = 1\). For a class with one example, \(S_k\) is zero.
 
     Difference from the paper: this is the head alone, without the adaptation networks that make its features. The
-    published code leaves out the factor of one half (as `scale=2.0` does here). If a class has one example, it also
-    adds half the variance among that example's features to every entry of \(Q_k\).
+    published code leaves out the factor of one half (as `scale=2.0` does here). For a class with one example, it
+    also adds half the variance among that example's features to every entry of \(Q_k\).
 
     Args:
         regularization: beta, positive, in squared units of the features; a float or `Learnable`. Defaults to 1, as in

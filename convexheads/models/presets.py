@@ -20,7 +20,7 @@ Variant = Literal["paper", "reference_code"]
 def metaoptnet_svm(variant: Variant = "paper") -> SVMHead:
     """MetaOptNet-SVM (Lee et al. 2019): C = 0.1 and a learnable scale that starts at 1.
 
-    With `head.solver = QpthSolver(max_iterations=3)`, the solver stops after 3 steps, as in the paper; the code runs 15.
+    Set `head.solver = QpthSolver(max_iterations=3)` to stop after 3 steps, as in the paper; the code runs 15.
 
     Use it when you reproduce MetaOptNet, or as a strong default for meta-training.
 
