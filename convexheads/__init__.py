@@ -1,13 +1,12 @@
 """Few-shot heads that solve a convex problem for each task, and are differentiated through its solution.
 
-A head is used in two lines: `head = SVMHead(C=0.1)`, then `logits = head(support, labels, query)`.
+Using a head takes two lines: `head = SVMHead(C=0.1)`, then `logits = head(support, labels, query)`.
 
-Kernels are reached as `convexheads.kernels.RBF`, solvers as `convexheads.solvers.QpthSolver`, backbones and the
-settings of the literature as `convexheads.models.Conv4` and `convexheads.models.metaoptnet_svm`, and adapters to other
-libraries by importing a module of `convexheads.integrations`.
+Kernels are in `convexheads.kernels`, solvers in `convexheads.solvers`, and backbones and heads with published settings
+in `convexheads.models`. For an adapter to another library, import its module from `convexheads.integrations`.
 """
 
-# Modules by their own name, so that type checkers know them as attributes.
+# Each module is imported under its own name, so that type checkers treat it as a public attribute.
 from convexheads import heads as heads
 from convexheads import kernels as kernels
 from convexheads import models as models

@@ -16,7 +16,7 @@ from torch import Tensor
 from convexheads.errors import ConvexHeadsError
 
 _T = TypeVar("_T")
-# torch asks the same before it takes the slow path through its rules. Without this function we always take that path.
+# torch uses this function to decide whether it needs the slower `torch.func` rules; without it, we always use them.
 is_transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 """Whether a transform of `torch.func` is active."""
 
@@ -33,7 +33,7 @@ def compute_without_grad(function: Callable[..., tuple[Tensor, ...]], *arguments
 
 
 def inspect_values(function: Callable[..., _T], *arguments: Any) -> _T:
-    """Like `compute_without_grad`, for a function that returns anything else than tensors, or raises."""
+    """Like `compute_without_grad`, but the function may return anything and may raise an error."""
     if not is_transforming():
         with torch.no_grad():
             return function(*arguments)
@@ -55,7 +55,7 @@ def move_vmap_dim_to_front(size: int, dimension: int | None, value: Any) -> Any:
 
 
 def once_differentiable(value: Tensor, gradient: Tensor, by: str) -> Tensor:
-    """The derivative `value`, which was computed outside the graph, such that differentiating it raises an error.
+    """Wrap the derivative `value`, computed outside the graph, so that differentiating it raises an error.
 
     The incoming `gradient` connects it to the graph of a second derivative; `by` is the solver's name in the error.
     """
@@ -76,7 +76,7 @@ class _Refuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _):
         raise ConvexHeadsError(
-            f"second derivative: expected a solver that has one, such as NativeSolver(), got {ctx.by}, which does not"
+            f"second derivative: expected a solver that supports it, such as NativeSolver(), got {ctx.by}"
         )
 
 

@@ -15,7 +15,7 @@ def polynomial(x: Tensor, y: Tensor, degree: int, scale: Tensor, offset: Tensor)
 
 
 def gaussian(x: Tensor, y: Tensor, length_scale: Tensor) -> Tensor:
-    # A common shift does not change distances, and a shift to the center loses fewer digits in their computation.
+    # Centering does not change the distances, and their computation then loses fewer digits.
     center = y.detach().mean(-2, keepdim=True)
     scale = length_scale.reshape(*length_scale.shape, *[1] * (x.ndim - length_scale.ndim))
     return torch.exp(-_squared_distance((x - center) / scale, (y - center) / scale) / 2)

@@ -34,9 +34,9 @@ def fit_episodes(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[FittedClassifier, Tensor, Tensor]]:
-    """Yield the head fitted on each batch of episodes, its logits and the labels, without gradients.
+    """Yield the head fitted on each batch of episodes, its logits and the query labels, without gradients.
 
-    The arguments are those of `evaluate`, and the title of the progress bar.
+    The arguments are those of `evaluate`, plus the `title` of the progress bar.
     """
     ways, shots, queries, episodes, batch_size = _validation.check_positive_ints(
         ways=ways, shots=shots, queries=queries, episodes=episodes, batch_size=batch_size
@@ -44,7 +44,7 @@ def fit_episodes(
     seed, (rank, world_size) = _validation.check_seed(seed), _validation.check_rank(rank, world_size)
     _validation.check_bool("progress", progress)
     if world_size > episodes:
-        raise InputError("world_size", f"at most the {episodes} episodes", world_size)
+        raise InputError("world_size", f"at most the number of episodes, {episodes}", world_size)
     if not isinstance(head, ClassificationHead):
         raise InputError("head", "a classification head", type(head).__name__)
     _validation.check_tensor("features", features, "a tensor of floating-point values", _validation.is_float_tensor)

@@ -17,7 +17,7 @@ from convexheads.errors import MissingDependencyError
 
 
 def atomic_write(path: str | Path, content: bytes | memoryview) -> None:
-    """Replace a file by a complete new one; after an `OSError`, the old one is unchanged."""
+    """Replace a file with a complete new one; after an `OSError`, the old one is unchanged."""
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -32,7 +32,7 @@ def atomic_write(path: str | Path, content: bytes | memoryview) -> None:
 def save(path: str | Path, tensors: dict[str, Tensor], settings: dict[str, Any], *, key: str, needed_by: str) -> None:
     """Write tensors and settings as safetensors; `key` names the kind of file.
 
-    The value of this key contains the checksum and the settings, because the order of two keys would be random.
+    One key holds both the checksum and the settings, because the order of two keys would be random.
     """
     safetensors, text = _safetensors(needed_by), json.dumps(settings)
     tensors = {name: value.contiguous() for name, value in tensors.items()}
@@ -42,7 +42,7 @@ def save(path: str | Path, tensors: dict[str, Tensor], settings: dict[str, Any],
 def load(path: str | Path, *, key: str, needed_by: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and the settings of a file of the kind `key`.
 
-    Raises `KeyError` if the file is of another kind, `ValueError` if it is damaged.
+    Raises `KeyError` if the file is of another kind, and `ValueError` if it is damaged.
     """
     safetensors = _safetensors(needed_by)
     try:
@@ -58,7 +58,7 @@ def load(path: str | Path, *, key: str, needed_by: str) -> tuple[dict[str, Tenso
 
 
 def load_torch(path: str | Path) -> Any:
-    """Read a file of `torch.save` that contains only tensors, numbers, text and containers of them, on the CPU.
+    """Read tensors, numbers, text and containers of these from a file written by `torch.save`, onto the CPU.
 
     Raises `ValueError` if the file is damaged or contains something else. Unlike `torch.load`, this verifies the
     checksums in the file, so that altered bytes are not read as values.
@@ -77,7 +77,7 @@ def load_torch(path: str | Path) -> Any:
 
 
 def _is_stored(member: ZipInfo) -> bool:
-    """Whether PyTorch reads exactly the bytes that `testzip` verifies; with other flags it may return any memory."""
+    """Whether PyTorch reads exactly the bytes that `testzip` verifies; otherwise it may return arbitrary memory."""
     size_is_right = (member.compress_type, member.file_size) == (ZIP_STORED, member.compress_size)
     return size_is_right and not member.external_attr & 0x10  # the flag of a folder
 

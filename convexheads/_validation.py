@@ -1,7 +1,7 @@
-"""Checks of what users pass in: plain values, support sets, queries and Gram matrices.
+"""Checks of arguments: plain values, support sets, queries and Gram matrices.
 
-Types and shapes of tensors are always checked. Checks that read their values take `validate`; where it is False, they
-read nothing, and so never wait for a GPU.
+Types and shapes of tensors are always checked. With `validate=False`, checks that read values, and so wait for a GPU,
+are skipped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from convexheads._functorch import inspect_values
 from convexheads.errors import InputError
 
 Check = Callable[[str, Any], Any]
-"""From the name of an argument and its value to the value to keep; raises `InputError`."""
+"""A function that takes the name and the value of an argument and returns the value to keep, or raises `InputError`."""
 _T = TypeVar("_T")
 # With more classes than this, labels are almost certainly raw class ids, and the one-hot matrix would exhaust memory.
 _MAX_WAYS = 2**20
@@ -34,7 +34,7 @@ def describe(value: object) -> str:
 
 
 def as_integer(value: object) -> int | None:
-    """The integer that the `value` stands for, anything with `__index__` but a bool; None for all else."""
+    """The `value` as an integer if it has `__index__` and is not a bool; None otherwise."""
     is_bool = type(value).__name__ in ("bool", "bool_")  # also NumPy's, which warns when it is used as an integer
     if is_bool or (isinstance(value, Tensor) and (value.ndim or value.dtype == torch.bool)):
         return None
@@ -56,7 +56,7 @@ def check_positive_ints(**values: object) -> list[int]:
 
 
 def check_seed(seed: object) -> int:
-    """Return the `seed` if PyTorch's and NumPy's generators accept it, or raise `InputError`."""
+    """Return the `seed` if it is valid for the generators of PyTorch and NumPy, or raise `InputError`."""
     number = as_integer(seed)
     if number is None or number not in range(2**63):
         raise InputError("seed", "an integer from 0 to 2**63 - 1", describe(seed))
@@ -87,7 +87,7 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> Any:
 def check_real(
     name: str, value: Any, *, positive: bool = False, allow_zero: bool = False, alternative: str = ""
 ) -> float:
-    """Return a real number or 0-d tensor as a finite float; `alternative` is what else the error says is accepted."""
+    """Return a real number or 0-d tensor as a finite float; in the error, `alternative` names what else is accepted."""
     number = math.nan
     if isinstance(value, Tensor):
         has_value = not (value.ndim or value.is_complex() or value.requires_grad or value.is_meta)
@@ -110,7 +110,7 @@ def check_fraction(name: str, value: Any) -> float:
 
 
 def optional(check: Callable[[str, Any], _T]) -> Callable[[str, Any], _T | None]:
-    """The check, for a value that may also be None."""
+    """Extend a check to a value that may also be None."""
     return lambda name, value: None if value is None else check(name, value)
 
 
@@ -141,7 +141,7 @@ def check_tensor(name: str, value: object, expected: str, is_kind: Callable[[obj
 
 
 def describe_first_task(tasks: Tensor) -> str:
-    """The first task at which this boolean tensor is True, in words."""
+    """The first task for which this boolean tensor is True, in words."""
     return f"task {tuple(tasks.nonzero()[0].tolist())}" if tasks.ndim else "the task"
 
 
@@ -150,7 +150,7 @@ def _shape(value: Tensor) -> str:
 
 
 def check_finite(name: str, value: Tensor) -> None:
-    """Raise `InputError`, which names the row, where a value is not finite."""
+    """Raise `InputError`, naming the row, if a value is not finite."""
     inspect_values(_check_finite, name, value)
 
 
@@ -178,7 +178,7 @@ def _check_device(name: str, value: Tensor, support: Tensor) -> None:
 def check_classification(
     support: Any, labels: Any, ways: Any, mask: Any, *, requires_all_classes: bool, validate: bool
 ) -> int:
-    """Return the number of classes; the largest one, if `ways` has the number of each task."""
+    """Check the arguments of a fit; return the number of classes, or the largest number if tasks differ."""
     _check_examples(support, mask)
     check_tensor("labels", labels, "a tensor of integers 0..ways-1", is_integer_tensor)
     if labels.shape == support.shape[: labels.ndim] and support.ndim > labels.ndim + 1:
@@ -239,18 +239,18 @@ def _check_labels(
 
 def _check_max_ways(ways: int) -> None:
     if ways > _MAX_WAYS:
-        expected = f"at most {_MAX_WAYS}; without ways=, it is the largest label plus one: number the classes from 0"
-        raise InputError("ways", expected, ways)
+        got = f"{ways}; without ways=, this is the largest label plus one, so number the classes from 0"
+        raise InputError("ways", f"at most {_MAX_WAYS}", got)
 
 
 def check_regression(support: Any, targets: Any, mask: Any, *, validate: bool) -> bool:
-    """Return whether targets are one value per example, and so lack a dimension of outputs."""
+    """Check the arguments of a fit; return whether the targets lack an output dimension."""
     _check_examples(support, mask)
     check_tensor("targets", targets, "a tensor of floating-point values", is_float_tensor)
     examples = support.shape[:-1]
     single = targets.shape == examples
     if not single and (targets.ndim != support.ndim or targets.shape[:-1] != examples or not targets.shape[-1]):
-        expected = f"one value, or one row of values, per support example, {tuple(examples)} or with outputs"
+        expected = f"shape {tuple(examples)}, with or without an additional output dimension"
         raise InputError("targets", expected, _shape(targets))
     _check_device("targets", targets, support)
     if validate:
@@ -297,12 +297,12 @@ def check_query(query: Any, support: Tensor, *, validate: bool) -> None:
 
 
 def check_definite(gram: Tensor) -> None:
-    """Raise `InputError` where a Gram matrix has an eigenvalue that is negative beyond rounding."""
+    """Raise `InputError` if a Gram matrix has an eigenvalue that is too negative to be a rounding error."""
     inspect_values(_check_definite, gram)
 
 
 def _check_definite(gram: Tensor) -> None:
-    finite = torch.isfinite(gram).all(-1).all(-1)[..., None, None]  # torch raises an error of its own elsewhere
+    finite = torch.isfinite(gram).all(-1).all(-1)[..., None, None]  # eigvalsh fails for non-finite matrices
     values = torch.linalg.eigvalsh(gram.where(finite, 0))
     smallest, size = values[..., 0], values.abs().amax(-1)
     negative = smallest < -1e-9 * size

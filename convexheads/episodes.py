@@ -29,7 +29,7 @@ class Episode(NamedTuple):
 
 
 def split_task(data: Tensor, labels: Integer[Tensor, "*batch n"], *, shots: int) -> Episode:
-    """Split a task, as learn2learn's tasksets return it, into support and query.
+    """Split a task, as learn2learn's tasksets return it, into support and query sets.
 
     The first `shots` examples of each class are the support and the others, at least one per class, the query. Both
     keep the order and the labels. All tasks of a batch need the same number of classes.

@@ -1,4 +1,4 @@
-"""The exceptions of convexheads, whose messages name the argument, the expected and the received value."""
+"""The exceptions of convexheads, and the warning for tasks that could not be solved."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 class ConvexHeadsError(Exception):
     """Base class of all convexheads exceptions.
 
-    It is raised itself if no subclass fits: for a second derivative through a solver that has only the first, and for
-    the weights of a fitted head that is not linear.
+    It is raised directly if no subclass fits: for example, for a second derivative through a solver that supports only
+    the first.
     """
 
 
 class InputError(ConvexHeadsError, ValueError):
-    """An argument is unusable; a `ValueError` too. The message names it, the expected and the received value.
+    """An argument is unusable (also a `ValueError`). The message names it, the expected value and the received value.
 
     Args:
         argument: the name of the argument, which is also an attribute of the error.
@@ -33,12 +33,12 @@ class InputError(ConvexHeadsError, ValueError):
 
 
 class SolverError(ConvexHeadsError, RuntimeError):
-    """At least one task of a batch could not be solved to the tolerance; a `RuntimeError` too.
+    """At least one task of a batch could not be solved to the tolerance (also a `RuntimeError`).
 
     Args:
         message: the failed tasks, with their gap and residual.
         solution: the `Solution` of the whole batch, with the status of each task, so that the tasks that succeeded are
-            not lost; also an attribute of the error. Defaults to None (a closed form failed).
+            not lost; also an attribute of the error. Defaults to None, for a closed form that failed.
     """
 
     def __init__(self, message: str, solution: Solution | None = None) -> None:
@@ -47,7 +47,7 @@ class SolverError(ConvexHeadsError, RuntimeError):
 
 
 class MissingDependencyError(ConvexHeadsError, ImportError):
-    """An optional package is needed and not installed, or the installed version is unsupported; an `ImportError` too.
+    """An optional package is not installed, or the installed version is unsupported (also an `ImportError`).
 
     The message ends with a pip command that installs the package. It names the packages themselves, so it works whether
     convexheads was installed from a checkout or from a package index.
@@ -64,7 +64,7 @@ class MissingDependencyError(ConvexHeadsError, ImportError):
 
 def _install_command(package: str, extra: str) -> str:
     """The pip command that installs an extra, quoted for the shells of every system."""
-    if extra == "bench":  # the benchmarks are part of a checkout only
+    if extra == "bench":  # only a checkout contains the benchmarks
         return 'pip install ".[bench]"'
     # learn2learn 0.2.0 ships C files that do not compile on Python 3.11; with this option it builds from its sources.
     options = ["--use-pep517", "--config-settings=--build-option=build_ext"] if extra == "learn2learn" else []
@@ -83,4 +83,4 @@ def _requirements(extra: str) -> list[str]:
 
 
 class SolverWarning(UserWarning):
-    """Warning of `on_failure="warn"`, where "raise" raises `SolverError`; a `UserWarning`."""
+    """At least one task of a batch could not be solved to the tolerance, and `on_failure` is "warn"."""

@@ -18,7 +18,7 @@ from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead
 from convexheads.hyperparameters import Learnable, as_tensor
 
-_SCALE_BOUNDS = (1e-30, 1e30)  # well within what a `Learnable` represents
+_SCALE_BOUNDS = (1e-30, 1e30)  # well within what a `Learnable` can represent
 
 
 class Difference(NamedTuple):
@@ -26,7 +26,7 @@ class Difference(NamedTuple):
 
     Attributes:
         mean: Mean difference per episode, positive if the first evaluation is better.
-        confidence_interval: Half width of the 95 % confidence interval of `mean`; NaN for a single episode.
+        confidence_interval: Half-width of the 95 % confidence interval of `mean`; NaN for a single episode.
     """
 
     mean: float
@@ -65,11 +65,11 @@ class Evaluation:
 
     @property
     def confidence_interval(self) -> float:
-        """Half width of the 95 % confidence interval of `accuracy`: 1.96 standard errors; NaN for a single episode."""
+        """Half-width of the 95 % confidence interval of `accuracy`: 1.96 standard errors; NaN for a single episode."""
         return _half_width(self.accuracies)
 
     def compare(self, other: Evaluation) -> Difference:
-        """Compare two heads, or two backbones, on the same episodes: the accuracy of this one minus the `other`.
+        """Compare two heads or backbones on the same episodes: the accuracy of this evaluation minus that of `other`.
 
         The confidence interval of the mean difference is usually much narrower than those of the two accuracies. Both
         evaluations need the same labels, sizes and seed.
@@ -170,8 +170,8 @@ def calibrate(
     """Return a copy of a head whose `scale` gives the best probabilities on held-out episodes (temperature scaling).
 
     The temperature minimizes the cross-entropy over all queries of all episodes (Guo et al. 2017, Section 4.2). The
-    scale of the copy is that of the head, divided by the temperature. It is a `Learnable` that does not require
-    gradients: `state_dict` contains it, and a training leaves it unchanged. Accuracies stay the same.
+    scale of the copy is the scale of the head divided by the temperature. It is a `Learnable` that does not require
+    gradients: `state_dict` contains it, and training leaves it unchanged. Accuracies stay the same.
 
     Use it when probabilities matter, and not only the predicted class.
 
@@ -188,7 +188,7 @@ def calibrate(
     fits = fit_episodes(head, features, labels, title, **sizes, seed=seed, progress=progress)
     scored = [(logits.double().flatten(0, 1), truth.flatten()) for _, logits, truth in fits]
     logits, truth = (torch.cat(batches) for batches in zip(*scored, strict=True))
-    # The cross-entropy is convex in the factor, which is around one relative to the spread of the logits.
+    # The cross-entropy is convex in the factor. For logits divided by their spread, the best factor is around one.
     logits = logits - logits.mean(-1, keepdim=True)
     unit = logits.std().clamp_min(torch.finfo(logits.dtype).tiny)
     factor = torch.ones((), dtype=logits.dtype, device=logits.device, requires_grad=True)
@@ -201,7 +201,7 @@ def calibrate(
         return value
 
     optimizer.step(loss)
-    # If the factor is negative, the head predicts worse than chance, and any tiny scale is as good.
+    # If the factor is negative, the head predicts worse than chance, and any tiny scale is as good as any other.
     scale = (as_tensor(head.scale, unit) * (factor / unit)).clamp(*_SCALE_BOUNDS).item()
     device = head.scale.value.device if isinstance(head.scale, Learnable) else unit.device
     calibrated = copy.deepcopy(head)
@@ -215,7 +215,7 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
     Args:
         backbone: The module from images to features, which are flattened to `(batch, d)`. Its mode is restored.
         images: Images of any dtype that the backbone accepts, `(examples, ...)`; the features are on their device.
-        batch_size: Number of images per call of the backbone.
+        batch_size: Number of images per call to the backbone.
         progress: Whether to show a progress bar, which needs tqdm.
 
     Example:

@@ -1,4 +1,4 @@
-"""Hyperparameters: floats, or parameters that learn along with the backbone; and modules with such settings."""
+"""Hyperparameters (floats, or parameters that are learned along with the backbone) and modules that have them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from convexheads._validation import Check, check_bool, check_real
 from convexheads.errors import InputError
 
 _C = TypeVar("_C", bound="Configurable")
-_SMALLEST, _LARGEST = 1e-37, 1e38  # of positive values in float32; a little less than its range
+_SMALLEST, _LARGEST = 1e-37, 1e38  # for positive values in float32, slightly inside its range
 
 
 class Learnable(nn.Module):
@@ -25,15 +25,15 @@ class Learnable(nn.Module):
     Use it when a number such as C, a kernel's length scale or a logit scale should be trained along with the backbone.
     A positive one is stored as its logarithm, so that no optimizer step can make it negative. The parameter stays in
     float32 or float64 when the model is cast to a smaller dtype. Weight decay would pull the logarithm to zero, and the
-    value to one: see `parameter_groups`. What differs: the code published by Lee et al. 2019 keeps the scale of their
-    Eq. 12 as an unconstrained parameter.
+    value to one: see `parameter_groups`. The code published by Lee et al. 2019, in contrast, does not constrain the
+    scale of their Eq. 12.
 
     Args:
         value: starting value, at most 1e38 in magnitude, and at least 1e-37 if `positive`.
         positive: whether the value stays positive. False allows any sign, as for a bias. Defaults to True.
 
     Raises:
-        InputError: `value` is not such a number.
+        InputError: an argument is outside its range.
 
     Example:
         `SVMHead(C=Learnable(0.1), scale=Learnable(1.0))`
@@ -52,7 +52,7 @@ class Learnable(nn.Module):
         """The current value, a scalar tensor `()` with gradient, on the device of the module."""
         return self.raw_value.exp() if self.positive else self.raw_value
 
-    def _apply(self, fn, recurse=True):  # `half()`, `to(dtype)` and the like all come here
+    def _apply(self, fn, recurse=True):  # `half()`, `to(dtype)` and similar methods call this
         def keep_precision(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             return result if result.dtype.itemsize >= 4 else tensor.to(result.device)
@@ -60,7 +60,7 @@ class Learnable(nn.Module):
         return super()._apply(keep_precision, recurse)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        if (value := state_dict.pop(prefix + "log_value", None)) is not None:  # its name in the weights of the package
+        if (value := state_dict.pop(prefix + "log_value", None)) is not None:  # the name in the packaged weights
             state_dict[prefix + "raw_value"] = value
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -69,15 +69,15 @@ class Learnable(nn.Module):
 
 
 Hyperparameter = float | Learnable
-"""A constant, or a parameter that learns."""
+"""A constant, or a learned parameter."""
 
 
 def check_positive(name: str, value: Any, *, allow_zero: bool = False) -> Hyperparameter:
-    """Return the `value` of the argument `name` if it is positive, or zero with `allow_zero`; or raise `InputError`."""
+    """Return the `value` of the argument `name` if it is positive (zero with `allow_zero`), or raise `InputError`."""
     if isinstance(value, Learnable):
         if value.positive:
             return value
-        raise InputError(name, "a positive finite number or Learnable(...), of positive values", repr(value))
+        raise InputError(name, "a positive finite number or Learnable(...) with positive=True", repr(value))
     return check_real(name, value, positive=True, allow_zero=allow_zero, alternative=" or Learnable(...)")
 
 
@@ -89,7 +89,7 @@ def check_any_sign(name: str, value: Any) -> Hyperparameter:
 
 
 def as_tensor(hyperparameter: Hyperparameter, like: Tensor) -> Tensor:
-    """The `hyperparameter` as a 0-d tensor with the dtype and device of `like`, through which gradients reach it."""
+    """The `hyperparameter` as a 0-d tensor with the dtype and device of `like`; gradients reach a `Learnable`."""
     if isinstance(hyperparameter, Learnable):
         return hyperparameter.value.to(like)
     return torch.full((), hyperparameter, dtype=like.dtype, device=like.device)  # created on the device, without a copy
@@ -105,7 +105,7 @@ def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str
         weight_decay: weight decay of the other parameters, at least 0.
 
     Returns:
-        Two groups of parameters, each a dictionary as optimizers take them.
+        Two groups of parameters, in the format that optimizers accept.
 
     Raises:
         InputError: `weight_decay` is negative.
@@ -144,7 +144,7 @@ class Configurable(nn.Module):
         return name
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The settings by name, as in scikit-learn; with `deep`, also those of settings ("kernel__length_scale")."""
+        """The settings by name, as in scikit-learn; with `deep`, also nested ones ("kernel__length_scale")."""
         params = {name: getattr(self, name) for name in constructor_arguments(type(self))}
         if deep:
             for name, value in list(params.items()):
@@ -175,7 +175,7 @@ class Configurable(nn.Module):
         return copy.deepcopy(self)
 
     def __repr__(self) -> str:
-        """The constructor call: arguments that may be positional, and others that differ from their defaults."""
+        """The constructor call, with all arguments that may be positional and those that differ from their defaults."""
         shown = []
         for name, argument in constructor_arguments(type(self)).items():
             value, default = getattr(self, name), argument.default
@@ -191,7 +191,7 @@ class Configurable(nn.Module):
 
 @cache
 def constructor_arguments(kind: type) -> dict[str, inspect.Parameter]:
-    """The named arguments of a class's constructor, including those of base classes that it passes on by `**`."""
+    """The named arguments of a class's constructor, including those of base classes that it passes on through `**`."""
     found: dict[str, inspect.Parameter] = {}
     for base in kind.__mro__:
         if "__init__" not in vars(base) or base is Configurable:

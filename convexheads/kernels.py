@@ -1,10 +1,10 @@
 """Kernels: callables `(x, y) -> gram` that turn a head into a non-linear one.
 
 A kernel maps `x` of shape `(*batch, m, d)` and `y` of shape `(*batch, n, d)` to the Gram matrix `(*batch, m, n)`, in
-their dtype. Any such callable serves, a function or an `nn.Module`; it has to be positive semi-definite and, for
-gradients, differentiable. Heads call it in float64, with the support as `y`, and check its result.
+their dtype. Any such function or `nn.Module` is accepted; it has to be positive semi-definite and, for gradients,
+differentiable. Heads call it in float64, with the support as `y`, and check its result.
 
-The kernels of this module add and multiply: `Linear() + 0.5 * RBF()`, `Linear() + 1.0`, `Cosine() * Polynomial(2)`.
+Kernels of this module can be added and multiplied: `Linear() + 0.5 * RBF()`, `Linear() + 1.0`, `Cosine() * RBF()`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from convexheads.errors import InputError
 from convexheads.hyperparameters import Configurable, Hyperparameter, Learnable, as_tensor, check_positive
 
 KernelLike = Callable[[Tensor, Tensor], Tensor]
-"""What a head needs of a kernel: from `(*batch, m, d)` and `(*batch, n, d)` to the Gram matrix `(*batch, m, n)`."""
+"""The type of kernels, which map `(*batch, m, d)` and `(*batch, n, d)` to the Gram matrix `(*batch, m, n)`."""
 
 
 def is_kernel(value: object) -> TypeGuard[KernelLike]:
@@ -46,7 +46,7 @@ def condition(
     """Fix a kernel's data-dependent and learnable parameters for one support set.
 
     Args:
-        kernel: a kernel. The result is that of its method `condition_on(features, mask)`, or itself if it has none.
+        kernel: a kernel. Its method `condition_on(features, mask)` is called; without it, the kernel stays unchanged.
         features: features of the support set, `(*batch, n, d)`.
         mask: `(*batch, n)`, False at examples to ignore; or None.
     """
@@ -55,10 +55,10 @@ def condition(
 
 
 class Kernel(Configurable):
-    """Base class of kernels that add and multiply, with other kernels and with positive numbers or `Learnable`s.
+    """Base class of kernels, which can be added to and multiplied by kernels, positive numbers and `Learnable`s.
 
     Sums and products of kernels are kernels, and so is a positive constant (Rasmussen & Williams 2006, Section 4.2.4
-    and Table 4.1). A subclass writes `forward(x, y)`, or `condition_on` if its parameters depend on the data.
+    and Table 4.1). A subclass implements `forward(x, y)`, or `condition_on` if its parameters depend on the data.
 
     Raises:
         InputError: by `+` and `*`, for a value that is neither a kernel nor a positive finite number or `Learnable`.
@@ -98,7 +98,7 @@ def _as_kernel(value: Any) -> KernelLike:
 class Linear(Kernel):
     r"""The dot product \(\langle x, y \rangle\), or its mean over features, \(\langle x, y \rangle / d\).
 
-    Use it when features come from a backbone that is trained through the head, and for the fastest heads. See
+    Use it when features come from a backbone that is trained through the head, or when speed matters. See
     Rasmussen & Williams (2006), Table 4.1.
 
     Args:
@@ -132,7 +132,7 @@ class Constant(Kernel):
     r"""The same number for every pair, \(k(x, y) = c\).
 
     Use it when an SVM or a logistic regression should have a bias per class: `Linear() + 1.0`. Such a bias is
-    regularized as weights are. See Rasmussen & Williams (2006), Table 4.1.
+    regularized like the weights. See Rasmussen & Williams (2006), Table 4.1.
 
     Args:
         value: c, positive; a float or `Learnable`. Defaults to 1.
@@ -170,7 +170,7 @@ class Cosine(Kernel):
 
 
 class RBF(Kernel):
-    r"""The Gaussian kernel \(\exp(-|x - y|^2 / (2 \ell^2))\) of length scale \(\ell\).
+    r"""The Gaussian kernel \(\exp(-|x - y|^2 / (2 \ell^2))\) with length scale \(\ell\).
 
     Use it when classes cannot be separated linearly, and for Gaussian processes. See Rasmussen & Williams (2006),
     Eq. 4.9.
@@ -277,7 +277,7 @@ class Sum(_CompositeKernel):
 class Product(_CompositeKernel):
     r"""The product of kernels, \(k_1 k_2 \cdots\), whose features are the products of theirs.
 
-    Use it when examples should be similar by every kernel at once, or to weight a kernel. Also written
+    Use it when examples should be similar only if all kernel values are large, or to weight a kernel. Also written
     `first * second` or `0.5 * kernel`. The argument `kernels` and its errors are those of `Sum`. See Rasmussen &
     Williams (2006), Section 4.2.4.
 

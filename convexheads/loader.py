@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class EpisodeLoader:
     """An iterable over batches of episodes, one batch per training step.
 
-    An episode depends only on the seed, the step and its index in the batch, so that a training that is resumed or
-    spread over several processes sees the same episodes as any other. Classes and samples are drawn without
+    An episode depends only on the seed, the step and its index in the batch. A training run that is resumed, or spread
+    over several processes, therefore sees the same episodes as any other run. Classes and samples are drawn without
     replacement, as in learn2learn's tasksets.
 
     Each iteration is an epoch of `steps_per_epoch` batches with new episodes, even if the previous iteration was left
@@ -44,7 +44,7 @@ class EpisodeLoader:
         seed: Random seed.
         transform: A random transform of a sample. Its random numbers from PyTorch depend on `seed` too.
         class_names: Names for error messages, in the order of the sorted labels; by default the labels.
-        resample_each_epoch: Whether each epoch has new episodes. False is for validation.
+        resample_each_epoch: Whether each epoch has new episodes. Pass False for validation.
         rank: Rank of this process, which gets every `world_size`-th episode.
         world_size: Number of processes.
         num_workers: Number of worker processes of PyTorch's `DataLoader`, which prepare the next batches. The batches
@@ -89,7 +89,7 @@ class EpisodeLoader:
         if (workers := _validation.as_integer(num_workers)) is None or workers < 0:
             raise InputError("num_workers", "a number of processes, 0 for none", _validation.describe(num_workers))
         if workers and samples.device.type != "cpu":
-            raise InputError("samples", "the CPU, or num_workers=0", f"device {samples.device}")
+            raise InputError("samples", "a tensor on the CPU, or num_workers=0", f"device {samples.device}")
         if labels.shape != samples.shape[:1] or not labels.ndim:
             got = f"shapes {tuple(samples.shape)} and {tuple(labels.shape)}"
             raise InputError("samples, labels", "(n, *sample) and (n,)", got)
@@ -122,7 +122,7 @@ class EpisodeLoader:
         load: Any = self._batch
         batches: Iterable[Tensor] = map(load, epoch_steps)
         if self.num_workers:
-            generator = torch.Generator()  # the default generator is that of the training
+            generator = torch.Generator()  # leaves the default generator to the training loop
             settings = {"num_workers": self.num_workers, "generator": generator}
             batches = DataLoader(epoch_steps, batch_size=None, collate_fn=load, **settings)
         for step, samples in zip(epoch_steps, batches, strict=True):
@@ -144,9 +144,10 @@ class EpisodeLoader:
         self.step, self._resumes = state["step"], True
 
     def indices(self, step: int) -> Integer[Tensor, "tasks n"]:
-        """Return the indices of the samples of a `step`, counted from 0 over all epochs, for samples stored elsewhere.
+        """Return the indices of the samples of a `step`, for samples that are stored elsewhere.
 
-        They are int64 on the CPU, `(tasks, ways * (shots + queries))`, for the tasks of this process.
+        Steps count from 0 over all epochs. The indices are int64 on the CPU, `(tasks, ways * (shots + queries))`, for
+        the tasks of this process.
         """
         return torch.stack([self._draw(step, task)[0] for task in self._own_tasks()])
 

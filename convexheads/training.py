@@ -1,4 +1,4 @@
-"""The parts that every episodic training shares: the loss, the learning rate, and the report of a failed step."""
+"""The parts that all episodic training loops share: the loss, the learning rate, and the report of a failed step."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def episode_loss(head: ClassificationHead, episode: Episode, *, ways: int, label
 
     Args:
         head: The head, which is fitted on every episode of the batch.
-        episode: Features and labels, integers from 0 to ways - 1, of support and query; any leading dimensions.
+        episode: Features and labels of support and query sets, `(*tasks, ...)`; labels are integers from 0 to ways - 1.
         ways: Number of classes per episode.
-        label_smoothing: Label smoothing of the cross-entropy, from 0 to below 1.
+        label_smoothing: Label smoothing of the cross-entropy, at least 0 and below 1.
 
     Source: Eq. 12 of Lee et al., "Meta-Learning with Differentiable Convex Optimization" (CVPR 2019).
     """
@@ -73,7 +73,7 @@ def episode_loss(head: ClassificationHead, episode: Episode, *, ways: int, label
 
 
 def format_step(failure: dict[str, Any]) -> str:
-    """Name the step and the tasks of a failure, one of `EpisodicModule.failures`."""
+    """Name the step and the tasks of a `failure`, an entry of `EpisodicModule.failures`."""
     tasks = ", ".join(map(str, failure["tasks"]))
     return f"step {failure['step']}" + (f", task {tasks}" if tasks else "")
 
@@ -82,14 +82,14 @@ def raise_failure(failure: dict[str, Any], error: Exception | None = None) -> No
     """Raise the error of a failed step: `SolverError` if that is the error of the head, or else `InputError`."""
     if isinstance(error, SolverError):
         raise SolverError(f"{format_step(failure)}: {error}", error.solution) from error
-    expected = "finite values; the policy 'skip' skips such a step, 'stop' ends the training before it"
-    raise InputError("batch", expected, f"{format_step(failure)} ({failure['cause']})") from error
+    hint = "the policy 'skip' skips such a step, and 'stop' ends training before it"
+    raise InputError("batch", "finite values", f"{format_step(failure)} ({failure['cause']}); {hint}") from error
 
 
 def non_finite_tasks(dimensions: int, *values: Tensor) -> list[int]:
-    """List the tasks with non-finite values, by flat index, in the first of several tensors that has any.
+    """List the flat indices of the tasks with non-finite values, in the first tensor that has any.
 
-    The first `dimensions` dimensions of each tensor are those of tasks.
+    The first `dimensions` dimensions of each tensor are task dimensions.
     """
     found = ((~each.isfinite()).flatten(dimensions).any(-1).flatten().nonzero().flatten() for each in values)
     return next((tasks.tolist() for tasks in found if len(tasks)), [])

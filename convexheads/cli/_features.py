@@ -1,4 +1,4 @@
-"""Feature extractors for files, by name: text, vectors, images, or a function of the user's."""
+"""Feature extractors for files, by name: text, vectors, images, or a user-defined function."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 
 
 def load_feature_extractor(name: str) -> FeatureExtractor:
-    """Load the feature extractor of a name, which `FolderClassifier.from_folder` describes."""
+    """Load a feature extractor by name; `FolderClassifier.from_folder` describes the names."""
     if name in FEATURES:
         return FEATURES[name]()
     if name in list_pretrained() or os.path.exists(name):
@@ -43,14 +43,14 @@ def load_feature_extractor(name: str) -> FeatureExtractor:
 
 
 def refers_to_code(name: str) -> bool:
-    """Whether the features of this name are a function to import, not the library's own or a file of weights."""
+    """Whether this name refers to a function to import, and not to built-in features or a file of weights."""
     return ":" in name and name not in [*FEATURES, *list_pretrained()] and not os.path.exists(name)
 
 
 def extract_features(extractor: FeatureExtractor, paths: Sequence[Path]) -> Tensor:
     """Return the features of files, scaled to length one, in float64, `(n, d)`; errors name the file."""
     if missing := [path for path in paths if not path.is_file()]:
-        raise InputError("file", "a file", f"{missing[0]}, which is no file")
+        raise InputError("file", "a file", f"{missing[0]}, which is not a file")
     found = extractor(paths)
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim != 2 or len(found) != len(paths):
         got = f"shape {tuple(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
@@ -77,14 +77,14 @@ def _text() -> FeatureExtractor:
     (folder,) = map(Path, wordllama.__path__)
 
     class Packaged(wordllama.WordLlama):
-        """The model that the package contains, so that nothing is downloaded. Before version 0.4 it was elsewhere."""
+        """The model that the package contains, so that nothing is downloaded. Its path differs before version 0.4."""
 
         @staticmethod
         def get_cache_dir(is_tokenizer_config: bool = False) -> Path:
             return folder / ("tokenizers" if is_tokenizer_config else "weights")
 
     model = Packaged.load(cache_dir=folder, disable_download=True)
-    expected = "text in UTF-8; images need the name of a pretrained backbone as features (--features)"
+    expected = "text in UTF-8 (images need the name of a pretrained backbone as features, --features)"
 
     def text(paths: Sequence[Path]) -> Tensor:
         documents = [_read(path, lambda path: path.read_text(encoding="utf-8"), expected) for path in paths]

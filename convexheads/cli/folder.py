@@ -1,6 +1,6 @@
 """Few-shot classification of files: from one folder per class to a saved classifier.
 
-Features are frozen: those of a text encoder, of a pretrained backbone, or of a function of the user's.
+Features are frozen: they come from a text encoder, a pretrained backbone, or a user-defined function.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Prediction(NamedTuple):
 class FolderClassifier:
     """A head fitted on the features of a few files per class.
 
-    `from_folder` and `load` make one. The attributes `classes`, `features`, `head` and `scale` are its arguments.
+    Create one with `from_folder` or `load`. The attributes `classes`, `features`, `head` and `scale` are its arguments.
 
     Args:
         classes: Class names; `from_folder` sorts them.
@@ -56,7 +56,7 @@ class FolderClassifier:
         head: Name of the head, one of `HEADS`.
         support: Features of the files, of length one, `(n, d)`.
         labels: The class of each file, from 0 to k - 1, `(n,)`.
-        scale: Positive factor of the logits; None for that of the head, with which probabilities are not calibrated.
+        scale: Positive factor of the logits; None for the scale of the head, which is not calibrated.
         embed: The function from files to features; by default the one that `features` names.
 
     Raises:
@@ -112,7 +112,7 @@ class FolderClassifier:
         subfolders = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
         files = {path.name: _features.list_files(path) for path in subfolders}
         if len(files) < 2:
-            raise InputError("folder", "at least 2", f"{folder} with {len(files)} class folders in it")
+            raise InputError("folder", "at least 2 class folders", f"{folder} with {len(files)}")
         if empty := [name for name, members in files.items() if not members]:
             raise InputError("folder", "at least one file per class", f"class {empty[0]!r} without any file")
         _make_head(head)  # an unknown name is an error before the features are computed
@@ -155,10 +155,11 @@ class FolderClassifier:
 
         Args:
             path: Path of the file.
-            features: "MODULE:FUNCTION" as in the file, if its features are a function, to allow importing it.
+            features: The name "MODULE:FUNCTION" in the file, to allow importing it; None for other features.
 
         Raises:
-            InputError: The file is incomplete, or `features` does not name the function of its features.
+            InputError: The file is not a complete one written by `save`, or its features are a function that
+                `features` does not name.
             MissingDependencyError: safetensors, or a package that the features need, is not installed.
         """
         try:
@@ -167,10 +168,11 @@ class FolderClassifier:
             values = {name: settings[name] for name in _SETTINGS}
             named = values["features"] = str(values["features"])
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise InputError("classifier", "a complete file of `FolderClassifier.save`", f"{path} ({error})") from error
+            expected = "a complete file written by `FolderClassifier.save`"
+            raise InputError("classifier", expected, f"{path} ({error})") from error
         if features is None and _features.refers_to_code(named):
-            expected = f"features={named!r} (--features), which allows importing the code that the file refers to"
-            raise InputError("features", expected, f"nothing, for {path}")
+            expected = f"features={named!r} (--features), to allow importing the code that {path} refers to"
+            raise InputError("features", expected, "nothing")
         if features not in (None, named):
             raise InputError("features", f"{named!r}, as in {path}", repr(features))
         return cls(**values, support=support, labels=labels)

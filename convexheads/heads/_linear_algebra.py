@@ -13,8 +13,8 @@ from convexheads.errors import SolverError
 def shifted_cholesky(matrix: Tensor, shift: Tensor, *, name: str, validate: bool, per_class: bool = False) -> Tensor:
     """The lower Cholesky factors of matrices `(*batch, n, n)` plus `shift`, `(*batch,)` or `()`, on their diagonals.
 
-    With `per_class`, the last dimension of the batch is that of classes. If the sum is not positive definite, this
-    raises `SolverError` with `validate`, which waits for a GPU, and else returns NaN.
+    Pass `per_class=True` if the last batch dimension indexes classes. If a sum is not positive definite, the function
+    raises `SolverError` with `validate` (which waits for a GPU), and returns NaN without it.
     """
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     factor, info = torch.linalg.cholesky_ex(matrix + shift[..., None, None] * eye)

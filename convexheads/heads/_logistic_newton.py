@@ -1,8 +1,9 @@
-"""Multinomial logistic regression: structured Newton, its certificate, and its gradient of any order.
+"""Multinomial logistic regression: a structured Newton method, its certificate, and derivatives of any order.
 
-In terms of `a`, n x k with rows that sum to zero, the optimum of `1/2 tr(a' K a) + sum_n cross-entropy(K a)` solves `a
-= targets - softmax(K a)`. Newton's system couples the classes through `W = diag(p) - p p'`, one k x k matrix for each
-example; eliminating it leaves k Choleskys of n x n and one of their sum (Rasmussen & Williams 2006, Alg. 3.3).
+In terms of `a`, n x k with rows that sum to zero, the optimum of `1/2 tr(a' K a) + sum_n cross-entropy(K a)` solves
+`a = targets - softmax(K a)`. The Newton system couples the classes through `W = diag(p) - p p'`, one k x k matrix for
+each example. The structure of W reduces it to k + 1 Cholesky factorizations of n x n matrices (Rasmussen & Williams
+2006, Algorithm 3.3).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _PATIENCE = 3
 
 @dataclass(frozen=True, eq=False)
 class SoftmaxKKT:
-    """`(K + W^-1)^-1` for each task, an operator on n x k; differentiable."""
+    """`(K + W^-1)^-1` for each task, an operator on n x k matrices; differentiable."""
 
     blocks: Float[Tensor, "tasks k n n"]  # `(D^-1 + K)^-1` of each class, with D = diag(p)
     total: Float[Tensor, "tasks n n"]  # the Cholesky factor of their sum
@@ -51,14 +52,14 @@ def newton_step(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
     """One undamped Newton step from `coef`, `(tasks, n, k)`; differentiable."""
     margins, loss = _margins(targets, gram @ coef)
     p = (margins - loss.unsqueeze(-1)).exp()
-    # `W scores + targets - p`, whose rows sum to zero, by the entries of the wrong classes.
+    # `W scores + targets - p`, computed from the entries of the wrong classes, because its rows sum to zero.
     wrong = (p * (margins - (p * margins).sum(-1, keepdim=True) - 1)).masked_fill(targets > 0, 0)
     right = wrong - targets * wrong.sum(-1, keepdim=True)
     return right - SoftmaxKKT.factorize(gram, p).solve(gram @ right)
 
 
 def solve(gram: Tensor, targets: Tensor, *, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Damped Newton on tasks `(*batch, n, k)`, each until its gap is below `tolerance` or has stopped falling.
+    """Solve tasks `(*batch, n, k)` by damped Newton steps until each gap is below `tolerance` or stops falling.
 
     Returns coefficients that are feasible for the dual, their certified relative duality gap, and the number of steps.
     """
@@ -93,16 +94,16 @@ def solve(gram: Tensor, targets: Tensor, *, tolerance: float, max_steps: int) ->
 
 
 def certified_gap(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
-    """The relative duality gap of the feasible coefficients next to `coef`."""
+    """The relative duality gap of feasible coefficients close to `coef`."""
     return _gap(gram, targets, _feasible(targets, coef))
 
 
-# Where examples are fitted almost perfectly, losses and probabilities are tiny. The functions below work with those of
-# the wrong classes, which keep their digits.
+# Where examples are fitted almost perfectly, losses are tiny. The functions below therefore work with the probabilities
+# of the wrong classes, which keep full precision.
 
 
 def _margins(targets: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The difference of each class's score to that of the right class, and the loss of each row."""
+    """The difference between each class's score and that of the right class, and the loss of each row."""
     margins = scores - (targets * scores).sum(-1, keepdim=True)
     beyond = margins.masked_fill(targets > 0, -torch.inf).logsumexp(-1)
     return margins, torch.logaddexp(torch.zeros_like(beyond), beyond)
@@ -158,7 +159,7 @@ class Optimal(torch.autograd.Function):
 
 
 class _Solved(torch.autograd.Function):
-    """`(gram + W^-1)^-1 right`, by the factors of a `SoftmaxKKT`, differentiable any number of times."""
+    """`(gram + W^-1)^-1 right`, computed with the factors of a `SoftmaxKKT`; differentiable any number of times."""
 
     generate_vmap_rule = True
 

@@ -32,14 +32,14 @@ _MAX_LAYERS = 64  # kept per `build` function
 
 @dataclass(frozen=True, eq=False)
 class CvxpyTask:
-    """The CVXPY objects to build a problem from, for one task of n examples and k classes. `CvxpyHead` makes it.
+    """The CVXPY objects from which a `CvxpyHead` builds the problem of one task with n examples and k classes.
 
     Attributes:
         coef: the variable, `(n, k)`: dual coefficients.
         scores: scores of the support examples, `gram @ coef`, `(n, k)`.
         squared_norm: the sum over classes of `|w_k|^2`, a convex expression, a scalar.
         targets: one-hot labels, a parameter, `(n, k)`.
-        parameters: the head's hyperparameters by name, positive scalar parameters. CVXPY does not allow them to
+        parameters: the head's hyperparameters by name, as positive scalar parameters. CVXPY does not allow them to
             multiply `targets`: write `lambda * squared_norm + loss`, not `squared_norm + C * loss`.
     """
 
@@ -78,7 +78,7 @@ def _check_hyperparameters(name: str, value: Any) -> _Hyperparameters:
     if isinstance(value, _Hyperparameters):
         return value
     if not isinstance(value, Mapping) or not all(map(_is_name, value)):
-        raise InputError(name, "hyperparameters by name, which is an identifier", describe(value))
+        raise InputError(name, "a mapping from identifiers to hyperparameters", describe(value))
     return _Hyperparameters({key: check_positive(f"{name}[{key!r}]", number) for key, number in value.items()})
 
 
@@ -90,24 +90,24 @@ def _is_name(value: object) -> bool:
 class CvxpyHead(ClassificationHead):
     """A head from a convex problem that you write in CVXPY. It needs the extra `cvxpylayers`.
 
-    Use it to try a convex problem out, before writing its dual. Problems are solved with Clarabel (Goulart & Chen 2024)
-    to 1e-10 and differentiated by cvxpylayers (Agrawal et al. 2019): on the CPU, task by task, first derivatives only.
+    Use it to try out a convex problem before writing its dual. Problems are solved with Clarabel (Goulart & Chen 2024)
+    to 1e-10 and differentiated once by cvxpylayers (Agrawal et al. 2019), on the CPU and task by task.
 
-    What differs from cvxpylayers alone: a task without a solution is an error, where cvxpylayers returns arbitrary
+    Differences from cvxpylayers alone: a task without a solution is an error, where cvxpylayers returns arbitrary
     numbers; and gradients are scaled, because diffcp treats those below 1e-8 as zero.
 
     Args:
         build: a function from a `CvxpyTask` to an expression to minimize, or to a whole `cvxpy.Problem`. The problem
             has to be convex, and DPP in its parameters. It is compiled once per shape, and kept as long as the
-            function: pass the same function every time, not a new lambda in every step.
+            function exists: pass the same function every time, not a new lambda in every step.
         hyperparameters: positive hyperparameters by name, floats or `Learnable`s, which receive gradients. They are
             the `parameters` of the `CvxpyTask`. Defaults to None.
-        kernel: this argument, `scale` and `validate` are those of `ClassificationHead`.
+        kernel: see `ClassificationHead`, also for `scale` and `validate`.
 
     Raises:
-        InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does, for a problem that is
-            not convex or not DPP, and for a kernel that is not positive semi-definite; and `SolverError` for a task
-            whose problem is infeasible, unbounded, or too hard.
+        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`. They also raise
+            `InputError` for a problem that is not convex or not DPP and for a kernel that is not positive
+            semi-definite, and `SolverError` for a task whose problem is infeasible, unbounded, or too hard.
         MissingDependencyError: cvxpylayers is not installed.
 
     Example:
@@ -171,7 +171,7 @@ _layers_lock = Lock()
 
 
 def _layer(build: Callable[[CvxpyTask], Any], *key: Any) -> cvxpylayers.Layer:
-    """The compiled problem for one shape, shared by all heads with the same function, as long as this exists."""
+    """The compiled problem for one shape, shared by all heads with the same `build` function, while that exists."""
     with _layers_lock:
         layers = _layers.setdefault(build, {})
         if key not in layers:
@@ -194,18 +194,18 @@ def _compile(build: Callable[[CvxpyTask], Any], n: int, k: int, names: tuple[str
         problem = cvxpy.Problem(problem)
     if not isinstance(problem, cvxpy.Problem):
         raise InputError("build", "an expression to minimize or a cvxpy.Problem", f"a {type(problem).__name__} from it")
-    # Scores and weights (in an orthonormal basis of the support's span) are variables of their own, so that their
+    # Scores and weights (in an orthonormal basis of the support's span) are separate variables, so that their
     # products with parameters are DPP.
     coupling_constraints = [scores == gram @ coef, weights == root @ coef]
     problem = cvxpy.Problem(problem.objective, [*problem.constraints, *coupling_constraints])
     if not problem.is_dcp():
         raise InputError("build", "a convex problem", "a problem that is not convex by CVXPY's rules (is_dcp)")
     if not problem.is_dpp():
-        expected = "one in which parameters do not multiply each other: multiply `squared_norm`, for instance"
-        raise InputError("build", expected, "a problem that is convex, but not DPP")
+        got = "a problem that is convex but not DPP: parameters may multiply `squared_norm`, but not each other"
+        raise InputError("build", "a DPP problem", got)
     used = {parameter.id for parameter in problem.parameters()}
     given = [gram, root, targets, *parameters.values()]
-    # cvxpylayers requires that every parameter is used; a term of zero uses those that the problem does not.
+    # cvxpylayers requires that every parameter is used; a term of zero uses those that the problem omits.
     unused = [parameter for parameter in given if parameter.id not in used]
     if unused:
         zero_term = sum(cvxpy.sum(cvxpy.multiply(0 * parameter, 1)) for parameter in unused)
@@ -238,7 +238,7 @@ def _is_solved(layer: cvxpylayers.Layer, parameters: Sequence[Tensor], found: Se
 
 
 class _SquareRoot(torch.autograd.Function):
-    """The symmetric square root of a positive semi-definite matrix; where it is singular, zero is its derivative."""
+    """The symmetric square root of a positive semi-definite matrix; where that is singular, the derivative is zero."""
 
     @staticmethod
     def forward(ctx, matrix: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Gaussian classifiers: linear discriminant analysis and the Mahalanobis head of Simple CNAPS, through inner products.
 
-A covariance of d x d is never formed: it lies in the span of the support set, and Woodbury's identity leaves matrices
-of n x n. So few examples of many features are as stable as the reverse, and any kernel can be used.
+A d x d covariance is never formed: it lies in the span of the support set, and Woodbury's identity leaves only n x n
+matrices. The heads are therefore stable with more features than examples, and any kernel can be used.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ def _check_shrinkage(name: str, value: Any) -> float:
 
 
 class LinearDiscriminantHead(ClassificationHead):
-    r"""Linear discriminant analysis (Fisher 1936) with shrinkage: Gaussian classes of one shared covariance.
+    r"""Linear discriminant analysis (Fisher 1936) with shrinkage: Gaussian classes with one shared covariance.
 
     Use it with several shots and many features, where a shared covariance improves on the nearest class mean.
 
     With class means \(m_k\), class frequencies \(\pi_k\) and the pooled within-class covariance \(S\) (divided by n),
     \(\Sigma = (1 - s) S + s\, v I\), where v is the mean variance \(\operatorname{tr}(S) / d\) (Friedman 1989),
-    and the score of class k is \(q^\top \Sigma^{-1} m_k - \frac12 m_k^\top \Sigma^{-1} m_k + \log \pi_k\). The same as
+    and the score of class k is \(q^\top \Sigma^{-1} m_k - \frac12 m_k^\top \Sigma^{-1} m_k + \log \pi_k\). This is
     scikit-learn's `LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s)`.
 
-    What differs from Friedman: all classes share the covariance. With one example per class there is no within-class
+    Difference from Friedman: all classes share the covariance. With one example per class there is no within-class
     variance to shrink toward: pass `variance`.
 
     Args:
         shrinkage: s, above 0, at most 1, where 1 gives the nearest class mean (up to the frequencies). Defaults to 0.5.
         variance: v, positive, in squared units of the features; a float or `Learnable`. Defaults to None, the
-            mean variance, where d is the number of input features with any kernel.
-        kernel: this argument, `scale` and `validate` are those of `ClassificationHead`.
+            mean variance; for any kernel, d is the number of input features.
+        kernel: see `ClassificationHead`, also for `scale` and `validate`.
 
     Raises:
-        InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does, for a class without
-            examples, and for a task without within-class variance where `variance` is not given.
+        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`, and `InputError`
+            for a class without examples, or for a task without within-class variance if `variance` is not given.
 
     Example:
         `logits = LinearDiscriminantHead(0.2)(support, labels, query)`
@@ -87,7 +87,7 @@ class LinearDiscriminantHead(ClassificationHead):
         else:
             variance = as_tensor(self.variance, gram).expand(examples.shape)
         ridge = self.shrinkage * variance
-        name = "LinearDiscriminantHead: the Gram matrix of the centered support, shrunk,"
+        name = "LinearDiscriminantHead: the shrunk Gram matrix of the centered support"
         factor = shifted_cholesky((1 - self.shrinkage) * scatter, ridge, name=name, validate=support.validate)
         spread = (1 - self.shrinkage) / examples[..., None, None]
         inner = center @ torch.cholesky_solve(center @ gram @ mean, factor)
@@ -103,21 +103,21 @@ class MahalanobisHead(ClassificationHead):
 
     The score of class k is \(-\frac12 (q - m_k)^\top Q_k^{-1} (q - m_k)\) with the class mean \(m_k\) and
     \(Q_k = \lambda_k S_k + (1 - \lambda_k) S + \beta I\), where \(S_k\) is the covariance of the class, \(S\) that of
-    all examples of the task (each divided by its number of examples less one), \(\lambda_k = N_k / (N_k + 1)\) for
-    \(N_k\) examples, and \(\beta = 1\). Of a class with one example, \(S_k\) is zero.
+    all examples of the task (each divided by its number of examples minus one), \(\lambda_k = N_k / (N_k + 1)\) for
+    \(N_k\) examples, and \(\beta = 1\). For a class with one example, \(S_k\) is zero.
 
-    What differs from the paper: this is the head alone, without the adaptation networks that make its features. From
-    its published code: that leaves out the one half (`scale=2.0` does so), and where a class has one example it adds
-    half the variance among that example's features to every entry of \(Q_k\).
+    Difference from the paper: this is the head alone, without the adaptation networks that make its features. The
+    published code leaves out the factor of one half (as `scale=2.0` does here). For a class with one example, it
+    also adds half the variance among that example's features to every entry of \(Q_k\).
 
     Args:
-        regularization: beta, positive, in squared units of features; a float or `Learnable`. Defaults to 1, as in the
-            paper.
-        kernel: this argument, `scale` and `validate` are those of `ClassificationHead`.
+        regularization: beta, positive, in squared units of the features; a float or `Learnable`. Defaults to 1, as in
+            the paper.
+        kernel: see `ClassificationHead`, also for `scale` and `validate`.
 
     Raises:
-        InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does, and for a class
-            without examples.
+        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`, and `InputError`
+            for a class without examples.
 
     Example:
         `logits = MahalanobisHead()(support, labels, query)`
@@ -141,7 +141,7 @@ class MahalanobisHead(ClassificationHead):
         beta = as_tensor(self.regularization, support.targets)
         class_membership = support.targets.mT  # (*batch, k, n)
         counts = class_membership.sum(-1)
-        # Q_k = beta I + (root_k X)' (root_k X), with the centered class above the centered task.
+        # Q_k = beta I + (root_k X)' (root_k X), with the centered class stacked on the centered task.
         share = counts / (counts + 1)
         class_root = (share / (counts - 1).clamp_min(1)).sqrt()[..., None, None] * _center(class_membership)
         all_members = class_membership.sum(-2, keepdim=True)

@@ -29,7 +29,7 @@ class _Posterior(KernelExpansion):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FittedGaussianProcess(FittedRegressor):
-    """A Gaussian process fitted on the support sets of a batch of tasks. `GaussianProcessHead.fit` makes it.
+    """A Gaussian process fitted on the support sets of a batch of tasks, as `GaussianProcessHead.fit` returns it.
 
     A call on queries returns the mean. Its attributes are those of `FittedRegressor`.
     """
@@ -37,7 +37,7 @@ class FittedGaussianProcess(FittedRegressor):
     def variance(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q"]:
         """Posterior variance of the noise-free function, the same for all outputs.
 
-        Eq. 2.26 of Rasmussen & Williams (2006). Add the head's `noise_variance` for that of an observation.
+        Eq. 2.26 of Rasmussen & Williams (2006). For the variance of an observation, add the head's `noise_variance`.
 
         Args:
             query: features, `(*batch, q, d)`.
@@ -85,17 +85,17 @@ class GaussianProcessHead(RegressionHead):
     k(S, q)\) (Rasmussen & Williams 2006, Eq. 2.25 and 2.26). The prior mean is zero: center the targets or add a kernel
     `Constant`.
 
-    The fitted head also has `variance(query)` and `log_marginal_likelihood()`. What differs from DKT: DKT
+    The fitted head also has `variance(query)` and `log_marginal_likelihood()`. Differences from DKT: DKT
     maximizes the marginal likelihood of all examples of a task, which is
-    `head.fit(examples, targets).log_marginal_likelihood()`, and its kernels are those of gpytorch.
+    `head.fit(examples, targets).log_marginal_likelihood()`, and it uses the kernels of gpytorch.
 
     Args:
         noise_variance: sigma squared, the variance of an observation, positive, in squared units of the targets; a
             float or `Learnable`. Defaults to 0.1.
-        kernel: the prior covariance. Defaults to `RBF()`. This argument and `validate` are those of `Head`.
+        kernel: the prior covariance. Defaults to `RBF()`. See `Head`, also for `validate`.
 
     Raises:
-        InputError: an argument is unusable. Calls raise what `RegressionHead.forward` does.
+        InputError: an argument is unusable. Calls raise the errors of `RegressionHead.forward`.
 
     Example:
         `variance = GaussianProcessHead().fit(support, targets).variance(query)`

@@ -24,31 +24,33 @@ _AIM = 1e-15
 
 
 class LogisticHead(ClassificationHead):
-    r"""Multinomial logistic regression: the softmax's cross-entropy with an L2 regularizer.
+    r"""Multinomial logistic regression: softmax cross-entropy with an L2 regularizer.
 
-    Use it when you need probabilities: its loss is that of probabilities, and it needs the least calibration.
+    Use it when you need probabilities: its loss is their cross-entropy, and it needs the least calibration.
 
     Primal: \(\min_w \frac{\lambda}{2} \sum_k |w_k|^2 + \sum_n \left(\log \sum_k e^{w_k \cdot x_n} - w_{y_n} \cdot
-    x_n\right)\). Optimality: \(\lambda \alpha = Y - \operatorname{softmax}(K \alpha)\), where \(w_k = \sum_n \alpha_n^k
-    x_n\). Solved by Newton's method with k + 1 Cholesky factorizations of n x n per step (Rasmussen & Williams 2006,
-    Algorithm 3.3), differentiated implicitly, to any order. Lee et al. 2019 name it as an alternative (Section 3.3).
-    There is no bias; a kernel with a constant (`Linear() + Constant(1.0)`) adds a regularized one.
+    x_n\right)\). Optimality: \(\lambda \alpha = Y - \operatorname{softmax}(K \alpha)\), where
+    \(w_k = \sum_n \alpha_n^k x_n\). It is solved by Newton's method with k + 1 Cholesky factorizations of
+    n x n matrices per step (Rasmussen & Williams 2006, Algorithm 3.3), and differentiated implicitly, to any order. Lee
+    et al. 2019 name it as an alternative (Section 3.3). There is no bias; a kernel with a constant, such as
+    `Linear() + Constant(1.0)`, adds one, which is regularized like the weights.
 
-    What differs from Algorithm 3.3: steps that do not decrease the objective are halved; there is no Laplace
-    approximation.
+    Differences from Algorithm 3.3: steps that do not decrease the objective are halved, and there is no Laplace
+    approximation around the optimum.
 
     `steps=5` is LR-D2 (Bertinetto et al. 2019): five undamped Newton steps from zero, through which autograd
-    differentiates step by step. What differs from that paper: it has two classes and one sigmoid.
+    differentiates step by step. The original has two classes and one sigmoid.
 
     Args:
         regularization: lambda, positive; a float or `Learnable`. Defaults to 1.
-        steps: number of undamped Newton steps; the status is `STOPPED` if they do not reach the certified relative
+        steps: number of undamped Newton steps; the status is `STOPPED` if they do not reach a certified relative
             duality gap of 1e-6. Defaults to None (until converged).
-        on_failure: what happens to a task above that gap, as for a `Solver`: "raise" (default), "warn" or "return".
-        kernel: this argument, `scale` and `validate` are those of `ClassificationHead`.
+        on_failure: what happens if a task is not solved to that gap, as for a `Solver`: "raise" (default), "warn" or
+            "return".
+        kernel: see `ClassificationHead`, also for `scale` and `validate`.
 
     Raises:
-        InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does.
+        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`.
 
     Example:
         `probabilities = LogisticHead().fit(support, labels).probabilities(query)`

@@ -13,17 +13,17 @@ class PrototypeHead(ClassificationHead):
 
     Use it as a baseline: it has nothing to tune, and is the fastest head.
 
-    With the class mean \(m_c\), the convex problem \(\min_m \sum_{n: y_n = c} |x_n - m|^2\) in closed form:
-    \(-|q - m_c|^2 = 2 q \cdot m_c - |m_c|^2 - |q|^2\), which needs inner products only.
+    The class mean \(m_c\) solves the convex problem \(\min_m \sum_{n: y_n = c} |x_n - m|^2\) in closed form. The score
+    \(-|q - m_c|^2 = 2 q \cdot m_c - |m_c|^2 - |q|^2\) needs only inner products.
 
-    What differs from Lee et al. 2019: they divide the distance by the feature dimension (Section 4.1), which is
-    `PrototypeHead(kernel=Linear(normalize=True))`.
+    Difference from Lee et al. 2019: they divide the distance by the feature dimension (Section 4.1), as
+    `PrototypeHead(kernel=Linear(normalize=True))` does.
 
     Its arguments `kernel`, `scale` and `validate` are those of `ClassificationHead`.
 
     Raises:
-        InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does, and for a class
-            without examples.
+        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`, and `InputError`
+            for a class without examples.
 
     Example:
         `logits = PrototypeHead(kernel=Linear(normalize=True))(support, labels, query)`

@@ -1,4 +1,4 @@
-"""Ridge regression: on one-hot targets, a classifier, and on values."""
+"""Ridge regression on one-hot targets, as a classifier, and on real values."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ class RidgeHead(ClassificationHead):
     Use it as a first choice: it has one hyperparameter, and a closed form that is among the fastest.
 
     Primal: \(\min_W \frac12 |XW - Y|^2 + \frac{\lambda}{2} |W|^2\). Dual: \(\alpha = (K + \lambda I)^{-1} Y\), one
-    Cholesky factorization of n x n for all classes. With the linear kernel and d < n, one of d x d.
+    n x n Cholesky factorization for all classes. With fewer features than examples and the linear kernel, it is d x d.
 
-    What differs: this is Eq. 11 up to the constants printed there. The ridge code published by Lee et al. returns twice
-    these coefficients, which their learnable scale absorbs; their R2D2 code returns these. R2D2 learns lambda, a scale
-    and a bias (the same for all classes, so it has no effect on the softmax's cross-entropy):
+    This is Eq. 11 without its misprinted constants. The ridge code published by Lee et al. returns twice these
+    coefficients, which its learnable scale absorbs; their R2D2 code returns these coefficients. R2D2 learns lambda, a
+    scale and a bias (the same for all classes, so it has no effect on the softmax cross-entropy):
     `convexheads.models.r2d2()`.
 
     Args:
-        regularization: lambda, positive; a float or `Learnable`. Defaults to 50, that of Lee et al. 2019.
+        regularization: lambda, positive; a float or `Learnable`. Defaults to 50, as in Lee et al. 2019.
         bias: added to all logits, after `scale`; a float or `Learnable(..., positive=False)`. Defaults to 0.
-        kernel: this argument, `scale` and `validate` are those of `ClassificationHead`.
+        kernel: see `ClassificationHead`, also for `scale` and `validate`.
 
     Raises:
-        InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does.
+        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`.
 
     Example:
         `logits = RidgeHead(10.0)(support, labels, query)`
@@ -91,14 +91,14 @@ class RidgeRegressionHead(RegressionHead):
     Use it to predict values where neither uncertainty nor outliers matter.
 
     Primal: \(\min_w \frac12 |Xw - y|^2 + \frac{\lambda}{2} |w|^2\). Dual: \(\alpha = (K + \lambda I)^{-1} y\), solved
-    as by `RidgeHead`. Like the original, it has no intercept.
+    in the same way as in `RidgeHead`. Like the original, it has no intercept.
 
     Args:
         regularization: lambda, positive; a float or `Learnable`. Defaults to 1.
-        kernel: this argument and `validate` are those of `Head`.
+        kernel: see `Head`, also for `validate`.
 
     Raises:
-        InputError: an argument is unusable. Calls raise what `RegressionHead.forward` does.
+        InputError: an argument is unusable. Calls raise the errors of `RegressionHead.forward`.
 
     Example:
         `values = RidgeRegressionHead(0.1)(support, targets, query)`

@@ -21,22 +21,24 @@ from convexheads.solvers import DualProblem, Solver, get_solver
 
 
 class MulticlassSVM(ClassificationHead):
-    r"""Base class of SVMs whose dual is a `DualProblem`, as Eq. 10 of Lee et al. 2019 is.
+    r"""Base class of SVMs whose dual is a `DualProblem`, such as Eq. 10 of Lee et al. 2019.
 
     Use it to write an SVM of your own: in `solve`, build the dual with `upper_bound`, and pass it to `solve_dual`. SVMs
-    have no bias; a kernel with a constant (`Linear() + Constant(1.0)`) adds one, which is regularized as weights are.
+    have no bias; a kernel with a constant (`Linear() + Constant(1.0)`) adds one, which is regularized like the weights.
 
     Args:
-        C: weight of the slacks, positive; a float or `Learnable`. Defaults to 0.1, that of Lee et al. 2019.
-        squared_hinge: whether slacks count squared, \(C \xi^2\) in place of \(C \xi\). Their dual multipliers then have
-            no bound, but the term \(\frac{1}{4C} \alpha^2\) (like LIBLINEAR's, Fan et al. 2008). Defaults to False.
+        C: weight of the slacks, positive; a float or `Learnable`. Defaults to 0.1, as in Lee et al. 2019.
+        squared_hinge: whether slacks are squared, \(C \xi^2\) in place of \(C \xi\). In the dual, their multipliers
+            then have a quadratic term \(\frac{1}{4C} \alpha^2\) instead of an upper bound (as in LIBLINEAR, Fan et al.
+            2008). Defaults to False.
         smoothing: quadratic smoothing of the loss, \(\frac{\delta}{2}|\alpha|^2\) in the dual, over all coefficients,
-            non-negative; a float or `Learnable`. Defaults to 0. The code of Lee et al. 2019 has 1, unlike the paper.
-        solver: a `Solver`, or its name as in `SOLVERS`. Defaults to "native".
-        kernel: this argument, `scale` and `validate` are those of `ClassificationHead`.
+            non-negative; a float or `Learnable`. Defaults to 0. The code published by Lee et al. 2019 uses 1, unlike
+            the paper.
+        solver: a `Solver`, or a name from `SOLVERS`. Defaults to "native".
+        kernel: see `ClassificationHead`, also for `scale` and `validate`.
 
     Raises:
-        InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does.
+        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`.
         MissingDependencyError: the named solver's package is not installed.
     """
 
@@ -64,7 +66,7 @@ class MulticlassSVM(ClassificationHead):
         self.C, self.squared_hinge, self.smoothing, self.solver = C, squared_hinge, smoothing, get_solver(solver)
 
     def upper_bound(self, like: Tensor) -> Float[Tensor, ""]:
-        """The upper bound of the slacks' multipliers, C or infinity, a 0-d tensor of the dtype and device of `like`."""
+        """The upper bound of the slacks' multipliers, C or infinity, as a 0-d tensor like `like`."""
         return as_tensor(math.inf if self.squared_hinge else self.C, like)
 
     def solve_dual(self, problem: DualProblem, slacks: Bool[Tensor, "*batch n m"]) -> KernelExpansion:
@@ -98,9 +100,9 @@ class SVMHead(MulticlassSVM):
     \(\max_\alpha -\frac12 \sum_k |w_k|^2 + \sum_n \alpha_n^{y_n}\) subject to
     \(\alpha_n^k \le C [k = y_n]\) and \(\sum_k \alpha_n^k = 0\).
 
-    What differs from Lee et al.: the problem is solved to optimality unless the solver stops early
-    (`solver=QpthSolver(max_iterations=3)` is the paper's). From their published code and learn2learn: those add
-    1 to the dual's diagonal (`smoothing=1`), run 15 iterations, and their scale is an unconstrained parameter.
+    Difference from Lee et al.: the problem is solved to optimality, whereas their solver stops after three iterations
+    (`solver=QpthSolver(max_iterations=3)`). Their published code and learn2learn add 1 to the dual's diagonal
+    (`smoothing=1`), run 15 iterations, and do not constrain the scale.
 
     Its arguments `C` (default 0.1), `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale` and `validate`, and its
     errors, are those of `MulticlassSVM`.
@@ -127,16 +129,16 @@ class WestonWatkinsSVMHead(MulticlassSVM):
     \(-C \le \alpha_n^k \le 0\) for \(k \ne y_n\) and \(\sum_k \alpha_n^k = 0\), where
     \(w_k = \sum_n \alpha_n^k x_n\).
 
-    What differs from the original: there is no bias. Lee et al. 2019 name this SVM as an alternative (Section 3.3)
-    without figures; their published code has it with the kernel `Linear() + Constant(1.0)` and C = 1e-5.
+    Difference from the original: there is no bias. Lee et al. 2019 name this SVM as an alternative (Section 3.3) but
+    report no results for it; their published code has it with the kernel `Linear() + Constant(1.0)` and C = 1e-5.
 
     Args:
-        C: weight of the slacks, positive; a float or `Learnable`. Defaults to 0.1. This argument, `squared_hinge`,
-            `smoothing`, `solver`, `kernel`, `scale` and `validate` are those of `MulticlassSVM`.
-        margin: m, positive. Defaults to 2, that of the original.
+        C: see `MulticlassSVM`, also for `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale` and `validate`.
+            Defaults to 0.1.
+        margin: m, positive. Defaults to 2, as in the original.
 
     Raises:
-        InputError: an argument is unusable. Calls raise what `ClassificationHead.forward` does.
+        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`.
         MissingDependencyError: the named solver's package is not installed.
 
     Example:
@@ -185,7 +187,7 @@ class OneVsRestSVMHead(MulticlassSVM):
     Dual: \(\max_\alpha -\frac12 \sum_k |w_k|^2 + \sum_{n,k} t_n^k \alpha_n^k\) subject to
     \(0 \le t_n^k \alpha_n^k \le C\), where \(w_k = \sum_n \alpha_n^k x_n\).
 
-    What differs: there is no bias.
+    Difference from the original: there is no bias.
 
     Its arguments `C` (default 0.1), `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale` and `validate`, and its
     errors, are those of `MulticlassSVM`.
@@ -214,11 +216,11 @@ class SimplifiedSVMHead(MulticlassSVM):
     \(\max_a -\frac12 \sum_{n,m} a_n a_m\, v_n \cdot v_m\, x_n \cdot x_m + \sum_n a_n\) subject to \(0 \le a_n \le C\),
     where \(w_k = \sum_n a_n v_n^k x_n\).
 
-    What differs: the code published by Lee et al. 2019 has this head with C = 0.01, and scores a class by its own
-    examples alone, without the \(-\frac{1}{k-1}\). Neither has a bias.
+    The code published by Lee et al. 2019 has this head with C = 0.01, and scores a class by its own examples alone,
+    without the \(-\frac{1}{k-1}\). Neither that code nor this head has a bias.
 
     Its arguments `C` (default 0.1), `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale` and `validate`, and its
-    errors, are those of `MulticlassSVM`. The `solution` of a fitted head is that for \(a\), `(*batch, n, 1)`.
+    errors, are those of `MulticlassSVM`. The coefficients in a fitted head's `solution` are \(a\), `(*batch, n, 1)`.
 
     Example:
         `logits = SimplifiedSVMHead(C=0.01)(support, labels, query)`

@@ -16,7 +16,7 @@ def require_version(module: str, requirement: str, *, extra: str, needed_by: str
         module: Name by which the package is imported.
         requirement: Name by which the package is installed, with its supported versions: "scikit-learn>=1.6,<2".
         extra: The extra of convexheads that the package belongs to.
-        needed_by: The object that needs the package, for the message; by default the adapter named like the extra.
+        needed_by: The object that needs the package, for the message; by default the adapter named after the extra.
     """
     needed_by = needed_by or f"convexheads.integrations.{extra}"
     package = re.split("[<>=]", requirement)[0]

@@ -20,8 +20,8 @@ from easyfsl.methods import FewShotClassifier
 class HeadClassifier(FewShotClassifier):
     """A head as one of easyfsl's `FewShotClassifier`s.
 
-    It runs with easyfsl's `TaskSampler`, `evaluate` and training scripts, as `PrototypicalNetworks` does. What differs:
-    it has no prototypes, and labels other than 0 to k - 1, for which easyfsl's own methods are wrong, are an error.
+    It runs with easyfsl's `TaskSampler`, `evaluate` and training scripts, as its `PrototypicalNetworks` does, but
+    has no prototypes. Labels other than 0 to k - 1, for which easyfsl's own methods return wrong results, are an error.
 
     Use it when you evaluate or train with easyfsl's scripts.
 
@@ -57,7 +57,7 @@ class HeadClassifier(FewShotClassifier):
     def forward(self, query_images: Tensor) -> Tensor:
         """Compute the logits `(q, k)` of `query_images` `(q, *image)`; with `use_softmax=True`, probabilities."""
         if self.fitted is None:
-            raise InputError("classifier", "a call of process_support_set first", "a query before any support")
+            raise InputError("classifier", "a call to process_support_set first", "a query before any support set")
         return self.softmax_if_specified(self.fitted(self.compute_features(query_images)))
 
     @staticmethod

@@ -18,10 +18,10 @@ class HeadClassifier(nn.Module):
     """A head with the interface of learn2learn's `SVClassifier` and `PrototypicalClassifier`.
 
     `LightningPrototypicalNetworks` and `LightningMetaOptNet` train with it when it is set as their `.classifier`. With
-    `SVMHead(C=0.1, smoothing=1.0)` it computes the same as `SVClassifier()`, except that the latter stops early; with
-    `PrototypeHead()` the same as `PrototypicalClassifier()`.
+    `SVMHead(C=0.1, smoothing=1.0)` it computes the same as `SVClassifier()`, except that the latter stops early. With
+    `PrototypeHead()` it computes the same as `PrototypicalClassifier()`.
 
-    What differs from `SVClassifier`: labels may be any integers, which are renumbered in ascending order; leading
+    Differences from `SVClassifier`: labels may be any integers, which are renumbered in ascending order; leading
     dimensions hold several tasks; and a call before the fit is an error.
 
     Use it when you train with learn2learn's Lightning modules.
@@ -69,7 +69,7 @@ class HeadClassifier(nn.Module):
         self.fitted = self.head.fit(support, labels, ways=ways)
 
     def forward(self, query: Tensor) -> Tensor:
-        """Compute the logits `(*batch, q, k)` of the features `query` `(*batch, q, d)`, after a call of `fit_`."""
+        """Compute the logits `(*batch, q, k)` of the features `query` `(*batch, q, d)`, after a call to `fit_`."""
         if self.fitted is None:
-            raise InputError("classifier", "a call of fit_(support, labels) first", "a query before any support")
+            raise InputError("classifier", "a call to fit_(support, labels) first", "a query before any support set")
         return self.fitted(query)

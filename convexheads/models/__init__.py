@@ -1,4 +1,4 @@
-"""Backbones, heads with the settings of the literature, and weights that the package contains."""
+"""Backbones, heads with published settings, and the weights that the package contains."""
 
 from convexheads.models.backbone import Backbone
 from convexheads.models.networks import WRN28, Conv4, DropBlock, R2D2Network, ResNet12, build_backbone

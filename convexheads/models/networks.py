@@ -1,4 +1,4 @@
-"""The backbones of the literature: Conv-4, the network of R2D2, ResNet-12 with DropBlock, and WRN-28-10."""
+"""Backbones from the literature: Conv-4, the network of R2D2, ResNet-12 with DropBlock, and WRN-28-10."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Conv4(Backbone):
     """Four blocks of 3 x 3 convolution with 64 filters, batch normalization, ReLU and 2 x 2 max pooling.
 
     This is the network of Vinyals et al. 2016 and Snell et al. 2017. It has 256 features for images of 32 x 32 pixels
-    and 1,600 for 84 x 84. The layers and their names are those of learn2learn's `CNN4Backbone`. What differs: the
-    initial weights are PyTorch's; in learn2learn, some channels are nearly zero.
+    and 1,600 for 84 x 84. The layers and their names are those of learn2learn's `CNN4Backbone`. The
+    initial weights are PyTorch's defaults; in learn2learn, some channels are nearly zero at the start.
 
     Use it when training has to be fast, or to compare with published results for Conv-4. The arguments `in_channels`,
     `image_size` (at least 16), `mean` and `std` are those of `Backbone`.
@@ -52,10 +52,10 @@ class R2D2Network(Backbone):
     """The network of R2D2 (Bertinetto et al. 2019): 96, 192, 384 and 512 filters, outputs of the last two blocks.
 
     A block is a 3 x 3 convolution, batch normalization, 2 x 2 max pooling and a leaky ReLU, in this order. As in the
-    code of Lee et al. 2019, the last two blocks have dropout of 0.1 and 0.3, and there is no activation after the last
-    block, as R2D2's accuracy requires. The network has 8,192 features for images of 32 x 32 pixels and 51,200 for
-    84 x 84. What differs: the code of Bertinetto et al. has that activation and the same rate of dropout in both
-    blocks, and it pools both outputs with stride 1 instead, which gives 8,064 and 72,576 features.
+    code of Lee et al. 2019, the last two blocks have dropout of 0.1 and 0.3. There is no activation after the last
+    block, because R2D2's accuracy requires this. The network has 8,192 features for images of 32 x 32 pixels and 51,200
+    for 84 x 84. The code of Bertinetto et al., in contrast, has that activation and the same rate of dropout in both
+    blocks. It also pools both outputs with stride 1, which gives 8,064 and 72,576 features.
 
     Use it when you compare with published results for R2-D2. The arguments `in_channels`, `image_size` (at least 16),
     `mean` and `std` are those of `Backbone`.
@@ -93,20 +93,20 @@ class ResNet12(Backbone):
 
     This is the network of Lee et al. 2019 (Section 4.1). Each block ends with 2 x 2 max pooling and DropBlock. There
     is no global average pooling: the network has 2,560 features for images of 32 x 32 pixels and 16,000 for 84 x 84.
-    The initial weights are Kaiming's, as in the authors' code. learn2learn's `ResNet12Backbone` computes the same in
-    evaluation, but its checkpoints lack the step counter of DropBlock.
+    Weights are initialized by Kaiming's method, as in the authors' code. learn2learn's `ResNet12Backbone` computes the
+    same in evaluation, but its checkpoints lack the step counter of DropBlock.
 
     Use it when accuracy matters most and you train on a GPU.
 
     Args:
-        in_channels: As for `Backbone`, like `image_size` (at least 16), `mean` and `std`.
+        in_channels: See `Backbone`, also for `image_size` (at least 16), `mean` and `std`.
         dropblock: "paper" drops 10 % of the units after every block: single units (dropout) after the first two,
             square blocks after the last two. "reference_code" increases the rate of the last two from 0 to 10 % over
-            40,000 forward passes in training. What differs from the authors' code: its counter also counts evaluation,
-            is lost on resumption and stays at zero with several GPUs, and it counts support and query images as two
-            passes, so that 20,000 steps reach the full rate. "none" drops nothing.
+            40,000 forward passes in training. Differences from the authors' code: its counter also counts evaluation,
+            is lost on resumption and stays at zero with several GPUs. It counts support and query images as two passes,
+            so that 20,000 steps reach the full rate. "none" drops nothing.
         block_size: Height and width of a dropped block in units of the feature maps; by default 5 for images of at
-            least 84 x 84 pixels and 2 for smaller ones, as the authors have it for ImageNet and for CIFAR.
+            least 84 x 84 pixels and 2 for smaller ones, as in the authors' code for ImageNet and for CIFAR.
         average_pool: Whether to average over positions, which leaves 640 features.
 
     Example:
@@ -125,7 +125,7 @@ class ResNet12(Backbone):
         average_pool: bool = False,
     ) -> None:
         check_choice("dropblock", dropblock, ("paper", "reference_code", "none"))
-        # These come first, because the base class calls `make_layers`.
+        # These are set first, because the base class calls `make_layers`.
         self.dropblock, self.block_size, self.average_pool = dropblock, block_size, average_pool
         super().__init__(in_channels, image_size, mean, std)
 
@@ -167,13 +167,13 @@ class _ResidualBlock(nn.Module):
 class DropBlock(nn.Module):
     """Drops square blocks of each channel in training (Ghiasi et al. 2018).
 
-    For odd sizes, the only ones that it accepts, `torchvision.ops.DropBlock2d` is equal in distribution. Kept units are
+    For odd sizes, it has the same distribution as `torchvision.ops.DropBlock2d`, which requires them. Kept units are
     scaled so that the mean of the batch stays the same, and overlapping blocks drop slightly less than `drop_prob`.
 
     Use it when you build a residual network of your own; `ResNet12` contains it.
 
     Args:
-        block_size: Height and width of a block, at least 1; on smaller maps, their height and width.
+        block_size: Height and width of a block, at least 1; reduced on maps that are smaller.
         drop_prob: Expected fraction of dropped units, in [0, 1).
         warmup_steps: Number of forward passes in training over which the fraction increases from 0 to `drop_prob`.
 
@@ -214,9 +214,9 @@ class WRN28(Backbone):
     """The wide residual network WRN-28-10 (Zagoruyko & Komodakis 2016): 640 features, the means over positions.
 
     It consists of the layers of learn2learn's `WRN28Backbone` and needs that package. There, the last pooling is for
-    images of 84 x 84 pixels and the first convolution for three channels; here, both fit any image. Like learn2learn's,
-    it differs from the paper: convolutions have biases, the initial weights are PyTorch's, and the statistics of the
-    last normalization have a momentum of 0.9, so that they are nearly those of the last batch.
+    images of 84 x 84 pixels and the first convolution for three channels; here, both fit any image. Differences from
+    the paper, as in learn2learn: convolutions have biases, the initial weights are PyTorch's defaults, and the
+    statistics of the last normalization have a momentum of 0.9, so that they are nearly those of the last batch.
 
     Use it when you compare with published results for WRN-28-10. The arguments `in_channels`, `image_size`, `mean` and
     `std` are those of `Backbone`.

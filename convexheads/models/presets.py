@@ -1,6 +1,7 @@
-"""Heads with the hyperparameters of the literature, as in the paper or as in the authors' code.
+"""Heads with published hyperparameters, as in the papers or as in their authors' code.
 
-What differs from the papers and their code: problems are solved to optimality, and the scale stays positive.
+Differences from the papers and their code: problems are solved to optimality, and the scale stays positive, whereas it
+may become negative in the code.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Variant = Literal["paper", "reference_code"]
 def metaoptnet_svm(variant: Variant = "paper") -> SVMHead:
     """MetaOptNet-SVM (Lee et al. 2019): C = 0.1 and a learnable scale that starts at 1.
 
-    With `head.solver = QpthSolver(max_iterations=3)`, the solver stops as early as in the paper; the code has 15.
+    Set `head.solver = QpthSolver(max_iterations=3)` to stop after 3 steps, as in the paper; the code runs 15.
 
     Use it when you reproduce MetaOptNet, or as a strong default for meta-training.
 
@@ -41,7 +42,7 @@ def metaoptnet_ridge(variant: Variant = "paper") -> RidgeHead:
 
     Args:
         variant: "paper" is Eq. 11 (without its misprinted constants); "reference_code" returns twice its scores, as the
-            authors' code does, by a scale that starts at 2.
+            authors' code does, with a scale that starts at 2.
     """
     return RidgeHead(50.0, scale=Learnable(2.0 if _is_reference_code(variant) else 1.0))
 
@@ -63,7 +64,7 @@ def protonet(variant: Variant = "paper") -> PrototypeHead:
 def r2d2(variant: Variant = "paper") -> RidgeHead:
     """R2-D2 (Bertinetto et al. 2019): ridge regression on one-hot targets with a learnable adjustment.
 
-    What differs from R2-D2's own code: lambda is learned as its logarithm.
+    Difference from R2-D2's own code: the logarithm of lambda is learned.
 
     Use it when you reproduce R2-D2.
 

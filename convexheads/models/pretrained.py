@@ -27,8 +27,8 @@ class Pretrained(NamedTuple):
 
     Attributes:
         backbone: The backbone in evaluation mode, from images `(n, channels, height, width)` to features `(n, d)`.
-        head: The head, with the scale that it learned.
-        settings: The settings of the training, named as the options of `benchmarks.train`.
+        head: The head, with its learned scale.
+        settings: The settings of the training run, named like the options of `benchmarks.train`.
     """
 
     backbone: Backbone
@@ -79,11 +79,11 @@ def load_pretrained(name: str | Path) -> Pretrained:
     if not isinstance(name, str | Path):
         raise InputError("name", "a name or a path", describe(name))
     places = WEIGHTS_DIR / f"{name}.safetensors", Path(name) / "model.safetensors", Path(name)
-    path = next(filter(os.path.isfile, places), None)  # unlike Path's method, also for names of any length
+    path = next(filter(os.path.isfile, places), None)  # unlike Path's method, accepts names of any length
     if path is None:
         expected = f"a file or folder of trained weights, or one of {', '.join(list_pretrained())}"
         raise InputError("name", expected, repr(str(name)))
-    expected = "a complete file of `save_pretrained`"
+    expected = "a complete file written by `save_pretrained`"
     try:
         state, settings = _storage.load(path, key="settings", needed_by="load_pretrained")
         channels = state["backbone.mean"].shape[1]
@@ -105,7 +105,7 @@ def save_pretrained(path: str | Path, backbone: nn.Module, head: ClassificationH
         backbone: A backbone that `build_backbone` makes.
         head: A head that `build_head` makes.
         settings: The names of the "backbone" and the "head", and the "image_size" in pixels, which `load_pretrained`
-            requires; and any other values that JSON can represent, to describe the training.
+            requires; and any other values that JSON can represent, to describe the training run.
 
     Raises:
         InputError: `load_pretrained` would return another backbone or another head, because the names in `settings` are

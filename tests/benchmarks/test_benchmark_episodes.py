@@ -69,7 +69,7 @@ def test_workers_change_nothing() -> None:
         with pytest.raises(InputError, match=rf"num_workers: expected a number of processes, 0 for none.*, got {got}"):
             loader(num_workers=workers)
     meta = images().images.to("meta")
-    with pytest.raises(InputError, match=r"samples: expected the CPU, or num_workers=0.*, got device meta"):
+    with pytest.raises(InputError, match=r"samples: expected a tensor on the CPU, or num_workers=0.*, got device meta"):
         EpisodeLoader(meta, images().labels, ways=2, shots=1, queries=1, num_workers=1)
 
 

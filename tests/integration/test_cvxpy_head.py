@@ -134,7 +134,7 @@ BAD = {
     "not convex": (lambda task: -task.squared_norm, r"build: expected .*, got a problem that is not convex"),
     "not DPP": (
         lambda task: task.squared_norm + task.parameters["a"] * cvxpy.sum_squares(task.targets - task.scores),
-        r"build: expected one in which parameters.*, got a problem that is convex, but not DPP",
+        r"build: expected a DPP problem, got a problem that is convex but not DPP",
     ),
     "nothing": (lambda task: None, r"build: expected an expression.*, got a NoneType from it"),
 }

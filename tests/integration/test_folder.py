@@ -191,7 +191,7 @@ def test_unusable_files_are_named(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" ")
     with pytest.raises(InputError, match=r"file: expected .*, got .*empty\.txt without any text"):
         classifier.predict([tmp_path / "empty.txt"])
-    with pytest.raises(InputError, match=r"missing\.txt, which is no file"):
+    with pytest.raises(InputError, match=r"missing\.txt, which is not a file"):
         classifier.predict([tmp_path / "missing.txt"])
     (tmp_path / "classes" / "a").mkdir(parents=True)
     (tmp_path / "classes" / "b").mkdir()

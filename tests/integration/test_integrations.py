@@ -84,7 +84,7 @@ def test_several_tasks_at_once_in_learn2learns_protocol() -> None:
 
 def test_learn2learns_protocol_says_what_is_missing() -> None:
     support, labels, query, _ = task()
-    with pytest.raises(InputError, match=r"expected a call of fit_.*a query before any support"):
+    with pytest.raises(InputError, match=r"expected a call to fit_.*a query before any support"):
         learn2learn.HeadClassifier(SVMHead())(query)
     with pytest.raises(InputError, match=r"labels: expected .*, got None"):
         learn2learn.HeadClassifier(SVMHead(), support)
@@ -191,7 +191,7 @@ def test_easyfsls_settings_and_gradients() -> None:
 
 def test_easyfsls_protocol_says_what_is_missing() -> None:
     support, labels, query, _ = task()
-    with pytest.raises(InputError, match=r"expected a call of process_support_set first"):
+    with pytest.raises(InputError, match=r"expected a call to process_support_set first"):
         easyfsl.HeadClassifier(SVMHead())(query)
     with pytest.raises(InputError, match=r"support_labels: expected 0 to k - 1.*, got classes \[1, 2, 3, 4\]"):
         easyfsl.HeadClassifier(SVMHead()).process_support_set(support, labels + 1)

@@ -213,7 +213,7 @@ def test_solve_that_returns_no_expansion():
         def solve(self, support):
             return support.targets
 
-    with pytest.raises(InputError, match=r"Wrong\.solve: expected a KernelExpansion.*, got a result of Tensor"):
+    with pytest.raises(InputError, match=r"Wrong\.solve: expected a KernelExpansion.*, got a result of type Tensor"):
         Wrong()(*GOOD[:3])
 
 
@@ -234,7 +234,7 @@ def test_class_without_examples_where_the_head_needs_one():
     ("kernel", "message"),
     [
         (lambda x, y: x.sum(-1), r"kernel: expected .*\(2, 6, 6\).*, got a result of shape \(2, 6\)"),
-        (lambda x, y: None, r"kernel: expected .*, got a result of NoneType"),
+        (lambda x, y: None, r"kernel: expected .*, got a result of type NoneType"),
         (lambda x, y: (x @ y.mT).float(), r"kernel: expected .*torch.float64.*, got a result of torch.float32"),
         (lambda x, y: (x @ y.mT).log(), r"kernel: expected .*, got non-finite values in row 0 of task \(0,\)"),
     ],

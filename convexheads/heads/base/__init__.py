@@ -1,1 +1,1 @@
-"""What all heads have in common."""
+"""The base classes of heads, their inputs and their results."""

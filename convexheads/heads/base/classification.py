@@ -20,12 +20,12 @@ from convexheads.precision import full_precision, working_dtype
 class ClassificationHead(Head):
     """Base class of few-shot classifiers that solve a convex problem, the setting of Lee et al. 2019 (Section 3).
 
-    A subclass writes one method, `solve`, from a `SupportSet` with one-hot targets to a `KernelExpansion`.
+    A subclass implements one method, `solve`, which takes a `SupportSet` with one-hot targets and returns a
+    `KernelExpansion`.
 
     Args:
-        scale: factor of all scores, positive (gamma in Eq. 12 of Lee et al. 2019); a float or `Learnable`. Defaults to
-            1.
-        kernel: this argument, `validate` and errors are those of `Head`.
+        scale: positive factor of all scores (gamma in Eq. 12 of Lee et al. 2019), a float or `Learnable`. Default: 1.
+        kernel: see `Head`, also for `validate` and for the errors.
     """
 
     checks: ClassVar[dict[str, Check]] = Head.checks | {"scale": check_positive}
@@ -55,21 +55,23 @@ class ClassificationHead(Head):
                 `labels.unique(return_inverse=True)[1]`); shots may differ between classes.
             query: features, `(*batch, q, d)`.
             ways: number of classes k. Defaults to None, the largest label plus one (reading it waits for a GPU). A
-                tensor of integers, `(*batch,)`, has the number of each task; k is then the largest of them, the logits
-                of classes that a task does not have are minus infinity, and tasks with equally many classes are solved
-                together.
-            mask: `(*batch, n)`, False at examples to ignore; tasks of different size then fit one batch. Defaults to
-                None.
+                tensor of integers, `(*batch,)`, is the number of classes of each task; k is then the largest of them,
+                and the logits of classes that a task does not have are minus infinity. Tasks with the same number of
+                classes are solved together.
+            mask: `(*batch, n)`, False at examples to ignore, so that tasks of different sizes fit into one batch.
+                Defaults to None (no mask).
 
         Returns:
             Logits, `(*batch, q, k)`, in the support's dtype. Gradients reach support, query and `Learnable`s.
 
         Raises:
-            InputError: an argument is unusable, or the kernel: it returns no Gram matrix, or one that is not positive
-                semi-definite and makes the problem fail. With `validate=False`, a label out of range gives NaN logits
-                in its task, or fails in the solver, and a closed form without a solution gives NaN.
-            SolverError: a task could not be solved (see the solver's `on_failure`; "warn" gives a `SolverWarning`).
-            ConvexHeadsError: in the backward pass, for a second derivative that the solver does not have.
+            InputError: an argument is unusable. This includes a kernel that returns no Gram matrix, or one that is not
+                positive semi-definite and makes the problem fail. With `validate=False`, wrong values are not an error:
+                a label out of range gives NaN logits in its task, or that task fails in the solver. A closed form that
+                has no solution gives NaN.
+            SolverError: a task could not be solved (see the solver's `on_failure`; with "warn", `SolverWarning`
+                instead).
+            ConvexHeadsError: in the backward pass, for a second derivative that the solver does not support.
         """
         return self.fit(support, labels, ways=ways, mask=mask)(query)
 

@@ -1,4 +1,4 @@
-"""The results of `Head.fit`: frozen heads, to be called on queries."""
+"""Heads fitted on support sets, to be called on queries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _F = TypeVar("_F", bound="Fitted")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Fitted:
-    """A head fitted on the support sets of a batch of tasks: call it on queries. `Head.fit` makes it.
+    """A head fitted on the support sets of a batch of tasks, to be called on queries.
 
     Attributes:
         expansion: coefficients, bias and other terms, in float64.
@@ -90,7 +90,7 @@ class Fitted:
 
     @property
     def bias(self) -> Float[Tensor, "*batch k"]:
-        """The bias `(*batch, k)` of these scores.
+        """The bias `(*batch, k)` of scores that are `query @ weight.mT + bias`, with gradient.
 
         Raises:
             ConvexHeadsError: the scores are not linear in the features.
@@ -146,7 +146,7 @@ class Fitted:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FittedClassifier(Fitted):
-    """A classification head fitted on the support sets of a batch of tasks. `ClassificationHead.fit` makes it.
+    """A classification head fitted on the support sets of a batch of tasks, as `ClassificationHead.fit` returns it.
 
     Attributes:
         scale: the head's scale at the time of the fit, a scalar, `()`.
@@ -170,13 +170,13 @@ class FittedClassifier(Fitted):
             Logits, `(*batch, q, k)`, in the dtype of the support; minus infinity for classes that a task does not have.
 
         Raises:
-            InputError: shape, dtype or device do not match the support, or a feature is not finite.
+            InputError: the shape, dtype or device is not as described, or a feature is not finite.
         """
         logits = self._scores(query)
         return logits if self.ways is None else logits.masked_fill(self._absent.unsqueeze(-2), -torch.inf)
 
     def probabilities(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q k"]:
-        """The softmax of the logits of `query`, `(*batch, q, k)`; see `calibrate`. Errors are those of a call."""
+        """The softmax of the logits of `query`, `(*batch, q, k)`; see `calibrate`. The errors are those of a call."""
         return self(query).softmax(-1)
 
     @property
@@ -195,10 +195,10 @@ class FittedClassifier(Fitted):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FittedRegressor(Fitted):
-    """A regression head fitted on the support sets of a batch of tasks. `RegressionHead.fit` makes it.
+    """A regression head fitted on the support sets of a batch of tasks, as `RegressionHead.fit` returns it.
 
     Attributes:
-        single_output: whether targets, and so predictions, have no dimension of outputs. Defaults to False.
+        single_output: whether the targets, and therefore the predictions, lack an output dimension. Defaults to False.
 
     Example:
         `values = RidgeRegressionHead().fit(support, targets)(query)`
@@ -217,7 +217,7 @@ class FittedRegressor(Fitted):
             `(*batch, q)` or `(*batch, q, outputs)`, in the shape and units of the targets and the dtype of the support.
 
         Raises:
-            InputError: shape, dtype or device do not match the support, or a feature is not finite.
+            InputError: the shape, dtype or device is not as described, or a feature is not finite.
         """
         values = self._scores(query)
         return values.squeeze(-1) if self.single_output else values

@@ -18,12 +18,12 @@ from convexheads.precision import working_dtype
 class Head(Configurable, ABC):
     """Base class of all heads: modules that solve a convex problem over the support set of a task.
 
-    A subclass of `ClassificationHead` or `RegressionHead` writes one method, `solve`. The base classes provide checks,
-    batches of tasks, precision, masks, kernels and scoring. The module keeps nothing of an episode.
+    A subclass of `ClassificationHead` or `RegressionHead` implements one method, `solve`. The base classes provide
+    checks, batches of tasks, precision, masks, kernels and scoring. The module keeps no state from an episode.
 
     Args:
-        kernel: any callable `(x, y) -> gram` (`convexheads.kernels`). Defaults to `Linear()`.
-        validate: whether to check the values of all input, on any device: labels out of range, features and Gram
+        kernel: any callable `(x, y) -> gram` (see `convexheads.kernels`). Defaults to `Linear()`.
+        validate: whether to check all input for wrong values, on any device: labels out of range, features and Gram
             matrices that are not finite, matrices that cannot be factorized. False skips every check that reads values,
             so that heads with a closed form never wait for a GPU; tasks with wrong values then give NaN, or fail in the
             solver. Types and shapes are always checked. Defaults to True.
@@ -46,7 +46,7 @@ class Head(Configurable, ABC):
 
     @abstractmethod
     def solve(self, support: SupportSet) -> KernelExpansion:
-        """Solve the head's convex problem; the one method that a subclass writes.
+        """Solve the head's convex problem; the one method that a subclass implements.
 
         Args:
             support: features, Gram matrix and targets of a batch of tasks.
@@ -78,7 +78,7 @@ class Head(Configurable, ABC):
         support.release_gram()
         name = f"{type(self).__name__}.solve"
         if not isinstance(expansion, KernelExpansion):
-            raise InputError(name, "a KernelExpansion", f"a result of {type(expansion).__name__}")
+            raise InputError(name, "a KernelExpansion", f"a result of type {type(expansion).__name__}")
         *batch, n, k = support.targets.shape
         dtype = support.targets.dtype
         for part, shape in (("coef", (*batch, n, k)), ("bias", (*batch, k)), ("quadratic", (*batch, k, n, n))):

@@ -16,9 +16,10 @@ from convexheads.precision import full_precision
 class RegressionHead(Head):
     """Base class of few-shot regressors that solve a convex problem.
 
-    A subclass writes one method, `solve`, from a `SupportSet` to a `KernelExpansion` (see the representer theorem,
-    Schoelkopf, Herbrich & Smola 2001). There is no intercept: center the targets, or give the kernel a constant
-    (`RBF() + Constant(1.0)`). Its arguments `kernel` and `validate`, and its errors, are those of `Head`.
+    A subclass implements one method, `solve`, which takes a `SupportSet` and returns a `KernelExpansion` (see the
+    representer theorem, Schoelkopf, Herbrich & Smola 2001). There is no intercept: center the targets, or give the
+    kernel a constant (`RBF() + Constant(1.0)`). Its arguments `kernel` and `validate`, and its errors, are those of
+    `Head`.
     """
 
     _fitted_class: ClassVar[type[FittedRegressor]] = FittedRegressor
@@ -37,18 +38,18 @@ class RegressionHead(Head):
             support: features, `(*batch, n, d)`; the leading dimensions are tasks, any number of them.
             targets: values to regress on, `(*batch, n)` or `(*batch, n, outputs)`, of any floating-point dtype.
             query: features, `(*batch, q, d)`.
-            mask: `(*batch, n)`, False at examples to ignore; tasks of different size then fit one batch. Defaults to
-                None.
+            mask: `(*batch, n)`, False at examples to ignore, so that tasks of different sizes fit into one batch.
+                Defaults to None (no mask).
 
         Returns:
             Predictions, `(*batch, q)` or `(*batch, q, outputs)`, in the units of the targets and in the support's
                 dtype. Gradients reach support, targets, query and `Learnable`s.
 
         Raises:
-            InputError: an argument is unusable, or the kernel: it returns no Gram matrix, or one that is not positive
-                semi-definite and makes the problem fail.
+            InputError: an argument is unusable. This includes a kernel that returns no Gram matrix, or one that is not
+                positive semi-definite and makes the problem fail.
             SolverError: a task could not be solved.
-            ConvexHeadsError: in the backward pass, for a second derivative that the solver does not have.
+            ConvexHeadsError: in the backward pass, for a second derivative that the solver does not support.
         """
         return self.fit(support, targets, mask=mask)(query)
 

@@ -43,20 +43,20 @@ class SupportSet:
     def gram(self) -> Float[Tensor, "*batch n n"]:
         """The Gram matrix `kernel(features, features)`, `(*batch, n, n)`, computed on first use.
 
-        Masked examples are orthogonal to all others, with their mean squared length.
+        Masked examples are orthogonal to all others, and their squared length is the mean over the others.
         """
         gram = compute_gram(self.kernel, self.features, self.features, validate=self.validate)
         return gram if self.mask is None else _mask_gram(gram, self.mask)
 
     @property
     def labeled_targets(self) -> Float[Tensor, "*batch n k"]:
-        """One-hot labels `(*batch, n, k)` that put masked examples into class 0, for heads that need labels of all."""
+        """One-hot labels `(*batch, n, k)` with masked examples in class 0, for heads that need all labels."""
         if self.mask is None:
             return self.targets
         return torch.cat([self.targets[..., :1] + ~self.mask.unsqueeze(-1), self.targets[..., 1:]], -1)
 
     def release_gram(self) -> None:
-        """Free the memory of the Gram matrix; another use computes it again."""
+        """Free the memory of the Gram matrix; the next use computes it again."""
         vars(self).pop("gram", None)
 
     def __repr__(self) -> str:
@@ -102,7 +102,7 @@ def compute_gram(kernel: KernelLike, x: Tensor, y: Tensor, *, validate: bool) ->
     gram: Any = kernel(x, y)
     expected = (*x.shape[:-1], y.shape[-2])
     if not isinstance(gram, Tensor) or gram.shape != expected:
-        got = f"shape {tuple(gram.shape)}" if isinstance(gram, Tensor) else type(gram).__name__
+        got = f"shape {tuple(gram.shape)}" if isinstance(gram, Tensor) else f"type {type(gram).__name__}"
         raise InputError("kernel", f"a Gram matrix of shape {expected}", f"a result of {got}")
     if gram.dtype != x.dtype:
         raise InputError("kernel", f"the dtype of its arguments, {x.dtype}", f"a result of {gram.dtype}")
@@ -119,7 +119,7 @@ def _mask_gram(gram: Tensor, mask: Tensor) -> Tensor:
 
 
 def merge_groups(groups: Sequence[KernelExpansion], order: Tensor, batch: torch.Size) -> KernelExpansion:
-    """One batch from expansions of tasks with different numbers of classes: padded with zeros, in the given order."""
+    """Merge expansions of tasks with different numbers of classes into a batch: padded with zeros, in this order."""
     class_dims = {"coef": 1, "bias": 1, "quadratic": 3, "bound_multipliers": 1}  # counted from the last
 
     def merge(name: str, records: Sequence[Any]) -> Any:

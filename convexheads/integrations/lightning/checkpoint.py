@@ -16,12 +16,12 @@ from convexheads.errors import InputError
 class AtomicCheckpointIO(TorchCheckpointIO):
     """A plugin for `Trainer(plugins=...)` that writes checkpoints atomically and refuses damaged ones.
 
-    Without it, Lightning writes a checkpoint to the system's folder for temporary files and moves it to its place. If
-    that is on another disk, killing the training during the copy destroys the last good checkpoint. Lightning also
+    Without it, Lightning writes a checkpoint to the system's temporary folder and then moves it into place. If that
+    folder is on another disk, killing the training during the copy destroys the last good checkpoint. Lightning also
     reads a file with altered bytes without an error. This plugin renames a file only when it is complete on the disk,
     and verifies its checksums before it is read. Nothing is unpickled. Paths are on the local file system.
 
-    Use it when a training may be killed at any moment.
+    Use it when a training run may be killed at any moment.
 
     Example:
         `Trainer(plugins=[AtomicCheckpointIO()])`, then `trainer.fit(module, data, ckpt_path="last.ckpt")`
@@ -30,7 +30,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a `checkpoint` to `path`; after an `OSError`, an older file is unchanged.
 
-        Only tensors, numbers, text and containers of them can be read again. `storage_options` are not used.
+        Only tensors, numbers, text and containers of these can be read again. `storage_options` are not used.
         """
         content, path = BytesIO(), Path(path)
         torch.save(checkpoint, content)
@@ -40,7 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read the checkpoint at `path` that this class, or Lightning's own, wrote, on the CPU.
+        """Read a checkpoint of this class, or of Lightning's own class, from `path` onto the CPU.
 
         `map_location` and `weights_only` are not used. A file that is damaged or contains objects raises `InputError`.
         """

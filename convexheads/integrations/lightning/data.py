@@ -32,7 +32,7 @@ class EpisodicDataModule(pl.LightningDataModule):
         queries: Number of query samples per class.
         batch_size: Number of episodes per step, over all processes.
         steps_per_epoch: Number of training steps per epoch.
-        eval_steps: Number of steps of a test and of a validation, which has the same episodes every time.
+        eval_steps: Number of steps per validation and per test, which have the same episodes every time.
         seed: Random seed.
         transform: A random transform of a training sample; optional.
         class_names: Names of the training classes for error messages; by default their labels.
@@ -77,7 +77,7 @@ class EpisodicDataModule(pl.LightningDataModule):
         return self._train
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position of the training episodes. Lightning alone restores that of a loader within an epoch."""
+        """Return the position of the training episodes, which Lightning itself restores only within an epoch."""
         return dict(self._state) if self._train is None else self._train.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -100,5 +100,5 @@ def _read(name: str, part: tuple[Tensor, Tensor] | str | Path | None) -> tuple[T
         if not isinstance(samples, Tensor) or not isinstance(labels, Tensor):
             raise TypeError("it does not contain two tensors")
     except (OSError, TypeError, ValueError) as error:
-        raise InputError(name, "a file of torch.save((samples, labels), path)", f"{part} ({error})") from error
+        raise InputError(name, "a file written by torch.save((samples, labels), path)", f"{part} ({error})") from error
     return samples, labels

@@ -25,8 +25,8 @@ class EpisodicModule(pl.LightningModule):
     """Trains a backbone so that a head fitted on an episode's support set classifies its query set.
 
     The loss is the mean cross-entropy of all queries (Eq. 12 of Lee et al., "Meta-Learning with Differentiable Convex
-    Optimization", CVPR 2019). What differs: support and query images pass through the backbone in one call and share
-    their batch statistics; the reference code uses two calls.
+    Optimization", CVPR 2019). Difference from the reference code: support and query images pass through the
+    backbone in one call, instead of two, and share their batch statistics.
 
     A batch is a pair of samples `(*tasks, n, *sample)` and labels `(*tasks, n)`, integers from 0 to ways - 1 in any
     order, with more than `shots` samples per class: the first `shots` of each class are the support.
@@ -40,14 +40,14 @@ class EpisodicModule(pl.LightningModule):
     reduction of the gradients distributes NaN:
 
     - "raise": The error names the step and, if they can be told apart, the tasks.
-    - "skip": Parameters, the state of the optimizer and all buffers, such as the statistics of BatchNorm, stay as
-      before the step, which still counts for the learning rate and the episodes. With gradient accumulation, all
-      batches of the step are skipped. A warning of the logger "convexheads.integrations.lightning" and an entry of
-      `failures` name the step, the tasks and the cause; the number of skipped steps is logged as "skipped".
-    - "stop": The step is skipped too, and the training ends after it, as with Lightning's `EarlyStopping`.
+    - "skip": Parameters, optimizer state and buffers, such as the statistics of BatchNorm, stay as they were before
+      the step, which still counts for the learning rate and the episodes. With gradient accumulation, all batches of
+      the step are skipped. A warning from the logger "convexheads.integrations.lightning" and an entry in `failures`
+      name the step, the tasks and the cause; the number of skipped steps is logged as "skipped".
+    - "stop": The step is skipped too, and training ends after it, as with Lightning's `EarlyStopping`.
 
-    Steps count from 0 over all epochs, and tasks from 0 over all processes, as in `EpisodeLoader`. If all epochs were
-    complete, the loader draws the episodes of a step again after `loader.load_state_dict({"step": step})`.
+    Steps count from 0 over all epochs, and tasks from 0 over all processes, as in `EpisodeLoader`. Unless an epoch was
+    left early, the loader draws the episodes of a step again after `loader.load_state_dict({"step": step})`.
 
     Use it when you train with Lightning; `convexheads.training.episode_loss` is the same loss for a loop of your own.
 
@@ -60,8 +60,8 @@ class EpisodicModule(pl.LightningModule):
         learning_rate: Initial learning rate of SGD with Nesterov momentum.
         schedule: The schedule of the learning rate, one of `SCHEDULES`: "cosine", "paper" or "constant".
         momentum: Momentum of SGD.
-        weight_decay: Weight decay of all parameters but `Learnable`s, which `parameter_groups` explains.
-        label_smoothing: Label smoothing, from 0 to below 1; the paper uses 0.1 for ResNet-12 on miniImageNet.
+        weight_decay: Weight decay of all parameters but `Learnable`s (see `parameter_groups`).
+        label_smoothing: Label smoothing, at least 0 and below 1; the paper uses 0.1 for ResNet-12 on miniImageNet.
         on_failed_step: The policy: "raise", "skip" or "stop". A task without a certificate is a failure only if the
             head's solver has `on_failure="raise"`.
 
@@ -121,7 +121,7 @@ class EpisodicModule(pl.LightningModule):
             cause, tasks = f"a loss of {loss.item()}", training.non_finite_tasks(task_dims, batch[0], features, logits)
         except InputError as unusable:
             if not (tasks := training.non_finite_tasks(task_dims, batch[0], features)):
-                raise  # the error has another cause than the values
+                raise  # the error has a cause other than the values
             cause, error = str(unusable), unusable
         except SolverError as unsolved:
             solution = unsolved.solution
