@@ -66,7 +66,7 @@ class ADMMSolver(Solver):
             coef, active_set, rounds = search(problem, iterate, max_rounds=self.max_rounds)
             certificate = certify(problem, coef)
             solved = is_proven(certificate, tolerance)
-            if is_last and not solved.all():  # without success of the search, the iterate is better
+            if is_last and not solved.all():  # if a search did not succeed, the iterate is better
                 coef = torch.where(solved[:, None, None], coef, iterate.coef)
                 active_set, certificate = polish(problem, coef)
             if is_last or solved.all():
