@@ -45,8 +45,8 @@ class FeasibleRows(NamedTuple):
     def proximal(self, target: Tensor, weight: Tensor, guess: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The feasible row that minimizes `weight |a - target|^2 / 2 + <smoothing, a^2> / 2`, for positive weights.
 
-        The second result is the multiplier of `sum a = 0`. It is zero if rows need not sum to zero. Multiplier and
-        weight are `(..., 1)`. A guess of the multiplier saves time.
+        The second result is the multiplier of `sum a = 0`. It is zero if rows need not sum to zero. The multiplier
+        and the weight have shape `(..., 1)`. A guess of the multiplier saves time.
         """
         smoothing = self.smoothing
         rate = None if smoothing is None else weight / (weight + smoothing)

@@ -155,7 +155,7 @@ class Status(IntEnum):
     STOPPED = 1
     """Stopped at the `max_iterations` that the user chose. Early stopping is not a failure."""
     FAILED = 2
-    """Not certified. `gap` still bounds the error of the coefficients."""
+    """Not certified. `gap` bounds the error of the coefficients."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -23,7 +23,7 @@ def rescale(problem: DualProblem) -> Rescaled:
     """Rescale a `problem` with finite data, so that no tolerance depends on the scale of the features or on C.
 
     A dual SVM depends only on C*K. Coefficients are measured in units of `min(C, 1/h)`, where h is the mean diagonal
-    of K. Features scaled by 1e-4 or 1e4 then give the same rescaled problem, and any C gives moderate numbers.
+    of K. Features scaled by 1e-4 or 1e4 then give the same rescaled problem, with moderate numbers for any C.
     """
     with torch.no_grad():
         multiplier_scale = problem.linear.abs().amax((-2, -1))

@@ -246,7 +246,7 @@ def test_agrees_with_learn2learns_tasks_and_classifier() -> None:
     [
         ("steps: [", r"(?s)config: expected a YAML file.*, got "),
         ("- 1", "which holds a list"),
-        ("stepps: 3", r"expected options of.*with stepps"),
+        ("stepps: 3", r"expected options listed.*with stepps"),
     ],
 )
 def test_unusable_files_of_options(tmp_path: Path, text: str, message: str) -> None:

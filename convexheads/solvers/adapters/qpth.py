@@ -28,7 +28,7 @@ class QpthSolver(Solver):
 
     - For a parameter that tasks share, qpth returns the mean of the gradients, not the sum: inputs are expanded first.
     - Batched LU may hang on the CPU: large problems are solved task by task.
-    - One task that cannot be factorized fails the whole batch: tasks are then solved one by one, and only it is NaN.
+    - One task that cannot be factorized fails the whole batch: tasks are then solved one by one, and it alone is NaN.
     - The second derivative is silently wrong: a request for it raises an error.
     - qpth prints a message if residuals are large: the status and the certified gap replace the message.
     - qpth factorizes the Hessian: if that is singular, its smallest eigenvalue is raised to 1e-6 of its mean diagonal.
