@@ -191,7 +191,7 @@ class Configurable(nn.Module):
 
 @cache
 def constructor_arguments(kind: type) -> dict[str, inspect.Parameter]:
-    """The named arguments of a class's constructor, including those of base classes that it passes on through `**`."""
+    """The named arguments of the constructor of `kind`, and those of base classes that it passes on through `**`."""
     found: dict[str, inspect.Parameter] = {}
     for base in kind.__mro__:
         if "__init__" not in vars(base) or base is Configurable:

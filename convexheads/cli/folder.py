@@ -112,7 +112,7 @@ class FolderClassifier:
         subfolders = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
         files = {path.name: _features.list_files(path) for path in subfolders}
         if len(files) < 2:
-            raise InputError("folder", "at least 2 class folders", f"{folder} with {len(files)}")
+            raise InputError("folder", "at least 2 class folders", f"{folder} with {len(files)} of them")
         if empty := [name for name, members in files.items() if not members]:
             raise InputError("folder", "at least one file per class", f"class {empty[0]!r} without any file")
         _make_head(head)  # an unknown name is an error before the features are computed

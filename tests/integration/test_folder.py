@@ -134,7 +134,7 @@ def test_as_a_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     ("arguments", "message"),
     [
         (["fit", "{0}/nowhere"], r"folder: expected a folder that contains.*, got .*nowhere"),
-        (["fit", "{0}/train/pandas"], r"expected at least 2.*with 0 class folders in it"),
+        (["fit", "{0}/train/pandas"], r"expected at least 2 class folders, got .* with 0 of them"),
         (
             ["fit", "{0}/train", "--features", "vgg"],
             r"features: expected one of text, npy, conv4-cifar-fs-prototypes.*, got 'vgg'",

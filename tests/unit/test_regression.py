@@ -151,7 +151,7 @@ def test_median_width_is_that_of_each_task():
     ("change", "message"),
     [
         (lambda s, t: (s, t.long()), r"targets: expected .*floating-point.*, got a tensor of torch.int64"),
-        (lambda s, t: (s, t[:, :-1]), r"targets: expected one value.*\(2, 7\).*, got shape \(2, 6\)"),
+        (lambda s, t: (s, t[:, :-1]), r"targets: expected shape \(2, 7\).*, got shape \(2, 6\)"),
         (lambda s, t: (s, t.masked_fill(t == t, torch.inf)), r"targets: expected .*, got non-finite values"),
     ],
 )
@@ -171,6 +171,7 @@ def test_predictions_are_in_the_units_of_the_targets():
     assert torch.equal(head(support, targets, query), expected)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_regression_is_no_classification():
     support, targets, _ = task()
     assert not hasattr(RidgeRegressionHead().fit(support, targets), "probabilities")

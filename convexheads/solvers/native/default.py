@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from convexheads._functorch import is_transforming
-from convexheads._validation import check_positive_ints
+from convexheads._validation import check_positive_ints, check_real
 from convexheads.solvers.base import OnFailure, Plan
 from convexheads.solvers.fallback import Fallback
 from convexheads.solvers.kkt import MIN_EXAMPLES_FOR_LOW_RANK, with_gram_factor
@@ -55,6 +55,8 @@ class NativeSolver(Fallback):
         backend: Backend = "auto",
         max_block_entries: int = _MAX_BLOCK_ENTRIES,
     ) -> None:
+        if tolerance is not None:
+            check_real("NativeSolver(tolerance)", tolerance, positive=True)
         first = ActiveSetSolver(tolerance=tolerance, backend=backend)
         super().__init__(first, InteriorPointSolver(tolerance=tolerance), on_failure=on_failure)
         check_positive_ints(max_block_entries=max_block_entries)
