@@ -195,7 +195,6 @@ def check_classification(
         number = as_integer(ways)
         if number is None or number < 1:
             raise InputError("ways", "an integer of at least 1, a tensor of them, or None", describe(ways))
-        _check_max_ways(number)
         if not validate:
             return number
         ways = number
@@ -220,27 +219,21 @@ def _check_labels(
     if isinstance(ways, Tensor) and (ways < 1).any():
         raise InputError("ways", "at least 1", f"{ways[ways < 1][0].item()} in {describe_first_task(ways < 1)}")
     limit = ways.unsqueeze(-1) if isinstance(ways, Tensor) else max_ways
-    wrong = (labels < 0) | (labels >= limit)
-    if wrong.any():
+    if (wrong := (labels < 0) | (labels >= limit)).any():
         got = f"{labels[wrong][0].item()} in {describe_first_task(wrong.any(-1))}"
         raise InputError("labels", f"values 0..{highest}", got)
-    _check_max_ways(max_ways)
+    if max_ways > _MAX_WAYS:
+        got = f"{max_ways}; without ways=, this is the largest label plus one, so number the classes from 0"
+        raise InputError("ways", f"at most {_MAX_WAYS}", got)
     if all_classes:
         classes = torch.arange(max_ways, device=labels.device)
         present = labels.unsqueeze(-1) == classes
         present = (present if mask is None else present & mask.unsqueeze(-1)).any(-2)
-        missing = ~present & (classes < limit)
-        if missing.any():
+        if (missing := ~present & (classes < limit)).any():
             *task, label = missing.nonzero()[0].tolist()
             where = f" in task {tuple(task)}" if task else ""
             raise InputError("labels", "at least one example of every class", f"no example of class {label}{where}")
     return max_ways
-
-
-def _check_max_ways(ways: int) -> None:
-    if ways > _MAX_WAYS:
-        got = f"{ways}; without ways=, this is the largest label plus one, so number the classes from 0"
-        raise InputError("ways", f"at most {_MAX_WAYS}", got)
 
 
 def check_regression(support: Any, targets: Any, mask: Any, *, validate: bool) -> bool:
@@ -266,7 +259,7 @@ def _check_targets(support: Tensor, targets: Tensor, mask: Tensor | None) -> Non
 def _check_examples(support: Any, mask: Any) -> None:
     _check_features("support", support)
     *batch, n, d = support.shape
-    if n == 0 or d == 0:
+    if not n or not d:
         raise InputError("support", "at least one example and one feature, (*batch, n, d)", _shape(support))
     if mask is not None:
         if not is_dense(mask) or mask.dtype != torch.bool:
@@ -298,10 +291,6 @@ def check_query(query: Any, support: Tensor, *, validate: bool) -> None:
 
 def check_definite(gram: Tensor) -> None:
     """Raise `InputError` if a Gram matrix has an eigenvalue that is too negative to be a rounding error."""
-    inspect_values(_check_definite, gram)
-
-
-def _check_definite(gram: Tensor) -> None:
     finite = torch.isfinite(gram).all(-1).all(-1)[..., None, None]  # eigvalsh fails for non-finite matrices
     values = torch.linalg.eigvalsh(gram.where(finite, 0))
     smallest, size = values[..., 0], values.abs().amax(-1)

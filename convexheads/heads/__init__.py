@@ -1,5 +1,6 @@
 """Few-shot heads, one file per family of convex problems."""
 
+from convexheads.heads._linear_algebra import shifted_cholesky
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.fitted import Fitted, FittedClassifier, FittedRegressor
 from convexheads.heads.base.head import Head
@@ -45,4 +46,5 @@ __all__ = [
     "SupportSet",
     "SupportVectorRegressionHead",
     "WestonWatkinsSVMHead",
+    "shifted_cholesky",
 ]

@@ -11,10 +11,25 @@ from convexheads.errors import SolverError
 
 
 def shifted_cholesky(matrix: Tensor, shift: Tensor, *, name: str, validate: bool, per_class: bool = False) -> Tensor:
-    """The lower Cholesky factors of matrices `(*batch, n, n)` plus `shift`, `(*batch,)` or `()`, on their diagonals.
+    """Factorize matrices plus `shift` on their diagonals, as heads with a closed form do.
 
-    Pass `per_class=True` if the last batch dimension indexes classes. If a sum is not positive definite, the function
-    raises `SolverError` with `validate` (which waits for a GPU), and returns NaN without it.
+    Args:
+        matrix: symmetric matrices, `(*batch, n, n)`, such as `SupportSet.gram`.
+        shift: number to add to each diagonal, `(*batch,)` or `()`.
+        name: what the error calls the matrix.
+        validate: whether a sum that is not positive definite raises an error, which waits for a GPU. If not, its factor
+            is NaN. Heads pass `SupportSet.validate`.
+        per_class: whether the last dimension of the batch is that of classes, which the error does not name. Defaults
+            to False.
+
+    Returns:
+        The lower Cholesky factors, `(*batch, n, n)`.
+
+    Raises:
+        SolverError: a sum is not positive definite; the error names the task.
+
+    Example:
+        `factor = shifted_cholesky(support.gram, penalty, name="the Gram matrix", validate=support.validate)`
     """
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     factor, info = torch.linalg.cholesky_ex(matrix + shift[..., None, None] * eye)

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from convexheads._functorch import inspect_values
 from convexheads._validation import Check, check_definite, describe, optional
 from convexheads.errors import InputError, MissingDependencyError, SolverError
 from convexheads.heads.base.classification import ClassificationHead
@@ -143,7 +144,7 @@ class CvxpyHead(ClassificationHead):
         values = [as_tensor(value, gram).expand(batch).reshape(-1) for value in hyperparameters.values()]
 
         if support.validate:
-            check_definite(gram)
+            inspect_values(check_definite, gram)
         non_finite = ~torch.isfinite(gram).all(-1, keepdim=True).all(-2, keepdim=True)
         gram = gram.masked_fill(non_finite, 0)
 

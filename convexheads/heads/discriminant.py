@@ -169,6 +169,6 @@ def _check_variance(variance: Tensor, gram: Tensor, examples: Tensor) -> None:
     size = gram.diagonal(dim1=-2, dim2=-1).abs().sum(-1) / examples
     none = variance <= 1e-14 * size
     if none.any():
-        check_definite(gram)
+        inspect_values(check_definite, gram)
         expected = "two different examples of some class, or LinearDiscriminantHead(variance=...)"
         raise InputError("support", expected, f"a within-class covariance of zero in {describe_first_task(none)}")

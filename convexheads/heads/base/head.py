@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from convexheads._functorch import inspect_values
 from convexheads._validation import Check, check_bool, check_definite
 from convexheads.errors import InputError, SolverError
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
@@ -73,7 +74,7 @@ class Head(Configurable, ABC):
             expansion = self.solve(support)
         except SolverError:
             if self.validate:
-                check_definite(support.gram)
+                inspect_values(check_definite, support.gram)
             raise
         support.release_gram()
         name = f"{type(self).__name__}.solve"
