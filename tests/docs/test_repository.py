@@ -41,3 +41,9 @@ def test_the_code_of_the_issue_form_saves_a_problem_that_was_not_solved(tmp_path
     assert saved["problem"].keys() == {"gram", "linear", "upper"}
     assert saved["problem"]["gram"].equal(problem.gram)
     assert saved["rows_sum_to_zero"] is True
+
+
+def test_results_contain_no_placeholder_of_a_format_string():
+    found = {path.name: re.findall(r"\{[a-z_.]+\}", path.read_text()) for path in (ROOT / "benchmarks").rglob("*.md")}
+    assert found
+    assert not {name: placeholders for name, placeholders in found.items() if placeholders}
