@@ -79,7 +79,7 @@ def run(options: QuickstartOptions) -> None:
     if options.checkpoint.is_file() and not (options.folder / "result.json").is_file():
         options = replace(options, resume=True)
     folder, console = options.folder, Console()
-    console.print("The first step also compiles the SVM's solver, once, which takes about fifteen seconds.")
+    console.print("The SVM's solver is compiled once, which takes about fifteen seconds.")
     train.run(options, compare)
     backbone, unseen = ch.load_pretrained(folder).backbone, load("glyphs", splits=["test"])["test"]
     draw_letters(backbone, HEADS["svm"], unseen, folder / "letters.png", seed=options.seed)
