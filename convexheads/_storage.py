@@ -32,7 +32,7 @@ def atomic_write(path: str | Path, content: bytes | memoryview) -> None:
 def save(path: str | Path, tensors: dict[str, Tensor], settings: dict[str, Any], *, key: str, needed_by: str) -> None:
     """Write tensors and settings as safetensors; `key` names the kind of file.
 
-    One key holds both the checksum and the settings, because the order of two keys would be random.
+    One key holds both the checksum and the settings, because the order of two keys is not deterministic.
     """
     safetensors, text = _safetensors(needed_by), json.dumps(settings)
     tensors = {name: value.contiguous() for name, value in tensors.items()}

@@ -43,7 +43,7 @@ class Evaluation:
     Attributes:
         accuracies: Accuracy of each episode, in [0, 1], `(episodes,)`.
         expected_calibration_error: Mean distance between confidence and accuracy in 15 bins of equal width, in [0, 1],
-            over all queries of all episodes (Guo et al. 2017). `calibrate` makes it small.
+            over all queries of all episodes (Guo et al. 2017). `calibrate` reduces it.
         gaps: Certified relative duality gap of each episode's fit, `(episodes,)`; None for a closed form.
         converged: Whether each fit is certified to the solver's tolerance, `(episodes,)`; None for a closed form.
     """
@@ -175,9 +175,9 @@ def calibrate(
 
     Use it when probabilities matter, and not only the predicted class.
 
-    The scores of `head`, which stays unchanged, must grow with its `scale`. The `features` and `labels` should be of
-    classes that were held out from training. The best temperature depends on `shots`. `ways`, `queries`, `episodes`,
-    `batch_size`, `seed`, `progress` and the errors are those of `evaluate`.
+    The scores of `head` must be proportional to its `scale`. `head` itself is not modified. The `features` and `labels`
+    should be of classes that were held out from training. The best temperature depends on `shots`. `ways`, `queries`,
+    `episodes`, `batch_size`, `seed`, `progress` and the errors are those of `evaluate`.
 
     Example:
         `head = calibrate(RidgeHead(), features, labels, shots=5)`, then
@@ -201,7 +201,7 @@ def calibrate(
         return value
 
     optimizer.step(loss)
-    # If the factor is negative, the head predicts worse than chance, and any tiny scale is as good as any other.
+    # If the factor is negative, the head predicts worse than chance, and every tiny scale is as good as any other.
     scale = (as_tensor(head.scale, unit) * (factor / unit)).clamp(*_SCALE_BOUNDS).item()
     device = head.scale.value.device if isinstance(head.scale, Learnable) else unit.device
     calibrated = copy.deepcopy(head)

@@ -29,7 +29,7 @@ class Learnable(nn.Module):
     scale of their Eq. 12.
 
     Args:
-        value: starting value, at most 1e38 in magnitude, and at least 1e-37 if `positive`.
+        value: initial value, at most 1e38 in magnitude, and at least 1e-37 if `positive`.
         positive: whether the value stays positive. False allows any sign, as for a bias. Defaults to True.
 
     Raises:

@@ -179,8 +179,8 @@ class RBF(Kernel):
         length_scale: the standard deviation of the Gaussian, positive, in the units of the features; a float or
             `Learnable`. Defaults to None: the median distance between two support examples of the task, through which
             gradients flow; 1 if that is zero, or if there is only one example. This is the "median heuristic" of
-            Gretton et al. 2012, who take the median over both samples of a test. The median of an even number of
-            distances is the smaller one of the two in the middle.
+            Gretton et al. 2012, who take the median over both samples of a test. For an even number of distances, it is
+            the smaller of the two middle ones.
 
     Raises:
         InputError: `length_scale` is not positive and finite.
@@ -257,7 +257,7 @@ class _CompositeKernel(Kernel):
 class Sum(_CompositeKernel):
     r"""The sum of kernels, \(k_1 + k_2 + \dots\), whose feature map concatenates theirs.
 
-    Use it when several views of the features should count together. Also written `first + second`. See Rasmussen &
+    Use it to combine several notions of similarity. Also written `first + second`. See Rasmussen &
     Williams (2006), Section 4.2.4.
 
     Args:

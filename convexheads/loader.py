@@ -25,8 +25,9 @@ class EpisodeLoader:
     over several processes, therefore sees the same episodes as any other run. Classes and samples are drawn without
     replacement, as in learn2learn's tasksets.
 
-    Each iteration is an epoch of `steps_per_epoch` batches with new episodes, even if the previous iteration was left
-    early. `state_dict` and `load_state_dict` resume within an epoch; Lightning keeps this state in its checkpoints.
+    Each iteration is an epoch of `steps_per_epoch` batches with new episodes, even if the previous iteration was
+    interrupted. `state_dict` and `load_state_dict` resume within an epoch; Lightning keeps this state in its
+    checkpoints.
 
     A batch is a pair of samples `(tasks, n, *sample)` and labels `(tasks, n)`, int64 and sorted by class, with
     n = ways * (shots + queries), for `split_task` or `EpisodicModule`. NumPy has to be installed.

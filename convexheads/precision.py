@@ -13,5 +13,5 @@ def working_dtype(device: torch.device) -> torch.dtype:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """A context in which autocast leaves the operations on `device` alone."""
+    """A context manager that disables autocast on `device`."""
     return torch.autocast(device.type, enabled=False)

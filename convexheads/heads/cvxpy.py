@@ -108,7 +108,8 @@ class CvxpyHead(ClassificationHead):
     Raises:
         InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`. They also raise
             `InputError` for a problem that is not convex or not DPP and for a kernel that is not positive
-            semi-definite, and `SolverError` for a task whose problem is infeasible, unbounded, or too hard.
+            semi-definite, and `SolverError` for a task whose problem is infeasible, unbounded, or not solved within the
+            iteration limit.
         MissingDependencyError: cvxpylayers is not installed.
 
     Example:
@@ -163,7 +164,7 @@ class CvxpyHead(ClassificationHead):
         if failed:
             named = ", ".join(str(tuple(task)) for task in failed[:5])
             failures = f"{len(failed)} of {len(flat[0])} tasks not solved ({named})"
-            raise SolverError(f"CvxpyHead: {failures}: infeasible, unbounded, or too hard")
+            raise SolverError(f"CvxpyHead: {failures}: infeasible, unbounded, or not solved within the iteration limit")
         return KernelExpansion(coef.reshape(targets.shape))
 
 

@@ -1,4 +1,4 @@
-"""The implicit gradient. This is the one place where a solution is made differentiable.
+"""The implicit gradient of the dual problem.
 
 At the optimum some coefficients are at a bound, and the free ones solve a linear system,
 

@@ -44,7 +44,7 @@ class KKT(TensorRecord, ABC):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FactorizedKKT(KKT):
-    """The factors of one such system per task. A block that cannot be factorized gives NaN for its task only."""
+    """The factors of one KKT system per task. A block that cannot be factorized gives NaN for its task only."""
 
     gram: Float[Tensor, "tasks n n"]
     diagonal: Float[Tensor, "tasks k n"] | None

@@ -80,7 +80,7 @@ class Fitted:
 
     @property
     def weight(self) -> Float[Tensor, "*batch k d"]:
-        """The weights `(*batch, k, d)` of scores that are `query @ weight.mT + bias`, with gradient.
+        """The weights `(*batch, k, d)` such that scores are `query @ weight.mT + bias`; differentiable.
 
         Raises:
             ConvexHeadsError: the scores are not linear in the features.

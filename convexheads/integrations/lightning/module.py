@@ -36,8 +36,8 @@ class EpisodicModule(pl.LightningModule):
     tolerance, and "iterations", the mean over tasks. Validation and test batches are episodes too.
 
     A step fails if its loss or a gradient is not finite, or if the head could not be fitted (`SolverError`, or
-    `InputError` for features that are not finite). All processes then apply the policy `on_failed_step`, because the
-    reduction of the gradients distributes NaN:
+    `InputError` for features that are not finite). All processes then apply the policy `on_failed_step`, because
+    averaging the gradients spreads NaN to all processes:
 
     - "raise": The error names the step and, if they can be told apart, the tasks.
     - "skip": Parameters, optimizer state and buffers, such as the statistics of BatchNorm, stay as they were before

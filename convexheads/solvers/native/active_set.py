@@ -22,7 +22,7 @@ from convexheads.solvers.problem import DualProblem
 Backend = Literal["auto", "torch", "numba"]
 """The implementation: PyTorch, kernels that Numba compiles for the CPU, or the faster of the two."""
 INNER_TOLERANCE_RATIO = 1e-3
-"""Solvers aim at this fraction of their tolerance, because the gradient depends on the right active set."""
+"""Solvers aim at this fraction of their tolerance, because the gradient is correct only for the right active set."""
 MAX_ROUNDS = 12
 REFINEMENTS = 2
 # For problems with at least this number of coefficients, ADMM gives the first guess; for others, a ridge regression.
@@ -49,7 +49,7 @@ class ActiveSetSolver(Solver):
     combine it with another solver (`Fallback`), as `NativeSolver` does. The gradient is exact, to any order.
 
     Args:
-        tolerance: as in `Solver`; an active set counts as right at a thousandth of it.
+        tolerance: as in `Solver`; an active set is accepted if its gap is at most a thousandth of it.
         on_failure: as in `Solver`.
         backend: "torch" solves all tasks at once on their device. "numba" solves them one by one with kernels compiled
             for the CPU, to which problems on a GPU are copied; it needs the extra `numba`. "auto" (default) is "numba"

@@ -30,7 +30,7 @@ class ADMMSolver(Solver):
         tolerance: as in `Solver`; the iteration ends at a thousandth of it.
         on_failure: as in `Solver`.
         steps: number of ADMM steps between two certificates. Default 10.
-        max_rounds: number of rounds of active-set Newton after such steps. Default 3.
+        max_rounds: number of rounds of active-set Newton after each block of steps. Default 3.
         min_examples_for_low_rank: smallest number of examples for which the Gram matrix is factorized if its rank r is
             at most n / 4; ADMM then works with an r x r matrix. Default 256.
 
