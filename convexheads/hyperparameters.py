@@ -6,12 +6,12 @@ import copy
 import inspect
 import math
 from contextlib import suppress
-from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from convexheads._signature import constructor_arguments
 from convexheads._validation import Check, check_bool, check_real
 from convexheads.errors import InputError
 
@@ -187,18 +187,3 @@ class Configurable(nn.Module):
                 continue
             shown.append(f"{name}={value.__name__ if inspect.isfunction(value) else repr(value)}")
         return f"{type(self).__name__}({', '.join(shown)})"
-
-
-@cache
-def constructor_arguments(kind: type) -> dict[str, inspect.Parameter]:
-    """The named arguments of the constructor of `kind`, and those of base classes that it passes on through `**`."""
-    found: dict[str, inspect.Parameter] = {}
-    for base in kind.__mro__:
-        if "__init__" not in vars(base) or base is Configurable:
-            continue
-        arguments = list(inspect.signature(base.__init__).parameters.values())[1:]
-        named = {a.name: a for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY)}
-        found |= {name: argument for name, argument in named.items() if name not in found}
-        if not any(argument.kind is argument.VAR_KEYWORD for argument in arguments):
-            break
-    return found

@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from convexheads._functorch import compute_without_grad, inspect_values, is_transforming
+from convexheads._signature import constructor_arguments
 from convexheads._validation import check_choice, check_positive_int, check_real, describe_type, optional
 from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError, SolverError, SolverWarning
-from convexheads.hyperparameters import constructor_arguments
 from convexheads.precision import full_precision, working_dtype
 from convexheads.solvers.certificate import Certificate, account_for_rounding, certify
 from convexheads.solvers.implicit import Linearization, implied_active_set
