@@ -195,8 +195,6 @@ def check_classification(
         number = as_integer(ways)
         if number is None or number < 1:
             raise InputError("ways", "an integer of at least 1, a tensor of them, or None", describe(ways))
-        if not validate:
-            return number
         ways = number
     return inspect_values(_check_labels, support, labels, ways, mask, requires_all_classes, validate)
 
@@ -213,6 +211,9 @@ def _check_labels(
         max_ways = int(ways.max().item()) if ways.numel() else 1
     else:
         max_ways = ways or (max(1, int(labels.max().item()) + 1) if labels.numel() else 1)
+    if max_ways > _MAX_WAYS:
+        got = f"{max_ways}; without ways=, this is the largest label plus one, so number the classes from 0"
+        raise InputError("ways", f"at most {_MAX_WAYS}", got)
     if not validate:
         return max_ways
     _check_values(support, mask)
@@ -222,9 +223,6 @@ def _check_labels(
     if (wrong := (labels < 0) | (labels >= limit)).any():
         got = f"{labels[wrong][0].item()} in {describe_first_task(wrong.any(-1))}"
         raise InputError("labels", f"values 0..{highest}", got)
-    if max_ways > _MAX_WAYS:
-        got = f"{max_ways}; without ways=, this is the largest label plus one, so number the classes from 0"
-        raise InputError("ways", f"at most {_MAX_WAYS}", got)
     if all_classes:
         classes = torch.arange(max_ways, device=labels.device)
         present = labels.unsqueeze(-1) == classes

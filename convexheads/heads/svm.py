@@ -246,7 +246,7 @@ class SupportVectorRegressionHead(RegressionHead):
     \(\alpha = a - b\): \(\max_{a, b} -\frac12 |w|^2 + \langle y, a - b \rangle - \varepsilon \sum_n (a_n + b_n)\)
     subject to \(0 \le a, b \le C\).
 
-    What differs: there is no intercept (see `RegressionHead`). The `solution` of a fit is \(a\) above \(b\).
+    What differs: there is no intercept (see `RegressionHead`). The `solution` of a fit stacks \(a\) on top of \(b\).
 
     Args:
         C: weight of the errors, positive; a float or `Learnable`. Defaults to 1.

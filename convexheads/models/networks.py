@@ -102,7 +102,7 @@ class ResNet12(Backbone):
         in_channels: See `Backbone`, also for `image_size` (at least 16), `mean` and `std`.
         dropblock: "paper" drops 10 % of the units after every block: single units (dropout) after the first two,
             square blocks after the last two. "reference_code" increases the rate of the last two from 0 to 10 % over
-            40,000 forward passes in training. Differences from the authors' code: its counter also counts evaluation,
+            40,000 forward passes in training. Unlike here, the counter in the authors' code also counts evaluation,
             is lost on resumption and stays at zero with several GPUs. It counts support and query images as two passes,
             so that 20,000 steps reach the full rate. "none" drops nothing.
         block_size: Height and width of a dropped block in units of the feature maps; by default 5 for images of at
@@ -248,8 +248,8 @@ def build_backbone(name: str, images: Tensor | None = None, **settings: Any) -> 
 
     Args:
         name: One of `BACKBONES`: "conv4", "r2d2", "resnet12", "wrn28".
-        images: Example images for `Backbone.from_images`, `(n, channels, height, width)`; by default, the number of
-            channels, the size, the mean and the standard deviation are settings.
+        images: Example images for `Backbone.from_images`, `(n, channels, height, width)`; without them, the
+            number of channels, the size, the mean and the standard deviation come from `settings`.
         settings: Arguments of the backbone's class.
 
     Raises:

@@ -92,8 +92,8 @@ def build_head(name: str) -> ClassificationHead:
 
     Args:
         name: One of `HEADS`: "svm", "ridge" and "prototypes" are `metaoptnet_svm`, `metaoptnet_ridge` and `protonet`.
-            "svm-smoothed" smooths the hinge loss as the reference code of MetaOptNet does, but a hundred times more,
-            with which the backbone trains faster.
+            "svm-smoothed" smooths the hinge loss as the reference code of MetaOptNet does, but a hundred times
+            more strongly; the backbone then trains faster.
     """
     return HEADS[check_choice("head", name, HEADS)]()
 

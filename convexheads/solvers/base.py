@@ -142,7 +142,7 @@ class Solver:
         Returns:
             The coefficients, `(tasks, n, k)`, with NaN in tasks that could not be solved.
         """
-        raise NotImplementedError(f"{type(self).__name__}: expected a method solve_batch (or, of a composition, plan)")
+        raise NotImplementedError(f"{type(self).__name__}: expected a method solve_batch, or plan for a composition")
 
     def solve(self, problem: DualProblem) -> Solution:
         """Solve a batch of problems with any number of leading dimensions.

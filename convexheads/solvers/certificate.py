@@ -44,7 +44,7 @@ class Certificate(TensorRecord):
         feasible: projection of the coefficients onto the feasible set.
         gap: relative duality gap of the projection.
         primal_error_bound: upper bound of the relative error of the primal weights.
-        residual: distance of the coefficients from the feasible set, relative to the largest coefficient or 1.
+        residual: distance of the coefficients from the feasible set, relative to the largest coefficient (at least 1).
         violation: the residual of the projection; zero unless a row has no feasible point at all.
         bound_multipliers: positive at an upper bound, negative at a lower bound, zero at free entries.
         row_multipliers: multipliers of the zero row sums.
@@ -82,7 +82,7 @@ class Certificate(TensorRecord):
 class StallDetector:
     """Finds the tasks whose certified gap, because of rounding, has not fallen for `patience` iterations in a row.
 
-    A gap has fallen when it is less than half of the last gap that had fallen, so slow but steady progress counts. Gaps
+    A gap counts as fallen when it is less than half of the last gap that did, so slow but steady progress counts. Gaps
     above 1e-4 never count as stalled, because far from the optimum a gap may stay the same for a while.
     """
 
@@ -215,7 +215,7 @@ def _gap(
 
 
 def _ascent_sign(problem: DualProblem, slope: Tensor, feasible: Tensor) -> Tensor:
-    """The sign of the change of each slope entry for which the maximum over the feasible rows cannot decrease."""
+    """For each slope entry, the sign of a change that cannot decrease the maximum over the feasible rows."""
     _, _, row_multipliers = problem.rows.conjugate(slope, feasible)
     sign = torch.where(slope >= row_multipliers, 1.0, -1.0).to(slope.dtype)
     if problem.upper is not None:

@@ -172,7 +172,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     stored["origin"]["torch"] = "1.0"
     (tmp_path / "reference.json").write_text(json.dumps(stored))
     core_speed.main([])
-    assert "another torch: 1.0" in capsys.readouterr().out
+    assert "different torch: 1.0" in capsys.readouterr().out
     stored["origin"]["benchmark"] = "0"
     (tmp_path / "reference.json").write_text(json.dumps(stored))
     with pytest.raises(SystemExit, match="--save"):

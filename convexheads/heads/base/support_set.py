@@ -119,7 +119,7 @@ def _mask_gram(gram: Tensor, mask: Tensor) -> Tensor:
 
 
 def merge_groups(groups: Sequence[KernelExpansion], order: Tensor, batch: torch.Size) -> KernelExpansion:
-    """Merge expansions of tasks with different numbers of classes into a batch: padded with zeros, in this order."""
+    """Merge groups of tasks with different numbers of classes into a batch: padded with zeros, reordered by `order`."""
     class_dims = {"coef": 1, "bias": 1, "quadratic": 3, "bound_multipliers": 1}  # counted from the last
 
     def merge(name: str, records: Sequence[Any]) -> Any:

@@ -115,7 +115,7 @@ def search(problem: DualProblem, start: WarmStart, *, max_rounds: int) -> Search
         fixed = problem.active_bounds(at_upper, at_lower)
         kkt = factorize_free(problem, at_upper, at_lower)
         right, sums = (problem.linear - problem.gram @ fixed).mT, -fixed.sum(-1)
-        # If several solutions are optimal, a start at the last one leads to a solution near the one within the bounds.
+        # If several solutions are optimal, starting from the last iterate leads to one near that within the bounds.
         last = torch.where(free, coef, 0).mT, row_multipliers
         moved, row_multipliers = kkt.solve(right, sums, start=last, refinements=0)
         coef = moved.mT + fixed

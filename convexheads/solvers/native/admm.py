@@ -22,7 +22,7 @@ _FIRST_SEARCH_GAP = 1e-3
 class ADMMSolver(Solver):
     """ADMM (Boyd et al. 2011), with a few rounds of active-set Newton at the end, which make the solution exact.
 
-    Use it for problems with very many classes: no n x n matrix is formed per class, only a matrix of the free rows. The
+    Use it for problems with very many classes: a class needs no n x n matrix, only one for its free rows. The
     gradient is exact, to any order, if the active set is right.
 
     Args:

@@ -39,7 +39,7 @@ def ridge_step(problem: DualProblem) -> WarmStart:
 
 
 def admm(problem: DualProblem, blocks: Iterable[int]) -> Iterator[WarmStart]:
-    """Yield feasible coefficients of a flat, rescaled batch and multipliers after blocks of this many steps each."""
+    """After each block of steps, yield feasible coefficients of a flat, rescaled batch, and multipliers."""
     penalty = PENALTY * problem.curvature()[:, None, None]
     solve = _regularized_inverse(problem, penalty)
     coef, dual, relaxation = torch.zeros_like(problem.linear), torch.zeros_like(problem.linear), 1.0

@@ -37,7 +37,7 @@ class NativeSolver(Fallback):
             copies small problems on a GPU to the CPU. The first call takes about 15 seconds to compile the kernels,
             which are kept on disk.
         max_block_entries: largest number of entries that the n x n matrices of all classes may have together. Larger
-            batches are divided, and ADMM solves tasks that have more on their own. Default 2**28, which is 2 GB.
+            batches are divided; if a single task already has more, ADMM solves it. Default 2**28, which is 2 GB.
 
     Raises:
         InputError: an argument is outside its range. Solving raises the errors of `Solver.solve`.

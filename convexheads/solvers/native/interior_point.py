@@ -209,7 +209,7 @@ class _Barrier:
     def step(self, point: _Point, min_complementarity: float = 0.0) -> tuple[_Point, Tensor, _Residual]:
         """One predictor-corrector step; with `min_complementarity`, toward the point where every product equals it.
 
-        Returns the next point, and of `point` the mean of slack times multiplier, `(tasks, 1, 1)`, and the residual.
+        Returns the next point; and, at `point`, the mean of slack times multiplier, `(tasks, 1, 1)`, and the residual.
         """
         stiffness = point.multiplier / point.slack
         diagonal = (self.sign.abs() * stiffness).sum(0) + self.smoothing
