@@ -55,7 +55,7 @@ class Plan(NamedTuple):
     """How a flat batch is solved. `Solver.plan` makes it.
 
     The problem may have been moved to another device. The first solver solves all tasks, at most `max_tasks` at once.
-    Each of the other solvers solves the tasks that have not converged yet, or whose gap exceeds `max_gap`.
+    Each of the others solves the tasks that have not converged; the second one, also those with a gap above `max_gap`.
     """
 
     problem: DualProblem
@@ -85,7 +85,7 @@ class Solver:
     """
 
     default_tolerance: ClassVar[float] = 1e-6
-    """The relative duality gap at which a task counts as converged, by default."""
+    """The default relative duality gap at which a task counts as converged."""
     package: ClassVar[str | None] = None
     """The optional package that the backend needs, which is also the name of the extra that installs it."""
     provides_gradient: ClassVar[bool] = False
@@ -106,9 +106,8 @@ class Solver:
         name = type(self).__name__
         if self.package is not None and find_spec(self.package) is None:
             raise MissingDependencyError(self.package, extra=self.package, needed_by=name)
-        optional(check_positive_int)(f"{name}(max_iterations)", max_iterations)
         check_choice(f"{name}(on_failure)", on_failure, get_args(OnFailure))
-        self.max_iterations = max_iterations
+        self.max_iterations = optional(check_positive_int)(f"{name}(max_iterations)", max_iterations)
         self.tolerance = (
             self.default_tolerance if tolerance is None else check_real(f"{name}(tolerance)", tolerance, positive=True)
         )
@@ -190,6 +189,7 @@ class Solver:
         selects = not is_transforming()  # inside `torch.func.vmap`, tasks cannot be selected by their values
         for solver in others:
             unsolved = ~solution.converged | (solution.gap > max_gap)
+            max_gap = math.inf
             if not (unsolved.any() if selects else inspect_values(lambda unsolved: bool(unsolved.any()), unsolved)):
                 break
             other = solver._solve_flat(problem.select(unsolved) if selects else problem)
