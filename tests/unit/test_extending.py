@@ -184,6 +184,13 @@ def test_options_that_a_solver_passes_on_are_shown():
     assert repr(Own()) == "Own()"
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_integers_of_a_solver_may_be_tensors():
+    solver = ActiveSetSolver(max_rounds=torch.tensor(5))
+    assert repr(solver) == "ActiveSetSolver(max_rounds=5)"
+    assert solver.solve(crammer_singer(*task(4)[:2], C=0.3)).converged.all()
+
+
 def test_settings_of_a_solver_do_not_change():
     solver = NativeSolver()
     for name in ("tolerance", "backend", "on_failure", "first"):

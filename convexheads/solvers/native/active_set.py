@@ -74,9 +74,8 @@ class ActiveSetSolver(Solver):
     ) -> None:
         super().__init__(tolerance=tolerance, on_failure=on_failure)
         check_backend(type(self).__name__, backend)
-        check_positive_ints(max_rounds=max_rounds)
         self.backend: Backend = backend
-        self.max_rounds = max_rounds
+        (self.max_rounds,) = check_positive_ints(max_rounds=max_rounds)
 
     def solve_batch(self, problem: DualProblem) -> SolverResult:
         _, n, k = problem.linear.shape
