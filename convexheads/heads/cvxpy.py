@@ -103,12 +103,11 @@ class CvxpyHead(ClassificationHead):
             function exists: pass the same function every time, not a new lambda in every step.
         hyperparameters: positive hyperparameters by name, floats or `Learnable`s, which receive gradients. They are
             the `parameters` of the `CvxpyTask`. Defaults to None.
-        kernel: see `ClassificationHead`, also for `scale` and `validate`.
+        kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.
 
     Raises:
-        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`. They also raise
-            `InputError` for a problem that is not convex or not DPP and for a kernel that is not positive
-            semi-definite, and `SolverError` for a task whose problem is infeasible, unbounded, or not solved within the
+        InputError: calls raise it also for a problem that is not convex or not DPP.
+        SolverError: calls raise it for a task whose problem is infeasible, unbounded, or not solved within the
             iteration limit.
         MissingDependencyError: cvxpylayers is not installed.
 

@@ -45,11 +45,11 @@ class LinearDiscriminantHead(ClassificationHead):
         shrinkage: s, above 0, at most 1, where 1 gives the nearest class mean (up to the frequencies). Defaults to 0.5.
         variance: v, positive, in squared units of the features; a float or `Learnable`. Defaults to None, the
             mean variance; for any kernel, d is the number of input features.
-        kernel: see `ClassificationHead`, also for `scale` and `validate`.
+        kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.
 
     Raises:
-        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`, and `InputError`
-            for a class without examples, or for a task without within-class variance if `variance` is not given.
+        InputError: calls raise it also for a class without examples and, if `variance` is not given, for a task
+            without within-class variance.
 
     Example:
         `logits = LinearDiscriminantHead(0.2)(support, labels, query)`
@@ -113,11 +113,10 @@ class MahalanobisHead(ClassificationHead):
     Args:
         regularization: beta, positive, in squared units of the features; a float or `Learnable`. Defaults to 1, as in
             the paper.
-        kernel: see `ClassificationHead`, also for `scale` and `validate`.
+        kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.
 
     Raises:
-        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`, and `InputError`
-            for a class without examples.
+        InputError: calls raise it also for a class without examples.
 
     Example:
         `logits = MahalanobisHead()(support, labels, query)`

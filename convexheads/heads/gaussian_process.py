@@ -92,10 +92,7 @@ class GaussianProcessHead(RegressionHead):
     Args:
         noise_variance: sigma squared, the variance of an observation, positive, in squared units of the targets; a
             float or `Learnable`. Defaults to 0.1.
-        kernel: the prior covariance. Defaults to `RBF()`. See `Head`, also for `validate`.
-
-    Raises:
-        InputError: an argument is unusable. Calls raise the errors of `RegressionHead.forward`.
+        kernel: the prior covariance. Defaults to `RBF()`. See `RegressionHead`, also for `validate` and the errors.
 
     Example:
         `variance = GaussianProcessHead().fit(support, targets).variance(query)`

@@ -47,10 +47,7 @@ class LogisticHead(ClassificationHead):
             duality gap of 1e-6. Defaults to None (until converged).
         on_failure: what happens if a task is not solved to that gap, as for a `Solver`: "raise" (default), "warn" or
             "return".
-        kernel: see `ClassificationHead`, also for `scale` and `validate`.
-
-    Raises:
-        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`.
+        kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.
 
     Example:
         `probabilities = LogisticHead().fit(support, labels).probabilities(query)`

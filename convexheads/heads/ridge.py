@@ -51,10 +51,7 @@ class RidgeHead(ClassificationHead):
     Args:
         regularization: lambda, positive; a float or `Learnable`. Defaults to 50, as in Lee et al. 2019.
         bias: added to all logits, after `scale`; a float or `Learnable(..., positive=False)`. Defaults to 0.
-        kernel: see `ClassificationHead`, also for `scale` and `validate`.
-
-    Raises:
-        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`.
+        kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.
 
     Example:
         `logits = RidgeHead(10.0)(support, labels, query)`
@@ -95,10 +92,7 @@ class RidgeRegressionHead(RegressionHead):
 
     Args:
         regularization: lambda, positive; a float or `Learnable`. Defaults to 1.
-        kernel: see `Head`, also for `validate`.
-
-    Raises:
-        InputError: an argument is unusable. Calls raise the errors of `RegressionHead.forward`.
+        kernel: see `RegressionHead`, also for `validate` and the errors.
 
     Example:
         `values = RidgeRegressionHead(0.1)(support, targets, query)`

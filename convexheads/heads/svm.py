@@ -35,10 +35,9 @@ class MulticlassSVM(ClassificationHead):
             non-negative; a float or `Learnable`. Defaults to 0. The code published by Lee et al. 2019 uses 1, unlike
             the paper.
         solver: a `Solver`, or a name from `SOLVERS`. Defaults to "native".
-        kernel: see `ClassificationHead`, also for `scale` and `validate`.
+        kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.
 
     Raises:
-        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`.
         MissingDependencyError: the named solver's package is not installed.
     """
 
@@ -133,13 +132,9 @@ class WestonWatkinsSVMHead(MulticlassSVM):
     report no results for it; their published code has it with the kernel `Linear() + Constant(1.0)` and C = 1e-5.
 
     Args:
-        C: see `MulticlassSVM`, also for `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale` and `validate`.
-            Defaults to 0.1.
+        C: see `MulticlassSVM`, also for `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale`, `validate` and the
+            errors. Defaults to 0.1.
         margin: m, positive. Defaults to 2, as in the original.
-
-    Raises:
-        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`.
-        MissingDependencyError: the named solver's package is not installed.
 
     Example:
         `logits = WestonWatkinsSVMHead(C=0.05)(support, labels, query)`
@@ -246,16 +241,15 @@ class SupportVectorRegressionHead(RegressionHead):
     \(\alpha = a - b\): \(\max_{a, b} -\frac12 |w|^2 + \langle y, a - b \rangle - \varepsilon \sum_n (a_n + b_n)\)
     subject to \(0 \le a, b \le C\).
 
-    What differs: there is no intercept (see `RegressionHead`). The `solution` of a fit stacks \(a\) on top of \(b\).
+    There is no intercept (see `RegressionHead`). The `solution` of a fit stacks \(a\) on top of \(b\).
 
     Args:
         C: weight of the errors, positive; a float or `Learnable`. Defaults to 1.
-        epsilon: half width of the free tube, positive, in units of targets; a float or `Learnable`. Defaults to 0.1.
-        solver: a `Solver`, or its name as in `SOLVERS`. Defaults to "native".
-        kernel: this argument and `validate` are those of `Head`.
+        epsilon: half-width of the free tube, positive, in units of targets; a float or `Learnable`. Defaults to 0.1.
+        solver: see `MulticlassSVM`. Defaults to "native".
+        kernel: see `RegressionHead`, also for `validate` and the errors.
 
     Raises:
-        InputError: an argument is unusable. Calls raise what `RegressionHead.forward` does.
         MissingDependencyError: the named solver's package is not installed.
 
     Example:

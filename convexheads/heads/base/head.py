@@ -30,7 +30,7 @@ class Head(Configurable, ABC):
             solver. Types and shapes are always checked. Defaults to True.
 
     Raises:
-        InputError: an argument is unusable.
+        InputError: an argument is unusable. Calls raise the errors that `forward` describes.
     """
 
     checks: ClassVar[dict[str, Check]] = {"kernel": check_kernel, "validate": check_bool}
