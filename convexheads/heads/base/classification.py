@@ -83,14 +83,12 @@ class ClassificationHead(Head):
         ways: int | Integer[Tensor, "*#batch"] | None = None,
         mask: Bool[Tensor, "*batch n"] | None = None,
     ) -> FittedClassifier:
-        """Fit on the support sets of a batch of tasks: `support`, `labels`, `ways` and `mask` are those of `forward`.
+        """Fit on the support sets of a batch of tasks.
+
+        The arguments `support`, `labels`, `ways` and `mask`, and the errors, are those of `forward`.
 
         Returns:
             The fitted head, to be called on queries `(*batch, q, d)`. Its `solution` has the certificate.
-
-        Raises:
-            InputError: as in `forward`.
-            SolverError: as in `forward`.
         """
         max_ways = check_classification(
             support, labels, ways, mask, requires_all_classes=self.requires_all_classes, validate=self.validate

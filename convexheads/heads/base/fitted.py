@@ -42,9 +42,20 @@ class Fitted:
         """Status, certified gap and multipliers of each task; None for a closed form."""
         return self.expansion.solution
 
-    def _scores(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q k"]:
-        expansion = self.expansion
-        query = self._prepare(query)
+    def __call__(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "..."]:
+        """Score queries, or predict their values.
+
+        Args:
+            query: features, `(*batch, q, d)`, of any floating-point dtype, on the device of the support, with its
+                leading dimensions and feature size.
+
+        Returns:
+            Scores of all outputs, `(*batch, q, k)`, in the dtype of the support.
+
+        Raises:
+            InputError: the shape, dtype or device is not as described, or a feature is not finite.
+        """
+        expansion, query = self.expansion, self._prepare(query)
         with full_precision(query.device):
             cross_gram = self._cross_gram(query)
             scores = cross_gram @ expansion.coef
@@ -129,11 +140,11 @@ class Fitted:
 
     def to(self: _F, device: torch.device | str) -> _F:
         """The same fit on another `device`."""
-        return _map(self, lambda tensor: tensor.to(device), lambda module: module.to(device))
+        return _map(self, lambda part: part.to(device))
 
     def detach(self: _F) -> _F:
         """The same fit without gradients to the support set and the hyperparameters."""
-        return _map(self, torch.Tensor.detach, lambda module: module.requires_grad_(False))
+        return _map(self, lambda part: part.detach() if isinstance(part, Tensor) else part.requires_grad_(False))
 
     def __repr__(self) -> str:
         *batch, n, d = self.support.features.shape
@@ -160,19 +171,8 @@ class FittedClassifier(Fitted):
     ways: Integer[Tensor, "*batch"] | None = None
 
     def __call__(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q k"]:
-        """Score queries.
-
-        Args:
-            query: features, `(*batch, q, d)`, of any floating-point dtype, on the device of the support, with its
-                leading dimensions and feature size.
-
-        Returns:
-            Logits, `(*batch, q, k)`, in the dtype of the support; minus infinity for classes that a task does not have.
-
-        Raises:
-            InputError: the shape, dtype or device is not as described, or a feature is not finite.
-        """
-        logits = self._scores(query)
+        """The logits of `query`, `(*batch, q, k)`, as in `Fitted`; minus infinity for classes that a task lacks."""
+        logits = super().__call__(query)
         return logits if self.ways is None else logits.masked_fill(self._absent.unsqueeze(-2), -torch.inf)
 
     def probabilities(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q k"]:
@@ -207,33 +207,22 @@ class FittedRegressor(Fitted):
     single_output: bool = False
 
     def __call__(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "..."]:
-        """Predict.
-
-        Args:
-            query: features, `(*batch, q, d)`, of any floating-point dtype, on the device of the support, with its
-                leading dimensions and feature size.
-
-        Returns:
-            `(*batch, q)` or `(*batch, q, outputs)`, in the shape and units of the targets and the dtype of the support.
-
-        Raises:
-            InputError: the shape, dtype or device is not as described, or a feature is not finite.
-        """
-        values = self._scores(query)
+        """The values of `query`, `(*batch, q)` or `(*batch, q, outputs)`, as in `Fitted`; in units of the targets."""
+        values = super().__call__(query)
         return values.squeeze(-1) if self.single_output else values
 
 
-def _map(value: Any, on_tensor: Callable[[Tensor], Tensor], on_module: Callable[[nn.Module], Any]) -> Any:
-    """A copy of a fitted head, or of one of its parts, with all tensors and modules replaced."""
-    again = partial(_map, on_tensor=on_tensor, on_module=on_module)
+def _map(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of a fitted head, or of one of its parts, with `change` applied to tensors and to copies of modules."""
+    again = partial(_map, change=change)
     if isinstance(value, Tensor):
-        return on_tensor(value)
+        return change(value)
     if isinstance(value, partial):
         return partial(value.func, *map(again, value.args), **{k: again(v) for k, v in value.keywords.items()})
     if isinstance(value, Sum | Product):
         return type(value)(*map(again, value.kernels))
     if isinstance(value, nn.Module):
-        return on_module(copy.deepcopy(value))
+        return change(copy.deepcopy(value))
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{item.name: again(getattr(value, item.name)) for item in fields(value)})
     return value
@@ -241,7 +230,7 @@ def _map(value: Any, on_tensor: Callable[[Tensor], Tensor], on_module: Callable[
 
 def _affine_form(kernel: KernelLike, features: int) -> tuple[Any, Any] | None:
     r"""The a and c of a kernel that is \(a \langle x, y \rangle + c\); None for other kernels."""
-    if isinstance(kernel, Linear) and type(kernel) is Linear:
+    if isinstance(kernel, Linear) and type(kernel) is Linear:  # a subclass may be another kernel
         return (1 / features if kernel.normalize else 1.0), 0.0
     if isinstance(kernel, partial) and kernel.func is constant:
         return 0.0, kernel.keywords["value"]

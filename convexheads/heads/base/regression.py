@@ -60,14 +60,12 @@ class RegressionHead(Head):
         *,
         mask: Bool[Tensor, "*batch n"] | None = None,
     ) -> FittedRegressor:
-        """Fit on the support sets of a batch of tasks: `support`, `targets` and `mask` are those of `forward`.
+        """Fit on the support sets of a batch of tasks.
+
+        The arguments `support`, `targets` and `mask`, and the errors, are those of `forward`.
 
         Returns:
             The fitted head, to be called on queries `(*batch, q, d)`.
-
-        Raises:
-            InputError: as in `forward`.
-            SolverError: as in `forward`.
         """
         single = check_regression(support, targets, mask, validate=self.validate)
         with full_precision(support.device):
