@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -24,7 +24,7 @@ from convexheads.precision import full_precision
 class _Posterior(KernelExpansion):
     """The expansion with the Cholesky factor, for the variance and the likelihood."""
 
-    factor: Float[Tensor, "*batch n n"] | None = None
+    factor: Float[Tensor, "*batch n n"] = field(kw_only=True)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -33,6 +33,8 @@ class FittedGaussianProcess(FittedRegressor):
 
     A call on queries returns the mean. Its attributes are those of `FittedRegressor`.
     """
+
+    expansion: _Posterior
 
     def variance(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q"]:
         """Posterior variance of the noise-free function, the same for all outputs.
@@ -50,7 +52,7 @@ class FittedGaussianProcess(FittedRegressor):
         """
         query = self._prepare(query)
         with full_precision(query.device):
-            explained = torch.linalg.solve_triangular(self._factor, self._cross_gram(query).mT, upper=False)
+            explained = torch.linalg.solve_triangular(self.expansion.factor, self._cross_gram(query).mT, upper=False)
             variance = self._query_gram_diagonal(query) - explained.square().sum(-2)
             return variance.clamp_min(0).to(self.dtype)
 
@@ -63,17 +65,11 @@ class FittedGaussianProcess(FittedRegressor):
             `(*batch,)`, differentiable like the predictions.
         """
         targets, mask = self.support.targets, self.support.mask
-        log_factors = self._factor.diagonal(dim1=-2, dim2=-1).log() + math.log(2 * math.pi) / 2
+        log_factors = self.expansion.factor.diagonal(dim1=-2, dim2=-1).log() + math.log(2 * math.pi) / 2
         if mask is not None:  # masked examples contribute a separate factor; exclude it
             log_factors = log_factors * mask
         fit = (targets * self.expansion.coef).sum((-2, -1)) / 2
         return (-fit - targets.shape[-1] * log_factors.sum(-1)).to(self.dtype)
-
-    @property
-    def _factor(self) -> Tensor:
-        assert isinstance(self.expansion, _Posterior)
-        assert self.expansion.factor is not None
-        return self.expansion.factor
 
 
 class GaussianProcessHead(RegressionHead):
@@ -108,7 +104,7 @@ class GaussianProcessHead(RegressionHead):
         super().__init__(kernel=kernel, validate=validate)
         self.noise_variance = noise_variance
 
-    def solve(self, support: SupportSet) -> KernelExpansion:
+    def solve(self, support: SupportSet) -> _Posterior:
         noise = as_tensor(self.noise_variance, support.targets)
         name = "GaussianProcessHead: the Gram matrix plus the noise variance on its diagonal"
         factor = shifted_cholesky(support.gram, noise, name=name, validate=support.validate)

@@ -90,15 +90,8 @@ class LogisticHead(ClassificationHead):
         otherwise = Status.FAILED if self.steps is None else Status.STOPPED
         status = torch.where(gap <= _TOLERANCE, Status.CONVERGED, otherwise)
         status = torch.where(torch.isfinite(gap), status, Status.FAILED)
-        coef = (coef / penalty).reshape(*batch, n, k)
-        solution = Solution(
-            coef=coef,
-            bound_multipliers=None,
-            row_multipliers=None,
-            status=status.reshape(batch),
-            gap=gap.reshape(batch),
-            residual=torch.zeros_like(gap).reshape(batch),
-            iterations=None if taken is None else taken.reshape(batch),
-        )
+        coef, residual = coef / penalty, torch.zeros_like(gap)
+        solution = Solution(coef, None, None, status=status, gap=gap, residual=residual, iterations=taken)
+        solution = solution.map(lambda _, value: value.reshape((*batch, *value.shape[1:])))
         handle_failures("LogisticHead", solution, _TOLERANCE, self.on_failure)
-        return KernelExpansion(coef, solution=solution)
+        return KernelExpansion(solution.coef, solution=solution)

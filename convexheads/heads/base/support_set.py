@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn import functional
 from convexheads._validation import check_finite
 from convexheads.errors import InputError
 from convexheads.kernels import KernelLike, Linear
-from convexheads.solvers import Solution
+from convexheads.solvers.problem import Solution, TensorRecord
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,7 +65,7 @@ class SupportSet:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class KernelExpansion:
+class KernelExpansion(TensorRecord):
     """The result of `Head.solve`: scores as a combination of kernel values.
 
     With `s = kernel(q, support)`, the score of a query q for class c is
@@ -85,10 +85,6 @@ class KernelExpansion:
     quadratic: Float[Tensor, "*batch k n n"] | None = None
     self_similarity_weight: float | Float[Tensor, ""] = 0.0
     solution: Solution | None = None
-
-    def __repr__(self) -> str:
-        names = [item.name for item in fields(self) if item.name != "coef" and getattr(self, item.name) is not None]
-        return f"{type(self).__name__}(coef={tuple(self.coef.shape)}, with {', '.join(names)})"
 
 
 def one_hot(labels: Integer[Tensor, "*batch n"], ways: int, dtype: torch.dtype) -> Float[Tensor, "*batch n k"]:
@@ -121,19 +117,19 @@ def _mask_gram(gram: Tensor, mask: Tensor) -> Tensor:
 def merge_groups(groups: Sequence[KernelExpansion], order: Tensor, batch: torch.Size) -> KernelExpansion:
     """Merge groups of tasks with different numbers of classes into a batch: padded with zeros, reordered by `order`."""
     class_dims = {"coef": 1, "bias": 1, "quadratic": 3, "bound_multipliers": 1}  # counted from the last
+    records = [group.tensors() for group in groups]
 
-    def merge(name: str, records: Sequence[Any]) -> Any:
-        values = [getattr(record, name) for record in records]
-        if any(value is None for value in values):  # such as iterations that not every solver reports
+    def merge(name: str, first: Tensor) -> Any:
+        if name == "self_similarity_weight":
+            return first
+        if any(name not in record for record in records):  # such as iterations that not every solver reports
             return None
-        if class_dim := class_dims.get(name):
+        values = [record[name] for record in records]
+        if class_dim := class_dims.get(name.removeprefix("solution.")):
             ways = [value.shape[-class_dim] for value in values]
             padding = [(0, 0) * (class_dim - 1) + (0, max(ways) - k) for k in ways]
             values = [functional.pad(value, sizes) for value, sizes in zip(values, padding, strict=True)]
         joined = torch.cat(values)[order]
         return joined.reshape((*batch, *joined.shape[1:]))
 
-    solutions = [group.solution for group in groups if group.solution is not None]
-    solution = Solution(**{item.name: merge(item.name, solutions) for item in fields(Solution)}) if solutions else None
-    merged = {name: merge(name, groups) for name in ("coef", "bias", "quadratic")}
-    return replace(groups[0], solution=solution, **merged)
+    return groups[0].map(merge)
