@@ -34,16 +34,13 @@ def compute_without_grad(function: Callable[..., tuple[Tensor, ...]], *arguments
 
 def inspect_values(function: Callable[..., _T], *arguments: Any) -> _T:
     """Like `compute_without_grad`, but the function may return anything and may raise an error."""
-    if not is_transforming():
-        with torch.no_grad():
-            return function(*arguments)
     seen: list[_T] = []
 
     def call(*values: Any) -> tuple[Tensor, ...]:
         seen.append(function(*values))
         return ()
 
-    _Computed.apply(call, *arguments)
+    compute_without_grad(call, *arguments)
     return seen[0]
 
 

@@ -11,7 +11,7 @@ import numbers
 import operator
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from convexheads.errors import InputError
 
 Check = Callable[[str, Any], Any]
 """A function that takes the name and the value of an argument and returns the value to keep, or raises `InputError`."""
-_T = TypeVar("_T")
 # With more classes than this, labels are almost certainly raw class ids, and the one-hot matrix would exhaust memory.
 _MAX_WAYS = 2**20
 
@@ -109,9 +108,9 @@ def check_fraction(name: str, value: Any) -> float:
     raise InputError(name, "a number from 0 to below 1", describe(value))
 
 
-def optional(check: Callable[[str, Any], _T]) -> Callable[[str, Any], _T | None]:
-    """Extend a check to a value that may also be None."""
-    return lambda name, value: None if value is None else check(name, value)
+def optional(check: Check, default: Callable[[], Any] = lambda: None) -> Check:
+    """Extend a check to None, for which it returns `default()`."""
+    return lambda name, value: default() if value is None else check(name, value)
 
 
 def is_dense(value: object) -> TypeGuard[Tensor]:

@@ -6,13 +6,13 @@ matrices. The heads are therefore stable with more features than examples, and a
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
-from convexheads._validation import Check, check_definite, check_real, describe_first_task, optional
+from convexheads._validation import check_definite, check_real, describe_first_task, optional
 from convexheads.errors import InputError
 from convexheads.heads._linear_algebra import shifted_cholesky
 from convexheads.heads.base.classification import ClassificationHead
@@ -55,11 +55,8 @@ class LinearDiscriminantHead(ClassificationHead):
         `logits = LinearDiscriminantHead(0.2)(support, labels, query)`
     """
 
-    checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {
-        "shrinkage": _check_shrinkage,
-        "variance": optional(check_positive),
-    }
-    requires_all_classes: ClassVar[bool] = True
+    checks = ClassificationHead.checks | {"shrinkage": _check_shrinkage, "variance": optional(check_positive)}
+    requires_all_classes = True
 
     def __init__(
         self,
@@ -122,8 +119,8 @@ class MahalanobisHead(ClassificationHead):
         `logits = MahalanobisHead()(support, labels, query)`
     """
 
-    checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {"regularization": check_positive}
-    requires_all_classes: ClassVar[bool] = True
+    checks = ClassificationHead.checks | {"regularization": check_positive}
+    requires_all_classes = True
 
     def __init__(
         self,

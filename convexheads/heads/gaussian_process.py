@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads._validation import Check
+from convexheads._validation import optional
 from convexheads.heads._linear_algebra import shifted_cholesky
 from convexheads.heads.base.fitted import FittedRegressor
 from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
-from convexheads.kernels import RBF, Kernel, KernelLike
+from convexheads.kernels import RBF, KernelLike, check_kernel
 from convexheads.precision import full_precision
 
 
@@ -31,7 +30,8 @@ class _Posterior(KernelExpansion):
 class FittedGaussianProcess(FittedRegressor):
     """A Gaussian process fitted on the support sets of a batch of tasks, as `GaussianProcessHead.fit` returns it.
 
-    A call on queries returns the mean. Its attributes are those of `FittedRegressor`.
+    A call on queries returns the mean. Its attributes are those of `FittedRegressor`; `expansion` includes the Cholesky
+    factor of the Gram matrix plus noise.
     """
 
     expansion: _Posterior
@@ -40,15 +40,13 @@ class FittedGaussianProcess(FittedRegressor):
         """Posterior variance of the noise-free function, the same for all outputs.
 
         Eq. 2.26 of Rasmussen & Williams (2006). For the variance of an observation, add the head's `noise_variance`.
+        The errors are those of a call.
 
         Args:
             query: features, `(*batch, q, d)`.
 
         Returns:
             `(*batch, q)`, in squared units of the targets.
-
-        Raises:
-            InputError: as in a call.
         """
         query = self._prepare(query)
         with full_precision(query.device):
@@ -94,9 +92,8 @@ class GaussianProcessHead(RegressionHead):
         `variance = GaussianProcessHead().fit(support, targets).variance(query)`
     """
 
-    checks: ClassVar[dict[str, Check]] = RegressionHead.checks | {"noise_variance": check_positive}
-    default_kernel: ClassVar[type[Kernel]] = RBF
-    _fitted_class: ClassVar[type[FittedRegressor]] = FittedGaussianProcess
+    checks = RegressionHead.checks | {"noise_variance": check_positive, "kernel": optional(check_kernel, default=RBF)}
+    _fitted_class = FittedGaussianProcess
 
     def __init__(
         self, noise_variance: Hyperparameter = 0.1, *, kernel: KernelLike | None = None, validate: bool = True

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar, get_args
+from typing import get_args
 
 import torch
 
 from convexheads._functorch import compute_without_grad
-from convexheads._validation import Check, check_choice, check_positive_int, optional
+from convexheads._validation import check_choice, check_positive_int, optional
 from convexheads.heads import _logistic_newton
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
@@ -53,7 +53,7 @@ class LogisticHead(ClassificationHead):
         `probabilities = LogisticHead().fit(support, labels).probabilities(query)`
     """
 
-    checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {
+    checks = ClassificationHead.checks | {
         "regularization": check_positive,
         "steps": optional(check_positive_int),
         "on_failure": partial(check_choice, choices=get_args(OnFailure)),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 
@@ -26,7 +24,7 @@ class PrototypeHead(ClassificationHead):
         `logits = PrototypeHead(kernel=Linear(normalize=True))(support, labels, query)`
     """
 
-    requires_all_classes: ClassVar[bool] = True
+    requires_all_classes = True
 
     def solve(self, support: SupportSet) -> KernelExpansion:
         mean = support.targets / support.targets.sum(-2, keepdim=True)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from convexheads._validation import Check
 from convexheads.heads._linear_algebra import shifted_cholesky
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.regression import RegressionHead
@@ -57,10 +54,7 @@ class RidgeHead(ClassificationHead):
         `logits = RidgeHead(10.0)(support, labels, query)`
     """
 
-    checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {
-        "regularization": check_positive,
-        "bias": check_any_sign,
-    }
+    checks = ClassificationHead.checks | {"regularization": check_positive, "bias": check_any_sign}
 
     def __init__(
         self,
@@ -98,7 +92,7 @@ class RidgeRegressionHead(RegressionHead):
         `values = RidgeRegressionHead(0.1)(support, targets, query)`
     """
 
-    checks: ClassVar[dict[str, Check]] = RegressionHead.checks | {"regularization": check_positive}
+    checks = RegressionHead.checks | {"regularization": check_positive}
 
     def __init__(
         self, regularization: Hyperparameter = 1.0, *, kernel: KernelLike | None = None, validate: bool = True

@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from convexheads._validation import Check, check_bool, check_real
+from convexheads._validation import check_bool, check_real
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, Learnable, as_tensor, check_positive
 from convexheads.kernels import KernelLike
 from convexheads.solvers import DualProblem, Solver, get_solver
+
+
+def _check_solver(_: str, value: Any) -> Solver:
+    return get_solver(value)
 
 
 class MulticlassSVM(ClassificationHead):
@@ -41,14 +45,12 @@ class MulticlassSVM(ClassificationHead):
         MissingDependencyError: the named solver's package is not installed.
     """
 
-    checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {
+    checks = ClassificationHead.checks | {
         "C": check_positive,
         "squared_hinge": check_bool,
         "smoothing": partial(check_positive, allow_zero=True),
-        "solver": lambda _, solver: get_solver(solver),
+        "solver": _check_solver,
     }
-
-    solver: Solver
 
     def __init__(
         self,
@@ -140,7 +142,7 @@ class WestonWatkinsSVMHead(MulticlassSVM):
         `logits = WestonWatkinsSVMHead(C=0.05)(support, labels, query)`
     """
 
-    checks: ClassVar[dict[str, Check]] = MulticlassSVM.checks | {"margin": partial(check_real, positive=True)}
+    checks = MulticlassSVM.checks | {"margin": partial(check_real, positive=True)}
 
     def __init__(
         self,
@@ -256,13 +258,7 @@ class SupportVectorRegressionHead(RegressionHead):
         `values = SupportVectorRegressionHead(C=10.0, kernel=RBF())(support, targets, query)`
     """
 
-    checks: ClassVar[dict[str, Check]] = RegressionHead.checks | {
-        "C": check_positive,
-        "epsilon": check_positive,
-        "solver": lambda _, solver: get_solver(solver),
-    }
-
-    solver: Solver
+    checks = RegressionHead.checks | {"C": check_positive, "epsilon": check_positive, "solver": _check_solver}
 
     def __init__(
         self,
@@ -282,8 +278,7 @@ class SupportVectorRegressionHead(RegressionHead):
         linear = torch.cat([targets - epsilon, -targets - epsilon], -2)
         both = torch.cat([torch.cat([gram, -gram], -1), torch.cat([-gram, gram], -1)], -2)
         upper = as_tensor(self.C, gram).expand(linear.shape)
-        solution = self.solver.solve(
-            DualProblem(both, linear, lower=torch.zeros_like(linear), upper=upper, rows_sum_to_zero=False)
-        )
+        dual = DualProblem(both, linear, lower=torch.zeros_like(linear), upper=upper, rows_sum_to_zero=False)
+        solution = self.solver.solve(dual)
         above, below = solution.coef.chunk(2, -2)
         return KernelExpansion(above - below, solution=solution)

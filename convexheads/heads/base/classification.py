@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from convexheads._validation import Check, check_classification
+from convexheads._validation import check_classification
 from convexheads.heads.base.fitted import FittedClassifier
 from convexheads.heads.base.head import Head
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet, merge_groups, one_hot
@@ -28,11 +28,9 @@ class ClassificationHead(Head):
         kernel: see `Head`, also for `validate` and for the errors.
     """
 
-    checks: ClassVar[dict[str, Check]] = Head.checks | {"scale": check_positive}
+    checks = Head.checks | {"scale": check_positive}
     requires_all_classes: ClassVar[bool] = False
     """Whether a class without support examples is an error."""
-
-    scale: Hyperparameter
 
     def __init__(self, *, kernel: KernelLike | None = None, scale: Hyperparameter = 1.0, validate: bool = True) -> None:
         super().__init__(kernel=kernel, validate=validate)

@@ -101,11 +101,7 @@ class Fitted:
 
     @property
     def bias(self) -> Float[Tensor, "*batch k"]:
-        """The bias `(*batch, k)` of scores that are `query @ weight.mT + bias`, with gradient.
-
-        Raises:
-            ConvexHeadsError: the scores are not linear in the features.
-        """
+        """The bias `(*batch, k)` of scores that are `query @ weight.mT + bias`; see `weight`, also for errors."""
         _, intercept = self._affine_form()
         coef, mask, bias = self.expansion.coef, self.support.mask, self.expansion.bias
         total = intercept * (coef if mask is None else coef * mask.unsqueeze(-1)).sum(-2)
