@@ -1,8 +1,4 @@
-"""Checks of arguments: plain values, support sets, queries and Gram matrices.
-
-Types and shapes of tensors are always checked. With `validate=False`, checks that read values, and so wait for a GPU,
-are skipped.
-"""
+"""Checks of arguments: plain values, support sets, queries and Gram matrices."""
 
 from __future__ import annotations
 
@@ -133,6 +129,11 @@ def describe_type(value: object) -> str:
     return f"a tensor of {value.dtype}" if is_dense(value) else f"a tensor of {value.dtype}, {value.layout}"
 
 
+def describe_shape(value: object) -> str:
+    """The shape of a tensor, or the type of another value, in words."""
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
 def check_tensor(name: str, value: object, expected: str, is_kind: Callable[[object], bool] = is_dense) -> None:
     """Raise `InputError` unless the `value` is a tensor of the right kind, which `expected` describes."""
     if not is_kind(value):
@@ -142,10 +143,6 @@ def check_tensor(name: str, value: object, expected: str, is_kind: Callable[[obj
 def describe_first_task(tasks: Tensor) -> str:
     """The first task for which this boolean tensor is True, in words."""
     return f"task {tuple(tasks.nonzero()[0].tolist())}" if tasks.ndim else "the task"
-
-
-def _shape(value: Tensor) -> str:
-    return f"shape {tuple(value.shape)}"
 
 
 def check_finite(name: str, value: Tensor) -> None:
@@ -158,15 +155,14 @@ def _check_finite(name: str, value: Tensor) -> None:
         return
     bad = ~torch.isfinite(value).all(-1)
     if bad.any():
-        *task, row = bad.nonzero()[0].tolist()
-        where = f" of task {tuple(task)}" if task else ""
-        raise InputError(name, "finite values", f"non-finite values in row {row}{where}")
+        got = f"non-finite values in row {bad.nonzero()[0, -1].item()} of {describe_first_task(bad.any(-1))}"
+        raise InputError(name, "finite values", got)
 
 
 def _check_features(name: str, value: Any) -> None:
     check_tensor(name, value, "a tensor of floating-point features", is_float_tensor)
     if value.ndim < 2:
-        raise InputError(name, "at least two dimensions, (*batch, examples, features)", _shape(value))
+        raise InputError(name, "at least two dimensions, (*batch, examples, features)", describe_shape(value))
 
 
 def _check_device(name: str, value: Tensor, support: Tensor) -> None:
@@ -181,9 +177,11 @@ def check_classification(
     _check_examples(support, mask)
     check_tensor("labels", labels, "a tensor of integers 0..ways-1", is_integer_tensor)
     if labels.shape == support.shape[: labels.ndim] and support.ndim > labels.ndim + 1:
-        raise InputError("support", f"flat features, {(*labels.shape, 'd')}".replace("'", ""), _shape(support))
+        expected = f"flat features, {(*labels.shape, 'd')}".replace("'", "")
+        raise InputError("support", expected, describe_shape(support))
     if labels.shape != support.shape[:-1]:
-        raise InputError("labels", f"one label per support example, {tuple(support.shape[:-1])}", _shape(labels))
+        expected = f"one label per support example, {tuple(support.shape[:-1])}"
+        raise InputError("labels", expected, describe_shape(labels))
     _check_device("labels", labels, support)
     if isinstance(ways, Tensor) and (ways.ndim or not is_integer_tensor(ways)):
         if ways.shape != labels.shape[:-1] or not is_integer_tensor(ways):
@@ -215,7 +213,7 @@ def _check_labels(
         raise InputError("ways", f"at most {_MAX_WAYS}", got)
     if not validate:
         return max_ways
-    _check_values(support, mask)
+    _check_values(mask, support)
     if isinstance(ways, Tensor) and (ways < 1).any():
         raise InputError("ways", "at least 1", f"{ways[ways < 1][0].item()} in {describe_first_task(ways < 1)}")
     limit = ways.unsqueeze(-1) if isinstance(ways, Tensor) else max_ways
@@ -227,9 +225,8 @@ def _check_labels(
         present = labels.unsqueeze(-1) == classes
         present = (present if mask is None else present & mask.unsqueeze(-1)).any(-2)
         if (missing := ~present & (classes < limit)).any():
-            *task, label = missing.nonzero()[0].tolist()
-            where = f" in task {tuple(task)}" if task else ""
-            raise InputError("labels", "at least one example of every class", f"no example of class {label}{where}")
+            got = f"no example of class {missing.nonzero()[0, -1].item()} in {describe_first_task(missing.any(-1))}"
+            raise InputError("labels", "at least one example of every class", got)
     return max_ways
 
 
@@ -241,38 +238,32 @@ def check_regression(support: Any, targets: Any, mask: Any, *, validate: bool) -
     single = targets.shape == examples
     if not single and (targets.ndim != support.ndim or targets.shape[:-1] != examples or not targets.shape[-1]):
         expected = f"shape {tuple(examples)}, with or without an additional output dimension"
-        raise InputError("targets", expected, _shape(targets))
+        raise InputError("targets", expected, describe_shape(targets))
     _check_device("targets", targets, support)
     if validate:
-        inspect_values(_check_targets, support, targets.unsqueeze(-1) if single else targets, mask)
+        inspect_values(_check_values, mask, support, targets.unsqueeze(-1) if single else targets)
     return single
-
-
-def _check_targets(support: Tensor, targets: Tensor, mask: Tensor | None) -> None:
-    _check_values(support, mask)
-    _check_finite("targets", targets if mask is None else targets.masked_fill(~mask.unsqueeze(-1), 0))
 
 
 def _check_examples(support: Any, mask: Any) -> None:
     _check_features("support", support)
     *batch, n, d = support.shape
     if not n or not d:
-        raise InputError("support", "at least one example and one feature, (*batch, n, d)", _shape(support))
+        raise InputError("support", "at least one example and one feature, (*batch, n, d)", describe_shape(support))
     if mask is not None:
         if not is_dense(mask) or mask.dtype != torch.bool:
             raise InputError("mask", "a tensor of bool, False at examples to ignore", describe_type(mask))
         if mask.shape != (*batch, n):
-            raise InputError("mask", f"one entry per support example, {(*batch, n)}", _shape(mask))
+            raise InputError("mask", f"one entry per support example, {(*batch, n)}", describe_shape(mask))
         _check_device("mask", mask, support)
 
 
-def _check_values(support: Tensor, mask: Tensor | None) -> None:
-    if mask is not None:
-        empty = ~mask.any(-1)
-        if empty.any():
-            raise InputError("mask", "at least one example in every task", f"none in {describe_first_task(empty)}")
-        support = support.masked_fill(~mask.unsqueeze(-1), 0)
-    _check_finite("support", support)
+def _check_values(mask: Tensor | None, support: Tensor, targets: Tensor | None = None) -> None:
+    if mask is not None and (empty := ~mask.any(-1)).any():
+        raise InputError("mask", "at least one example in every task", f"none in {describe_first_task(empty)}")
+    for name, value in (("support", support), ("targets", targets)):
+        if value is not None:
+            _check_finite(name, value if mask is None else value.masked_fill(~mask.unsqueeze(-1), 0))
 
 
 def check_query(query: Any, support: Tensor, *, validate: bool) -> None:
@@ -280,7 +271,8 @@ def check_query(query: Any, support: Tensor, *, validate: bool) -> None:
     *batch, _, d = support.shape
     if query.shape != (*batch, query.shape[-2], d):
         what = "feature size" if query.shape[:-2] == support.shape[:-2] else "task dimensions"
-        raise InputError("query", f"the {what} of the support, {(*batch, 'q', d)}".replace("'", ""), _shape(query))
+        expected = f"the {what} of the support, {(*batch, 'q', d)}".replace("'", "")
+        raise InputError("query", expected, describe_shape(query))
     _check_device("query", query, support)
     if validate:
         check_finite("query", query)
@@ -291,7 +283,6 @@ def check_definite(gram: Tensor) -> None:
     finite = torch.isfinite(gram).all(-1).all(-1)[..., None, None]  # eigvalsh fails for non-finite matrices
     values = torch.linalg.eigvalsh(gram.where(finite, 0))
     smallest, size = values[..., 0], values.abs().amax(-1)
-    negative = smallest < -1e-9 * size
-    if negative.any():
+    if (negative := smallest < -1e-9 * size).any():
         got = f"a Gram matrix with the eigenvalue {smallest[negative][0].item():.3g} in {describe_first_task(negative)}"
         raise InputError("kernel", "a positive semi-definite kernel", got)

@@ -43,12 +43,10 @@ def check_kernel(name: str, value: Any) -> KernelLike:
 def condition(
     kernel: KernelLike, features: Float[Tensor, "*batch n d"], mask: Bool[Tensor, "*batch n"] | None
 ) -> KernelLike:
-    """Fix a kernel's data-dependent and learnable parameters for one support set.
+    """Fix the data-dependent and learnable parameters of a `kernel` for one support set.
 
-    Args:
-        kernel: a kernel. Its method `condition_on(features, mask)` is called; without it, the kernel stays unchanged.
-        features: features of the support set, `(*batch, n, d)`.
-        mask: `(*batch, n)`, False at examples to ignore; or None.
+    Its method `condition_on(features, mask)` is called; without it, the kernel stays unchanged. The `features` are
+    `(*batch, n, d)`, and the `mask` is `(*batch, n)`, False at examples to ignore, or None.
     """
     condition_on = getattr(kernel, "condition_on", None)
     return kernel if condition_on is None else condition_on(features, mask)

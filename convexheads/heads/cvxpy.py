@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
-from threading import Lock
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,6 @@ _TOLERANCE = 1e-10
 _MAX_ITERATIONS = 200
 # The violation of constraints, relative to the variables, up to which a task counts as solved.
 _VIOLATION = 1e-5
-_MAX_LAYERS = 64  # kept per `build` function
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +53,7 @@ class CvxpyTask:
 
 def _check_build(name: str, value: Any) -> Any:
     with suppress(TypeError):
-        hash(ref(value))  # a compiled problem is kept as long as the function exists
+        hash(ref(value))  # the key of compiled problems
         if callable(value):
             return value
     raise InputError(name, "a function that can be hashed, from a CvxpyTask to an expression to minimize", repr(value))
@@ -95,8 +94,8 @@ class CvxpyHead(ClassificationHead):
 
     Args:
         build: a function from a `CvxpyTask` to an expression to minimize, or to a whole `cvxpy.Problem`. The problem
-            has to be convex, and DPP in its parameters. It is compiled once per shape, and kept as long as the
-            function exists: pass the same function every time, not a new lambda in every step.
+            has to be convex, and DPP in its parameters. It is compiled once per shape, which takes seconds, and the
+            last 64 are kept: pass the same function every time, not a new lambda in every step.
         hyperparameters: positive hyperparameters by name, floats or `Learnable`s, which receive gradients. They are
             the `parameters` of the `CvxpyTask`. Defaults to None.
         kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.
@@ -133,7 +132,7 @@ class CvxpyHead(ClassificationHead):
         gram, targets = support.gram, support.targets
         *batch, n, k = targets.shape
         hyperparameters = {} if self.hyperparameters is None else self.hyperparameters.by_name
-        layer = _layer(self.build, n, k, tuple(hyperparameters))
+        layer = _compile(ref(self.build), n, k, tuple(hyperparameters))
         values = [as_tensor(value, gram).expand(batch).reshape(-1) for value in hyperparameters.values()]
 
         if support.validate:
@@ -159,23 +158,13 @@ class CvxpyHead(ClassificationHead):
         return KernelExpansion(coef.reshape(targets.shape))
 
 
-_layers: WeakKeyDictionary[Callable[[CvxpyTask], Any], dict[tuple[Any, ...], cvxpylayers.Layer]] = WeakKeyDictionary()
-_layers_lock = Lock()
-
-
-def _layer(build: Callable[[CvxpyTask], Any], *key: Any) -> cvxpylayers.Layer:
-    """The compiled problem for one shape, shared by all heads with the same `build` function, while that exists."""
-    with _layers_lock:
-        layers = _layers.setdefault(build, {})
-        if key not in layers:
-            if len(layers) == _MAX_LAYERS:
-                del layers[next(iter(layers))]
-            layers[key] = _compile(build, *key)
-        return layers[key]
-
-
-def _compile(build: Callable[[CvxpyTask], Any], n: int, k: int, names: tuple[str, ...]) -> cvxpylayers.Layer:
+@lru_cache(maxsize=64)
+def _compile(function: ref[Callable[[CvxpyTask], Any]], n: int, k: int, names: tuple[str, ...]) -> cvxpylayers.Layer:
+    """Compile the problem of a function for one shape. The reference is weak, so that the cache keeps no function."""
     import cvxpy
+
+    build = function()
+    assert build is not None  # the head holds it
 
     coef, scores, weights = cvxpy.Variable((n, k)), cvxpy.Variable((n, k)), cvxpy.Variable((n, k))
     gram, root, targets = cvxpy.Parameter((n, n)), cvxpy.Parameter((n, n)), cvxpy.Parameter((n, k))

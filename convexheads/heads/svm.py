@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from convexheads._validation import check_bool, check_real
+from convexheads._validation import Check, check_bool, check_real
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
@@ -19,9 +18,7 @@ from convexheads.hyperparameters import Hyperparameter, Learnable, as_tensor, ch
 from convexheads.kernels import KernelLike
 from convexheads.solvers import DualProblem, Solver, get_solver
 
-
-def _check_solver(_: str, value: Any) -> Solver:
-    return get_solver(value)
+_SVM_CHECKS: dict[str, Check] = {"C": check_positive, "solver": lambda _, solver: get_solver(solver)}
 
 
 class MulticlassSVM(ClassificationHead):
@@ -45,12 +42,11 @@ class MulticlassSVM(ClassificationHead):
         MissingDependencyError: the named solver's package is not installed.
     """
 
-    checks = ClassificationHead.checks | {
-        "C": check_positive,
-        "squared_hinge": check_bool,
-        "smoothing": partial(check_positive, allow_zero=True),
-        "solver": _check_solver,
-    }
+    checks = (
+        ClassificationHead.checks
+        | _SVM_CHECKS
+        | {"squared_hinge": check_bool, "smoothing": partial(check_positive, allow_zero=True)}
+    )
 
     def __init__(
         self,
@@ -258,7 +254,7 @@ class SupportVectorRegressionHead(RegressionHead):
         `values = SupportVectorRegressionHead(C=10.0, kernel=RBF())(support, targets, query)`
     """
 
-    checks = RegressionHead.checks | {"C": check_positive, "epsilon": check_positive, "solver": _check_solver}
+    checks = RegressionHead.checks | _SVM_CHECKS | {"epsilon": check_positive}
 
     def __init__(
         self,

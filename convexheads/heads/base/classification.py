@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
@@ -94,21 +93,20 @@ class ClassificationHead(Head):
         with full_precision(support.device):
             targets = one_hot(labels, max_ways, working_dtype(support.device))
             examples = self._support_set(support, targets, mask)
-            each = ways.long() if isinstance(ways, Tensor) and ways.ndim else None
-            if each is None or not each.numel():
+            ways_per_task = ways.long() if isinstance(ways, Tensor) and ways.ndim else None
+            if ways_per_task is None or not ways_per_task.numel():
                 expansion = self._solve_checked(examples)
             else:
-                expansion = self._solve_grouped_by_ways(examples, each)
+                expansion = self._solve_grouped_by_ways(examples, ways_per_task)
             scale = as_tensor(self.scale, examples.features)
-            return FittedClassifier(expansion, examples, support.dtype, scale, each)
+            return FittedClassifier(expansion, examples, support.dtype, scale, ways_per_task)
 
     def _solve_grouped_by_ways(self, support: SupportSet, ways: Integer[Tensor, "*batch"]) -> KernelExpansion:
         """Solve the tasks with the same number of classes together; absent classes get coefficients of zero."""
-        groups, order = [], []
+        groups = []
         for k in ways.unique().tolist():
             rows = ways == k
             group_mask = None if support.mask is None else support.mask[rows]
             group = self._support_set(support.features[rows], support.targets[rows][..., :k], group_mask)
             groups.append(self._solve_checked(group))
-            order.append(rows.flatten().nonzero().squeeze(-1))
-        return merge_groups(groups, torch.cat(order).argsort(), ways.shape)
+        return merge_groups(groups, ways)

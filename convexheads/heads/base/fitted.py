@@ -120,9 +120,7 @@ class Fitted:
             raise ConvexHeadsError(f"to_linear: expected the fit of one task, got tasks of shape {shape}")
         weight, bias = self.weight.detach(), self.bias.detach()
         linear = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
-        with torch.no_grad():
-            linear.weight.copy_(weight)
-            linear.bias.copy_(bias)
+        linear.load_state_dict({"weight": weight, "bias": bias})
         return linear
 
     def _affine_form(self) -> tuple[Any, Any]:
@@ -144,11 +142,8 @@ class Fitted:
 
     def __repr__(self) -> str:
         *batch, n, d = self.support.features.shape
-        return f"{type(self).__name__}(tasks={tuple(batch)}, examples={n}, features={d}, outputs={self._outputs})"
-
-    @property
-    def _outputs(self) -> int:
-        return self.expansion.coef.shape[-1]
+        outputs = self.expansion.coef.shape[-1]
+        return f"{type(self).__name__}(tasks={tuple(batch)}, examples={n}, features={d}, outputs={outputs})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -186,7 +181,7 @@ class FittedClassifier(Fitted):
     @property
     def _absent(self) -> Tensor:
         assert self.ways is not None
-        return torch.arange(self._outputs, device=self.ways.device) >= self.ways.unsqueeze(-1)
+        return torch.arange(self.expansion.coef.shape[-1], device=self.ways.device) >= self.ways.unsqueeze(-1)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -76,7 +76,7 @@ class Head(Configurable, ABC):
             if self.validate:
                 inspect_values(check_definite, support.gram)
             raise
-        support.release_gram()
+        vars(support).pop("gram", None)  # free the memory; the next use computes it again
         name = f"{type(self).__name__}.solve"
         if not isinstance(expansion, KernelExpansion):
             raise InputError(name, "a KernelExpansion", f"a result of type {type(expansion).__name__}")

@@ -34,6 +34,8 @@ class RegressionHead(Head):
     ) -> Float[Tensor, "..."]:
         """Fit on the support and predict for the query: `head.fit(support, targets, ...)(query)`.
 
+        The errors are those of `ClassificationHead.forward`.
+
         Args:
             support: features, `(*batch, n, d)`; the leading dimensions are tasks, any number of them.
             targets: values to regress on, `(*batch, n)` or `(*batch, n, outputs)`, of any floating-point dtype.
@@ -44,12 +46,6 @@ class RegressionHead(Head):
         Returns:
             Predictions, `(*batch, q)` or `(*batch, q, outputs)`, in the units of the targets and in the support's
                 dtype. Gradients reach support, targets, query and `Learnable`s.
-
-        Raises:
-            InputError: an argument is unusable. This includes a kernel that returns no Gram matrix, or one that is not
-                positive semi-definite and makes the problem fail.
-            SolverError: a task could not be solved.
-            ConvexHeadsError: in the backward pass, for a second derivative that the solver does not support.
         """
         return self.fit(support, targets, mask=mask)(query)
 
