@@ -165,7 +165,10 @@ def _check_features(name: str, value: Any) -> None:
         raise InputError(name, "at least two dimensions, (*batch, examples, features)", describe_shape(value))
 
 
-def _check_device(name: str, value: Tensor, support: Tensor) -> None:
+def _check_match(name: str, value: Tensor, support: Tensor, shape: tuple[int, ...], expected: str) -> None:
+    """Raise `InputError` unless the `value` has this `shape`, which `expected` describes, and the support's device."""
+    if value.shape != shape:
+        raise InputError(name, f"{expected}, {tuple(shape)}", describe_shape(value))
     if value.device != support.device:
         raise InputError(name, f"the support's device, {support.device}", f"device {value.device}")
 
@@ -179,15 +182,10 @@ def check_classification(
     if labels.shape == support.shape[: labels.ndim] and support.ndim > labels.ndim + 1:
         expected = f"flat features, {(*labels.shape, 'd')}".replace("'", "")
         raise InputError("support", expected, describe_shape(support))
-    if labels.shape != support.shape[:-1]:
-        expected = f"one label per support example, {tuple(support.shape[:-1])}"
-        raise InputError("labels", expected, describe_shape(labels))
-    _check_device("labels", labels, support)
+    _check_match("labels", labels, support, support.shape[:-1], "one label per support example")
     if isinstance(ways, Tensor) and (ways.ndim or not is_integer_tensor(ways)):
-        if ways.shape != labels.shape[:-1] or not is_integer_tensor(ways):
-            got = f"a tensor of {ways.dtype}, shape {tuple(ways.shape)}"
-            raise InputError("ways", f"integers, one per task, {tuple(labels.shape[:-1])}", got)
-        _check_device("ways", ways, support)
+        check_tensor("ways", ways, "integers, one per task", is_integer_tensor)
+        _check_match("ways", ways, support, labels.shape[:-1], "integers, one per task")
     elif ways is not None:
         number = as_integer(ways)
         if number is None or number < 1:
@@ -236,10 +234,8 @@ def check_regression(support: Any, targets: Any, mask: Any, *, validate: bool) -
     check_tensor("targets", targets, "a tensor of floating-point values", is_float_tensor)
     examples = support.shape[:-1]
     single = targets.shape == examples
-    if not single and (targets.ndim != support.ndim or targets.shape[:-1] != examples or not targets.shape[-1]):
-        expected = f"shape {tuple(examples)}, with or without an additional output dimension"
-        raise InputError("targets", expected, describe_shape(targets))
-    _check_device("targets", targets, support)
+    shape = (*examples, max(1, targets.shape[-1])) if targets.ndim == support.ndim else examples
+    _check_match("targets", targets, support, shape, "one value, or one row of values, per support example")
     if validate:
         inspect_values(_check_values, mask, support, targets.unsqueeze(-1) if single else targets)
     return single
@@ -253,9 +249,7 @@ def _check_examples(support: Any, mask: Any) -> None:
     if mask is not None:
         if not is_dense(mask) or mask.dtype != torch.bool:
             raise InputError("mask", "a tensor of bool, False at examples to ignore", describe_type(mask))
-        if mask.shape != (*batch, n):
-            raise InputError("mask", f"one entry per support example, {(*batch, n)}", describe_shape(mask))
-        _check_device("mask", mask, support)
+        _check_match("mask", mask, support, (*batch, n), "one entry per support example")
 
 
 def _check_values(mask: Tensor | None, support: Tensor, targets: Tensor | None = None) -> None:
@@ -269,11 +263,8 @@ def _check_values(mask: Tensor | None, support: Tensor, targets: Tensor | None =
 def check_query(query: Any, support: Tensor, *, validate: bool) -> None:
     _check_features("query", query)
     *batch, _, d = support.shape
-    if query.shape != (*batch, query.shape[-2], d):
-        what = "feature size" if query.shape[:-2] == support.shape[:-2] else "task dimensions"
-        expected = f"the {what} of the support, {(*batch, 'q', d)}".replace("'", "")
-        raise InputError("query", expected, describe_shape(query))
-    _check_device("query", query, support)
+    what = "feature size" if query.shape[:-2] == support.shape[:-2] else "task dimensions"
+    _check_match("query", query, support, (*batch, query.shape[-2], d), f"the {what} of the support")
     if validate:
         check_finite("query", query)
 
