@@ -39,10 +39,10 @@ def as_integer(value: object) -> int | None:
         return None
 
 
-def check_positive_int(name: str, value: object) -> int:
+def check_positive_int(name: str, value: object, *, alternative: str = "") -> int:
     number = as_integer(value)
     if number is None or number < 1:
-        raise InputError(name, "an integer of at least 1", describe(value))
+        raise InputError(name, f"an integer of at least 1{alternative}", describe(value))
     return number
 
 
@@ -187,10 +187,7 @@ def check_classification(
         check_tensor("ways", ways, "integers, one per task", is_integer_tensor)
         _check_match("ways", ways, support, labels.shape[:-1], "integers, one per task")
     elif ways is not None:
-        number = as_integer(ways)
-        if number is None or number < 1:
-            raise InputError("ways", "an integer of at least 1, a tensor of them, or None", describe(ways))
-        ways = number
+        ways = check_positive_int("ways", ways, alternative=", a tensor of them, or None")
     return inspect_values(_check_labels, support, labels, ways, mask, requires_all_classes, validate)
 
 

@@ -168,7 +168,6 @@ def _compile(function: ref[Callable[[CvxpyTask], Any]], n: int, k: int, names: t
 
     build = function()
     assert build is not None  # the head holds it
-
     coef, scores, weights = cvxpy.Variable((n, k)), cvxpy.Variable((n, k)), cvxpy.Variable((n, k))
     gram, root, targets = cvxpy.Parameter((n, n)), cvxpy.Parameter((n, n)), cvxpy.Parameter((n, k))
     parameters = {name: cvxpy.Parameter(nonneg=True) for name in names}

@@ -244,11 +244,8 @@ class SupportVectorRegressionHead(RegressionHead):
     Args:
         C: weight of the errors, positive; a float or `Learnable`. Defaults to 1.
         epsilon: half-width of the free tube, positive, in units of targets; a float or `Learnable`. Defaults to 0.1.
-        solver: see `MulticlassSVM`. Defaults to "native".
+        solver: see `MulticlassSVM`, also for the error. Defaults to "native".
         kernel: see `RegressionHead`, also for `validate` and the errors.
-
-    Raises:
-        MissingDependencyError: the named solver's package is not installed.
 
     Example:
         `values = SupportVectorRegressionHead(C=10.0, kernel=RBF())(support, targets, query)`

@@ -106,7 +106,7 @@ class ClassificationHead(Head):
         groups = []
         for k in ways.unique().tolist():
             rows = ways == k
-            group_mask = None if support.mask is None else support.mask[rows]
-            group = self._support_set(support.features[rows], support.targets[rows][..., :k], group_mask)
+            mask = None if support.mask is None else support.mask[rows]
+            group = self._support_set(support.features[rows], support.targets[rows][..., :k], mask)
             groups.append(self._solve_checked(group))
         return merge_groups(groups, ways)

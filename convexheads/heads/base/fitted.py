@@ -124,13 +124,10 @@ class Fitted:
         return linear
 
     def _affine_form(self) -> tuple[Any, Any]:
-        expansion = self.expansion
-        distances = isinstance(expansion.self_similarity_weight, Tensor) or expansion.self_similarity_weight != 0
-        form = _affine_form(self.support.kernel, self.support.features.shape[-1])
-        if form is None or expansion.quadratic is not None or distances:
-            got = "another kernel" if form is None else "scores that are quadratic in the features"
-            raise ConvexHeadsError(f"weight, bias: expected scores that are linear in the features, got {got}")
-        return form
+        weight = self.expansion.self_similarity_weight
+        if self.expansion.quadratic is not None or isinstance(weight, Tensor) or weight != 0:
+            raise _not_linear("scores that are quadratic in the features")
+        return _affine_form(self.support.kernel, self.support.features.shape[-1])
 
     def to(self: _F, device: torch.device | str) -> _F:
         """The same fit on another `device`."""
@@ -219,23 +216,24 @@ def _map(value: Any, change: Callable[[Any], Any]) -> Any:
     return value
 
 
-def _affine_form(kernel: KernelLike, features: int) -> tuple[Any, Any] | None:
-    r"""The a and c of a kernel that is \(a \langle x, y \rangle + c\); None for other kernels."""
+def _not_linear(got: str) -> ConvexHeadsError:
+    return ConvexHeadsError(f"weight, bias: expected scores that are linear in the features, got {got}")
+
+
+def _affine_form(kernel: KernelLike, features: int) -> tuple[Any, Any]:
+    r"""The a and c of a kernel that is \(a \langle x, y \rangle + c\)."""
     if isinstance(kernel, Linear) and type(kernel) is Linear:  # a subclass may be another kernel
         return (1 / features if kernel.normalize else 1.0), 0.0
     if isinstance(kernel, partial) and kernel.func is constant:
         return 0.0, kernel.keywords["value"]
     if not isinstance(kernel, Sum | Product):
-        return None
-    forms = [form for part in kernel.kernels if (form := _affine_form(part, features)) is not None]
-    if len(forms) < len(kernel.kernels):
-        return None
-    slope, intercept = forms[0]
-    for a, c in forms[1:]:
+        raise _not_linear("another kernel")
+    (slope, intercept), *others = (_affine_form(part, features) for part in kernel.kernels)
+    for a, c in others:
         if isinstance(kernel, Sum):
             slope, intercept = slope + a, intercept + c
         elif slope != 0 and a != 0:
-            return None
+            raise _not_linear("another kernel")
         else:
             slope, intercept = slope * c + intercept * a, intercept * c
     return slope, intercept
