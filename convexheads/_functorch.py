@@ -27,23 +27,20 @@ def compute_without_grad(function: Callable[..., tuple[Tensor, ...]], *arguments
     The tensors among the arguments and results have the same leading dimensions, any number of them.
     """
     if is_transforming():
-        return _Computed.apply(function, *arguments)
+        return _WithoutGrad.apply(function, *arguments)
     with torch.no_grad():
         return function(*arguments)
 
 
 def inspect_values(function: Callable[..., _T], *arguments: Any) -> _T:
     """Like `compute_without_grad`, but the function may return anything and may raise an error."""
-    if not is_transforming():
-        with torch.no_grad():
-            return function(*arguments)
     seen: list[_T] = []
 
     def call(*values: Any) -> tuple[Tensor, ...]:
         seen.append(function(*values))
         return ()
 
-    _Computed.apply(call, *arguments)
+    compute_without_grad(call, *arguments)
     return seen[0]
 
 
@@ -54,15 +51,12 @@ def move_vmap_dim_to_front(size: int, dimension: int | None, value: Any) -> Any:
     return value.expand(size, *value.shape) if dimension is None else value.movedim(dimension, 0)
 
 
-def once_differentiable(value: Tensor, gradient: Tensor, by: str) -> Tensor:
-    """Wrap the derivative `value`, computed outside the graph, so that differentiating it raises an error.
+class _OnceDifferentiable(torch.autograd.Function):
+    """The derivative `value`, computed outside the graph; differentiating it raises an error.
 
     The incoming `gradient` connects it to the graph of a second derivative; `by` is the solver's name in the error.
     """
-    return _Refuse.apply(value, gradient, by)
 
-
-class _Refuse(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -80,7 +74,10 @@ class _Refuse(torch.autograd.Function):
         )
 
 
-class _Computed(torch.autograd.Function):
+once_differentiable = _OnceDifferentiable.apply
+
+
+class _WithoutGrad(torch.autograd.Function):
     @staticmethod
     def forward(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tuple[Tensor, ...]:
         return function(*arguments)
@@ -92,5 +89,5 @@ class _Computed(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, function, *arguments):
         pairs = zip(in_dims[1:], arguments, strict=True)
-        outputs = _Computed.apply(function, *(move_vmap_dim_to_front(info.batch_size, *pair) for pair in pairs))
+        outputs = _WithoutGrad.apply(function, *(move_vmap_dim_to_front(info.batch_size, *pair) for pair in pairs))
         return outputs, (0,) * len(outputs)

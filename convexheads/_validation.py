@@ -1,8 +1,4 @@
-"""Checks of arguments: plain values, support sets, queries and Gram matrices.
-
-Types and shapes of tensors are always checked. With `validate=False`, checks that read values, and so wait for a GPU,
-are skipped.
-"""
+"""Checks of arguments: plain values, support sets, queries and Gram matrices."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import numbers
 import operator
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -21,7 +17,6 @@ from convexheads.errors import InputError
 
 Check = Callable[[str, Any], Any]
 """A function that takes the name and the value of an argument and returns the value to keep, or raises `InputError`."""
-_T = TypeVar("_T")
 # With more classes than this, labels are almost certainly raw class ids, and the one-hot matrix would exhaust memory.
 _MAX_WAYS = 2**20
 
@@ -44,10 +39,10 @@ def as_integer(value: object) -> int | None:
         return None
 
 
-def check_positive_int(name: str, value: object) -> int:
+def check_positive_int(name: str, value: object, *, alternative: str = "") -> int:
     number = as_integer(value)
     if number is None or number < 1:
-        raise InputError(name, "an integer of at least 1", describe(value))
+        raise InputError(name, f"an integer of at least 1{alternative}", describe(value))
     return number
 
 
@@ -109,9 +104,9 @@ def check_fraction(name: str, value: Any) -> float:
     raise InputError(name, "a number from 0 to below 1", describe(value))
 
 
-def optional(check: Callable[[str, Any], _T]) -> Callable[[str, Any], _T | None]:
-    """Extend a check to a value that may also be None."""
-    return lambda name, value: None if value is None else check(name, value)
+def optional(check: Check, default: Callable[[], Any] = lambda: None) -> Check:
+    """Extend a check to None, for which it returns `default()`."""
+    return lambda name, value: default() if value is None else check(name, value)
 
 
 def is_dense(value: object) -> TypeGuard[Tensor]:
@@ -134,6 +129,11 @@ def describe_type(value: object) -> str:
     return f"a tensor of {value.dtype}" if is_dense(value) else f"a tensor of {value.dtype}, {value.layout}"
 
 
+def describe_shape(value: object) -> str:
+    """The shape of a tensor, or the type of another value, in words."""
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
 def check_tensor(name: str, value: object, expected: str, is_kind: Callable[[object], bool] = is_dense) -> None:
     """Raise `InputError` unless the `value` is a tensor of the right kind, which `expected` describes."""
     if not is_kind(value):
@@ -143,10 +143,6 @@ def check_tensor(name: str, value: object, expected: str, is_kind: Callable[[obj
 def describe_first_task(tasks: Tensor) -> str:
     """The first task for which this boolean tensor is True, in words."""
     return f"task {tuple(tasks.nonzero()[0].tolist())}" if tasks.ndim else "the task"
-
-
-def _shape(value: Tensor) -> str:
-    return f"shape {tuple(value.shape)}"
 
 
 def check_finite(name: str, value: Tensor) -> None:
@@ -159,18 +155,20 @@ def _check_finite(name: str, value: Tensor) -> None:
         return
     bad = ~torch.isfinite(value).all(-1)
     if bad.any():
-        *task, row = bad.nonzero()[0].tolist()
-        where = f" of task {tuple(task)}" if task else ""
-        raise InputError(name, "finite values", f"non-finite values in row {row}{where}")
+        got = f"non-finite values in row {bad.nonzero()[0, -1].item()} of {describe_first_task(bad.any(-1))}"
+        raise InputError(name, "finite values", got)
 
 
 def _check_features(name: str, value: Any) -> None:
     check_tensor(name, value, "a tensor of floating-point features", is_float_tensor)
     if value.ndim < 2:
-        raise InputError(name, "at least two dimensions, (*batch, examples, features)", _shape(value))
+        raise InputError(name, "at least two dimensions, (*batch, examples, features)", describe_shape(value))
 
 
-def _check_device(name: str, value: Tensor, support: Tensor) -> None:
+def _check_match(name: str, value: Tensor, support: Tensor, shape: tuple[int, ...], expected: str) -> None:
+    """Raise `InputError` unless the `value` has this `shape`, which `expected` describes, and the support's device."""
+    if value.shape != shape:
+        raise InputError(name, f"{expected}, {tuple(shape)}", describe_shape(value))
     if value.device != support.device:
         raise InputError(name, f"the support's device, {support.device}", f"device {value.device}")
 
@@ -182,20 +180,14 @@ def check_classification(
     _check_examples(support, mask)
     check_tensor("labels", labels, "a tensor of integers 0..ways-1", is_integer_tensor)
     if labels.shape == support.shape[: labels.ndim] and support.ndim > labels.ndim + 1:
-        raise InputError("support", f"flat features, {(*labels.shape, 'd')}".replace("'", ""), _shape(support))
-    if labels.shape != support.shape[:-1]:
-        raise InputError("labels", f"one label per support example, {tuple(support.shape[:-1])}", _shape(labels))
-    _check_device("labels", labels, support)
+        expected = f"flat features, {(*labels.shape, 'd')}".replace("'", "")
+        raise InputError("support", expected, describe_shape(support))
+    _check_match("labels", labels, support, support.shape[:-1], "one label per support example")
     if isinstance(ways, Tensor) and (ways.ndim or not is_integer_tensor(ways)):
-        if ways.shape != labels.shape[:-1] or not is_integer_tensor(ways):
-            got = f"a tensor of {ways.dtype}, shape {tuple(ways.shape)}"
-            raise InputError("ways", f"integers, one per task, {tuple(labels.shape[:-1])}", got)
-        _check_device("ways", ways, support)
+        check_tensor("ways", ways, "integers, one per task", is_integer_tensor)
+        _check_match("ways", ways, support, labels.shape[:-1], "integers, one per task")
     elif ways is not None:
-        number = as_integer(ways)
-        if number is None or number < 1:
-            raise InputError("ways", "an integer of at least 1, a tensor of them, or None", describe(ways))
-        ways = number
+        ways = check_positive_int("ways", ways, alternative=", a tensor of them, or None")
     return inspect_values(_check_labels, support, labels, ways, mask, requires_all_classes, validate)
 
 
@@ -216,7 +208,7 @@ def _check_labels(
         raise InputError("ways", f"at most {_MAX_WAYS}", got)
     if not validate:
         return max_ways
-    _check_values(support, mask)
+    _check_values(mask, support)
     if isinstance(ways, Tensor) and (ways < 1).any():
         raise InputError("ways", "at least 1", f"{ways[ways < 1][0].item()} in {describe_first_task(ways < 1)}")
     limit = ways.unsqueeze(-1) if isinstance(ways, Tensor) else max_ways
@@ -228,9 +220,8 @@ def _check_labels(
         present = labels.unsqueeze(-1) == classes
         present = (present if mask is None else present & mask.unsqueeze(-1)).any(-2)
         if (missing := ~present & (classes < limit)).any():
-            *task, label = missing.nonzero()[0].tolist()
-            where = f" in task {tuple(task)}" if task else ""
-            raise InputError("labels", "at least one example of every class", f"no example of class {label}{where}")
+            got = f"no example of class {missing.nonzero()[0, -1].item()} in {describe_first_task(missing.any(-1))}"
+            raise InputError("labels", "at least one example of every class", got)
     return max_ways
 
 
@@ -240,49 +231,37 @@ def check_regression(support: Any, targets: Any, mask: Any, *, validate: bool) -
     check_tensor("targets", targets, "a tensor of floating-point values", is_float_tensor)
     examples = support.shape[:-1]
     single = targets.shape == examples
-    if not single and (targets.ndim != support.ndim or targets.shape[:-1] != examples or not targets.shape[-1]):
-        expected = f"shape {tuple(examples)}, with or without an additional output dimension"
-        raise InputError("targets", expected, _shape(targets))
-    _check_device("targets", targets, support)
+    shape = (*examples, max(1, targets.shape[-1])) if targets.ndim == support.ndim else examples
+    _check_match("targets", targets, support, shape, "one value, or one row of values, per support example")
     if validate:
-        inspect_values(_check_targets, support, targets.unsqueeze(-1) if single else targets, mask)
+        inspect_values(_check_values, mask, support, targets.unsqueeze(-1) if single else targets)
     return single
-
-
-def _check_targets(support: Tensor, targets: Tensor, mask: Tensor | None) -> None:
-    _check_values(support, mask)
-    _check_finite("targets", targets if mask is None else targets.masked_fill(~mask.unsqueeze(-1), 0))
 
 
 def _check_examples(support: Any, mask: Any) -> None:
     _check_features("support", support)
     *batch, n, d = support.shape
     if not n or not d:
-        raise InputError("support", "at least one example and one feature, (*batch, n, d)", _shape(support))
+        raise InputError("support", "at least one example and one feature, (*batch, n, d)", describe_shape(support))
     if mask is not None:
         if not is_dense(mask) or mask.dtype != torch.bool:
             raise InputError("mask", "a tensor of bool, False at examples to ignore", describe_type(mask))
-        if mask.shape != (*batch, n):
-            raise InputError("mask", f"one entry per support example, {(*batch, n)}", _shape(mask))
-        _check_device("mask", mask, support)
+        _check_match("mask", mask, support, (*batch, n), "one entry per support example")
 
 
-def _check_values(support: Tensor, mask: Tensor | None) -> None:
-    if mask is not None:
-        empty = ~mask.any(-1)
-        if empty.any():
-            raise InputError("mask", "at least one example in every task", f"none in {describe_first_task(empty)}")
-        support = support.masked_fill(~mask.unsqueeze(-1), 0)
-    _check_finite("support", support)
+def _check_values(mask: Tensor | None, support: Tensor, targets: Tensor | None = None) -> None:
+    if mask is not None and (empty := ~mask.any(-1)).any():
+        raise InputError("mask", "at least one example in every task", f"none in {describe_first_task(empty)}")
+    for name, value in (("support", support), ("targets", targets)):
+        if value is not None:
+            _check_finite(name, value if mask is None else value.masked_fill(~mask.unsqueeze(-1), 0))
 
 
 def check_query(query: Any, support: Tensor, *, validate: bool) -> None:
     _check_features("query", query)
     *batch, _, d = support.shape
-    if query.shape != (*batch, query.shape[-2], d):
-        what = "feature size" if query.shape[:-2] == support.shape[:-2] else "task dimensions"
-        raise InputError("query", f"the {what} of the support, {(*batch, 'q', d)}".replace("'", ""), _shape(query))
-    _check_device("query", query, support)
+    what = "feature size" if query.shape[:-2] == support.shape[:-2] else "task dimensions"
+    _check_match("query", query, support, (*batch, query.shape[-2], d), f"the {what} of the support")
     if validate:
         check_finite("query", query)
 
@@ -292,7 +271,6 @@ def check_definite(gram: Tensor) -> None:
     finite = torch.isfinite(gram).all(-1).all(-1)[..., None, None]  # eigvalsh fails for non-finite matrices
     values = torch.linalg.eigvalsh(gram.where(finite, 0))
     smallest, size = values[..., 0], values.abs().amax(-1)
-    negative = smallest < -1e-9 * size
-    if negative.any():
+    if (negative := smallest < -1e-9 * size).any():
         got = f"a Gram matrix with the eigenvalue {smallest[negative][0].item():.3g} in {describe_first_task(negative)}"
         raise InputError("kernel", "a positive semi-definite kernel", got)

@@ -131,13 +131,10 @@ class Configurable(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.checks:
-            value = self._check(name, value)
+            value = self.checks[name](self._argument(name), value)
             if not isinstance(value, nn.Module):
                 self._modules.pop(name, None)  # a number replaces a `Learnable`
         super().__setattr__(name, value)
-
-    def _check(self, name: str, value: Any) -> Any:
-        return self.checks[name](self._argument(name), value)
 
     def _argument(self, name: str) -> str:
         """The name of the setting in errors."""
@@ -181,7 +178,7 @@ class Configurable(nn.Module):
             value, default = getattr(self, name), argument.default
             if default is not argument.empty and name in self.checks:
                 with suppress(InputError):  # a constructor may replace a default that is only a placeholder
-                    default = self._check(name, default)
+                    default = self.checks[name](name, default)
             is_default = type(value) is type(default) and repr(value) == repr(default)
             if is_default and (argument.kind is argument.KEYWORD_ONLY or value is None):
                 continue

@@ -43,12 +43,10 @@ def check_kernel(name: str, value: Any) -> KernelLike:
 def condition(
     kernel: KernelLike, features: Float[Tensor, "*batch n d"], mask: Bool[Tensor, "*batch n"] | None
 ) -> KernelLike:
-    """Fix a kernel's data-dependent and learnable parameters for one support set.
+    """Fix the data-dependent and learnable parameters of a `kernel` for one support set.
 
-    Args:
-        kernel: a kernel. Its method `condition_on(features, mask)` is called; without it, the kernel stays unchanged.
-        features: features of the support set, `(*batch, n, d)`.
-        mask: `(*batch, n)`, False at examples to ignore; or None.
+    Its method `condition_on(features, mask)` is called; without it, the kernel stays unchanged. The `features` are
+    `(*batch, n, d)`, and the `mask` is `(*batch, n)`, False at examples to ignore, or None.
     """
     condition_on = getattr(kernel, "condition_on", None)
     return kernel if condition_on is None else condition_on(features, mask)
@@ -61,7 +59,8 @@ class Kernel(Configurable):
     and Table 4.1). A subclass implements `forward(x, y)`, or `condition_on` if its parameters depend on the data.
 
     Raises:
-        InputError: by `+` and `*`, for a value that is neither a kernel nor a positive finite number or `Learnable`.
+        InputError: an argument is unusable. `+` and `*` raise it for a value that is neither a kernel nor a positive
+            finite number or `Learnable`.
     """
 
     def __add__(self, other: KernelLike | Hyperparameter) -> Sum:
@@ -106,9 +105,6 @@ class Linear(Kernel):
             distance normalized with respect to the feature dimension" of Lee et al. 2019 (Section 4.1). Defaults to
             False.
 
-    Raises:
-        InputError: `normalize` is neither True nor False.
-
     Example:
         `PrototypeHead(kernel=Linear(normalize=True))`
     """
@@ -136,9 +132,6 @@ class Constant(Kernel):
 
     Args:
         value: c, positive; a float or `Learnable`. Defaults to 1.
-
-    Raises:
-        InputError: `value` is not positive and finite.
 
     Example:
         `SVMHead(kernel=Linear() + Constant(2.0))`
@@ -182,9 +175,6 @@ class RBF(Kernel):
             Gretton et al. 2012, who take the median over both samples of a test. For an even number of distances, it is
             the smaller of the two middle ones.
 
-    Raises:
-        InputError: `length_scale` is not positive and finite.
-
     Example:
         `SVMHead(C=10.0, kernel=RBF(Learnable(8.0)))`
     """
@@ -210,9 +200,6 @@ class Polynomial(Kernel):
         degree: p, a positive integer. Defaults to 2.
         offset: o, non-negative; a float or `Learnable`. Defaults to 1.
         scale: s, positive; a float or `Learnable`. Defaults to 1.
-
-    Raises:
-        InputError: an argument is outside its range.
 
     Example:
         `RidgeHead(kernel=Polynomial(3, scale=1 / 64))`
@@ -263,9 +250,6 @@ class Sum(_CompositeKernel):
     Args:
         kernels: one or more callables `(x, y) -> gram`.
 
-    Raises:
-        InputError: there are none, or one of them is not callable.
-
     Example:
         `Linear() + 0.5 * RBF()`
     """
@@ -278,7 +262,7 @@ class Product(_CompositeKernel):
     r"""The product of kernels, \(k_1 k_2 \cdots\), whose features are the products of theirs.
 
     Use it when examples should be similar only if all kernel values are large, or to weight a kernel. Also written
-    `first * second` or `0.5 * kernel`. The argument `kernels` and its errors are those of `Sum`. See Rasmussen &
+    `first * second` or `0.5 * kernel`. The argument `kernels` is that of `Sum`. See Rasmussen &
     Williams (2006), Section 4.2.4.
 
     Example:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from threading import Lock
-from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakKeyDictionary, ref
+from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from convexheads._functorch import inspect_values
-from convexheads._validation import Check, check_definite, describe, optional
+from convexheads._validation import check_definite, describe, optional
 from convexheads.errors import InputError, MissingDependencyError, SolverError
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
@@ -28,7 +30,7 @@ _TOLERANCE = 1e-10
 _MAX_ITERATIONS = 200
 # The violation of constraints, relative to the variables, up to which a task counts as solved.
 _VIOLATION = 1e-5
-_MAX_LAYERS = 64  # kept per `build` function
+_compile_lock = Lock()  # CVXPY's counter of variables is not safe in threads
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +54,11 @@ class CvxpyTask:
 
 
 def _check_build(name: str, value: Any) -> Any:
-    if not callable(value):
-        raise InputError(name, "a function from a CvxpyTask to an expression to minimize", repr(value))
-    try:
-        hash(ref(value))
-    except TypeError as error:
-        raise InputError(name, "a function that can be hashed and weakly referenced", f"{value!r} ({error})") from error
-    return value
+    with suppress(TypeError):
+        hash(ref(value))  # the key of compiled problems
+        if callable(value):
+            return value
+    raise InputError(name, "a function that can be hashed, from a CvxpyTask to an expression to minimize", repr(value))
 
 
 class _Hyperparameters(nn.Module):
@@ -78,14 +78,11 @@ class _Hyperparameters(nn.Module):
 def _check_hyperparameters(name: str, value: Any) -> _Hyperparameters:
     if isinstance(value, _Hyperparameters):
         return value
-    if not isinstance(value, Mapping) or not all(map(_is_name, value)):
+    reserved = dir(_Hyperparameters({}))  # these cannot be names of submodules
+    keys = value if isinstance(value, Mapping) else [None]
+    if not all(isinstance(key, str) and key.isidentifier() and key not in reserved for key in keys):
         raise InputError(name, "a mapping from identifiers to hyperparameters", describe(value))
     return _Hyperparameters({key: check_positive(f"{name}[{key!r}]", number) for key, number in value.items()})
-
-
-def _is_name(value: object) -> bool:
-    """Whether this is an identifier that can be the name of a submodule."""
-    return isinstance(value, str) and value.isidentifier() and not hasattr(_Hyperparameters({}), value)
 
 
 class CvxpyHead(ClassificationHead):
@@ -99,16 +96,15 @@ class CvxpyHead(ClassificationHead):
 
     Args:
         build: a function from a `CvxpyTask` to an expression to minimize, or to a whole `cvxpy.Problem`. The problem
-            has to be convex, and DPP in its parameters. It is compiled once per shape, and kept as long as the
-            function exists: pass the same function every time, not a new lambda in every step.
+            has to be convex, and DPP in its parameters. It is compiled once per shape, which takes seconds, and the
+            last 64 are kept: pass the same function every time, not a new lambda in every step.
         hyperparameters: positive hyperparameters by name, floats or `Learnable`s, which receive gradients. They are
             the `parameters` of the `CvxpyTask`. Defaults to None.
-        kernel: see `ClassificationHead`, also for `scale` and `validate`.
+        kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.
 
     Raises:
-        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`. They also raise
-            `InputError` for a problem that is not convex or not DPP and for a kernel that is not positive
-            semi-definite, and `SolverError` for a task whose problem is infeasible, unbounded, or not solved within the
+        InputError: calls raise it also for a problem that is not convex or not DPP.
+        SolverError: calls raise it for a task whose problem is infeasible, unbounded, or not solved within the
             iteration limit.
         MissingDependencyError: cvxpylayers is not installed.
 
@@ -116,10 +112,7 @@ class CvxpyHead(ClassificationHead):
         `CvxpyHead(lambda task: cvxpy.norm1(task.coef) + 10 * cvxpy.sum_squares(task.targets - task.scores))`
     """
 
-    checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {
-        "build": _check_build,
-        "hyperparameters": optional(_check_hyperparameters),
-    }
+    checks = ClassificationHead.checks | {"build": _check_build, "hyperparameters": optional(_check_hyperparameters)}
 
     hyperparameters: Any
 
@@ -141,7 +134,8 @@ class CvxpyHead(ClassificationHead):
         gram, targets = support.gram, support.targets
         *batch, n, k = targets.shape
         hyperparameters = {} if self.hyperparameters is None else self.hyperparameters.by_name
-        layer = _layer(self.build, n, k, tuple(hyperparameters))
+        with _compile_lock:
+            layer = _compile(ref(self.build), n, k, tuple(hyperparameters))
         values = [as_tensor(value, gram).expand(batch).reshape(-1) for value in hyperparameters.values()]
 
         if support.validate:
@@ -160,32 +154,20 @@ class CvxpyHead(ClassificationHead):
         flat = gram.reshape(-1, n, n), targets.reshape(-1, n, k)
         coef = _external.call_backend(solve_flat, *flat, *values, backend="CvxpyHead") if len(flat[0]) else flat[1]
         coef = coef.masked_fill(non_finite.reshape(-1, 1, 1), torch.nan)
-        failed = (~torch.isfinite(coef)).flatten(1).any(1).reshape(batch).nonzero().tolist()
-        if failed:
-            named = ", ".join(str(tuple(task)) for task in failed[:5])
-            failures = f"{len(failed)} of {len(flat[0])} tasks not solved ({named})"
+        unsolved = (~torch.isfinite(coef)).flatten(1).any(1).reshape(batch)
+        if failed := [tuple(task) for task in unsolved.nonzero().tolist()]:
+            failures = f"{len(failed)} of {len(flat[0])} tasks not solved ({', '.join(map(str, failed[:5]))})"
             raise SolverError(f"CvxpyHead: {failures}: infeasible, unbounded, or not solved within the iteration limit")
         return KernelExpansion(coef.reshape(targets.shape))
 
 
-_layers: WeakKeyDictionary[Callable[[CvxpyTask], Any], dict[tuple[Any, ...], cvxpylayers.Layer]] = WeakKeyDictionary()
-_layers_lock = Lock()
-
-
-def _layer(build: Callable[[CvxpyTask], Any], *key: Any) -> cvxpylayers.Layer:
-    """The compiled problem for one shape, shared by all heads with the same `build` function, while that exists."""
-    with _layers_lock:
-        layers = _layers.setdefault(build, {})
-        if key not in layers:
-            if len(layers) == _MAX_LAYERS:
-                del layers[next(iter(layers))]
-            layers[key] = _compile(build, *key)
-        return layers[key]
-
-
-def _compile(build: Callable[[CvxpyTask], Any], n: int, k: int, names: tuple[str, ...]) -> cvxpylayers.Layer:
+@lru_cache(maxsize=64)
+def _compile(function: ref[Callable[[CvxpyTask], Any]], n: int, k: int, names: tuple[str, ...]) -> cvxpylayers.Layer:
+    """Compile the problem of a function for one shape. The reference is weak, so that the cache keeps no function."""
     import cvxpy
 
+    build = function()
+    assert build is not None  # the head holds it
     coef, scores, weights = cvxpy.Variable((n, k)), cvxpy.Variable((n, k)), cvxpy.Variable((n, k))
     gram, root, targets = cvxpy.Parameter((n, n)), cvxpy.Parameter((n, n)), cvxpy.Parameter((n, k))
     parameters = {name: cvxpy.Parameter(nonneg=True) for name in names}
@@ -196,24 +178,20 @@ def _compile(build: Callable[[CvxpyTask], Any], n: int, k: int, names: tuple[str
         problem = cvxpy.Problem(problem)
     if not isinstance(problem, cvxpy.Problem):
         raise InputError("build", "an expression to minimize or a cvxpy.Problem", f"a {type(problem).__name__} from it")
+    # cvxpylayers requires that every parameter is used; a term of zero uses those that the problem omits.
+    used = {parameter.id for parameter in problem.parameters()}
+    zeros = [cvxpy.sum(cvxpy.multiply(0 * p, 1)) for p in (targets, *parameters.values()) if p.id not in used]
+    objective = problem.objective + cvxpy.Minimize(sum(zeros)) if zeros else problem.objective
     # Scores and weights (in an orthonormal basis of the support's span) are separate variables, so that their
     # products with parameters are DPP.
-    coupling_constraints = [scores == gram @ coef, weights == root @ coef]
-    problem = cvxpy.Problem(problem.objective, [*problem.constraints, *coupling_constraints])
+    problem = cvxpy.Problem(objective, [*problem.constraints, scores == gram @ coef, weights == root @ coef])
     if not problem.is_dcp():
         raise InputError("build", "a convex problem", "a problem that is not convex by CVXPY's rules (is_dcp)")
     if not problem.is_dpp():
         got = "a problem that is convex but not DPP: parameters may multiply `squared_norm`, but not each other"
         raise InputError("build", "a DPP problem", got)
-    used = {parameter.id for parameter in problem.parameters()}
-    given = [gram, root, targets, *parameters.values()]
-    # cvxpylayers requires that every parameter is used; a term of zero uses those that the problem omits.
-    unused = [parameter for parameter in given if parameter.id not in used]
-    if unused:
-        zero_term = sum(cvxpy.sum(cvxpy.multiply(0 * parameter, 1)) for parameter in unused)
-        problem = cvxpy.Problem(problem.objective + cvxpy.Minimize(zero_term), problem.constraints)
     others = [variable for variable in problem.variables() if variable.id != coef.id]
-    return cvxpylayers.layer_of(problem, given, [coef, *others])
+    return cvxpylayers.layer_of(problem, [gram, root, targets, *parameters.values()], [coef, *others])
 
 
 def _is_solved(layer: cvxpylayers.Layer, parameters: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
@@ -225,18 +203,18 @@ def _is_solved(layer: cvxpylayers.Layer, parameters: Sequence[Tensor], found: Se
     for parameter, value in zip(layer.parameters, parameters, strict=True):
         parameter.value = value.detach().cpu().numpy()
     values = [value.detach().cpu().numpy() for value in found]
-    size = 1 + max(abs(value).max() for value in values)
+    magnitude = 1 + max(abs(value).max() for value in values)
 
-    def at(factor: float) -> tuple[bool, float]:
+    def evaluate_at(factor: float) -> tuple[bool, float]:
         for variable, value in zip(layer.variables, values, strict=True):
             variable.project_and_assign(factor * value)
         violation = max((float(np.max(c.violation())) for c in layer.problem.constraints), default=0.0)
-        return bool(violation <= _VIOLATION * size), float(layer.problem.objective.value)
+        return bool(violation <= _VIOLATION * magnitude), float(layer.problem.objective.value)
 
-    feasible, value = at(1.0)
+    feasible, value = evaluate_at(1.0)
     # A convex objective cannot be lower at twice the minimizer than at the minimizer.
-    further, beyond = at(2.0)
-    return feasible and not (further and beyond < value - _VIOLATION * (1 + abs(value)))
+    doubled_is_feasible, doubled_value = evaluate_at(2.0)
+    return feasible and not (doubled_is_feasible and doubled_value < value - _VIOLATION * (1 + abs(value)))
 
 
 class _SquareRoot(torch.autograd.Function):

@@ -6,13 +6,13 @@ matrices. The heads are therefore stable with more features than examples, and a
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
-from convexheads._validation import Check, check_definite, check_real, describe_first_task, optional
+from convexheads._validation import check_definite, check_real, describe_first_task, optional
 from convexheads.errors import InputError
 from convexheads.heads._linear_algebra import shifted_cholesky
 from convexheads.heads.base.classification import ClassificationHead
@@ -45,21 +45,18 @@ class LinearDiscriminantHead(ClassificationHead):
         shrinkage: s, above 0, at most 1, where 1 gives the nearest class mean (up to the frequencies). Defaults to 0.5.
         variance: v, positive, in squared units of the features; a float or `Learnable`. Defaults to None, the
             mean variance; for any kernel, d is the number of input features.
-        kernel: see `ClassificationHead`, also for `scale` and `validate`.
+        kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.
 
     Raises:
-        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`, and `InputError`
-            for a class without examples, or for a task without within-class variance if `variance` is not given.
+        InputError: calls raise it also for a class without examples and, if `variance` is not given, for a task
+            without within-class variance.
 
     Example:
         `logits = LinearDiscriminantHead(0.2)(support, labels, query)`
     """
 
-    checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {
-        "shrinkage": _check_shrinkage,
-        "variance": optional(check_positive),
-    }
-    requires_all_classes: ClassVar[bool] = True
+    checks = ClassificationHead.checks | {"shrinkage": _check_shrinkage, "variance": optional(check_positive)}
+    requires_all_classes = True
 
     def __init__(
         self,
@@ -113,18 +110,17 @@ class MahalanobisHead(ClassificationHead):
     Args:
         regularization: beta, positive, in squared units of the features; a float or `Learnable`. Defaults to 1, as in
             the paper.
-        kernel: see `ClassificationHead`, also for `scale` and `validate`.
+        kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.
 
     Raises:
-        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`, and `InputError`
-            for a class without examples.
+        InputError: calls raise it also for a class without examples.
 
     Example:
         `logits = MahalanobisHead()(support, labels, query)`
     """
 
-    checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {"regularization": check_positive}
-    requires_all_classes: ClassVar[bool] = True
+    checks = ClassificationHead.checks | {"regularization": check_positive}
+    requires_all_classes = True
 
     def __init__(
         self,

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads._validation import Check
+from convexheads._validation import optional
 from convexheads.heads._linear_algebra import shifted_cholesky
 from convexheads.heads.base.fitted import FittedRegressor
 from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
-from convexheads.kernels import RBF, Kernel, KernelLike
+from convexheads.kernels import RBF, KernelLike, check_kernel
 from convexheads.precision import full_precision
 
 
@@ -24,33 +23,34 @@ from convexheads.precision import full_precision
 class _Posterior(KernelExpansion):
     """The expansion with the Cholesky factor, for the variance and the likelihood."""
 
-    factor: Float[Tensor, "*batch n n"] | None = None
+    factor: Float[Tensor, "*batch n n"] = field(kw_only=True)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FittedGaussianProcess(FittedRegressor):
     """A Gaussian process fitted on the support sets of a batch of tasks, as `GaussianProcessHead.fit` returns it.
 
-    A call on queries returns the mean. Its attributes are those of `FittedRegressor`.
+    A call on queries returns the mean. Its attributes are those of `FittedRegressor`; `expansion` includes the Cholesky
+    factor of the Gram matrix plus noise.
     """
+
+    expansion: _Posterior
 
     def variance(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q"]:
         """Posterior variance of the noise-free function, the same for all outputs.
 
         Eq. 2.26 of Rasmussen & Williams (2006). For the variance of an observation, add the head's `noise_variance`.
+        The errors are those of a call.
 
         Args:
             query: features, `(*batch, q, d)`.
 
         Returns:
             `(*batch, q)`, in squared units of the targets.
-
-        Raises:
-            InputError: as in a call.
         """
         query = self._prepare(query)
         with full_precision(query.device):
-            explained = torch.linalg.solve_triangular(self._factor, self._cross_gram(query).mT, upper=False)
+            explained = torch.linalg.solve_triangular(self.expansion.factor, self._cross_gram(query).mT, upper=False)
             variance = self._query_gram_diagonal(query) - explained.square().sum(-2)
             return variance.clamp_min(0).to(self.dtype)
 
@@ -63,17 +63,11 @@ class FittedGaussianProcess(FittedRegressor):
             `(*batch,)`, differentiable like the predictions.
         """
         targets, mask = self.support.targets, self.support.mask
-        log_factors = self._factor.diagonal(dim1=-2, dim2=-1).log() + math.log(2 * math.pi) / 2
+        log_factors = self.expansion.factor.diagonal(dim1=-2, dim2=-1).log() + math.log(2 * math.pi) / 2
         if mask is not None:  # masked examples contribute a separate factor; exclude it
             log_factors = log_factors * mask
         fit = (targets * self.expansion.coef).sum((-2, -1)) / 2
         return (-fit - targets.shape[-1] * log_factors.sum(-1)).to(self.dtype)
-
-    @property
-    def _factor(self) -> Tensor:
-        assert isinstance(self.expansion, _Posterior)
-        assert self.expansion.factor is not None
-        return self.expansion.factor
 
 
 class GaussianProcessHead(RegressionHead):
@@ -92,18 +86,14 @@ class GaussianProcessHead(RegressionHead):
     Args:
         noise_variance: sigma squared, the variance of an observation, positive, in squared units of the targets; a
             float or `Learnable`. Defaults to 0.1.
-        kernel: the prior covariance. Defaults to `RBF()`. See `Head`, also for `validate`.
-
-    Raises:
-        InputError: an argument is unusable. Calls raise the errors of `RegressionHead.forward`.
+        kernel: the prior covariance. Defaults to `RBF()`. See `RegressionHead`, also for `validate` and the errors.
 
     Example:
         `variance = GaussianProcessHead().fit(support, targets).variance(query)`
     """
 
-    checks: ClassVar[dict[str, Check]] = RegressionHead.checks | {"noise_variance": check_positive}
-    default_kernel: ClassVar[type[Kernel]] = RBF
-    _fitted_class: ClassVar[type[FittedRegressor]] = FittedGaussianProcess
+    checks = RegressionHead.checks | {"noise_variance": check_positive, "kernel": optional(check_kernel, default=RBF)}
+    _fitted_class = FittedGaussianProcess
 
     def __init__(
         self, noise_variance: Hyperparameter = 0.1, *, kernel: KernelLike | None = None, validate: bool = True
@@ -111,7 +101,7 @@ class GaussianProcessHead(RegressionHead):
         super().__init__(kernel=kernel, validate=validate)
         self.noise_variance = noise_variance
 
-    def solve(self, support: SupportSet) -> KernelExpansion:
+    def solve(self, support: SupportSet) -> _Posterior:
         noise = as_tensor(self.noise_variance, support.targets)
         name = "GaussianProcessHead: the Gram matrix plus the noise variance on its diagonal"
         factor = shifted_cholesky(support.gram, noise, name=name, validate=support.validate)

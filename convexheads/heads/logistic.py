@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar, get_args
+from typing import get_args
 
 import torch
 
 from convexheads._functorch import compute_without_grad
-from convexheads._validation import Check, check_choice, check_positive_int, optional
+from convexheads._validation import check_choice, check_positive_int, optional
 from convexheads.heads import _logistic_newton
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
@@ -47,16 +47,13 @@ class LogisticHead(ClassificationHead):
             duality gap of 1e-6. Defaults to None (until converged).
         on_failure: what happens if a task is not solved to that gap, as for a `Solver`: "raise" (default), "warn" or
             "return".
-        kernel: see `ClassificationHead`, also for `scale` and `validate`.
-
-    Raises:
-        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`.
+        kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.
 
     Example:
         `probabilities = LogisticHead().fit(support, labels).probabilities(query)`
     """
 
-    checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {
+    checks = ClassificationHead.checks | {
         "regularization": check_positive,
         "steps": optional(check_positive_int),
         "on_failure": partial(check_choice, choices=get_args(OnFailure)),
@@ -93,15 +90,8 @@ class LogisticHead(ClassificationHead):
         otherwise = Status.FAILED if self.steps is None else Status.STOPPED
         status = torch.where(gap <= _TOLERANCE, Status.CONVERGED, otherwise)
         status = torch.where(torch.isfinite(gap), status, Status.FAILED)
-        coef = (coef / penalty).reshape(*batch, n, k)
-        solution = Solution(
-            coef=coef,
-            bound_multipliers=None,
-            row_multipliers=None,
-            status=status.reshape(batch),
-            gap=gap.reshape(batch),
-            residual=torch.zeros_like(gap).reshape(batch),
-            iterations=None if taken is None else taken.reshape(batch),
-        )
+        coef, residual = coef / penalty, torch.zeros_like(gap)
+        solution = Solution(coef, None, None, status=status, gap=gap, residual=residual, iterations=taken)
+        solution = solution.map(lambda _, value: value.reshape((*batch, *value.shape[1:])))
         handle_failures("LogisticHead", solution, _TOLERANCE, self.on_failure)
-        return KernelExpansion(coef, solution=solution)
+        return KernelExpansion(solution.coef, solution=solution)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 
@@ -19,17 +17,14 @@ class PrototypeHead(ClassificationHead):
     Difference from Lee et al. 2019: they divide the distance by the feature dimension (Section 4.1), as
     `PrototypeHead(kernel=Linear(normalize=True))` does.
 
-    Its arguments `kernel`, `scale` and `validate` are those of `ClassificationHead`.
-
-    Raises:
-        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`, and `InputError`
-            for a class without examples.
+    Its arguments `kernel`, `scale` and `validate`, and its errors, are those of `ClassificationHead`. A class without
+    examples is an `InputError`.
 
     Example:
         `logits = PrototypeHead(kernel=Linear(normalize=True))(support, labels, query)`
     """
 
-    requires_all_classes: ClassVar[bool] = True
+    requires_all_classes = True
 
     def solve(self, support: SupportSet) -> KernelExpansion:
         mean = support.targets / support.targets.sum(-2, keepdim=True)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from convexheads._validation import Check
 from convexheads.heads._linear_algebra import shifted_cholesky
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.regression import RegressionHead
@@ -51,19 +48,13 @@ class RidgeHead(ClassificationHead):
     Args:
         regularization: lambda, positive; a float or `Learnable`. Defaults to 50, as in Lee et al. 2019.
         bias: added to all logits, after `scale`; a float or `Learnable(..., positive=False)`. Defaults to 0.
-        kernel: see `ClassificationHead`, also for `scale` and `validate`.
-
-    Raises:
-        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`.
+        kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.
 
     Example:
         `logits = RidgeHead(10.0)(support, labels, query)`
     """
 
-    checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {
-        "regularization": check_positive,
-        "bias": check_any_sign,
-    }
+    checks = ClassificationHead.checks | {"regularization": check_positive, "bias": check_any_sign}
 
     def __init__(
         self,
@@ -95,16 +86,13 @@ class RidgeRegressionHead(RegressionHead):
 
     Args:
         regularization: lambda, positive; a float or `Learnable`. Defaults to 1.
-        kernel: see `Head`, also for `validate`.
-
-    Raises:
-        InputError: an argument is unusable. Calls raise the errors of `RegressionHead.forward`.
+        kernel: see `RegressionHead`, also for `validate` and the errors.
 
     Example:
         `values = RidgeRegressionHead(0.1)(support, targets, query)`
     """
 
-    checks: ClassVar[dict[str, Check]] = RegressionHead.checks | {"regularization": check_positive}
+    checks = RegressionHead.checks | {"regularization": check_positive}
 
     def __init__(
         self, regularization: Hyperparameter = 1.0, *, kernel: KernelLike | None = None, validate: bool = True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,6 +17,8 @@ from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, Learnable, as_tensor, check_positive
 from convexheads.kernels import KernelLike
 from convexheads.solvers import DualProblem, Solver, get_solver
+
+_SVM_CHECKS: dict[str, Check] = {"C": check_positive, "solver": lambda _, solver: get_solver(solver)}
 
 
 class MulticlassSVM(ClassificationHead):
@@ -35,21 +36,17 @@ class MulticlassSVM(ClassificationHead):
             non-negative; a float or `Learnable`. Defaults to 0. The code published by Lee et al. 2019 uses 1, unlike
             the paper.
         solver: a `Solver`, or a name from `SOLVERS`. Defaults to "native".
-        kernel: see `ClassificationHead`, also for `scale` and `validate`.
+        kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.
 
     Raises:
-        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`.
         MissingDependencyError: the named solver's package is not installed.
     """
 
-    checks: ClassVar[dict[str, Check]] = ClassificationHead.checks | {
-        "C": check_positive,
-        "squared_hinge": check_bool,
-        "smoothing": partial(check_positive, allow_zero=True),
-        "solver": lambda _, solver: get_solver(solver),
-    }
-
-    solver: Solver
+    checks = (
+        ClassificationHead.checks
+        | _SVM_CHECKS
+        | {"squared_hinge": check_bool, "smoothing": partial(check_positive, allow_zero=True)}
+    )
 
     def __init__(
         self,
@@ -133,19 +130,15 @@ class WestonWatkinsSVMHead(MulticlassSVM):
     report no results for it; their published code has it with the kernel `Linear() + Constant(1.0)` and C = 1e-5.
 
     Args:
-        C: see `MulticlassSVM`, also for `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale` and `validate`.
-            Defaults to 0.1.
+        C: see `MulticlassSVM`, also for `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale`, `validate` and the
+            errors. Defaults to 0.1.
         margin: m, positive. Defaults to 2, as in the original.
-
-    Raises:
-        InputError: an argument is unusable. Calls raise the errors of `ClassificationHead.forward`.
-        MissingDependencyError: the named solver's package is not installed.
 
     Example:
         `logits = WestonWatkinsSVMHead(C=0.05)(support, labels, query)`
     """
 
-    checks: ClassVar[dict[str, Check]] = MulticlassSVM.checks | {"margin": partial(check_real, positive=True)}
+    checks = MulticlassSVM.checks | {"margin": partial(check_real, positive=True)}
 
     def __init__(
         self,
@@ -246,29 +239,19 @@ class SupportVectorRegressionHead(RegressionHead):
     \(\alpha = a - b\): \(\max_{a, b} -\frac12 |w|^2 + \langle y, a - b \rangle - \varepsilon \sum_n (a_n + b_n)\)
     subject to \(0 \le a, b \le C\).
 
-    What differs: there is no intercept (see `RegressionHead`). The `solution` of a fit stacks \(a\) on top of \(b\).
+    There is no intercept (see `RegressionHead`). The `solution` of a fit stacks \(a\) on top of \(b\).
 
     Args:
         C: weight of the errors, positive; a float or `Learnable`. Defaults to 1.
-        epsilon: half width of the free tube, positive, in units of targets; a float or `Learnable`. Defaults to 0.1.
-        solver: a `Solver`, or its name as in `SOLVERS`. Defaults to "native".
-        kernel: this argument and `validate` are those of `Head`.
-
-    Raises:
-        InputError: an argument is unusable. Calls raise what `RegressionHead.forward` does.
-        MissingDependencyError: the named solver's package is not installed.
+        epsilon: half-width of the free tube, positive, in units of targets; a float or `Learnable`. Defaults to 0.1.
+        solver: see `MulticlassSVM`, also for the error. Defaults to "native".
+        kernel: see `RegressionHead`, also for `validate` and the errors.
 
     Example:
         `values = SupportVectorRegressionHead(C=10.0, kernel=RBF())(support, targets, query)`
     """
 
-    checks: ClassVar[dict[str, Check]] = RegressionHead.checks | {
-        "C": check_positive,
-        "epsilon": check_positive,
-        "solver": lambda _, solver: get_solver(solver),
-    }
-
-    solver: Solver
+    checks = RegressionHead.checks | _SVM_CHECKS | {"epsilon": check_positive}
 
     def __init__(
         self,
@@ -288,8 +271,7 @@ class SupportVectorRegressionHead(RegressionHead):
         linear = torch.cat([targets - epsilon, -targets - epsilon], -2)
         both = torch.cat([torch.cat([gram, -gram], -1), torch.cat([-gram, gram], -1)], -2)
         upper = as_tensor(self.C, gram).expand(linear.shape)
-        solution = self.solver.solve(
-            DualProblem(both, linear, lower=torch.zeros_like(linear), upper=upper, rows_sum_to_zero=False)
-        )
+        dual = DualProblem(both, linear, lower=torch.zeros_like(linear), upper=upper, rows_sum_to_zero=False)
+        solution = self.solver.solve(dual)
         above, below = solution.coef.chunk(2, -2)
         return KernelExpansion(above - below, solution=solution)

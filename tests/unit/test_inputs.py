@@ -233,8 +233,8 @@ def test_class_without_examples_where_the_head_needs_one():
 @pytest.mark.parametrize(
     ("kernel", "message"),
     [
-        (lambda x, y: x.sum(-1), r"kernel: expected .*\(2, 6, 6\).*, got a result of shape \(2, 6\)"),
-        (lambda x, y: None, r"kernel: expected .*, got a result of type NoneType"),
+        (lambda x, y: x.sum(-1), r"kernel: expected .*\(2, 6, 6\).*, got shape \(2, 6\)"),
+        (lambda x, y: None, r"kernel: expected .*, got NoneType"),
         (lambda x, y: (x @ y.mT).float(), r"kernel: expected .*torch.float64.*, got a result of torch.float32"),
         (lambda x, y: (x @ y.mT).log(), r"kernel: expected .*, got non-finite values in row 0 of task \(0,\)"),
     ],
@@ -443,5 +443,5 @@ def test_head_of_ones_own_with_other_terms_of_a_wrong_shape(part, shape):
 
 
 def test_kernel_that_is_wrong_for_queries_only():
-    with pytest.raises(InputError, match=r"kernel: expected a Gram matrix of shape.*, got a result of shape .*"):
+    with pytest.raises(InputError, match=r"kernel: expected a Gram matrix of shape.*, got shape .*"):
         RidgeHead(kernel=lambda x, y: y @ x.mT)(*GOOD[:3])

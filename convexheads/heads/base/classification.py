@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from convexheads._validation import Check, check_classification
+from convexheads._validation import check_classification
 from convexheads.heads.base.fitted import FittedClassifier
 from convexheads.heads.base.head import Head
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet, merge_groups, one_hot
@@ -28,11 +27,9 @@ class ClassificationHead(Head):
         kernel: see `Head`, also for `validate` and for the errors.
     """
 
-    checks: ClassVar[dict[str, Check]] = Head.checks | {"scale": check_positive}
+    checks = Head.checks | {"scale": check_positive}
     requires_all_classes: ClassVar[bool] = False
     """Whether a class without support examples is an error."""
-
-    scale: Hyperparameter
 
     def __init__(self, *, kernel: KernelLike | None = None, scale: Hyperparameter = 1.0, validate: bool = True) -> None:
         super().__init__(kernel=kernel, validate=validate)
@@ -83,14 +80,12 @@ class ClassificationHead(Head):
         ways: int | Integer[Tensor, "*#batch"] | None = None,
         mask: Bool[Tensor, "*batch n"] | None = None,
     ) -> FittedClassifier:
-        """Fit on the support sets of a batch of tasks: `support`, `labels`, `ways` and `mask` are those of `forward`.
+        """Fit on the support sets of a batch of tasks.
+
+        The arguments `support`, `labels`, `ways` and `mask`, and the errors, are those of `forward`.
 
         Returns:
             The fitted head, to be called on queries `(*batch, q, d)`. Its `solution` has the certificate.
-
-        Raises:
-            InputError: as in `forward`.
-            SolverError: as in `forward`.
         """
         max_ways = check_classification(
             support, labels, ways, mask, requires_all_classes=self.requires_all_classes, validate=self.validate
@@ -98,21 +93,20 @@ class ClassificationHead(Head):
         with full_precision(support.device):
             targets = one_hot(labels, max_ways, working_dtype(support.device))
             examples = self._support_set(support, targets, mask)
-            each = ways.long() if isinstance(ways, Tensor) and ways.ndim else None
-            if each is None or not each.numel():
+            ways_per_task = ways.long() if isinstance(ways, Tensor) and ways.ndim else None
+            if ways_per_task is None or not ways_per_task.numel():
                 expansion = self._solve_checked(examples)
             else:
-                expansion = self._solve_grouped_by_ways(examples, each)
+                expansion = self._solve_grouped_by_ways(examples, ways_per_task)
             scale = as_tensor(self.scale, examples.features)
-            return FittedClassifier(expansion, examples, support.dtype, scale, each)
+            return FittedClassifier(expansion, examples, support.dtype, scale, ways_per_task)
 
     def _solve_grouped_by_ways(self, support: SupportSet, ways: Integer[Tensor, "*batch"]) -> KernelExpansion:
         """Solve the tasks with the same number of classes together; absent classes get coefficients of zero."""
-        groups, order = [], []
+        groups = []
         for k in ways.unique().tolist():
             rows = ways == k
-            group_mask = None if support.mask is None else support.mask[rows]
-            group = self._support_set(support.features[rows], support.targets[rows][..., :k], group_mask)
+            mask = None if support.mask is None else support.mask[rows]
+            group = self._support_set(support.features[rows], support.targets[rows][..., :k], mask)
             groups.append(self._solve_checked(group))
-            order.append(rows.flatten().nonzero().squeeze(-1))
-        return merge_groups(groups, torch.cat(order).argsort(), ways.shape)
+        return merge_groups(groups, ways)

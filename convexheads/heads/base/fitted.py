@@ -42,9 +42,20 @@ class Fitted:
         """Status, certified gap and multipliers of each task; None for a closed form."""
         return self.expansion.solution
 
-    def _scores(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q k"]:
-        expansion = self.expansion
-        query = self._prepare(query)
+    def __call__(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "..."]:
+        """Score queries, or predict their values.
+
+        Args:
+            query: features, `(*batch, q, d)`, of any floating-point dtype, on the device of the support, with its
+                leading dimensions and feature size.
+
+        Returns:
+            Scores of all outputs, `(*batch, q, k)`, in the dtype of the support.
+
+        Raises:
+            InputError: the shape, dtype or device is not as described, or a feature is not finite.
+        """
+        expansion, query = self.expansion, self._prepare(query)
         with full_precision(query.device):
             cross_gram = self._cross_gram(query)
             scores = cross_gram @ expansion.coef
@@ -90,11 +101,7 @@ class Fitted:
 
     @property
     def bias(self) -> Float[Tensor, "*batch k"]:
-        """The bias `(*batch, k)` of scores that are `query @ weight.mT + bias`, with gradient.
-
-        Raises:
-            ConvexHeadsError: the scores are not linear in the features.
-        """
+        """The bias `(*batch, k)` of scores that are `query @ weight.mT + bias`; see `weight`, also for errors."""
         _, intercept = self._affine_form()
         coef, mask, bias = self.expansion.coef, self.support.mask, self.expansion.bias
         total = intercept * (coef if mask is None else coef * mask.unsqueeze(-1)).sum(-2)
@@ -113,35 +120,27 @@ class Fitted:
             raise ConvexHeadsError(f"to_linear: expected the fit of one task, got tasks of shape {shape}")
         weight, bias = self.weight.detach(), self.bias.detach()
         linear = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
-        with torch.no_grad():
-            linear.weight.copy_(weight)
-            linear.bias.copy_(bias)
+        linear.load_state_dict({"weight": weight, "bias": bias})
         return linear
 
     def _affine_form(self) -> tuple[Any, Any]:
-        expansion = self.expansion
-        distances = isinstance(expansion.self_similarity_weight, Tensor) or expansion.self_similarity_weight != 0
-        form = _affine_form(self.support.kernel, self.support.features.shape[-1])
-        if form is None or expansion.quadratic is not None or distances:
-            got = "another kernel" if form is None else "scores that are quadratic in the features"
-            raise ConvexHeadsError(f"weight, bias: expected scores that are linear in the features, got {got}")
-        return form
+        weight = self.expansion.self_similarity_weight
+        if self.expansion.quadratic is not None or isinstance(weight, Tensor) or weight != 0:
+            raise _not_linear("scores that are quadratic in the features")
+        return _affine_form(self.support.kernel, self.support.features.shape[-1])
 
     def to(self: _F, device: torch.device | str) -> _F:
         """The same fit on another `device`."""
-        return _map(self, lambda tensor: tensor.to(device), lambda module: module.to(device))
+        return _map(self, lambda part: part.to(device))
 
     def detach(self: _F) -> _F:
         """The same fit without gradients to the support set and the hyperparameters."""
-        return _map(self, torch.Tensor.detach, lambda module: module.requires_grad_(False))
+        return _map(self, lambda part: part.detach() if isinstance(part, Tensor) else part.requires_grad_(False))
 
     def __repr__(self) -> str:
         *batch, n, d = self.support.features.shape
-        return f"{type(self).__name__}(tasks={tuple(batch)}, examples={n}, features={d}, outputs={self._outputs})"
-
-    @property
-    def _outputs(self) -> int:
-        return self.expansion.coef.shape[-1]
+        outputs = self.expansion.coef.shape[-1]
+        return f"{type(self).__name__}(tasks={tuple(batch)}, examples={n}, features={d}, outputs={outputs})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -160,19 +159,8 @@ class FittedClassifier(Fitted):
     ways: Integer[Tensor, "*batch"] | None = None
 
     def __call__(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q k"]:
-        """Score queries.
-
-        Args:
-            query: features, `(*batch, q, d)`, of any floating-point dtype, on the device of the support, with its
-                leading dimensions and feature size.
-
-        Returns:
-            Logits, `(*batch, q, k)`, in the dtype of the support; minus infinity for classes that a task does not have.
-
-        Raises:
-            InputError: the shape, dtype or device is not as described, or a feature is not finite.
-        """
-        logits = self._scores(query)
+        """The logits of `query`, `(*batch, q, k)`, as in `Fitted`; minus infinity for classes that a task lacks."""
+        logits = super().__call__(query)
         return logits if self.ways is None else logits.masked_fill(self._absent.unsqueeze(-2), -torch.inf)
 
     def probabilities(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q k"]:
@@ -190,7 +178,7 @@ class FittedClassifier(Fitted):
     @property
     def _absent(self) -> Tensor:
         assert self.ways is not None
-        return torch.arange(self._outputs, device=self.ways.device) >= self.ways.unsqueeze(-1)
+        return torch.arange(self.expansion.coef.shape[-1], device=self.ways.device) >= self.ways.unsqueeze(-1)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -207,55 +195,45 @@ class FittedRegressor(Fitted):
     single_output: bool = False
 
     def __call__(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "..."]:
-        """Predict.
-
-        Args:
-            query: features, `(*batch, q, d)`, of any floating-point dtype, on the device of the support, with its
-                leading dimensions and feature size.
-
-        Returns:
-            `(*batch, q)` or `(*batch, q, outputs)`, in the shape and units of the targets and the dtype of the support.
-
-        Raises:
-            InputError: the shape, dtype or device is not as described, or a feature is not finite.
-        """
-        values = self._scores(query)
+        """The values of `query`, `(*batch, q)` or `(*batch, q, outputs)`, as in `Fitted`; in units of the targets."""
+        values = super().__call__(query)
         return values.squeeze(-1) if self.single_output else values
 
 
-def _map(value: Any, on_tensor: Callable[[Tensor], Tensor], on_module: Callable[[nn.Module], Any]) -> Any:
-    """A copy of a fitted head, or of one of its parts, with all tensors and modules replaced."""
-    again = partial(_map, on_tensor=on_tensor, on_module=on_module)
+def _map(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of a fitted head, or of one of its parts, with `change` applied to tensors and to copies of modules."""
+    again = partial(_map, change=change)
     if isinstance(value, Tensor):
-        return on_tensor(value)
+        return change(value)
     if isinstance(value, partial):
         return partial(value.func, *map(again, value.args), **{k: again(v) for k, v in value.keywords.items()})
     if isinstance(value, Sum | Product):
         return type(value)(*map(again, value.kernels))
     if isinstance(value, nn.Module):
-        return on_module(copy.deepcopy(value))
+        return change(copy.deepcopy(value))
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{item.name: again(getattr(value, item.name)) for item in fields(value)})
     return value
 
 
-def _affine_form(kernel: KernelLike, features: int) -> tuple[Any, Any] | None:
-    r"""The a and c of a kernel that is \(a \langle x, y \rangle + c\); None for other kernels."""
-    if isinstance(kernel, Linear) and type(kernel) is Linear:
+def _not_linear(got: str) -> ConvexHeadsError:
+    return ConvexHeadsError(f"weight, bias: expected scores that are linear in the features, got {got}")
+
+
+def _affine_form(kernel: KernelLike, features: int) -> tuple[Any, Any]:
+    r"""The a and c of a kernel that is \(a \langle x, y \rangle + c\)."""
+    if isinstance(kernel, Linear) and type(kernel) is Linear:  # a subclass may be another kernel
         return (1 / features if kernel.normalize else 1.0), 0.0
     if isinstance(kernel, partial) and kernel.func is constant:
         return 0.0, kernel.keywords["value"]
     if not isinstance(kernel, Sum | Product):
-        return None
-    forms = [form for part in kernel.kernels if (form := _affine_form(part, features)) is not None]
-    if len(forms) < len(kernel.kernels):
-        return None
-    slope, intercept = forms[0]
-    for a, c in forms[1:]:
+        raise _not_linear("another kernel")
+    (slope, intercept), *others = (_affine_form(part, features) for part in kernel.kernels)
+    for a, c in others:
         if isinstance(kernel, Sum):
             slope, intercept = slope + a, intercept + c
         elif slope != 0 and a != 0:
-            return None
+            raise _not_linear("another kernel")
         else:
             slope, intercept = slope * c + intercept * a, intercept * c
     return slope, intercept

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
-from convexheads._validation import Check, check_bool, check_definite
+from convexheads._validation import Check, check_bool, check_definite, optional
 from convexheads.errors import InputError, SolverError
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Configurable
-from convexheads.kernels import Kernel, KernelLike, Linear, check_kernel, condition
+from convexheads.kernels import KernelLike, Linear, check_kernel, condition
 from convexheads.precision import working_dtype
 
 
@@ -30,19 +30,19 @@ class Head(Configurable, ABC):
             solver. Types and shapes are always checked. Defaults to True.
 
     Raises:
-        InputError: an argument is unusable.
+        InputError: an argument is unusable. Calls raise the errors that `forward` describes.
     """
 
-    checks: ClassVar[dict[str, Check]] = {"kernel": check_kernel, "validate": check_bool}
-    default_kernel: ClassVar[type[Kernel]] = Linear
-    """The kernel if none is given."""
+    checks: ClassVar[dict[str, Check]] = {
+        "kernel": optional(check_kernel, default=Linear),
+        "validate": check_bool,
+    }
 
     kernel: KernelLike
-    validate: bool
 
     def __init__(self, *, kernel: KernelLike | None = None, validate: bool = True) -> None:
         super().__init__()
-        self.kernel = kernel  # pyright: ignore[reportAttributeAccessIssue]  # `_check` replaces None
+        self.kernel = kernel  # pyright: ignore[reportAttributeAccessIssue]  # the check replaces None
         self.validate = validate
 
     @abstractmethod
@@ -76,7 +76,7 @@ class Head(Configurable, ABC):
             if self.validate:
                 inspect_values(check_definite, support.gram)
             raise
-        support.release_gram()
+        vars(support).pop("gram", None)  # free the memory; the next use computes it again
         name = f"{type(self).__name__}.solve"
         if not isinstance(expansion, KernelExpansion):
             raise InputError(name, "a KernelExpansion", f"a result of type {type(expansion).__name__}")
@@ -88,6 +88,3 @@ class Head(Configurable, ABC):
                 got = f"{part} of shape {tuple(value.shape)} in {value.dtype}"
                 raise InputError(name, f"{shape} in {dtype}", got)
         return expansion
-
-    def _check(self, name: str, value: Any) -> Any:
-        return super()._check(name, self.default_kernel() if name == "kernel" and value is None else value)

@@ -34,6 +34,8 @@ class RegressionHead(Head):
     ) -> Float[Tensor, "..."]:
         """Fit on the support and predict for the query: `head.fit(support, targets, ...)(query)`.
 
+        The errors are those of `ClassificationHead.forward`.
+
         Args:
             support: features, `(*batch, n, d)`; the leading dimensions are tasks, any number of them.
             targets: values to regress on, `(*batch, n)` or `(*batch, n, outputs)`, of any floating-point dtype.
@@ -44,12 +46,6 @@ class RegressionHead(Head):
         Returns:
             Predictions, `(*batch, q)` or `(*batch, q, outputs)`, in the units of the targets and in the support's
                 dtype. Gradients reach support, targets, query and `Learnable`s.
-
-        Raises:
-            InputError: an argument is unusable. This includes a kernel that returns no Gram matrix, or one that is not
-                positive semi-definite and makes the problem fail.
-            SolverError: a task could not be solved.
-            ConvexHeadsError: in the backward pass, for a second derivative that the solver does not support.
         """
         return self.fit(support, targets, mask=mask)(query)
 
@@ -60,14 +56,12 @@ class RegressionHead(Head):
         *,
         mask: Bool[Tensor, "*batch n"] | None = None,
     ) -> FittedRegressor:
-        """Fit on the support sets of a batch of tasks: `support`, `targets` and `mask` are those of `forward`.
+        """Fit on the support sets of a batch of tasks.
+
+        The arguments `support`, `targets` and `mask`, and the errors, are those of `forward`.
 
         Returns:
             The fitted head, to be called on queries `(*batch, q, d)`.
-
-        Raises:
-            InputError: as in `forward`.
-            SolverError: as in `forward`.
         """
         single = check_regression(support, targets, mask, validate=self.validate)
         with full_precision(support.device):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.nn import functional
 
-from convexheads._validation import check_finite
+from convexheads._validation import check_finite, describe_shape
 from convexheads.errors import InputError
 from convexheads.kernels import KernelLike, Linear
-from convexheads.solvers import Solution
+from convexheads.solvers.problem import Solution, TensorRecord
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -55,17 +55,13 @@ class SupportSet:
             return self.targets
         return torch.cat([self.targets[..., :1] + ~self.mask.unsqueeze(-1), self.targets[..., 1:]], -1)
 
-    def release_gram(self) -> None:
-        """Free the memory of the Gram matrix; the next use computes it again."""
-        vars(self).pop("gram", None)
-
     def __repr__(self) -> str:
         shapes = f"features={tuple(self.features.shape)}, targets={tuple(self.targets.shape)}"
         return f"SupportSet({shapes}{'' if self.mask is None else ', masked'})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class KernelExpansion:
+class KernelExpansion(TensorRecord):
     """The result of `Head.solve`: scores as a combination of kernel values.
 
     With `s = kernel(q, support)`, the score of a query q for class c is
@@ -86,10 +82,6 @@ class KernelExpansion:
     self_similarity_weight: float | Float[Tensor, ""] = 0.0
     solution: Solution | None = None
 
-    def __repr__(self) -> str:
-        names = [item.name for item in fields(self) if item.name != "coef" and getattr(self, item.name) is not None]
-        return f"{type(self).__name__}(coef={tuple(self.coef.shape)}, with {', '.join(names)})"
-
 
 def one_hot(labels: Integer[Tensor, "*batch n"], ways: int, dtype: torch.dtype) -> Float[Tensor, "*batch n k"]:
     """One-hot labels, with NaN rows where a label is out of range."""
@@ -102,8 +94,7 @@ def compute_gram(kernel: KernelLike, x: Tensor, y: Tensor, *, validate: bool) ->
     gram: Any = kernel(x, y)
     expected = (*x.shape[:-1], y.shape[-2])
     if not isinstance(gram, Tensor) or gram.shape != expected:
-        got = f"shape {tuple(gram.shape)}" if isinstance(gram, Tensor) else f"type {type(gram).__name__}"
-        raise InputError("kernel", f"a Gram matrix of shape {expected}", f"a result of {got}")
+        raise InputError("kernel", f"a Gram matrix of shape {expected}", describe_shape(gram))
     if gram.dtype != x.dtype:
         raise InputError("kernel", f"the dtype of its arguments, {x.dtype}", f"a result of {gram.dtype}")
     if validate:
@@ -118,22 +109,23 @@ def _mask_gram(gram: Tensor, mask: Tensor) -> Tensor:
     return gram.masked_fill(~both, 0) + torch.diag_embed(mean * ~mask)
 
 
-def merge_groups(groups: Sequence[KernelExpansion], order: Tensor, batch: torch.Size) -> KernelExpansion:
-    """Merge groups of tasks with different numbers of classes into a batch: padded with zeros, reordered by `order`."""
+def merge_groups(groups: Sequence[KernelExpansion], ways: Integer[Tensor, "*batch"]) -> KernelExpansion:
+    """Merge the groups of tasks with 1, 2, ... classes into the batch with these `ways`, padded with zeros."""
+    order = ways.flatten().argsort(stable=True).argsort()
     class_dims = {"coef": 1, "bias": 1, "quadratic": 3, "bound_multipliers": 1}  # counted from the last
+    records = [group.tensors() for group in groups]
 
-    def merge(name: str, records: Sequence[Any]) -> Any:
-        values = [getattr(record, name) for record in records]
-        if any(value is None for value in values):  # such as iterations that not every solver reports
+    def merge(name: str, first: Tensor) -> Any:
+        if name == "self_similarity_weight":
+            return first
+        if any(name not in record for record in records):  # such as iterations that not every solver reports
             return None
-        if class_dim := class_dims.get(name):
-            ways = [value.shape[-class_dim] for value in values]
-            padding = [(0, 0) * (class_dim - 1) + (0, max(ways) - k) for k in ways]
+        values = [record[name] for record in records]
+        if class_dim := class_dims.get(name.removeprefix("solution.")):
+            counts = [value.shape[-class_dim] for value in values]
+            padding = [(0, 0) * (class_dim - 1) + (0, max(counts) - k) for k in counts]
             values = [functional.pad(value, sizes) for value, sizes in zip(values, padding, strict=True)]
         joined = torch.cat(values)[order]
-        return joined.reshape((*batch, *joined.shape[1:]))
+        return joined.reshape((*ways.shape, *joined.shape[1:]))
 
-    solutions = [group.solution for group in groups if group.solution is not None]
-    solution = Solution(**{item.name: merge(item.name, solutions) for item in fields(Solution)}) if solutions else None
-    merged = {name: merge(name, groups) for name in ("coef", "bias", "quadratic")}
-    return replace(groups[0], solution=solution, **merged)
+    return groups[0].map(merge)
