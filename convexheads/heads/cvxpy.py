@@ -97,7 +97,7 @@ class CvxpyHead(ClassificationHead):
     Args:
         build: a function from a `CvxpyTask` to an expression to minimize, or to a whole `cvxpy.Problem`. The problem
             has to be convex, and DPP in its parameters. It is compiled once per shape, which takes seconds, and the
-            last 64 are kept: pass the same function every time, not a new lambda in every step.
+            last 64 compiled problems are kept: pass the same function every time, not a new lambda in every step.
         hyperparameters: positive hyperparameters by name, floats or `Learnable`s, which receive gradients. They are
             the `parameters` of the `CvxpyTask`. Defaults to None.
         kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.
@@ -181,7 +181,8 @@ def _compile(function: ref[Callable[[CvxpyTask], Any]], n: int, k: int, names: t
     # cvxpylayers requires that every parameter is used; a term of zero uses those that the problem omits.
     used = {parameter.id for parameter in problem.parameters()}
     zeros = [cvxpy.sum(cvxpy.multiply(0 * p, 1)) for p in (targets, *parameters.values()) if p.id not in used]
-    objective = problem.objective + cvxpy.Minimize(sum(zeros)) if zeros else problem.objective
+    objective = -problem.objective if isinstance(problem.objective, cvxpy.Maximize) else problem.objective
+    objective = objective + cvxpy.Minimize(sum(zeros)) if zeros else objective
     # Scores and weights (in an orthonormal basis of the support's span) are separate variables, so that their
     # products with parameters are DPP.
     problem = cvxpy.Problem(objective, [*problem.constraints, scores == gram @ coef, weights == root @ coef])

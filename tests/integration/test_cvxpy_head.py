@@ -48,9 +48,14 @@ def hinge_huber(task):
     return task.squared_norm / 2 + cvxpy.sum(cvxpy.huber(cvxpy.pos(1 - margins), 0.5))
 
 
+def squares_to_maximize(task):
+    return cvxpy.Problem(cvxpy.Maximize(-squares(task)))
+
+
 SAME = {
     "hinge": (hinge, 8.0, OneVsRestSVMHead(Learnable(1 / 8.0))),
     "squares": (squares, 3.0, RidgeHead(Learnable(3.0))),
+    "maximization": (squares_to_maximize, 3.0, RidgeHead(Learnable(3.0))),
     "cross-entropy": (cross_entropy, 3.0, LogisticHead(Learnable(3.0))),
 }
 
@@ -166,7 +171,7 @@ def test_bad_arguments_and_limits(monkeypatch):
         CvxpyHead(squares)
 
 
-def test_a_compiled_problem_lives_as_long_as_its_function():
+def test_the_cache_of_compiled_problems_keeps_no_function():
     support, labels, query, _ = task()
 
     def make():
