@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -11,19 +9,14 @@ from torch import Tensor
 from convexheads.solvers.problem import DualProblem
 
 
-class Rescaled(NamedTuple):
-    """A rescaled problem, and the factors by which its coefficients and multipliers have to be multiplied."""
-
-    problem: DualProblem
-    coef_scale: Float[Tensor, "*batch"]
-    multiplier_scale: Float[Tensor, "*batch"]
-
-
-def rescale(problem: DualProblem) -> Rescaled:
+def rescale(problem: DualProblem) -> tuple[DualProblem, Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
     """Rescale a `problem` with finite data, so that no tolerance depends on the scale of the features or on C.
 
     A dual SVM depends only on C*K. Coefficients are measured in units of `min(C, 1/h)`, where h is the mean diagonal
     of K. Features scaled by 1e-4 or 1e4 then give the same rescaled problem, with moderate numbers for any C.
+
+    Returns:
+        The rescaled problem, and the factors by which its coefficients and its multipliers have to be multiplied.
     """
     with torch.no_grad():
         multiplier_scale = problem.linear.abs().amax((-2, -1))
@@ -43,7 +36,7 @@ def rescale(problem: DualProblem) -> Rescaled:
             "upper": 1 / coef_scale,
         }
     rescaled = problem.map(lambda name, value: value * factor[name][(...,) + (None,) * (value.ndim - coef_scale.ndim)])
-    return Rescaled(rescaled, coef_scale, multiplier_scale)
+    return rescaled, coef_scale, multiplier_scale
 
 
 def largest_bounds(problem: DualProblem) -> Float[Tensor, "*batch n"]:

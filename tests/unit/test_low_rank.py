@@ -112,7 +112,7 @@ def test_admm_takes_the_same_steps():
     targets = torch.nn.functional.one_hot(labels).double()
     qp = DualProblem(support @ support.mT, targets, upper=0.1 * targets)
     factored = replace(qp, gram_factor=support)
-    one, other = (next(admm(rescale(problem).problem, [20])) for problem in (qp, factored))
+    one, other = (next(admm(rescale(problem)[0], [20])) for problem in (qp, factored))
     for found, expected in zip(other, one, strict=True):
         assert close(found, expected) < 1e-11
 

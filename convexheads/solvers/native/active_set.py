@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from convexheads._validation import check_choice, check_positive_ints
@@ -31,14 +31,6 @@ _ADMM_STEPS = 10
 # Larger problems on a GPU are not copied to the CPU. With up to 5 ways, copying and solving on the CPU is several times
 # as fast as solving on the GPU; with more ways, it is slower.
 _MAX_ENTRIES_TO_COPY = 2**23
-
-
-class SearchResult(NamedTuple):
-    """The last active set with its exact solution, which is feasible up to rounding if the active set is right."""
-
-    coef: Float[Tensor, "tasks n k"]
-    active_set: ActiveSet
-    rounds: Int[Tensor, " tasks"]
 
 
 class ActiveSetSolver(Solver):
@@ -103,8 +95,12 @@ class ActiveSetSolver(Solver):
         return numba_backend.solve(problem, tolerance, max_rounds=self.max_rounds, refinements=REFINEMENTS)
 
 
-def search(problem: DualProblem, start: WarmStart, *, max_rounds: int) -> SearchResult:
-    """Search for the active set of a flat, rescaled batch. The first guess is the one that `start` implies."""
+def search(problem: DualProblem, start: WarmStart, *, max_rounds: int) -> tuple[Tensor, ActiveSet, Tensor]:
+    """Search for the active set of a flat, rescaled batch. The first guess is the one that `start` implies.
+
+    Returns the exact solution for the last active set, which is feasible up to rounding if that is right; the active
+    set; and the number of rounds.
+    """
     coef, bound_multipliers, row_multipliers = start
     at_upper, at_lower = active_entries(problem, coef, bound_multipliers)
     rounds = torch.ones_like(coef[:, 0, 0], dtype=torch.long)
@@ -129,7 +125,7 @@ def search(problem: DualProblem, start: WarmStart, *, max_rounds: int) -> Search
         rounds = torch.where(changed, this_round, rounds)
         at_upper, at_lower = new_upper, new_lower
     moved, _ = kkt.solve(right, sums, start=(moved, row_multipliers), refinements=REFINEMENTS)
-    return SearchResult(moved.mT + fixed, ActiveSet(kkt, at_upper, at_lower), rounds)
+    return moved.mT + fixed, ActiveSet(kkt, at_upper, at_lower), rounds
 
 
 def polish(
