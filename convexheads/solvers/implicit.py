@@ -79,12 +79,11 @@ class ActiveSet(Linearization):
 class BarrierPoint(Linearization):
     """A relaxed gradient, at a point inside the barrier. It has no second derivative.
 
-    `upper` and `lower` are the stiffness of the bounds, multiplier over slack, which is on the diagonal of the system.
+    `stiffness` is multiplier over slack of each of `DualProblem.bounds`, which is on the diagonal of the system.
     """
 
     point: Float[Tensor, "tasks n k"]
-    upper: Float[Tensor, "tasks n k"]
-    lower: Float[Tensor, "tasks n k"]
+    stiffness: Float[Tensor, "tasks sides n k"]
 
     def attach(
         self, problem: DualProblem, coef: Float[Tensor, "tasks n k"], hessian_scale: Float[Tensor, " tasks"]
@@ -92,9 +91,8 @@ class BarrierPoint(Linearization):
         kkt, factors = _as_function(self.kkt)
         # A barrier with stiffness w, a constant here, has the gradient `w (coefficient - bound)`.
         linear = problem.linear
-        for stiffness, bound in ((self.upper, problem.upper), (self.lower, problem.lower)):
-            if bound is not None:
-                linear = linear + stiffness / hessian_scale[:, None, None] * torch.where(stiffness > 0, bound, 0)
+        for (sign, limit), stiffness in zip(problem.bounds, self.stiffness.unbind(1), strict=True):
+            linear = linear + stiffness / hessian_scale[:, None, None] * torch.where(stiffness > 0, sign * limit, 0)
         system = problem.gram, problem.smoothing, linear, self.point, None, coef, hessian_scale
         return _RelaxedImplicitSolve.apply(kkt, *system, *factors)[0]
 

@@ -133,9 +133,17 @@ class DualProblem(TensorRecord):
         return values if self.lower is None else torch.where(at_lower, self.lower, values)
 
     @property
-    def bounds(self) -> list[tuple[float, Float[Tensor, "*batch n k"]]]:
-        """The bounds that the problem has, with their sign: 1 for the upper one, -1 for the lower one."""
-        return [(sign, bound) for sign, bound in ((1.0, self.upper), (-1.0, self.lower)) if bound is not None]
+    def bounds(self) -> list[tuple[Float[Tensor, "*batch n k"], Float[Tensor, "*batch n k"]]]:
+        """The bounds that the problem has, the upper ones first, as constraints `sign * coef <= limit`.
+
+        The sign is 1 at upper bounds and -1 at lower bounds. An infinite bound is the idle row `0 * coef <= 1`.
+        """
+        constraints = []
+        for sign, bound in ((1.0, self.upper), (-1.0, self.lower)):
+            if bound is not None:
+                present = torch.isfinite(bound)
+                constraints.append((sign * present.to(bound.dtype), torch.where(present, sign * bound, 1.0)))
+        return constraints
 
     def project(self, coef: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n k"]:
         """The feasible coefficients nearest to `coef`, row by row."""

@@ -41,7 +41,7 @@ def rescale(problem: DualProblem) -> tuple[DualProblem, Float[Tensor, "*batch"],
 
 def largest_bounds(problem: DualProblem) -> Float[Tensor, "*batch n"]:
     """The largest finite bound of each row."""
-    bounds = [bound.abs().nan_to_num(posinf=0) for _, bound in problem.bounds]
+    bounds = [bound.abs().nan_to_num(posinf=0) for bound in (problem.upper, problem.lower) if bound is not None]
     return torch.stack([bound.amax(-1) for bound in bounds]).amax(0)
 
 

@@ -101,10 +101,10 @@ def test_interior_point_finds_the_known_solution(n, k, seed, bounds, smoothing, 
         factor = pivoted_cholesky(qp.gram, max_rank=n // 4, check_every=1)
         assert factor is not None
         qp = replace(qp, gram_factor=factor)
-        found = interior_point(qp, tolerance=1e-9, max_iterations=100)
-    assert certify(qp, found.point).gap.max() < 1e-8  # which does not use the factor
+        point, *_ = interior_point(qp, tolerance=1e-9, max_iterations=100)
+    assert certify(qp, point).gap.max() < 1e-8  # which does not use the factor
     # the coefficients are not unique, the weights are
-    assert close(problem.gram @ (found.point * unit[:, None, None]), problem.gram @ coef, 1.0) < 1e-3
+    assert close(problem.gram @ (point * unit[:, None, None]), problem.gram @ coef, 1.0) < 1e-3
 
 
 def test_admm_takes_the_same_steps():

@@ -35,19 +35,18 @@ def to_dense(problem: DualProblem) -> DenseProblem:
     hessian = torch.einsum("...ij,cd->...icjd", problem.gram, eye[:k, :k]).reshape(*batch, n * k, n * k)
     if problem.smoothing is not None:
         hessian = hessian + torch.diag_embed(problem.smoothing.reshape(*batch, n * k))
-    sides, limits = [], []
-    for sign, bound in problem.bounds:
-        bound = sign * bound.reshape(*batch, n * k)
-        present = torch.isfinite(bound)
-        order = (~present).to(torch.uint8).argsort(dim=-1, stable=True)[..., : int(present.sum(-1).max())]
-        present = present.gather(-1, order)
-        sides.append(sign * present[..., None] * eye[order])
-        limits.append(torch.where(present, bound.gather(-1, order), 1))
+    rows, limits = [], []
+    for sign, limit in problem.bounds:
+        sign, limit = sign.reshape(*batch, n * k), limit.reshape(*batch, n * k)
+        idle = sign == 0
+        order = idle.to(torch.uint8).argsort(dim=-1, stable=True)[..., : int((~idle).sum(-1).max())]
+        rows.append(sign.gather(-1, order)[..., None] * eye[order])
+        limits.append(limit.gather(-1, order))
     equality = eye.view(n, k, n * k).sum(1) if problem.rows_sum_to_zero else eye[:0]
     return DenseProblem(
         Q=hessian,
         p=-problem.linear.reshape(*batch, n * k),
-        G=torch.cat(sides, -2),
+        G=torch.cat(rows, -2),
         h=torch.cat(limits, -1),
         A=equality.expand(*batch, *equality.shape).clone(),
         b=problem.linear.new_zeros(*batch, len(equality)),

@@ -46,27 +46,22 @@ class MoreauSolver(Solver):
 
     def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:
         tasks, n, k = problem.linear.shape
-        bounds = problem.bounds
-        finite = [torch.isfinite(bound) for _, bound in bounds]
-        # An entry has a row if any task bounds it. In the other tasks, this is the idle row `0 a <= 1`.
-        rows = [on.any(0).flatten().nonzero().squeeze(-1) for on in finite]
+        signs, limits = zip(*problem.bounds, strict=True)
+        # An entry has a row if any task bounds it; in the other tasks, this is an idle row.
+        rows = [sign.any(0).flatten().nonzero().squeeze(-1) for sign in signs]
         smoothing = torch.zeros_like(problem.linear) if problem.smoothing is None else problem.smoothing
         sums = torch.ones(tasks, n * k if problem.rows_sum_to_zero else 0).to(problem.linear)
-        sides = zip(bounds, finite, rows, strict=True)
-        present = [sign * on.flatten(1)[:, row].to(problem.linear) for (sign, _), on, row in sides]
-        coefficients = torch.cat([sums, *present], -1)
+        coefficients = torch.cat([sums, *(sign.flatten(1)[:, row] for sign, row in zip(signs, rows, strict=True))], -1)
         structure = tuple(tuple(row.tolist()) for row in rows), str(problem.linear.device)
         solver = _solver(tasks, n, k, problem.rows_sum_to_zero, *structure, self.tolerance * 1e-5, self.max_iterations)
 
         def solve(gram: Tensor, smoothing: Tensor, linear: Tensor, *limits: Tensor) -> Tensor:
             hessian = gram.unsqueeze(2).expand(tasks, n, k, n) + torch.diag_embed(smoothing.mT).permute(0, 2, 1, 3)
-            right = [linear.new_zeros(tasks, n if problem.rows_sum_to_zero else 0)]
-            for (sign, _), limit, on, row in zip(bounds, limits, finite, rows, strict=True):
-                right.append(torch.where(on, sign * limit, 1).flatten(1)[:, row])
+            right = [limit.flatten(1)[:, row] for limit, row in zip(limits, rows, strict=True)]
+            right = [linear.new_zeros(tasks, n if problem.rows_sum_to_zero else 0), *right]
             found = solver.solve(hessian.flatten(1), coefficients, -linear.flatten(1), torch.cat(right, -1))
             return found.x.reshape(linear.shape)
 
-        limits = [bound for _, bound in bounds]
         return _external.call_backend(solve, problem.gram, smoothing, problem.linear, *limits, backend="MoreauSolver")
 
 
@@ -85,7 +80,7 @@ def _build(
     rows: tuple[tuple[int, ...], ...],
     device: str,
     tolerance: float,
-    early: int | None,
+    max_iterations: int | None,
 ) -> Any:
     """A solver for problems of this structure."""
     import moreau
@@ -107,11 +102,13 @@ def _build(
         cones=moreau.Cones(num_zero_cones=n if rows_sum_to_zero else 0, num_nonneg_cones=len(bounded)),
         settings=moreau.Settings(
             # The rule is that of "auto", which would emit a warning. The active-set solver cannot be stopped early.
-            solver="active_set" if early is None and device == "cpu" and n * k <= _MAX_SIZE_FOR_ACTIVE_SET else "ipm",
+            solver="active_set"
+            if max_iterations is None and device == "cpu" and n * k <= _MAX_SIZE_FOR_ACTIVE_SET
+            else "ipm",
             device=device.partition(":")[0],
             batch_size=tasks,
             enable_grad=True,
-            max_iter=early or _MAX_ITERATIONS,
+            max_iter=max_iterations or _MAX_ITERATIONS,
             verbose=False,
             ipm_settings=moreau.IPMSettings(tol_gap_abs=tolerance, tol_gap_rel=tolerance, tol_feas=tolerance),
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from convexheads._validation import check_choice, check_positive_ints, check_real
@@ -87,30 +87,15 @@ class InteriorPointSolver(Solver):
     def solve_batch(self, problem: DualProblem) -> SolverResult:
         problem = with_gram_factor(problem, min_examples=self.min_examples_for_low_rank)
         limit, tolerance = self.max_iterations or _MAX_ITERATIONS, INNER_TOLERANCE_RATIO * self.tolerance
-        iterate = interior_point(problem, tolerance=tolerance, max_iterations=limit)
-        linearization, certificate = polish(problem, iterate.point, move=self.max_iterations is None)
-        if self.gradient == "last_iterate":
-            linearization = iterate.linearize(problem)
-        elif self.gradient == "relaxed":
-            relaxed = central_path(problem, complementarity=self.complementarity, max_iterations=_MAX_ITERATIONS)
-            linearization = relaxed.linearize(problem)
+        point, stiffness, iterations = interior_point(problem, tolerance=tolerance, max_iterations=limit)
+        linearization, certificate = polish(problem, point, move=self.max_iterations is None)
+        if self.gradient == "relaxed":
+            point, stiffness = central_path(problem, complementarity=self.complementarity)
+        if self.gradient != "exact":
+            diagonal = stiffness.sum(1) if problem.smoothing is None else stiffness.sum(1) + problem.smoothing
+            linearization = BarrierPoint(_factorize(problem, diagonal.mT), point, stiffness)
         certificate = of_projection(certificate)
-        return SolverResult(certificate.feasible, iterate.iterations, certificate, linearization)
-
-
-class InteriorPointResult(NamedTuple):
-    """The final point with its stiffness, as in `BarrierPoint`, and the number of iterations, if counted."""
-
-    point: Float[Tensor, "tasks n k"]
-    upper: Float[Tensor, "tasks n k"]
-    lower: Float[Tensor, "tasks n k"]
-    iterations: Int[Tensor, " tasks"] | None = None
-
-    def linearize(self, problem: DualProblem) -> BarrierPoint:
-        """The system from which the gradient at this point is computed."""
-        stiffness = self.upper + self.lower
-        diagonal = stiffness if problem.smoothing is None else stiffness + problem.smoothing
-        return BarrierPoint(_factorize(problem, diagonal.mT), self.point, self.upper, self.lower)
+        return SolverResult(certificate.feasible, iterations, certificate, linearization)
 
 
 class _Point(NamedTuple):
@@ -135,16 +120,18 @@ class _Residual(NamedTuple):
         return self.stationarity.abs().amax((1, 2)).maximum(self.balance.abs().amax(1)).maximum(violation)
 
 
-def interior_point(problem: DualProblem, *, tolerance: float, max_iterations: int) -> InteriorPointResult:
+def interior_point(problem: DualProblem, *, tolerance: float, max_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mehrotra's predictor-corrector method on a flat, rescaled batch.
 
     Each task stops when its certificate certifies `tolerance`, or when the gap has stopped falling. A task whose system
-    cannot be factorized keeps its best iterate and does not affect the others. For each task, the result is the iterate
-    whose projection has the smallest certified gap.
+    cannot be factorized keeps its best iterate and does not affect the others.
+
+    Returns the iterate of each task whose projection has the smallest certified gap, its stiffness, as in
+    `BarrierPoint`, and the number of iterations.
     """
     barrier = _Barrier(problem)
     point = barrier.start()
-    best, best_stiffness = point.coef.mT, torch.ones_like(point.slack)
+    best, best_stiffness = point.coef.mT, barrier.by_task(torch.ones_like(point.slack))
     best_gap = torch.full_like(problem.linear[:, 0, 0], torch.inf)
     iterations = torch.zeros_like(best_gap, dtype=torch.long)
     done = torch.zeros_like(best_gap, dtype=torch.bool)
@@ -160,45 +147,42 @@ def interior_point(problem: DualProblem, *, tolerance: float, max_iterations: in
         gap = certificate.gap
         better = (gap < best_gap) & ~done
         best = torch.where(better[:, None, None], point.coef.mT, best)
-        best_stiffness = torch.where(better[:, None, None], point.multiplier / point.slack, best_stiffness)
+        best_stiffness = torch.where(
+            better[:, None, None, None], barrier.by_task(point.multiplier / point.slack), best_stiffness
+        )
         best_gap = torch.where(better, gap, best_gap)
         iterations = torch.where(done, iterations, iteration)
         done = done | certificate.certifies(tolerance) | stalling.update(gap) | torch.isnan(gap)
         if done.all():
             break
-    return InteriorPointResult(best, *barrier.by_side(best_stiffness), iterations)
+    return best, best_stiffness, iterations
 
 
-def central_path(problem: DualProblem, *, complementarity: float, max_iterations: int) -> InteriorPointResult:
-    """The point of the central path at which every slack times its multiplier is `complementarity`.
+def central_path(problem: DualProblem, *, complementarity: float) -> tuple[Tensor, Tensor]:
+    """The point of the central path at which every slack times its multiplier is `complementarity`, and its stiffness.
 
     Its coefficients are strictly inside their bounds and depend smoothly on the problem. They are not optimal; the
     smaller `complementarity`, the closer they are to the optimum.
     """
     barrier = _Barrier(problem)
     point = barrier.start()
-    for _ in range(max_iterations):
+    for _ in range(_MAX_ITERATIONS):
         point, _, residual = barrier.step(point, complementarity)
         error = (point.slack * point.multiplier - complementarity).abs().amax((0, 2, 3)) / complementarity
         if not ((error > _CENTRALITY_TOLERANCE) | (residual.size() > _CENTRALITY_TOLERANCE)).any():
             break
-    return InteriorPointResult(point.coef.mT, *barrier.by_side(point.multiplier / point.slack))
+    return point.coef.mT, barrier.by_task(point.multiplier / point.slack)
 
 
 class _Barrier:
-    """The problem with slacks, in which all bounds are constraints `sign * coef + slack = limit`.
-
-    A missing bound is the idle row `0 * coef + slack = 1`.
-    """
+    """The problem with slacks, in which all `DualProblem.bounds` are constraints `sign * coef + slack = limit`."""
 
     def __init__(self, problem: DualProblem) -> None:
         self.problem = problem
         self.linear = problem.linear.mT.contiguous()
         self.smoothing = 0.0 if problem.smoothing is None else problem.smoothing.mT
-        self.sides = [(sign, bound.mT) for sign, bound in problem.bounds]
-        present = torch.stack([torch.isfinite(bound) for _, bound in self.sides])
-        self.sign = torch.stack([torch.full_like(self.linear, sign) for sign, _ in self.sides]) * present
-        self.limit = torch.where(present, torch.stack([sign * bound for sign, bound in self.sides]), 1.0)
+        signs, limits = zip(*problem.bounds, strict=True)
+        self.sign, self.limit = (torch.stack([part.mT for part in parts]) for parts in (signs, limits))
 
     def start(self) -> _Point:
         """Zero coefficients, with positive slacks and multipliers."""
@@ -237,12 +221,9 @@ class _Barrier:
         moved = (value + length * change for value, change in zip(point, corrector, strict=True))
         return _Point(*moved), mean, residual
 
-    def by_side(self, value: Float[Tensor, "sides tasks k n"]) -> tuple[Tensor, Tensor]:
-        """The parts that belong to the upper and to the lower bounds, zero where there are none."""
-        value = value * self.sign.abs()
-        parts = {sign: part.mT for (sign, _), part in zip(self.sides, value, strict=True)}
-        zero = torch.zeros_like(value[0].mT)
-        return parts.get(1.0, zero), parts.get(-1.0, zero)
+    def by_task(self, stiffness: Float[Tensor, "sides tasks k n"]) -> Float[Tensor, "tasks sides n k"]:
+        """Stiffness as in `BarrierPoint`, zero at idle rows."""
+        return (self.sign.abs() * stiffness).transpose(0, 1).mT
 
     def _direction(
         self,
