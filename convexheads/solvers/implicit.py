@@ -54,6 +54,16 @@ class Linearization(TensorRecord):
         The problem is a flat batch in original units. `hessian_scale` is the rescaled Hessian divided by the original.
         """
 
+    def _apply(self, function: type[_ImplicitSolve], *system: Tensor | None) -> Tensor:
+        """Apply an autograd function to the `system`. The factors of the KKT system have to be arguments of it too."""
+        factors = self.kkt.tensors()
+
+        def rebuild(*tensors: Tensor) -> KKT:
+            values: dict[str, Any] = vars(self.kkt) | dict(zip(factors, tensors, strict=True))
+            return type(self.kkt)(**values)
+
+        return function.apply(rebuild, *system, *factors.values())[0]
+
     def unscaled(self, coef_scale: Float[Tensor, " tasks"]) -> Linearization:
         """The linearization with coefficients in the original units."""
         return self
@@ -66,13 +76,10 @@ class ActiveSet(Linearization):
     at_upper: Bool[Tensor, "tasks n k"]
     at_lower: Bool[Tensor, "tasks n k"]
 
-    def attach(
-        self, problem: DualProblem, coef: Float[Tensor, "tasks n k"], hessian_scale: Float[Tensor, " tasks"]
-    ) -> Float[Tensor, "tasks n k"]:
-        kkt, factors = _as_function(self.kkt)
+    def attach(self, problem: DualProblem, coef: Tensor, hessian_scale: Tensor) -> Tensor:
         fixed = problem.active_bounds(self.at_upper, self.at_lower)
         system = problem.gram, problem.smoothing, problem.linear, fixed, None, coef, hessian_scale
-        return _ImplicitSolve.apply(kkt, *system, *factors)[0]
+        return self._apply(_ImplicitSolve, *system)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -85,16 +92,13 @@ class BarrierPoint(Linearization):
     point: Float[Tensor, "tasks n k"]
     stiffness: Float[Tensor, "tasks sides n k"]
 
-    def attach(
-        self, problem: DualProblem, coef: Float[Tensor, "tasks n k"], hessian_scale: Float[Tensor, " tasks"]
-    ) -> Float[Tensor, "tasks n k"]:
-        kkt, factors = _as_function(self.kkt)
+    def attach(self, problem: DualProblem, coef: Tensor, hessian_scale: Tensor) -> Tensor:
         # A barrier with stiffness w, a constant here, has the gradient `w (coefficient - bound)`.
         linear = problem.linear
         for (sign, limit), stiffness in zip(problem.bounds, self.stiffness.unbind(1), strict=True):
             linear = linear + stiffness / hessian_scale[:, None, None] * torch.where(stiffness > 0, sign * limit, 0)
         system = problem.gram, problem.smoothing, linear, self.point, None, coef, hessian_scale
-        return _RelaxedImplicitSolve.apply(kkt, *system, *factors)[0]
+        return self._apply(_RelaxedImplicitSolve, *system)
 
     def unscaled(self, coef_scale: Float[Tensor, " tasks"]) -> BarrierPoint:
         return replace(self, point=coef_scale[:, None, None] * self.point)
@@ -118,19 +122,7 @@ def factorize_free(problem: DualProblem, at_upper: Tensor, at_lower: Tensor) -> 
     """The factorized system of the free entries of a rescaled problem."""
     diagonal = None if problem.smoothing is None else problem.smoothing.mT
     free = ~(at_upper | at_lower).mT
-    settings: dict[str, Any] = {"rows_sum_to_zero": problem.rows_sum_to_zero, "regularization": REGULARIZATION}
-    return BlockKKT.factorize(problem.gram, diagonal=diagonal, free=free, **settings)
-
-
-def _as_function(kkt: KKT) -> tuple[Callable[..., KKT], list[Tensor]]:
-    """A system as a function of its tensors, because these have to be arguments of an autograd function."""
-    factors = kkt.tensors()
-
-    def rebuild(*tensors: Tensor) -> KKT:
-        values: dict[str, Any] = vars(kkt) | dict(zip(factors, tensors, strict=True))
-        return type(kkt)(**values)
-
-    return rebuild, list(factors.values())
+    return BlockKKT.factorize(problem, diagonal=diagonal, free=free, regularization=REGULARIZATION)
 
 
 class _ImplicitSolve(torch.autograd.Function):

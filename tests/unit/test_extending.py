@@ -13,6 +13,7 @@ from convexheads import ConvexHeadsError, InputError, SVMHead
 from convexheads.heads import _logistic_newton
 from convexheads.solvers import (
     ActiveSetSolver,
+    ADMMSolver,
     DualProblem,
     Fallback,
     InteriorPointSolver,
@@ -186,8 +187,11 @@ def test_options_that_a_solver_passes_on_are_shown():
 
 @pytest.mark.usefixtures("unchecked")
 def test_integers_of_a_solver_may_be_tensors():
-    solver = ActiveSetSolver(max_rounds=torch.tensor(5))
+    five = torch.tensor(5)
+    solver = ActiveSetSolver(max_rounds=five)
     assert repr(solver) == "ActiveSetSolver(max_rounds=5)"
+    assert repr(ADMMSolver(steps=five, max_rounds=five)) == "ADMMSolver(steps=5, max_rounds=5)"
+    assert repr(NativeSolver(max_block_entries=five)) == "NativeSolver(max_block_entries=5)"
     assert solver.solve(crammer_singer(*task(4)[:2], C=0.3)).converged.all()
 
 

@@ -111,8 +111,7 @@ def search(problem: DualProblem, start: WarmStart, *, max_rounds: int) -> tuple[
         kkt = factorize_free(problem, at_upper, at_lower)
         right, sums = (problem.linear - problem.gram @ fixed).mT, -fixed.sum(-1)
         # If several solutions are optimal, starting from the last iterate leads to one near that within the bounds.
-        last = torch.where(free, coef, 0).mT, row_multipliers
-        moved, row_multipliers = kkt.solve(right, sums, start=last, refinements=0)
+        moved, row_multipliers = kkt.refine(right, sums, torch.where(free, coef, 0).mT, row_multipliers, steps=1)
         coef = moved.mT + fixed
         if this_round == max_rounds:
             break
@@ -124,7 +123,7 @@ def search(problem: DualProblem, start: WarmStart, *, max_rounds: int) -> tuple[
         this_round += 1
         rounds = torch.where(changed, this_round, rounds)
         at_upper, at_lower = new_upper, new_lower
-    moved, _ = kkt.solve(right, sums, start=(moved, row_multipliers), refinements=REFINEMENTS)
+    moved, _ = kkt.refine(right, sums, moved, row_multipliers, steps=1 + REFINEMENTS)
     return moved.mT + fixed, ActiveSet(kkt, at_upper, at_lower), rounds
 
 

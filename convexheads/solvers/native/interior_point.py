@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads._validation import check_choice, check_positive_ints, check_real
+from convexheads._validation import check_choice, check_real
 from convexheads.errors import InputError
 from convexheads.solvers.base import OnFailure, Solver, SolverResult
 from convexheads.solvers.certificate import StallDetector, certify
 from convexheads.solvers.implicit import BarrierPoint
-from convexheads.solvers.kkt import MIN_EXAMPLES_FOR_LOW_RANK, BlockKKT, FactorizedKKT, LowRankKKT, with_gram_factor
+from convexheads.solvers.kkt import BlockKKT, FactorizedKKT, LowRankKKT, with_gram_factor
 from convexheads.solvers.native.active_set import INNER_TOLERANCE_RATIO, of_projection, polish
 from convexheads.solvers.problem import DualProblem
 
@@ -52,8 +52,6 @@ class InteriorPointSolver(Solver):
             (OptNet, Amos & Kolter 2017, and Lee et al. 2019). The last two have no second derivative.
         complementarity: slack times multiplier for "relaxed", in the units of the rescaled problem, in which
             coefficients and multipliers are around one. Default 1e-3.
-        min_examples_for_low_rank: smallest number of examples for which the Gram matrix is factorized if its rank r is
-            at most n / 4. Default 256.
 
     Raises:
         InputError: an argument is outside its range, or `gradient` and `max_iterations` are incompatible. Solving
@@ -71,7 +69,6 @@ class InteriorPointSolver(Solver):
         on_failure: OnFailure = "raise",
         gradient: Gradient = "exact",
         complementarity: float = 1e-3,
-        min_examples_for_low_rank: int = MIN_EXAMPLES_FOR_LOW_RANK,
     ) -> None:
         super().__init__(max_iterations=max_iterations, tolerance=tolerance, on_failure=on_failure)
         name = type(self).__name__
@@ -79,13 +76,11 @@ class InteriorPointSolver(Solver):
         if (gradient == "last_iterate") is (max_iterations is None) and gradient != "exact":
             expected = "a number" if gradient == "last_iterate" else "None"
             raise InputError(f"{name}(max_iterations)", f"{expected} with gradient={gradient!r}", max_iterations)
-        check_positive_ints(min_examples_for_low_rank=min_examples_for_low_rank)
         self.gradient: Gradient = gradient
         self.complementarity = check_real(f"{name}(complementarity)", complementarity, positive=True)
-        self.min_examples_for_low_rank = min_examples_for_low_rank
 
     def solve_batch(self, problem: DualProblem) -> SolverResult:
-        problem = with_gram_factor(problem, min_examples=self.min_examples_for_low_rank)
+        problem = with_gram_factor(problem)
         limit, tolerance = self.max_iterations or _MAX_ITERATIONS, INNER_TOLERANCE_RATIO * self.tolerance
         point, stiffness, iterations = interior_point(problem, tolerance=tolerance, max_iterations=limit)
         linearization, certificate = polish(problem, point, move=self.max_iterations is None)
@@ -244,14 +239,8 @@ class _Barrier:
 
 
 def _factorize(problem: DualProblem, diagonal: Float[Tensor, "tasks k n"]) -> FactorizedKKT:
-    settings: dict[str, Any] = {
-        "diagonal": diagonal,
-        "rows_sum_to_zero": problem.rows_sum_to_zero,
-        "regularization": _REGULARIZATION,
-    }
-    if problem.gram_factor is None:
-        return BlockKKT.factorize(problem.gram, **settings)
-    return LowRankKKT.factorize(problem.gram, problem.gram_factor, **settings)
+    form = BlockKKT if problem.gram_factor is None else LowRankKKT
+    return form.factorize(problem, diagonal=diagonal, regularization=_REGULARIZATION)
 
 
 def _mean(products: Tensor) -> Tensor:

@@ -105,9 +105,7 @@ class NumbaKKT(KKT):
     schur: Float[Tensor, "tasks n n"]
     rows_sum_to_zero: bool
 
-    def solve(
-        self, right: Float[Tensor, "tasks k n"], sums: Float[Tensor, "tasks n"], *, refinements: int
-    ) -> tuple[Float[Tensor, "tasks k n"], Float[Tensor, "tasks n"]]:
+    def solve(self, right: Tensor, sums: Tensor, *, refinements: int) -> tuple[Tensor, Tensor]:
         given, total = np.ascontiguousarray(right.mT.numpy()), np.ascontiguousarray(sums.numpy())
         x, row_multipliers = np.zeros_like(given), np.zeros_like(total)
         factors = tuple(value.numpy() for value in (self.blocks, self.index, self.count, self.schur))
