@@ -64,7 +64,7 @@ class TensorRecord:
     def where(self: _R, chosen: Bool[Tensor, " tasks"], values: _R) -> _R:
         """Like `replace_tasks`, but `values` has all tasks. This works inside `torch.func.vmap` too."""
         new = values.tensors()
-        return self.map(lambda name, value: torch.where(chosen.view(-1, *[1] * (value.ndim - 1)), new[name], value))
+        return self.map(lambda name, value: torch.where(per_task(chosen, value), new[name], value))
 
     def __repr__(self) -> str:
         shown = (
@@ -203,6 +203,11 @@ class Solution(TensorRecord):
             lambda status, gap: (int((status == 0).sum()), gap.max().item()), self.status, self.gap
         )
         return f"Solution(coef={shape}, {converged} of {tasks} tasks converged, largest gap {gap:.1e})"
+
+
+def per_task(values: Tensor, like: Tensor) -> Tensor:
+    """One value per task, with as many dimensions as `like`, whose first dimension is tasks."""
+    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def check_problem(problem: object) -> None:

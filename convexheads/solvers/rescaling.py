@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from convexheads.solvers.problem import DualProblem
+from convexheads.solvers.problem import DualProblem, per_task
 
 
 def rescale(problem: DualProblem) -> tuple[DualProblem, Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
@@ -56,6 +56,5 @@ def replace_non_finite_tasks(problem: DualProblem) -> tuple[DualProblem, Bool[Te
     non_finite = torch.stack([entries.flatten(1).any(1) for entries in bad]).any(0)
     eye = torch.eye(problem.gram.shape[-1]).to(problem.gram)
     placeholder = {"gram": eye, "gram_factor": 0.0, "linear": 0.0, "lower": -1.0, "upper": 1.0, "smoothing": 1.0}
-    return problem.map(
-        lambda name, value: torch.where(non_finite.view(-1, *[1] * (value.ndim - 1)), placeholder[name], value)
-    ), non_finite
+    finite = problem.map(lambda name, value: torch.where(per_task(non_finite, value), placeholder[name], value))
+    return finite, non_finite

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexheads._functorch import once_differentiable
-from convexheads.solvers.problem import DualProblem
+from convexheads.solvers.problem import DualProblem, per_task
 
 
 class DenseProblem(NamedTuple):
@@ -88,9 +88,9 @@ class _Call(torch.autograd.Function):
         size = torch.where(size > 0, size, 1)
         wanted = [x for x in ctx.inputs if x.requires_grad]
         with torch.enable_grad():
-            scaled = gradient.detach() / size.view(-1, *[1] * (gradient.ndim - 1))
+            scaled = gradient.detach() / per_task(size, gradient)
             found = iter(torch.autograd.grad(ctx.output, wanted, scaled, retain_graph=True))
         found = [next(found) if x.requires_grad else None for x in ctx.inputs]
-        back = [None if g is None else g * size.view(-1, *[1] * (g.ndim - 1)) for g in found]
+        back = [None if g is None else g * per_task(size, g) for g in found]
         # Connected to the incoming gradient, so that differentiating once more raises the error.
         return None, None, *(None if g is None else once_differentiable(g, gradient, ctx.backend) for g in back)

@@ -11,7 +11,7 @@ from torch import Tensor
 from convexheads._validation import check_choice, check_real
 from convexheads.errors import InputError
 from convexheads.solvers.base import OnFailure, Solver, SolverResult
-from convexheads.solvers.certificate import StallDetector, certify
+from convexheads.solvers.certificate import BestIterate, certify
 from convexheads.solvers.implicit import BarrierPoint
 from convexheads.solvers.kkt import BlockKKT, FactorizedKKT, LowRankKKT, with_gram_factor
 from convexheads.solvers.native.active_set import INNER_TOLERANCE_RATIO, of_projection, polish
@@ -126,31 +126,20 @@ def interior_point(problem: DualProblem, *, tolerance: float, max_iterations: in
     """
     barrier = _Barrier(problem)
     point = barrier.start()
-    best, best_stiffness = point.coef.mT, barrier.by_task(torch.ones_like(point.slack))
-    best_gap = torch.full_like(problem.linear[:, 0, 0], torch.inf)
-    iterations = torch.zeros_like(best_gap, dtype=torch.long)
-    done = torch.zeros_like(best_gap, dtype=torch.bool)
-    stalling = StallDetector(best_gap, patience=_PATIENCE)
+    best = BestIterate(point.coef.mT, barrier.by_task(torch.ones_like(point.slack)), patience=_PATIENCE)
 
     for iteration in range(1, max_iterations + 1):
         point, mean, _ = barrier.step(point)
         # Far from convergence, there is nothing to certify. NaN must not count as far from convergence.
-        remaining = torch.where(done, torch.inf, mean[:, 0, 0])
+        remaining = torch.where(best.done, torch.inf, mean[:, 0, 0])
         if iteration < max_iterations and remaining.amin() > _COMPLEMENTARITY_TO_CERTIFY:
             continue
         certificate = certify(problem, point.coef.mT)
-        gap = certificate.gap
-        better = (gap < best_gap) & ~done
-        best = torch.where(better[:, None, None], point.coef.mT, best)
-        best_stiffness = torch.where(
-            better[:, None, None, None], barrier.by_task(point.multiplier / point.slack), best_stiffness
-        )
-        best_gap = torch.where(better, gap, best_gap)
-        iterations = torch.where(done, iterations, iteration)
-        done = done | certificate.certifies(tolerance) | stalling.update(gap) | torch.isnan(gap)
-        if done.all():
+        solved, stiffness = certificate.certifies(tolerance), barrier.by_task(point.multiplier / point.slack)
+        best.update(iteration, certificate.gap, solved, point.coef.mT, stiffness)
+        if best.done.all():
             break
-    return best, best_stiffness, iterations
+    return *best.tensors, best.iterations
 
 
 def central_path(problem: DualProblem, *, complementarity: float) -> tuple[Tensor, Tensor]:
