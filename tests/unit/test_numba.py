@@ -107,8 +107,8 @@ def admm_step(qp, seed):
     expected = next(admm_steps.admm(qp, [4]))
     coef, side = np.empty(qp.linear.shape[1:]), np.empty(qp.linear.shape[1:], np.int8)
     penalty = admm_steps.PENALTY * qp.curvature()[0].item()
-    settings = admm_steps.OVER_RELAXATION, feasible_rows.NEWTON_TOLERANCE
-    numba_kernels.admm(arrays(qp), qp.rows_sum_to_zero, penalty, 4, 99, *settings, coef, side)
+    settings = 4, 99, admm_steps.OVER_RELAXATION, feasible_rows.NEWTON_TOLERANCE
+    numba_kernels.admm(arrays(qp), qp.rows_sum_to_zero, penalty, settings, coef, side)
     yield coef, expected.coef[0]
 
 
@@ -122,7 +122,7 @@ def active_set_round(qp, seed):
         expected, expected_set, expected_rounds = active_set.search(qp, start, max_rounds=max_rounds)
         own = coef.copy(), multipliers.copy(), side.copy()
         settings = REGULARIZATION, active_set.REFINEMENTS, max_rounds
-        rounds = numba_kernels.search(arrays(qp), qp.rows_sum_to_zero, *settings, *own, allocate(qp))
+        rounds = numba_kernels.search(arrays(qp), qp.rows_sum_to_zero, settings, *own, allocate(qp))
         yield own[0], expected[0]
         assert rounds == expected_rounds[0]
         assert (own[2] == sides(expected_set.at_upper, expected_set.at_lower)).all()

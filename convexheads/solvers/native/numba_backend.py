@@ -34,14 +34,14 @@ _PATIENCE = 2
 # The approximate number of floating-point operations above which threads save time. After each PyTorch operation, the
 # threads of PyTorch's own pool busy-wait for a while, and compete for the processors.
 _MIN_FLOPS_FOR_THREADS = 1e7
+_ADMM_SETTINGS = (_MAX_STEPS, _PATIENCE, admm_steps.OVER_RELAXATION, feasible_rows.NEWTON_TOLERANCE)
 _FLOAT64 = torch.finfo(torch.float64)
 _LIMITS = (certificate.INDEFINITENESS, _FLOAT64.eps, _FLOAT64.tiny)
 _TOLERANCES = (
     certificate.ZERO_GAP,
     certificate.FEASIBILITY_TOLERANCE,
     feasible_rows.ROW_SUM_TOLERANCE,
-    feasible_rows.NEWTON_TOLERANCE,
-    *_LIMITS,
+    _LIMITS,
 )
 
 
@@ -58,9 +58,8 @@ def solve(problem: DualProblem, tolerance: float, *, max_rounds: int, refinement
     results = (coef, bound_multipliers, row_multipliers, side, gaps, rounds, scales, proven)
     system = np.empty((tasks, n, n)), np.empty(shape)
     factors = _allocate_factors(tasks, n, k)
-    admm_settings = admm_steps.PENALTY, _MAX_STEPS, _PATIENCE, admm_steps.OVER_RELAXATION
-    settings, tolerances = (*admm_settings, REGULARIZATION, refinements, max_rounds), (tolerance, *_TOLERANCES)
-    arguments = (data, problem.rows_sum_to_zero, settings, tolerances, results, system, factors)
+    settings = admm_steps.PENALTY, _ADMM_SETTINGS, (REGULARIZATION, refinements, max_rounds)
+    arguments = (data, problem.rows_sum_to_zero, settings, (tolerance, *_TOLERANCES), results, system, factors)
     _run(numba_kernels.solve_all, tasks, tasks * k * n**3, *arguments)
     coef = torch.from_numpy(coef)
     _reject_rounding(problem, coef, gaps[:, 2], proven)

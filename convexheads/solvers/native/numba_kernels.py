@@ -45,8 +45,9 @@ def project(row, target, lower, upper, weight, smoothing, newton_tolerance):
 
 @kernel
 @no_type_check
-def admm(task, rows_sum_to_zero, penalty, steps, patience, over_relaxation, newton_tolerance, coef, side):
+def admm(task, rows_sum_to_zero, penalty, settings, coef, side):
     """`admm_steps.admm` for a first guess. It ends when the active set has not changed for `patience` steps."""
+    steps, patience, over_relaxation, newton_tolerance = settings
     gram, linear, lower, upper, smoothing = task
     n, k = linear.shape
     inverse = gram.copy()
@@ -93,8 +94,9 @@ def admm(task, rows_sum_to_zero, penalty, steps, patience, over_relaxation, newt
 
 @kernel
 @no_type_check
-def search(task, rows_sum_to_zero, regularization, refinements, max_rounds, coef, row_multipliers, side, factors):
+def search(task, rows_sum_to_zero, settings, coef, row_multipliers, side, factors):
     """`active_set.search`, for one task."""
+    regularization, refinements, max_rounds = settings
     gram, linear, lower, upper, smoothing = task
     n, k = linear.shape
     bound_values, right, residual, x = np.empty((n, k)), np.empty((n, k)), np.empty((n, k)), np.empty((n, k))
@@ -252,8 +254,8 @@ def rescale(task, inner):
 def solve_all(start, stop, problem, rows_sum_to_zero, settings, tolerances, results, system, factors):
     """Rescale, solve and certify tasks `start` to `stop`."""
     gram, linear, lower, upper, smoothing = problem
-    penalty_ratio, steps, patience, over_relaxation, regularization, refinements, max_rounds = settings
-    tolerance, zero_gap, feasibility, row_sum_tolerance, newton_tolerance, indefiniteness, eps, tiny = tolerances
+    penalty_ratio, admm_settings, search_settings = settings
+    tolerance, zero_gap, feasibility, row_sum_tolerance, limits = tolerances
     coef, bound_multipliers, row_multipliers, side, gaps, rounds, scales, proven = results
     scaled_gram, scaled_smoothing = system
     blocks, index, count, schur = factors
@@ -262,23 +264,12 @@ def solve_all(start, stop, problem, rows_sum_to_zero, settings, tolerances, resu
     for t in range(start, stop):
         inner = (scaled_gram[t], inner_linear, inner_lower, inner_upper, scaled_smoothing[t])
         coef_scale, multiplier_scale, curvature = rescale((gram[t], linear[t], lower[t], upper[t], smoothing[t]), inner)
-        penalty = penalty_ratio * curvature
-        admm(inner, rows_sum_to_zero, penalty, steps, patience, over_relaxation, newton_tolerance, coef[t], side[t])
+        admm(inner, rows_sum_to_zero, penalty_ratio * curvature, admm_settings, coef[t], side[t])
         row_multipliers[t] = 0.0
         task_factors = (blocks[t], index[t], count[t], schur[t])
-        rounds[t] = search(
-            inner,
-            rows_sum_to_zero,
-            regularization,
-            refinements,
-            max_rounds,
-            coef[t],
-            row_multipliers[t],
-            side[t],
-            task_factors,
-        )
+        rounds[t] = search(inner, rows_sum_to_zero, search_settings, coef[t], row_multipliers[t], side[t], task_factors)
         gap, squared_error, moved, violation, rounding = certify(
-            inner, rows_sum_to_zero, coef[t], row_multipliers[t], bound_multipliers[t], (indefiniteness, eps, tiny)
+            inner, rows_sum_to_zero, coef[t], row_multipliers[t], bound_multipliers[t], limits
         )
         proven[t] = (
             gap <= tolerance
