@@ -80,7 +80,7 @@ class Solver:
             carries the solution, "warn" (`SolverWarning`), or "return" it with its status.
 
     Raises:
-        InputError: an argument is outside its range.
+        InputError: an argument, of this class or of the subclass, is outside its range.
         MissingDependencyError: the backend's package is not installed.
     """
 

@@ -177,9 +177,17 @@ class _ImplicitSolve(torch.autograd.Function):
         grad_sums = row_multipliers if ctx.needs_input_grad[5] else None
         return None, -(outer + outer.mT) / 2, grad_smoothing, u, grad_fixed, grad_sums, *(None,) * (2 + len(factors))
 
-    @staticmethod
-    def vmap(info, in_dims, kkt, *tensors):
-        return _vmap_rule(_ImplicitSolve, info.batch_size, in_dims[1:], kkt, tensors)
+    @classmethod
+    def vmap(cls, info, in_dims, kkt, *tensors):
+        """The mapped dimension becomes more tasks."""
+        size, pairs = info.batch_size, list(zip(in_dims[1:], tensors, strict=True))
+        if all(dim is None for dim in in_dims[8:]):  # one factorized system, several right-hand sides
+            each = [cls.apply(kkt, *(t if dim is None else t.select(dim, i) for dim, t in pairs)) for i in range(size)]
+            return tuple(torch.stack(values) for values in zip(*each, strict=True)), (0, 0)
+        mapped = [move_vmap_dim_to_front(size, *pair) for pair in pairs]
+        tasks = mapped[0].shape[1]
+        flat = (None if tensor is None else tensor.reshape(-1, *tensor.shape[2:]) for tensor in mapped)
+        return tuple(value.reshape(size, tasks, *value.shape[1:]) for value in cls.apply(kkt, *flat)), (0, 0)
 
 
 class _RelaxedImplicitSolve(_ImplicitSolve):
@@ -198,10 +206,6 @@ class _RelaxedImplicitSolve(_ImplicitSolve):
         by = "an InteriorPointSolver whose gradient is not exact"
         return (*(None if value is None else once_differentiable(value.detach(), grad_x, by) for value in found),)
 
-    @staticmethod
-    def vmap(info, in_dims, kkt, *tensors):
-        return _vmap_rule(_RelaxedImplicitSolve, info.batch_size, in_dims[1:], kkt, tensors)
-
 
 def _non_finite_without_gradient(u: Tensor, x: Tensor, grad_x: Tensor, grad_multipliers: Tensor) -> Tensor:
     """The non-finite tasks whose incoming gradient is zero, `(tasks, 1, 1)`.
@@ -212,18 +216,6 @@ def _non_finite_without_gradient(u: Tensor, x: Tensor, grad_x: Tensor, grad_mult
     total = (u + x).sum((-2, -1))
     has_gradient = grad_x.flatten(-2).any(-1) | grad_multipliers.any(-1)
     return ((total - total != 0) & ~has_gradient)[:, None, None]  # infinity or NaN minus itself is NaN
-
-
-def _vmap_rule(function: type[_ImplicitSolve], size: int, in_dims: Any, kkt: Callable[..., KKT], tensors: Any) -> Any:
-    """The rule for `torch.func.vmap`: the mapped dimension becomes more tasks."""
-    pairs = list(zip(in_dims, tensors, strict=True))
-    if all(dimension is None for dimension in in_dims[7:]):  # one factorized system, several right-hand sides
-        each = [function.apply(kkt, *(t if dim is None else t.select(dim, i) for dim, t in pairs)) for i in range(size)]
-        return tuple(torch.stack(values) for values in zip(*each, strict=True)), (0, 0)
-    mapped = [move_vmap_dim_to_front(size, *pair) for pair in pairs]
-    tasks = mapped[0].shape[1]
-    flat = (None if tensor is None else tensor.reshape(-1, *tensor.shape[2:]) for tensor in mapped)
-    return tuple(value.reshape(size, tasks, *value.shape[1:]) for value in function.apply(kkt, *flat)), (0, 0)
 
 
 # torch inspects this signature in every call, which takes longer than solving a small task. `inspect.signature` returns

@@ -73,9 +73,9 @@ class _Call(torch.autograd.Function):
     @staticmethod
     def forward(ctx, solve: Callable[..., Tensor], backend: str, *inputs: Tensor) -> Tensor:
         ctx.backend = backend
-        wanted = ctx.needs_input_grad[2:]
-        with torch.set_grad_enabled(any(wanted)):
-            ctx.inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, wanted, strict=True)]
+        needs_grad = ctx.needs_input_grad[2:]
+        with torch.set_grad_enabled(any(needs_grad)):
+            ctx.inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs_grad, strict=True)]
             ctx.output = solve(*ctx.inputs)
         return ctx.output.detach()
 
@@ -84,13 +84,12 @@ class _Call(torch.autograd.Function):
         if not ctx.output.requires_grad:  # the backend has solved no task
             nothing = (torch.full_like(x, torch.nan) if x.requires_grad else None for x in ctx.inputs)
             return None, None, *nothing
-        size = gradient.detach().abs().amax(tuple(range(1, gradient.ndim)))
-        size = torch.where(size > 0, size, 1)
-        wanted = [x for x in ctx.inputs if x.requires_grad]
+        magnitude = gradient.detach().abs().flatten(1).amax(1)
+        magnitude = torch.where(magnitude > 0, magnitude, 1)
+        differentiable = [x for x in ctx.inputs if x.requires_grad]
         with torch.enable_grad():
-            scaled = gradient.detach() / per_task(size, gradient)
-            found = iter(torch.autograd.grad(ctx.output, wanted, scaled, retain_graph=True))
-        found = [next(found) if x.requires_grad else None for x in ctx.inputs]
-        back = [None if g is None else g * per_task(size, g) for g in found]
+            scaled = gradient.detach() / per_task(magnitude, gradient)
+            gradients = torch.autograd.grad(ctx.output, differentiable, scaled, retain_graph=True)
         # Connected to the incoming gradient, so that differentiating once more raises the error.
-        return None, None, *(None if g is None else once_differentiable(g, gradient, ctx.backend) for g in back)
+        back = (once_differentiable(g * per_task(magnitude, g), gradient, ctx.backend) for g in gradients)
+        return None, None, *(next(back) if x.requires_grad else None for x in ctx.inputs)

@@ -31,10 +31,6 @@ class CvxpylayersSolver(Solver):
     It takes `max_iterations` (default None: at most 200), `tolerance` (default 1e-3) and `on_failure` (default
     "raise"), as every `Solver` does.
 
-    Raises:
-        InputError: an argument is outside its range. Solving raises the errors of `Solver.solve`.
-        MissingDependencyError: cvxpylayers is not installed.
-
     Example:
         `SVMHead(solver=CvxpylayersSolver())`
     """

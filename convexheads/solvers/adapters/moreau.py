@@ -32,10 +32,6 @@ class MoreauSolver(Solver):
     It takes `max_iterations` (default None: at most 200), `tolerance` (default 1e-5) and `on_failure` (default
     "raise"), as every `Solver` does.
 
-    Raises:
-        InputError: an argument is outside its range. Solving raises the errors of `Solver.solve`.
-        MissingDependencyError: moreau is not installed.
-
     Example:
         `SVMHead(solver=MoreauSolver())`
     """

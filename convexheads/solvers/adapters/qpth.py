@@ -36,10 +36,6 @@ class QpthSolver(Solver):
     Its matrices are nk x nk. It takes `max_iterations` (default None: at most 50), `tolerance` (default 1e-5) and
     `on_failure` (default "raise"), as every `Solver` does.
 
-    Raises:
-        InputError: an argument is outside its range. Solving raises the errors of `Solver.solve`.
-        MissingDependencyError: qpth is not installed.
-
     Example:
         `SVMHead(solver=QpthSolver(max_iterations=3))`
     """

@@ -49,7 +49,6 @@ class ActiveSetSolver(Solver):
         max_rounds: number of rounds after which the search gives up. Default 12.
 
     Raises:
-        InputError: an argument is outside its range. Solving raises the errors of `Solver.solve`.
         MissingDependencyError: `backend="numba"` and Numba is not installed.
 
     Example:
@@ -65,7 +64,10 @@ class ActiveSetSolver(Solver):
         max_rounds: int = MAX_ROUNDS,
     ) -> None:
         super().__init__(tolerance=tolerance, on_failure=on_failure)
-        check_backend(type(self).__name__, backend)
+        name = type(self).__name__
+        check_choice(f"{name}(backend)", backend, get_args(Backend))
+        if backend == "numba" and not numba_is_installed():
+            raise MissingDependencyError("numba", extra="numba", needed_by=f"{name}(backend='numba')")
         self.backend: Backend = backend
         (self.max_rounds,) = check_positive_ints(max_rounds=max_rounds)
 
@@ -80,8 +82,12 @@ class ActiveSetSolver(Solver):
         return SolverResult(coef, rounds, certificate, active_set)
 
     def plan(self, problem: DualProblem) -> Plan:
-        moves = not problem.linear.is_cpu and moves_to_cpu(problem, self.backend)
-        return super().plan(problem.to("cpu") if moves else problem)
+        if problem.linear.is_cpu:
+            return super().plan(problem)
+        tasks, n, k = problem.linear.shape
+        is_faster = problem.linear.is_cuda and tasks * k * n * n <= _MAX_ENTRIES_TO_COPY and numba_is_installed()
+        copies = is_faster if self.backend == "auto" else self.backend == "numba"
+        return super().plan(problem.to("cpu") if copies else problem)
 
     def _solve_numerically(self, problem: DualProblem) -> Solved:
         """The Numba kernels rescale, solve and certify in one call, by the same formulas (tests/unit/test_numba.py)."""
@@ -157,18 +163,3 @@ def of_projection(certificate: Certificate, **changes: Tensor) -> Certificate:
 def numba_is_installed() -> bool:
     """Whether Numba is installed, and SciPy, whose BLAS Numba uses."""
     return None not in map(find_spec, ("numba", "scipy"))
-
-
-def check_backend(name: str, backend: object) -> None:
-    """Raise an error unless `backend` is one of the choices, and installed."""
-    check_choice(f"{name}(backend)", backend, get_args(Backend))
-    if backend == "numba" and not numba_is_installed():
-        raise MissingDependencyError("numba", extra="numba", needed_by=f"{name}(backend='numba')")
-
-
-def moves_to_cpu(problem: DualProblem, backend: Backend) -> bool:
-    """Whether a problem on another device is copied to the CPU, which is faster for small problems."""
-    if backend != "auto":
-        return backend == "numba"
-    tasks, n, k = problem.linear.shape
-    return problem.linear.is_cuda and tasks * k * n * n <= _MAX_ENTRIES_TO_COPY and numba_is_installed()

@@ -32,9 +32,6 @@ class ADMMSolver(Solver):
         steps: number of ADMM steps between two certificates. Default 10.
         max_rounds: number of rounds of active-set Newton after each block of steps. Default 3.
 
-    Raises:
-        InputError: an argument is outside its range. Solving raises the errors of `Solver.solve`.
-
     Example:
         `SVMHead(solver=ADMMSolver())`
     """

@@ -40,7 +40,6 @@ class NativeSolver(Fallback):
             batches are divided; if a single task already has more, ADMM solves it. Default 2**28, which is 2 GB.
 
     Raises:
-        InputError: an argument is outside its range. Solving raises the errors of `Solver.solve`.
         MissingDependencyError: `backend="numba"` and Numba is not installed.
 
     Example:

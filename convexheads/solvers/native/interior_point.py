@@ -54,8 +54,7 @@ class InteriorPointSolver(Solver):
             coefficients and multipliers are around one. Default 1e-3.
 
     Raises:
-        InputError: an argument is outside its range, or `gradient` and `max_iterations` are incompatible. Solving
-            raises the errors of `Solver.solve`.
+        InputError: `gradient` and `max_iterations` are incompatible.
 
     Example:
         `SVMHead(solver=InteriorPointSolver(max_iterations=3, gradient="last_iterate"))`
@@ -109,11 +108,6 @@ class _Residual(NamedTuple):
     violation: Float[Tensor, "sides tasks k n"]
     balance: Float[Tensor, "tasks n"]
 
-    def size(self) -> Float[Tensor, " tasks"]:
-        """The largest violation of each task."""
-        violation = self.violation.abs().amax((0, 2, 3))
-        return self.stationarity.abs().amax((1, 2)).maximum(self.balance.abs().amax(1)).maximum(violation)
-
 
 def interior_point(problem: DualProblem, *, tolerance: float, max_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mehrotra's predictor-corrector method on a flat, rescaled batch.
@@ -139,7 +133,8 @@ def interior_point(problem: DualProblem, *, tolerance: float, max_iterations: in
         best.update(iteration, certificate.gap, solved, point.coef.mT, stiffness)
         if best.done.all():
             break
-    return *best.tensors, best.iterations
+    best_coef, best_stiffness = best.tensors
+    return best_coef, best_stiffness, best.iterations
 
 
 def central_path(problem: DualProblem, *, complementarity: float) -> tuple[Tensor, Tensor]:
@@ -152,8 +147,8 @@ def central_path(problem: DualProblem, *, complementarity: float) -> tuple[Tenso
     point = barrier.start()
     for _ in range(_MAX_ITERATIONS):
         point, _, residual = barrier.step(point, complementarity)
-        error = (point.slack * point.multiplier - complementarity).abs().amax((0, 2, 3)) / complementarity
-        if not ((error > _CENTRALITY_TOLERANCE) | (residual.size() > _CENTRALITY_TOLERANCE)).any():
+        errors = (point.slack * point.multiplier - complementarity) / complementarity, *residual
+        if not any((error.abs() > _CENTRALITY_TOLERANCE).any() for error in errors):
             break
     return point.coef.mT, barrier.by_task(point.multiplier / point.slack)
 
@@ -191,16 +186,26 @@ class _Barrier:
             violation=self.sign * point.coef + point.slack - self.limit,
             balance=point.coef.sum(1) if self.problem.rows_sum_to_zero else torch.zeros_like(point.coef[:, 0]),
         )
+
+        def direction(target: Tensor, refinements: int) -> _Point:
+            """The Newton step toward zero residuals and `slack * multiplier = target`."""
+            multiplier = point.multiplier - target / point.slack - stiffness * residual.violation
+            right = (self.sign * multiplier).sum(0) - residual.stationarity
+            coef, row_multipliers = kkt.solve(right, -residual.balance, refinements=refinements)
+            slack = -residual.violation - self.sign * coef
+            change = target / point.slack - point.multiplier - stiffness * slack
+            return _Point(coef, row_multipliers.unsqueeze(1), slack, change)
+
         mean = _mean(point.slack * point.multiplier)
         if min_complementarity:
             target = (_CENTERING * mean).clamp_min(min_complementarity).expand_as(point.slack)
         else:
             zero = torch.zeros_like(point.slack)
-            predictor = self._direction(kkt, point, stiffness, residual, zero, refinements=0)
+            predictor = direction(zero, refinements=0)
             length = _length(point, predictor)
             ahead = (point.slack + length * predictor.slack) * (point.multiplier + length * predictor.multiplier)
             target = mean * (_mean(ahead) / mean) ** 3 - predictor.slack * predictor.multiplier
-        corrector = self._direction(kkt, point, stiffness, residual, target, refinements=2)
+        corrector = direction(target, refinements=2)
         length = _length(point, corrector)
         moved = (value + length * change for value, change in zip(point, corrector, strict=True))
         return _Point(*moved), mean, residual
@@ -208,23 +213,6 @@ class _Barrier:
     def by_task(self, stiffness: Float[Tensor, "sides tasks k n"]) -> Float[Tensor, "tasks sides n k"]:
         """Stiffness as in `BarrierPoint`, zero at idle rows."""
         return (self.sign.abs() * stiffness).transpose(0, 1).mT
-
-    def _direction(
-        self,
-        kkt: FactorizedKKT,
-        point: _Point,
-        stiffness: Tensor,
-        residual: _Residual,
-        target: Tensor,
-        refinements: int,
-    ) -> _Point:
-        """The Newton step toward zero residuals and `slack * multiplier = target`."""
-        multiplier = point.multiplier - target / point.slack - stiffness * residual.violation
-        right = (self.sign * multiplier).sum(0) - residual.stationarity
-        coef, row_multipliers = kkt.solve(right, -residual.balance, refinements=refinements)
-        slack = -residual.violation - self.sign * coef
-        change = target / point.slack - point.multiplier - stiffness * slack
-        return _Point(coef, row_multipliers.unsqueeze(1), slack, change)
 
 
 def _factorize(problem: DualProblem, diagonal: Float[Tensor, "tasks k n"]) -> FactorizedKKT:
