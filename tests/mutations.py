@@ -70,7 +70,7 @@ MUTATIONS = [
     Mutation(
         "interior-point-violation",
         "solvers/native/interior_point.py",
-        "multiplier = point.multiplier - target / point.slack - stiffness * residual.violation",
+        "multiplier = point.multiplier - target / point.slack - stiffness * violation",
         "multiplier = point.multiplier - target / point.slack",
         "test_gradient_modes.py",
     ),

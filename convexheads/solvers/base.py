@@ -291,10 +291,8 @@ def handle_failures(name: str, solution: Solution, tolerance: float, on_failure:
 
 
 def _failures(status: Tensor, gap: Tensor, residual: Tensor) -> list[str]:
-    failed = [tuple(task) for task in (status == Status.FAILED).nonzero().tolist()]
-
-    def describe(task: tuple[int, ...]) -> str:
+    failures = []
+    for task in map(tuple, (status == Status.FAILED).nonzero().tolist()):
         where = f"task {task}" if task else "the task"
-        return f"{where}: relative gap {gap[task].item():.1e}, residual {residual[task].item():.1e}"
-
-    return [describe(task) for task in failed]
+        failures.append(f"{where}: relative gap {gap[task].item():.1e}, residual {residual[task].item():.1e}")
+    return failures

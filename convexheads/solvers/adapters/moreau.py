@@ -17,7 +17,6 @@ from convexheads.solvers.problem import DualProblem
 _CACHE_SIZE = 16
 _MAX_ITERATIONS = 200
 _MAX_SIZE_FOR_ACTIVE_SET = 500
-_local = threading.local()  # because threads must not share a solver of Moreau
 
 
 class MoreauSolver(Solver):
@@ -46,33 +45,27 @@ class MoreauSolver(Solver):
         # An entry has a row if any task bounds it; in the other tasks, this is an idle row.
         rows = [sign.any(0).flatten().nonzero().squeeze(-1) for sign in signs]
         smoothing = torch.zeros_like(problem.linear) if problem.smoothing is None else problem.smoothing
-        sums = torch.ones(tasks, n * k if problem.rows_sum_to_zero else 0).to(problem.linear)
+        num_sums = n if problem.rows_sum_to_zero else 0
+        sums = torch.ones(tasks, num_sums * k).to(problem.linear)
         coefficients = torch.cat([sums, *(sign.flatten(1)[:, row] for sign, row in zip(signs, rows, strict=True))], -1)
         structure = tuple(tuple(row.tolist()) for row in rows), str(problem.linear.device)
-        solver = _solver(tasks, n, k, problem.rows_sum_to_zero, *structure, self.tolerance * 1e-5, self.max_iterations)
+        solver = _cache.build(tasks, n, k, num_sums, *structure, self.tolerance * 1e-5, self.max_iterations)
 
         def solve(gram: Tensor, smoothing: Tensor, linear: Tensor, *limits: Tensor) -> Tensor:
             hessian = gram.unsqueeze(2).expand(tasks, n, k, n) + torch.diag_embed(smoothing.mT).permute(0, 2, 1, 3)
             right = [limit.flatten(1)[:, row] for limit, row in zip(limits, rows, strict=True)]
-            right = [linear.new_zeros(tasks, n if problem.rows_sum_to_zero else 0), *right]
+            right = [linear.new_zeros(tasks, num_sums), *right]
             found = solver.solve(hessian.flatten(1), coefficients, -linear.flatten(1), torch.cat(right, -1))
             return found.x.reshape(linear.shape)
 
         return _external.call_backend(solve, problem.gram, smoothing, problem.linear, *limits, backend="MoreauSolver")
 
 
-def _solver(*key: Any) -> Any:
-    """The result of `_build`, cached per thread."""
-    if not hasattr(_local, "build"):
-        _local.build = lru_cache(_CACHE_SIZE)(_build)
-    return _local.build(*key)
-
-
 def _build(
     tasks: int,
     n: int,
     k: int,
-    rows_sum_to_zero: bool,
+    num_sums: int,
     rows: tuple[tuple[int, ...], ...],
     device: str,
     tolerance: float,
@@ -85,8 +78,8 @@ def _build(
     entry = torch.arange(n * k).view(n, k)
     hessian_columns = entry.T.unsqueeze(0).expand(n, k, n).flatten()  # row (i, c) has the columns (j, c) for all j
     bounded = torch.tensor([row for side in rows for row in side], dtype=torch.long)
-    columns = torch.cat([entry.flatten() if rows_sum_to_zero else entry.flatten()[:0], bounded])
-    counts = torch.cat([torch.full((n if rows_sum_to_zero else 0,), k), torch.ones(len(bounded), dtype=torch.long)])
+    columns = torch.cat([entry[:num_sums].flatten(), bounded])
+    counts = torch.cat([torch.full((num_sums,), k), torch.ones(len(bounded), dtype=torch.long)])
     make: Any = Moreau
     return make(
         n=n * k,
@@ -95,7 +88,7 @@ def _build(
         P_col_indices=hessian_columns,
         A_row_offsets=torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]),
         A_col_indices=columns,
-        cones=moreau.Cones(num_zero_cones=n if rows_sum_to_zero else 0, num_nonneg_cones=len(bounded)),
+        cones=moreau.Cones(num_zero_cones=num_sums, num_nonneg_cones=len(bounded)),
         settings=moreau.Settings(
             # The rule is that of "auto", which would emit a warning. The active-set solver cannot be stopped early.
             solver="active_set"
@@ -109,3 +102,13 @@ def _build(
             ipm_settings=moreau.IPMSettings(tol_gap_abs=tolerance, tol_gap_rel=tolerance, tol_feas=tolerance),
         ),
     )
+
+
+class _Cache(threading.local):
+    """The last results of `_build` in this thread, because threads must not share a solver of Moreau."""
+
+    def __init__(self) -> None:
+        self.build = lru_cache(_CACHE_SIZE)(_build)
+
+
+_cache = _Cache()

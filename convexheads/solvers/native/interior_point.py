@@ -101,14 +101,6 @@ class _Point(NamedTuple):
     multiplier: Float[Tensor, "sides tasks k n"]
 
 
-class _Residual(NamedTuple):
-    """The violation of the optimality conditions."""
-
-    stationarity: Float[Tensor, "tasks k n"]
-    violation: Float[Tensor, "sides tasks k n"]
-    balance: Float[Tensor, "tasks n"]
-
-
 def interior_point(problem: DualProblem, *, tolerance: float, max_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mehrotra's predictor-corrector method on a flat, rescaled batch.
 
@@ -146,8 +138,8 @@ def central_path(problem: DualProblem, *, complementarity: float) -> tuple[Tenso
     barrier = _Barrier(problem)
     point = barrier.start()
     for _ in range(_MAX_ITERATIONS):
-        point, _, residual = barrier.step(point, complementarity)
-        errors = (point.slack * point.multiplier - complementarity) / complementarity, *residual
+        point, _, residuals = barrier.step(point, complementarity)
+        errors = (point.slack * point.multiplier - complementarity) / complementarity, *residuals
         if not any((error.abs() > _CENTRALITY_TOLERANCE).any() for error in errors):
             break
     return point.coef.mT, barrier.by_task(point.multiplier / point.slack)
@@ -169,30 +161,24 @@ class _Barrier:
         zero = torch.zeros_like(self.linear)
         return _Point(zero, torch.zeros_like(self.linear[:, :1]), slack, torch.ones_like(slack))
 
-    def step(self, point: _Point, min_complementarity: float = 0.0) -> tuple[_Point, Tensor, _Residual]:
+    def step(self, point: _Point, min_complementarity: float = 0.0) -> tuple[_Point, Tensor, tuple[Tensor, ...]]:
         """One predictor-corrector step; with `min_complementarity`, toward the point where every product equals it.
 
-        Returns the next point; and, at `point`, the mean of slack times multiplier, `(tasks, 1, 1)`, and the residual.
+        Returns the next point; and, at `point`, the mean of slack times multiplier, `(tasks, 1, 1)`, and the residuals.
         """
         stiffness = point.multiplier / point.slack
-        diagonal = (self.sign.abs() * stiffness).sum(0) + self.smoothing
-        kkt = _factorize(self.problem, diagonal)
-        residual = _Residual(
-            stationarity=point.coef @ self.problem.gram
-            + self.smoothing * point.coef
-            - self.linear
-            + (self.sign * point.multiplier).sum(0)
-            + point.row_multipliers,
-            violation=self.sign * point.coef + point.slack - self.limit,
-            balance=point.coef.sum(1) if self.problem.rows_sum_to_zero else torch.zeros_like(point.coef[:, 0]),
-        )
+        kkt = _factorize(self.problem, (self.sign.abs() * stiffness).sum(0) + self.smoothing)
+        gradient = point.coef @ self.problem.gram + self.smoothing * point.coef - self.linear
+        stationarity = gradient + (self.sign * point.multiplier).sum(0) + point.row_multipliers
+        violation = self.sign * point.coef + point.slack - self.limit
+        balance = point.coef.sum(1) if self.problem.rows_sum_to_zero else torch.zeros_like(point.coef[:, 0])
 
         def direction(target: Tensor, refinements: int) -> _Point:
             """The Newton step toward zero residuals and `slack * multiplier = target`."""
-            multiplier = point.multiplier - target / point.slack - stiffness * residual.violation
-            right = (self.sign * multiplier).sum(0) - residual.stationarity
-            coef, row_multipliers = kkt.solve(right, -residual.balance, refinements=refinements)
-            slack = -residual.violation - self.sign * coef
+            multiplier = point.multiplier - target / point.slack - stiffness * violation
+            right = (self.sign * multiplier).sum(0) - stationarity
+            coef, row_multipliers = kkt.solve(right, -balance, refinements=refinements)
+            slack = -violation - self.sign * coef
             change = target / point.slack - point.multiplier - stiffness * slack
             return _Point(coef, row_multipliers.unsqueeze(1), slack, change)
 
@@ -208,7 +194,7 @@ class _Barrier:
         corrector = direction(target, refinements=2)
         length = _length(point, corrector)
         moved = (value + length * change for value, change in zip(point, corrector, strict=True))
-        return _Point(*moved), mean, residual
+        return _Point(*moved), mean, (stationarity, violation, balance)
 
     def by_task(self, stiffness: Float[Tensor, "sides tasks k n"]) -> Float[Tensor, "tasks sides n k"]:
         """Stiffness as in `BarrierPoint`, zero at idle rows."""

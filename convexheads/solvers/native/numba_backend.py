@@ -37,12 +37,7 @@ _MIN_FLOPS_FOR_THREADS = 1e7
 _ADMM_SETTINGS = (_MAX_STEPS, _PATIENCE, admm_steps.OVER_RELAXATION, feasible_rows.NEWTON_TOLERANCE)
 _FLOAT64 = torch.finfo(torch.float64)
 _LIMITS = (certificate.INDEFINITENESS, _FLOAT64.eps, _FLOAT64.tiny)
-_TOLERANCES = (
-    certificate.ZERO_GAP,
-    certificate.FEASIBILITY_TOLERANCE,
-    feasible_rows.ROW_SUM_TOLERANCE,
-    _LIMITS,
-)
+_TOLERANCES = (certificate.ZERO_GAP, certificate.FEASIBILITY_TOLERANCE, feasible_rows.ROW_SUM_TOLERANCE, _LIMITS)
 
 
 def solve(problem: DualProblem, tolerance: float, *, max_rounds: int, refinements: int) -> Solved:
