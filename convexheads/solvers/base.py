@@ -267,8 +267,8 @@ class Solver:
         if not isinstance(coef, Tensor) or coef.shape != problem.linear.shape:
             got = f"shape {tuple(coef.shape)}" if isinstance(coef, Tensor) else describe_type(coef)
             raise InputError(name, f"a tensor of coefficients of shape {tuple(problem.linear.shape)}", got)
-        wanted = torch.is_grad_enabled() and any(value.requires_grad for value in problem.tensors().values())
-        if self.provides_gradient and wanted and not coef.requires_grad:
+        needs_gradient = torch.is_grad_enabled() and any(value.requires_grad for value in problem.tensors().values())
+        if self.provides_gradient and needs_gradient and not coef.requires_grad:
             raise ConvexHeadsError(f"{name}: expected coefficients with gradient, got none, but provides_gradient=True")
         return result if isinstance(result, SolverResult) else SolverResult(coef)
 

@@ -188,8 +188,8 @@ def _smallest_gap(
     gap, primal, row_multipliers = _gap(problem, feasible, scores, quadratic, one, score_error)
     if not (gap <= _GAP_GOOD_ENOUGH * primal).all():
         scalings = torch.tensor(_PRIMAL_SCALINGS, dtype=gap.dtype, device=gap.device).view(-1, *[1] * scores.ndim)
-        for some in scalings.split(max(1, _MAX_ENTRIES_PER_CHUNK // max(1, scores.numel()))):
-            gaps, primals, _ = _gap(problem, feasible, scores, quadratic, some, score_error)
+        for chunk in scalings.split(max(1, _MAX_ENTRIES_PER_CHUNK // max(1, scores.numel()))):
+            gaps, primals, _ = _gap(problem, feasible, scores, quadratic, chunk, score_error)
             smallest, best = gaps.min(0)
             better = smallest < gap
             gap = torch.where(better, smallest, gap)

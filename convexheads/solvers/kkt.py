@@ -64,8 +64,9 @@ class FactorizedKKT(KKT):
             image = x @ self.gram
             if self.diagonal is not None:
                 image = image + self.diagonal * x
-            more, more_multipliers = self._eliminate(right - image - row_multipliers.unsqueeze(1), sums - x.sum(1))
-            x, row_multipliers = x + more, row_multipliers + more_multipliers
+            residual = right - image - row_multipliers.unsqueeze(1)
+            change, multiplier_change = self._eliminate(residual, sums - x.sum(1))
+            x, row_multipliers = x + change, row_multipliers + multiplier_change
         return x, row_multipliers
 
     def _eliminate(self, right: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:

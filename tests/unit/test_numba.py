@@ -97,7 +97,7 @@ def projection(qp, seed):
         found = np.empty(len(row))
         given = target[0, i].numpy()
         tolerance = feasible_rows.NEWTON_TOLERANCE
-        numba_kernels.project(found, given, lower[i], upper[i], 0.7, smoothing[i], tolerance)
+        numba_kernels.proximal(found, given, lower[i], upper[i], 0.7, smoothing[i], tolerance)
         yield found, row
 
 
@@ -339,9 +339,9 @@ def test_machine_code_is_found_again_by_the_next_process(tmp_path):
         "from convexheads import SVMHead\n"
         "support, labels = torch.randn(6, 9, requires_grad=True), torch.arange(6) % 2\n"
         "SVMHead()(support, labels, torch.randn(3, 9)).sum().backward()\n"
-        "from convexheads.solvers.native.numba_kernels import solve_all\n"
-        "from convexheads.solvers.native.numba_kkt import solve_factorized_all\n"
-        "print(sum(sum(f.stats.cache_misses.values()) for f in (solve_all, solve_factorized_all)))\n"
+        "from convexheads.solvers.native.numba_kernels import solve_tasks\n"
+        "from convexheads.solvers.native.numba_kkt import solve_systems\n"
+        "print(sum(sum(f.stats.cache_misses.values()) for f in (solve_tasks, solve_systems)))\n"
     )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", code]

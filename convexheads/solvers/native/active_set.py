@@ -25,7 +25,7 @@ INNER_TOLERANCE_RATIO = 1e-3
 """Solvers aim at this fraction of their tolerance, because the gradient is correct only for the right active set."""
 MAX_ROUNDS = 12
 REFINEMENTS = 2
-# For problems with at least this number of coefficients, ADMM gives the first guess; for others, a ridge regression.
+# Problems with at least this number of coefficients start from ADMM, and smaller ones from a ridge regression.
 _MIN_SIZE_FOR_ADMM = 500
 _ADMM_STEPS = 10
 # Larger problems on a GPU are not copied to the CPU. With up to 5 ways, copying and solving on the CPU is several times
@@ -92,8 +92,8 @@ class ActiveSetSolver(Solver):
     def _solve_numerically(self, problem: DualProblem) -> Solved:
         """The Numba kernels rescale, solve and certify in one call, by the same formulas (tests/unit/test_numba.py)."""
         linear = problem.linear
-        is_compiled = linear.is_cpu and linear.dtype == torch.float64 and len(linear) > 0
-        if self.backend == "torch" or not (is_compiled and numba_is_installed()):
+        fits_numba = linear.is_cpu and linear.dtype == torch.float64 and len(linear) > 0
+        if self.backend == "torch" or not (fits_numba and numba_is_installed()):
             return super()._solve_numerically(problem)
         from convexheads.solvers.native import numba_backend
 

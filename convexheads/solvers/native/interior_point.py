@@ -113,7 +113,6 @@ def interior_point(problem: DualProblem, *, tolerance: float, max_iterations: in
     barrier = _Barrier(problem)
     point = barrier.start()
     best = BestIterate(point.coef.mT, barrier.by_task(torch.ones_like(point.slack)), patience=_PATIENCE)
-
     for iteration in range(1, max_iterations + 1):
         point, mean, _ = barrier.step(point)
         # Far from convergence, there is nothing to certify. NaN must not count as far from convergence.
@@ -186,8 +185,7 @@ class _Barrier:
         if min_complementarity:
             target = (_CENTERING * mean).clamp_min(min_complementarity).expand_as(point.slack)
         else:
-            zero = torch.zeros_like(point.slack)
-            predictor = direction(zero, refinements=0)
+            predictor = direction(torch.zeros_like(point.slack), refinements=0)
             length = _length(point, predictor)
             ahead = (point.slack + length * predictor.slack) * (point.multiplier + length * predictor.multiplier)
             target = mean * (_mean(ahead) / mean) ** 3 - predictor.slack * predictor.multiplier

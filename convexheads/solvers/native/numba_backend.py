@@ -55,7 +55,7 @@ def solve(problem: DualProblem, tolerance: float, *, max_rounds: int, refinement
     factors = _allocate_factors(tasks, n, k)
     settings = admm_steps.PENALTY, _ADMM_SETTINGS, (REGULARIZATION, refinements, max_rounds)
     arguments = (data, problem.rows_sum_to_zero, settings, (tolerance, *_TOLERANCES), results, system, factors)
-    _run(numba_kernels.solve_all, tasks, tasks * k * n**3, *arguments)
+    _run(numba_kernels.solve_tasks, tasks, tasks * k * n**3, *arguments)
     coef = torch.from_numpy(coef)
     _reject_rounding(problem, coef, gaps[:, 2], proven)
     if not proven.all():
@@ -105,7 +105,7 @@ class NumbaKKT(KKT):
         factors = tuple(value.numpy() for value in (self.blocks, self.index, self.count, self.schur))
         system = self.gram.contiguous().numpy(), self.smoothing.contiguous().numpy()
         arguments = (system, given, total, self.rows_sum_to_zero, refinements, x, row_multipliers, factors)
-        _run(numba_kkt.solve_factorized_all, len(x), 10 * x.size * x.shape[1], *arguments)
+        _run(numba_kkt.solve_systems, len(x), 10 * x.size * x.shape[1], *arguments)
         return torch.from_numpy(x).mT, torch.from_numpy(row_multipliers)
 
 

@@ -16,7 +16,7 @@ from convexheads.solvers.native.numba_kkt import compute_residual, factorize, in
 
 @kernel
 @no_type_check
-def project(row, target, lower, upper, weight, smoothing, newton_tolerance):
+def proximal(row, target, lower, upper, weight, smoothing, newton_tolerance):
     """`FeasibleRows.proximal` of one row with a zero sum, by Newton's method; exact if bounds are on one side."""
     k = len(row)
     multiplier, is_restarted = 0.0, False
@@ -74,7 +74,7 @@ def admm(task, rows_sum_to_zero, penalty, settings, coef, side):
                     moved[i, c] = over_relaxation * moved[i, c] + (1 - over_relaxation) * coef[i, c]
                 target[c] = moved[i, c] + dual[i, c]
             if rows_sum_to_zero:
-                project(coef[i], target, lower[i], upper[i], penalty, smoothing[i], newton_tolerance)
+                proximal(coef[i], target, lower[i], upper[i], penalty, smoothing[i], newton_tolerance)
             else:
                 for c in range(k):
                     value = penalty * target[c] / (penalty + smoothing[i, c])
@@ -174,17 +174,17 @@ def certify(task, rows_sum_to_zero, coef, row_multipliers, bound_multipliers, li
     for i in range(n):
         diagonal += abs(gram[i, i])
         length, bound = math.sqrt(abs(gram[i, i])), 0.0
-        least, most = -np.inf, np.inf
+        min_multiplier, max_multiplier = -np.inf, np.inf
         for c in range(k):
             slope = linear[i, c] - scores[i, c]
             if smoothing[i, c] == 0:
                 if upper[i, c] == np.inf:
-                    least = max(least, slope)
+                    min_multiplier = max(min_multiplier, slope)
                 if lower[i, c] == -np.inf:
-                    most = min(most, slope)
+                    max_multiplier = min(max_multiplier, slope)
         # Any row multiplier gives an upper bound if it is on the right side of the slope at entries without a bound.
         if rows_sum_to_zero:
-            row_multipliers[i] = min(max(row_multipliers[i], least), most)
+            row_multipliers[i] = min(max(row_multipliers[i], min_multiplier), max_multiplier)
         distance = 0.0
         for c in range(k):
             at, d = coef[i, c], smoothing[i, c]
@@ -251,7 +251,7 @@ def rescale(task, inner):
 
 @kernel
 @no_type_check
-def solve_all(start, stop, problem, rows_sum_to_zero, settings, tolerances, results, system, factors):
+def solve_tasks(start, stop, problem, rows_sum_to_zero, settings, tolerances, results, system, factors):
     """Rescale, solve and certify tasks `start` to `stop`."""
     gram, linear, lower, upper, smoothing = problem
     penalty_ratio, admm_settings, search_settings = settings
