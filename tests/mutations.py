@@ -70,7 +70,7 @@ MUTATIONS = [
     Mutation(
         "interior-point-violation",
         "solvers/native/interior_point.py",
-        "multiplier = point.multiplier - target / point.slack - stiffness * residual.violation",
+        "multiplier = point.multiplier - target / point.slack - stiffness * violation",
         "multiplier = point.multiplier - target / point.slack",
         "test_gradient_modes.py",
     ),
@@ -184,8 +184,8 @@ MUTATIONS = [
     Mutation(
         "gradient-relaxed",
         "solvers/implicit.py",
-        "linear = linear + stiffness / hessian_scale[:, None, None] * torch.where(stiffness > 0, bound, 0)",
-        "linear = linear - stiffness / hessian_scale[:, None, None] * torch.where(stiffness > 0, bound, 0)",
+        "linear = linear + stiffness / hessian_scale[:, None, None] * torch.where(stiffness > 0, sign * limit, 0)",
+        "linear = linear - stiffness / hessian_scale[:, None, None] * torch.where(stiffness > 0, sign * limit, 0)",
         "test_gradient_modes.py",
     ),
     Mutation(

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads.solvers.certificate import StallDetector
+from convexheads.solvers.certificate import BestIterate
 from convexheads.solvers.kkt import cholesky
 
 _MAX_BACKTRACKS = 30
@@ -67,10 +67,7 @@ def solve(gram: Tensor, targets: Tensor, *, tolerance: float, max_steps: int) ->
     gram, targets = gram.reshape(-1, n, n), targets.reshape(-1, n, k)
     coef = torch.zeros_like(targets)
     value = _objective(gram, targets, coef)
-    best, best_gap = _feasible(targets, coef), torch.full_like(value, torch.inf)
-    steps = torch.zeros_like(value, dtype=torch.long)
-    stalling = StallDetector(best_gap, patience=_PATIENCE)
-    done = torch.zeros_like(value, dtype=torch.bool)
+    best = BestIterate(_feasible(targets, coef), patience=_PATIENCE)
     for step in range(1, max_steps + 1):
         change = newton_step(gram, targets, coef) - coef
         length, ahead = torch.ones_like(value), value
@@ -83,14 +80,10 @@ def solve(gram: Tensor, targets: Tensor, *, tolerance: float, max_steps: int) ->
         coef, value = coef + length[:, None, None] * change, ahead
         candidate = _feasible(targets, coef)
         gap = _gap(gram, targets, candidate)
-        better = (gap < best_gap) & ~done
-        best = torch.where(better[:, None, None], candidate, best)
-        best_gap = torch.where(better, gap, best_gap)
-        steps = torch.where(done, steps, step)
-        done = done | (best_gap <= tolerance) | stalling.update(gap) | torch.isnan(gap)
-        if done.all():
+        best.update(step, gap, gap <= tolerance, candidate)
+        if best.done.all():
             break
-    return best.reshape(*batch, n, k), best_gap.reshape(batch), steps.reshape(batch)
+    return best.tensors[0].reshape(*batch, n, k), best.gap.reshape(batch), best.iterations.reshape(batch)
 
 
 def certified_gap(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:

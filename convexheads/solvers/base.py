@@ -80,7 +80,7 @@ class Solver:
             carries the solution, "warn" (`SolverWarning`), or "return" it with its status.
 
     Raises:
-        InputError: an argument is outside its range.
+        InputError: an argument, of this class or of the subclass, is outside its range.
         MissingDependencyError: the backend's package is not installed.
     """
 
@@ -267,8 +267,8 @@ class Solver:
         if not isinstance(coef, Tensor) or coef.shape != problem.linear.shape:
             got = f"shape {tuple(coef.shape)}" if isinstance(coef, Tensor) else describe_type(coef)
             raise InputError(name, f"a tensor of coefficients of shape {tuple(problem.linear.shape)}", got)
-        wanted = torch.is_grad_enabled() and any(value.requires_grad for value in problem.tensors().values())
-        if self.provides_gradient and wanted and not coef.requires_grad:
+        needs_gradient = torch.is_grad_enabled() and any(value.requires_grad for value in problem.tensors().values())
+        if self.provides_gradient and needs_gradient and not coef.requires_grad:
             raise ConvexHeadsError(f"{name}: expected coefficients with gradient, got none, but provides_gradient=True")
         return result if isinstance(result, SolverResult) else SolverResult(coef)
 
@@ -291,10 +291,8 @@ def handle_failures(name: str, solution: Solution, tolerance: float, on_failure:
 
 
 def _failures(status: Tensor, gap: Tensor, residual: Tensor) -> list[str]:
-    failed = [tuple(task) for task in (status == Status.FAILED).nonzero().tolist()]
-
-    def describe(task: tuple[int, ...]) -> str:
+    failures = []
+    for task in map(tuple, (status == Status.FAILED).nonzero().tolist()):
         where = f"task {task}" if task else "the task"
-        return f"{where}: relative gap {gap[task].item():.1e}, residual {residual[task].item():.1e}"
-
-    return [describe(task) for task in failed]
+        failures.append(f"{where}: relative gap {gap[task].item():.1e}, residual {residual[task].item():.1e}")
+    return failures

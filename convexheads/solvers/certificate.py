@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from convexheads.solvers.problem import DualProblem, TensorRecord
+from convexheads.solvers.problem import DualProblem, TensorRecord, per_task
 from convexheads.solvers.rescaling import largest_bounds
 
 INDEFINITENESS = 1e-9
@@ -79,25 +79,32 @@ class Certificate(TensorRecord):
         return self.residual <= FEASIBILITY_TOLERANCE
 
 
-class StallDetector:
-    """Finds the tasks whose certified gap, because of rounding, has not fallen for `patience` iterations in a row.
+class BestIterate:
+    """The iterate of each task with the smallest certified gap so far, and whether the task is done.
 
-    A gap counts as fallen when it is less than half of the last gap that did, so slow but steady progress counts. Gaps
-    above 1e-4 never count as stalled, because far from the optimum a gap may stay the same for a while.
+    A task is done when it is solved, when its gap is NaN, or when its gap, because of rounding, has not fallen for
+    `patience` iterations in a row. A gap counts as fallen when it is less than half of the last gap that did, so slow
+    but steady progress counts. Gaps above 1e-4 never count as stalled, because far from the optimum a gap may stay the
+    same for a while.
     """
 
-    def __init__(self, gap: Float[Tensor, " tasks"], *, patience: int) -> None:
-        self.patience = patience
-        self._best = self._last_progress = gap
-        self._without_progress = torch.zeros_like(gap, dtype=torch.long)
+    def __init__(self, *start: Tensor, patience: int) -> None:
+        self.tensors, self.patience = start, patience
+        self.gap = self._last_progress = torch.full_like(start[0][:, 0, 0], torch.inf)
+        self.iterations = self._without_progress = torch.zeros_like(self.gap, dtype=torch.long)
+        self.done = torch.zeros_like(self.gap, dtype=torch.bool)
 
-    def update(self, gap: Float[Tensor, " tasks"]) -> Bool[Tensor, " tasks"]:
-        """Return which tasks have stalled, after one more iteration with this gap."""
+    def update(self, iteration: int, gap: Tensor, solved: Tensor, *tensors: Tensor) -> None:
+        """Take the iterate with this number and these tensors, `(tasks, ...)`, into account."""
         halved = gap < self._last_progress / 2
         self._last_progress = torch.where(halved, gap, self._last_progress)
-        self._without_progress = torch.where(halved | (self._best > _SMALL_GAP), 0, self._without_progress + 1)
-        self._best = self._best.fmin(gap)
-        return self._without_progress >= self.patience
+        self._without_progress = torch.where(halved | (self.gap > _SMALL_GAP), 0, self._without_progress + 1)
+        better = (gap < self.gap) & ~self.done
+        pairs = zip(tensors, self.tensors, strict=True)
+        self.tensors = tuple(torch.where(per_task(better, new), new, old) for new, old in pairs)
+        self.gap = torch.where(better, gap, self.gap)
+        self.iterations = torch.where(self.done, self.iterations, iteration)
+        self.done = self.done | solved | (self._without_progress >= self.patience) | torch.isnan(gap)
 
 
 def certify(problem: DualProblem, coef: Float[Tensor, "*batch n k"]) -> Certificate:
@@ -181,8 +188,8 @@ def _smallest_gap(
     gap, primal, row_multipliers = _gap(problem, feasible, scores, quadratic, one, score_error)
     if not (gap <= _GAP_GOOD_ENOUGH * primal).all():
         scalings = torch.tensor(_PRIMAL_SCALINGS, dtype=gap.dtype, device=gap.device).view(-1, *[1] * scores.ndim)
-        for some in scalings.split(max(1, _MAX_ENTRIES_PER_CHUNK // max(1, scores.numel()))):
-            gaps, primals, _ = _gap(problem, feasible, scores, quadratic, some, score_error)
+        for chunk in scalings.split(max(1, _MAX_ENTRIES_PER_CHUNK // max(1, scores.numel()))):
+            gaps, primals, _ = _gap(problem, feasible, scores, quadratic, chunk, score_error)
             smallest, best = gaps.min(0)
             better = smallest < gap
             gap = torch.where(better, smallest, gap)

@@ -18,9 +18,6 @@ class Fallback(Solver):
         on_failure: what happens if neither solver certifies a task: "raise" (default), "warn" or "return". The
             `on_failure` of the two solvers has no effect.
 
-    Raises:
-        InputError: an argument is unusable. Solving raises the errors of `Solver.solve`.
-
     Example:
         `SVMHead(solver=Fallback(ActiveSetSolver(), InteriorPointSolver()))`
     """

@@ -129,7 +129,7 @@ class FeasibleRows(NamedTuple):
         smoothing = smoothing.expand_as(slope)
         smooth = smoothing > 0
         rate = torch.where(smooth, 1 / smoothing, 0)
-        # Bounds that cannot be reached are moved closer, because their sums would lose digits.
+        # Bounds that cannot be reached are tightened, because their sums would lose digits.
         nearest = torch.zeros_like(slope).clamp(lower, upper)
         spread = slope.amax(-1, keepdim=True) - slope.amin(-1, keepdim=True)
         far = 2 * k * (rate * spread + nearest.abs()).amax(-1, keepdim=True) + 1
@@ -151,7 +151,7 @@ class FeasibleRows(NamedTuple):
         last = ((total - free * point >= 0).sum(-1, keepdim=True) - 1).clamp_min(0)
         first, following = point.gather(-1, last), point.gather(-1, (last + 1).clamp_max(2 * k - 1))
         free, total = free.gather(-1, last), total.gather(-1, last)
-        # If no entry falls, the sum is zero for any s in between, or it changes sign in the jump that follows.
+        # If no entry decreases, the sum is zero for any s in between, or it changes sign in the jump that follows.
         zero = total <= 64 * torch.finfo(slope.dtype).eps * all_others
         s = torch.where(free > 0, total / free, torch.where(zero, (first + following) / 2, following))
         return s.maximum(first).minimum(following)

@@ -54,6 +54,16 @@ class Linearization(TensorRecord):
         The problem is a flat batch in original units. `hessian_scale` is the rescaled Hessian divided by the original.
         """
 
+    def _apply(self, function: type[_ImplicitSolve], *system: Tensor | None) -> Tensor:
+        """Apply an autograd function to the `system`. The factors of the KKT system have to be arguments of it too."""
+        factors = self.kkt.tensors()
+
+        def rebuild(*tensors: Tensor) -> KKT:
+            values: dict[str, Any] = vars(self.kkt) | dict(zip(factors, tensors, strict=True))
+            return type(self.kkt)(**values)
+
+        return function.apply(rebuild, *system, *factors.values())[0]
+
     def unscaled(self, coef_scale: Float[Tensor, " tasks"]) -> Linearization:
         """The linearization with coefficients in the original units."""
         return self
@@ -66,37 +76,29 @@ class ActiveSet(Linearization):
     at_upper: Bool[Tensor, "tasks n k"]
     at_lower: Bool[Tensor, "tasks n k"]
 
-    def attach(
-        self, problem: DualProblem, coef: Float[Tensor, "tasks n k"], hessian_scale: Float[Tensor, " tasks"]
-    ) -> Float[Tensor, "tasks n k"]:
-        kkt, factors = _as_function(self.kkt)
+    def attach(self, problem: DualProblem, coef: Tensor, hessian_scale: Tensor) -> Tensor:
         fixed = problem.active_bounds(self.at_upper, self.at_lower)
         system = problem.gram, problem.smoothing, problem.linear, fixed, None, coef, hessian_scale
-        return _ImplicitSolve.apply(kkt, *system, *factors)[0]
+        return self._apply(_ImplicitSolve, *system)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BarrierPoint(Linearization):
     """A relaxed gradient, at a point inside the barrier. It has no second derivative.
 
-    `upper` and `lower` are the stiffness of the bounds, multiplier over slack, which is on the diagonal of the system.
+    `stiffness` is multiplier over slack of each of `DualProblem.bounds`, which is on the diagonal of the system.
     """
 
     point: Float[Tensor, "tasks n k"]
-    upper: Float[Tensor, "tasks n k"]
-    lower: Float[Tensor, "tasks n k"]
+    stiffness: Float[Tensor, "tasks sides n k"]
 
-    def attach(
-        self, problem: DualProblem, coef: Float[Tensor, "tasks n k"], hessian_scale: Float[Tensor, " tasks"]
-    ) -> Float[Tensor, "tasks n k"]:
-        kkt, factors = _as_function(self.kkt)
+    def attach(self, problem: DualProblem, coef: Tensor, hessian_scale: Tensor) -> Tensor:
         # A barrier with stiffness w, a constant here, has the gradient `w (coefficient - bound)`.
         linear = problem.linear
-        for stiffness, bound in ((self.upper, problem.upper), (self.lower, problem.lower)):
-            if bound is not None:
-                linear = linear + stiffness / hessian_scale[:, None, None] * torch.where(stiffness > 0, bound, 0)
+        for (sign, limit), stiffness in zip(problem.bounds, self.stiffness.unbind(1), strict=True):
+            linear = linear + stiffness / hessian_scale[:, None, None] * torch.where(stiffness > 0, sign * limit, 0)
         system = problem.gram, problem.smoothing, linear, self.point, None, coef, hessian_scale
-        return _RelaxedImplicitSolve.apply(kkt, *system, *factors)[0]
+        return self._apply(_RelaxedImplicitSolve, *system)
 
     def unscaled(self, coef_scale: Float[Tensor, " tasks"]) -> BarrierPoint:
         return replace(self, point=coef_scale[:, None, None] * self.point)
@@ -120,19 +122,7 @@ def factorize_free(problem: DualProblem, at_upper: Tensor, at_lower: Tensor) -> 
     """The factorized system of the free entries of a rescaled problem."""
     diagonal = None if problem.smoothing is None else problem.smoothing.mT
     free = ~(at_upper | at_lower).mT
-    settings: dict[str, Any] = {"rows_sum_to_zero": problem.rows_sum_to_zero, "regularization": REGULARIZATION}
-    return BlockKKT.factorize(problem.gram, diagonal=diagonal, free=free, **settings)
-
-
-def _as_function(kkt: KKT) -> tuple[Callable[..., KKT], list[Tensor]]:
-    """A system as a function of its tensors, because these have to be arguments of an autograd function."""
-    factors = kkt.tensors()
-
-    def rebuild(*tensors: Tensor) -> KKT:
-        values: dict[str, Any] = vars(kkt) | dict(zip(factors, tensors, strict=True))
-        return type(kkt)(**values)
-
-    return rebuild, list(factors.values())
+    return BlockKKT.factorize(problem, diagonal=diagonal, free=free, regularization=REGULARIZATION)
 
 
 class _ImplicitSolve(torch.autograd.Function):
@@ -187,9 +177,17 @@ class _ImplicitSolve(torch.autograd.Function):
         grad_sums = row_multipliers if ctx.needs_input_grad[5] else None
         return None, -(outer + outer.mT) / 2, grad_smoothing, u, grad_fixed, grad_sums, *(None,) * (2 + len(factors))
 
-    @staticmethod
-    def vmap(info, in_dims, kkt, *tensors):
-        return _vmap_rule(_ImplicitSolve, info.batch_size, in_dims[1:], kkt, tensors)
+    @classmethod
+    def vmap(cls, info, in_dims, kkt, *tensors):
+        """The mapped dimension becomes more tasks."""
+        size, pairs = info.batch_size, list(zip(in_dims[1:], tensors, strict=True))
+        if all(dim is None for dim in in_dims[8:]):  # one factorized system, several right-hand sides
+            each = [cls.apply(kkt, *(t if dim is None else t.select(dim, i) for dim, t in pairs)) for i in range(size)]
+            return tuple(torch.stack(values) for values in zip(*each, strict=True)), (0, 0)
+        mapped = [move_vmap_dim_to_front(size, *pair) for pair in pairs]
+        tasks = mapped[0].shape[1]
+        flat = (None if tensor is None else tensor.reshape(-1, *tensor.shape[2:]) for tensor in mapped)
+        return tuple(value.reshape(size, tasks, *value.shape[1:]) for value in cls.apply(kkt, *flat)), (0, 0)
 
 
 class _RelaxedImplicitSolve(_ImplicitSolve):
@@ -208,10 +206,6 @@ class _RelaxedImplicitSolve(_ImplicitSolve):
         by = "an InteriorPointSolver whose gradient is not exact"
         return (*(None if value is None else once_differentiable(value.detach(), grad_x, by) for value in found),)
 
-    @staticmethod
-    def vmap(info, in_dims, kkt, *tensors):
-        return _vmap_rule(_RelaxedImplicitSolve, info.batch_size, in_dims[1:], kkt, tensors)
-
 
 def _non_finite_without_gradient(u: Tensor, x: Tensor, grad_x: Tensor, grad_multipliers: Tensor) -> Tensor:
     """The non-finite tasks whose incoming gradient is zero, `(tasks, 1, 1)`.
@@ -222,18 +216,6 @@ def _non_finite_without_gradient(u: Tensor, x: Tensor, grad_x: Tensor, grad_mult
     total = (u + x).sum((-2, -1))
     has_gradient = grad_x.flatten(-2).any(-1) | grad_multipliers.any(-1)
     return ((total - total != 0) & ~has_gradient)[:, None, None]  # infinity or NaN minus itself is NaN
-
-
-def _vmap_rule(function: type[_ImplicitSolve], size: int, in_dims: Any, kkt: Callable[..., KKT], tensors: Any) -> Any:
-    """The rule for `torch.func.vmap`: the mapped dimension becomes more tasks."""
-    pairs = list(zip(in_dims, tensors, strict=True))
-    if all(dimension is None for dimension in in_dims[7:]):  # one factorized system, several right-hand sides
-        each = [function.apply(kkt, *(t if dim is None else t.select(dim, i) for dim, t in pairs)) for i in range(size)]
-        return tuple(torch.stack(values) for values in zip(*each, strict=True)), (0, 0)
-    mapped = [move_vmap_dim_to_front(size, *pair) for pair in pairs]
-    tasks = mapped[0].shape[1]
-    flat = (None if tensor is None else tensor.reshape(-1, *tensor.shape[2:]) for tensor in mapped)
-    return tuple(value.reshape(size, tasks, *value.shape[1:]) for value in function.apply(kkt, *flat)), (0, 0)
 
 
 # torch inspects this signature in every call, which takes longer than solving a small task. `inspect.signature` returns

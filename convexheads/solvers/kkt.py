@@ -26,10 +26,10 @@ from convexheads.solvers.problem import DualProblem, TensorRecord
 _MAX_FREE_FRACTION_TO_GATHER = 0.75
 # The number of columns after which the pivoted Cholesky factorization checks whether it is complete.
 _CHECK_EVERY = 16
-# A factor of the Gram matrix saves time if its rank is at most this fraction of the number of examples.
+# A factor of the Gram matrix saves time if there are at least this number of examples, and its rank is at most this
+# fraction of that number.
+_MIN_EXAMPLES_FOR_LOW_RANK = 256
 _MAX_RANK_FRACTION = 0.25
-MIN_EXAMPLES_FOR_LOW_RANK = 256
-"""The smallest number of examples for which the solvers look for a factor of the Gram matrix."""
 
 
 class KKT(TensorRecord, ABC):
@@ -50,26 +50,23 @@ class FactorizedKKT(KKT):
     diagonal: Float[Tensor, "tasks k n"] | None
     schur: Float[Tensor, "tasks n n"] | None  # the Cholesky factor of the row multipliers' system
 
-    def solve(
-        self,
-        right: Float[Tensor, "tasks k n"],
-        sums: Float[Tensor, "tasks n"],
-        *,
-        refinements: int,
-        start: tuple[Float[Tensor, "tasks k n"], Float[Tensor, "tasks n"]] | None = None,
-    ) -> tuple[Float[Tensor, "tasks k n"], Float[Tensor, "tasks n"]]:
-        """If the system is singular (duplicate examples, n > d), return the solution that is closest to `start`."""
-        if start is None:
-            x, row_multipliers = self._eliminate(right, sums)
-        else:
-            x, row_multipliers = start
-            refinements += 1
-        for _ in range(refinements):
+    def solve(self, right: Tensor, sums: Tensor, *, refinements: int) -> tuple[Tensor, Tensor]:
+        return self.refine(right, sums, *self._eliminate(right, sums), steps=refinements)
+
+    def refine(
+        self, right: Tensor, sums: Tensor, x: Tensor, row_multipliers: Tensor, *, steps: int
+    ) -> tuple[Tensor, Tensor]:
+        """Solve by refinement of `(x, row_multipliers)`.
+
+        If the system is singular (duplicate examples, n > d), the result is the solution that is closest to them.
+        """
+        for _ in range(steps):
             image = x @ self.gram
             if self.diagonal is not None:
                 image = image + self.diagonal * x
-            more, more_multipliers = self._eliminate(right - image - row_multipliers.unsqueeze(1), sums - x.sum(1))
-            x, row_multipliers = x + more, row_multipliers + more_multipliers
+            residual = right - image - row_multipliers.unsqueeze(1)
+            change, multiplier_change = self._eliminate(residual, sums - x.sum(1))
+            x, row_multipliers = x + change, row_multipliers + multiplier_change
         return x, row_multipliers
 
     def _eliminate(self, right: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,20 +95,18 @@ class BlockKKT(FactorizedKKT):
     @classmethod
     def factorize(
         cls,
-        gram: Float[Tensor, "tasks n n"],
+        problem: DualProblem,
         *,
-        diagonal: Float[Tensor, "tasks k n"] | None = None,
+        diagonal: Float[Tensor, "tasks k n"] | None,
         free: Bool[Tensor, "tasks k n"] | None = None,
-        rows_sum_to_zero: bool,
         regularization: float,
-        max_free_fraction: float = _MAX_FREE_FRACTION_TO_GATHER,
     ) -> BlockKKT:
         """Factorize the system of the `free` entries; the others are fixed at zero, and their equations dropped.
 
         The regularization of the diagonal makes singular blocks factorizable. Refinement against the unregularized
         system removes its effect.
         """
-        n = gram.shape[-1]
+        gram, n = problem.gram, problem.gram.shape[-1]
         block = gram.unsqueeze(1)
         added = torch.full_like(block[:, :, 0], max(regularization, 4 * torch.finfo(gram.dtype).eps))
         if diagonal is not None:
@@ -119,7 +114,7 @@ class BlockKKT(FactorizedKKT):
         index = free_mask = None
         if free is not None:
             size = int(free.sum(-1).amax()) if free.shape[1] > 1 else n
-            if size <= max_free_fraction * n:
+            if size <= _MAX_FREE_FRACTION_TO_GATHER * n:
                 index = (~free).to(torch.uint8).argsort(dim=-1, stable=True)[..., :size]
                 free_in_block = free.gather(-1, index)
                 task = torch.arange(len(gram), device=gram.device)[:, None, None, None]
@@ -134,7 +129,7 @@ class BlockKKT(FactorizedKKT):
         if free_mask is not None:
             inverse = inverse * free_mask.unsqueeze(-1)
         schur = None
-        if rows_sum_to_zero:
+        if problem.rows_sum_to_zero:
             schur = inverse.sum(1) if index is None else _assemble(inverse, index, n)
             if free is not None:  # a row without a free entry has no equation left
                 schur = schur + torch.diag_embed((~free.any(1)).to(schur.dtype))
@@ -169,22 +164,18 @@ class LowRankKKT(FactorizedKKT):
 
     @classmethod
     def factorize(
-        cls,
-        gram: Float[Tensor, "tasks n n"],
-        gram_factor: Float[Tensor, "tasks n r"],
-        *,
-        diagonal: Float[Tensor, "tasks k n"],
-        rows_sum_to_zero: bool,
-        regularization: float,
+        cls, problem: DualProblem, *, diagonal: Float[Tensor, "tasks k n"], regularization: float
     ) -> LowRankKKT:
-        """Factorize, given `gram_factor @ gram_factor.mT == gram`. The rest is as in `BlockKKT.factorize`."""
+        """Factorize the system of all entries of a problem with a `gram_factor`, as `BlockKKT.factorize` does."""
+        gram, gram_factor = problem.gram, problem.gram_factor
+        assert gram_factor is not None
         inverse_diagonal = 1 / (diagonal + max(regularization, 4 * torch.finfo(gram.dtype).eps))
         scaling = inverse_diagonal.sqrt().unsqueeze(2)
         columns = gram_factor.mT.unsqueeze(1) * scaling
         small = columns @ columns.mT + torch.eye(gram_factor.shape[-1], dtype=gram.dtype, device=gram.device)
         low_rank_factor = torch.linalg.solve_triangular(cholesky(small), columns, upper=False) * scaling
         schur = None
-        if rows_sum_to_zero:
+        if problem.rows_sum_to_zero:
             stacked = low_rank_factor.flatten(1, 2)
             schur = cholesky(torch.diag_embed(inverse_diagonal.sum(1)) - stacked.mT @ stacked)
         return cls(gram, diagonal, schur, inverse_diagonal, low_rank_factor)
@@ -194,9 +185,7 @@ class LowRankKKT(FactorizedKKT):
         return self.inverse_diagonal * value - product.squeeze(-1)
 
 
-def pivoted_cholesky(
-    gram: Float[Tensor, "tasks n n"], *, max_rank: int, check_every: int = _CHECK_EVERY
-) -> Float[Tensor, "tasks n r"] | None:
+def pivoted_cholesky(gram: Float[Tensor, "tasks n n"], *, max_rank: int) -> Float[Tensor, "tasks n r"] | None:
     """A factor with `factor @ factor.mT == gram` up to rounding; None if it would need more than `max_rank` columns.
 
     The Cholesky factorization with pivoting (Higham 1990) ends when the diagonal of the residual is zero.
@@ -207,7 +196,7 @@ def pivoted_cholesky(
     factor = gram.new_zeros(tasks, n, max_rank)
     task = torch.arange(tasks, device=gram.device)
     for rank in range(max_rank):
-        if rank and rank % check_every == 0 and (residual_diagonal <= tolerance).all():
+        if rank and rank % _CHECK_EVERY == 0 and (residual_diagonal <= tolerance).all():
             return factor[..., :rank].contiguous()
         pivot = residual_diagonal.argmax(-1)
         column = gram[task, pivot] - (factor[..., :rank] @ factor[task, pivot, :rank].unsqueeze(-1)).squeeze(-1)
@@ -218,10 +207,10 @@ def pivoted_cholesky(
     return factor if (residual_diagonal <= tolerance).all() else None
 
 
-def with_gram_factor(problem: DualProblem, *, min_examples: int) -> DualProblem:
+def with_gram_factor(problem: DualProblem) -> DualProblem:
     """Add a factor of the Gram matrix to a problem with many examples and a small rank. A given factor is kept."""
     n = problem.gram.shape[-1]
-    if problem.gram_factor is not None or n < min_examples:
+    if problem.gram_factor is not None or n < _MIN_EXAMPLES_FOR_LOW_RANK:
         return problem
     return replace(problem, gram_factor=pivoted_cholesky(problem.gram, max_rank=int(_MAX_RANK_FRACTION * n)))
 

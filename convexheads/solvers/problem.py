@@ -64,7 +64,7 @@ class TensorRecord:
     def where(self: _R, chosen: Bool[Tensor, " tasks"], values: _R) -> _R:
         """Like `replace_tasks`, but `values` has all tasks. This works inside `torch.func.vmap` too."""
         new = values.tensors()
-        return self.map(lambda name, value: torch.where(chosen.view(-1, *[1] * (value.ndim - 1)), new[name], value))
+        return self.map(lambda name, value: torch.where(per_task(chosen, value), new[name], value))
 
     def __repr__(self) -> str:
         shown = (
@@ -133,9 +133,17 @@ class DualProblem(TensorRecord):
         return values if self.lower is None else torch.where(at_lower, self.lower, values)
 
     @property
-    def bounds(self) -> list[tuple[float, Float[Tensor, "*batch n k"]]]:
-        """The bounds that the problem has, with their sign: 1 for the upper one, -1 for the lower one."""
-        return [(sign, bound) for sign, bound in ((1.0, self.upper), (-1.0, self.lower)) if bound is not None]
+    def bounds(self) -> list[tuple[Float[Tensor, "*batch n k"], Float[Tensor, "*batch n k"]]]:
+        """The bounds that the problem has, the upper ones first, as constraints `sign * coef <= limit`.
+
+        The sign is 1 at upper bounds and -1 at lower bounds. An infinite bound is the idle row `0 * coef <= 1`.
+        """
+        constraints = []
+        for sign, bound in ((1.0, self.upper), (-1.0, self.lower)):
+            if bound is not None:
+                present = torch.isfinite(bound)
+                constraints.append((sign * present.to(bound.dtype), torch.where(present, sign * bound, 1.0)))
+        return constraints
 
     def project(self, coef: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n k"]:
         """The feasible coefficients nearest to `coef`, row by row."""
@@ -195,6 +203,11 @@ class Solution(TensorRecord):
             lambda status, gap: (int((status == 0).sum()), gap.max().item()), self.status, self.gap
         )
         return f"Solution(coef={shape}, {converged} of {tasks} tasks converged, largest gap {gap:.1e})"
+
+
+def per_task(values: Tensor, like: Tensor) -> Tensor:
+    """One value per task, with as many dimensions as `like`, whose first dimension is tasks."""
+    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def check_problem(problem: object) -> None:

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from convexheads.solvers.problem import DualProblem
+from convexheads.solvers.problem import DualProblem, per_task
 
 
-class Rescaled(NamedTuple):
-    """A rescaled problem, and the factors by which its coefficients and multipliers have to be multiplied."""
-
-    problem: DualProblem
-    coef_scale: Float[Tensor, "*batch"]
-    multiplier_scale: Float[Tensor, "*batch"]
-
-
-def rescale(problem: DualProblem) -> Rescaled:
+def rescale(problem: DualProblem) -> tuple[DualProblem, Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
     """Rescale a `problem` with finite data, so that no tolerance depends on the scale of the features or on C.
 
     A dual SVM depends only on C*K. Coefficients are measured in units of `min(C, 1/h)`, where h is the mean diagonal
     of K. Features scaled by 1e-4 or 1e4 then give the same rescaled problem, with moderate numbers for any C.
+
+    Returns:
+        The rescaled problem, and the factors by which its coefficients and its multipliers have to be multiplied.
     """
     with torch.no_grad():
         multiplier_scale = problem.linear.abs().amax((-2, -1))
@@ -43,12 +36,12 @@ def rescale(problem: DualProblem) -> Rescaled:
             "upper": 1 / coef_scale,
         }
     rescaled = problem.map(lambda name, value: value * factor[name][(...,) + (None,) * (value.ndim - coef_scale.ndim)])
-    return Rescaled(rescaled, coef_scale, multiplier_scale)
+    return rescaled, coef_scale, multiplier_scale
 
 
 def largest_bounds(problem: DualProblem) -> Float[Tensor, "*batch n"]:
     """The largest finite bound of each row."""
-    bounds = [bound.abs().nan_to_num(posinf=0) for _, bound in problem.bounds]
+    bounds = [bound.abs().nan_to_num(posinf=0) for bound in (problem.upper, problem.lower) if bound is not None]
     return torch.stack([bound.amax(-1) for bound in bounds]).amax(0)
 
 
@@ -63,6 +56,5 @@ def replace_non_finite_tasks(problem: DualProblem) -> tuple[DualProblem, Bool[Te
     non_finite = torch.stack([entries.flatten(1).any(1) for entries in bad]).any(0)
     eye = torch.eye(problem.gram.shape[-1]).to(problem.gram)
     placeholder = {"gram": eye, "gram_factor": 0.0, "linear": 0.0, "lower": -1.0, "upper": 1.0, "smoothing": 1.0}
-    return problem.map(
-        lambda name, value: torch.where(non_finite.view(-1, *[1] * (value.ndim - 1)), placeholder[name], value)
-    ), non_finite
+    finite = problem.map(lambda name, value: torch.where(per_task(non_finite, value), placeholder[name], value))
+    return finite, non_finite

@@ -10,7 +10,7 @@ from problems import known, known_problem
 from tasks import close, crammer_singer, examples, task
 
 from convexheads import SVMHead
-from convexheads.solvers import ADMMSolver, NativeSolver, Status
+from convexheads.solvers import ADMMSolver, DualProblem, NativeSolver, Status, kkt
 from convexheads.solvers.certificate import certify
 from convexheads.solvers.feasible_rows import FeasibleRows
 from convexheads.solvers.kkt import BlockKKT
@@ -94,20 +94,21 @@ def test_more_steps_come_closer():
 
 
 @pytest.mark.parametrize("rows_sum_to_zero", [True, False])
-def test_gathered_blocks_are_the_whole_ones(rows_sum_to_zero):
+def test_gathered_blocks_are_the_whole_ones(rows_sum_to_zero, monkeypatch):
     """Of most classes, few rows are free."""
     torch.manual_seed(1)
     root = torch.randn(3, 12, 15, dtype=torch.float64)
-    gram, free = root @ root.mT, torch.rand(3, 7, 12) < 0.3
+    free, linear = torch.rand(3, 7, 12) < 0.3, torch.zeros(3, 12, 7, dtype=torch.float64)
+    problem = DualProblem(root @ root.mT, linear, rows_sum_to_zero=rows_sum_to_zero)
     diagonal = torch.rand(3, 7, 12, dtype=torch.float64)
     right, sums = torch.randn(3, 7, 12, dtype=torch.float64), torch.randn(3, 12, dtype=torch.float64)
     sums = torch.where(free.any(1), sums, 0)
     found = {}
     for share in (0.0, 0.9):
-        settings = {"rows_sum_to_zero": rows_sum_to_zero, "regularization": 1e-12, "max_free_fraction": share}
-        kkt = BlockKKT.factorize(gram, diagonal=diagonal, free=free, **settings)
-        assert (kkt.index is None) is (share == 0)
-        found[share] = kkt.solve(right, sums, refinements=2)
+        monkeypatch.setattr(kkt, "_MAX_FREE_FRACTION_TO_GATHER", share)
+        system = BlockKKT.factorize(problem, diagonal=diagonal, free=free, regularization=1e-12)
+        assert (system.index is None) is (share == 0)
+        found[share] = system.solve(right, sums, refinements=2)
     for one, other in zip(found[0.0], found[0.9], strict=True):
         assert close(other, one) < 1e-10
 

@@ -13,6 +13,7 @@ from convexheads import ConvexHeadsError, InputError, SVMHead
 from convexheads.heads import _logistic_newton
 from convexheads.solvers import (
     ActiveSetSolver,
+    ADMMSolver,
     DualProblem,
     Fallback,
     InteriorPointSolver,
@@ -22,7 +23,7 @@ from convexheads.solvers import (
     implicit,
 )
 from convexheads.solvers.base import Plan
-from convexheads.solvers.certificate import StallDetector
+from convexheads.solvers.certificate import BestIterate
 
 
 class ProjectedGradientSolver(Solver):
@@ -186,8 +187,11 @@ def test_options_that_a_solver_passes_on_are_shown():
 
 @pytest.mark.usefixtures("unchecked")
 def test_integers_of_a_solver_may_be_tensors():
-    solver = ActiveSetSolver(max_rounds=torch.tensor(5))
+    five = torch.tensor(5)
+    solver = ActiveSetSolver(max_rounds=five)
     assert repr(solver) == "ActiveSetSolver(max_rounds=5)"
+    assert repr(ADMMSolver(steps=five, max_rounds=five)) == "ADMMSolver(steps=5, max_rounds=5)"
+    assert repr(NativeSolver(max_block_entries=five)) == "NativeSolver(max_block_entries=5)"
     assert solver.solve(crammer_singer(*task(4)[:2], C=0.3)).converged.all()
 
 
@@ -238,13 +242,14 @@ def test_solutions_are_moved_and_detached():
 
 
 def test_a_gap_that_falls_slowly_has_not_stalled():
-    gap, steady, stuck = torch.tensor([1e-5, 1e-5, 1.0]), torch.tensor([0.6, 1.0, 1.0]), []
-    stalling = StallDetector(torch.full_like(gap, torch.inf), patience=3)
-    for _ in range(20):
-        stuck.append(stalling.update(gap).tolist())
+    gap, steady, done = torch.tensor([1e-5, 1e-5, 1.0]), torch.tensor([0.6, 1.0, 1.0]), []
+    best = BestIterate(torch.zeros(3, 1, 1), patience=3)
+    for number in range(20):
+        best.update(number, gap, gap < 0, torch.zeros(3, 1, 1))
+        done.append(best.done.tolist())
         gap = gap * steady
-    assert not any(slow or far for slow, _, far in stuck)
-    assert [middle for _, middle, _ in stuck] == [False] * 3 + [True] * 17
+    assert not any(slow or far for slow, _, far in done)
+    assert [middle for _, middle, _ in done] == [False] * 3 + [True] * 17
 
 
 def test_logistic_regression_goes_on_while_the_gap_falls(monkeypatch):

@@ -65,7 +65,7 @@ def rescaling(qp, seed):
 
 
 def certification(qp, seed):
-    qp = rescale(qp).problem
+    qp, *_ = rescale(qp)
     feasible = qp.project(near_solution(qp, seed).coef)
     found = certificate.certify(qp, feasible)
     coef, multipliers = feasible[0].clone().numpy(), found.row_multipliers[0].clone().numpy()
@@ -97,35 +97,35 @@ def projection(qp, seed):
         found = np.empty(len(row))
         given = target[0, i].numpy()
         tolerance = feasible_rows.NEWTON_TOLERANCE
-        numba_kernels.project(found, given, lower[i], upper[i], 0.7, smoothing[i], tolerance)
+        numba_kernels.proximal(found, given, lower[i], upper[i], 0.7, smoothing[i], tolerance)
         yield found, row
 
 
 def admm_step(qp, seed):
     assume(qp.lower is None or qp.upper is None or not qp.rows_sum_to_zero)
-    qp = rescale(qp).problem
+    qp, *_ = rescale(qp)
     expected = next(admm_steps.admm(qp, [4]))
     coef, side = np.empty(qp.linear.shape[1:]), np.empty(qp.linear.shape[1:], np.int8)
     penalty = admm_steps.PENALTY * qp.curvature()[0].item()
-    settings = admm_steps.OVER_RELAXATION, feasible_rows.NEWTON_TOLERANCE
-    numba_kernels.admm(arrays(qp), qp.rows_sum_to_zero, penalty, 4, 99, *settings, coef, side)
+    settings = 4, 99, admm_steps.OVER_RELAXATION, feasible_rows.NEWTON_TOLERANCE
+    numba_kernels.admm(arrays(qp), qp.rows_sum_to_zero, penalty, settings, coef, side)
     yield coef, expected.coef[0]
 
 
 def active_set_round(qp, seed):
-    qp = rescale(qp).problem
+    qp, *_ = rescale(qp)
     start = near_solution(qp, seed)
     at_upper, at_lower = active_entries(qp, start.coef, start.bound_multipliers)
     coef, multipliers = start.coef[0].clone().numpy(), start.row_multipliers[0].clone().numpy()
     side = sides(at_upper, at_lower)
     for max_rounds in (1, 2):
-        expected = active_set.search(qp, start, max_rounds=max_rounds)
+        expected, expected_set, expected_rounds = active_set.search(qp, start, max_rounds=max_rounds)
         own = coef.copy(), multipliers.copy(), side.copy()
         settings = REGULARIZATION, active_set.REFINEMENTS, max_rounds
-        rounds = numba_kernels.search(arrays(qp), qp.rows_sum_to_zero, *settings, *own, allocate(qp))
-        yield own[0], expected.coef[0]
-        assert rounds == expected.rounds[0]
-        assert (own[2] == sides(expected.active_set.at_upper, expected.active_set.at_lower)).all()
+        rounds = numba_kernels.search(arrays(qp), qp.rows_sum_to_zero, settings, *own, allocate(qp))
+        yield own[0], expected[0]
+        assert rounds == expected_rounds[0]
+        assert (own[2] == sides(expected_set.at_upper, expected_set.at_lower)).all()
 
 
 def some_active_set(qp, seed):
@@ -155,7 +155,7 @@ def factorization(qp, seed):
 def adjoint(qp, seed):
     found = solve(qp)
     assume(found.solution.converged.all())
-    problem = rescale(qp).problem
+    problem, *_ = rescale(qp)
     generator = torch.Generator().manual_seed(seed)
     linearization = found.linearization
     expected = factorize_free(problem, linearization.at_upper, linearization.at_lower)
@@ -339,9 +339,9 @@ def test_machine_code_is_found_again_by_the_next_process(tmp_path):
         "from convexheads import SVMHead\n"
         "support, labels = torch.randn(6, 9, requires_grad=True), torch.arange(6) % 2\n"
         "SVMHead()(support, labels, torch.randn(3, 9)).sum().backward()\n"
-        "from convexheads.solvers.native.numba_kernels import solve_all\n"
-        "from convexheads.solvers.native.numba_kkt import solve_factorized_all\n"
-        "print(sum(sum(f.stats.cache_misses.values()) for f in (solve_all, solve_factorized_all)))\n"
+        "from convexheads.solvers.native.numba_kernels import solve_tasks\n"
+        "from convexheads.solvers.native.numba_kkt import solve_systems\n"
+        "print(sum(sum(f.stats.cache_misses.values()) for f in (solve_tasks, solve_systems)))\n"
     )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", code]

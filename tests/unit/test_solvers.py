@@ -245,10 +245,9 @@ def test_an_optimal_projection_does_not_prove_an_active_set(monkeypatch):
         found = search(qp, start, max_rounds=max_rounds)
         if max_rounds == 1:  # the interior point's polish
             return found
-        nowhere = torch.zeros_like(found.active_set.at_upper)
-        return found._replace(
-            coef=1e3 * found.coef, active_set=replace(found.active_set, at_upper=nowhere, at_lower=nowhere)
-        )
+        coef, active_set, rounds = found
+        nowhere = torch.zeros_like(active_set.at_upper)
+        return 1e3 * coef, replace(active_set, at_upper=nowhere, at_lower=nowhere), rounds
 
     monkeypatch.setattr(active_set, "search", astray)
     fitted = head.fit(support, labels)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexheads._functorch import once_differentiable
-from convexheads.solvers.problem import DualProblem
+from convexheads.solvers.problem import DualProblem, per_task
 
 
 class DenseProblem(NamedTuple):
@@ -27,27 +27,26 @@ class DenseProblem(NamedTuple):
 def to_dense(problem: DualProblem) -> DenseProblem:
     """Convert a `problem` to the dense form of general-purpose solvers, with an nk x nk matrix for every task.
 
-    Infinite bounds are left out. A task that has more of them than another task of the batch gets idle rows `0 z <= 1`
-    in their place. If rows need not sum to zero, there are no equalities.
+    Infinite bounds are left out. Tasks with more of them than another task of the batch are padded with idle rows
+    `0 z <= 1`. If rows need not sum to zero, there are no equalities.
     """
     *batch, n, k = problem.linear.shape
     eye = torch.eye(n * k, dtype=problem.gram.dtype, device=problem.gram.device)
     hessian = torch.einsum("...ij,cd->...icjd", problem.gram, eye[:k, :k]).reshape(*batch, n * k, n * k)
     if problem.smoothing is not None:
         hessian = hessian + torch.diag_embed(problem.smoothing.reshape(*batch, n * k))
-    sides, limits = [], []
-    for sign, bound in problem.bounds:
-        bound = sign * bound.reshape(*batch, n * k)
-        present = torch.isfinite(bound)
-        order = (~present).to(torch.uint8).argsort(dim=-1, stable=True)[..., : int(present.sum(-1).max())]
-        present = present.gather(-1, order)
-        sides.append(sign * present[..., None] * eye[order])
-        limits.append(torch.where(present, bound.gather(-1, order), 1))
+    rows, limits = [], []
+    for sign, limit in problem.bounds:
+        sign, limit = sign.reshape(*batch, n * k), limit.reshape(*batch, n * k)
+        idle = sign == 0
+        order = idle.to(torch.uint8).argsort(dim=-1, stable=True)[..., : int((~idle).sum(-1).max())]
+        rows.append(sign.gather(-1, order)[..., None] * eye[order])
+        limits.append(limit.gather(-1, order))
     equality = eye.view(n, k, n * k).sum(1) if problem.rows_sum_to_zero else eye[:0]
     return DenseProblem(
         Q=hessian,
         p=-problem.linear.reshape(*batch, n * k),
-        G=torch.cat(sides, -2),
+        G=torch.cat(rows, -2),
         h=torch.cat(limits, -1),
         A=equality.expand(*batch, *equality.shape).clone(),
         b=problem.linear.new_zeros(*batch, len(equality)),
@@ -74,9 +73,9 @@ class _Call(torch.autograd.Function):
     @staticmethod
     def forward(ctx, solve: Callable[..., Tensor], backend: str, *inputs: Tensor) -> Tensor:
         ctx.backend = backend
-        wanted = ctx.needs_input_grad[2:]
-        with torch.set_grad_enabled(any(wanted)):
-            ctx.inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, wanted, strict=True)]
+        needs_grad = ctx.needs_input_grad[2:]
+        with torch.set_grad_enabled(any(needs_grad)):
+            ctx.inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs_grad, strict=True)]
             ctx.output = solve(*ctx.inputs)
         return ctx.output.detach()
 
@@ -85,13 +84,12 @@ class _Call(torch.autograd.Function):
         if not ctx.output.requires_grad:  # the backend has solved no task
             nothing = (torch.full_like(x, torch.nan) if x.requires_grad else None for x in ctx.inputs)
             return None, None, *nothing
-        size = gradient.detach().abs().amax(tuple(range(1, gradient.ndim)))
-        size = torch.where(size > 0, size, 1)
-        wanted = [x for x in ctx.inputs if x.requires_grad]
+        magnitude = gradient.detach().abs().flatten(1).amax(1)
+        magnitude = torch.where(magnitude > 0, magnitude, 1)
+        differentiable = [x for x in ctx.inputs if x.requires_grad]
         with torch.enable_grad():
-            scaled = gradient.detach() / size.view(-1, *[1] * (gradient.ndim - 1))
-            found = iter(torch.autograd.grad(ctx.output, wanted, scaled, retain_graph=True))
-        found = [next(found) if x.requires_grad else None for x in ctx.inputs]
-        back = [None if g is None else g * size.view(-1, *[1] * (g.ndim - 1)) for g in found]
+            scaled = gradient.detach() / per_task(magnitude, gradient)
+            gradients = torch.autograd.grad(ctx.output, differentiable, scaled, retain_graph=True)
         # Connected to the incoming gradient, so that differentiating once more raises the error.
-        return None, None, *(None if g is None else once_differentiable(g, gradient, ctx.backend) for g in back)
+        back = (once_differentiable(g * per_task(magnitude, g), gradient, ctx.backend) for g in gradients)
+        return None, None, *(next(back) if x.requires_grad else None for x in ctx.inputs)

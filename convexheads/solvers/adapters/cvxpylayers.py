@@ -31,10 +31,6 @@ class CvxpylayersSolver(Solver):
     It takes `max_iterations` (default None: at most 200), `tolerance` (default 1e-3) and `on_failure` (default
     "raise"), as every `Solver` does.
 
-    Raises:
-        InputError: an argument is outside its range. Solving raises the errors of `Solver.solve`.
-        MissingDependencyError: cvxpylayers is not installed.
-
     Example:
         `SVMHead(solver=CvxpylayersSolver())`
     """
@@ -45,21 +41,16 @@ class CvxpylayersSolver(Solver):
 
     def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:
         smoothing = torch.zeros_like(problem.linear) if problem.smoothing is None else problem.smoothing
-        bounds = problem.bounds
+        signs, limits = zip(*problem.bounds, strict=True)
         _, n, k = problem.linear.shape
-        layer = _layer(n, k, tuple(sign for sign, _ in bounds), problem.rows_sum_to_zero)
-        # A missing bound is the idle row `0 a <= 1`.
-        present = [torch.isfinite(bound) for _, bound in bounds]
-        limits = [torch.where(on, sign * bound, 1) for on, (sign, bound) in zip(present, bounds, strict=True)]
-        accuracy, limit = self.tolerance * 1e-7, self.max_iterations or 200
-        switches = [on.to(problem.gram.dtype) for on in present]
+        layer = _layer(n, k, len(signs), problem.rows_sum_to_zero)
+        accuracy, max_iterations = self.tolerance * 1e-7, self.max_iterations or 200
 
         def solve(gram: Tensor, smoothing: Tensor, linear: Tensor, *limits: Tensor) -> Tensor:
             found: list[Tensor] = []
             linear = _QuadraticTerm.apply(linear, gram, smoothing, found)
-            parameters = [x for pair in zip(switches, limits, strict=True) for x in pair]
-            parameters = (_square_root(gram.detach()), smoothing.detach().sqrt(), linear, *parameters)
-            (coef,) = call(layer, *parameters, tolerance=accuracy, max_iterations=limit)
+            parameters = _square_root(gram.detach()), smoothing.detach().sqrt(), linear, *signs, *limits
+            (coef,) = call(layer, *parameters, tolerance=accuracy, max_iterations=max_iterations)
             found.append(coef.detach())  # with its graph, it would be a reference cycle
             return coef
 
@@ -110,19 +101,19 @@ def layer_of(problem: Any, parameters: list[Any], variables: list[Any]) -> Layer
 
 
 @lru_cache(maxsize=64)
-def _layer(n: int, k: int, signs: tuple[float, ...], rows_sum_to_zero: bool) -> Layer:
+def _layer(n: int, k: int, num_bounds: int, rows_sum_to_zero: bool) -> Layer:
     import cvxpy
 
     coef = cvxpy.Variable((n, k))
-    root, softness, linear = cvxpy.Parameter((n, n)), cvxpy.Parameter((n, k)), cvxpy.Parameter((n, k))
-    bounds = [(sign, cvxpy.Parameter((n, k)), cvxpy.Parameter((n, k))) for sign in signs]
-    constraints: list[Any] = [cvxpy.multiply(switch, sign * coef) <= limit for sign, switch, limit in bounds]
+    root, sqrt_smoothing, linear = cvxpy.Parameter((n, n)), cvxpy.Parameter((n, k)), cvxpy.Parameter((n, k))
+    signs, limits = ([cvxpy.Parameter((n, k)) for _ in range(num_bounds)] for _ in range(2))
+    constraints: list[Any] = [cvxpy.multiply(sign, coef) <= limit for sign, limit in zip(signs, limits, strict=True)]
     if rows_sum_to_zero:
         constraints.append(cvxpy.sum(coef, axis=1) == 0)
-    quadratic = cvxpy.sum_squares(root @ coef) + cvxpy.sum_squares(cvxpy.multiply(softness, coef))
+    quadratic = cvxpy.sum_squares(root @ coef) + cvxpy.sum_squares(cvxpy.multiply(sqrt_smoothing, coef))
     objective = quadratic / 2 - cvxpy.sum(cvxpy.multiply(linear, coef))
-    parameters = [root, softness, linear, *(p for _, *pair in bounds for p in pair)]
-    return layer_of(cvxpy.Problem(cvxpy.Minimize(objective), constraints), parameters, [coef])
+    problem = cvxpy.Problem(cvxpy.Minimize(objective), constraints)
+    return layer_of(problem, [root, sqrt_smoothing, linear, *signs, *limits], [coef])
 
 
 def _square_root(matrix: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from convexheads.solvers.problem import DualProblem
 _CACHE_SIZE = 16
 _MAX_ITERATIONS = 200
 _MAX_SIZE_FOR_ACTIVE_SET = 500
-_local = threading.local()  # because threads must not share a solver of Moreau
 
 
 class MoreauSolver(Solver):
@@ -32,10 +31,6 @@ class MoreauSolver(Solver):
     It takes `max_iterations` (default None: at most 200), `tolerance` (default 1e-5) and `on_failure` (default
     "raise"), as every `Solver` does.
 
-    Raises:
-        InputError: an argument is outside its range. Solving raises the errors of `Solver.solve`.
-        MissingDependencyError: moreau is not installed.
-
     Example:
         `SVMHead(solver=MoreauSolver())`
     """
@@ -46,46 +41,35 @@ class MoreauSolver(Solver):
 
     def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:
         tasks, n, k = problem.linear.shape
-        bounds = problem.bounds
-        finite = [torch.isfinite(bound) for _, bound in bounds]
-        # An entry has a row if any task bounds it. In the other tasks, this is the idle row `0 a <= 1`.
-        rows = [on.any(0).flatten().nonzero().squeeze(-1) for on in finite]
+        signs, limits = zip(*problem.bounds, strict=True)
+        # An entry has a row if any task bounds it; in the other tasks, this is an idle row.
+        rows = [sign.any(0).flatten().nonzero().squeeze(-1) for sign in signs]
         smoothing = torch.zeros_like(problem.linear) if problem.smoothing is None else problem.smoothing
-        sums = torch.ones(tasks, n * k if problem.rows_sum_to_zero else 0).to(problem.linear)
-        sides = zip(bounds, finite, rows, strict=True)
-        present = [sign * on.flatten(1)[:, row].to(problem.linear) for (sign, _), on, row in sides]
-        coefficients = torch.cat([sums, *present], -1)
+        num_sums = n if problem.rows_sum_to_zero else 0
+        sums = torch.ones(tasks, num_sums * k).to(problem.linear)
+        coefficients = torch.cat([sums, *(sign.flatten(1)[:, row] for sign, row in zip(signs, rows, strict=True))], -1)
         structure = tuple(tuple(row.tolist()) for row in rows), str(problem.linear.device)
-        solver = _solver(tasks, n, k, problem.rows_sum_to_zero, *structure, self.tolerance * 1e-5, self.max_iterations)
+        solver = _cache.build(tasks, n, k, num_sums, *structure, self.tolerance * 1e-5, self.max_iterations)
 
         def solve(gram: Tensor, smoothing: Tensor, linear: Tensor, *limits: Tensor) -> Tensor:
             hessian = gram.unsqueeze(2).expand(tasks, n, k, n) + torch.diag_embed(smoothing.mT).permute(0, 2, 1, 3)
-            right = [linear.new_zeros(tasks, n if problem.rows_sum_to_zero else 0)]
-            for (sign, _), limit, on, row in zip(bounds, limits, finite, rows, strict=True):
-                right.append(torch.where(on, sign * limit, 1).flatten(1)[:, row])
+            right = [limit.flatten(1)[:, row] for limit, row in zip(limits, rows, strict=True)]
+            right = [linear.new_zeros(tasks, num_sums), *right]
             found = solver.solve(hessian.flatten(1), coefficients, -linear.flatten(1), torch.cat(right, -1))
             return found.x.reshape(linear.shape)
 
-        limits = [bound for _, bound in bounds]
         return _external.call_backend(solve, problem.gram, smoothing, problem.linear, *limits, backend="MoreauSolver")
-
-
-def _solver(*key: Any) -> Any:
-    """The result of `_build`, cached per thread."""
-    if not hasattr(_local, "build"):
-        _local.build = lru_cache(_CACHE_SIZE)(_build)
-    return _local.build(*key)
 
 
 def _build(
     tasks: int,
     n: int,
     k: int,
-    rows_sum_to_zero: bool,
+    num_sums: int,
     rows: tuple[tuple[int, ...], ...],
     device: str,
     tolerance: float,
-    early: int | None,
+    max_iterations: int | None,
 ) -> Any:
     """A solver for problems of this structure."""
     import moreau
@@ -94,8 +78,8 @@ def _build(
     entry = torch.arange(n * k).view(n, k)
     hessian_columns = entry.T.unsqueeze(0).expand(n, k, n).flatten()  # row (i, c) has the columns (j, c) for all j
     bounded = torch.tensor([row for side in rows for row in side], dtype=torch.long)
-    columns = torch.cat([entry.flatten() if rows_sum_to_zero else entry.flatten()[:0], bounded])
-    counts = torch.cat([torch.full((n if rows_sum_to_zero else 0,), k), torch.ones(len(bounded), dtype=torch.long)])
+    columns = torch.cat([entry[:num_sums].flatten(), bounded])
+    counts = torch.cat([torch.full((num_sums,), k), torch.ones(len(bounded), dtype=torch.long)])
     make: Any = Moreau
     return make(
         n=n * k,
@@ -104,15 +88,27 @@ def _build(
         P_col_indices=hessian_columns,
         A_row_offsets=torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]),
         A_col_indices=columns,
-        cones=moreau.Cones(num_zero_cones=n if rows_sum_to_zero else 0, num_nonneg_cones=len(bounded)),
+        cones=moreau.Cones(num_zero_cones=num_sums, num_nonneg_cones=len(bounded)),
         settings=moreau.Settings(
             # The rule is that of "auto", which would emit a warning. The active-set solver cannot be stopped early.
-            solver="active_set" if early is None and device == "cpu" and n * k <= _MAX_SIZE_FOR_ACTIVE_SET else "ipm",
+            solver="active_set"
+            if max_iterations is None and device == "cpu" and n * k <= _MAX_SIZE_FOR_ACTIVE_SET
+            else "ipm",
             device=device.partition(":")[0],
             batch_size=tasks,
             enable_grad=True,
-            max_iter=early or _MAX_ITERATIONS,
+            max_iter=max_iterations or _MAX_ITERATIONS,
             verbose=False,
             ipm_settings=moreau.IPMSettings(tol_gap_abs=tolerance, tol_gap_rel=tolerance, tol_feas=tolerance),
         ),
     )
+
+
+class _Cache(threading.local):
+    """The last results of `_build` in this thread, because threads must not share a solver of Moreau."""
+
+    def __init__(self) -> None:
+        self.build = lru_cache(_CACHE_SIZE)(_build)
+
+
+_cache = _Cache()

@@ -36,10 +36,6 @@ class QpthSolver(Solver):
     Its matrices are nk x nk. It takes `max_iterations` (default None: at most 50), `tolerance` (default 1e-5) and
     `on_failure` (default "raise"), as every `Solver` does.
 
-    Raises:
-        InputError: an argument is outside its range. Solving raises the errors of `Solver.solve`.
-        MissingDependencyError: qpth is not installed.
-
     Example:
         `SVMHead(solver=QpthSolver(max_iterations=3))`
     """
@@ -55,11 +51,11 @@ class QpthSolver(Solver):
 
     def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:
         plain = problem.detach()
-        wanted = _SMALLEST_EIGENVALUE * plain.curvature().clamp_min(_SMALLEST_EIGENVALUE)
+        target_eigenvalue = _SMALLEST_EIGENVALUE * plain.curvature().clamp_min(_SMALLEST_EIGENVALUE)
         smallest = torch.linalg.eigvalsh(plain.gram)[:, 0]
         if plain.smoothing is not None:
             smallest = smallest + plain.smoothing.amin((-2, -1))
-        shift = (wanted - smallest).clamp_min(0)[:, None, None].expand_as(problem.linear)
+        shift = (target_eigenvalue - smallest).clamp_min(0)[:, None, None].expand_as(problem.linear)
         shifted = replace(problem, smoothing=shift if problem.smoothing is None else problem.smoothing + shift)
         dense = _external.to_dense(shifted)
         tasks = len(problem.linear)
@@ -73,9 +69,9 @@ class QpthSolver(Solver):
         batched = self._attempt(*dense) if Q.is_cuda or G.shape[-2] + A.shape[-2] <= _MAX_ROWS_IN_BATCH else None
         if batched is not None and torch.isfinite(batched).all():
             return batched
-        nothing = torch.full_like(dense[1][:1], torch.nan)
+        unsolved = torch.full_like(dense[1][:1], torch.nan)
         per_task = (self._attempt(*(part[task : task + 1] for part in dense)) for task in range(len(Q)))
-        return torch.cat([nothing if solution is None else solution for solution in per_task])
+        return torch.cat([unsolved if solution is None else solution for solution in per_task])
 
     def _attempt(self, *dense: Tensor) -> Tensor | None:
         from qpth.qp import QPFunction

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from convexheads._validation import check_choice, check_positive_ints
@@ -25,20 +25,12 @@ INNER_TOLERANCE_RATIO = 1e-3
 """Solvers aim at this fraction of their tolerance, because the gradient is correct only for the right active set."""
 MAX_ROUNDS = 12
 REFINEMENTS = 2
-# For problems with at least this number of coefficients, ADMM gives the first guess; for others, a ridge regression.
+# Problems with at least this number of coefficients start from ADMM, and smaller ones from a ridge regression.
 _MIN_SIZE_FOR_ADMM = 500
 _ADMM_STEPS = 10
 # Larger problems on a GPU are not copied to the CPU. With up to 5 ways, copying and solving on the CPU is several times
 # as fast as solving on the GPU; with more ways, it is slower.
 _MAX_ENTRIES_TO_COPY = 2**23
-
-
-class SearchResult(NamedTuple):
-    """The last active set with its exact solution, which is feasible up to rounding if the active set is right."""
-
-    coef: Float[Tensor, "tasks n k"]
-    active_set: ActiveSet
-    rounds: Int[Tensor, " tasks"]
 
 
 class ActiveSetSolver(Solver):
@@ -57,7 +49,6 @@ class ActiveSetSolver(Solver):
         max_rounds: number of rounds after which the search gives up. Default 12.
 
     Raises:
-        InputError: an argument is outside its range. Solving raises the errors of `Solver.solve`.
         MissingDependencyError: `backend="numba"` and Numba is not installed.
 
     Example:
@@ -73,7 +64,10 @@ class ActiveSetSolver(Solver):
         max_rounds: int = MAX_ROUNDS,
     ) -> None:
         super().__init__(tolerance=tolerance, on_failure=on_failure)
-        check_backend(type(self).__name__, backend)
+        name = type(self).__name__
+        check_choice(f"{name}(backend)", backend, get_args(Backend))
+        if backend == "numba" and not numba_is_installed():
+            raise MissingDependencyError("numba", extra="numba", needed_by=f"{name}(backend='numba')")
         self.backend: Backend = backend
         (self.max_rounds,) = check_positive_ints(max_rounds=max_rounds)
 
@@ -88,14 +82,18 @@ class ActiveSetSolver(Solver):
         return SolverResult(coef, rounds, certificate, active_set)
 
     def plan(self, problem: DualProblem) -> Plan:
-        moves = not problem.linear.is_cpu and moves_to_cpu(problem, self.backend)
-        return super().plan(problem.to("cpu") if moves else problem)
+        if problem.linear.is_cpu:
+            return super().plan(problem)
+        tasks, n, k = problem.linear.shape
+        is_faster = problem.linear.is_cuda and tasks * k * n * n <= _MAX_ENTRIES_TO_COPY and numba_is_installed()
+        copies = is_faster if self.backend == "auto" else self.backend == "numba"
+        return super().plan(problem.to("cpu") if copies else problem)
 
     def _solve_numerically(self, problem: DualProblem) -> Solved:
         """The Numba kernels rescale, solve and certify in one call, by the same formulas (tests/unit/test_numba.py)."""
         linear = problem.linear
-        is_compiled = linear.is_cpu and linear.dtype == torch.float64 and len(linear) > 0
-        if self.backend == "torch" or not (is_compiled and numba_is_installed()):
+        fits_numba = linear.is_cpu and linear.dtype == torch.float64 and len(linear) > 0
+        if self.backend == "torch" or not (fits_numba and numba_is_installed()):
             return super()._solve_numerically(problem)
         from convexheads.solvers.native import numba_backend
 
@@ -103,8 +101,12 @@ class ActiveSetSolver(Solver):
         return numba_backend.solve(problem, tolerance, max_rounds=self.max_rounds, refinements=REFINEMENTS)
 
 
-def search(problem: DualProblem, start: WarmStart, *, max_rounds: int) -> SearchResult:
-    """Search for the active set of a flat, rescaled batch. The first guess is the one that `start` implies."""
+def search(problem: DualProblem, start: WarmStart, *, max_rounds: int) -> tuple[Tensor, ActiveSet, Tensor]:
+    """Search for the active set of a flat, rescaled batch. The first guess is the one that `start` implies.
+
+    Returns the exact solution for the last active set, which is feasible up to rounding if that is right; the active
+    set; and the number of rounds.
+    """
     coef, bound_multipliers, row_multipliers = start
     at_upper, at_lower = active_entries(problem, coef, bound_multipliers)
     rounds = torch.ones_like(coef[:, 0, 0], dtype=torch.long)
@@ -115,8 +117,7 @@ def search(problem: DualProblem, start: WarmStart, *, max_rounds: int) -> Search
         kkt = factorize_free(problem, at_upper, at_lower)
         right, sums = (problem.linear - problem.gram @ fixed).mT, -fixed.sum(-1)
         # If several solutions are optimal, starting from the last iterate leads to one near that within the bounds.
-        last = torch.where(free, coef, 0).mT, row_multipliers
-        moved, row_multipliers = kkt.solve(right, sums, start=last, refinements=0)
+        moved, row_multipliers = kkt.refine(right, sums, torch.where(free, coef, 0).mT, row_multipliers, steps=1)
         coef = moved.mT + fixed
         if this_round == max_rounds:
             break
@@ -128,8 +129,8 @@ def search(problem: DualProblem, start: WarmStart, *, max_rounds: int) -> Search
         this_round += 1
         rounds = torch.where(changed, this_round, rounds)
         at_upper, at_lower = new_upper, new_lower
-    moved, _ = kkt.solve(right, sums, start=(moved, row_multipliers), refinements=REFINEMENTS)
-    return SearchResult(moved.mT + fixed, ActiveSet(kkt, at_upper, at_lower), rounds)
+    moved, _ = kkt.refine(right, sums, moved, row_multipliers, steps=1 + REFINEMENTS)
+    return moved.mT + fixed, ActiveSet(kkt, at_upper, at_lower), rounds
 
 
 def polish(
@@ -162,18 +163,3 @@ def of_projection(certificate: Certificate, **changes: Tensor) -> Certificate:
 def numba_is_installed() -> bool:
     """Whether Numba is installed, and SciPy, whose BLAS Numba uses."""
     return None not in map(find_spec, ("numba", "scipy"))
-
-
-def check_backend(name: str, backend: object) -> None:
-    """Raise an error unless `backend` is one of the choices, and installed."""
-    check_choice(f"{name}(backend)", backend, get_args(Backend))
-    if backend == "numba" and not numba_is_installed():
-        raise MissingDependencyError("numba", extra="numba", needed_by=f"{name}(backend='numba')")
-
-
-def moves_to_cpu(problem: DualProblem, backend: Backend) -> bool:
-    """Whether a problem on another device is copied to the CPU, which is faster for small problems."""
-    if backend != "auto":
-        return backend == "numba"
-    tasks, n, k = problem.linear.shape
-    return problem.linear.is_cuda and tasks * k * n * n <= _MAX_ENTRIES_TO_COPY and numba_is_installed()

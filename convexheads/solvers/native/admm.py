@@ -9,7 +9,7 @@ import torch
 from convexheads._validation import check_positive_ints
 from convexheads.solvers.base import OnFailure, Solver, SolverResult
 from convexheads.solvers.certificate import certify
-from convexheads.solvers.kkt import MIN_EXAMPLES_FOR_LOW_RANK, with_gram_factor
+from convexheads.solvers.kkt import with_gram_factor
 from convexheads.solvers.native.active_set import INNER_TOLERANCE_RATIO, is_proven, of_projection, polish, search
 from convexheads.solvers.native.admm_steps import admm
 from convexheads.solvers.problem import DualProblem
@@ -31,11 +31,6 @@ class ADMMSolver(Solver):
         on_failure: as in `Solver`.
         steps: number of ADMM steps between two certificates. Default 10.
         max_rounds: number of rounds of active-set Newton after each block of steps. Default 3.
-        min_examples_for_low_rank: smallest number of examples for which the Gram matrix is factorized if its rank r is
-            at most n / 4; ADMM then works with an r x r matrix. Default 256.
-
-    Raises:
-        InputError: an argument is outside its range. Solving raises the errors of `Solver.solve`.
 
     Example:
         `SVMHead(solver=ADMMSolver())`
@@ -49,15 +44,13 @@ class ADMMSolver(Solver):
         on_failure: OnFailure = "raise",
         steps: int = 10,
         max_rounds: int = 3,
-        min_examples_for_low_rank: int = MIN_EXAMPLES_FOR_LOW_RANK,
     ) -> None:
         super().__init__(max_iterations=max_iterations, tolerance=tolerance, on_failure=on_failure)
-        check_positive_ints(steps=steps, max_rounds=max_rounds, min_examples_for_low_rank=min_examples_for_low_rank)
-        self.steps, self.max_rounds, self.min_examples_for_low_rank = steps, max_rounds, min_examples_for_low_rank
+        self.steps, self.max_rounds = check_positive_ints(steps=steps, max_rounds=max_rounds)
 
     def solve_batch(self, problem: DualProblem) -> SolverResult:
         # A task that is not solved gets the last iterate of ADMM, with the active set that this iterate implies.
-        problem = with_gram_factor(problem, min_examples=self.min_examples_for_low_rank)
+        problem = with_gram_factor(problem)
         tolerance, search_gap = INNER_TOLERANCE_RATIO * self.tolerance, _FIRST_SEARCH_GAP
         limit = self.max_iterations or _MAX_ITERATIONS
         blocks = [self.steps] * (limit // self.steps) + [limit % self.steps] * (limit % self.steps > 0)

@@ -10,7 +10,7 @@ from convexheads._functorch import is_transforming
 from convexheads._validation import check_positive_ints, check_real
 from convexheads.solvers.base import OnFailure, Plan
 from convexheads.solvers.fallback import Fallback
-from convexheads.solvers.kkt import MIN_EXAMPLES_FOR_LOW_RANK, with_gram_factor
+from convexheads.solvers.kkt import with_gram_factor
 from convexheads.solvers.native.active_set import INNER_TOLERANCE_RATIO, ActiveSetSolver, Backend
 from convexheads.solvers.native.admm import ADMMSolver
 from convexheads.solvers.native.interior_point import InteriorPointSolver
@@ -40,7 +40,6 @@ class NativeSolver(Fallback):
             batches are divided; if a single task already has more, ADMM solves it. Default 2**28, which is 2 GB.
 
     Raises:
-        InputError: an argument is outside its range. Solving raises the errors of `Solver.solve`.
         MissingDependencyError: `backend="numba"` and Numba is not installed.
 
     Example:
@@ -59,9 +58,8 @@ class NativeSolver(Fallback):
             check_real("NativeSolver(tolerance)", tolerance, positive=True)
         first = ActiveSetSolver(tolerance=tolerance, backend=backend)
         super().__init__(first, InteriorPointSolver(tolerance=tolerance), on_failure=on_failure)
-        check_positive_ints(max_block_entries=max_block_entries)
         self.backend: Backend = backend
-        self.max_block_entries = max_block_entries
+        (self.max_block_entries,) = check_positive_ints(max_block_entries=max_block_entries)
         self._admm = ADMMSolver(tolerance=tolerance)
 
     def plan(self, problem: DualProblem) -> Plan:
@@ -72,7 +70,7 @@ class NativeSolver(Fallback):
             return plan._replace(max_tasks=tasks_at_once)
         if not is_transforming():  # inside `torch.func.vmap`, values cannot decide between solvers
             with torch.no_grad():
-                factor = with_gram_factor(problem.detach(), min_examples=MIN_EXAMPLES_FOR_LOW_RANK).gram_factor
+                factor = with_gram_factor(problem.detach()).gram_factor
             if factor is not None and k * n * factor.shape[-1] <= self.max_block_entries:
                 problem = replace(problem, gram_factor=factor)
                 return Plan(problem, (self._admm, self.then), max_gap=INNER_TOLERANCE_RATIO * self.tolerance)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from convexheads._validation import check_choice, check_positive_ints, check_real
+from convexheads._validation import check_choice, check_real
 from convexheads.errors import InputError
 from convexheads.solvers.base import OnFailure, Solver, SolverResult
-from convexheads.solvers.certificate import StallDetector, certify
+from convexheads.solvers.certificate import BestIterate, certify
 from convexheads.solvers.implicit import BarrierPoint
-from convexheads.solvers.kkt import MIN_EXAMPLES_FOR_LOW_RANK, BlockKKT, FactorizedKKT, LowRankKKT, with_gram_factor
+from convexheads.solvers.kkt import BlockKKT, FactorizedKKT, LowRankKKT, with_gram_factor
 from convexheads.solvers.native.active_set import INNER_TOLERANCE_RATIO, of_projection, polish
 from convexheads.solvers.problem import DualProblem
 
@@ -52,12 +52,9 @@ class InteriorPointSolver(Solver):
             (OptNet, Amos & Kolter 2017, and Lee et al. 2019). The last two have no second derivative.
         complementarity: slack times multiplier for "relaxed", in the units of the rescaled problem, in which
             coefficients and multipliers are around one. Default 1e-3.
-        min_examples_for_low_rank: smallest number of examples for which the Gram matrix is factorized if its rank r is
-            at most n / 4. Default 256.
 
     Raises:
-        InputError: an argument is outside its range, or `gradient` and `max_iterations` are incompatible. Solving
-            raises the errors of `Solver.solve`.
+        InputError: `gradient` and `max_iterations` are incompatible.
 
     Example:
         `SVMHead(solver=InteriorPointSolver(max_iterations=3, gradient="last_iterate"))`
@@ -71,7 +68,6 @@ class InteriorPointSolver(Solver):
         on_failure: OnFailure = "raise",
         gradient: Gradient = "exact",
         complementarity: float = 1e-3,
-        min_examples_for_low_rank: int = MIN_EXAMPLES_FOR_LOW_RANK,
     ) -> None:
         super().__init__(max_iterations=max_iterations, tolerance=tolerance, on_failure=on_failure)
         name = type(self).__name__
@@ -79,38 +75,21 @@ class InteriorPointSolver(Solver):
         if (gradient == "last_iterate") is (max_iterations is None) and gradient != "exact":
             expected = "a number" if gradient == "last_iterate" else "None"
             raise InputError(f"{name}(max_iterations)", f"{expected} with gradient={gradient!r}", max_iterations)
-        check_positive_ints(min_examples_for_low_rank=min_examples_for_low_rank)
         self.gradient: Gradient = gradient
         self.complementarity = check_real(f"{name}(complementarity)", complementarity, positive=True)
-        self.min_examples_for_low_rank = min_examples_for_low_rank
 
     def solve_batch(self, problem: DualProblem) -> SolverResult:
-        problem = with_gram_factor(problem, min_examples=self.min_examples_for_low_rank)
+        problem = with_gram_factor(problem)
         limit, tolerance = self.max_iterations or _MAX_ITERATIONS, INNER_TOLERANCE_RATIO * self.tolerance
-        iterate = interior_point(problem, tolerance=tolerance, max_iterations=limit)
-        linearization, certificate = polish(problem, iterate.point, move=self.max_iterations is None)
-        if self.gradient == "last_iterate":
-            linearization = iterate.linearize(problem)
-        elif self.gradient == "relaxed":
-            relaxed = central_path(problem, complementarity=self.complementarity, max_iterations=_MAX_ITERATIONS)
-            linearization = relaxed.linearize(problem)
+        point, stiffness, iterations = interior_point(problem, tolerance=tolerance, max_iterations=limit)
+        linearization, certificate = polish(problem, point, move=self.max_iterations is None)
+        if self.gradient == "relaxed":
+            point, stiffness = central_path(problem, complementarity=self.complementarity)
+        if self.gradient != "exact":
+            diagonal = stiffness.sum(1) if problem.smoothing is None else stiffness.sum(1) + problem.smoothing
+            linearization = BarrierPoint(_factorize(problem, diagonal.mT), point, stiffness)
         certificate = of_projection(certificate)
-        return SolverResult(certificate.feasible, iterate.iterations, certificate, linearization)
-
-
-class InteriorPointResult(NamedTuple):
-    """The final point with its stiffness, as in `BarrierPoint`, and the number of iterations, if counted."""
-
-    point: Float[Tensor, "tasks n k"]
-    upper: Float[Tensor, "tasks n k"]
-    lower: Float[Tensor, "tasks n k"]
-    iterations: Int[Tensor, " tasks"] | None = None
-
-    def linearize(self, problem: DualProblem) -> BarrierPoint:
-        """The system from which the gradient at this point is computed."""
-        stiffness = self.upper + self.lower
-        diagonal = stiffness if problem.smoothing is None else stiffness + problem.smoothing
-        return BarrierPoint(_factorize(problem, diagonal.mT), self.point, self.upper, self.lower)
+        return SolverResult(certificate.feasible, iterations, certificate, linearization)
 
 
 class _Point(NamedTuple):
@@ -122,83 +101,58 @@ class _Point(NamedTuple):
     multiplier: Float[Tensor, "sides tasks k n"]
 
 
-class _Residual(NamedTuple):
-    """The violation of the optimality conditions."""
-
-    stationarity: Float[Tensor, "tasks k n"]
-    violation: Float[Tensor, "sides tasks k n"]
-    balance: Float[Tensor, "tasks n"]
-
-    def size(self) -> Float[Tensor, " tasks"]:
-        """The largest violation of each task."""
-        violation = self.violation.abs().amax((0, 2, 3))
-        return self.stationarity.abs().amax((1, 2)).maximum(self.balance.abs().amax(1)).maximum(violation)
-
-
-def interior_point(problem: DualProblem, *, tolerance: float, max_iterations: int) -> InteriorPointResult:
+def interior_point(problem: DualProblem, *, tolerance: float, max_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mehrotra's predictor-corrector method on a flat, rescaled batch.
 
     Each task stops when its certificate certifies `tolerance`, or when the gap has stopped falling. A task whose system
-    cannot be factorized keeps its best iterate and does not affect the others. For each task, the result is the iterate
-    whose projection has the smallest certified gap.
+    cannot be factorized keeps its best iterate and does not affect the others.
+
+    Returns the iterate of each task whose projection has the smallest certified gap, its stiffness, as in
+    `BarrierPoint`, and the number of iterations.
     """
     barrier = _Barrier(problem)
     point = barrier.start()
-    best, best_stiffness = point.coef.mT, torch.ones_like(point.slack)
-    best_gap = torch.full_like(problem.linear[:, 0, 0], torch.inf)
-    iterations = torch.zeros_like(best_gap, dtype=torch.long)
-    done = torch.zeros_like(best_gap, dtype=torch.bool)
-    stalling = StallDetector(best_gap, patience=_PATIENCE)
-
+    best = BestIterate(point.coef.mT, barrier.by_task(torch.ones_like(point.slack)), patience=_PATIENCE)
     for iteration in range(1, max_iterations + 1):
         point, mean, _ = barrier.step(point)
         # Far from convergence, there is nothing to certify. NaN must not count as far from convergence.
-        remaining = torch.where(done, torch.inf, mean[:, 0, 0])
+        remaining = torch.where(best.done, torch.inf, mean[:, 0, 0])
         if iteration < max_iterations and remaining.amin() > _COMPLEMENTARITY_TO_CERTIFY:
             continue
         certificate = certify(problem, point.coef.mT)
-        gap = certificate.gap
-        better = (gap < best_gap) & ~done
-        best = torch.where(better[:, None, None], point.coef.mT, best)
-        best_stiffness = torch.where(better[:, None, None], point.multiplier / point.slack, best_stiffness)
-        best_gap = torch.where(better, gap, best_gap)
-        iterations = torch.where(done, iterations, iteration)
-        done = done | certificate.certifies(tolerance) | stalling.update(gap) | torch.isnan(gap)
-        if done.all():
+        solved, stiffness = certificate.certifies(tolerance), barrier.by_task(point.multiplier / point.slack)
+        best.update(iteration, certificate.gap, solved, point.coef.mT, stiffness)
+        if best.done.all():
             break
-    return InteriorPointResult(best, *barrier.by_side(best_stiffness), iterations)
+    best_coef, best_stiffness = best.tensors
+    return best_coef, best_stiffness, best.iterations
 
 
-def central_path(problem: DualProblem, *, complementarity: float, max_iterations: int) -> InteriorPointResult:
-    """The point of the central path at which every slack times its multiplier is `complementarity`.
+def central_path(problem: DualProblem, *, complementarity: float) -> tuple[Tensor, Tensor]:
+    """The point of the central path at which every slack times its multiplier is `complementarity`, and its stiffness.
 
     Its coefficients are strictly inside their bounds and depend smoothly on the problem. They are not optimal; the
     smaller `complementarity`, the closer they are to the optimum.
     """
     barrier = _Barrier(problem)
     point = barrier.start()
-    for _ in range(max_iterations):
-        point, _, residual = barrier.step(point, complementarity)
-        error = (point.slack * point.multiplier - complementarity).abs().amax((0, 2, 3)) / complementarity
-        if not ((error > _CENTRALITY_TOLERANCE) | (residual.size() > _CENTRALITY_TOLERANCE)).any():
+    for _ in range(_MAX_ITERATIONS):
+        point, _, residuals = barrier.step(point, complementarity)
+        errors = (point.slack * point.multiplier - complementarity) / complementarity, *residuals
+        if not any((error.abs() > _CENTRALITY_TOLERANCE).any() for error in errors):
             break
-    return InteriorPointResult(point.coef.mT, *barrier.by_side(point.multiplier / point.slack))
+    return point.coef.mT, barrier.by_task(point.multiplier / point.slack)
 
 
 class _Barrier:
-    """The problem with slacks, in which all bounds are constraints `sign * coef + slack = limit`.
-
-    A missing bound is the idle row `0 * coef + slack = 1`.
-    """
+    """The problem with slacks, in which all `DualProblem.bounds` are constraints `sign * coef + slack = limit`."""
 
     def __init__(self, problem: DualProblem) -> None:
         self.problem = problem
         self.linear = problem.linear.mT.contiguous()
         self.smoothing = 0.0 if problem.smoothing is None else problem.smoothing.mT
-        self.sides = [(sign, bound.mT) for sign, bound in problem.bounds]
-        present = torch.stack([torch.isfinite(bound) for _, bound in self.sides])
-        self.sign = torch.stack([torch.full_like(self.linear, sign) for sign, _ in self.sides]) * present
-        self.limit = torch.where(present, torch.stack([sign * bound for sign, bound in self.sides]), 1.0)
+        signs, limits = zip(*problem.bounds, strict=True)
+        self.sign, self.limit = (torch.stack([part.mT for part in parts]) for parts in (signs, limits))
 
     def start(self) -> _Point:
         """Zero coefficients, with positive slacks and multipliers."""
@@ -206,71 +160,48 @@ class _Barrier:
         zero = torch.zeros_like(self.linear)
         return _Point(zero, torch.zeros_like(self.linear[:, :1]), slack, torch.ones_like(slack))
 
-    def step(self, point: _Point, min_complementarity: float = 0.0) -> tuple[_Point, Tensor, _Residual]:
+    def step(self, point: _Point, min_complementarity: float = 0.0) -> tuple[_Point, Tensor, tuple[Tensor, ...]]:
         """One predictor-corrector step; with `min_complementarity`, toward the point where every product equals it.
 
-        Returns the next point; and, at `point`, the mean of slack times multiplier, `(tasks, 1, 1)`, and the residual.
+        Returns the next point; and, at `point`, the mean of slack times multiplier, `(tasks, 1, 1)`, and the residuals.
         """
         stiffness = point.multiplier / point.slack
-        diagonal = (self.sign.abs() * stiffness).sum(0) + self.smoothing
-        kkt = _factorize(self.problem, diagonal)
-        residual = _Residual(
-            stationarity=point.coef @ self.problem.gram
-            + self.smoothing * point.coef
-            - self.linear
-            + (self.sign * point.multiplier).sum(0)
-            + point.row_multipliers,
-            violation=self.sign * point.coef + point.slack - self.limit,
-            balance=point.coef.sum(1) if self.problem.rows_sum_to_zero else torch.zeros_like(point.coef[:, 0]),
-        )
+        kkt = _factorize(self.problem, (self.sign.abs() * stiffness).sum(0) + self.smoothing)
+        gradient = point.coef @ self.problem.gram + self.smoothing * point.coef - self.linear
+        stationarity = gradient + (self.sign * point.multiplier).sum(0) + point.row_multipliers
+        violation = self.sign * point.coef + point.slack - self.limit
+        balance = point.coef.sum(1) if self.problem.rows_sum_to_zero else torch.zeros_like(point.coef[:, 0])
+
+        def direction(target: Tensor, refinements: int) -> _Point:
+            """The Newton step toward zero residuals and `slack * multiplier = target`."""
+            multiplier = point.multiplier - target / point.slack - stiffness * violation
+            right = (self.sign * multiplier).sum(0) - stationarity
+            coef, row_multipliers = kkt.solve(right, -balance, refinements=refinements)
+            slack = -violation - self.sign * coef
+            change = target / point.slack - point.multiplier - stiffness * slack
+            return _Point(coef, row_multipliers.unsqueeze(1), slack, change)
+
         mean = _mean(point.slack * point.multiplier)
         if min_complementarity:
             target = (_CENTERING * mean).clamp_min(min_complementarity).expand_as(point.slack)
         else:
-            zero = torch.zeros_like(point.slack)
-            predictor = self._direction(kkt, point, stiffness, residual, zero, refinements=0)
+            predictor = direction(torch.zeros_like(point.slack), refinements=0)
             length = _length(point, predictor)
             ahead = (point.slack + length * predictor.slack) * (point.multiplier + length * predictor.multiplier)
             target = mean * (_mean(ahead) / mean) ** 3 - predictor.slack * predictor.multiplier
-        corrector = self._direction(kkt, point, stiffness, residual, target, refinements=2)
+        corrector = direction(target, refinements=2)
         length = _length(point, corrector)
         moved = (value + length * change for value, change in zip(point, corrector, strict=True))
-        return _Point(*moved), mean, residual
+        return _Point(*moved), mean, (stationarity, violation, balance)
 
-    def by_side(self, value: Float[Tensor, "sides tasks k n"]) -> tuple[Tensor, Tensor]:
-        """The parts that belong to the upper and to the lower bounds, zero where there are none."""
-        value = value * self.sign.abs()
-        parts = {sign: part.mT for (sign, _), part in zip(self.sides, value, strict=True)}
-        zero = torch.zeros_like(value[0].mT)
-        return parts.get(1.0, zero), parts.get(-1.0, zero)
-
-    def _direction(
-        self,
-        kkt: FactorizedKKT,
-        point: _Point,
-        stiffness: Tensor,
-        residual: _Residual,
-        target: Tensor,
-        refinements: int,
-    ) -> _Point:
-        """The Newton step toward zero residuals and `slack * multiplier = target`."""
-        multiplier = point.multiplier - target / point.slack - stiffness * residual.violation
-        right = (self.sign * multiplier).sum(0) - residual.stationarity
-        coef, row_multipliers = kkt.solve(right, -residual.balance, refinements=refinements)
-        slack = -residual.violation - self.sign * coef
-        change = target / point.slack - point.multiplier - stiffness * slack
-        return _Point(coef, row_multipliers.unsqueeze(1), slack, change)
+    def by_task(self, stiffness: Float[Tensor, "sides tasks k n"]) -> Float[Tensor, "tasks sides n k"]:
+        """Stiffness as in `BarrierPoint`, zero at idle rows."""
+        return (self.sign.abs() * stiffness).transpose(0, 1).mT
 
 
 def _factorize(problem: DualProblem, diagonal: Float[Tensor, "tasks k n"]) -> FactorizedKKT:
-    settings: dict[str, Any] = {
-        "diagonal": diagonal,
-        "rows_sum_to_zero": problem.rows_sum_to_zero,
-        "regularization": _REGULARIZATION,
-    }
-    if problem.gram_factor is None:
-        return BlockKKT.factorize(problem.gram, **settings)
-    return LowRankKKT.factorize(problem.gram, problem.gram_factor, **settings)
+    form = BlockKKT if problem.gram_factor is None else LowRankKKT
+    return form.factorize(problem, diagonal=diagonal, regularization=_REGULARIZATION)
 
 
 def _mean(products: Tensor) -> Tensor:

@@ -34,15 +34,10 @@ _PATIENCE = 2
 # The approximate number of floating-point operations above which threads save time. After each PyTorch operation, the
 # threads of PyTorch's own pool busy-wait for a while, and compete for the processors.
 _MIN_FLOPS_FOR_THREADS = 1e7
+_ADMM_SETTINGS = (_MAX_STEPS, _PATIENCE, admm_steps.OVER_RELAXATION, feasible_rows.NEWTON_TOLERANCE)
 _FLOAT64 = torch.finfo(torch.float64)
 _LIMITS = (certificate.INDEFINITENESS, _FLOAT64.eps, _FLOAT64.tiny)
-_TOLERANCES = (
-    certificate.ZERO_GAP,
-    certificate.FEASIBILITY_TOLERANCE,
-    feasible_rows.ROW_SUM_TOLERANCE,
-    feasible_rows.NEWTON_TOLERANCE,
-    *_LIMITS,
-)
+_TOLERANCES = (certificate.ZERO_GAP, certificate.FEASIBILITY_TOLERANCE, feasible_rows.ROW_SUM_TOLERANCE, _LIMITS)
 
 
 def solve(problem: DualProblem, tolerance: float, *, max_rounds: int, refinements: int) -> Solved:
@@ -58,10 +53,9 @@ def solve(problem: DualProblem, tolerance: float, *, max_rounds: int, refinement
     results = (coef, bound_multipliers, row_multipliers, side, gaps, rounds, scales, proven)
     system = np.empty((tasks, n, n)), np.empty(shape)
     factors = _allocate_factors(tasks, n, k)
-    admm_settings = admm_steps.PENALTY, _MAX_STEPS, _PATIENCE, admm_steps.OVER_RELAXATION
-    settings, tolerances = (*admm_settings, REGULARIZATION, refinements, max_rounds), (tolerance, *_TOLERANCES)
-    arguments = (data, problem.rows_sum_to_zero, settings, tolerances, results, system, factors)
-    _run(numba_kernels.solve_all, tasks, tasks * k * n**3, *arguments)
+    settings = admm_steps.PENALTY, _ADMM_SETTINGS, (REGULARIZATION, refinements, max_rounds)
+    arguments = (data, problem.rows_sum_to_zero, settings, (tolerance, *_TOLERANCES), results, system, factors)
+    _run(numba_kernels.solve_tasks, tasks, tasks * k * n**3, *arguments)
     coef = torch.from_numpy(coef)
     _reject_rounding(problem, coef, gaps[:, 2], proven)
     if not proven.all():
@@ -105,15 +99,13 @@ class NumbaKKT(KKT):
     schur: Float[Tensor, "tasks n n"]
     rows_sum_to_zero: bool
 
-    def solve(
-        self, right: Float[Tensor, "tasks k n"], sums: Float[Tensor, "tasks n"], *, refinements: int
-    ) -> tuple[Float[Tensor, "tasks k n"], Float[Tensor, "tasks n"]]:
+    def solve(self, right: Tensor, sums: Tensor, *, refinements: int) -> tuple[Tensor, Tensor]:
         given, total = np.ascontiguousarray(right.mT.numpy()), np.ascontiguousarray(sums.numpy())
         x, row_multipliers = np.zeros_like(given), np.zeros_like(total)
         factors = tuple(value.numpy() for value in (self.blocks, self.index, self.count, self.schur))
         system = self.gram.contiguous().numpy(), self.smoothing.contiguous().numpy()
         arguments = (system, given, total, self.rows_sum_to_zero, refinements, x, row_multipliers, factors)
-        _run(numba_kkt.solve_factorized_all, len(x), 10 * x.size * x.shape[1], *arguments)
+        _run(numba_kkt.solve_systems, len(x), 10 * x.size * x.shape[1], *arguments)
         return torch.from_numpy(x).mT, torch.from_numpy(row_multipliers)
 
 

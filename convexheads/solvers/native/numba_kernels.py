@@ -16,7 +16,7 @@ from convexheads.solvers.native.numba_kkt import compute_residual, factorize, in
 
 @kernel
 @no_type_check
-def project(row, target, lower, upper, weight, smoothing, newton_tolerance):
+def proximal(row, target, lower, upper, weight, smoothing, newton_tolerance):
     """`FeasibleRows.proximal` of one row with a zero sum, by Newton's method; exact if bounds are on one side."""
     k = len(row)
     multiplier, is_restarted = 0.0, False
@@ -45,8 +45,9 @@ def project(row, target, lower, upper, weight, smoothing, newton_tolerance):
 
 @kernel
 @no_type_check
-def admm(task, rows_sum_to_zero, penalty, steps, patience, over_relaxation, newton_tolerance, coef, side):
+def admm(task, rows_sum_to_zero, penalty, settings, coef, side):
     """`admm_steps.admm` for a first guess. It ends when the active set has not changed for `patience` steps."""
+    steps, patience, over_relaxation, newton_tolerance = settings
     gram, linear, lower, upper, smoothing = task
     n, k = linear.shape
     inverse = gram.copy()
@@ -73,7 +74,7 @@ def admm(task, rows_sum_to_zero, penalty, steps, patience, over_relaxation, newt
                     moved[i, c] = over_relaxation * moved[i, c] + (1 - over_relaxation) * coef[i, c]
                 target[c] = moved[i, c] + dual[i, c]
             if rows_sum_to_zero:
-                project(coef[i], target, lower[i], upper[i], penalty, smoothing[i], newton_tolerance)
+                proximal(coef[i], target, lower[i], upper[i], penalty, smoothing[i], newton_tolerance)
             else:
                 for c in range(k):
                     value = penalty * target[c] / (penalty + smoothing[i, c])
@@ -93,8 +94,9 @@ def admm(task, rows_sum_to_zero, penalty, steps, patience, over_relaxation, newt
 
 @kernel
 @no_type_check
-def search(task, rows_sum_to_zero, regularization, refinements, max_rounds, coef, row_multipliers, side, factors):
+def search(task, rows_sum_to_zero, settings, coef, row_multipliers, side, factors):
     """`active_set.search`, for one task."""
+    regularization, refinements, max_rounds = settings
     gram, linear, lower, upper, smoothing = task
     n, k = linear.shape
     bound_values, right, residual, x = np.empty((n, k)), np.empty((n, k)), np.empty((n, k)), np.empty((n, k))
@@ -172,17 +174,17 @@ def certify(task, rows_sum_to_zero, coef, row_multipliers, bound_multipliers, li
     for i in range(n):
         diagonal += abs(gram[i, i])
         length, bound = math.sqrt(abs(gram[i, i])), 0.0
-        least, most = -np.inf, np.inf
+        min_multiplier, max_multiplier = -np.inf, np.inf
         for c in range(k):
             slope = linear[i, c] - scores[i, c]
             if smoothing[i, c] == 0:
                 if upper[i, c] == np.inf:
-                    least = max(least, slope)
+                    min_multiplier = max(min_multiplier, slope)
                 if lower[i, c] == -np.inf:
-                    most = min(most, slope)
+                    max_multiplier = min(max_multiplier, slope)
         # Any row multiplier gives an upper bound if it is on the right side of the slope at entries without a bound.
         if rows_sum_to_zero:
-            row_multipliers[i] = min(max(row_multipliers[i], least), most)
+            row_multipliers[i] = min(max(row_multipliers[i], min_multiplier), max_multiplier)
         distance = 0.0
         for c in range(k):
             at, d = coef[i, c], smoothing[i, c]
@@ -249,11 +251,11 @@ def rescale(task, inner):
 
 @kernel
 @no_type_check
-def solve_all(start, stop, problem, rows_sum_to_zero, settings, tolerances, results, system, factors):
+def solve_tasks(start, stop, problem, rows_sum_to_zero, settings, tolerances, results, system, factors):
     """Rescale, solve and certify tasks `start` to `stop`."""
     gram, linear, lower, upper, smoothing = problem
-    penalty_ratio, steps, patience, over_relaxation, regularization, refinements, max_rounds = settings
-    tolerance, zero_gap, feasibility, row_sum_tolerance, newton_tolerance, indefiniteness, eps, tiny = tolerances
+    penalty_ratio, admm_settings, search_settings = settings
+    tolerance, zero_gap, feasibility, row_sum_tolerance, limits = tolerances
     coef, bound_multipliers, row_multipliers, side, gaps, rounds, scales, proven = results
     scaled_gram, scaled_smoothing = system
     blocks, index, count, schur = factors
@@ -262,23 +264,12 @@ def solve_all(start, stop, problem, rows_sum_to_zero, settings, tolerances, resu
     for t in range(start, stop):
         inner = (scaled_gram[t], inner_linear, inner_lower, inner_upper, scaled_smoothing[t])
         coef_scale, multiplier_scale, curvature = rescale((gram[t], linear[t], lower[t], upper[t], smoothing[t]), inner)
-        penalty = penalty_ratio * curvature
-        admm(inner, rows_sum_to_zero, penalty, steps, patience, over_relaxation, newton_tolerance, coef[t], side[t])
+        admm(inner, rows_sum_to_zero, penalty_ratio * curvature, admm_settings, coef[t], side[t])
         row_multipliers[t] = 0.0
         task_factors = (blocks[t], index[t], count[t], schur[t])
-        rounds[t] = search(
-            inner,
-            rows_sum_to_zero,
-            regularization,
-            refinements,
-            max_rounds,
-            coef[t],
-            row_multipliers[t],
-            side[t],
-            task_factors,
-        )
+        rounds[t] = search(inner, rows_sum_to_zero, search_settings, coef[t], row_multipliers[t], side[t], task_factors)
         gap, squared_error, moved, violation, rounding = certify(
-            inner, rows_sum_to_zero, coef[t], row_multipliers[t], bound_multipliers[t], (indefiniteness, eps, tiny)
+            inner, rows_sum_to_zero, coef[t], row_multipliers[t], bound_multipliers[t], limits
         )
         proven[t] = (
             gap <= tolerance

@@ -115,7 +115,7 @@ def factorize(gram, smoothing, rows_sum_to_zero, side, factors, regularization):
 @kernel
 @no_type_check
 def multiply(block, m, local, result):
-    """The inverse of a block times a vector."""
+    """Multiply the inverse of a block by a vector."""
     for a in range(m):
         value = 0.0
         row = block[a * m : (a + 1) * m]
@@ -170,7 +170,7 @@ def compute_residual(gram, smoothing, right, sums, x, row_multipliers, residual,
 
 @kernel
 @no_type_check
-def solve_factorized_all(start, stop, system, right, sums, rows_sum_to_zero, refinements, x, row_multipliers, factors):
+def solve_systems(start, stop, system, right, sums, rows_sum_to_zero, refinements, x, row_multipliers, factors):
     """Solve the factorized systems of tasks `start` to `stop`, with refinement."""
     gram, smoothing = system
     blocks, index, count, schur = factors
