@@ -41,8 +41,8 @@ class SoftmaxKKT:
     def solve(self, right: Float[Tensor, "tasks n k"]) -> Float[Tensor, "tasks n k"]:
         """Apply the operator."""
         part = self._blockwise(right)
-        shift = torch.cholesky_solve(part.sum(-1, keepdim=True), self.total)
-        return part - self._blockwise(shift.expand_as(right))
+        row_multipliers = torch.cholesky_solve(part.sum(-1, keepdim=True), self.total)
+        return part - self._blockwise(row_multipliers.expand_as(right))
 
     def _blockwise(self, value: Tensor) -> Tensor:
         return (self.blocks @ value.mT.unsqueeze(-1)).squeeze(-1).mT
@@ -70,14 +70,14 @@ def solve(gram: Tensor, targets: Tensor, *, tolerance: float, max_steps: int) ->
     best = BestIterate(_feasible(targets, coef), patience=_PATIENCE)
     for step in range(1, max_steps + 1):
         change = newton_step(gram, targets, coef) - coef
-        length, ahead = torch.ones_like(value), value
+        length, next_value = torch.ones_like(value), value
         for _ in range(_MAX_BACKTRACKS):
-            ahead = _objective(gram, targets, coef + length[:, None, None] * change)
-            worse = ahead > value + 1e-12 * value.abs()
+            next_value = _objective(gram, targets, coef + length[:, None, None] * change)
+            worse = next_value > value + 1e-12 * value.abs()
             if not worse.any():
                 break
             length = torch.where(worse, length / 2, length)
-        coef, value = coef + length[:, None, None] * change, ahead
+        coef, value = coef + length[:, None, None] * change, next_value
         candidate = _feasible(targets, coef)
         gap = _gap(gram, targets, candidate)
         best.update(step, gap, gap <= tolerance, candidate)
@@ -98,8 +98,8 @@ def certified_gap(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
 def _margins(targets: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     """The difference between each class's score and that of the right class, and the loss of each row."""
     margins = scores - (targets * scores).sum(-1, keepdim=True)
-    beyond = margins.masked_fill(targets > 0, -torch.inf).logsumexp(-1)
-    return margins, torch.logaddexp(torch.zeros_like(beyond), beyond)
+    log_wrong = margins.masked_fill(targets > 0, -torch.inf).logsumexp(-1)
+    return margins, torch.logaddexp(torch.zeros_like(log_wrong), log_wrong)
 
 
 def _objective(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
@@ -120,15 +120,15 @@ def _gap(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
     margins, loss = _margins(targets, scores)
     p = (-coef).masked_fill(targets > 0, 0)
     logs = margins - loss.unsqueeze(-1)
-    of_wrong = torch.special.xlogy(p, p) - p * logs - p + logs.exp().masked_fill(targets > 0, 0)
+    wrong_divergence = torch.special.xlogy(p, p) - p * logs - p + logs.exp().masked_fill(targets > 0, 0)
     s, t = p.sum(-1).clamp_max(1), -torch.expm1(-loss)  # rounding may make a sum of 1 larger
-    of_right = torch.special.xlog1py(1 - s, -s) + (1 - s) * loss + s - t
+    right_divergence = torch.special.xlog1py(1 - s, -s) + (1 - s) * loss + s - t
     value = (coef * scores).sum((-2, -1)) / 2 + loss.sum(-1)
-    gap = (of_wrong.sum(-1) + of_right).clamp_min(0).sum(-1)
+    gap = (wrong_divergence.sum(-1) + right_divergence).clamp_min(0).sum(-1)
     return gap / value.clamp_min(torch.finfo(value.dtype).tiny)
 
 
-class Optimal(torch.autograd.Function):
+class ImplicitSolution(torch.autograd.Function):
     """The solution `coef` of `coef = targets - softmax(gram @ coef)`, as a function of `gram` and `targets`."""
 
     generate_vmap_rule = True
@@ -146,12 +146,12 @@ class Optimal(torch.autograd.Function):
         gram, coef = ctx.saved_tensors
         p = (gram @ coef).softmax(-1)
         kkt = SoftmaxKKT.factorize(gram.detach(), p.detach())
-        v = _Solved.apply(gram, p, gradient, kkt.blocks, kkt.total)
+        v = _ImplicitSystemSolve.apply(gram, p, gradient, kkt.blocks, kkt.total)
         outer = v @ coef.mT
         return -(outer + outer.mT) / 2, gradient - gram @ v, None
 
 
-class _Solved(torch.autograd.Function):
+class _ImplicitSystemSolve(torch.autograd.Function):
     """`(gram + W^-1)^-1 right`, computed with the factors of a `SoftmaxKKT`; differentiable any number of times."""
 
     generate_vmap_rule = True
@@ -167,7 +167,7 @@ class _Solved(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         gram, p, right, blocks, total, solved = ctx.saved_tensors
-        adjoint = _Solved.apply(gram, p, gradient, blocks, total)
+        adjoint = _ImplicitSystemSolve.apply(gram, p, gradient, blocks, total)
         # W maps these to `solved` and to `adjoint`; a constant added to a row has no effect.
         z, q = right - gram @ solved, gradient - gram @ adjoint
         outer = adjoint @ solved.mT

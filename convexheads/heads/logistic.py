@@ -15,7 +15,7 @@ from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
 from convexheads.solvers import OnFailure, Solution, Status
-from convexheads.solvers.base import handle_failures
+from convexheads.solvers.failures import handle_failures
 
 _MAX_NEWTON_STEPS = 100
 _TOLERANCE = 1e-6
@@ -86,7 +86,7 @@ class LogisticHead(ClassificationHead):
         else:
             solve = partial(_logistic_newton.solve, tolerance=_AIM, max_steps=_MAX_NEWTON_STEPS)
             coef, gap, taken = compute_without_grad(solve, gram, targets)
-            coef = _logistic_newton.Optimal.apply(gram, targets, coef)
+            coef = _logistic_newton.ImplicitSolution.apply(gram, targets, coef)
         otherwise = Status.FAILED if self.steps is None else Status.STOPPED
         status = torch.where(gap <= _TOLERANCE, Status.CONVERGED, otherwise)
         status = torch.where(torch.isfinite(gap), status, Status.FAILED)

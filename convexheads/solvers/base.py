@@ -1,12 +1,11 @@
-"""The solver interface: rescaling, certification, failure handling and the implicit gradient, shared by all solvers."""
+"""The solver interface: rescaling, certification and the implicit gradient, shared by all solvers."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -15,15 +14,13 @@ from torch import Tensor
 from convexheads._functorch import compute_without_grad, inspect_values, is_transforming
 from convexheads._signature import constructor_arguments
 from convexheads._validation import check_choice, check_positive_int, check_real, describe_type, optional
-from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError, SolverError, SolverWarning
+from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError
 from convexheads.precision import full_precision, working_dtype
 from convexheads.solvers.certificate import Certificate, account_for_rounding, certify
+from convexheads.solvers.failures import OnFailure, handle_failures
 from convexheads.solvers.implicit import Linearization, implied_active_set
 from convexheads.solvers.problem import DualProblem, Solution, Status, TensorRecord, check_problem
 from convexheads.solvers.rescaling import replace_non_finite_tasks, rescale
-
-OnFailure = Literal["raise", "warn", "return"]
-"""The policy for a task that is not solved: "raise" `SolverError`, emit `SolverWarning`, or "return" it."""
 
 
 class SolverResult(NamedTuple):
@@ -271,28 +268,3 @@ class Solver:
         if self.provides_gradient and needs_gradient and not coef.requires_grad:
             raise ConvexHeadsError(f"{name}: expected coefficients with gradient, got none, but provides_gradient=True")
         return result if isinstance(result, SolverResult) else SolverResult(coef)
-
-
-def handle_failures(name: str, solution: Solution, tolerance: float, on_failure: OnFailure) -> None:
-    """Raise or warn, depending on `on_failure`, if a task of the solution failed."""
-    if on_failure == "return":
-        return
-    failures = inspect_values(_failures, solution.status, solution.gap, solution.residual)
-    if not failures:
-        return
-    message = (
-        f"{name}: {len(failures)} of {solution.status.numel()} tasks not solved to the tolerance "
-        f"{tolerance:g} ({'; '.join(failures[:5])}{'; ...' if len(failures) > 5 else ''}). "
-    )
-    if on_failure == "raise":
-        advice = "Pass on_failure='warn' or 'return' to continue."
-        raise SolverError(f"{message}`SolverError.solution` holds the solution of the whole batch. {advice}", solution)
-    warnings.warn(message + "The `solution` of the fit holds the status of each task.", SolverWarning, stacklevel=3)
-
-
-def _failures(status: Tensor, gap: Tensor, residual: Tensor) -> list[str]:
-    failures = []
-    for task in map(tuple, (status == Status.FAILED).nonzero().tolist()):
-        where = f"task {task}" if task else "the task"
-        failures.append(f"{where}: relative gap {gap[task].item():.1e}, residual {residual[task].item():.1e}")
-    return failures

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from convexheads.errors import InputError
-from convexheads.solvers.base import OnFailure, Plan, Solver
+from convexheads.solvers.base import Plan, Solver
+from convexheads.solvers.failures import OnFailure
 from convexheads.solvers.problem import DualProblem
 
 

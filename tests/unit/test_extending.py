@@ -9,7 +9,7 @@ import torch
 from tasks import close, crammer_singer, task
 from torch.func import grad, vmap
 
-from convexheads import ConvexHeadsError, InputError, SVMHead
+from convexheads import ConvexHeadsError, InputError, SolverWarning, SVMHead
 from convexheads.heads import _logistic_newton
 from convexheads.solvers import (
     ActiveSetSolver,
@@ -142,6 +142,20 @@ def test_solvers_are_shown_as_they_were_made():
     assert repr(solver) == shown + "on_failure='warn')"
     with pytest.raises(InputError, match=r"Fallback\(then\)"):
         Fallback(ActiveSetSolver(), "native")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_warning_points_to_the_code_that_called_the_head():
+    class Zero(Solver):
+        def solve_batch(self, problem):
+            return torch.zeros_like(problem.linear)
+
+    support, labels, query, _ = task(2)
+    head = SVMHead(solver=Zero(on_failure="warn"))
+    for call in (head, lambda *arguments: head.fit(*arguments[:2])):
+        with pytest.warns(SolverWarning) as warned:
+            call(support, labels, query)
+        assert [warning.filename for warning in warned] == [__file__]
 
 
 def test_solver_that_changes_its_problem_is_not_certified_by_it():

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from convexheads._validation import check_choice, check_positive_ints
 from convexheads.errors import MissingDependencyError
-from convexheads.solvers.base import OnFailure, Plan, Solved, Solver, SolverResult
+from convexheads.solvers.base import Plan, Solved, Solver, SolverResult
 from convexheads.solvers.certificate import Certificate, certify
+from convexheads.solvers.failures import OnFailure
 from convexheads.solvers.implicit import ActiveSet, active_entries, factorize_free
 from convexheads.solvers.native.admm_steps import WarmStart, admm, ridge_step
 from convexheads.solvers.problem import DualProblem

@@ -7,8 +7,9 @@ from itertools import accumulate
 import torch
 
 from convexheads._validation import check_positive_ints
-from convexheads.solvers.base import OnFailure, Solver, SolverResult
+from convexheads.solvers.base import Solver, SolverResult
 from convexheads.solvers.certificate import certify
+from convexheads.solvers.failures import OnFailure
 from convexheads.solvers.kkt import with_gram_factor
 from convexheads.solvers.native.active_set import INNER_TOLERANCE_RATIO, is_proven, of_projection, polish, search
 from convexheads.solvers.native.admm_steps import admm

@@ -8,7 +8,8 @@ import torch
 
 from convexheads._functorch import is_transforming
 from convexheads._validation import check_positive_ints, check_real
-from convexheads.solvers.base import OnFailure, Plan
+from convexheads.solvers.base import Plan
+from convexheads.solvers.failures import OnFailure
 from convexheads.solvers.fallback import Fallback
 from convexheads.solvers.kkt import with_gram_factor
 from convexheads.solvers.native.active_set import INNER_TOLERANCE_RATIO, ActiveSetSolver, Backend

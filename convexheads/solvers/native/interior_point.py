@@ -10,8 +10,9 @@ from torch import Tensor
 
 from convexheads._validation import check_choice, check_real
 from convexheads.errors import InputError
-from convexheads.solvers.base import OnFailure, Solver, SolverResult
+from convexheads.solvers.base import Solver, SolverResult
 from convexheads.solvers.certificate import BestIterate, certify
+from convexheads.solvers.failures import OnFailure
 from convexheads.solvers.implicit import BarrierPoint
 from convexheads.solvers.kkt import BlockKKT, FactorizedKKT, LowRankKKT, with_gram_factor
 from convexheads.solvers.native.active_set import INNER_TOLERANCE_RATIO, of_projection, polish

@@ -1,0 +1,46 @@
+"""What happens after a task was not solved: an error, a warning, or only a status."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Literal
+
+from torch import Tensor
+
+from convexheads._functorch import inspect_values
+from convexheads.errors import SolverError, SolverWarning
+from convexheads.solvers.problem import Solution, Status
+
+OnFailure = Literal["raise", "warn", "return"]
+"""The policy for a task that is not solved: "raise" `SolverError`, emit `SolverWarning`, or "return" it."""
+_INTERNAL = ("convexheads", "torch", "jaxtyping")
+
+
+def handle_failures(name: str, solution: Solution, tolerance: float, on_failure: OnFailure) -> None:
+    """Raise or warn, depending on `on_failure`, if a task of the solution failed."""
+    if on_failure == "return":
+        return
+    failures = inspect_values(_failures, solution.status, solution.gap, solution.residual)
+    if not failures:
+        return
+    message = (
+        f"{name}: {len(failures)} of {solution.status.numel()} tasks not solved to the tolerance "
+        f"{tolerance:g} ({'; '.join(failures[:5])}{'; ...' if len(failures) > 5 else ''}). "
+    )
+    if on_failure == "raise":
+        advice = "Pass on_failure='warn' or 'return' to continue."
+        raise SolverError(f"{message}`SolverError.solution` holds the solution of the whole batch. {advice}", solution)
+    message += "The `solution` of the fit holds the status of each task."
+    level, frame = 1, sys._getframe()  # the warning points to the code that called the library, directly or by torch
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _INTERNAL:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, SolverWarning, stacklevel=level)
+
+
+def _failures(status: Tensor, gap: Tensor, residual: Tensor) -> list[str]:
+    failures = []
+    for task in map(tuple, (status == Status.FAILED).nonzero().tolist()):
+        where = f"task {task}" if task else "the task"
+        failures.append(f"{where}: relative gap {gap[task].item():.1e}, residual {residual[task].item():.1e}")
+    return failures
