@@ -1,4 +1,4 @@
-"""Backbones from the literature: Conv-4, the network of R2D2, ResNet-12 with DropBlock, and WRN-28-10."""
+"""Backbones from the literature: Conv-4, the network of R2D2, and ResNet-12 with DropBlock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convexheads._validation import check_choice, check_fraction, check_positive_ints
-from convexheads.errors import InputError, MissingDependencyError
+from convexheads.errors import InputError
 from convexheads.models.backbone import Backbone
 
 NEGATIVE_SLOPE = 0.1
@@ -210,36 +210,7 @@ class DropBlock(nn.Module):
         return f"{self.block_size}, drop_prob={self.drop_prob}, warmup_steps={self.warmup_steps}"
 
 
-class WRN28(Backbone):
-    """The wide residual network WRN-28-10 (Zagoruyko & Komodakis 2016): 640 features, the means over positions.
-
-    It consists of the layers of learn2learn's `WRN28Backbone` and needs that package. There, the last pooling is for
-    images of 84 x 84 pixels and the first convolution for three channels; here, both fit any image. Differences from
-    the paper, as in learn2learn: convolutions have biases, the initial weights are PyTorch's defaults, and the
-    statistics of the last normalization have a momentum of 0.9, so that they are nearly those of the last batch.
-
-    Use it when you compare with published results for WRN-28-10. The arguments `in_channels`, `image_size`, `mean` and
-    `std` are those of `Backbone`.
-
-    Raises:
-        MissingDependencyError: learn2learn is not installed.
-
-    Example:
-        `backbone = WRN28(in_channels=3, image_size=84)`
-    """
-
-    def make_layers(self) -> tuple[nn.Module, int]:
-        try:
-            from learn2learn.vision.models import WRN28Backbone
-        except ImportError as error:
-            raise MissingDependencyError("learn2learn", "learn2learn", "WRN28") from error
-        network = WRN28Backbone()
-        first = nn.Conv2d(self.in_channels, 16, 3, padding=1)
-        last = nn.ReLU(), nn.AdaptiveAvgPool2d(1)
-        return nn.Sequential(first, network.layer1, network.layer2, network.layer3, network.bn1, *last), 640
-
-
-BACKBONES: dict[str, type[Backbone]] = {"conv4": Conv4, "r2d2": R2D2Network, "resnet12": ResNet12, "wrn28": WRN28}
+BACKBONES: dict[str, type[Backbone]] = {"conv4": Conv4, "r2d2": R2D2Network, "resnet12": ResNet12}
 """The classes that `build_backbone` knows, by name."""
 
 
@@ -247,13 +218,10 @@ def build_backbone(name: str, images: Tensor | None = None, **settings: Any) -> 
     """Build a backbone by its name.
 
     Args:
-        name: One of `BACKBONES`: "conv4", "r2d2", "resnet12", "wrn28".
+        name: One of `BACKBONES`: "conv4", "r2d2", "resnet12".
         images: Example images for `Backbone.from_images`, `(n, channels, height, width)`; without them, the
             number of channels, the size, the mean and the standard deviation come from `settings`.
         settings: Arguments of the backbone's class.
-
-    Raises:
-        MissingDependencyError: The backbone is "wrn28" and learn2learn is not installed.
 
     Example:
         `backbone = build_backbone("resnet12", image_size=84, dropblock="none")`

@@ -70,7 +70,7 @@ def load_pretrained(name: str | Path) -> Pretrained:
 
     Raises:
         InputError: There are no such weights, or the file is damaged or belongs to another architecture.
-        MissingDependencyError: safetensors is not installed; or learn2learn, for a "wrn28".
+        MissingDependencyError: safetensors is not installed.
 
     Example:
         `backbone, head, _ = load_pretrained("conv4-cifar-fs-svm")`, then
