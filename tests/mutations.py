@@ -325,13 +325,6 @@ MUTATIONS = [
         "test_storage.py",
     ),
     Mutation(
-        "storage-damage",
-        "_storage.py",
-        "if not all(map(_is_stored, archive.infolist())) or archive.testzip() is not None:",
-        "if not all(map(_is_stored, archive.infolist())):",
-        "test_storage.py",
-    ),
-    Mutation(
         "storage-atomic",
         "_storage.py",
         'part = path.with_name(f".{path.name}.part")',

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 
-from convexheads import _storage
 from convexheads.errors import InputError
 from convexheads.loader import EpisodeLoader
 
@@ -96,9 +96,9 @@ def _read(name: str, part: tuple[Tensor, Tensor] | str | Path | None) -> tuple[T
     if not isinstance(part, str | Path):
         return part
     try:
-        samples, labels = _storage.load_torch(part)
+        samples, labels = torch.load(part, weights_only=True, map_location="cpu")
         if not isinstance(samples, Tensor) or not isinstance(labels, Tensor):
             raise TypeError("it does not contain two tensors")
-    except (OSError, TypeError, ValueError) as error:
+    except Exception as error:  # damaged files raise many types of errors
         raise InputError(name, "a file written by torch.save((samples, labels), path)", f"{part} ({error})") from error
     return samples, labels
