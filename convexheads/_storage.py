@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from convexheads.errors import MissingDependencyError
 def atomic_write(path: str | Path, content: bytes | memoryview) -> None:
     """Replace a file with a complete new one; after an `OSError`, the old one is unchanged."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # unlike `tempfile`, with the usual permissions
     try:
         part.write_bytes(content)
         with part.open("rb+") as file:

@@ -327,7 +327,7 @@ MUTATIONS = [
     Mutation(
         "storage-atomic",
         "_storage.py",
-        'part = path.with_name(f".{path.name}.part")',
+        'part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")',
         "part = path",
         "test_storage.py",
     ),
