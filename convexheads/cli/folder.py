@@ -19,7 +19,7 @@ from convexheads.errors import InputError
 from convexheads.evaluation import calibrate
 from convexheads.hyperparameters import as_tensor
 
-HEADS: dict[str, Callable[[], heads.ClassificationHead]] = {
+FOLDER_HEADS: dict[str, Callable[[], heads.ClassificationHead]] = {
     "logistic": lambda: heads.LogisticHead(regularization=0.1),
     "svm": lambda: heads.SVMHead(C=10.0),
     "ridge": lambda: heads.RidgeHead(regularization=0.1),
@@ -53,7 +53,7 @@ class FolderClassifier:
     Args:
         classes: Class names; `from_folder` sorts them.
         features: Name of the features (see `from_folder`).
-        head: Name of the head, one of `HEADS`.
+        head: Name of the head, one of `FOLDER_HEADS`.
         support: Features of the files, of length one, `(n, d)`.
         labels: The class of each file, from 0 to k - 1, `(n,)`.
         scale: Positive factor of the logits; None for the scale of the head, which is not calibrated.
@@ -104,7 +104,7 @@ class FolderClassifier:
             features: "text", the encoder that the package wordllama contains, for text files in UTF-8; a name or a file
                 of `load_pretrained`, for images; "npy", for files that contain one vector each; or "MODULE:FUNCTION", a
                 function from a list of paths to features `(n, d)`.
-            head: One of `HEADS`: "logistic", "svm", "ridge", "prototypes", "discriminant".
+            head: One of `FOLDER_HEADS`: "logistic", "svm", "ridge", "prototypes", "discriminant".
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -179,4 +179,4 @@ class FolderClassifier:
 
 
 def _make_head(name: str) -> heads.ClassificationHead:
-    return HEADS[check_choice("head", name, HEADS)]()
+    return FOLDER_HEADS[check_choice("head", name, FOLDER_HEADS)]()

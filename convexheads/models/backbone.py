@@ -97,12 +97,12 @@ class Backbone(nn.Module):
     def extra_repr(self) -> str:
         return f"image_size={self.image_size}"
 
-    def _positions(self, halvings: int) -> int:
-        """Number of positions of the feature maps after this number of 2 x 2 poolings."""
-        if min(self.image_size) < 2**halvings:
-            raise InputError("image_size", f"at least {2**halvings} pixels", self.image_size)
+    def _num_positions(self, num_poolings: int) -> int:
+        """Number of positions of the feature maps after 2 x 2 poolings."""
+        if min(self.image_size) < 2**num_poolings:
+            raise InputError("image_size", f"at least {2**num_poolings} pixels", self.image_size)
         height, width = self.image_size
-        return (height // 2**halvings) * (width // 2**halvings)
+        return (height // 2**num_poolings) * (width // 2**num_poolings)
 
 
 def _check_image_size(value: Any) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convexheads._validation import check_choice, check_fraction, check_positive_ints
+from convexheads._validation import check_choice, check_fraction, check_positive_int
 from convexheads.errors import InputError
 from convexheads.models.backbone import Backbone
 
@@ -37,15 +37,15 @@ class Conv4(Backbone):
         blocks = [
             nn.Sequential(
                 OrderedDict(
-                    conv=nn.Conv2d(before, 64, 3, padding=1),
+                    conv=nn.Conv2d(in_channels, 64, 3, padding=1),
                     normalize=nn.BatchNorm2d(64),
                     pool=nn.MaxPool2d(2),
                     relu=nn.ReLU(),  # after the pooling: the same values and gradients, from a quarter of the numbers
                 )
             )
-            for before in (self.in_channels, 64, 64, 64)
+            for in_channels in (self.in_channels, 64, 64, 64)
         ]
-        return nn.Sequential(*blocks).to(memory_format=torch.channels_last), 64 * self._positions(4)
+        return nn.Sequential(*blocks).to(memory_format=torch.channels_last), 64 * self._num_positions(4)
 
 
 class R2D2Network(Backbone):
@@ -65,17 +65,18 @@ class R2D2Network(Backbone):
     """
 
     def make_layers(self) -> tuple[nn.Module, int]:
+        sizes = (self.in_channels, 96, 0.0), (96, 192, 0.0), (192, 384, 0.1), (384, 512, 0.3)
         blocks = [
             nn.Sequential(
-                nn.Conv2d(before, after, 3, padding=1),
-                nn.BatchNorm2d(after),
+                nn.Conv2d(in_channels, out_channels, 3, padding=1),
+                nn.BatchNorm2d(out_channels),
                 nn.MaxPool2d(2),
-                nn.LeakyReLU(NEGATIVE_SLOPE) if after < 512 else nn.Identity(),
+                nn.LeakyReLU(NEGATIVE_SLOPE) if out_channels < 512 else nn.Identity(),
                 nn.Dropout(rate),
             )
-            for before, after, rate in ((self.in_channels, 96, 0.0), (96, 192, 0.0), (192, 384, 0.1), (384, 512, 0.3))
+            for in_channels, out_channels, rate in sizes
         ]
-        return _ConcatLastTwo(*blocks), 384 * self._positions(3) + 512 * self._positions(4)
+        return _ConcatLastTwo(*blocks), 384 * self._num_positions(3) + 512 * self._num_positions(4)
 
 
 class _ConcatLastTwo(nn.Sequential):
@@ -130,15 +131,14 @@ class ResNet12(Backbone):
         super().__init__(in_channels, image_size, mean, std)
 
     def make_layers(self) -> tuple[nn.Module, int]:
-        positions = self._positions(4)
+        positions = self._num_positions(4)
         block_size = (5 if min(self.image_size) >= 84 else 2) if self.block_size is None else self.block_size
-        check_positive_ints(block_size=block_size)
         warmup_steps = 40_000 if self.dropblock == "reference_code" else 0
         blocks: list[nn.Module] = []
-        for before, after in pairwise((self.in_channels, 64, 160, 320, 640)):
-            drop = nn.Dropout(0.1) if after < 320 else DropBlock(block_size, warmup_steps=warmup_steps)
+        for in_channels, out_channels in pairwise((self.in_channels, 64, 160, 320, 640)):
+            drop = nn.Dropout(0.1) if out_channels < 320 else DropBlock(block_size, warmup_steps=warmup_steps)
             drop = nn.Identity() if self.dropblock == "none" else drop
-            blocks += [_ResidualBlock(before, after), nn.MaxPool2d(2), drop]
+            blocks += [_ResidualBlock(in_channels, out_channels), nn.MaxPool2d(2), drop]
         layers = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1) if self.average_pool else nn.Identity())
         for module in layers.modules():
             if isinstance(module, nn.Conv2d):
@@ -150,14 +150,15 @@ class ResNet12(Backbone):
 class _ResidualBlock(nn.Module):
     """Three convolutions, with a 1 x 1 convolution as the shortcut."""
 
-    def __init__(self, before: int, after: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for channels in (before, after, after):
-            convolution = nn.Conv2d(channels, after, 3, padding=1, bias=False)
-            layers += [convolution, nn.BatchNorm2d(after), nn.LeakyReLU(NEGATIVE_SLOPE)]
+        for channels in (in_channels, out_channels, out_channels):
+            convolution = nn.Conv2d(channels, out_channels, 3, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(out_channels), nn.LeakyReLU(NEGATIVE_SLOPE)]
         self.branch = nn.Sequential(*layers[:-1])
-        self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after))
+        projection = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
         self.activation = layers[-1]
 
     def forward(self, value: Tensor) -> Tensor:
@@ -185,10 +186,8 @@ class DropBlock(nn.Module):
 
     def __init__(self, block_size: int, *, drop_prob: float = 0.1, warmup_steps: int = 0) -> None:
         super().__init__()
-        check_positive_ints(block_size=block_size)
-        if warmup_steps:
-            check_positive_ints(warmup_steps=warmup_steps)
-        self.block_size, self.warmup_steps = block_size, warmup_steps
+        self.block_size = check_positive_int("block_size", block_size)
+        self.warmup_steps = warmup_steps and check_positive_int("warmup_steps", warmup_steps)
         self.drop_prob = check_fraction("drop_prob", drop_prob)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # a buffer, so that checkpoints contain it
 

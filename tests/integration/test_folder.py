@@ -22,7 +22,7 @@ import convexheads
 from convexheads import InputError, LogisticHead
 from convexheads.cli import FolderClassifier
 from convexheads.cli.command import main
-from convexheads.cli.folder import HEADS
+from convexheads.cli.folder import FOLDER_HEADS
 
 
 def docstrings(module: str, count: int) -> list[str]:
@@ -44,7 +44,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", FOLDER_HEADS)
 def test_text_is_told_apart_after_a_few_examples(texts: Path, head: str) -> None:
     classifier = FolderClassifier.from_folder(texts / "train", features="text", head=head)
     assert classifier.classes == ("numpy.linalg", "pandas", "sklearn.metrics", "torch.optim")
