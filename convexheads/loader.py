@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from convexheads import _validation
-from convexheads._sampling import group_by_class
+from convexheads._sampling import check_labels, group_by_class
 from convexheads.errors import InputError
 
 if TYPE_CHECKING:
@@ -86,18 +86,11 @@ class EpisodeLoader:
         if transform is not None and not callable(transform):
             raise InputError("transform", "a function from a sample to a sample, or None", repr(transform))
         _validation.check_tensor("samples", samples, "a tensor, (n, *sample)")
-        _validation.check_tensor("labels", labels, "a tensor of integers", _validation.is_integer_tensor)
         if (workers := _validation.as_integer(num_workers)) is None or workers < 0:
             raise InputError("num_workers", "a number of processes, 0 for none", _validation.describe(num_workers))
         if workers and samples.device.type != "cpu":
             raise InputError("samples", "a tensor on the CPU, or num_workers=0", f"device {samples.device}")
-        if labels.shape != samples.shape[:1] or not labels.ndim:
-            got = f"shapes {tuple(samples.shape)} and {tuple(labels.shape)}"
-            raise InputError("samples, labels", "(n, *sample) and (n,)", got)
-        count = len(labels.cpu().long().unique())
-        if class_names is not None and (not isinstance(class_names, Sequence) or len(class_names) != count):
-            expected = f"a name for each of the {count} classes, or None"
-            raise InputError("class_names", expected, repr(class_names))
+        check_labels(labels, samples, name="samples", expected="(n, *sample) and (n,)")
         self.samples_per_class = shots + queries
         members = group_by_class(labels, self.ways, self.samples_per_class, class_names)
         if self.batch_size % self.world_size:
@@ -105,7 +98,7 @@ class EpisodeLoader:
         self.members = [indices.numpy() for indices in members]
         self.samples, self.transform, self.num_workers = samples, transform, workers
         self.step = 0
-        self._resumes = False
+        self._resume_within_epoch = False
 
     def __len__(self) -> int:
         return self.steps_per_epoch
@@ -113,28 +106,27 @@ class EpisodeLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         steps = self.steps_per_epoch
         epoch, done = divmod(self.step, steps)
-        if self._resumes:
-            self._resumes = False
+        if self._resume_within_epoch:
+            self._resume_within_epoch = False
         else:
             epoch, done = epoch + (done > 0), 0
         first = epoch * steps if self.resample_each_epoch else 0
         labels = torch.arange(self.ways).repeat_interleave(self.samples_per_class)
         epoch_steps: Any = range(first + done, first + steps)
-        load: Any = self._batch
-        batches: Iterable[Tensor] = map(load, epoch_steps)
+        batches: Iterable[Tensor] = map(self._batch, epoch_steps)
         if self.num_workers:
             generator = torch.Generator()  # leaves the default generator to the training loop
-            settings = {"num_workers": self.num_workers, "generator": generator}
-            batches = DataLoader(epoch_steps, batch_size=None, collate_fn=load, **settings)
+            settings: Any = {"collate_fn": self._batch, "num_workers": self.num_workers, "generator": generator}
+            batches = DataLoader(epoch_steps, batch_size=None, **settings)
         for step, samples in zip(epoch_steps, batches, strict=True):
             self.step = step + 1 if self.resample_each_epoch else (step + 1) % steps
             yield samples, labels.expand(len(samples), -1)
 
-    def _own_tasks(self) -> range:
+    def _tasks_of_rank(self) -> range:
         return range(self.rank, self.batch_size, self.world_size)
 
     def _batch(self, step: int) -> Tensor:
-        return torch.stack([self._episode(step, task) for task in self._own_tasks()])
+        return torch.stack([self._episode(step, task) for task in self._tasks_of_rank()])
 
     def state_dict(self) -> dict[str, int]:
         """Return the position for a checkpoint: the number of steps taken."""
@@ -142,7 +134,7 @@ class EpisodeLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue the next iteration from the position in `state`, which `state_dict` returned."""
-        self.step, self._resumes = state["step"], True
+        self.step, self._resume_within_epoch = state["step"], True
 
     def indices(self, step: int) -> Integer[Tensor, "tasks n"]:
         """Return the indices of the samples of a `step`, for samples that are stored elsewhere.
@@ -150,7 +142,7 @@ class EpisodeLoader:
         Steps count from 0 over all epochs. The indices are int64 on the CPU, `(tasks, ways * (shots + queries))`, for
         the tasks of this process.
         """
-        return torch.stack([self._draw(step, task)[0] for task in self._own_tasks()])
+        return torch.stack([self._draw(step, task)[0] for task in self._tasks_of_rank()])
 
     def _draw(self, step: int, task: int) -> tuple[Tensor, Generator]:
         """Draw the indices of an episode; also return the generator for its further random numbers."""
