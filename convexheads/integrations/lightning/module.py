@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, distributed, nn, optim
 
 from convexheads import training
-from convexheads._validation import check_choice, check_fraction
+from convexheads._validation import check_choice, check_fraction, check_positive_ints, check_real
 from convexheads.episodes import split_task
 from convexheads.errors import InputError, SolverError
 from convexheads.heads import ClassificationHead
 from convexheads.hyperparameters import parameter_groups
+from convexheads.integrations import check_head
 from convexheads.training import SCHEDULES, EpisodeLoss, OnFailedStep
 
 _log = logging.getLogger("convexheads.integrations.lightning")
@@ -92,11 +93,13 @@ class EpisodicModule(pl.LightningModule):
         super().__init__()
         check_choice("schedule", schedule, SCHEDULES)
         check_choice("on_failed_step", on_failed_step, get_args(OnFailedStep))
-        self.backbone, self.head = backbone, head
-        self.ways, self.shots, self.total_steps = ways, shots, total_steps
-        self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
-        self.schedule, self.on_failed_step = schedule, on_failed_step
+        self.backbone, self.head = backbone, check_head(head)
+        self.ways, self.shots, self.total_steps = check_positive_ints(ways=ways, shots=shots, total_steps=total_steps)
+        self.learning_rate = check_real("learning_rate", learning_rate, positive=True, allow_zero=True)
+        self.weight_decay = check_real("weight_decay", weight_decay, positive=True, allow_zero=True)
+        self.momentum = check_fraction("momentum", momentum)
         self.label_smoothing = check_fraction("label_smoothing", label_smoothing)
+        self.schedule, self.on_failed_step = schedule, on_failed_step
         self.failures: list[dict[str, Any]] = []
         self._failed: dict[str, Any] | None = None  # the failure of this process in the current step
         self._before: dict[str, Tensor] | None = None  # the buffers before the current step
