@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
-from convexheads.integrations import require_version
+from convexheads.integrations import check_head, require_version
 
 require_version("easyfsl", "easyfsl>=1.5,<2", extra="easyfsl")
 
@@ -37,9 +37,7 @@ class HeadClassifier(FewShotClassifier):
 
     def __init__(self, head: ClassificationHead, backbone: nn.Module | None = None, **settings: Any) -> None:
         super().__init__(backbone=backbone, **settings)
-        if not isinstance(head, ClassificationHead):
-            raise InputError("head", "a classification head of convexheads, such as SVMHead(C=0.1)", repr(head))
-        self.head = head
+        self.head = check_head(head)
         self.fitted: FittedClassifier | None = None
 
     def process_support_set(self, support_images: Tensor, support_labels: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
-from convexheads.integrations import require_version
+from convexheads.integrations import check_head, require_version
 
 require_version("learn2learn", "learn2learn>=0.2,<0.3", extra="learn2learn")
 
@@ -45,9 +45,7 @@ class HeadClassifier(nn.Module):
         ways: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(head, ClassificationHead):
-            raise InputError("head", "a classification head of convexheads, such as SVMHead(C=0.1)", repr(head))
-        self.head = head
+        self.head = check_head(head)
         self.fitted: FittedClassifier | None = None
         if support is not None and labels is not None:
             self.fit_(support, labels, ways)
