@@ -61,23 +61,18 @@ def check_labels(labels: Tensor, examples: Tensor, *, name: str, expected: str, 
         raise InputError(f"{name}, labels", expected, got)
 
 
-def group_by_class(
-    labels: Tensor, ways: int, per_class: int, class_names: Sequence[str] | None = None
-) -> list[Integer[Tensor, " members"]]:
+def group_by_class(labels: Tensor, ways: int, per_class: int) -> list[Integer[Tensor, " members"]]:
     """Return the indices of the examples of each class, in the order of the sorted labels, on the CPU.
 
-    Raises `InputError` if there are not enough for an episode, with the class's label or name, or if the number of
-    names is not that of classes.
+    Raises `InputError` if there are not enough for an episode.
     """
     labels = labels.cpu().long()
     classes, counts = (found.tolist() for found in labels.unique(return_counts=True))
-    if class_names is not None and (not isinstance(class_names, Sequence) or len(class_names) != len(classes)):
-        raise InputError("class_names", f"a name for each of the {len(classes)} classes, or None", repr(class_names))
     if len(classes) < ways:
         raise InputError("labels", f"at least ways={ways}", f"{len(classes)} classes")
     if (count := min(counts)) < per_class:
-        label = (class_names or classes)[counts.index(count)]
-        raise InputError("labels", f"at least shots + queries = {per_class}", f"{count} examples of class {label!r}")
+        got = f"{count} examples of class {classes[counts.index(count)]}"
+        raise InputError("labels", f"at least shots + queries = {per_class}", got)
     return [(labels == label).nonzero().squeeze(-1) for label in classes]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +44,6 @@ class EpisodeLoader:
         steps_per_epoch: Number of batches per epoch.
         seed: Random seed.
         transform: A random transform of a sample. Its random numbers from PyTorch depend on `seed` too.
-        class_names: Names for error messages, in the order of the sorted labels; by default the labels.
         resample_each_epoch: Whether each epoch has new episodes. Pass False for validation.
         rank: Rank of this process, which gets every `world_size`-th episode.
         world_size: Number of processes.
@@ -71,7 +70,6 @@ class EpisodeLoader:
         steps_per_epoch: int = 1000,
         seed: int = 0,
         transform: Callable[[Tensor], Tensor] | None = None,
-        class_names: Sequence[str] | None = None,
         resample_each_epoch: bool = True,
         rank: int = 0,
         world_size: int = 1,
@@ -92,7 +90,7 @@ class EpisodeLoader:
             raise InputError("samples", "a tensor on the CPU, or num_workers=0", f"device {samples.device}")
         check_labels(labels, samples, name="samples", expected="(n, *sample) and (n,)")
         self.samples_per_class = shots + queries
-        members = group_by_class(labels, self.ways, self.samples_per_class, class_names)
+        members = group_by_class(labels, self.ways, self.samples_per_class)
         if self.batch_size % self.world_size:
             raise InputError("batch_size", f"a multiple of the {self.world_size} processes", batch_size)
         self.members = [indices.numpy() for indices in members]

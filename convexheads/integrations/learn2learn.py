@@ -22,36 +22,21 @@ class HeadClassifier(nn.Module):
     `PrototypeHead()` it computes the same as `PrototypicalClassifier()`.
 
     Differences from `SVClassifier`: labels may be any integers, which are renumbered in ascending order; leading
-    dimensions hold several tasks; and a call before the fit is an error.
+    dimensions hold several tasks; the constructor takes no data; and a call before the fit is an error.
 
     Use it when you train with learn2learn's Lightning modules.
 
     Args:
         head: A classification head.
-        support: Features to fit on immediately; with `labels` and `ways` as for `fit_`.
-
-    Raises:
-        SolverError: A task could not be solved (see the solver's `on_failure`).
 
     Example:
         `classifier = HeadClassifier(SVMHead(C=0.1))`, then `classifier.fit_(support, labels)` and `classifier(query)`
     """
 
-    def __init__(
-        self,
-        head: ClassificationHead,
-        support: Tensor | None = None,
-        labels: Tensor | None = None,
-        ways: int | None = None,
-    ) -> None:
+    def __init__(self, head: ClassificationHead) -> None:
         super().__init__()
         self.head = check_head(head)
         self.fitted: FittedClassifier | None = None
-        if support is not None and labels is not None:
-            self.fit_(support, labels, ways)
-        elif support is not None or labels is not None:
-            missing = "support" if support is None else "labels"
-            raise InputError(missing, "support and labels together, or neither", "None")
 
     def fit_(self, support: Tensor, labels: Tensor, ways: int | None = None) -> None:
         """Fit the head and keep the result, with its gradients, until the next call.

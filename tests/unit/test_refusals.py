@@ -37,7 +37,6 @@ REFUSED: dict[str, Callable[[], object]] = {
     "labels": lambda: loader(labels=LABELS.float()),
     "num_workers": lambda: loader(num_workers=-1),
     "samples, labels": lambda: loader(labels=LABELS[:5]),
-    "class_names": lambda: loader(class_names=["one"]),
     r"labels: expected .*, got shape": lambda: ch.split_task(
         torch.zeros(0, 4, 3), torch.zeros(0, 4, dtype=torch.long), shots=1
     ),

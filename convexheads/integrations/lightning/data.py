@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -29,7 +28,7 @@ class EpisodicDataModule(pl.LightningDataModule):
         test: The data set to test on; optional.
         eval_steps: Number of steps per validation and per test, which have the same episodes every time.
         ways: See `EpisodeLoader`, also for `shots`, `queries`, `batch_size` and `seed`.
-        steps_per_epoch: See `EpisodeLoader`, also for `transform`, `class_names` and `num_workers`; for training only.
+        steps_per_epoch: See `EpisodeLoader`, also for `transform` and `num_workers`; for training only.
 
     Example:
         `data = EpisodicDataModule((images, classes), ways=5, shots=1)`, then `trainer.fit(module, data)`
@@ -49,14 +48,14 @@ class EpisodicDataModule(pl.LightningDataModule):
         eval_steps: int = 25,
         seed: int = 0,
         transform: Callable[[Tensor], Tensor] | None = None,
-        class_names: Sequence[str] | None = None,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
         self.parts = {name: _read(name, part) for name, part in (("train", train), ("val", val), ("test", test))}
         load = partial(EpisodeLoader, ways=ways, shots=shots, queries=queries, batch_size=batch_size, seed=seed)
-        training: dict[str, Any] = {"transform": transform, "class_names": class_names, "num_workers": num_workers}
-        self._load_training = partial(load, steps_per_epoch=steps_per_epoch, **training)
+        self._load_training = partial(
+            load, steps_per_epoch=steps_per_epoch, transform=transform, num_workers=num_workers
+        )
         evaluation = partial(load, steps_per_epoch=eval_steps, resample_each_epoch=False)
         self._state, self._train = {"step": 0}, None
         for name in ("val", "test"):  # an optional method, whose existence Lightning checks
