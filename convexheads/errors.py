@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 class ConvexHeadsError(Exception):
     """Base class of all convexheads exceptions.
 
-    It is raised directly if no subclass fits: for example, for a second derivative through a solver that supports only
-    the first.
+    It is raised directly if no subclass fits, as for a second derivative of a solver that supports only the first.
     """
 
 
@@ -50,12 +49,10 @@ class SolverError(ConvexHeadsError, RuntimeError):
 class MissingDependencyError(ConvexHeadsError, ImportError):
     """An optional package is not installed, or the installed version is unsupported (also an `ImportError`).
 
-    The message ends with a pip command that installs the package. It names the packages themselves, so it works whether
-    convexheads was installed from a checkout or from a package index.
-
     Args:
         package: the name of the package.
-        extra: the extra of convexheads that the package belongs to; the command installs all requirements of the extra.
+        extra: the extra of convexheads that the package belongs to. The message ends with a pip command that installs
+            all packages of the extra by name, whether convexheads comes from a checkout or from a package index.
         needed_by: the class or function that needs it.
     """
 

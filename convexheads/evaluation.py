@@ -71,8 +71,8 @@ class Evaluation:
     def compare(self, other: Evaluation) -> Difference:
         """Compare two heads or backbones on the same episodes: the accuracy of this evaluation minus that of `other`.
 
-        The confidence interval of the mean difference is usually much narrower than those of the two accuracies. Both
-        evaluations need the same labels, sizes and seed.
+        Both need the same labels, sizes and seed. The confidence interval of the mean difference is usually much
+        narrower than those of the two accuracies.
 
         Example:
             `print(evaluate(SVMHead(), features, labels).compare(evaluate(RidgeHead(), features, labels)))`
@@ -110,8 +110,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure the accuracy of a head over random episodes of cached features.
 
-    The episodes depend only on `labels`, the sizes and `seed`: two heads, or two backbones, that are evaluated with the
-    same seed see the same episodes, so `Evaluation.compare` can pair their accuracies.
+    The episodes depend only on `labels`, the sizes and `seed`, so that `Evaluation.compare` can pair the accuracies of
+    two heads or two backbones.
 
     Args:
         head: A classification head.

@@ -21,13 +21,11 @@ if TYPE_CHECKING:
 class EpisodeLoader:
     """An iterable over batches of episodes, one batch per training step.
 
-    An episode depends only on the seed, the step and its index in the batch. A training run that is resumed, or spread
-    over several processes, therefore sees the same episodes as any other run. Classes and samples are drawn without
-    replacement, as in learn2learn's tasksets.
+    An episode depends only on the seed, the step and its index in the batch, also if a training run is resumed or
+    spread over several processes. Classes and samples are drawn without replacement, as in learn2learn's tasksets.
 
     Each iteration is an epoch of `steps_per_epoch` batches with new episodes, even if the previous iteration was
-    interrupted. `state_dict` and `load_state_dict` resume within an epoch; Lightning keeps this state in its
-    checkpoints.
+    interrupted. `state_dict` and `load_state_dict`, which Lightning calls, resume within an epoch.
 
     A batch is a pair of samples `(tasks, n, *sample)` and labels `(tasks, n)`, int64 and sorted by class, with
     n = ways * (shots + queries), for `split_task` or `EpisodicModule`. NumPy has to be installed.
@@ -47,12 +45,11 @@ class EpisodeLoader:
         resample_each_epoch: Whether each epoch has new episodes. Pass False for validation.
         rank: Rank of this process, which gets every `world_size`-th episode.
         world_size: Number of processes.
-        num_workers: Number of worker processes of PyTorch's `DataLoader`, which prepare the next batches. The batches
-            do not depend on it. Workers pay off if `transform` takes about as long as a training step.
+        num_workers: Number of worker processes that prepare the same batches. They pay off if `transform` takes about
+            as long as a training step.
 
     Raises:
-        InputError: An argument is unusable: for example, there are fewer classes than `ways`, a class has fewer samples
-            than `shots + queries`, or `batch_size` is not a multiple of `world_size`.
+        InputError: An argument is unusable: for example, `batch_size` is not a multiple of `world_size`.
 
     Example:
         `for samples, labels in EpisodeLoader(images, classes, ways=5, shots=1): ...`
@@ -104,10 +101,9 @@ class EpisodeLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         steps = self.steps_per_epoch
         epoch, done = divmod(self.step, steps)
-        if self._resume_within_epoch:
-            self._resume_within_epoch = False
-        else:
+        if not self._resume_within_epoch:
             epoch, done = epoch + (done > 0), 0
+        self._resume_within_epoch = False
         first = epoch * steps if self.resample_each_epoch else 0
         labels = torch.arange(self.ways).repeat_interleave(self.samples_per_class)
         epoch_steps: Any = range(first + done, first + steps)
@@ -135,10 +131,9 @@ class EpisodeLoader:
         self.step, self._resume_within_epoch = state["step"], True
 
     def indices(self, step: int) -> Integer[Tensor, "tasks n"]:
-        """Return the indices of the samples of a `step`, for samples that are stored elsewhere.
+        """Return the indices of the samples of a `step`, counted from 0 over all epochs, in the tasks of this process.
 
-        Steps count from 0 over all epochs. The indices are int64 on the CPU, `(tasks, ways * (shots + queries))`, for
-        the tasks of this process.
+        They are int64 on the CPU, `(tasks, ways * (shots + queries))`, for samples that are stored elsewhere.
         """
         return torch.stack([self._draw(step, task)[0] for task in self._tasks_of_rank()])
 

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.command == "fit":
             classifier = FolderClassifier.from_folder(options.folder, features=options.features, head=options.head)
             classifier.save(output)
-            hint = "" if classifier.calibrated else " (probabilities are not calibrated: a class has a single file)"
+            hint = "" if classifier.scale else " (probabilities are not calibrated: a class has a single file)"
             print(f"{output}: {len(classifier.classes)} classes, {', '.join(classifier.classes)}{hint}")
         else:
             classifier = FolderClassifier.load(options.classifier, features=options.features)

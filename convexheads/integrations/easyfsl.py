@@ -20,8 +20,8 @@ from easyfsl.methods import FewShotClassifier
 class HeadClassifier(FewShotClassifier):
     """A head as one of easyfsl's `FewShotClassifier`s.
 
-    It runs with easyfsl's `TaskSampler`, `evaluate` and training scripts, as its `PrototypicalNetworks` does, but
-    has no prototypes. Labels other than 0 to k - 1, for which easyfsl's own methods return wrong results, are an error.
+    It runs with easyfsl's `TaskSampler`, `evaluate` and training scripts. Labels other than 0 to k - 1, for which
+    easyfsl's own methods return wrong results, are an error.
 
     Use it when you evaluate or train with easyfsl's scripts.
 

@@ -39,12 +39,10 @@ class HeadClassifier(nn.Module):
         self.fitted: FittedClassifier | None = None
 
     def fit_(self, support: Tensor, labels: Tensor, ways: int | None = None) -> None:
-        """Fit the head and keep the result, with its gradients, until the next call.
+        """Fit the head to features `support` `(*batch, n, d)` and keep the result, with its gradients.
 
-        Args:
-            support: Features, `(*batch, n, d)`.
-            labels: Integers, `(*batch, n)`, which are renumbered in ascending order unless `ways` is given.
-            ways: Number of classes, if the labels are integers from 0 to ways - 1.
+        The `labels`, integers `(*batch, n)`, are renumbered in ascending order, unless the number of classes is given:
+        then they are integers from 0 to `ways` - 1.
         """
         if ways is None:
             classes, labels = labels.unique(return_inverse=True)

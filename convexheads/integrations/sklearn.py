@@ -26,8 +26,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     `SVMHead(C=1.0, kernel=Linear() + Constant(1.0))`. The arguments of the head and of its kernel are parameters too,
     such as `head__C` and `head__kernel__length_scale`, so that a search can vary them.
 
-    Use it when you compare a head with scikit-learn's classifiers on up to a few thousand samples: memory grows with
-    the square of their number.
+    Use it when you compare a head with scikit-learn's classifiers on up to a few thousand samples.
 
     Args:
         head: A classification head; None stands for `SVMHead(C=1.0)`, the Crammer-Singer SVM.

@@ -23,8 +23,8 @@ class Conv4(Backbone):
     """Four blocks of 3 x 3 convolution with 64 filters, batch normalization, ReLU and 2 x 2 max pooling.
 
     This is the network of Vinyals et al. 2016 and Snell et al. 2017. It has 256 features for images of 32 x 32 pixels
-    and 1,600 for 84 x 84. The layers and their names are those of learn2learn's `CNN4Backbone`. The
-    initial weights are PyTorch's defaults; in learn2learn, some channels are nearly zero at the start.
+    and 1,600 for 84 x 84. The layers and their names are those of learn2learn's `CNN4Backbone`, the initial weights
+    PyTorch's defaults.
 
     Use it when training has to be fast, or to compare with published results for Conv-4. The arguments `in_channels`,
     `image_size` (at least 16), `mean` and `std` are those of `Backbone`.
@@ -53,9 +53,9 @@ class R2D2Network(Backbone):
 
     A block is a 3 x 3 convolution, batch normalization, 2 x 2 max pooling and a leaky ReLU, in this order. As in the
     code of Lee et al. 2019, the last two blocks have dropout of 0.1 and 0.3. There is no activation after the last
-    block, because R2D2's accuracy requires this. The network has 8,192 features for images of 32 x 32 pixels and 51,200
-    for 84 x 84. The code of Bertinetto et al., in contrast, has that activation and the same rate of dropout in both
-    blocks. It also pools both outputs with stride 1, which gives 8,064 and 72,576 features.
+    block, which is needed to reproduce R2D2's accuracy. The network has 8,192 features for images of 32 x 32 pixels and
+    51,200 for 84 x 84. The code of Bertinetto et al., in contrast, has that activation, the same rate of dropout in
+    both blocks, and poolings of both outputs with stride 1, which give 8,064 and 72,576 features.
 
     Use it when you compare with published results for R2-D2. The arguments `in_channels`, `image_size` (at least 16),
     `mean` and `std` are those of `Backbone`.
@@ -94,8 +94,7 @@ class ResNet12(Backbone):
 
     This is the network of Lee et al. 2019 (Section 4.1). Each block ends with 2 x 2 max pooling and DropBlock. There
     is no global average pooling: the network has 2,560 features for images of 32 x 32 pixels and 16,000 for 84 x 84.
-    Weights are initialized by Kaiming's method, as in the authors' code. learn2learn's `ResNet12Backbone` computes the
-    same in evaluation, but its checkpoints lack the step counter of DropBlock.
+    Weights are initialized by Kaiming's method, as in the authors' code.
 
     Use it when accuracy matters most and you train on a GPU.
 
@@ -103,9 +102,8 @@ class ResNet12(Backbone):
         in_channels: See `Backbone`, also for `image_size` (at least 16), `mean` and `std`.
         dropblock: "paper" drops 10 % of the units after every block: single units (dropout) after the first two,
             square blocks after the last two. "reference_code" increases the rate of the last two from 0 to 10 % over
-            40,000 forward passes in training. Unlike here, the counter in the authors' code also counts evaluation,
-            is lost on resumption and stays at zero with several GPUs. It counts support and query images as two passes,
-            so that 20,000 steps reach the full rate. "none" drops nothing.
+            40,000 forward passes in training; in the authors' code, evaluation counts too, and a step counts as two
+            passes. "none" drops nothing.
         block_size: Height and width of a dropped block in units of the feature maps; by default 5 for images of at
             least 84 x 84 pixels and 2 for smaller ones, as in the authors' code for ImageNet and for CIFAR.
         average_pool: Whether to average over positions, which leaves 640 features.
@@ -131,7 +129,7 @@ class ResNet12(Backbone):
         super().__init__(in_channels, image_size, mean, std)
 
     def make_layers(self) -> tuple[nn.Module, int]:
-        positions = self._num_positions(4)
+        num_positions = self._num_positions(4)
         block_size = (5 if min(self.image_size) >= 84 else 2) if self.block_size is None else self.block_size
         warmup_steps = 40_000 if self.dropblock == "reference_code" else 0
         blocks: list[nn.Module] = []
@@ -144,7 +142,7 @@ class ResNet12(Backbone):
             if isinstance(module, nn.Conv2d):
                 # with the gain for a slope of 0, not 0.1, as in the reference code
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
-        return layers, 640 * (1 if self.average_pool else positions)
+        return layers, 640 * (1 if self.average_pool else num_positions)
 
 
 class _ResidualBlock(nn.Module):

@@ -50,9 +50,7 @@ def metaoptnet_ridge(variant: Variant = "paper") -> RidgeHead:
 def protonet() -> PrototypeHead:
     """ProtoNet as the baseline of Lee et al. 2019: squared distances, divided by d, and a learnable scale.
 
-    Snell et al. 2017, who introduced prototypes, neither divide nor scale: their head is `PrototypeHead()`.
-
-    Use it when you compare with the prototypes of Lee et al. 2019, whose paper and code agree on this head.
+    Use it when you compare with this baseline; Snell et al. 2017 neither divide nor scale, as `PrototypeHead()`.
     """
     return PrototypeHead(kernel=Linear(normalize=True), scale=Learnable(1.0))
 

@@ -56,7 +56,7 @@ def test_text_is_told_apart_after_a_few_examples(texts: Path, head: str) -> None
         assert path in files
         assert sum(probabilities.values()) == pytest.approx(1)
         assert label == max(probabilities, key=lambda name: probabilities[name])
-    assert classifier.calibrated
+    assert classifier.scale is not None
     loss = -sum(math.log(p.probabilities[p.path.parent.name]) for p in predictions) / len(predictions)
     assert loss < math.log(4) / 2
 
@@ -75,7 +75,7 @@ def test_the_head_sees_features_of_length_one(tmp_path: Path) -> None:
         (tmp_path / "train" / name).mkdir(parents=True)
         np.save(tmp_path / "train" / name / "x.npy", row.numpy())
     classifier = FolderClassifier.from_folder(tmp_path / "train", features="npy")
-    assert not classifier.calibrated
+    assert classifier.scale is None
     query = tmp_path / "train" / "b" / "x.npy"
     (prediction,) = classifier.predict([query])
     unit = functional.normalize(rows.double(), dim=-1)

@@ -29,12 +29,12 @@ class EpisodicModule(pl.LightningModule):
     Optimization", CVPR 2019). Difference from the reference code: support and query images pass through the
     backbone in one call, instead of two, and share their batch statistics.
 
-    A batch is a pair of samples `(*tasks, n, *sample)` and labels `(*tasks, n)`, integers from 0 to ways - 1 in any
-    order, with more than `shots` samples per class: the first `shots` of each class are the support.
+    A batch is a pair of samples `(*tasks, n, *sample)` and labels `(*tasks, n)`, integers from 0 to ways - 1, as
+    `EpisodeLoader` yields it and `split_task` splits it. Validation and test batches are episodes too.
 
     The module logs "loss" and "accuracy" (0 to 1) of the queries. If the head solves iteratively, it also logs "gap",
     the largest certified relative duality gap, "certified", the share of tasks whose gap is within the solver's
-    tolerance, and "iterations", the mean over tasks. Validation and test batches are episodes too.
+    tolerance, and "iterations", the mean over tasks.
 
     A step fails if its loss or a gradient is not finite, or if the head could not be fitted (`SolverError`, or
     `InputError` for features that are not finite). All processes then apply the policy `on_failed_step`, because
