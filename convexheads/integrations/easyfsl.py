@@ -41,10 +41,7 @@ class HeadClassifier(FewShotClassifier):
         self.fitted: FittedClassifier | None = None
 
     def process_support_set(self, support_images: Tensor, support_labels: Tensor) -> None:
-        """Fit the head to `support_images` `(n, *image)` with `support_labels` from 0 to k - 1, `(n,)`.
-
-        The result is kept until the next call. Without a backbone, the images are features `(n, d)`.
-        """
+        """Fit the head to `support_images` `(n, *image)` with `support_labels` from 0 to k - 1, `(n,)`."""
         classes = support_labels.unique()
         if not torch.equal(classes, torch.arange(len(classes), device=classes.device)):
             raise InputError("support_labels", "0 to k - 1, each at least once", f"classes {classes.tolist()}")
@@ -65,14 +62,12 @@ class HeadClassifier(FewShotClassifier):
 
 
 class _DataSource:
-    """Accepts the argument `data_source`, which the samplers of recent PyTorch versions do not."""
-
-    def __init__(self, data_source: object = None) -> None: ...
+    def __init__(self, data_source: object = None) -> None:
+        """Accept the argument `data_source`, which the samplers of recent PyTorch versions do not."""
 
 
 class TaskSampler(easyfsl.samplers.TaskSampler, _DataSource):
     """easyfsl's `TaskSampler` for current versions of PyTorch, with which the original fails.
 
-    Takes `dataset`, a data set of easyfsl with a method `get_labels`; `n_way`, the number of classes per task; `n_shot`
-    and `n_query`, the numbers of support and query images per class; and `n_tasks`, the number of tasks.
+    The arguments are the same: `dataset`, `n_way`, `n_shot`, `n_query` and `n_tasks`.
     """

@@ -80,8 +80,6 @@ class R2D2Network(Backbone):
 
 
 class _ConcatLastTwo(nn.Sequential):
-    """Applies modules in turn and concatenates the flattened outputs of the last two."""
-
     def forward(self, value: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         *first, last = self
         for module in first:
@@ -146,8 +144,6 @@ class ResNet12(Backbone):
 
 
 class _ResidualBlock(nn.Module):
-    """Three convolutions, with a 1 x 1 convolution as the shortcut."""
-
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []

@@ -27,7 +27,7 @@ class EpisodicModule(pl.LightningModule):
 
     The loss is the mean cross-entropy of all queries (Eq. 12 of Lee et al., "Meta-Learning with Differentiable Convex
     Optimization", CVPR 2019). Difference from the reference code: support and query images pass through the
-    backbone in one call, instead of two, and share their batch statistics.
+    backbone in one call and share their batch statistics.
 
     A batch is a pair of samples `(*tasks, n, *sample)` and labels `(*tasks, n)`, integers from 0 to ways - 1, as
     `EpisodeLoader` yields it and `split_task` splits it. Validation and test batches are episodes too.
@@ -186,7 +186,6 @@ class EpisodicModule(pl.LightningModule):
         self.failures = [dict(failure) for failure in checkpoint.get("failures", [])]
 
     def _step(self, batch_index: int) -> int:
-        """The current step, counted from 0 over all epochs."""
         return batch_index if self._trainer is None else self.trainer.fit_loop.epoch_loop.total_batch_idx
 
     def validation_step(self, batch: Sequence[Tensor], batch_index: int) -> None:
