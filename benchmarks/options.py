@@ -37,7 +37,7 @@ class Options:
     data_root: Annotated[
         Path | None, "folder of the data (read-only); default: the environment variable CONVEXHEADS_DATA"
     ] = None
-    backbone: Annotated[Literal["conv4", "r2d2", "resnet12", "wrn28"], "network to train"] = "conv4"
+    backbone: Annotated[Literal["conv4", "r2d2", "resnet12"], "network to train"] = "conv4"
     dropblock: Annotated[Literal["paper", "reference_code", "none"], "DropBlock of resnet12, see `ResNet12`"] = "paper"
     head: Annotated[
         Literal["svm", "svm-smoothed", "ridge", "prototypes"],

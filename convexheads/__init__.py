@@ -40,44 +40,37 @@ from convexheads.models import list_pretrained, load_pretrained
 
 __version__ = "0.1.0"
 
-__all__ = [  # noqa: RUF022 (by subject)
-    # classification
+__all__ = [
     "ClassificationHead",
-    "SVMHead",
-    "WestonWatkinsSVMHead",
-    "OneVsRestSVMHead",
-    "SimplifiedSVMHead",
-    "LogisticHead",
-    "RidgeHead",
-    "PrototypeHead",
-    "LinearDiscriminantHead",
-    "MahalanobisHead",
+    "ConvexHeadsError",
     "CvxpyHead",
-    # regression
-    "RegressionHead",
-    "RidgeRegressionHead",
-    "GaussianProcessHead",
-    "SupportVectorRegressionHead",
-    # building blocks of custom heads
-    "Head",
-    "SupportSet",
-    "KernelExpansion",
-    # hyperparameters
-    "Learnable",
-    "parameter_groups",
-    # episodes
     "EpisodeLoader",
+    "GaussianProcessHead",
+    "Head",
+    "InputError",
+    "KernelExpansion",
+    "Learnable",
+    "LinearDiscriminantHead",
+    "LogisticHead",
+    "MahalanobisHead",
+    "MissingDependencyError",
+    "OneVsRestSVMHead",
+    "PrototypeHead",
+    "RegressionHead",
+    "RidgeHead",
+    "RidgeRegressionHead",
+    "SVMHead",
+    "SimplifiedSVMHead",
+    "SolverError",
+    "SolverWarning",
+    "SupportSet",
+    "SupportVectorRegressionHead",
+    "WestonWatkinsSVMHead",
     "calibrate",
     "embed",
     "evaluate",
-    "split_task",
-    # trained weights
     "list_pretrained",
     "load_pretrained",
-    # errors
-    "ConvexHeadsError",
-    "InputError",
-    "MissingDependencyError",
-    "SolverError",
-    "SolverWarning",
+    "parameter_groups",
+    "split_task",
 ]

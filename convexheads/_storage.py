@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
+import secrets
 from pathlib import Path
 from typing import Any
-from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from convexheads.errors import MissingDependencyError
 def atomic_write(path: str | Path, content: bytes | memoryview) -> None:
     """Replace a file with a complete new one; after an `OSError`, the old one is unchanged."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # unlike `tempfile`, with the usual permissions
     try:
         part.write_bytes(content)
         with part.open("rb+") as file:
@@ -55,31 +54,6 @@ def load(path: str | Path, *, key: str, needed_by: str) -> tuple[dict[str, Tenso
     if digest != _digest(tensors, text):
         raise ValueError("its content does not match its checksum")
     return tensors, json.loads(text)
-
-
-def load_torch(path: str | Path) -> Any:
-    """Read tensors, numbers, text and containers of these from a file written by `torch.save`, onto the CPU.
-
-    Raises `ValueError` if the file is damaged or contains something else. Unlike `torch.load`, this verifies the
-    checksums in the file, so that altered bytes are not read as values.
-    """
-    try:
-        with ZipFile(path) as archive:
-            if not all(map(_is_stored, archive.infolist())) or archive.testzip() is not None:
-                raise ValueError("its content does not match its checksum")
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
-    except pickle.UnpicklingError as error:
-        raise ValueError("it contains more than tensors, numbers and text") from error
-    except Exception as error:  # damaged files raise many types of errors in the two readers
-        raise ValueError(str(error) or type(error).__name__) from error
-
-
-def _is_stored(member: ZipInfo) -> bool:
-    """Whether PyTorch reads exactly the bytes that `testzip` verifies; otherwise it may return arbitrary memory."""
-    size_is_right = (member.compress_type, member.file_size) == (ZIP_STORED, member.compress_size)
-    return size_is_right and not member.external_attr & 0x10  # the flag of a folder
 
 
 def _digest(tensors: dict[str, Tensor], text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,7 @@ if TYPE_CHECKING:
 class ConvexHeadsError(Exception):
     """Base class of all convexheads exceptions.
 
-    It is raised directly if no subclass fits: for example, for a second derivative through a solver that supports only
-    the first.
+    It is raised directly if no subclass fits, as for a second derivative of a solver that supports only the first.
     """
 
 
@@ -49,12 +49,10 @@ class SolverError(ConvexHeadsError, RuntimeError):
 class MissingDependencyError(ConvexHeadsError, ImportError):
     """An optional package is not installed, or the installed version is unsupported (also an `ImportError`).
 
-    The message ends with a pip command that installs the package. It names the packages themselves, so it works whether
-    convexheads was installed from a checkout or from a package index.
-
     Args:
         package: the name of the package.
-        extra: the extra of convexheads that the package belongs to; the command installs all requirements of the extra.
+        extra: the extra of convexheads that the package belongs to. The message ends with a pip command that installs
+            all packages of the extra by name, whether convexheads comes from a checkout or from a package index.
         needed_by: the class or function that needs it.
     """
 
@@ -68,18 +66,12 @@ def _install_command(package: str, extra: str) -> str:
         return 'pip install ".[bench]"'
     # learn2learn 0.2.0 ships C files that do not compile on Python 3.11; with this option it builds from its sources.
     options = ["--use-pep517", "--config-settings=--build-option=build_ext"] if extra == "learn2learn" else []
-    requirements = _requirements(extra) or re.findall(r"^[\w.-]+", package)
-    return " ".join(["pip install", *options, *(f'"{requirement}"' for requirement in requirements)])
-
-
-def _requirements(extra: str) -> list[str]:
-    """The requirements of an extra, from the metadata of the installed package; empty if it is not installed."""
-    try:
-        pairs = [requirement.partition(";") for requirement in requires("convexheads") or ()]
-    except PackageNotFoundError:
-        return []
-    marker = re.compile(rf"extra\s*==\s*['\"]{re.escape(extra)}['\"]")
-    return [requirement.strip() for requirement, _, condition in pairs if marker.search(condition)]
+    requirements: list[str] = []
+    with suppress(PackageNotFoundError):  # for convexheads itself, when it is on the path but not installed
+        pattern = re.compile(rf"([^;]+?)\s*;.*extra\s*==\s*['\"]{extra}['\"]")
+        requirements = [match[1] for line in requires("convexheads") or () if (match := pattern.match(line))]
+    quoted = (f'"{requirement}"' for requirement in requirements or re.findall(r"^[\w.-]+", package))
+    return " ".join(["pip install", *options, *quoted])
 
 
 class SolverWarning(UserWarning):

@@ -71,8 +71,8 @@ class Evaluation:
     def compare(self, other: Evaluation) -> Difference:
         """Compare two heads or backbones on the same episodes: the accuracy of this evaluation minus that of `other`.
 
-        The confidence interval of the mean difference is usually much narrower than those of the two accuracies. Both
-        evaluations need the same labels, sizes and seed.
+        Both need the same labels, sizes and seed. The confidence interval of the mean difference is usually much
+        narrower than those of the two accuracies.
 
         Example:
             `print(evaluate(SVMHead(), features, labels).compare(evaluate(RidgeHead(), features, labels)))`
@@ -110,8 +110,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure the accuracy of a head over random episodes of cached features.
 
-    The episodes depend only on `labels`, the sizes and `seed`: two heads, or two backbones, that are evaluated with the
-    same seed see the same episodes, so `Evaluation.compare` can pair their accuracies.
+    The episodes depend only on `labels`, the sizes and `seed`, so that `Evaluation.compare` can pair the accuracies of
+    two heads or two backbones.
 
     Args:
         head: A classification head.
@@ -134,11 +134,12 @@ def evaluate(
     Example:
         `print(evaluate(SVMHead(C=0.1), features, labels, ways=5, shots=1))`
     """
-    sizes = {"ways": ways, "shots": shots, "queries": queries, "episodes": episodes, "batch_size": batch_size}
-    settings = {"seed": seed, "rank": rank, "world_size": world_size, "progress": progress}
+    sizes = check_positive_ints(ways=ways, shots=shots, queries=queries, episodes=episodes, batch_size=batch_size)
     title = f"{type(head).__name__}, {ways}-way {shots}-shot"
     confidences, correct, gaps, converged = [], [], [], []
-    for fitted, logits, truth in fit_episodes(head, features, labels, title, **sizes, **settings):
+    for fitted, logits, truth in fit_episodes(
+        head, features, labels, sizes, seed=seed, title=title, progress=progress, rank=rank, world_size=world_size
+    ):
         confidence, guess = logits.double().softmax(-1).max(-1)
         confidences.append(confidence)
         correct.append(guess == truth)
@@ -183,9 +184,9 @@ def calibrate(
         `head = calibrate(RidgeHead(), features, labels, shots=5)`, then
         `head.fit(support, support_labels).probabilities(query)`
     """
-    sizes = {"ways": ways, "shots": shots, "queries": queries, "episodes": episodes, "batch_size": batch_size}
+    sizes = check_positive_ints(ways=ways, shots=shots, queries=queries, episodes=episodes, batch_size=batch_size)
     title = f"calibrating {type(head).__name__}"
-    fits = fit_episodes(head, features, labels, title, **sizes, seed=seed, progress=progress)
+    fits = fit_episodes(head, features, labels, sizes, seed=seed, title=title, progress=progress)
     scored = [(logits.double().flatten(0, 1), truth.flatten()) for _, logits, truth in fits]
     logits, truth = (torch.cat(batches) for batches in zip(*scored, strict=True))
     # The cross-entropy is convex in the factor. For logits divided by their spread, the best factor is around one.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from convexheads import _validation
-from convexheads._sampling import group_by_class
+from convexheads._sampling import check_labels, group_by_class
 from convexheads.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,13 +21,11 @@ if TYPE_CHECKING:
 class EpisodeLoader:
     """An iterable over batches of episodes, one batch per training step.
 
-    An episode depends only on the seed, the step and its index in the batch. A training run that is resumed, or spread
-    over several processes, therefore sees the same episodes as any other run. Classes and samples are drawn without
-    replacement, as in learn2learn's tasksets.
+    An episode depends only on the seed, the step and its index in the batch, also if a training run is resumed or
+    spread over several processes. Classes and samples are drawn without replacement, as in learn2learn's tasksets.
 
     Each iteration is an epoch of `steps_per_epoch` batches with new episodes, even if the previous iteration was
-    interrupted. `state_dict` and `load_state_dict` resume within an epoch; Lightning keeps this state in its
-    checkpoints.
+    interrupted. `state_dict` and `load_state_dict`, which Lightning calls, resume within an epoch.
 
     A batch is a pair of samples `(tasks, n, *sample)` and labels `(tasks, n)`, int64 and sorted by class, with
     n = ways * (shots + queries), for `split_task` or `EpisodicModule`. NumPy has to be installed.
@@ -44,16 +42,14 @@ class EpisodeLoader:
         steps_per_epoch: Number of batches per epoch.
         seed: Random seed.
         transform: A random transform of a sample. Its random numbers from PyTorch depend on `seed` too.
-        class_names: Names for error messages, in the order of the sorted labels; by default the labels.
         resample_each_epoch: Whether each epoch has new episodes. Pass False for validation.
         rank: Rank of this process, which gets every `world_size`-th episode.
         world_size: Number of processes.
-        num_workers: Number of worker processes of PyTorch's `DataLoader`, which prepare the next batches. The batches
-            do not depend on it. Workers pay off if `transform` takes about as long as a training step.
+        num_workers: Number of worker processes that prepare the same batches. They pay off if `transform` takes about
+            as long as a training step.
 
     Raises:
-        InputError: An argument is unusable: for example, there are fewer classes than `ways`, a class has fewer samples
-            than `shots + queries`, or `batch_size` is not a multiple of `world_size`.
+        InputError: An argument is unusable: for example, `batch_size` is not a multiple of `world_size`.
 
     Example:
         `for samples, labels in EpisodeLoader(images, classes, ways=5, shots=1): ...`
@@ -71,7 +67,6 @@ class EpisodeLoader:
         steps_per_epoch: int = 1000,
         seed: int = 0,
         transform: Callable[[Tensor], Tensor] | None = None,
-        class_names: Sequence[str] | None = None,
         resample_each_epoch: bool = True,
         rank: int = 0,
         world_size: int = 1,
@@ -86,26 +81,19 @@ class EpisodeLoader:
         if transform is not None and not callable(transform):
             raise InputError("transform", "a function from a sample to a sample, or None", repr(transform))
         _validation.check_tensor("samples", samples, "a tensor, (n, *sample)")
-        _validation.check_tensor("labels", labels, "a tensor of integers", _validation.is_integer_tensor)
         if (workers := _validation.as_integer(num_workers)) is None or workers < 0:
             raise InputError("num_workers", "a number of processes, 0 for none", _validation.describe(num_workers))
         if workers and samples.device.type != "cpu":
             raise InputError("samples", "a tensor on the CPU, or num_workers=0", f"device {samples.device}")
-        if labels.shape != samples.shape[:1] or not labels.ndim:
-            got = f"shapes {tuple(samples.shape)} and {tuple(labels.shape)}"
-            raise InputError("samples, labels", "(n, *sample) and (n,)", got)
-        count = len(labels.cpu().long().unique())
-        if class_names is not None and (not isinstance(class_names, Sequence) or len(class_names) != count):
-            expected = f"a name for each of the {count} classes, or None"
-            raise InputError("class_names", expected, repr(class_names))
+        check_labels(labels, samples, name="samples", expected="(n, *sample) and (n,)")
         self.samples_per_class = shots + queries
-        members = group_by_class(labels, self.ways, self.samples_per_class, class_names)
+        members = group_by_class(labels, self.ways, self.samples_per_class)
         if self.batch_size % self.world_size:
             raise InputError("batch_size", f"a multiple of the {self.world_size} processes", batch_size)
         self.members = [indices.numpy() for indices in members]
         self.samples, self.transform, self.num_workers = samples, transform, workers
         self.step = 0
-        self._resumes = False
+        self._resume_within_epoch = False
 
     def __len__(self) -> int:
         return self.steps_per_epoch
@@ -113,28 +101,26 @@ class EpisodeLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         steps = self.steps_per_epoch
         epoch, done = divmod(self.step, steps)
-        if self._resumes:
-            self._resumes = False
-        else:
+        if not self._resume_within_epoch:
             epoch, done = epoch + (done > 0), 0
+        self._resume_within_epoch = False
         first = epoch * steps if self.resample_each_epoch else 0
         labels = torch.arange(self.ways).repeat_interleave(self.samples_per_class)
         epoch_steps: Any = range(first + done, first + steps)
-        load: Any = self._batch
-        batches: Iterable[Tensor] = map(load, epoch_steps)
+        batches: Iterable[Tensor] = map(self._batch, epoch_steps)
         if self.num_workers:
             generator = torch.Generator()  # leaves the default generator to the training loop
-            settings = {"num_workers": self.num_workers, "generator": generator}
-            batches = DataLoader(epoch_steps, batch_size=None, collate_fn=load, **settings)
+            settings: Any = {"collate_fn": self._batch, "num_workers": self.num_workers, "generator": generator}
+            batches = DataLoader(epoch_steps, batch_size=None, **settings)
         for step, samples in zip(epoch_steps, batches, strict=True):
             self.step = step + 1 if self.resample_each_epoch else (step + 1) % steps
             yield samples, labels.expand(len(samples), -1)
 
-    def _own_tasks(self) -> range:
+    def _tasks_of_rank(self) -> range:
         return range(self.rank, self.batch_size, self.world_size)
 
     def _batch(self, step: int) -> Tensor:
-        return torch.stack([self._episode(step, task) for task in self._own_tasks()])
+        return torch.stack([self._episode(step, task) for task in self._tasks_of_rank()])
 
     def state_dict(self) -> dict[str, int]:
         """Return the position for a checkpoint: the number of steps taken."""
@@ -142,15 +128,14 @@ class EpisodeLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue the next iteration from the position in `state`, which `state_dict` returned."""
-        self.step, self._resumes = state["step"], True
+        self.step, self._resume_within_epoch = state["step"], True
 
     def indices(self, step: int) -> Integer[Tensor, "tasks n"]:
-        """Return the indices of the samples of a `step`, for samples that are stored elsewhere.
+        """Return the indices of the samples of a `step`, counted from 0 over all epochs, in the tasks of this process.
 
-        Steps count from 0 over all epochs. The indices are int64 on the CPU, `(tasks, ways * (shots + queries))`, for
-        the tasks of this process.
+        They are int64 on the CPU, `(tasks, ways * (shots + queries))`, for samples that are stored elsewhere.
         """
-        return torch.stack([self._draw(step, task)[0] for task in self._own_tasks()])
+        return torch.stack([self._draw(step, task)[0] for task in self._tasks_of_rank()])
 
     def _draw(self, step: int, task: int) -> tuple[Tensor, Generator]:
         """Draw the indices of an episode; also return the generator for its further random numbers."""

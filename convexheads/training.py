@@ -15,13 +15,13 @@ from convexheads.errors import InputError, SolverError
 from convexheads.heads import ClassificationHead
 
 
-def _paper(progress: float) -> float:
+def _metaoptnet_schedule(progress: float) -> float:
     return next(factor for end, factor in ((1 / 3, 1.0), (2 / 3, 0.06), (5 / 6, 0.012), (2, 0.0024)) if progress < end)
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
-    "paper": _paper,
+    "paper": _metaoptnet_schedule,
     "constant": lambda _: 1.0,
 }
 """The factor of the learning rate as a function of the completed fraction of the training.
@@ -87,9 +87,6 @@ def raise_failure(failure: dict[str, Any], error: Exception | None = None) -> No
 
 
 def non_finite_tasks(dimensions: int, *values: Tensor) -> list[int]:
-    """List the flat indices of the tasks with non-finite values, in the first tensor that has any.
-
-    The first `dimensions` dimensions of each tensor are task dimensions.
-    """
+    """List the tasks with non-finite values, in the first tensor that has any, by the index over all `dimensions`."""
     found = ((~each.isfinite()).flatten(dimensions).any(-1).flatten().nonzero().flatten() for each in values)
     return next((tasks.tolist() for tasks in found if len(tasks)), [])

@@ -73,7 +73,6 @@ class Episodes(nn.Module):
             queries=queries,
             batch_size=tasks,
             seed=seed,
-            class_names=data.classes,
             rank=rank,
             world_size=processes,
         )

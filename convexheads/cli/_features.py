@@ -28,7 +28,7 @@ def load_feature_extractor(name: str) -> FeatureExtractor:
     if name in FEATURES:
         return FEATURES[name]()
     if name in list_pretrained() or os.path.exists(name):
-        return _backbone(name)
+        return _make_image_extractor(name)
     module, _, function = name.partition(":")
     if not function:
         names = ", ".join([*FEATURES, *list_pretrained()])
@@ -68,7 +68,7 @@ def list_files(folder: Path, *, recursive: bool = False) -> list[Path]:
     return sorted(path for path in files if path.name[0] != "." and path.name.lower() not in _JUNK)
 
 
-def _text() -> FeatureExtractor:
+def _make_text_extractor() -> FeatureExtractor:
     try:
         import wordllama
     except ImportError as error:
@@ -95,7 +95,7 @@ def _text() -> FeatureExtractor:
     return text
 
 
-def _npy() -> FeatureExtractor:
+def _make_vector_extractor() -> FeatureExtractor:
     import numpy as np
 
     def vector(path: Path) -> Tensor:
@@ -111,7 +111,7 @@ def _npy() -> FeatureExtractor:
     return vectors
 
 
-def _backbone(name: str) -> FeatureExtractor:
+def _make_image_extractor(name: str) -> FeatureExtractor:
     try:
         import numpy as np
         from PIL import Image
@@ -138,5 +138,5 @@ def _read(path: Path, read: Callable[[Path], _T], expected: str = "a file that c
         raise InputError("file", expected, f"{path} ({error})") from error
 
 
-FEATURES: Mapping[str, Callable[[], FeatureExtractor]] = {"text": _text, "npy": _npy}
+FEATURES: Mapping[str, Callable[[], FeatureExtractor]] = {"text": _make_text_extractor, "npy": _make_vector_extractor}
 """The functions that make a feature extractor, by its name."""

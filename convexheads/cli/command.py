@@ -15,7 +15,7 @@ from pathlib import Path
 
 from convexheads import __version__
 from convexheads.cli._features import FEATURES, list_files
-from convexheads.cli.folder import HEADS, FolderClassifier
+from convexheads.cli.folder import FOLDER_HEADS, FolderClassifier
 from convexheads.errors import ConvexHeadsError, InputError
 from convexheads.models.pretrained import list_pretrained
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fit.add_argument("folder", type=Path, help="folder that contains one folder per class, with a few files in each")
     text = f"{', '.join(FEATURES)}; for images {', '.join(list_pretrained())}; or MODULE:FUNCTION (default: text)"
     fit.add_argument("--features", default="text", help=text)
-    fit.add_argument("--head", default="logistic", choices=HEADS, help="(default: logistic)")
+    fit.add_argument("--head", default="logistic", choices=FOLDER_HEADS, help="(default: logistic)")
     text = "output file (default: classifier.safetensors)"
     fit.add_argument("--output", type=Path, default=Path("classifier.safetensors"), help=text)
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.command == "fit":
             classifier = FolderClassifier.from_folder(options.folder, features=options.features, head=options.head)
             classifier.save(output)
-            hint = "" if classifier.calibrated else " (probabilities are not calibrated: a class has a single file)"
+            hint = "" if classifier.scale else " (probabilities are not calibrated: a class has a single file)"
             print(f"{output}: {len(classifier.classes)} classes, {', '.join(classifier.classes)}{hint}")
         else:
             classifier = FolderClassifier.load(options.classifier, features=options.features)

@@ -19,7 +19,7 @@ from convexheads.errors import InputError
 from convexheads.evaluation import calibrate
 from convexheads.hyperparameters import as_tensor
 
-HEADS: dict[str, Callable[[], heads.ClassificationHead]] = {
+FOLDER_HEADS: dict[str, Callable[[], heads.ClassificationHead]] = {
     "logistic": lambda: heads.LogisticHead(regularization=0.1),
     "svm": lambda: heads.SVMHead(C=10.0),
     "ridge": lambda: heads.RidgeHead(regularization=0.1),
@@ -53,10 +53,10 @@ class FolderClassifier:
     Args:
         classes: Class names; `from_folder` sorts them.
         features: Name of the features (see `from_folder`).
-        head: Name of the head, one of `HEADS`.
+        head: Name of the head, one of `FOLDER_HEADS`.
         support: Features of the files, of length one, `(n, d)`.
         labels: The class of each file, from 0 to k - 1, `(n,)`.
-        scale: Positive factor of the logits; None for the scale of the head, which is not calibrated.
+        scale: Positive factor of the logits that calibrates probabilities; None if they are not calibrated.
         embed: The function from files to features; by default the one that `features` names.
 
     Raises:
@@ -87,24 +87,18 @@ class FolderClassifier:
         with torch.no_grad():
             self._fitted = head_module.fit(support, labels, ways=len(self.classes))
 
-    @property
-    def calibrated(self) -> bool:
-        """Whether probabilities are calibrated, which needs at least two files per class."""
-        return self.scale is not None
-
     @classmethod
     def from_folder(cls, folder: str | Path, *, features: str, head: str = "logistic") -> FolderClassifier:
         """Fit on a folder that contains one folder per class; one file per class is enough.
 
-        With at least two files per class, the probabilities are calibrated: the head is fitted many times on all but
-        one file of each class, and its scale is the one that makes the classes of the held-out files most probable.
+        With at least two files per class, probabilities are calibrated on one held-out file of each (see `calibrate`).
 
         Args:
             folder: Folder whose subfolders are the classes; hidden subfolders are ignored.
             features: "text", the encoder that the package wordllama contains, for text files in UTF-8; a name or a file
                 of `load_pretrained`, for images; "npy", for files that contain one vector each; or "MODULE:FUNCTION", a
                 function from a list of paths to features `(n, d)`.
-            head: One of `HEADS`: "logistic", "svm", "ridge", "prototypes", "discriminant".
+            head: One of `FOLDER_HEADS`: "logistic", "svm", "ridge", "prototypes", "discriminant".
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -122,8 +116,8 @@ class FolderClassifier:
         labels = torch.arange(len(files)).repeat_interleave(counts)
         scale = None
         if (shots := int(counts.min()) - 1) > 0:
-            settings = {"ways": len(files), "shots": shots, "queries": 1, "progress": False}
-            calibrated = calibrate(_make_head(head), support, labels, **settings)
+            own, ways = _make_head(head), len(files)
+            calibrated = calibrate(own, support, labels, ways=ways, shots=shots, queries=1, progress=False)
             scale = as_tensor(calibrated.scale, support).item()
         return cls(list(files), features, head, support=support, labels=labels, scale=scale, embed=embed)
 
@@ -158,8 +152,7 @@ class FolderClassifier:
             features: The name "MODULE:FUNCTION" in the file, to allow importing it; None for other features.
 
         Raises:
-            InputError: The file is not a complete one written by `save`, or its features are a function that
-                `features` does not name.
+            InputError: The file is not a complete one written by `save`, or `features` does not name its function.
             MissingDependencyError: safetensors, or a package that the features need, is not installed.
         """
         try:
@@ -179,4 +172,4 @@ class FolderClassifier:
 
 
 def _make_head(name: str) -> heads.ClassificationHead:
-    return HEADS[check_choice("head", name, HEADS)]()
+    return FOLDER_HEADS[check_choice("head", name, FOLDER_HEADS)]()

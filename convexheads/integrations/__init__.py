@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import re
 from importlib import util
 from importlib.metadata import PackageNotFoundError, version
 
-from convexheads.errors import MissingDependencyError
+from convexheads.errors import InputError, MissingDependencyError
+from convexheads.heads import ClassificationHead
 
 
 def require_version(module: str, requirement: str, *, extra: str, needed_by: str = "") -> None:
-    """Raise `MissingDependencyError` unless a supported version of a package is installed.
+    """Raise `MissingDependencyError` unless a supported version of the package of a `module` is installed.
 
-    Args:
-        module: Name by which the package is imported.
-        requirement: Name by which the package is installed, with its supported versions: "scikit-learn>=1.6,<2".
-        extra: The extra of convexheads that the package belongs to.
-        needed_by: The object that needs the package, for the message; by default the adapter named after the extra.
+    The `requirement` is the name by which pip installs it, with the supported versions: "scikit-learn>=1.6,<2". The
+    object that the message names, `needed_by`, defaults to the adapter with the name of the `extra`.
     """
     needed_by = needed_by or f"convexheads.integrations.{extra}"
-    package = re.split("[<>=]", requirement)[0]
-    try:
-        found = version(package) if util.find_spec(module) else None
-    except PackageNotFoundError:
-        found = None
-    if found is None:
-        raise MissingDependencyError(package, extra, needed_by)
     try:
         from packaging.requirements import Requirement
     except ImportError as error:
         raise MissingDependencyError("packaging", extra, needed_by) from error
-    if not Requirement(requirement).specifier.contains(found, prereleases=True):
-        raise MissingDependencyError(f"{requirement}, not {found}", extra, needed_by)
+    supported = Requirement(requirement)
+    try:
+        installed = version(supported.name) if util.find_spec(module) else None
+    except PackageNotFoundError:
+        installed = None
+    if installed is None:
+        raise MissingDependencyError(supported.name, extra, needed_by)
+    if not supported.specifier.contains(installed, prereleases=True):
+        raise MissingDependencyError(f"{requirement}, not {installed}", extra, needed_by)
+
+
+def check_head(head: object) -> ClassificationHead:
+    """Return the `head` of an adapter, or raise `InputError`."""
+    if not isinstance(head, ClassificationHead):
+        raise InputError("head", "a classification head of convexheads, such as SVMHead(C=0.1)", repr(head))
+    return head

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
-from convexheads.integrations import require_version
+from convexheads.integrations import check_head, require_version
 
 require_version("easyfsl", "easyfsl>=1.5,<2", extra="easyfsl")
 
@@ -20,8 +20,8 @@ from easyfsl.methods import FewShotClassifier
 class HeadClassifier(FewShotClassifier):
     """A head as one of easyfsl's `FewShotClassifier`s.
 
-    It runs with easyfsl's `TaskSampler`, `evaluate` and training scripts, as its `PrototypicalNetworks` does, but
-    has no prototypes. Labels other than 0 to k - 1, for which easyfsl's own methods return wrong results, are an error.
+    It runs with easyfsl's `TaskSampler`, `evaluate` and training scripts. Labels other than 0 to k - 1, for which
+    easyfsl's own methods return wrong results, are an error.
 
     Use it when you evaluate or train with easyfsl's scripts.
 
@@ -37,16 +37,11 @@ class HeadClassifier(FewShotClassifier):
 
     def __init__(self, head: ClassificationHead, backbone: nn.Module | None = None, **settings: Any) -> None:
         super().__init__(backbone=backbone, **settings)
-        if not isinstance(head, ClassificationHead):
-            raise InputError("head", "a classification head of convexheads, such as SVMHead(C=0.1)", repr(head))
-        self.head = head
+        self.head = check_head(head)
         self.fitted: FittedClassifier | None = None
 
     def process_support_set(self, support_images: Tensor, support_labels: Tensor) -> None:
-        """Fit the head to `support_images` `(n, *image)` with `support_labels` from 0 to k - 1, `(n,)`.
-
-        The result is kept until the next call. Without a backbone, the images are features `(n, d)`.
-        """
+        """Fit the head to `support_images` `(n, *image)` with `support_labels` from 0 to k - 1, `(n,)`."""
         classes = support_labels.unique()
         if not torch.equal(classes, torch.arange(len(classes), device=classes.device)):
             raise InputError("support_labels", "0 to k - 1, each at least once", f"classes {classes.tolist()}")
@@ -67,14 +62,12 @@ class HeadClassifier(FewShotClassifier):
 
 
 class _DataSource:
-    """Accepts the argument `data_source`, which the samplers of recent PyTorch versions do not."""
-
-    def __init__(self, data_source: object = None) -> None: ...
+    def __init__(self, data_source: object = None) -> None:
+        """Accept the argument `data_source`, which the samplers of recent PyTorch versions do not."""
 
 
 class TaskSampler(easyfsl.samplers.TaskSampler, _DataSource):
     """easyfsl's `TaskSampler` for current versions of PyTorch, with which the original fails.
 
-    Takes `dataset`, a data set of easyfsl with a method `get_labels`; `n_way`, the number of classes per task; `n_shot`
-    and `n_query`, the numbers of support and query images per class; and `n_tasks`, the number of tasks.
+    The arguments are the same: `dataset`, `n_way`, `n_shot`, `n_query` and `n_tasks`.
     """

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
-from convexheads.integrations import require_version
+from convexheads.integrations import check_head, require_version
 
 require_version("learn2learn", "learn2learn>=0.2,<0.3", extra="learn2learn")
 
@@ -17,51 +17,32 @@ require_version("learn2learn", "learn2learn>=0.2,<0.3", extra="learn2learn")
 class HeadClassifier(nn.Module):
     """A head with the interface of learn2learn's `SVClassifier` and `PrototypicalClassifier`.
 
-    `LightningPrototypicalNetworks` and `LightningMetaOptNet` train with it when it is set as their `.classifier`. With
-    `SVMHead(C=0.1, smoothing=1.0)` it computes the same as `SVClassifier()`, except that the latter stops early. With
-    `PrototypeHead()` it computes the same as `PrototypicalClassifier()`.
+    `LightningPrototypicalNetworks` and `LightningMetaOptNet` train with it when it is set as their `.classifier`. It
+    computes the same as `PrototypicalClassifier()` with `PrototypeHead()`, and as `SVClassifier()`, which stops early,
+    with `SVMHead(C=0.1, smoothing=1.0)`.
 
     Differences from `SVClassifier`: labels may be any integers, which are renumbered in ascending order; leading
-    dimensions hold several tasks; and a call before the fit is an error.
+    dimensions hold several tasks; the constructor takes no data; and a call before the fit is an error.
 
     Use it when you train with learn2learn's Lightning modules.
 
     Args:
         head: A classification head.
-        support: Features to fit on immediately; with `labels` and `ways` as for `fit_`.
-
-    Raises:
-        SolverError: A task could not be solved (see the solver's `on_failure`).
 
     Example:
         `classifier = HeadClassifier(SVMHead(C=0.1))`, then `classifier.fit_(support, labels)` and `classifier(query)`
     """
 
-    def __init__(
-        self,
-        head: ClassificationHead,
-        support: Tensor | None = None,
-        labels: Tensor | None = None,
-        ways: int | None = None,
-    ) -> None:
+    def __init__(self, head: ClassificationHead) -> None:
         super().__init__()
-        if not isinstance(head, ClassificationHead):
-            raise InputError("head", "a classification head of convexheads, such as SVMHead(C=0.1)", repr(head))
-        self.head = head
+        self.head = check_head(head)
         self.fitted: FittedClassifier | None = None
-        if support is not None and labels is not None:
-            self.fit_(support, labels, ways)
-        elif support is not None or labels is not None:
-            missing = "support" if support is None else "labels"
-            raise InputError(missing, "support and labels together, or neither", "None")
 
     def fit_(self, support: Tensor, labels: Tensor, ways: int | None = None) -> None:
-        """Fit the head and keep the result, with its gradients, until the next call.
+        """Fit the head to features `support` `(*batch, n, d)` and keep the result, with its gradients.
 
-        Args:
-            support: Features, `(*batch, n, d)`.
-            labels: Integers, `(*batch, n)`, which are renumbered in ascending order unless `ways` is given.
-            ways: Number of classes, if the labels are integers from 0 to ways - 1.
+        The `labels`, integers `(*batch, n)`, are renumbered in ascending order, unless the number of classes is given:
+        then they are integers from 0 to `ways` - 1.
         """
         if ways is None:
             classes, labels = labels.unique(return_inverse=True)

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convexheads.errors import InputError
-from convexheads.heads import ClassificationHead, SVMHead
-from convexheads.integrations import require_version
+from convexheads.heads import SVMHead
+from convexheads.integrations import check_head, require_version
 
 require_version("sklearn", "scikit-learn>=1.6,<2", extra="sklearn")
 
@@ -27,8 +26,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     `SVMHead(C=1.0, kernel=Linear() + Constant(1.0))`. The arguments of the head and of its kernel are parameters too,
     such as `head__C` and `head__kernel__length_scale`, so that a search can vary them.
 
-    Use it when you compare a head with scikit-learn's classifiers on up to a few thousand samples: memory grows with
-    the square of their number.
+    Use it when you compare a head with scikit-learn's classifiers on up to a few thousand samples.
 
     Args:
         head: A classification head; None stands for `SVMHead(C=1.0)`, the Crammer-Singer SVM.
@@ -55,10 +53,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(f"HeadClassifier needs at least two classes; y has one class only: {self.classes_[0]!r}")
-        if self.head is not None and not isinstance(self.head, ClassificationHead):
-            expected = "a classification head of convexheads, such as SVMHead(C=1.0), or None"
-            raise InputError("head", expected, repr(self.head))
-        head = SVMHead(C=1.0) if self.head is None else deepcopy(self.head)
+        head = SVMHead(C=1.0) if self.head is None else deepcopy(check_head(self.head))
         with torch.no_grad():
             self.fitted_ = head.fit(torch.tensor(X), torch.tensor(labels), ways=len(self.classes_))
         return self

@@ -67,8 +67,7 @@ class Backbone(nn.Module):
         """Make a backbone with the size and the channels of example images, and the statistics of their pixels.
 
         Args:
-            images: Images such as those of the training classes, `(n, channels, height, width)`: uint8, or
-                floating-point values in [0, 1].
+            images: Training images, `(n, channels, height, width)`: uint8, or floating-point values in [0, 1].
             settings: Further arguments of the class.
 
         Example:
@@ -87,8 +86,7 @@ class Backbone(nn.Module):
         """Compute the features of `images` `(n, in_channels, *image_size)`, a tensor `(n, num_features)`.
 
         Raises:
-            InputError: The images are neither uint8 nor floating-point values in [0, 1], as torchvision's `ToTensor`
-                makes them, or have another shape.
+            InputError: The images have another shape, or are neither uint8 nor floating-point values in [0, 1].
         """
         pixels = _as_pixels(images, (self.in_channels, *self.image_size))
         pixels = pixels.contiguous(memory_format=torch.channels_last)  # about 20 % faster on a CPU
@@ -97,12 +95,12 @@ class Backbone(nn.Module):
     def extra_repr(self) -> str:
         return f"image_size={self.image_size}"
 
-    def _positions(self, halvings: int) -> int:
-        """Number of positions of the feature maps after this number of 2 x 2 poolings."""
-        if min(self.image_size) < 2**halvings:
-            raise InputError("image_size", f"at least {2**halvings} pixels", self.image_size)
+    def _num_positions(self, num_poolings: int) -> int:
+        """Number of positions of the feature maps after 2 x 2 poolings."""
+        if min(self.image_size) < 2**num_poolings:
+            raise InputError("image_size", f"at least {2**num_poolings} pixels", self.image_size)
         height, width = self.image_size
-        return (height // 2**halvings) * (width // 2**halvings)
+        return (height // 2**num_poolings) * (width // 2**num_poolings)
 
 
 def _check_image_size(value: Any) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Backbones from the literature: Conv-4, the network of R2D2, ResNet-12 with DropBlock, and WRN-28-10."""
+"""Backbones from the literature: Conv-4, the network of R2D2, and ResNet-12 with DropBlock."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convexheads._validation import check_choice, check_fraction, check_positive_ints
-from convexheads.errors import InputError, MissingDependencyError
+from convexheads._validation import check_choice, check_fraction, check_positive_int
+from convexheads.errors import InputError
 from convexheads.models.backbone import Backbone
 
 NEGATIVE_SLOPE = 0.1
@@ -23,8 +23,8 @@ class Conv4(Backbone):
     """Four blocks of 3 x 3 convolution with 64 filters, batch normalization, ReLU and 2 x 2 max pooling.
 
     This is the network of Vinyals et al. 2016 and Snell et al. 2017. It has 256 features for images of 32 x 32 pixels
-    and 1,600 for 84 x 84. The layers and their names are those of learn2learn's `CNN4Backbone`. The
-    initial weights are PyTorch's defaults; in learn2learn, some channels are nearly zero at the start.
+    and 1,600 for 84 x 84. The layers and their names are those of learn2learn's `CNN4Backbone`, the initial weights
+    PyTorch's defaults.
 
     Use it when training has to be fast, or to compare with published results for Conv-4. The arguments `in_channels`,
     `image_size` (at least 16), `mean` and `std` are those of `Backbone`.
@@ -37,15 +37,15 @@ class Conv4(Backbone):
         blocks = [
             nn.Sequential(
                 OrderedDict(
-                    conv=nn.Conv2d(before, 64, 3, padding=1),
+                    conv=nn.Conv2d(in_channels, 64, 3, padding=1),
                     normalize=nn.BatchNorm2d(64),
                     pool=nn.MaxPool2d(2),
                     relu=nn.ReLU(),  # after the pooling: the same values and gradients, from a quarter of the numbers
                 )
             )
-            for before in (self.in_channels, 64, 64, 64)
+            for in_channels in (self.in_channels, 64, 64, 64)
         ]
-        return nn.Sequential(*blocks).to(memory_format=torch.channels_last), 64 * self._positions(4)
+        return nn.Sequential(*blocks).to(memory_format=torch.channels_last), 64 * self._num_positions(4)
 
 
 class R2D2Network(Backbone):
@@ -53,9 +53,9 @@ class R2D2Network(Backbone):
 
     A block is a 3 x 3 convolution, batch normalization, 2 x 2 max pooling and a leaky ReLU, in this order. As in the
     code of Lee et al. 2019, the last two blocks have dropout of 0.1 and 0.3. There is no activation after the last
-    block, because R2D2's accuracy requires this. The network has 8,192 features for images of 32 x 32 pixels and 51,200
-    for 84 x 84. The code of Bertinetto et al., in contrast, has that activation and the same rate of dropout in both
-    blocks. It also pools both outputs with stride 1, which gives 8,064 and 72,576 features.
+    block, which is needed to reproduce R2D2's accuracy. The network has 8,192 features for images of 32 x 32 pixels and
+    51,200 for 84 x 84. The code of Bertinetto et al., in contrast, has that activation, the same rate of dropout in
+    both blocks, and poolings of both outputs with stride 1, which give 8,064 and 72,576 features.
 
     Use it when you compare with published results for R2-D2. The arguments `in_channels`, `image_size` (at least 16),
     `mean` and `std` are those of `Backbone`.
@@ -65,22 +65,21 @@ class R2D2Network(Backbone):
     """
 
     def make_layers(self) -> tuple[nn.Module, int]:
+        sizes = (self.in_channels, 96, 0.0), (96, 192, 0.0), (192, 384, 0.1), (384, 512, 0.3)
         blocks = [
             nn.Sequential(
-                nn.Conv2d(before, after, 3, padding=1),
-                nn.BatchNorm2d(after),
+                nn.Conv2d(in_channels, out_channels, 3, padding=1),
+                nn.BatchNorm2d(out_channels),
                 nn.MaxPool2d(2),
-                nn.LeakyReLU(NEGATIVE_SLOPE) if after < 512 else nn.Identity(),
+                nn.LeakyReLU(NEGATIVE_SLOPE) if out_channels < 512 else nn.Identity(),
                 nn.Dropout(rate),
             )
-            for before, after, rate in ((self.in_channels, 96, 0.0), (96, 192, 0.0), (192, 384, 0.1), (384, 512, 0.3))
+            for in_channels, out_channels, rate in sizes
         ]
-        return _ConcatLastTwo(*blocks), 384 * self._positions(3) + 512 * self._positions(4)
+        return _ConcatLastTwo(*blocks), 384 * self._num_positions(3) + 512 * self._num_positions(4)
 
 
 class _ConcatLastTwo(nn.Sequential):
-    """Applies modules in turn and concatenates the flattened outputs of the last two."""
-
     def forward(self, value: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         *first, last = self
         for module in first:
@@ -93,8 +92,7 @@ class ResNet12(Backbone):
 
     This is the network of Lee et al. 2019 (Section 4.1). Each block ends with 2 x 2 max pooling and DropBlock. There
     is no global average pooling: the network has 2,560 features for images of 32 x 32 pixels and 16,000 for 84 x 84.
-    Weights are initialized by Kaiming's method, as in the authors' code. learn2learn's `ResNet12Backbone` computes the
-    same in evaluation, but its checkpoints lack the step counter of DropBlock.
+    Weights are initialized by Kaiming's method, as in the authors' code.
 
     Use it when accuracy matters most and you train on a GPU.
 
@@ -102,9 +100,8 @@ class ResNet12(Backbone):
         in_channels: See `Backbone`, also for `image_size` (at least 16), `mean` and `std`.
         dropblock: "paper" drops 10 % of the units after every block: single units (dropout) after the first two,
             square blocks after the last two. "reference_code" increases the rate of the last two from 0 to 10 % over
-            40,000 forward passes in training. Unlike here, the counter in the authors' code also counts evaluation,
-            is lost on resumption and stays at zero with several GPUs. It counts support and query images as two passes,
-            so that 20,000 steps reach the full rate. "none" drops nothing.
+            40,000 forward passes in training; in the authors' code, evaluation counts too, and a step counts as two
+            passes. "none" drops nothing.
         block_size: Height and width of a dropped block in units of the feature maps; by default 5 for images of at
             least 84 x 84 pixels and 2 for smaller ones, as in the authors' code for ImageNet and for CIFAR.
         average_pool: Whether to average over positions, which leaves 640 features.
@@ -130,34 +127,32 @@ class ResNet12(Backbone):
         super().__init__(in_channels, image_size, mean, std)
 
     def make_layers(self) -> tuple[nn.Module, int]:
-        positions = self._positions(4)
+        num_positions = self._num_positions(4)
         block_size = (5 if min(self.image_size) >= 84 else 2) if self.block_size is None else self.block_size
-        check_positive_ints(block_size=block_size)
         warmup_steps = 40_000 if self.dropblock == "reference_code" else 0
         blocks: list[nn.Module] = []
-        for before, after in pairwise((self.in_channels, 64, 160, 320, 640)):
-            drop = nn.Dropout(0.1) if after < 320 else DropBlock(block_size, warmup_steps=warmup_steps)
+        for in_channels, out_channels in pairwise((self.in_channels, 64, 160, 320, 640)):
+            drop = nn.Dropout(0.1) if out_channels < 320 else DropBlock(block_size, warmup_steps=warmup_steps)
             drop = nn.Identity() if self.dropblock == "none" else drop
-            blocks += [_ResidualBlock(before, after), nn.MaxPool2d(2), drop]
+            blocks += [_ResidualBlock(in_channels, out_channels), nn.MaxPool2d(2), drop]
         layers = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1) if self.average_pool else nn.Identity())
         for module in layers.modules():
             if isinstance(module, nn.Conv2d):
                 # with the gain for a slope of 0, not 0.1, as in the reference code
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
-        return layers, 640 * (1 if self.average_pool else positions)
+        return layers, 640 * (1 if self.average_pool else num_positions)
 
 
 class _ResidualBlock(nn.Module):
-    """Three convolutions, with a 1 x 1 convolution as the shortcut."""
-
-    def __init__(self, before: int, after: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for channels in (before, after, after):
-            convolution = nn.Conv2d(channels, after, 3, padding=1, bias=False)
-            layers += [convolution, nn.BatchNorm2d(after), nn.LeakyReLU(NEGATIVE_SLOPE)]
+        for channels in (in_channels, out_channels, out_channels):
+            convolution = nn.Conv2d(channels, out_channels, 3, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(out_channels), nn.LeakyReLU(NEGATIVE_SLOPE)]
         self.branch = nn.Sequential(*layers[:-1])
-        self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after))
+        projection = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
         self.activation = layers[-1]
 
     def forward(self, value: Tensor) -> Tensor:
@@ -185,10 +180,8 @@ class DropBlock(nn.Module):
 
     def __init__(self, block_size: int, *, drop_prob: float = 0.1, warmup_steps: int = 0) -> None:
         super().__init__()
-        check_positive_ints(block_size=block_size)
-        if warmup_steps:
-            check_positive_ints(warmup_steps=warmup_steps)
-        self.block_size, self.warmup_steps = block_size, warmup_steps
+        self.block_size = check_positive_int("block_size", block_size)
+        self.warmup_steps = warmup_steps and check_positive_int("warmup_steps", warmup_steps)
         self.drop_prob = check_fraction("drop_prob", drop_prob)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # a buffer, so that checkpoints contain it
 
@@ -210,36 +203,7 @@ class DropBlock(nn.Module):
         return f"{self.block_size}, drop_prob={self.drop_prob}, warmup_steps={self.warmup_steps}"
 
 
-class WRN28(Backbone):
-    """The wide residual network WRN-28-10 (Zagoruyko & Komodakis 2016): 640 features, the means over positions.
-
-    It consists of the layers of learn2learn's `WRN28Backbone` and needs that package. There, the last pooling is for
-    images of 84 x 84 pixels and the first convolution for three channels; here, both fit any image. Differences from
-    the paper, as in learn2learn: convolutions have biases, the initial weights are PyTorch's defaults, and the
-    statistics of the last normalization have a momentum of 0.9, so that they are nearly those of the last batch.
-
-    Use it when you compare with published results for WRN-28-10. The arguments `in_channels`, `image_size`, `mean` and
-    `std` are those of `Backbone`.
-
-    Raises:
-        MissingDependencyError: learn2learn is not installed.
-
-    Example:
-        `backbone = WRN28(in_channels=3, image_size=84)`
-    """
-
-    def make_layers(self) -> tuple[nn.Module, int]:
-        try:
-            from learn2learn.vision.models import WRN28Backbone
-        except ImportError as error:
-            raise MissingDependencyError("learn2learn", "learn2learn", "WRN28") from error
-        network = WRN28Backbone()
-        first = nn.Conv2d(self.in_channels, 16, 3, padding=1)
-        last = nn.ReLU(), nn.AdaptiveAvgPool2d(1)
-        return nn.Sequential(first, network.layer1, network.layer2, network.layer3, network.bn1, *last), 640
-
-
-BACKBONES: dict[str, type[Backbone]] = {"conv4": Conv4, "r2d2": R2D2Network, "resnet12": ResNet12, "wrn28": WRN28}
+BACKBONES: dict[str, type[Backbone]] = {"conv4": Conv4, "r2d2": R2D2Network, "resnet12": ResNet12}
 """The classes that `build_backbone` knows, by name."""
 
 
@@ -247,13 +211,10 @@ def build_backbone(name: str, images: Tensor | None = None, **settings: Any) -> 
     """Build a backbone by its name.
 
     Args:
-        name: One of `BACKBONES`: "conv4", "r2d2", "resnet12", "wrn28".
+        name: One of `BACKBONES`: "conv4", "r2d2", "resnet12".
         images: Example images for `Backbone.from_images`, `(n, channels, height, width)`; without them, the
             number of channels, the size, the mean and the standard deviation come from `settings`.
         settings: Arguments of the backbone's class.
-
-    Raises:
-        MissingDependencyError: The backbone is "wrn28" and learn2learn is not installed.
 
     Example:
         `backbone = build_backbone("resnet12", image_size=84, dropblock="none")`

@@ -47,17 +47,11 @@ def metaoptnet_ridge(variant: Variant = "paper") -> RidgeHead:
     return RidgeHead(50.0, scale=Learnable(2.0 if _is_reference_code(variant) else 1.0))
 
 
-def protonet(variant: Variant = "paper") -> PrototypeHead:
+def protonet() -> PrototypeHead:
     """ProtoNet as the baseline of Lee et al. 2019: squared distances, divided by d, and a learnable scale.
 
-    Snell et al. 2017, who introduced prototypes, neither divide nor scale: their head is `PrototypeHead()`.
-
-    Use it when you compare with the prototypes of Lee et al. 2019.
-
-    Args:
-        variant: "paper" and "reference_code" are the same for this head.
+    Use it when you compare with this baseline; Snell et al. 2017 neither divide nor scale, as `PrototypeHead()`.
     """
-    _is_reference_code(variant)
     return PrototypeHead(kernel=Linear(normalize=True), scale=Learnable(1.0))
 
 
@@ -77,7 +71,7 @@ def r2d2(variant: Variant = "paper") -> RidgeHead:
     return RidgeHead(Learnable(1.0), bias=Learnable(0.0, positive=False), scale=Learnable(1e-4))
 
 
-HEADS: dict[str, Callable[[], ClassificationHead]] = {
+TRAINING_HEADS: dict[str, Callable[[], ClassificationHead]] = {
     "svm": metaoptnet_svm,
     "ridge": metaoptnet_ridge,
     "prototypes": protonet,
@@ -91,11 +85,11 @@ def build_head(name: str) -> ClassificationHead:
     """Build a head for training a backbone, with a learnable scale of its logits.
 
     Args:
-        name: One of `HEADS`: "svm", "ridge" and "prototypes" are `metaoptnet_svm`, `metaoptnet_ridge` and `protonet`.
-            "svm-smoothed" smooths the hinge loss as the reference code of MetaOptNet does, but a hundred times
-            more strongly; the backbone then trains faster.
+        name: One of `TRAINING_HEADS`: "svm", "ridge" and "prototypes" are `metaoptnet_svm`, `metaoptnet_ridge` and
+            `protonet`. "svm-smoothed" smooths the hinge loss as the reference code of MetaOptNet does, but a hundred
+            times more strongly; the backbone then trains faster.
     """
-    return HEADS[check_choice("head", name, HEADS)]()
+    return TRAINING_HEADS[check_choice("head", name, TRAINING_HEADS)]()
 
 
 def _is_reference_code(variant: str) -> bool:

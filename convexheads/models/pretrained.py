@@ -39,7 +39,7 @@ class Pretrained(NamedTuple):
 def build_model(
     config: dict[str, Any], images: Tensor | None = None, **settings: Any
 ) -> tuple[Backbone, ClassificationHead]:
-    """Build the backbone and the head with which a training starts.
+    """Build the backbone and the head with which a training run starts.
 
     Args:
         config: The names of the "backbone" and the "head"; for a "resnet12", also its "dropblock".
@@ -65,12 +65,12 @@ def load_pretrained(name: str | Path) -> Pretrained:
     """Load a meta-trained backbone and its head, on the CPU.
 
     Args:
-        name: One of `list_pretrained`, such as "conv4-cifar-fs-svm" (architecture, data set, head); the output folder
-            of `benchmarks.train`; or a file that `save_pretrained` wrote.
+        name: One of `list_pretrained`, such as "conv4-cifar-fs-svm" (architecture, data set, head); a file that
+            `save_pretrained` wrote; or a folder that contains one, such as the output of `benchmarks.train`.
 
     Raises:
         InputError: There are no such weights, or the file is damaged or belongs to another architecture.
-        MissingDependencyError: safetensors is not installed; or learn2learn, for a "wrn28".
+        MissingDependencyError: safetensors is not installed.
 
     Example:
         `backbone, head, _ = load_pretrained("conv4-cifar-fs-svm")`, then
@@ -86,14 +86,9 @@ def load_pretrained(name: str | Path) -> Pretrained:
     expected = "a complete file written by `save_pretrained`"
     try:
         state, settings = _storage.load(path, key="settings", needed_by="load_pretrained")
-        channels = state["backbone.mean"].shape[1]
-        backbone, head = build_model(settings, in_channels=channels, image_size=settings["image_size"])
-    except (OSError, LookupError, TypeError, ValueError) as error:
+        backbone, head = _rebuild(state, settings)
+    except (OSError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InputError("name", expected, f"{path} ({error})") from error
-    try:
-        nn.ModuleDict({"backbone": backbone, "head": head}).load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError("name", expected, f"{path}, not the weights of a {settings['backbone']}") from error
     return Pretrained(backbone.eval(), head.eval(), settings)
 
 
@@ -102,28 +97,32 @@ def save_pretrained(path: str | Path, backbone: nn.Module, head: ClassificationH
 
     Args:
         path: Path of the file, in an existing folder.
-        backbone: A backbone that `build_backbone` makes.
-        head: A head that `build_head` makes.
-        settings: The names of the "backbone" and the "head", and the "image_size" in pixels, which `load_pretrained`
-            requires; and any other values that JSON can represent, to describe the training run.
+        backbone: A backbone that `build_model` makes from these `settings`.
+        head: A head that `build_model` makes from these `settings`.
+        settings: The names of the "backbone" and the "head", and the "image_size" in pixels; and any other values that
+            JSON can represent, to describe the training run.
 
     Raises:
-        InputError: `load_pretrained` would return another backbone or another head, because the names in `settings` are
-            not theirs, or because their arguments are not those of `build_model`.
+        InputError: `build_model` would not make this backbone and this head from `settings`.
         OSError: The file cannot be written; an older one is unchanged.
         MissingDependencyError: safetensors is not installed.
 
     Example:
         `save_pretrained("model.safetensors", backbone, head, {"backbone": "conv4", "head": "svm", "image_size": 32})`
     """
-    model = nn.ModuleDict({"backbone": backbone, "head": head})
-    state, is_same = model.state_dict(), False
+    state, rebuilt = nn.ModuleDict({"backbone": backbone, "head": head}).state_dict(), None
     with suppress(LookupError, RuntimeError), torch.random.fork_rng([]):
-        channels = state["backbone.mean"].shape[1]
-        parts = build_model(settings, in_channels=channels, image_size=settings["image_size"])
-        rebuilt = nn.ModuleDict(dict(zip(("backbone", "head"), parts, strict=True)))
-        rebuilt.load_state_dict(state)
-        is_same = repr(rebuilt) == repr(model)
-    if not is_same:
+        rebuilt = _rebuild(state, settings)
+    if repr(rebuilt) != repr((backbone, head)):
         raise InputError("settings", "those from which `build_model` builds this backbone and this head", settings)
     _storage.save(path, state, settings, key="settings", needed_by="save_pretrained")
+
+
+def _rebuild(state: dict[str, Tensor], settings: dict[str, Any]) -> tuple[Backbone, ClassificationHead]:
+    channels = state["backbone.mean"].shape[1]
+    backbone, head = build_model(settings, in_channels=channels, image_size=settings["image_size"])
+    try:
+        nn.ModuleDict({"backbone": backbone, "head": head}).load_state_dict(state)
+    except RuntimeError as error:  # whose message names every parameter
+        raise RuntimeError(f"not the weights of a {settings['backbone']}") from error
+    return backbone, head

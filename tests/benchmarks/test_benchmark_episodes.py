@@ -42,7 +42,7 @@ def loader(**changes: Any) -> EpisodeLoader:
         "steps_per_epoch": 5,
         "seed": 0,
     } | changes
-    return EpisodeLoader(data.images, data.labels, transform=TRANSFORM, class_names=data.classes, **settings)
+    return EpisodeLoader(data.images, data.labels, transform=TRANSFORM, **settings)
 
 
 def augmented(images: torch.Tensor, name: str, seed: int = 0) -> torch.Tensor:

@@ -69,7 +69,7 @@ def finished(folder: Path) -> Path:
     for name in ("checkpoints/last.safetensors", "tensorboard/events"):
         (folder / name).parent.mkdir()
         (folder / name).write_bytes(bytes(1000))
-    (folder / ".model.safetensors.part").write_bytes(bytes(1000))  # as a process leaves it that is killed
+    (folder / ".model.safetensors.4f2a.part").write_bytes(bytes(1000))  # as a process leaves it that is killed
     return folder
 
 
@@ -85,7 +85,7 @@ def test_packed_results_have_weights_of_half_the_size(tmp_path: Path, monkeypatc
     assert sum(part.stat().st_size for part in parts) < 0.6 * len(before)
     assert (folder / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in folder.iterdir()) == [
-        ".model.safetensors.part",
+        ".model.safetensors.4f2a.part",
         "checkpoints",
         "model.safetensors",
         "result.json",

@@ -6,11 +6,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from learn2learn.vision.models import CNN4Backbone, ResNet12Backbone, WRN28Backbone
+from learn2learn.vision.models import CNN4Backbone, ResNet12Backbone
 from torch import nn
 from torchvision.ops import DropBlock2d
 
-from convexheads.models import WRN28, Conv4, DropBlock, ResNet12, build_backbone
+from convexheads.models import Conv4, DropBlock, ResNet12, build_backbone
 
 
 def pictures(n: int, size: int) -> torch.Tensor:
@@ -21,24 +21,11 @@ def parameters(module: nn.Module) -> int:
     return sum(value.numel() for value in module.parameters())
 
 
-@pytest.mark.parametrize(("channels", "size"), [(3, 32), pytest.param(1, 84, marks=pytest.mark.slow)])
-def test_wrn28_is_a_backbone_like_the_others(channels: int, size: int) -> None:
-    images = pictures(2, size)[:, :channels]
-    backbone = build_backbone("wrn28", images)
-    features = backbone(images)
-    assert features.shape == (2, 640)
-    features.square().mean().backward()
-    for name, value in backbone.named_parameters():
-        assert value.grad is not None, name
-        assert value.grad.abs().max() > 0 or name.endswith("bias"), name
-
-
 def test_as_many_parameters_as_learn2learns() -> None:
     images = pictures(2, 32)
     conv4 = CNN4Backbone(hidden_size=64, channels=3, max_pool=True)
     assert parameters(build_backbone("conv4", images)) == parameters(conv4) == 113_088
     assert parameters(build_backbone("resnet12", images)) == parameters(ResNet12Backbone(avg_pool=False)) == 12_424_320
-    assert parameters(build_backbone("wrn28", images)) == parameters(WRN28Backbone())
     widths = (3, 96, 192, 384, 512)  # weights and biases of convolutions, scales and offsets of normalizations
     by_hand = sum(9 * before * after + 3 * after for before, after in pairwise(widths))
     assert parameters(build_backbone("r2d2", images)) == by_hand
@@ -83,17 +70,6 @@ def test_conv4_computes_what_learn2learns_does() -> None:
     with torch.no_grad():
         expected = theirs((images - ours.mean) / ours.std)
         torch.testing.assert_close(ours(images), expected.flatten(1), rtol=1e-4, atol=1e-4)
-
-
-def test_wrn28_computes_what_learn2learns_does() -> None:
-    images = pictures(1, 84)
-    ours, theirs = WRN28.from_images(pictures(2, 84)).eval(), WRN28Backbone().eval()
-    state, names = theirs.state_dict(), ("conv1", "layer1", "layer2", "layer3", "bn1")
-    for name, layer in zip(names, ours.layers, strict=False):
-        own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-        layer.load_state_dict(own)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(images), theirs((images - ours.mean) / ours.std), rtol=1e-4, atol=1e-4)
 
 
 def test_dropblock_drops_as_much_as_torchvisions() -> None:

@@ -22,7 +22,7 @@ import convexheads
 from convexheads import InputError, LogisticHead
 from convexheads.cli import FolderClassifier
 from convexheads.cli.command import main
-from convexheads.cli.folder import HEADS
+from convexheads.cli.folder import FOLDER_HEADS
 
 
 def docstrings(module: str, count: int) -> list[str]:
@@ -44,7 +44,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", FOLDER_HEADS)
 def test_text_is_told_apart_after_a_few_examples(texts: Path, head: str) -> None:
     classifier = FolderClassifier.from_folder(texts / "train", features="text", head=head)
     assert classifier.classes == ("numpy.linalg", "pandas", "sklearn.metrics", "torch.optim")
@@ -56,7 +56,7 @@ def test_text_is_told_apart_after_a_few_examples(texts: Path, head: str) -> None
         assert path in files
         assert sum(probabilities.values()) == pytest.approx(1)
         assert label == max(probabilities, key=lambda name: probabilities[name])
-    assert classifier.calibrated
+    assert classifier.scale is not None
     loss = -sum(math.log(p.probabilities[p.path.parent.name]) for p in predictions) / len(predictions)
     assert loss < math.log(4) / 2
 
@@ -75,7 +75,7 @@ def test_the_head_sees_features_of_length_one(tmp_path: Path) -> None:
         (tmp_path / "train" / name).mkdir(parents=True)
         np.save(tmp_path / "train" / name / "x.npy", row.numpy())
     classifier = FolderClassifier.from_folder(tmp_path / "train", features="npy")
-    assert not classifier.calibrated
+    assert classifier.scale is None
     query = tmp_path / "train" / "b" / "x.npy"
     (prediction,) = classifier.predict([query])
     unit = functional.normalize(rows.double(), dim=-1)

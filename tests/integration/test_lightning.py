@@ -183,9 +183,21 @@ def test_label_smoothing_and_what_is_logged(monkeypatch: pytest.MonkeyPatch) -> 
         assert loss.item() == pytest.approx(expected.item())
     assert logged["certified"] == 1
     assert logged["iterations"] >= 1
-    for wrong in ({"schedule": "linear"}, {"label_smoothing": 1.0}, {"label_smoothing": "0.1"}):
-        with pytest.raises(InputError, match=next(iter(wrong))):
-            EpisodicModule(nn.Identity(), SVMHead(), ways=2, shots=2, total_steps=1, **wrong)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"head": "svm"}, {"head": SVMHead}, {"ways": -1}, {"shots": 1.5}, {"total_steps": 0}),
+        *({"learning_rate": "0.1"}, {"learning_rate": -0.1}, {"momentum": 1.0}, {"weight_decay": None}),
+        *({"schedule": "linear"}, {"label_smoothing": 1.0}, {"label_smoothing": "0.1"}, {"on_failed_step": "retry"}),
+    ],
+    ids=str,
+)
+def test_unusable_settings_are_refused(wrong: dict) -> None:
+    with pytest.raises(InputError, match=rf"^{next(iter(wrong))}: expected"):
+        EpisodicModule(nn.Identity(), **{"head": SVMHead(), "ways": 2, "shots": 2, "total_steps": 1} | wrong)
 
 
 @pytest.mark.slow

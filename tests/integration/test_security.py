@@ -30,7 +30,7 @@ from benchmarks.options import Options
 from convexheads import InputError, _storage, load_pretrained
 from convexheads.cli.command import main
 from convexheads.cli.folder import FolderClassifier
-from convexheads.integrations.lightning import AtomicCheckpointIO, EpisodicDataModule
+from convexheads.integrations.lightning import EpisodicDataModule
 
 
 class Trap:
@@ -120,7 +120,6 @@ def read_all(source: Source) -> None:
 
 
 READERS: dict[str, Callable[[Path, bytes], object]] = {
-    "AtomicCheckpointIO": lambda folder, content: AtomicCheckpointIO().load_checkpoint(put(folder / "x.ckpt", content)),
     "EpisodicDataModule": lambda folder, content: EpisodicDataModule(str(put(folder / "x.pt", content))),
     "load_pretrained": lambda folder, content: load_pretrained(put(folder / "x.safetensors", content)),
     "FolderClassifier.load": lambda folder, content: FolderClassifier.load(put(folder / "x.safetensors", content)),

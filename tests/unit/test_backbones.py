@@ -11,8 +11,6 @@ from convexheads import InputError
 from convexheads.models import Backbone, Conv4, DropBlock, ResNet12, build_backbone
 from convexheads.models.networks import BACKBONES
 
-OWN = [name for name in BACKBONES if name != "wrn28"]  # whose layers are learn2learn's
-
 
 def pictures(n: int, size: int) -> torch.Tensor:
     return torch.randint(256, (n, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -54,7 +52,7 @@ def test_average_pooling_is_the_mean_over_positions(size: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", BACKBONES)
 def test_any_channels(name: str, channels: int) -> None:
     images = pictures(2, 32)[:, :channels]
     assert build_backbone(name, images).eval()(images).ndim == 2
@@ -127,7 +125,7 @@ def test_the_statistics_of_images_keep_their_bits() -> None:
     assert torch.isfinite(Conv4.from_images(torch.zeros(2, 3, 32, 32)).eval()(images)).all()  # no division by zero
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", BACKBONES)
 def test_features_of_images_that_are_not_square(name: str) -> None:
     images = torch.randint(256, (2, 1, 48, 32), dtype=torch.uint8)
     backbone = build_backbone(name, images).eval()
@@ -147,7 +145,7 @@ def test_r2d2_computes_what_is_described() -> None:
         torch.testing.assert_close(backbone(images), torch.cat(outputs[2:], 1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", BACKBONES)
 def test_gradients_reach_every_parameter(name: str) -> None:
     images = pictures(4, 32)
     backbone = build_backbone(name, images)
@@ -251,7 +249,7 @@ def test_an_image_size_may_be_a_list() -> None:
     assert Conv4(image_size=[32, 48]).image_size == (32, 48)
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", BACKBONES)
 def test_images_of_another_size_are_refused(name: str) -> None:
     """They once gave another number of features than `num_features`."""
     with pytest.raises(InputError, match=r"images: expected \(n, 3, 32, 32\) .*, got shape \(2, 3, 64, 64\)"):

@@ -290,7 +290,7 @@ SIZES = {"ways": 3, "shots": 2, "queries": 3}
 EVALUATION = {"head": ch.RidgeHead(1.0), "features": FEATURES, "labels": CLASSES, **SIZES}
 EVALUATION |= {"episodes": 3, "batch_size": 2, "seed": 0, "progress": False}
 LOADER = {"samples": FEATURES, "labels": CLASSES, **SIZES, "batch_size": 2, "steps_per_epoch": 2, "seed": 0}
-LOADER |= {"transform": None, "class_names": None, "resample_each_epoch": True, "rank": 0, "world_size": 1}
+LOADER |= {"transform": None, "resample_each_epoch": True, "rank": 0, "world_size": 1}
 FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[Any, dict[str, Any]], None]]] = {
     "split_task": (ch.split_task, {"data": FEATURES, "labels": CLASSES, "shots": 2}, check_episode),
     "evaluate": (ch.evaluate, EVALUATION | {"rank": 0, "world_size": 1}, check_evaluation),

@@ -9,8 +9,6 @@ import torch
 
 from convexheads import EpisodeLoader, InputError
 
-CLASSES = tuple("abcdef")
-
 
 def brightened(image: torch.Tensor) -> torch.Tensor:
     """An transformation that draws from torch's generator; the image stays recognizable by its last pixel."""
@@ -28,7 +26,6 @@ def loader(**changes) -> EpisodeLoader:
         "batch_size": 4,
         "steps_per_epoch": 5,
         "seed": 0,
-        "class_names": CLASSES,
     }
     images = torch.arange(60, dtype=torch.uint8)[:, None, None, None].expand(60, 1, 16, 16).contiguous()
     return EpisodeLoader(images, torch.arange(60) % 6, **settings | changes)
@@ -145,7 +142,7 @@ def test_processes_share_the_episodes_of_a_step() -> None:
     [
         ({"steps_per_epoch": 0}, r"steps_per_epoch: expected an integer of at least 1.*, got 0"),
         ({"ways": 7}, r"labels: expected at least ways=7, got 6 classes"),
-        ({"queries": 10}, r"labels: expected at least shots \+ queries = 11, got 10 examples of class 'a'"),
+        ({"queries": 10}, r"labels: expected at least shots \+ queries = 11, got 10 examples of class 0"),
         ({"world_size": 3}, r"batch_size: expected a multiple of the 3 processes.*, got 4"),
         ({"world_size": 0}, r"world_size: expected an integer of at least 1.*, got 0"),
         ({"rank": 1}, r"rank: expected an integer from 0 to world_size - 1 = 0.*, got 1"),

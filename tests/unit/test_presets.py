@@ -45,7 +45,7 @@ def test_r2d2_bias_is_added_after_the_scale():
     torch.testing.assert_close(head(support, labels, query), expected)
 
 
-@pytest.mark.parametrize("preset", [metaoptnet_svm, metaoptnet_ridge, protonet, r2d2])
+@pytest.mark.parametrize("preset", [metaoptnet_svm, metaoptnet_ridge, r2d2])
 @pytest.mark.usefixtures("unchecked")
 def test_unknown_variant(preset):
     with pytest.raises(InputError, match=r"variant: expected one of paper, reference_code, got 'v2'"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 
 import convexheads as ch
 from convexheads import EpisodeLoader, InputError, MissingDependencyError
-from convexheads.models import WRN28, DropBlock
+from convexheads.models import DropBlock
 from convexheads.solvers import DualProblem, NativeSolver
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -38,7 +37,6 @@ REFUSED: dict[str, Callable[[], object]] = {
     "labels": lambda: loader(labels=LABELS.float()),
     "num_workers": lambda: loader(num_workers=-1),
     "samples, labels": lambda: loader(labels=LABELS[:5]),
-    "class_names": lambda: loader(class_names=["one"]),
     r"labels: expected .*, got shape": lambda: ch.split_task(
         torch.zeros(0, 4, 3), torch.zeros(0, 4, dtype=torch.long), shots=1
     ),
@@ -58,11 +56,8 @@ def test_the_error_begins_with_the_name_of_the_argument(name: str) -> None:
         REFUSED[name]()
 
 
-def test_messages_name_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_name_the_extra_to_install() -> None:
     assert "bench" in str(MissingDependencyError("rich", "bench", "benchmarks"))
-    monkeypatch.setitem(sys.modules, "learn2learn.vision.models", None)
-    with pytest.raises(MissingDependencyError, match=r"WRN28 needs .*learn2learn"):
-        WRN28()
 
 
 def test_objects_describe_themselves() -> None:

@@ -9,8 +9,7 @@ from convexheads.integrations import require_version
 
 require_version("pytorch_lightning", "pytorch-lightning>=2,<3", extra="lightning")
 
-from convexheads.integrations.lightning.checkpoint import AtomicCheckpointIO
 from convexheads.integrations.lightning.data import EpisodicDataModule
 from convexheads.integrations.lightning.module import EpisodicModule
 
-__all__ = ["AtomicCheckpointIO", "EpisodicDataModule", "EpisodicModule"]
+__all__ = ["EpisodicDataModule", "EpisodicModule"]

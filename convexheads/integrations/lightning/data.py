@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 
-from convexheads import _storage
 from convexheads.errors import InputError
 from convexheads.loader import EpisodeLoader
 
@@ -27,16 +26,9 @@ class EpisodicDataModule(pl.LightningDataModule):
         train: The data set to train on.
         val: The data set to validate on, with other classes; optional.
         test: The data set to test on; optional.
-        ways: Number of classes per episode.
-        shots: Number of support samples per class, the same as for `EpisodicModule`.
-        queries: Number of query samples per class.
-        batch_size: Number of episodes per step, over all processes.
-        steps_per_epoch: Number of training steps per epoch.
         eval_steps: Number of steps per validation and per test, which have the same episodes every time.
-        seed: Random seed.
-        transform: A random transform of a training sample; optional.
-        class_names: Names of the training classes for error messages; by default their labels.
-        num_workers: Number of worker processes that prepare training batches.
+        ways: See `EpisodeLoader`, also for `shots`, `queries`, `batch_size` and `seed`.
+        steps_per_epoch: See `EpisodeLoader`, also for `transform` and `num_workers`; for training only.
 
     Example:
         `data = EpisodicDataModule((images, classes), ways=5, shots=1)`, then `trainer.fit(module, data)`
@@ -56,23 +48,23 @@ class EpisodicDataModule(pl.LightningDataModule):
         eval_steps: int = 25,
         seed: int = 0,
         transform: Callable[[Tensor], Tensor] | None = None,
-        class_names: Sequence[str] | None = None,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
         self.parts = {name: _read(name, part) for name, part in (("train", train), ("val", val), ("test", test))}
-        self._common = {"ways": ways, "shots": shots, "queries": queries, "batch_size": batch_size, "seed": seed}
-        self._training = {"steps_per_epoch": steps_per_epoch, "transform": transform}
-        self._training |= {"class_names": class_names, "num_workers": num_workers}
+        load = partial(EpisodeLoader, ways=ways, shots=shots, queries=queries, batch_size=batch_size, seed=seed)
+        self._load_training = partial(
+            load, steps_per_epoch=steps_per_epoch, transform=transform, num_workers=num_workers
+        )
+        evaluation = partial(load, steps_per_epoch=eval_steps, resample_each_epoch=False)
         self._state, self._train = {"step": 0}, None
-        settings: dict[str, Any] = {"steps_per_epoch": eval_steps, "resample_each_epoch": False}
         for name in ("val", "test"):  # an optional method, whose existence Lightning checks
             if self.parts[name] is not None:
-                setattr(self, f"{name}_dataloader", partial(self._loader, name, **settings))
+                setattr(self, f"{name}_dataloader", partial(self._make_loader, name, evaluation))
 
     def train_dataloader(self) -> EpisodeLoader:
         """Return the training episodes of this process, from the position that `load_state_dict` set."""
-        self._train = self._loader("train", **self._training)
+        self._train = self._make_loader("train", self._load_training)
         self._train.load_state_dict(self._state)
         return self._train
 
@@ -84,21 +76,20 @@ class EpisodicDataModule(pl.LightningDataModule):
         """Continue from the position of a checkpoint, which the method `state_dict` returned."""
         self._state = {"step": state_dict["step"]}
 
-    def _loader(self, name: str, **settings: Any) -> EpisodeLoader:
+    def _make_loader(self, name: str, load: Callable[..., EpisodeLoader]) -> EpisodeLoader:
         part, trainer = self.parts[name], self.trainer
         assert part is not None
-        if trainer is not None:
-            settings |= {"rank": trainer.global_rank, "world_size": trainer.world_size}
-        return EpisodeLoader(*part, **self._common, **settings)
+        share = {} if trainer is None else {"rank": trainer.global_rank, "world_size": trainer.world_size}
+        return load(*part, **share)
 
 
 def _read(name: str, part: tuple[Tensor, Tensor] | str | Path | None) -> tuple[Tensor, Tensor] | None:
     if not isinstance(part, str | Path):
         return part
     try:
-        samples, labels = _storage.load_torch(part)
+        samples, labels = torch.load(part, weights_only=True, map_location="cpu")
         if not isinstance(samples, Tensor) or not isinstance(labels, Tensor):
             raise TypeError("it does not contain two tensors")
-    except (OSError, TypeError, ValueError) as error:
+    except Exception as error:  # damaged files raise many types of errors
         raise InputError(name, "a file written by torch.save((samples, labels), path)", f"{part} ({error})") from error
     return samples, labels

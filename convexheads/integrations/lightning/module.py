@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, distributed, nn, optim
 
 from convexheads import training
-from convexheads._validation import check_choice, check_fraction
+from convexheads._validation import check_choice, check_fraction, check_positive_ints, check_real
 from convexheads.episodes import split_task
 from convexheads.errors import InputError, SolverError
 from convexheads.heads import ClassificationHead
 from convexheads.hyperparameters import parameter_groups
+from convexheads.integrations import check_head
 from convexheads.training import SCHEDULES, EpisodeLoss, OnFailedStep
 
 _log = logging.getLogger("convexheads.integrations.lightning")
@@ -26,14 +27,14 @@ class EpisodicModule(pl.LightningModule):
 
     The loss is the mean cross-entropy of all queries (Eq. 12 of Lee et al., "Meta-Learning with Differentiable Convex
     Optimization", CVPR 2019). Difference from the reference code: support and query images pass through the
-    backbone in one call, instead of two, and share their batch statistics.
+    backbone in one call and share their batch statistics.
 
-    A batch is a pair of samples `(*tasks, n, *sample)` and labels `(*tasks, n)`, integers from 0 to ways - 1 in any
-    order, with more than `shots` samples per class: the first `shots` of each class are the support.
+    A batch is a pair of samples `(*tasks, n, *sample)` and labels `(*tasks, n)`, integers from 0 to ways - 1, as
+    `EpisodeLoader` yields it and `split_task` splits it. Validation and test batches are episodes too.
 
     The module logs "loss" and "accuracy" (0 to 1) of the queries. If the head solves iteratively, it also logs "gap",
     the largest certified relative duality gap, "certified", the share of tasks whose gap is within the solver's
-    tolerance, and "iterations", the mean over tasks. Validation and test batches are episodes too.
+    tolerance, and "iterations", the mean over tasks.
 
     A step fails if its loss or a gradient is not finite, or if the head could not be fitted (`SolverError`, or
     `InputError` for features that are not finite). All processes then apply the policy `on_failed_step`, because
@@ -92,11 +93,13 @@ class EpisodicModule(pl.LightningModule):
         super().__init__()
         check_choice("schedule", schedule, SCHEDULES)
         check_choice("on_failed_step", on_failed_step, get_args(OnFailedStep))
-        self.backbone, self.head = backbone, head
-        self.ways, self.shots, self.total_steps = ways, shots, total_steps
-        self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
-        self.schedule, self.on_failed_step = schedule, on_failed_step
+        self.backbone, self.head = backbone, check_head(head)
+        self.ways, self.shots, self.total_steps = check_positive_ints(ways=ways, shots=shots, total_steps=total_steps)
+        self.learning_rate = check_real("learning_rate", learning_rate, positive=True, allow_zero=True)
+        self.weight_decay = check_real("weight_decay", weight_decay, positive=True, allow_zero=True)
+        self.momentum = check_fraction("momentum", momentum)
         self.label_smoothing = check_fraction("label_smoothing", label_smoothing)
+        self.schedule, self.on_failed_step = schedule, on_failed_step
         self.failures: list[dict[str, Any]] = []
         self._failed: dict[str, Any] | None = None  # the failure of this process in the current step
         self._before: dict[str, Tensor] | None = None  # the buffers before the current step
@@ -183,7 +186,6 @@ class EpisodicModule(pl.LightningModule):
         self.failures = [dict(failure) for failure in checkpoint.get("failures", [])]
 
     def _step(self, batch_index: int) -> int:
-        """The current step, counted from 0 over all epochs."""
         return batch_index if self._trainer is None else self.trainer.fit_loop.epoch_loop.total_batch_idx
 
     def validation_step(self, batch: Sequence[Tensor], batch_index: int) -> None:
