@@ -40,11 +40,11 @@ def fit_episodes(
     _validation.check_tensor("features", features, "a tensor of floating-point values", _validation.is_float_tensor)
     check_labels(labels, features, name="features", expected="(examples, d) and (examples,)", dims=2)
     _validation.check_finite("features", features)
-    draws = islice(sample_episodes(labels, ways, shots + queries, episodes, seed), rank, None, world_size)
+    draws = list(islice(sample_episodes(labels, ways, shots + queries, episodes, seed), rank, None, world_size))
     support_labels, query_labels = (
         torch.arange(ways, device=features.device).repeat_interleave(count) for count in (shots, queries)
     )
-    for batch in track(torch.stack(list(draws)).split(batch_size), title, progress):
+    for batch in track(torch.stack(draws).split(min(batch_size, len(draws))), title, progress):
         chosen = features[batch.to(features.device)]
         support, query = chosen[:, :, :shots].flatten(1, 2), chosen[:, :, shots:].flatten(1, 2)
         with torch.no_grad():

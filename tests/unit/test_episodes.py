@@ -77,7 +77,9 @@ def test_episodes_depend_on_the_seed_only():
     features, labels = clusters(noise=2.0)
     options = {"shots": 1, "episodes": 40, "progress": False}
     first = evaluate(RidgeHead(), features, labels, **options)
-    assert torch.equal(first.accuracies, evaluate(RidgeHead(), features, labels, batch_size=7, **options).accuracies)
+    for size in (7, 2**63):
+        result = evaluate(RidgeHead(), features, labels, batch_size=size, **options)
+        assert torch.equal(first.accuracies, result.accuracies)
     assert not torch.equal(first.accuracies, evaluate(RidgeHead(), features, labels, seed=1, **options).accuracies)
     # The same class structure under other names: the same episodes.
     assert torch.equal(first.accuracies, evaluate(RidgeHead(), features, 10 * labels + 3, **options).accuracies)
@@ -105,6 +107,7 @@ def test_uneven_classes():
     ("options", "message"),
     [
         ({"ways": 9}, r"labels: expected at least ways=9.*, got 8 classes"),
+        ({"ways": 2**50}, r"labels: expected at least ways=1125899906842624, got 8 classes"),
         ({"shots": 20}, r"labels: expected at least shots \+ queries = 35.*, got 30 examples of class 0"),
         ({"episodes": 0}, r"episodes: expected an integer of at least 1.*, got 0"),
     ],
