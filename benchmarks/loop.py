@@ -240,7 +240,7 @@ class Training:
         self.stopped = self.options.on_failure == "stop"
         self.failures += failures
         for failure in failures if self.processes.first else ():
-            action = "the training stops before" if self.stopped else "skipped"
+            action = "training ends at" if self.stopped else "skipped"
             _log.warning("%s %s (%s)", action, format_step(failure), failure["cause"])
 
     def _log(self, step: int) -> None:

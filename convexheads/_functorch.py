@@ -54,7 +54,8 @@ def move_vmap_dim_to_front(size: int, dimension: int | None, value: Any) -> Any:
 class _OnceDifferentiable(torch.autograd.Function):
     """The derivative `value`, computed outside the graph; differentiating it raises an error.
 
-    The incoming `gradient` connects it to the graph of a second derivative; `by` is the solver's name in the error.
+    The incoming `gradient` only connects the result to the autograd graph, so that a second derivative reaches
+    `backward`; `by` names the solver in the error.
     """
 
     generate_vmap_rule = True

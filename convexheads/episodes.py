@@ -31,8 +31,8 @@ class Episode(NamedTuple):
 def split_task(data: Tensor, labels: Integer[Tensor, "*batch n"], *, shots: int) -> Episode:
     """Split a task, as learn2learn's tasksets return it, into support and query sets.
 
-    The first `shots` examples of each class are the support and the others, at least one per class, the query. Both
-    keep the order and the labels. All tasks of a batch need the same number of classes.
+    The first `shots` examples of each class form the support set; the others, at least one per class, form the query
+    set. Both keep the order and the labels. All tasks of a batch need the same number of classes.
 
     Args:
         data: Images or features, `(*batch, n, ...)`.

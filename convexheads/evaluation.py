@@ -26,7 +26,7 @@ class Difference(NamedTuple):
 
     Attributes:
         mean: Mean difference per episode, positive if the first evaluation is better.
-        confidence_interval: Half-width of the 95 % confidence interval of `mean`; NaN for a single episode.
+        confidence_interval: Half-width of the 95% confidence interval of `mean`; NaN for a single episode.
     """
 
     mean: float
@@ -65,7 +65,7 @@ class Evaluation:
 
     @property
     def confidence_interval(self) -> float:
-        """Half-width of the 95 % confidence interval of `accuracy`: 1.96 standard errors; NaN for a single episode."""
+        """Half-width of the 95% confidence interval of `accuracy`: 1.96 standard errors; NaN for a single episode."""
         return _half_width(self.accuracies)
 
     def compare(self, other: Evaluation) -> Difference:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class EpisodeLoader:
     """An iterable over batches of episodes, one batch per training step.
 
-    An episode depends only on the seed, the step and its index in the batch, also if a training run is resumed or
+    An episode depends only on the seed, the step and its index in the batch, even if a training run is resumed or
     spread over several processes. Classes and samples are drawn without replacement, as in learn2learn's tasksets.
 
     Each iteration is an epoch of `steps_per_epoch` batches with new episodes, even if the previous iteration was
@@ -45,8 +45,8 @@ class EpisodeLoader:
         resample_each_epoch: Whether each epoch has new episodes. Pass False for validation.
         rank: Rank of this process, which gets every `world_size`-th episode.
         world_size: Number of processes.
-        num_workers: Number of worker processes that prepare the same batches. They pay off if `transform` takes about
-            as long as a training step.
+        num_workers: Number of worker processes that prepare the batches, which do not depend on it. They pay off if
+            `transform` takes about as long as a training step.
 
     Raises:
         InputError: An argument is unusable: for example, `batch_size` is not a multiple of `world_size`.

@@ -82,8 +82,8 @@ def raise_failure(failure: dict[str, Any], error: Exception | None = None) -> No
     """Raise the error of a failed step: `SolverError` if that is the error of the head, or else `InputError`."""
     if isinstance(error, SolverError):
         raise SolverError(f"{format_step(failure)}: {error}", error.solution) from error
-    hint = "the policy 'skip' skips such a step, and 'stop' ends training before it"
-    raise InputError("batch", "finite values", f"{format_step(failure)} ({failure['cause']}); {hint}") from error
+    hint = "the policy 'skip' skips such a step, and 'stop' ends training at it"
+    raise InputError("batch", "finite values", f"{failure['cause']} in {format_step(failure)}; {hint}") from error
 
 
 def non_finite_tasks(dimensions: int, *values: Tensor) -> list[int]:

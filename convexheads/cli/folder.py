@@ -145,7 +145,7 @@ class FolderClassifier:
 
     @classmethod
     def load(cls, path: str | Path, *, features: str | None = None) -> FolderClassifier:
-        """Read a file that `save` wrote, without unpickling, and without importing code that only the file names.
+        """Read a file that `save` wrote, without unpickling. Code is imported only if `features` names it too.
 
         Args:
             path: Path of the file.

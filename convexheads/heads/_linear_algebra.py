@@ -17,8 +17,8 @@ def shifted_cholesky(matrix: Tensor, shift: Tensor, *, name: str, validate: bool
         matrix: symmetric matrices, `(*batch, n, n)`, such as `SupportSet.gram`.
         shift: number to add to each diagonal, `(*batch,)` or `()`.
         name: what the error calls the matrix.
-        validate: whether a sum that is not positive definite raises an error (the check waits for a GPU). If not, its
-            factor is NaN. Heads pass `SupportSet.validate`.
+        validate: whether to raise an error if a matrix plus its shift is not positive definite (the check synchronizes
+            with a GPU). If False, the factor of such a matrix is NaN. Heads pass `SupportSet.validate`.
         per_class: whether the last dimension of the batch is that of classes; the error names the task, but not the
             class. Defaults to False.
 

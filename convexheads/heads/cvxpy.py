@@ -96,8 +96,9 @@ class CvxpyHead(ClassificationHead):
 
     Args:
         build: a function from a `CvxpyTask` to an expression to minimize, or to a whole `cvxpy.Problem`. The problem
-            has to be convex, and DPP in its parameters. It is compiled once per shape, which takes seconds, and the
-            last 64 compiled problems are kept: pass the same function every time, not a new lambda in every step.
+            has to be convex, and to follow CVXPY's rules for parameters (disciplined parametrized programming, DPP). It
+            is compiled once per shape, which takes seconds, and the last 64 compiled problems are kept: pass the same
+            function every time, not a new lambda in every step.
         hyperparameters: positive hyperparameters by name, floats or `Learnable`s, which receive gradients. They are
             the `parameters` of the `CvxpyTask`. Defaults to None.
         kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.

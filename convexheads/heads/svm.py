@@ -198,7 +198,7 @@ class OneVsRestSVMHead(MulticlassSVM):
 
 
 class SimplifiedSVMHead(MulticlassSVM):
-    r"""Simplified multi-class SVM of He et al. (2012): one slack per example, against the mean of the others.
+    r"""Simplified multi-class SVM of He et al. (2012): the margin to the mean score of the other classes.
 
     Use it where there are many classes: its dual has k times fewer variables than those of the other SVMs.
 

@@ -28,7 +28,7 @@ def require_version(module: str, requirement: str, *, extra: str, needed_by: str
     if installed is None:
         raise MissingDependencyError(supported.name, extra, needed_by)
     if not supported.specifier.contains(installed, prereleases=True):
-        raise MissingDependencyError(f"{requirement}, not {installed}", extra, needed_by)
+        raise MissingDependencyError(f"{requirement} (version {installed} is installed)", extra, needed_by)
 
 
 def check_head(head: object) -> ClassificationHead:

@@ -17,9 +17,9 @@ require_version("learn2learn", "learn2learn>=0.2,<0.3", extra="learn2learn")
 class HeadClassifier(nn.Module):
     """A head with the interface of learn2learn's `SVClassifier` and `PrototypicalClassifier`.
 
-    `LightningPrototypicalNetworks` and `LightningMetaOptNet` train with it when it is set as their `.classifier`. It
-    computes the same as `PrototypicalClassifier()` with `PrototypeHead()`, and as `SVClassifier()`, which stops early,
-    with `SVMHead(C=0.1, smoothing=1.0)`.
+    `LightningPrototypicalNetworks` and `LightningMetaOptNet` train with it when it is set as their `.classifier`. With
+    `PrototypeHead()`, it computes the same as `PrototypicalClassifier()`; with `SVMHead(C=0.1, smoothing=1.0)`, it
+    computes the same as `SVClassifier()`, except that the latter stops early.
 
     Differences from `SVClassifier`: labels may be any integers, which are renumbered in ascending order; leading
     dimensions hold several tasks; the constructor takes no data; and a call before the fit is an error.

@@ -65,7 +65,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """Predict the most probable label of each sample of `X`, `(q,)`."""
-        best = self._logits(X).argmax(-1).numpy()  # before `classes_`, which does not exist before a fit
+        best = self._logits(X).argmax(-1).numpy()  # computed first, so that a missing fit raises `NotFittedError`
         return self.classes_[best]
 
     def predict_proba(self, X: Any) -> np.ndarray:

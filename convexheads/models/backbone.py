@@ -53,7 +53,7 @@ class Backbone(nn.Module):
             if per_channel.shape not in ((), (in_channels,)) or not usable:
                 sign = "" if name == "mean" else "positive "
                 raise InputError(name, f"a {sign}finite number, or one for each of {in_channels} channels", values)
-            # In float64, so that the statistics of uint8 images survive the division by 255 and this product.
+            # The product is in float64, so that it undoes the division by 255 in `from_images` without rounding errors.
             buffer = (255 * per_channel).float().expand(in_channels).reshape(1, -1, 1, 1).clone()
             self.register_buffer(name, buffer)
         self.layers, self.num_features = self.make_layers()
@@ -89,7 +89,7 @@ class Backbone(nn.Module):
             InputError: The images have another shape, or are neither uint8 nor floating-point values in [0, 1].
         """
         pixels = _as_pixels(images, (self.in_channels, *self.image_size))
-        pixels = pixels.contiguous(memory_format=torch.channels_last)  # about 20 % faster on a CPU
+        pixels = pixels.contiguous(memory_format=torch.channels_last)  # about 20% faster on a CPU
         return self.layers(((pixels - self.mean) / self.std).to(self.mean.dtype)).flatten(1)
 
     def extra_repr(self) -> str:

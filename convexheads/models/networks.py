@@ -23,7 +23,7 @@ class Conv4(Backbone):
     """Four blocks of 3 x 3 convolution with 64 filters, batch normalization, ReLU and 2 x 2 max pooling.
 
     This is the network of Vinyals et al. 2016 and Snell et al. 2017. It has 256 features for images of 32 x 32 pixels
-    and 1,600 for 84 x 84. The layers and their names are those of learn2learn's `CNN4Backbone`, the initial weights
+    and 1,600 for 84 x 84. The layers and their names are those of learn2learn's `CNN4Backbone`; the initial weights are
     PyTorch's defaults.
 
     Use it when training has to be fast, or to compare with published results for Conv-4. The arguments `in_channels`,
@@ -53,9 +53,9 @@ class R2D2Network(Backbone):
 
     A block is a 3 x 3 convolution, batch normalization, 2 x 2 max pooling and a leaky ReLU, in this order. As in the
     code of Lee et al. 2019, the last two blocks have dropout of 0.1 and 0.3. There is no activation after the last
-    block, which is needed to reproduce R2D2's accuracy. The network has 8,192 features for images of 32 x 32 pixels and
-    51,200 for 84 x 84. The code of Bertinetto et al., in contrast, has that activation, the same rate of dropout in
-    both blocks, and poolings of both outputs with stride 1, which give 8,064 and 72,576 features.
+    block; without this difference, R2D2's accuracy is not reproduced. The network has 8,192 features for images of 32 x
+    32 pixels and 51,200 for 84 x 84. The code of Bertinetto et al., in contrast, has that activation, the same rate of
+    dropout in both blocks, and poolings of both outputs with stride 1, which give 8,064 and 72,576 features.
 
     Use it when you compare with published results for R2-D2. The arguments `in_channels`, `image_size` (at least 16),
     `mean` and `std` are those of `Backbone`.
@@ -98,8 +98,8 @@ class ResNet12(Backbone):
 
     Args:
         in_channels: See `Backbone`, also for `image_size` (at least 16), `mean` and `std`.
-        dropblock: "paper" drops 10 % of the units after every block: single units (dropout) after the first two,
-            square blocks after the last two. "reference_code" increases the rate of the last two from 0 to 10 % over
+        dropblock: "paper" drops 10% of the units after every block: single units (dropout) after the first two,
+            square blocks after the last two. "reference_code" increases the rate of the last two from 0 to 10% over
             40,000 forward passes in training; in the authors' code, evaluation counts too, and a step counts as two
             passes. "none" drops nothing.
         block_size: Height and width of a dropped block in units of the feature maps; by default 5 for images of at

@@ -50,7 +50,8 @@ def metaoptnet_ridge(variant: Variant = "paper") -> RidgeHead:
 def protonet() -> PrototypeHead:
     """ProtoNet as the baseline of Lee et al. 2019: squared distances, divided by d, and a learnable scale.
 
-    Use it when you compare with this baseline; Snell et al. 2017 neither divide nor scale, as `PrototypeHead()`.
+    Use it when you compare with this baseline; Snell et al. 2017 neither divide nor scale, and neither does
+    `PrototypeHead()`.
     """
     return PrototypeHead(kernel=Linear(normalize=True), scale=Learnable(1.0))
 

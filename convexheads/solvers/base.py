@@ -52,7 +52,8 @@ class Plan(NamedTuple):
     """How a flat batch is solved. `Solver.plan` makes it.
 
     The problem may have been moved to another device. The first solver solves all tasks, at most `max_tasks` at once.
-    Each of the others solves the tasks that have not converged; the second one, also those with a gap above `max_gap`.
+    Each of the others solves the tasks that have not converged. The second of all solvers also solves the tasks with a
+    gap above `max_gap`.
     """
 
     problem: DualProblem

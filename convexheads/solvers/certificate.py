@@ -21,10 +21,10 @@ ZERO_GAP = 1e-16
 FEASIBILITY_TOLERANCE = 1e-6
 """Largest residual of coefficients that count as feasible."""
 ROUNDING_THRESHOLD = 1e-6
-"""The effect of rounding is added to relative gaps only above this value."""
+"""A gap that accounts for rounding counts only above this value; the larger of the two gaps is then reported."""
 ROUNDING_MARGIN = 1e-2
 """The effect of rounding is computed only if a first-order estimate exceeds this fraction of the threshold."""
-# Scaling w up slightly absorbs rounding errors in the slacks, which C amplifies.
+# A slightly larger w absorbs the rounding errors in the slacks, which C amplifies.
 _PRIMAL_SCALINGS = (0.0, *(1 + 10.0**exponent for exponent in range(-14, 0, 2)))
 # Skip the search over scalings if the unscaled weights already prove this relative gap.
 _GAP_GOOD_ENOUGH = 1e-12
@@ -83,9 +83,9 @@ class BestIterate:
     """The iterate of each task with the smallest certified gap so far, and whether the task is done.
 
     A task is done when it is solved, when its gap is NaN, or when its gap, because of rounding, has not fallen for
-    `patience` iterations in a row. A gap counts as fallen when it is less than half of the last gap that did, so slow
-    but steady progress counts. Gaps above 1e-4 never count as stalled, because far from the optimum a gap may stay the
-    same for a while.
+    `patience` iterations in a row. A gap has fallen if it is less than half of what it was the last time it had fallen,
+    so slow but steady progress counts. Gaps above 1e-4 never count as stalled, because far from the optimum a gap may
+    stay the same for a while.
     """
 
     def __init__(self, *start: Tensor, patience: int) -> None:

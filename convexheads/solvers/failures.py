@@ -32,7 +32,8 @@ def handle_failures(name: str, solution: Solution, tolerance: float, on_failure:
         advice = "Pass on_failure='warn' or 'return' to continue."
         raise SolverError(f"{message}`SolverError.solution` holds the solution of the whole batch. {advice}", solution)
     message += "The `solution` of the fit holds the status of each task."
-    level, frame = 1, sys._getframe()  # the warning points to the code that called the library, directly or by torch
+    # The warning points to the code that called the library, directly or through torch.
+    level, frame = 1, sys._getframe()
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _INTERNAL:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, SolverWarning, stacklevel=level)

@@ -135,7 +135,7 @@ class FeasibleRows(NamedTuple):
         far = 2 * k * (rate * spread + nearest.abs()).amax(-1, keepdim=True) + 1
         far = torch.where(smooth, far, torch.inf)
         upper, lower = upper.minimum(far), lower.maximum(-far)
-        # An unbounded jump has to balance at most all the others, so it needs no larger bound.
+        # An entry that jumps without a bound balances at most all other bounds, so their sum is a large enough bound.
         ends = torch.stack([upper, lower])
         all_others = ends.abs().nan_to_num(posinf=0).sum((0, -1)).unsqueeze(-1) + 1
         upper, lower = ends.clamp(-all_others, all_others)

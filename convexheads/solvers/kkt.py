@@ -58,7 +58,8 @@ class FactorizedKKT(KKT):
     ) -> tuple[Tensor, Tensor]:
         """Solve by refinement of `(x, row_multipliers)`.
 
-        If the system is singular (duplicate examples, n > d), the result is the solution that is closest to them.
+        If the system is singular (duplicate examples, n > d), the result is the solution that is closest to the given
+        `x` and `row_multipliers`.
         """
         for _ in range(steps):
             image = x @ self.gram

@@ -21,7 +21,7 @@ _R = TypeVar("_R", bound="TensorRecord")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TensorRecord:
-    """A dataclass of tensors whose first dimension is tasks, other such records, and settings of the whole batch."""
+    """A dataclass whose fields are tensors `(tasks, ...)`, other such records, or settings of the whole batch."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, without fields that are None. Those of an inner record are named `record.name`."""

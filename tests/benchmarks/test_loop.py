@@ -372,7 +372,7 @@ def test_a_failed_step_stops_the_training_before_it(
     assert own.stopped
     assert own.step == 3
     assert [(each["step"], each["tasks"]) for each in own.failures] == [(2, [1])]
-    assert f"the training stops before step 2, task 1 ({quiet}" in caplog.text
+    assert f"training ends at step 2, task 1 ({quiet}" in caplog.text
     assert_same(state(own), state(take(training(head), range(2))))
     own.save(tmp_path / "last.safetensors")
     resumed = training(head, on_failure="skip")

@@ -110,7 +110,7 @@ def test_a_failed_step_stops_the_training_before_it(tmp_path, caplog) -> None:
     fit(other, batches[:2])
     assert same_state(module, other)
     assert trainer.global_step == 3
-    assert "the training stops before step 2, task 2" in caplog.text
+    assert "training ends at step 2, task 2" in caplog.text
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["failures"] == module.failures
 

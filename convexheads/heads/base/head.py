@@ -61,7 +61,7 @@ class Head(Configurable, ABC):
         """
 
     def _support_set(self, features: Tensor, targets: Tensor, mask: Tensor | None) -> SupportSet:
-        """The support set in working precision, zero at masked examples, which may contain NaN."""
+        """The support set in working precision. Masked examples, which may contain NaN, are replaced with zeros."""
         features = features.to(working_dtype(features.device))
         targets = targets.to(features.dtype)
         if mask is not None:

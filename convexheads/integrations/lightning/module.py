@@ -45,7 +45,7 @@ class EpisodicModule(pl.LightningModule):
       the step, which still counts for the learning rate and the episodes. With gradient accumulation, all batches of
       the step are skipped. A warning from the logger "convexheads.integrations.lightning" and an entry in `failures`
       name the step, the tasks and the cause; the number of skipped steps is logged as "skipped".
-    - "stop": The step is skipped too, and training ends after it, as with Lightning's `EarlyStopping`.
+    - "stop": The step is skipped too, and training ends with it, as with Lightning's `EarlyStopping`.
 
     Steps count from 0 over all epochs, and tasks from 0 over all processes, as in `EpisodeLoader`. Unless an epoch was
     left early, the loader draws the episodes of a step again after `loader.load_state_dict({"step": step})`.
@@ -172,7 +172,7 @@ class EpisodicModule(pl.LightningModule):
                     value.copy_(before[name])
         self.failures += failures
         for failure in failures if self.trainer.is_global_zero else ():
-            action = "the training stops before" if self.on_failed_step == "stop" else "skipped"
+            action = "training ends at" if self.on_failed_step == "stop" else "skipped"
             _log.warning("%s %s (%s)", action, training.format_step(failure), failure["cause"])
         if self.on_failed_step == "stop":
             self.trainer.should_stop = True

@@ -1,4 +1,4 @@
-"""cvxpylayers, which canonicalizes a problem by CVXPY, solves it by Clarabel and differentiates it by diffcp."""
+"""cvxpylayers, which canonicalizes a problem with CVXPY, solves it with Clarabel and differentiates it with diffcp."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ class CvxpylayersSolver(Solver):
     """cvxpylayers (Agrawal et al. 2019) with Clarabel (Goulart & Chen 2024). It needs the extra `cvxpylayers`.
 
     Use it to check other solvers: it is slow, works on the CPU only, and shares no code with them. Gradients are
-    computed by diffcp (Agrawal et al. 2019, "Differentiating through a cone program"). Differences from cvxpylayers:
+    computed with diffcp (Agrawal et al. 2019, "Differentiating through a cone program"). Limitations of cvxpylayers
+    alone, and what this class does about them:
 
-    - `quad_form` with a parameter is not DPP: the square root of the Hessian is the parameter.
+    - `quad_form` with a parameter breaks CVXPY's rules for parameters (DPP): the square root of the Hessian is the
+      parameter.
     - Compiling takes seconds: it is done once per shape.
     - SCS, the default, is accurate to 1e-2 in the gradient: Clarabel is used instead, at 1e-7 times `tolerance`.
     - diffcp treats gradients below 1e-8 as zero: they are scaled.

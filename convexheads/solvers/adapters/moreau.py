@@ -24,7 +24,7 @@ class MoreauSolver(Solver):
 
     Use it to compare with a strong general-purpose solver. It is batched, on the CPU and on CUDA, and keeps the Hessian
     sparse, with one n x n block per class. It builds on Clarabel (Goulart & Chen 2024) and, for small problems on the
-    CPU, on DAQP (Arnstroem, Bemporad & Axehill 2022). It computes gradients by diffqcp (Healey, Nobel & Boyd 2025).
+    CPU, on DAQP (Arnstroem, Bemporad & Axehill 2022). It computes gradients with diffqcp (Healey, Nobel & Boyd 2025).
     Its solver is built once per shape and thread. Differences from Moreau alone: a request for a second derivative
     raises an error, gradients are scaled per task, and a task that Moreau cannot solve is NaN and affects no other.
 

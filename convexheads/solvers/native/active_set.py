@@ -105,8 +105,8 @@ class ActiveSetSolver(Solver):
 def search(problem: DualProblem, start: WarmStart, *, max_rounds: int) -> tuple[Tensor, ActiveSet, Tensor]:
     """Search for the active set of a flat, rescaled batch. The first guess is the one that `start` implies.
 
-    Returns the exact solution for the last active set, which is feasible up to rounding if that is right; the active
-    set; and the number of rounds.
+    Returns the exact solution for the last active set (feasible up to rounding, if the active set is right), the active
+    set, and the number of rounds.
     """
     coef, bound_multipliers, row_multipliers = start
     at_upper, at_lower = active_entries(problem, coef, bound_multipliers)
@@ -117,7 +117,7 @@ def search(problem: DualProblem, start: WarmStart, *, max_rounds: int) -> tuple[
         fixed = problem.active_bounds(at_upper, at_lower)
         kkt = factorize_free(problem, at_upper, at_lower)
         right, sums = (problem.linear - problem.gram @ fixed).mT, -fixed.sum(-1)
-        # If several solutions are optimal, starting from the last iterate leads to one near that within the bounds.
+        # If several solutions are optimal, starting from the last iterate leads to one close to it.
         moved, row_multipliers = kkt.refine(right, sums, torch.where(free, coef, 0).mT, row_multipliers, steps=1)
         coef = moved.mT + fixed
         if this_round == max_rounds:

@@ -162,7 +162,9 @@ class _Barrier:
         return _Point(zero, torch.zeros_like(self.linear[:, :1]), slack, torch.ones_like(slack))
 
     def step(self, point: _Point, min_complementarity: float = 0.0) -> tuple[_Point, Tensor, tuple[Tensor, ...]]:
-        """One predictor-corrector step; with `min_complementarity`, toward the point where every product equals it.
+        """One predictor-corrector step.
+
+        With `min_complementarity`, it is toward the point where every slack times its multiplier equals this value.
 
         Returns the next point; and, at `point`, the mean of slack times multiplier, `(tasks, 1, 1)`, and the residuals.
         """
