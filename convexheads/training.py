@@ -83,7 +83,8 @@ def raise_failure(failure: dict[str, Any], error: Exception | None = None) -> No
     if isinstance(error, SolverError):
         raise SolverError(f"{format_step(failure)}: {error}", error.solution) from error
     hint = "the policy 'skip' skips such a step, and 'stop' ends training at it"
-    raise InputError("batch", "finite values", f"{failure['cause']} in {format_step(failure)}; {hint}") from error
+    got = f"non-finite values in {format_step(failure)} ({failure['cause']}); {hint}"
+    raise InputError("batch", "finite values", got) from error
 
 
 def non_finite_tasks(dimensions: int, *values: Tensor) -> list[int]:

@@ -276,7 +276,7 @@ def with_a_failure(monkeypatch) -> None:
 def test_the_benchmark_does_as_configured(tmp_path, caplog) -> None:
     arguments = [*SMALL, "--output"]
     folders = {name: tmp_path / name for name in ("raise", "skip", "stop")}
-    with pytest.raises(SystemExit, match=r"error: batch: expected .*, got step 2, task 0 \(a loss of nan\)"):
+    with pytest.raises(SystemExit, match=r"error: batch: expected .*, got non-finite values in step 2, task 0 \(a loss of nan\)"):
         train.main([*arguments, str(folders["raise"])])
     with pytest.raises(SystemExit, match=r"error: step 2 failed \(a loss of nan\), training has stopped; .*--resume"):
         train.main([*arguments, str(folders["stop"]), "--on-failure", "stop"])
@@ -353,7 +353,7 @@ def test_when_a_step_of_two_processes_fails_the_first_one_says_so(tmp_path, on_f
     )
     assert done.returncode == 1, done.stderr
     said = (
-        r"batch: expected .*, got step 2, task 1, 3"
+        r"batch: expected .*, got non-finite values in step 2, task 1, 3"
         if on_failure == "raise"
         else "step 2 failed (a loss of nan), training has"
     )
