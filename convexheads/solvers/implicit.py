@@ -35,7 +35,7 @@ from convexheads.solvers.kkt import KKT, BlockKKT
 from convexheads.solvers.problem import DualProblem, TensorRecord
 
 REGULARIZATION = 1e-9
-"""The regularization of active-set systems, relative to the mean diagonal of the Hessian."""
+"""The regularization of active-set systems, relative to the mean diagonal of the Gram matrix."""
 _REFINEMENTS = 3
 
 

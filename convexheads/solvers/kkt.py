@@ -104,12 +104,12 @@ class BlockKKT(FactorizedKKT):
     ) -> BlockKKT:
         """Factorize the system of the `free` entries; the others are fixed at zero, and their equations dropped.
 
-        The regularization of the diagonal makes singular blocks factorizable. Refinement against the unregularized
-        system removes its effect.
+        The regularization of the diagonal, relative to the mean diagonal of the Gram matrix, makes singular blocks
+        factorizable. Refinement against the unregularized system removes its effect.
         """
         gram, n = problem.gram, problem.gram.shape[-1]
         block = gram.unsqueeze(1)
-        added = torch.full_like(block[:, :, 0], max(regularization, 4 * torch.finfo(gram.dtype).eps))
+        added = _scaled(regularization, gram).expand_as(block[:, :, 0])
         if diagonal is not None:
             added = added + diagonal
         index = free_mask = None
@@ -170,7 +170,7 @@ class LowRankKKT(FactorizedKKT):
         """Factorize the system of all entries of a problem with a `gram_factor`, as `BlockKKT.factorize` does."""
         gram, gram_factor = problem.gram, problem.gram_factor
         assert gram_factor is not None
-        inverse_diagonal = 1 / (diagonal + max(regularization, 4 * torch.finfo(gram.dtype).eps))
+        inverse_diagonal = 1 / (diagonal + _scaled(regularization, gram))
         scaling = inverse_diagonal.sqrt().unsqueeze(2)
         columns = gram_factor.mT.unsqueeze(1) * scaling
         small = columns @ columns.mT + torch.eye(gram_factor.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -184,6 +184,12 @@ class LowRankKKT(FactorizedKKT):
     def _by_block(self, value: Tensor) -> Tensor:
         product = self.low_rank_factor.mT @ (self.low_rank_factor @ value.unsqueeze(-1))
         return self.inverse_diagonal * value - product.squeeze(-1)
+
+
+def _scaled(regularization: float, gram: Tensor) -> Float[Tensor, "tasks 1 1"]:
+    """The regularization in units of the Gram matrix, which is tiny in a rescaled problem with a small C."""
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    return max(regularization, 4 * torch.finfo(gram.dtype).eps) * torch.where(mean > 0, mean, 1)
 
 
 def pivoted_cholesky(gram: Float[Tensor, "tasks n n"], *, max_rank: int) -> Float[Tensor, "tasks n r"] | None:

@@ -14,7 +14,7 @@ from solver_contract import *  # noqa: F403
 from tasks import close, crammer_singer, examples, task, tasks
 
 from convexheads import InputError, Learnable, OneVsRestSVMHead, SVMHead
-from convexheads.solvers import DualProblem, InteriorPointSolver, NativeSolver, Status
+from convexheads.solvers import ADMMSolver, DualProblem, InteriorPointSolver, NativeSolver, Status
 from convexheads.solvers.certificate import account_for_rounding, certify
 from convexheads.solvers.native import active_set
 from convexheads.solvers.rescaling import rescale
@@ -230,6 +230,22 @@ def test_hard_margins_and_any_scale_are_certified():
         assert close(logits, reference) < 1e-9
     for C in (1e-6, 1e-3, 1e3, 1e6):
         assert SVMHead(C).fit(support, labels).solution.gap < 1e-9
+
+
+@pytest.mark.parametrize(
+    "solver", [NativeSolver(), NativeSolver(backend="torch"), ADMMSolver()], ids=["native", "torch", "admm"]
+)
+@pytest.mark.parametrize("smoothing", [0.0, 1.0])
+def test_gradient_is_exact_for_any_c(solver, smoothing):
+    """If C is so small that no score reaches a margin, scores are proportional to C, and so are their gradients."""
+    support, labels, query, _ = task(shots=(3, 3, 3), d=16)
+    weights, reference = torch.randn(len(query), 3, dtype=torch.float64), None
+    for C in (1e-5, 1e-8, 1e-11):
+        x = support.clone().requires_grad_()
+        logits = SVMHead(C, smoothing=smoothing, solver=solver)(x, labels, query)
+        (gradient,) = torch.autograd.grad((weights * logits / C).sum(), x)
+        reference = gradient if reference is None else reference
+        assert close(gradient, reference) < 1e-9
 
 
 def test_an_optimal_projection_does_not_prove_an_active_set(monkeypatch):

@@ -85,6 +85,11 @@ def factorize(gram, smoothing, rows_sum_to_zero, side, factors, regularization):
     """`BlockKKT.factorize`: the inverse of the block of each class, and the Cholesky factor for the row multipliers."""
     blocks, index, count, schur = factors
     n, k = side.shape
+    mean_diagonal = 0.0
+    for i in range(n):
+        mean_diagonal += gram[i, i] / n
+    if mean_diagonal > 0:
+        regularization *= mean_diagonal
     schur[:] = 0.0
     for c in range(k):
         m = 0
