@@ -17,7 +17,7 @@ def polynomial(x: Tensor, y: Tensor, degree: int, scale: Tensor, offset: Tensor)
 def gaussian(x: Tensor, y: Tensor, length_scale: Tensor) -> Tensor:
     # Centering does not change the distances, and their computation then loses fewer digits.
     center = y.detach().mean(-2, keepdim=True)
-    scale = length_scale.reshape(*length_scale.shape, *[1] * (x.ndim - length_scale.ndim))
+    scale = length_scale[..., None, None]
     return torch.exp(-_squared_distance((x - center) / scale, (y - center) / scale) / 2)
 
 

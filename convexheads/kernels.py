@@ -83,7 +83,11 @@ class Kernel(Configurable):
         return conditioned(x, y)
 
     def condition_on(self, features: Float[Tensor, "*batch n d"], mask: Bool[Tensor, "*batch n"] | None) -> KernelLike:
-        """The kernel for the support set with these `features` and `mask`; by default the kernel itself."""
+        """The kernel for the support set with these `features` and `mask`; by default the kernel itself.
+
+        If it has parameters per task, these have the shape `(*batch, 1, 1)`. Return a module or a `functools.partial`:
+        the methods `to` and `detach` of a fitted head do not reach the variables of other functions.
+        """
         return self
 
     def _argument(self, name: str) -> str:

@@ -276,7 +276,9 @@ def with_a_failure(monkeypatch) -> None:
 def test_the_benchmark_does_as_configured(tmp_path, caplog) -> None:
     arguments = [*SMALL, "--output"]
     folders = {name: tmp_path / name for name in ("raise", "skip", "stop")}
-    with pytest.raises(SystemExit, match=r"error: batch: expected .*, got non-finite values in step 2, task 0 \(a loss of nan\)"):
+    with pytest.raises(
+        SystemExit, match=r"error: batch: expected .*, got non-finite values in step 2, task 0 \(a loss of nan\)"
+    ):
         train.main([*arguments, str(folders["raise"])])
     with pytest.raises(SystemExit, match=r"error: step 2 failed \(a loss of nan\), training has stopped; .*--resume"):
         train.main([*arguments, str(folders["stop"]), "--on-failure", "stop"])

@@ -338,7 +338,9 @@ def test_a_failed_step_raises_when_it_is_read(head: str, quiet: str) -> None:
     own = take(training(head), range(2))
     before = {name: value for name, value in state(own).items() if name not in own.buffers}
     take(own, range(2, 5), poisoned(NAN))
-    with pytest.raises(InputError, match=rf"batch: expected finite values.*, got non-finite values in step 2, task 1 \({quiet}") as caught:
+    with pytest.raises(
+        InputError, match=rf"batch: expected finite values.*, got non-finite values in step 2, task 1 \({quiet}"
+    ) as caught:
         own.read()
     assert "'skip'" in str(caught.value)
     assert_same(before, {name: value for name, value in state(own).items() if name not in own.buffers})
@@ -415,7 +417,9 @@ def test_a_gradient_that_is_not_finite_is_named(name: str, on_failure: str) -> N
     own.parameters[name].register_hook(lambda gradient: gradient * (torch.inf if own.step == 2 else 1))
     take(own, range(5))
     if on_failure == "raise":
-        with pytest.raises(InputError, match=rf"batch: expected .*, got non-finite values in step 2 \(the gradient of {name}\)"):
+        with pytest.raises(
+            InputError, match=rf"batch: expected .*, got non-finite values in step 2 \(the gradient of {name}\)"
+        ):
             own.read()
         return
     own.read()

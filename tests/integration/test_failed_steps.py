@@ -58,7 +58,8 @@ def same_state(one: nn.Module, other: nn.Module) -> bool:
 
 def test_a_failed_step_raises_by_default() -> None:
     with pytest.raises(
-        InputError, match=r"batch: expected finite values.*, got non-finite values in step 2, task 2 \(support: expected .*, got non-finite"
+        InputError,
+        match=r"batch: expected finite values.*, got non-finite values in step 2, task 2 \(support: expected .*, got non-finite",
     ):
         fit(learner("raise"), poisoned())
     assert EpisodicModule(nn.Identity(), RidgeHead(), ways=2, shots=1, total_steps=1).on_failed_step == "raise"

@@ -9,7 +9,16 @@ import torch
 from tasks import close, task
 from torch import nn
 
-from convexheads import InputError, Learnable, RidgeHead, RidgeRegressionHead, SVMHead
+from convexheads import (
+    GaussianProcessHead,
+    InputError,
+    Learnable,
+    MahalanobisHead,
+    PrototypeHead,
+    RidgeHead,
+    RidgeRegressionHead,
+    SVMHead,
+)
 from convexheads.kernels import RBF, Constant, Cosine, Kernel, Linear, Polynomial, Sum
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -84,6 +93,20 @@ def test_any_kernel_may_take_something_from_the_support(combine):
     length = used.square().sum(-1).mean().sqrt()
     alone = SVMHead(kernel=combine(Linear()))(used / length, labels[0, mask[0]], query[0] / length)
     torch.testing.assert_close(logits[0], alone)
+
+
+@pytest.mark.parametrize("queries", [3, 4])
+@pytest.mark.parametrize("head", [PrototypeHead, MahalanobisHead, GaussianProcessHead])
+def test_parameters_per_task_apply_to_the_queries_of_that_task(head, queries):
+    support, labels, query, _ = task(3, shots=(3, 3, 3), queries=queries)
+    support = support * torch.tensor([1.0, 2.0, 5.0])[:, None, None]
+
+    def score(x, y, q):
+        fitted = head(kernel=MeanLength()).fit(x, y.double() if head is GaussianProcessHead else y)
+        return fitted.variance(q) if head is GaussianProcessHead else fitted(q)
+
+    alone = torch.stack([score(*one) for one in zip(support, labels, query, strict=True)])
+    torch.testing.assert_close(score(support, labels, query), alone)
 
 
 def test_a_kernel_without_a_formula_says_so():

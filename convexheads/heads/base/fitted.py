@@ -86,8 +86,8 @@ class Fitted:
 
     def _query_gram_diagonal(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q"]:
         """The kernel between each prepared `query` and itself."""
-        itself = query.unsqueeze(-2)
-        return self.support.kernel(itself, itself)[..., 0, 0]
+        itself = query.movedim(-2, 0).unsqueeze(-2)  # (q, *batch, 1, d), so that parameters per task broadcast
+        return self.support.kernel(itself, itself)[..., 0, 0].movedim(0, -1)
 
     @property
     def weight(self) -> Float[Tensor, "*batch k d"]:
