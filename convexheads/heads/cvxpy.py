@@ -156,9 +156,10 @@ class CvxpyHead(ClassificationHead):
         coef = _external.call_backend(solve_flat, *flat, *values, backend="CvxpyHead") if len(flat[0]) else flat[1]
         coef = coef.masked_fill(non_finite.reshape(-1, 1, 1), torch.nan)
         unsolved = (~torch.isfinite(coef)).flatten(1).any(1).reshape(batch)
-        if failed := [tuple(task) for task in unsolved.nonzero().tolist()]:
-            failures = f"{len(failed)} of {len(flat[0])} tasks not solved ({', '.join(map(str, failed[:5]))})"
-            raise SolverError(f"CvxpyHead: {failures}: infeasible, unbounded, or not solved within the iteration limit")
+        if failed := unsolved.nonzero().tolist():
+            named = "; ".join(f"task {tuple(task)}" if task else "the task" for task in failed[:5])
+            reason = "infeasible, unbounded, or not solved within the iteration limit"
+            raise SolverError(f"CvxpyHead: {len(failed)} of {len(flat[0])} tasks not solved ({named}): {reason}")
         return KernelExpansion(coef.reshape(targets.shape))
 
 
@@ -206,6 +207,8 @@ def _is_solved(layer: cvxpylayers.Layer, parameters: Sequence[Tensor], found: Se
         parameter.value = value.detach().cpu().numpy()
     values = [value.detach().cpu().numpy() for value in found]
     magnitude = 1 + max(abs(value).max() for value in values)
+    if magnitude * np.finfo(np.float64).eps > _VIOLATION:  # an unbounded direction, too long to evaluate constraints
+        return False
 
     def evaluate_at(factor: float) -> tuple[bool, float]:
         for variable, value in zip(layer.variables, values, strict=True):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 from torch import Tensor
@@ -15,10 +18,24 @@ from convexheads.solvers.problem import Solution, Status
 OnFailure = Literal["raise", "warn", "return"]
 """The policy for a task that is not solved: "raise" `SolverError`, emit `SolverWarning`, or "return" it."""
 _INTERNAL = ("convexheads", "torch", "jaxtyping")
+_postponed: ContextVar[list[tuple[str, float, OnFailure]] | None] = ContextVar("_postponed", default=None)
+
+
+@contextmanager
+def postpone_failures() -> Iterator[list[tuple[str, float, OnFailure]]]:
+    """In this context, `handle_failures` only lists its settings, for parts of a batch that are solved one by one."""
+    token = _postponed.set(settings := [])
+    try:
+        yield settings
+    finally:
+        _postponed.reset(token)
 
 
 def handle_failures(name: str, solution: Solution, tolerance: float, on_failure: OnFailure) -> None:
     """Raise or warn, depending on `on_failure`, if a task of the solution failed."""
+    if (settings := _postponed.get()) is not None:
+        settings.append((name, tolerance, on_failure))
+        return
     if on_failure == "return":
         return
     failures = inspect_values(_failures, solution.status, solution.gap, solution.residual)

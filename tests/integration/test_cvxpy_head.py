@@ -109,6 +109,7 @@ NONE = {
         cvxpy.Minimize(task.squared_norm), [task.coef >= 1, task.coef <= -1, cvxpy.sum(task.targets) >= 0]
     ),
     "unbounded": lambda task: cvxpy.sum(task.scores) + 0 * cvxpy.sum(task.targets),
+    "unbounded, far": lambda task: cvxpy.sum(task.coef),
 }
 
 
@@ -117,7 +118,9 @@ NONE = {
 def test_problems_without_a_solution(build, gradient):
     """diffcp returns numbers for them."""
     support, labels, query, _ = task(2)
-    with pytest.raises(SolverError, match=r"CvxpyHead: 2 of 2 tasks not solved \(\(0,\), \(1,\)\): infeasible"):
+    with pytest.raises(
+        SolverError, match=r"CvxpyHead: 2 of 2 tasks not solved \(task \(0,\); task \(1,\)\): infeasible"
+    ):
         CvxpyHead(build)(support.requires_grad_(gradient), labels, query)
 
 
@@ -126,7 +129,7 @@ def test_a_gram_matrix_that_is_not_finite_fails_in_its_task():
     targets = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
     features = targets.clone()
     features[1, 0, 0] = torch.nan
-    with pytest.raises(SolverError, match=r"1 of 2 tasks not solved \(\(1,\)\)"):
+    with pytest.raises(SolverError, match=r"1 of 2 tasks not solved \(task \(1,\)\)"):
         CvxpyHead(squares, hyperparameters={"lambda": 1.0}).solve(SupportSet(features, targets, validate=False))
 
 

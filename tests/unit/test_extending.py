@@ -9,7 +9,14 @@ import torch
 from tasks import close, crammer_singer, task
 from torch.func import grad, vmap
 
-from convexheads import ConvexHeadsError, InputError, SolverWarning, SVMHead
+from convexheads import (
+    ConvexHeadsError,
+    InputError,
+    LinearDiscriminantHead,
+    SolverError,
+    SolverWarning,
+    SVMHead,
+)
 from convexheads.heads import _logistic_newton
 from convexheads.solvers import (
     ActiveSetSolver,
@@ -156,6 +163,34 @@ def test_warning_points_to_the_code_that_called_the_head():
         with pytest.warns(SolverWarning) as warned:
             call(support, labels, query)
         assert [warning.filename for warning in warned] == [__file__]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_failures_are_numbered_over_tasks_with_different_ways():
+    """Tasks with the same number of classes are solved together, but there is one error or warning for the batch."""
+
+    class FailsWithThreeClasses(Solver):
+        def solve_batch(self, problem):
+            solution = NativeSolver().solve(problem).coef
+            return 0 * solution if problem.linear.shape[-1] == 3 else solution
+
+    support, _, _, _ = task(4, shots=(4, 4, 4))
+    ways = torch.tensor([3, 2, 3, 2])
+    labels = torch.arange(12) % ways[:, None]
+    with pytest.raises(SolverError, match=r"2 of 4 tasks.*task \(0,\).*task \(2,\)") as caught:
+        SVMHead(solver=FailsWithThreeClasses()).fit(support, labels, ways=ways)
+    expected = SVMHead(solver=FailsWithThreeClasses(on_failure="return")).fit(support, labels, ways=ways).solution
+    assert caught.value.solution.status.tolist() == expected.status.tolist()
+    assert torch.equal(caught.value.solution.coef, expected.coef)
+    with pytest.warns(SolverWarning, match=r"2 of 4 tasks") as warned:
+        SVMHead(solver=FailsWithThreeClasses(on_failure="warn")).fit(support, labels, ways=ways)
+    assert len(warned) == 1
+    with pytest.raises(InputError, match="semi-definite"):
+        SVMHead(kernel=lambda x, y: -(x @ y.mT)).fit(support, labels, ways=ways)
+    support[2] = 1.0
+    with pytest.raises(InputError, match="zero in task") as caught:
+        LinearDiscriminantHead().fit(support, labels, ways=ways)
+    assert "(0,), (2,) in the batch" in caught.value.__notes__[0]
 
 
 def test_solver_that_changes_its_problem_is_not_certified_by_it():

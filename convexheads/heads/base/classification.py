@@ -8,12 +8,14 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from convexheads._validation import check_classification
+from convexheads.errors import ConvexHeadsError
 from convexheads.heads.base.fitted import FittedClassifier
 from convexheads.heads.base.head import Head
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet, merge_groups, one_hot
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
 from convexheads.precision import full_precision, working_dtype
+from convexheads.solvers.failures import handle_failures, postpone_failures
 
 
 class ClassificationHead(Head):
@@ -104,9 +106,20 @@ class ClassificationHead(Head):
     def _solve_grouped_by_ways(self, support: SupportSet, ways: Integer[Tensor, "*batch"]) -> KernelExpansion:
         """Solve the tasks with the same number of classes together; absent classes get coefficients of zero."""
         groups = []
-        for k in ways.unique().tolist():
-            rows = ways == k
-            mask = None if support.mask is None else support.mask[rows]
-            group = self._support_set(support.features[rows], support.targets[rows][..., :k], mask)
-            groups.append(self._solve_checked(group))
-        return merge_groups(groups, ways)
+        with postpone_failures() as postponed:
+            for k in ways.unique().tolist():
+                rows = ways == k
+                mask = None if support.mask is None else support.mask[rows]
+                group = self._support_set(support.features[rows], support.targets[rows][..., :k], mask)
+                try:
+                    groups.append(self._solve_checked(group))
+                except ConvexHeadsError as error:
+                    tasks = ", ".join(str(tuple(task)) for task in rows.nonzero().tolist())
+                    error.add_note(f"Tasks are numbered among those with {k} classes, which are {tasks} in the batch.")
+                    raise
+        expansion = merge_groups(groups, ways)
+        for name, tolerance, on_failure in postponed[-1:]:
+            if expansion.solution is not None:
+                with self._check_gram_after_failure(support):
+                    handle_failures(name, expansion.solution, tolerance, on_failure)
+        return expansion

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 from torch import Tensor
@@ -69,13 +71,9 @@ class Head(Configurable, ABC):
         return SupportSet(features, targets, mask, condition(self.kernel, features, mask), self.validate)
 
     def _solve_checked(self, support: SupportSet) -> KernelExpansion:
-        """Solve, check the result, and check the Gram matrix after a failure."""
-        try:
+        """Solve, and check the result."""
+        with self._check_gram_after_failure(support):
             expansion = self.solve(support)
-        except SolverError:
-            if self.validate:
-                inspect_values(check_definite, support.gram)
-            raise
         vars(support).pop("gram", None)  # free the memory; the next use computes it again
         name = f"{type(self).__name__}.solve"
         if not isinstance(expansion, KernelExpansion):
@@ -88,3 +86,12 @@ class Head(Configurable, ABC):
                 got = f"{part} of shape {tuple(value.shape)} in {value.dtype}"
                 raise InputError(name, f"{shape} in {dtype}", got)
         return expansion
+
+    @contextmanager
+    def _check_gram_after_failure(self, support: SupportSet) -> Iterator[None]:
+        try:
+            yield
+        except SolverError:
+            if self.validate:
+                inspect_values(check_definite, support.gram)
+            raise
