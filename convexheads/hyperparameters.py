@@ -44,7 +44,8 @@ class Learnable(nn.Module):
         self.positive = check_bool("Learnable(positive)", positive)
         number = check_real("Learnable(value)", value, positive=positive)
         if abs(number) > _LARGEST or (positive and number < _SMALLEST):
-            raise InputError("Learnable(value)", f"a number that float32 holds, {_SMALLEST} to {_LARGEST}", number)
+            smallest = _SMALLEST if positive else -_LARGEST
+            raise InputError("Learnable(value)", f"a number that float32 holds, {smallest} to {_LARGEST}", number)
         self.raw_value = nn.Parameter(torch.tensor(math.log(number) if positive else number))
 
     @property
@@ -155,7 +156,7 @@ class Configurable(nn.Module):
         Raises:
             InputError: there is no such setting, or its value is unusable.
         """
-        for name, value in params.items():
+        for name, value in sorted(params.items(), key=lambda item: "__" in item[0]):  # a kernel before its settings
             outer, _, inner = name.partition("__")
             if outer not in constructor_arguments(type(self)):
                 names = ", ".join(constructor_arguments(type(self))) or "none"

@@ -149,7 +149,7 @@ class Solver:
                 float64.
 
         Returns:
-            The solution, in float64. Gradients reach every tensor of `problem`.
+            The solution, in float64. Gradients reach every tensor of `problem` but its `gram_factor`.
 
         Raises:
             InputError: the problem is not a `DualProblem` of floating-point tensors of matching shapes on one device,

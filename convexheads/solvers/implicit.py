@@ -49,7 +49,7 @@ class Linearization(TensorRecord):
     def attach(
         self, problem: DualProblem, coef: Float[Tensor, "tasks n k"], hessian_scale: Float[Tensor, " tasks"]
     ) -> Float[Tensor, "tasks n k"]:
-        """Make coefficients that were found without autograd differentiable functions of every tensor of `problem`.
+        """Make coefficients that were found without autograd differentiable functions of the tensors of `problem`.
 
         The problem is a flat batch in original units. `hessian_scale` is the rescaled Hessian divided by the original.
         """

@@ -84,6 +84,8 @@ def test_parameters_are_those_of_scikit_learn():
     params = head.get_params()
     assert params["kernel__degree"] == 3
     assert params["kernel"] is head.kernel
+    assert repr(head.set_params(kernel__length_scale=2.0, kernel=RBF()).kernel) == "RBF(length_scale=2.0)"
+    head.set_params(kernel=Polynomial())
     assert head.set_params(C=0.5, kernel__degree=2) is head
     assert (head.C, head.kernel.degree) == (0.5, 2)
     assert repr(SVMHead(**head.get_params(deep=False))) == repr(head)

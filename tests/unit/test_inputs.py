@@ -442,6 +442,23 @@ def test_head_of_ones_own_with_other_terms_of_a_wrong_shape(part, shape):
         OwnHead()(SUPPORT[:, :6], LABELS[:, :6], QUERY, ways=3)
 
 
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ({"bias": 0.5}, r"OwnHead.solve: expected .*, got bias of float"),
+        ({"self_similarity_weight": torch.ones(2)}, r"OwnHead.solve: expected .*, got shape \(2,\)"),
+    ],
+    ids=["number", "weight per task"],
+)
+def test_head_of_ones_own_with_other_terms_of_a_wrong_kind(terms, message):
+    class OwnHead(ClassificationHead):
+        def solve(self, support):
+            return KernelExpansion(support.targets, **terms)
+
+    with pytest.raises(InputError, match=message):
+        OwnHead()(SUPPORT[:, :6], LABELS[:, :6], QUERY, ways=3)
+
+
 def test_kernel_that_is_wrong_for_queries_only():
     with pytest.raises(InputError, match=r"kernel: expected a Gram matrix of shape.*, got shape .*"):
         RidgeHead(kernel=lambda x, y: y @ x.mT)(*GOOD[:3])

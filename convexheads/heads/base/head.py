@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
-from convexheads._validation import Check, check_bool, check_definite, optional
+from convexheads._validation import Check, check_bool, check_definite, describe_shape, optional
 from convexheads.errors import InputError, SolverError
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Configurable
@@ -82,9 +82,13 @@ class Head(Configurable, ABC):
         dtype = support.targets.dtype
         for part, shape in (("coef", (*batch, n, k)), ("bias", (*batch, k)), ("quadratic", (*batch, k, n, n))):
             value = getattr(expansion, part)
-            if (part == "coef" or value is not None) and (value.shape != shape or value.dtype != dtype):
-                got = f"{part} of shape {tuple(value.shape)} in {value.dtype}"
-                raise InputError(name, f"{shape} in {dtype}", got)
+            is_missing = value is None and part != "coef"
+            if not (is_missing or (isinstance(value, Tensor) and value.shape == shape and value.dtype == dtype)):
+                kind = f" in {value.dtype}" if isinstance(value, Tensor) else ""
+                raise InputError(name, f"{shape} in {dtype}", f"{part} of {describe_shape(value)}{kind}")
+        weight = expansion.self_similarity_weight
+        if isinstance(weight, Tensor) and weight.ndim:
+            raise InputError(name, "a self_similarity_weight without dimensions", describe_shape(weight))
         return expansion
 
     @contextmanager
