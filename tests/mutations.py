@@ -56,8 +56,8 @@ MUTATIONS = [
     Mutation(
         "active-set-side",
         "solvers/implicit.py",
-        "coef - problem.lower < -bound_multipliers",
-        "coef - problem.lower < bound_multipliers",
+        "coef - lower < -bound_multipliers",
+        "coef - lower < bound_multipliers",
         "test_numba.py::test_same_active_sets_and_solutions",
     ),
     Mutation(

@@ -111,10 +111,16 @@ def implied_active_set(problem: DualProblem, certificate: Certificate) -> Active
 
 
 def active_entries(problem: DualProblem, coef: Tensor, bound_multipliers: Tensor) -> tuple[Tensor, Tensor]:
-    """The entries at their upper and at their lower bound, whose multiplier exceeds the distance to that bound."""
-    nowhere = torch.zeros_like(coef, dtype=torch.bool)
-    at_upper = nowhere if problem.upper is None else problem.upper - coef < bound_multipliers
-    at_lower = nowhere if problem.lower is None else coef - problem.lower < -bound_multipliers
+    """The entries at their upper and at their lower bound, whose multiplier exceeds the distance to that bound.
+
+    An entry whose bounds are equal counts as at its upper bound, whatever its multiplier.
+    """
+    lower, upper, nowhere = problem.lower, problem.upper, torch.zeros_like(coef, dtype=torch.bool)
+    at_upper = nowhere if upper is None else upper - coef < bound_multipliers
+    at_lower = nowhere if lower is None else coef - lower < -bound_multipliers
+    if lower is not None and upper is not None:
+        is_fixed = lower == upper
+        at_upper, at_lower = at_upper | is_fixed, at_lower & ~is_fixed
     return at_upper, at_lower
 
 

@@ -232,9 +232,21 @@ def test_hard_margins_and_any_scale_are_certified():
         assert SVMHead(C).fit(support, labels).solution.gap < 1e-9
 
 
-@pytest.mark.parametrize(
-    "solver", [NativeSolver(), NativeSolver(backend="torch"), ADMMSolver()], ids=["native", "torch", "admm"]
-)
+NATIVE = [NativeSolver(), NativeSolver(backend="torch"), ADMMSolver()]
+
+
+@pytest.mark.parametrize("solver", NATIVE, ids=["native", "torch", "admm"])
+def test_entry_whose_bounds_are_equal_does_not_depend_on_the_linear_term(solver):
+    """Its multiplier is zero here, so that it would count as free."""
+    zero = torch.zeros(2, 1, dtype=torch.float64)
+    linear = zero.clone().requires_grad_()
+    upper = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    problem = DualProblem(torch.eye(2, dtype=torch.float64), linear, lower=-upper, upper=upper, rows_sum_to_zero=False)
+    (gradient,) = torch.autograd.grad(solver.solve(problem).coef.sum(), linear)
+    assert gradient.flatten().tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("solver", NATIVE, ids=["native", "torch", "admm"])
 @pytest.mark.parametrize("smoothing", [0.0, 1.0])
 def test_gradient_is_exact_for_any_c(solver, smoothing):
     """If C is so small that no score reaches a margin, scores are proportional to C, and so are their gradients."""

@@ -126,7 +126,7 @@ def search(task, rows_sum_to_zero, settings, coef, row_multipliers, side, factor
                 bound_multiplier = residual[i, c] - smoothing[i, c] * bound_values[i, c]
                 coef[i, c] = x[i, c] + bound_values[i, c]
                 s = 0
-                if upper[i, c] - coef[i, c] < bound_multiplier:
+                if upper[i, c] - coef[i, c] < bound_multiplier or lower[i, c] == upper[i, c]:
                     s = 1
                 elif coef[i, c] - lower[i, c] < -bound_multiplier:
                     s = -1
