@@ -204,8 +204,8 @@ def _check_labels(
     else:
         max_ways = ways or (max(1, int(labels.max().item()) + 1) if labels.numel() else 1)
     if max_ways > _MAX_WAYS:
-        got = f"{max_ways}; without ways=, this is the largest label plus one, so number the classes from 0"
-        raise InputError("ways", f"at most {_MAX_WAYS}", got)
+        origin = "" if ways else "; without ways=, this is the largest label plus one, so number the classes from 0"
+        raise InputError("ways", f"at most {_MAX_WAYS}", f"{max_ways}{origin}")
     if not validate:
         return max_ways
     _check_values(mask, support)

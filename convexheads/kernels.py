@@ -31,11 +31,17 @@ def is_kernel(value: object) -> TypeGuard[KernelLike]:
     return callable(value) and not isinstance(value, type | Learnable)
 
 
+def is_linear(kernel: KernelLike) -> TypeGuard[Linear]:
+    """Whether the `kernel` is a `Linear`; a subclass may be another kernel."""
+    return type(kernel) is Linear
+
+
 def check_kernel(name: str, value: Any) -> KernelLike:
     """Return the `value` of the argument `name` if it is a kernel, or raise `InputError`."""
     if not is_kernel(value):
         raise InputError(name, "a callable (x, y) -> gram, such as convexheads.kernels.RBF(1.0)", repr(value))
-    if not callable(method := getattr(value, "condition_on", None) or value):
+    method = getattr(value, "condition_on", None)
+    if method is not None and not callable(method):
         raise InputError(name, "a method condition_on(features, mask), or none", repr(method))
     return value
 
@@ -67,7 +73,7 @@ class Kernel(Configurable):
         return Sum(self, _as_kernel(other))
 
     def __radd__(self, other: KernelLike | Hyperparameter) -> Sum:
-        return Sum(_as_kernel(other), self)
+        return Sum(self) if type(other) is int and other == 0 else Sum(_as_kernel(other), self)  # 0 is how `sum` starts
 
     def __mul__(self, other: KernelLike | Hyperparameter) -> Product:
         return Product(self, _as_kernel(other))

@@ -6,13 +6,14 @@ matrices. The heads are therefore stable with more features than examples, and a
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
-from convexheads._validation import check_definite, check_real, describe_first_task, optional
+from convexheads._validation import check_definite, check_real, describe, describe_first_task, optional
 from convexheads.errors import InputError
 from convexheads.heads._linear_algebra import shifted_cholesky
 from convexheads.heads.base.classification import ClassificationHead
@@ -22,10 +23,10 @@ from convexheads.kernels import KernelLike
 
 
 def _check_shrinkage(name: str, value: Any) -> float:
-    number = check_real(name, value, positive=True)
-    if number > 1:
-        raise InputError(name, "a number above 0 and at most 1", number)
-    return number
+    with suppress(InputError):
+        if (number := check_real(name, value, positive=True)) <= 1:
+            return number
+    raise InputError(name, "a number above 0 and at most 1", describe(value))
 
 
 class LinearDiscriminantHead(ClassificationHead):

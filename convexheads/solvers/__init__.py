@@ -7,7 +7,7 @@ from convexheads.solvers.adapters._external import to_dense
 from convexheads.solvers.adapters.cvxpylayers import CvxpylayersSolver
 from convexheads.solvers.adapters.moreau import MoreauSolver
 from convexheads.solvers.adapters.qpth import QpthSolver
-from convexheads.solvers.base import Solver
+from convexheads.solvers.base import Plan, Solver, SolverResult
 from convexheads.solvers.failures import OnFailure
 from convexheads.solvers.fallback import Fallback
 from convexheads.solvers.native.active_set import ActiveSetSolver
@@ -38,9 +38,11 @@ __all__ = [
     "MoreauSolver",
     "NativeSolver",
     "OnFailure",
+    "Plan",
     "QpthSolver",
     "Solution",
     "Solver",
+    "SolverResult",
     "Status",
     "get_solver",
     "to_dense",

@@ -36,7 +36,7 @@ class SolverResult(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Solved(TensorRecord):
+class LinearizedSolution(TensorRecord):
     """The solution of a flat batch in its original units, and the system that gives its gradient.
 
     `hessian_scale` is the Hessian of the rescaled problem divided by that of the original problem. There is no
@@ -210,9 +210,9 @@ class Solver:
             return replace(solution, coef=problem.linear.clone())
         return replace(solution, coef=linearization.attach(problem, solution.coef, solved.hessian_scale))
 
-    def _solve_under_transforms(self, problem: DualProblem) -> Solved:
+    def _solve_under_transforms(self, problem: DualProblem) -> LinearizedSolution:
         """Like `_solve_numerically`, inside the transforms of `torch.func`, where a tensor has hidden dimensions."""
-        structure: list[Solved] = []
+        structure: list[LinearizedSolution] = []
 
         def solve(*values: Tensor) -> tuple[Tensor, ...]:
             remaining = iter(values)
@@ -225,7 +225,7 @@ class Solver:
         values = iter(compute_without_grad(solve, *problem.tensors().values()))
         return structure[-1].map(lambda *_: next(values))
 
-    def _solve_numerically(self, problem: DualProblem) -> Solved:
+    def _solve_numerically(self, problem: DualProblem) -> LinearizedSolution:
         """Rescale, solve and certify a flat batch."""
         finite, non_finite = replace_non_finite_tasks(problem)
         rescaled, coef_scale, multiplier_scale = rescale(finite)
@@ -254,7 +254,7 @@ class Solver:
             iterations=result.iterations,
         )
         linearization = None if linearization is None else linearization.unscaled(coef_scale)
-        return Solved(solution, coef_scale / multiplier_scale, linearization)
+        return LinearizedSolution(solution, coef_scale / multiplier_scale, linearization)
 
     def _result(self, problem: DualProblem) -> SolverResult:
         """The checked result of `solve_batch`."""

@@ -1,6 +1,6 @@
 """The certificate: how far coefficients can be from the optimum, proved from the problem alone.
 
-Every tolerance of the certificate is a constant of this module. The Numba kernels receive them from here.
+Its tolerances are constants of this module and of `feasible_rows`. The Numba kernels receive them from there.
 """
 
 from __future__ import annotations

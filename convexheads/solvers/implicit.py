@@ -86,7 +86,7 @@ class ActiveSet(Linearization):
 class BarrierPoint(Linearization):
     """A relaxed gradient, at a point inside the barrier. It has no second derivative.
 
-    `stiffness` is multiplier over slack of each of `DualProblem.bounds`, which is on the diagonal of the system.
+    `stiffness` is multiplier over slack of each of `DualProblem.inequalities`, which is on the diagonal of the system.
     """
 
     point: Float[Tensor, "tasks n k"]
@@ -95,7 +95,7 @@ class BarrierPoint(Linearization):
     def attach(self, problem: DualProblem, coef: Tensor, hessian_scale: Tensor) -> Tensor:
         # A barrier with stiffness w, a constant here, has the gradient `w (coefficient - bound)`.
         linear = problem.linear
-        for (sign, limit), stiffness in zip(problem.bounds, self.stiffness.unbind(1), strict=True):
+        for (sign, limit), stiffness in zip(problem.inequalities, self.stiffness.unbind(1), strict=True):
             linear = linear + stiffness / hessian_scale[:, None, None] * torch.where(stiffness > 0, sign * limit, 0)
         system = problem.gram, problem.smoothing, linear, self.point, None, coef, hessian_scale
         return self._apply(_RelaxedImplicitSolve, *system)

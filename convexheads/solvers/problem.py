@@ -21,7 +21,10 @@ _R = TypeVar("_R", bound="TensorRecord")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TensorRecord:
-    """A dataclass whose fields are tensors `(tasks, ...)`, other such records, or settings of the whole batch."""
+    """A dataclass of tensors, other such records, and settings of the whole batch. Leading dimensions are tasks.
+
+    The methods `select`, `replace_tasks` and `where` need a flat batch, with a single leading dimension.
+    """
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, without fields that are None. Those of an inner record are named `record.name`."""
@@ -133,8 +136,8 @@ class DualProblem(TensorRecord):
         return values if self.lower is None else torch.where(at_lower, self.lower, values)
 
     @property
-    def bounds(self) -> list[tuple[Float[Tensor, "*batch n k"], Float[Tensor, "*batch n k"]]]:
-        """The bounds that the problem has, the upper ones first, as constraints `sign * coef <= limit`.
+    def inequalities(self) -> list[tuple[Float[Tensor, "*batch n k"], Float[Tensor, "*batch n k"]]]:
+        """The bounds that the problem has, the upper ones first, as pairs for `sign * coef <= limit`.
 
         The sign is 1 at upper bounds and -1 at lower bounds. An infinite bound is the idle row `0 * coef <= 1`.
         """
@@ -224,6 +227,8 @@ def check_problem(problem: object) -> None:
         raise InputError("DualProblem(linear)", "(*batch, n, k), n and k at least 1", f"shape {tuple(linear.shape)}")
     *batch, n, _ = linear.shape
     expected = {"gram": (*batch, n, n)} | ({} if factor is None else {"gram_factor": (*batch, n, *factor.shape[-1:])})
+    if factor is not None and not factor.shape[-1:].numel():
+        raise InputError("DualProblem(gram_factor)", "(*batch, n, r), r at least 1", f"shape {tuple(factor.shape)}")
     for name, value in problem.tensors().items():
         name, shape = f"DualProblem({name})", expected.get(name, tuple(linear.shape))
         if value.shape != shape:

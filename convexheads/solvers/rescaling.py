@@ -13,7 +13,8 @@ def rescale(problem: DualProblem) -> tuple[DualProblem, Float[Tensor, "*batch"],
     """Rescale a `problem` with finite data, so that no tolerance depends on the scale of the features or on C.
 
     A dual SVM depends only on C*K. Coefficients are measured in units of `min(C, 1/h)`, where h is the mean diagonal
-    of K. Features scaled by 1e-4 or 1e4 then give the same rescaled problem, with moderate numbers for any C.
+    of K. If C is at least 1/h, the rescaled problem does not depend on the scale of the features. For a smaller C, its
+    largest bound is one, and the mean diagonal of its Hessian is below one.
 
     Returns:
         The rescaled problem, and the factors by which its coefficients and its multipliers have to be multiplied.

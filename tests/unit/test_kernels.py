@@ -28,6 +28,7 @@ def test_sums_and_products_of_kernels():
     x, y = torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(2, 4, 3, dtype=torch.float64)
     linear, rbf = Linear()(x, y), RBF(2.0)(x, y)
     torch.testing.assert_close((Linear() + RBF(2.0))(x, y), linear + rbf)
+    torch.testing.assert_close(sum([Linear(), RBF(2.0)])(x, y), linear + rbf)
     torch.testing.assert_close((Linear() * RBF(2.0))(x, y), linear * rbf)
     torch.testing.assert_close((0.5 * Linear() + Constant(3.0))(x, y), linear / 2 + 3)
     torch.testing.assert_close(((lambda x, y: x @ y.mT) + RBF(2.0) * Learnable(2.0))(x, y), linear + 2 * rbf)

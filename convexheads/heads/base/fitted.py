@@ -16,7 +16,7 @@ from convexheads._gram import constant
 from convexheads._validation import check_query
 from convexheads.errors import ConvexHeadsError
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet, compute_gram
-from convexheads.kernels import KernelLike, Linear, Product, Sum
+from convexheads.kernels import KernelLike, Product, Sum, is_linear
 from convexheads.precision import full_precision
 from convexheads.solvers import Solution
 
@@ -39,7 +39,7 @@ class Fitted:
 
     @property
     def solution(self) -> Solution | None:
-        """Status, certified gap and multipliers of each task; None for a closed form."""
+        """Status, certified gap and multipliers of each task; None for a closed form and for `CvxpyHead`."""
         return self.expansion.solution
 
     def __call__(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "..."]:
@@ -53,7 +53,7 @@ class Fitted:
             Scores of all outputs, `(*batch, q, k)`, in the dtype of the support.
 
         Raises:
-            InputError: the shape, dtype or device is not as described, or a feature is not finite.
+            InputError: the shape, dtype or device is not as described, or, with `validate`, a feature is not finite.
         """
         expansion, query = self.expansion, self._prepare(query)
         with full_precision(query.device):
@@ -222,7 +222,7 @@ def _not_linear(got: str) -> ConvexHeadsError:
 
 def _affine_form(kernel: KernelLike, features: int) -> tuple[Any, Any]:
     r"""The a and c of a kernel that is \(a \langle x, y \rangle + c\)."""
-    if isinstance(kernel, Linear) and type(kernel) is Linear:  # a subclass may be another kernel
+    if is_linear(kernel):
         return (1 / features if kernel.normalize else 1.0), 0.0
     if isinstance(kernel, partial) and kernel.func is constant:
         return 0.0, kernel.keywords["value"]

@@ -36,7 +36,7 @@ def to_dense(problem: DualProblem) -> DenseProblem:
     if problem.smoothing is not None:
         hessian = hessian + torch.diag_embed(problem.smoothing.reshape(*batch, n * k))
     rows, limits = [], []
-    for sign, limit in problem.bounds:
+    for sign, limit in problem.inequalities:
         sign, limit = sign.reshape(*batch, n * k), limit.reshape(*batch, n * k)
         idle = sign == 0
         order = idle.to(torch.uint8).argsort(dim=-1, stable=True)[..., : int((~idle).sum(-1).max())]

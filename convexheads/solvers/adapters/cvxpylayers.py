@@ -43,7 +43,7 @@ class CvxpylayersSolver(Solver):
 
     def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:
         smoothing = torch.zeros_like(problem.linear) if problem.smoothing is None else problem.smoothing
-        signs, limits = zip(*problem.bounds, strict=True)
+        signs, limits = zip(*problem.inequalities, strict=True)
         _, n, k = problem.linear.shape
         layer = _layer(n, k, len(signs), problem.rows_sum_to_zero)
         accuracy, max_iterations = self.tolerance * 1e-7, self.max_iterations or 200

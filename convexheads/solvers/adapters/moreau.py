@@ -41,7 +41,7 @@ class MoreauSolver(Solver):
 
     def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:
         tasks, n, k = problem.linear.shape
-        signs, limits = zip(*problem.bounds, strict=True)
+        signs, limits = zip(*problem.inequalities, strict=True)
         # An entry has a row if any task bounds it; in the other tasks, this is an idle row.
         rows = [sign.any(0).flatten().nonzero().squeeze(-1) for sign in signs]
         smoothing = torch.zeros_like(problem.linear) if problem.smoothing is None else problem.smoothing

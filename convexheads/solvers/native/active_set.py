@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads._validation import check_choice, check_positive_ints
+from convexheads._validation import check_choice, check_positive_int
 from convexheads.errors import MissingDependencyError
-from convexheads.solvers.base import Plan, Solved, Solver, SolverResult
+from convexheads.solvers.base import LinearizedSolution, Plan, Solver, SolverResult
 from convexheads.solvers.certificate import Certificate, certify
 from convexheads.solvers.failures import OnFailure
 from convexheads.solvers.implicit import ActiveSet, active_entries, factorize_free
@@ -70,7 +70,7 @@ class ActiveSetSolver(Solver):
         if backend == "numba" and not numba_is_installed():
             raise MissingDependencyError("numba", extra="numba", needed_by=f"{name}(backend='numba')")
         self.backend: Backend = backend
-        (self.max_rounds,) = check_positive_ints(max_rounds=max_rounds)
+        self.max_rounds = check_positive_int(f"{type(self).__name__}(max_rounds)", max_rounds)
 
     def solve_batch(self, problem: DualProblem) -> SolverResult:
         _, n, k = problem.linear.shape
@@ -90,7 +90,7 @@ class ActiveSetSolver(Solver):
         copies = is_faster if self.backend == "auto" else self.backend == "numba"
         return super().plan(problem.to("cpu") if copies else problem)
 
-    def _solve_numerically(self, problem: DualProblem) -> Solved:
+    def _solve_numerically(self, problem: DualProblem) -> LinearizedSolution:
         """The Numba kernels rescale, solve and certify in one call, by the same formulas (tests/unit/test_numba.py)."""
         linear = problem.linear
         fits_numba = linear.is_cpu and linear.dtype == torch.float64 and len(linear) > 0

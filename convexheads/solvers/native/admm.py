@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import torch
 
-from convexheads._validation import check_positive_ints
+from convexheads._validation import check_positive_int
 from convexheads.solvers.base import Solver, SolverResult
 from convexheads.solvers.certificate import certify
 from convexheads.solvers.failures import OnFailure
@@ -47,7 +47,9 @@ class ADMMSolver(Solver):
         max_rounds: int = 3,
     ) -> None:
         super().__init__(max_iterations=max_iterations, tolerance=tolerance, on_failure=on_failure)
-        self.steps, self.max_rounds = check_positive_ints(steps=steps, max_rounds=max_rounds)
+        name = type(self).__name__
+        self.steps = check_positive_int(f"{name}(steps)", steps)
+        self.max_rounds = check_positive_int(f"{name}(max_rounds)", max_rounds)
 
     def solve_batch(self, problem: DualProblem) -> SolverResult:
         # A task that is not solved gets the last iterate of ADMM, with the active set that this iterate implies.

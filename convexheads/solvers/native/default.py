@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from convexheads._functorch import is_transforming
-from convexheads._validation import check_positive_ints, check_real
+from convexheads._validation import check_positive_int, check_real
 from convexheads.solvers.base import Plan
 from convexheads.solvers.failures import OnFailure
 from convexheads.solvers.fallback import Fallback
@@ -60,7 +60,7 @@ class NativeSolver(Fallback):
         first = ActiveSetSolver(tolerance=tolerance, backend=backend)
         super().__init__(first, InteriorPointSolver(tolerance=tolerance), on_failure=on_failure)
         self.backend: Backend = backend
-        (self.max_block_entries,) = check_positive_ints(max_block_entries=max_block_entries)
+        self.max_block_entries = check_positive_int("NativeSolver(max_block_entries)", max_block_entries)
         self._admm = ADMMSolver(tolerance=tolerance)
 
     def plan(self, problem: DualProblem) -> Plan:

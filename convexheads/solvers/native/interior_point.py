@@ -73,9 +73,10 @@ class InteriorPointSolver(Solver):
         super().__init__(max_iterations=max_iterations, tolerance=tolerance, on_failure=on_failure)
         name = type(self).__name__
         check_choice(f"{name}(gradient)", gradient, get_args(Gradient))
-        if (gradient == "last_iterate") is (max_iterations is None) and gradient != "exact":
-            expected = "a number" if gradient == "last_iterate" else "None"
-            raise InputError(f"{name}(max_iterations)", f"{expected} with gradient={gradient!r}", max_iterations)
+        if gradient == "last_iterate" and max_iterations is None:
+            raise InputError(f"{name}(max_iterations)", "a number with gradient='last_iterate'", None)
+        if gradient == "relaxed" and max_iterations is not None:
+            raise InputError(f"{name}(max_iterations)", "None with gradient='relaxed'", max_iterations)
         self.gradient: Gradient = gradient
         self.complementarity = check_real(f"{name}(complementarity)", complementarity, positive=True)
 
@@ -146,13 +147,13 @@ def central_path(problem: DualProblem, *, complementarity: float) -> tuple[Tenso
 
 
 class _Barrier:
-    """The problem with slacks, in which all `DualProblem.bounds` are constraints `sign * coef + slack = limit`."""
+    """The problem with slacks: `DualProblem.inequalities` become constraints `sign * coef + slack = limit`."""
 
     def __init__(self, problem: DualProblem) -> None:
         self.problem = problem
         self.linear = problem.linear.mT.contiguous()
         self.smoothing = 0.0 if problem.smoothing is None else problem.smoothing.mT
-        signs, limits = zip(*problem.bounds, strict=True)
+        signs, limits = zip(*problem.inequalities, strict=True)
         self.sign, self.limit = (torch.stack([part.mT for part in parts]) for parts in (signs, limits))
 
     def start(self) -> _Point:

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from convexheads.solvers import certificate, feasible_rows
-from convexheads.solvers.base import Solved
+from convexheads.solvers.base import LinearizedSolution
 from convexheads.solvers.implicit import REGULARIZATION, ActiveSet
 from convexheads.solvers.kkt import KKT
 from convexheads.solvers.native import admm_steps, numba_kernels, numba_kkt
@@ -40,7 +40,7 @@ _LIMITS = (certificate.INDEFINITENESS, _FLOAT64.eps, _FLOAT64.tiny)
 _TOLERANCES = (certificate.ZERO_GAP, certificate.FEASIBILITY_TOLERANCE, feasible_rows.ROW_SUM_TOLERANCE, _LIMITS)
 
 
-def solve(problem: DualProblem, tolerance: float, *, max_rounds: int, refinements: int) -> Solved:
+def solve(problem: DualProblem, tolerance: float, *, max_rounds: int, refinements: int) -> LinearizedSolution:
     """Solve a flat batch of problems in float64 on the CPU, in their original units.
 
     Tasks that are not certified to the tolerance have the status `FAILED`, and their coefficients are NaN.
@@ -73,7 +73,7 @@ def solve(problem: DualProblem, tolerance: float, *, max_rounds: int, refinement
     )
     kkt = NumbaKKT(*map(torch.from_numpy, (*system, *factors)), rows_sum_to_zero=problem.rows_sum_to_zero)
     linearization = ActiveSet(kkt, torch.from_numpy(side > 0), torch.from_numpy(side < 0))
-    return Solved(solution, torch.from_numpy(scales), linearization)
+    return LinearizedSolution(solution, torch.from_numpy(scales), linearization)
 
 
 def _reject_rounding(problem: DualProblem, coef: Tensor, rounding: np.ndarray, proven: np.ndarray) -> None:
