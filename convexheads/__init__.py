@@ -40,37 +40,10 @@ from convexheads.models import list_pretrained, load_pretrained
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ClassificationHead",
-    "ConvexHeadsError",
-    "CvxpyHead",
-    "EpisodeLoader",
-    "GaussianProcessHead",
-    "Head",
-    "InputError",
-    "KernelExpansion",
-    "Learnable",
-    "LinearDiscriminantHead",
-    "LogisticHead",
-    "MahalanobisHead",
-    "MissingDependencyError",
-    "OneVsRestSVMHead",
-    "PrototypeHead",
-    "RegressionHead",
-    "RidgeHead",
-    "RidgeRegressionHead",
-    "SVMHead",
-    "SimplifiedSVMHead",
-    "SolverError",
-    "SolverWarning",
-    "SupportSet",
-    "SupportVectorRegressionHead",
-    "WestonWatkinsSVMHead",
-    "calibrate",
-    "embed",
-    "evaluate",
-    "list_pretrained",
-    "load_pretrained",
-    "parameter_groups",
-    "split_task",
-]
+__all__ = ["OneVsRestSVMHead", "SVMHead", "SimplifiedSVMHead", "WestonWatkinsSVMHead"]
+__all__ += ["CvxpyHead", "LinearDiscriminantHead", "LogisticHead", "MahalanobisHead", "PrototypeHead", "RidgeHead"]
+__all__ += ["GaussianProcessHead", "RidgeRegressionHead", "SupportVectorRegressionHead"]
+__all__ += ["ClassificationHead", "Head", "KernelExpansion", "RegressionHead", "SupportSet"]
+__all__ += ["Learnable", "parameter_groups"]
+__all__ += ["EpisodeLoader", "calibrate", "embed", "evaluate", "list_pretrained", "load_pretrained", "split_task"]
+__all__ += ["ConvexHeadsError", "InputError", "MissingDependencyError", "SolverError", "SolverWarning"]

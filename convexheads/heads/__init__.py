@@ -21,30 +21,9 @@ from convexheads.heads.svm import (
     WestonWatkinsSVMHead,
 )
 
-__all__ = [
-    "ClassificationHead",
-    "CvxpyHead",
-    "CvxpyTask",
-    "Fitted",
-    "FittedClassifier",
-    "FittedGaussianProcess",
-    "FittedRegressor",
-    "GaussianProcessHead",
-    "Head",
-    "KernelExpansion",
-    "LinearDiscriminantHead",
-    "LogisticHead",
-    "MahalanobisHead",
-    "MulticlassSVM",
-    "OneVsRestSVMHead",
-    "PrototypeHead",
-    "RegressionHead",
-    "RidgeHead",
-    "RidgeRegressionHead",
-    "SVMHead",
-    "SimplifiedSVMHead",
-    "SupportSet",
-    "SupportVectorRegressionHead",
-    "WestonWatkinsSVMHead",
-    "shifted_cholesky",
-]
+__all__ = ["MulticlassSVM", "OneVsRestSVMHead", "SVMHead", "SimplifiedSVMHead", "WestonWatkinsSVMHead"]
+__all__ += ["LinearDiscriminantHead", "LogisticHead", "MahalanobisHead", "PrototypeHead", "RidgeHead"]
+__all__ += ["CvxpyHead", "CvxpyTask"]
+__all__ += ["GaussianProcessHead", "RidgeRegressionHead", "SupportVectorRegressionHead"]
+__all__ += ["ClassificationHead", "Head", "KernelExpansion", "RegressionHead", "SupportSet", "shifted_cholesky"]
+__all__ += ["Fitted", "FittedClassifier", "FittedGaussianProcess", "FittedRegressor"]

@@ -27,26 +27,10 @@ SOLVERS: dict[str, type[Solver]] = {
 }
 """Solvers by name, for `get_solver`."""
 
-__all__ = [
-    "SOLVERS",
-    "ADMMSolver",
-    "ActiveSetSolver",
-    "CvxpylayersSolver",
-    "DualProblem",
-    "Fallback",
-    "InteriorPointSolver",
-    "MoreauSolver",
-    "NativeSolver",
-    "OnFailure",
-    "Plan",
-    "QpthSolver",
-    "Solution",
-    "Solver",
-    "SolverResult",
-    "Status",
-    "get_solver",
-    "to_dense",
-]
+__all__ = ["ADMMSolver", "ActiveSetSolver", "Fallback", "InteriorPointSolver", "NativeSolver"]
+__all__ += ["CvxpylayersSolver", "MoreauSolver", "QpthSolver"]
+__all__ += ["SOLVERS", "OnFailure", "Plan", "Solver", "SolverResult", "get_solver"]
+__all__ += ["DualProblem", "Solution", "Status", "to_dense"]
 
 
 def get_solver(solver: Solver | str) -> Solver:

@@ -26,7 +26,11 @@ from convexheads.solvers.rescaling import replace_non_finite_tasks, rescale
 class SolverResult(NamedTuple):
     """A result of `Solver.solve_batch` that has more than coefficients.
 
-    The gradient is computed from the linearization. The base class computes a missing certificate and linearization.
+    Attributes:
+        coef: the coefficients, `(tasks, n, k)`.
+        iterations: number of iterations of each task, `(tasks,)`. Default None (unknown).
+        certificate: the certificate of the coefficients. Default None: the base class computes it.
+        linearization: the system from which the gradient is computed. Default None: the base class finds it.
     """
 
     coef: Float[Tensor, "tasks n k"]
@@ -51,9 +55,11 @@ class LinearizedSolution(TensorRecord):
 class Plan(NamedTuple):
     """How a flat batch is solved. `Solver.plan` makes it.
 
-    The problem may have been moved to another device. The first solver solves all tasks, at most `max_tasks` at once.
-    Each of the others solves the tasks that have not converged. The second of all solvers also solves the tasks with a
-    gap above `max_gap`.
+    Attributes:
+        problem: the problem, which may have been moved to another device.
+        solvers: the first solver solves all tasks. Each of the others solves the tasks that have not converged.
+        max_tasks: largest number of tasks that are solved at once. Default None (no limit).
+        max_gap: the second solver also solves the tasks with a gap above this value. Default infinity.
     """
 
     problem: DualProblem
