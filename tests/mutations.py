@@ -54,6 +54,20 @@ class Mutation(NamedTuple):
 MUTATIONS = [
     # Solvers
     Mutation(
+        "regularization-units",
+        "solvers/kkt.py",
+        "* torch.where(mean > 0, mean, 1)",
+        "* torch.where(mean > 0, 1.0, 1)",
+        "test_solvers.py::test_gradient_is_exact_for_any_c",
+    ),
+    Mutation(
+        "kernel-per-task",
+        "heads/base/fitted.py",
+        "itself = query.movedim(-2, 0).unsqueeze(-2)",
+        "itself = query.unsqueeze(-2)",
+        "test_kernels.py::test_parameters_per_task_apply_to_the_queries_of_that_task",
+    ),
+    Mutation(
         "active-set-side",
         "solvers/implicit.py",
         "coef - lower < -bound_multipliers",
