@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from convexheads._signature import constructor_arguments
-from convexheads._validation import Check, check_bool, check_real
+from convexheads._validation import Check, check_real
 from convexheads.errors import InputError
 
 _C = TypeVar("_C", bound="Configurable")
@@ -23,35 +23,32 @@ class Learnable(nn.Module):
     """A hyperparameter that receives gradients.
 
     Use it when a number such as C, a kernel's length scale or a logit scale should be trained along with the backbone.
-    A positive one is stored as its logarithm, so that no optimizer step can make it negative. The code published by Lee
+    It is stored as its logarithm, so that no optimizer step can make it negative. The code published by Lee
     et al. 2019, in contrast, lets the scale of their Eq. 12 become negative. The parameter stays in float32 or float64
     when the model is cast to a smaller dtype. Weight decay would pull the logarithm to zero, and the value to one: see
     `parameter_groups`.
 
     Args:
-        value: initial value, at most 1e38 in magnitude, and at least 1e-37 if `positive`.
-        positive: whether the value stays positive. False allows any sign, as for a bias. Defaults to True.
+        value: initial value, from 1e-37 to 1e38.
 
     Raises:
-        InputError: an argument is outside its range.
+        InputError: `value` is outside this range.
 
     Example:
         `SVMHead(C=Learnable(0.1), scale=Learnable(1.0))`
     """
 
-    def __init__(self, value: float, *, positive: bool = True) -> None:
+    def __init__(self, value: float) -> None:
         super().__init__()
-        self.positive = check_bool("Learnable(positive)", positive)
-        number = check_real("Learnable(value)", value, positive=positive)
-        if abs(number) > _LARGEST or (positive and number < _SMALLEST):
-            smallest = _SMALLEST if positive else -_LARGEST
-            raise InputError("Learnable(value)", f"a number that float32 holds, {smallest} to {_LARGEST}", number)
-        self.raw_value = nn.Parameter(torch.tensor(math.log(number) if positive else number))
+        number = check_real("Learnable(value)", value, positive=True)
+        if not _SMALLEST <= number <= _LARGEST:
+            raise InputError("Learnable(value)", f"a number that float32 holds, {_SMALLEST} to {_LARGEST}", number)
+        self.raw_value = nn.Parameter(torch.tensor(math.log(number)))
 
     @property
     def value(self) -> Tensor:
         """The current value, a scalar tensor `()` with gradient, on the device of the module."""
-        return self.raw_value.exp() if self.positive else self.raw_value
+        return self.raw_value.exp()
 
     def _apply(self, fn, recurse=True):  # `half()`, `to(dtype)` and similar methods call this
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -66,7 +63,7 @@ class Learnable(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __repr__(self) -> str:
-        return f"Learnable({float(f'{self.value.item():.6g}')!r}{'' if self.positive else ', positive=False'})"
+        return f"Learnable({float(f'{self.value.item():.6g}')!r})"
 
 
 Hyperparameter = float | Learnable
@@ -76,17 +73,8 @@ Hyperparameter = float | Learnable
 def check_positive(name: str, value: Any, *, allow_zero: bool = False) -> Hyperparameter:
     """Return the `value` of the argument `name` if it is positive (zero with `allow_zero`), or raise `InputError`."""
     if isinstance(value, Learnable):
-        if value.positive:
-            return value
-        raise InputError(name, "a positive finite number or Learnable(...) with positive=True", repr(value))
-    return check_real(name, value, positive=True, allow_zero=allow_zero, alternative=" or Learnable(...)")
-
-
-def check_any_sign(name: str, value: Any) -> Hyperparameter:
-    """Return the `value` of the argument `name`, of any sign, or raise `InputError`."""
-    if isinstance(value, Learnable):
         return value
-    return check_real(name, value, alternative=" or Learnable(..., positive=False)")
+    return check_real(name, value, positive=True, allow_zero=allow_zero, alternative=" or Learnable(...)")
 
 
 def as_tensor(hyperparameter: Hyperparameter, like: Tensor) -> Tensor:

@@ -189,7 +189,7 @@ svms = [
 classifiers = st.one_of(
     *svms,
     st.builds(ch.LogisticHead, hyper, steps=st.none() | st.integers(1, 5), **own),
-    st.builds(ch.RidgeHead, hyper, bias=st.floats(-9, 9), **own),
+    st.builds(ch.RidgeHead, hyper, **own),
     st.builds(ch.PrototypeHead, **own),
     st.builds(ch.MahalanobisHead, hyper, **own),
     st.builds(ch.LinearDiscriminantHead, st.floats(0.01, 1), variance=st.none() | hyper, **own),

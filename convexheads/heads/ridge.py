@@ -9,7 +9,7 @@ from convexheads.heads._linear_algebra import shifted_cholesky
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
-from convexheads.hyperparameters import Hyperparameter, as_tensor, check_any_sign, check_positive
+from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike, is_linear
 
 
@@ -42,38 +42,32 @@ class RidgeHead(ClassificationHead):
 
     This is Eq. 11 without its misprinted constants. The ridge code published by Lee et al. returns twice these
     coefficients, which its learnable scale absorbs; their R2D2 code returns these coefficients. R2D2 learns lambda, a
-    scale and a bias (the same for all classes, so it has no effect on the softmax cross-entropy):
-    `convexheads.models.r2d2()`.
+    scale, and a bias that is the same for all classes and therefore has no effect on the softmax cross-entropy;
+    `convexheads.models.r2d2()` omits this bias.
 
     Args:
         regularization: lambda, positive; a float or `Learnable`. Defaults to 50, as in Lee et al. 2019.
-        bias: added to all logits, after `scale`; a float or `Learnable(..., positive=False)`. Defaults to 0.
         kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.
 
     Example:
         `logits = RidgeHead(10.0)(support, labels, query)`
     """
 
-    checks = ClassificationHead.checks | {"regularization": check_positive, "bias": check_any_sign}
+    checks = ClassificationHead.checks | {"regularization": check_positive}
 
     def __init__(
         self,
         regularization: Hyperparameter = 50.0,
         *,
-        bias: Hyperparameter = 0.0,
         kernel: KernelLike | None = None,
         scale: Hyperparameter = 1.0,
         validate: bool = True,
     ) -> None:
         super().__init__(kernel=kernel, scale=scale, validate=validate)
-        self.regularization, self.bias = regularization, bias
+        self.regularization = regularization
 
     def solve(self, support: SupportSet) -> KernelExpansion:
-        coef = _solve_ridge(support, self.regularization, "RidgeHead")
-        if self.bias == 0:
-            return KernelExpansion(coef)
-        bias = as_tensor(self.bias, coef) / as_tensor(self.scale, coef)  # cancel `scale`, which is applied later
-        return KernelExpansion(coef, bias=bias.expand(*coef.shape[:-2], coef.shape[-1]))
+        return KernelExpansion(_solve_ridge(support, self.regularization, "RidgeHead"))
 
 
 class RidgeRegressionHead(RegressionHead):

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from convexheads._validation import Check, check_bool, check_real
+from convexheads._validation import Check, check_bool
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
@@ -120,54 +120,27 @@ class WestonWatkinsSVMHead(MulticlassSVM):
 
     Use it when every wrong class should count, not only the nearest one.
 
-    Primal, with margin m:
-    \(\min_w \frac12 \sum_k |w_k|^2 + C \sum_n \sum_{k \ne y_n} \max(0, m - w_{y_n} \cdot x_n + w_k \cdot x_n)\).
-    Dual: \(\max_\alpha -\frac12 \sum_k |w_k|^2 + m \sum_n \alpha_n^{y_n}\) subject to
+    Primal:
+    \(\min_w \frac12 \sum_k |w_k|^2 + C \sum_n \sum_{k \ne y_n} \max(0, 2 - w_{y_n} \cdot x_n + w_k \cdot x_n)\).
+    Dual: \(\max_\alpha -\frac12 \sum_k |w_k|^2 + 2 \sum_n \alpha_n^{y_n}\) subject to
     \(-C \le \alpha_n^k \le 0\) for \(k \ne y_n\) and \(\sum_k \alpha_n^k = 0\), where
     \(w_k = \sum_n \alpha_n^k x_n\).
 
     Difference from the original: there is no bias. Lee et al. 2019 name this SVM as an alternative (Section 3.3) but
     report no results for it; their published code has it with the kernel `Linear() + Constant(1.0)` and C = 1e-5.
 
-    Args:
-        C: see `MulticlassSVM`, also for `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale`, `validate` and the
-            errors. Defaults to 0.1.
-        margin: m, positive. Defaults to 2, as in the original.
+    Its arguments `C` (default 0.1), `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale` and `validate`, and its
+    errors, are those of `MulticlassSVM`.
 
     Example:
         `logits = WestonWatkinsSVMHead(C=0.05)(support, labels, query)`
     """
 
-    checks = MulticlassSVM.checks | {"margin": partial(check_real, positive=True)}
-
-    def __init__(
-        self,
-        C: Hyperparameter = 0.1,
-        *,
-        margin: float = 2.0,
-        squared_hinge: bool = False,
-        smoothing: Hyperparameter = 0.0,
-        solver: Solver | str = "native",
-        kernel: KernelLike | None = None,
-        scale: Hyperparameter = 1.0,
-        validate: bool = True,
-    ) -> None:
-        super().__init__(
-            C,
-            squared_hinge=squared_hinge,
-            smoothing=smoothing,
-            solver=solver,
-            kernel=kernel,
-            scale=scale,
-            validate=validate,
-        )
-        self.margin = margin
-
     def solve(self, support: SupportSet) -> KernelExpansion:
         targets = support.labeled_targets
         own, bound = targets > 0, self.upper_bound(targets)
         lower, upper = torch.where(own, -torch.inf, -bound), torch.where(own, torch.inf, 0.0).to(targets)
-        return self.solve_dual(DualProblem(support.gram, linear=self.margin * targets, lower=lower, upper=upper), ~own)
+        return self.solve_dual(DualProblem(support.gram, linear=2 * targets, lower=lower, upper=upper), ~own)
 
 
 class OneVsRestSVMHead(MulticlassSVM):

@@ -59,17 +59,18 @@ def protonet() -> PrototypeHead:
 def r2d2(variant: Variant = "paper") -> RidgeHead:
     """R2-D2 (Bertinetto et al. 2019): ridge regression on one-hot targets with a learnable adjustment.
 
-    Difference from R2-D2's own code: the logarithm of lambda is learned.
+    Differences from R2-D2's own code: the logarithm of lambda is learned, and there is no bias. In that code, the bias
+    is the same for all classes, so it has no effect on the softmax cross-entropy.
 
     Use it when you reproduce R2-D2.
 
     Args:
-        variant: "paper" learns lambda, a scale and a bias, which start at 1, 1e-4 and 0; "reference_code" is the R2-D2
-            head in the code of Lee et al. 2019: lambda = 50, fixed, a learnable scale that starts at 1, and no bias.
+        variant: "paper" learns lambda and a scale, which start at 1 and 1e-4; "reference_code" is the R2-D2 head in the
+            code of Lee et al. 2019: lambda = 50, fixed, and a learnable scale that starts at 1.
     """
     if _is_reference_code(variant):
         return RidgeHead(50.0, scale=Learnable(1.0))
-    return RidgeHead(Learnable(1.0), bias=Learnable(0.0, positive=False), scale=Learnable(1e-4))
+    return RidgeHead(Learnable(1.0), scale=Learnable(1e-4))
 
 
 TRAINING_HEADS: dict[str, Callable[[], ClassificationHead]] = {

@@ -101,11 +101,7 @@ class Solver:
         return True
 
     def __init__(
-        self,
-        *,
-        max_iterations: int | None = None,
-        tolerance: float | None = None,
-        on_failure: OnFailure = "raise",
+        self, *, max_iterations: int | None = None, tolerance: float | None = None, on_failure: OnFailure = "raise"
     ) -> None:
         name = type(self).__name__
         if self.package is not None and find_spec(self.package) is None:

@@ -31,7 +31,7 @@ from convexheads.solvers import DualProblem
 
 LINEAR = {
     "svm": lambda kernel: SVMHead(kernel=kernel, scale=Learnable(2.5)),
-    "ridge": lambda kernel: RidgeHead(bias=0.7, kernel=kernel, scale=0.3),
+    "ridge": lambda kernel: RidgeHead(kernel=kernel, scale=0.3),
     "discriminant": lambda kernel: LinearDiscriminantHead(kernel=kernel),
     "logistic": lambda kernel: LogisticHead(kernel=kernel),
 }

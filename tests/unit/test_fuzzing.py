@@ -170,7 +170,6 @@ def test_constructors():
     ]
     own = [
         ch.Learnable(0.5),
-        ch.Learnable(-0.5, positive=False),
         ch.kernels.RBF(),
         ch.kernels.RBF,
         ch.solvers.NativeSolver(),
@@ -329,7 +328,7 @@ LIVES = [
     lambda: ch.SVMHead(0.3, smoothing=ch.Learnable(0.5), solver=ch.solvers.NativeSolver(backend="torch")),
     lambda: ch.WestonWatkinsSVMHead(0.3, kernel=ch.kernels.RBF(ch.Learnable(3.0))),
     lambda: ch.LogisticHead(ch.Learnable(0.5), kernel=ch.kernels.Linear() + ch.Learnable(0.5)),
-    lambda: ch.RidgeHead(ch.Learnable(2.0), bias=ch.Learnable(0.1, positive=False), kernel=ch.kernels.RBF()),
+    lambda: ch.RidgeHead(ch.Learnable(2.0), kernel=ch.kernels.RBF()),
     lambda: ch.MahalanobisHead(ch.Learnable(0.7)),
     lambda: ch.PrototypeHead(scale=ch.Learnable(1.0), kernel=ch.kernels.Cosine()),
     lambda: ch.LinearDiscriminantHead(variance=ch.Learnable(1.0)),

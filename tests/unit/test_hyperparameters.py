@@ -20,7 +20,6 @@ from convexheads import (
     LogisticHead,
     RidgeHead,
     SVMHead,
-    WestonWatkinsSVMHead,
     kernels,
     parameter_groups,
 )
@@ -39,12 +38,10 @@ pytestmark = pytest.mark.usefixtures("unchecked")
         (SVMHead, "kernel", "rbf", RBF()),
         (SVMHead, "squared_hinge", 1, True),
         (SVMHead, "validate", 0, False),
-        (RidgeHead, "bias", torch.nan, -1.5),
         (LogisticHead, "steps", 0, 5),
         (LogisticHead, "on_failure", "ignore", "return"),
         (LinearDiscriminantHead, "shrinkage", 2, 0.3),
         (LinearDiscriminantHead, "variance", -1, None),
-        (WestonWatkinsSVMHead, "margin", Learnable(1.0), 1.0),
         (RBF, "length_scale", -1.0, 3.0),
         (Polynomial, "degree", 1.5, 3),
         (Constant, "value", 0.0, Learnable(2.0)),
@@ -151,18 +148,16 @@ def test_learnables_keep_their_digits_in_a_model_of_few(cast):
     assert model.to("meta")[1].C.value.is_meta
 
 
-@pytest.mark.parametrize("positive", [True, False])
-def test_learnables_are_saved_under_one_name(positive):
-    head = RidgeHead(bias=Learnable(0.5, positive=positive))
-    assert list(head.state_dict()) == ["bias.raw_value"]
+def test_learnables_are_saved_under_one_name():
+    head = RidgeHead(Learnable(0.5))
+    assert list(head.state_dict()) == ["regularization.raw_value"]
     file = io.BytesIO()
     torch.save(head.state_dict(), file)
     file.seek(0)
-    other = RidgeHead(bias=Learnable(7.0, positive=positive))
+    other = RidgeHead(Learnable(7.0))
     other.load_state_dict(torch.load(file))
     assert repr(other) == repr(head)
-    if positive:
-        other.load_state_dict({"bias.log_value": head.bias.raw_value})
+    other.load_state_dict({"regularization.log_value": head.regularization.raw_value})
     assert repr(copy.deepcopy(other)) == repr(head)
 
 

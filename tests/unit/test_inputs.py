@@ -182,8 +182,6 @@ BAD_ARGUMENTS = {
         lambda: NativeSolver(tolerance=Learnable(1.0)),
         r"\(tolerance\): expected a positive finite number, got",
     ),
-    "signed C": (lambda: SVMHead(C=Learnable(-1.0, positive=False)), r"C: expected a positive.*, got Learnable.*"),
-    "bias": (lambda: RidgeHead(bias=torch.nan), r"bias: expected a finite number.*, got nan"),
     "squared hinge": (lambda: SVMHead(squared_hinge=1), r"squared_hinge: expected True or False.*, got 1"),
     "steps": (lambda: LogisticHead(steps=0), r"steps: expected an integer of at least 1.*, got 0"),
     "shrinkage": (

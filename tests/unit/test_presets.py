@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from tasks import close, task
 
 from convexheads import InputError, RidgeHead
@@ -15,7 +14,7 @@ def test_hyper_parameters():
     assert repr(metaoptnet_svm("reference_code")) == "SVMHead(C=0.1, smoothing=1.0, scale=Learnable(1.0))"
     assert repr(metaoptnet_ridge()) == "RidgeHead(regularization=50.0, scale=Learnable(1.0))"
     assert repr(protonet()) == "PrototypeHead(kernel=Linear(normalize=True), scale=Learnable(1.0))"
-    learnt = "RidgeHead(regularization=Learnable(1.0), bias=Learnable(0.0, positive=False), scale=Learnable(0.0001))"
+    learnt = "RidgeHead(regularization=Learnable(1.0), scale=Learnable(0.0001))"
     assert repr(r2d2()) == learnt
     assert repr(r2d2("reference_code")) == "RidgeHead(regularization=50.0, scale=Learnable(1.0))"
 
@@ -32,17 +31,8 @@ def test_r2d2_learns_everything():
     support, labels, query, _ = task()
     head = r2d2()
     head(support, labels, query).square().sum().backward()
-    assert len(list(head.parameters())) == 3
+    assert len(list(head.parameters())) == 2
     assert all(parameter.grad.abs() > 0 for parameter in head.parameters())
-
-
-def test_r2d2_bias_is_added_after_the_scale():
-    support, labels, query, _ = task()
-    head = r2d2()
-    expected = head(support, labels, query) + 0.7
-    with torch.no_grad():
-        head.bias.raw_value.fill_(0.7)
-    torch.testing.assert_close(head(support, labels, query), expected)
 
 
 @pytest.mark.parametrize("preset", [metaoptnet_svm, metaoptnet_ridge, r2d2])

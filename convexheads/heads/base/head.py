@@ -35,10 +35,7 @@ class Head(Configurable, ABC):
         InputError: an argument is unusable. Calls raise the errors that `forward` describes.
     """
 
-    checks: ClassVar[dict[str, Check]] = {
-        "kernel": optional(check_kernel, default=Linear),
-        "validate": check_bool,
-    }
+    checks: ClassVar[dict[str, Check]] = {"kernel": optional(check_kernel, default=Linear), "validate": check_bool}
 
     kernel: KernelLike
 
