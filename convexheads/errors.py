@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import re
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires
@@ -16,6 +17,10 @@ class ConvexHeadsError(Exception):
 
     It is raised directly if no subclass fits, as for a second derivative of a solver that supports only the first.
     """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies are made from the message and the attributes, because constructors of subclasses have other arguments.
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)
 
 
 class InputError(ConvexHeadsError, ValueError):
