@@ -16,17 +16,18 @@ from convexheads.heads import ClassificationHead
 
 
 def _metaoptnet_schedule(progress: float) -> float:
-    return next(factor for end, factor in ((1 / 3, 1.0), (2 / 3, 0.06), (5 / 6, 0.012), (2, 0.0024)) if progress < end)
+    return next((factor for end, factor in ((1 / 3, 1.0), (2 / 3, 0.06), (5 / 6, 0.012)) if progress < end), 0.0024)
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
-    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+    "cosine": lambda progress: (1 + math.cos(math.pi * min(progress, 1))) / 2,
     "paper": _metaoptnet_schedule,
     "constant": lambda _: 1.0,
 }
-"""The factor of the learning rate as a function of the completed fraction of the training.
+"""The factor of the learning rate as a function of the completed fraction of the training; constant after its end.
 
-"paper" is the schedule of Lee et al. 2019 (Section 4.1): 0.1, 0.006, 0.0012 and 0.00024, for 20, 20, 10 and 10 epochs.
+"paper" is the schedule of Lee et al. 2019 (Section 4.1): factors 1, 0.06, 0.012 and 0.0024, for learning rates from 0.1
+to 0.00024, for 20, 20, 10 and 10 epochs.
 """
 
 OnFailedStep = Literal["raise", "skip", "stop"]

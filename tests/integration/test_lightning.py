@@ -135,21 +135,30 @@ def test_on_lightnings_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        ("paper", [1, 1, 0.06, 0.06, 0.012, 0.0024]),
-        ("cosine", [1, 0.9330127, 0.75, 0.5, 0.25, 0.0669873]),
-        ("constant", [1.0] * 6),
+        ("paper", [1, 1, 0.06, 0.06, 0.012, 0.0024] + [0.0024] * 9),
+        ("cosine", [1, 0.9330127, 0.75, 0.5, 0.25, 0.0669873] + [0] * 9),
+        ("constant", [1.0] * 15),
     ],
 )
 def test_schedules(schedule: str, expected: list[float]) -> None:
+    """They stay at their last value if training takes more than `total_steps`."""
     own = EpisodicModule(nn.Linear(2, 2), RidgeHead(), ways=2, shots=1, total_steps=6, schedule=schedule)
     found = own.configure_optimizers()
     optimizer, scheduler = found["optimizer"], found["lr_scheduler"]["scheduler"]
     rates = []
-    for _ in range(6):
+    for _ in range(15):
         rates.append(optimizer.param_groups[0]["lr"] / 0.1)
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", ["paper", "cosine"])
+def test_training_may_take_more_steps_than_its_schedule(schedule: str) -> None:
+    own = module(total_steps=4, schedule=schedule)
+    trainer = pl.Trainer(max_epochs=3, limit_val_batches=0, enable_checkpointing=False, **QUIET)
+    trainer.fit(own, data())
+    assert trainer.global_step == 12
 
 
 def test_weight_decay_leaves_learnables_alone() -> None:

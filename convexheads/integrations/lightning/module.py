@@ -57,7 +57,7 @@ class EpisodicModule(pl.LightningModule):
         head: The head, fitted on every episode; its learnable parameters are trained too.
         ways: Number of classes per episode.
         shots: Number of support samples per class.
-        total_steps: Number of training steps of the whole schedule.
+        total_steps: Number of training steps of the whole schedule; afterward, the learning rate is constant.
         learning_rate: Initial learning rate of SGD with Nesterov momentum.
         schedule: The schedule of the learning rate, one of `SCHEDULES`: "cosine", "paper" or "constant".
         momentum: Momentum of SGD.
