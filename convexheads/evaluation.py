@@ -214,7 +214,8 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
     """Compute the features of all images for `evaluate`, `(examples, d)`, in evaluation mode and without gradients.
 
     Args:
-        backbone: The module from images to features, which are flattened to `(batch, d)`. Its mode is restored.
+        backbone: The module from images to features, which are flattened to `(batch, d)`. The mode of
+            each of its modules is restored.
         images: Images of any dtype that the backbone accepts, `(examples, ...)`; the features are on their device.
         batch_size: Number of images per call to the backbone.
         progress: Whether to show a progress bar, which needs tqdm.
@@ -228,7 +229,7 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
         raise InputError("backbone", "a module", type(backbone).__name__)
     if not is_dense(images) or not images.ndim:
         raise InputError("images", "a tensor of images, (examples, ...)", describe_type(images))
-    features, training = [], backbone.training
+    features, modes = [], {module: module.training for module in backbone.modules()}
     device = next(backbone.parameters(), images).device
     batches = images.split(min(batch_size, max(1, len(images))))
     backbone.eval()
@@ -241,7 +242,9 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
                 raise InputError("backbone", "features of each image, (batch, ...)", got)
             features.append(found.flatten(1).to(images.device))
     finally:
-        backbone.train(training)
+        backbone.train(modes[backbone])  # a module may override `train`
+        for module, training in modes.items():
+            module.training = training
     return torch.cat(features)
 
 

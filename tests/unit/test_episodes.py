@@ -175,9 +175,12 @@ def test_embeds_in_evaluation_mode(training):
 
 def test_embed_restores_the_mode_after_an_error():
     backbone = Backbone().train()
+    backbone.layers[1].eval()  # frozen
     with pytest.raises(RuntimeError):
         embed(backbone, torch.zeros(2, 2, 6, 6), progress=False)
-    assert backbone.training
+    assert [module.training for module in backbone.modules()] == [True, True, True, False, True]
+    embed(backbone, torch.zeros(2, 1, 6, 6), progress=False)
+    assert [module.training for module in backbone.modules()] == [True, True, True, False, True]
 
 
 @pytest.mark.gpu
