@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from convexheads._validation import check_fraction
 from convexheads.episodes import Episode
 from convexheads.errors import InputError, SolverError
 from convexheads.heads import ClassificationHead
@@ -60,10 +61,11 @@ def episode_loss(head: ClassificationHead, episode: Episode, *, ways: int, label
 
     Source: Eq. 12 of Lee et al., "Meta-Learning with Differentiable Convex Optimization" (CVPR 2019).
     """
+    smoothing = check_fraction("label_smoothing", label_smoothing)
     fitted = head.fit(episode.support, episode.support_labels, ways=ways)
-    logits, targets = fitted(episode.query), episode.query_labels.flatten()
+    logits, targets = fitted(episode.query), episode.query_labels.flatten().long()
     flat = logits.flatten(0, -2)
-    loss = functional.cross_entropy(flat, targets, label_smoothing=label_smoothing)
+    loss = functional.cross_entropy(flat, targets, label_smoothing=smoothing)
     metrics = {"loss": loss.detach(), "accuracy": (flat.argmax(-1) == targets).float().mean()}
     if fitted.solution is not None:
         metrics["gap"] = fitted.solution.gap.max()

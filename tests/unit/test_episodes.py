@@ -20,6 +20,7 @@ from convexheads import (
     evaluate,
     split_task,
 )
+from convexheads.training import episode_loss
 
 
 def test_splits_batches_with_labels_in_any_order():
@@ -49,6 +50,20 @@ def test_tasks_that_cannot_be_split(labels, shots, message):
     data = torch.zeros(*labels.shape, 2) if labels.shape[-1] == 4 else torch.zeros(4, 2)
     with pytest.raises(InputError, match=message):
         split_task(data, labels, shots=shots)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
+def test_labels_of_a_loss_may_have_any_integer_dtype(dtype):
+    labels = torch.arange(3).repeat_interleave(4).expand(2, -1)
+    data, expected = torch.randn(2, 12, 5), None
+    for kind in (torch.int64, dtype):
+        episode = split_task(data, labels.to(kind), shots=2)
+        loss = episode_loss(RidgeHead(), episode, ways=3, label_smoothing=0.1)
+        expected = expected or loss
+        assert loss.loss == expected.loss
+        assert loss.metrics["accuracy"] == expected.metrics["accuracy"]
+    with pytest.raises(InputError, match="label_smoothing: expected a number"):
+        episode_loss(RidgeHead(), episode, ways=3, label_smoothing=2.0)
 
 
 def test_evaluates_as_a_plain_loop_does():
