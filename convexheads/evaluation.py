@@ -155,6 +155,7 @@ def evaluate(
     )
 
 
+@torch.inference_mode(False)  # for the gradient of the cross-entropy
 def calibrate(
     head: ClassificationHead,
     features: Float[Tensor, "examples d"],

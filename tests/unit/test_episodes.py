@@ -246,6 +246,16 @@ def test_a_calibrated_scale_is_part_of_the_state(scale):
     assert torch.equal(loaded(*task), calibrated(*task))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_calibrates_in_every_gradient_mode(mode):
+    features, labels = clusters()
+    options = {"shots": 2, "episodes": 20, "progress": False}
+    expected = calibrate(RidgeHead(), features, labels, **options)
+    with mode():
+        found = calibrate(RidgeHead(), features + 0, labels + 0, **options)
+    assert found.scale.value == expected.scale.value
+
+
 def test_the_scale_of_a_head_worse_than_chance_stays_positive():
     features, labels = clusters(noise=0.0)
     contrary = RidgeHead(1.0, kernel=lambda x, y: x @ y.mT if x is y else -x @ y.mT)
