@@ -46,12 +46,14 @@ class Evaluation:
             over all queries of all episodes (Guo et al. 2017). `calibrate` reduces it.
         gaps: Certified relative duality gap of each episode's fit, `(episodes,)`; None for a closed form.
         converged: Whether each fit is certified to the solver's tolerance, `(episodes,)`; None for a closed form.
+        sampling: The arguments of `evaluate` that determine the episodes, and a hash of the labels, by name.
     """
 
     accuracies: Float[Tensor, " episodes"]
     expected_calibration_error: float
     gaps: Float[Tensor, " episodes"] | None
     converged: Bool[Tensor, " episodes"] | None
+    sampling: dict[str, int]
 
     @property
     def episodes(self) -> int:
@@ -77,8 +79,8 @@ class Evaluation:
         Example:
             `print(evaluate(SVMHead(), features, labels).compare(evaluate(RidgeHead(), features, labels)))`
         """
-        if self.episodes != other.episodes:
-            raise InputError("other", f"the same {self.episodes} episodes", f"{other.episodes} episodes")
+        if different := [name for name, value in self.sampling.items() if value != other.sampling[name]]:
+            raise InputError("other", "an evaluation of the same episodes", f"different {', '.join(different)}")
         differences = self.accuracies - other.accuracies
         return Difference(differences.mean().item(), _half_width(differences))
 
@@ -147,11 +149,14 @@ def evaluate(
             gaps.append(fitted.solution.gap)
             converged.append(fitted.solution.converged)
     is_correct = torch.cat(correct)
+    sampling = dict(zip(("ways", "shots", "queries", "episodes"), sizes, strict=False))
+    sampling |= {"seed": seed, "rank": rank, "world_size": world_size, "labels": hash(tuple(labels.tolist()))}
     return Evaluation(
         is_correct.double().mean(-1).cpu(),
         _expected_calibration_error(torch.cat(confidences).flatten(), is_correct.flatten()),
         torch.cat(gaps).cpu() if gaps else None,
         torch.cat(converged).cpu() if converged else None,
+        sampling,
     )
 
 

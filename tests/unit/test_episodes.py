@@ -230,8 +230,13 @@ def test_differences_are_paired():
     assert difference.confidence_interval == pytest.approx(1.96 * errors.item())
     assert first == first
     assert first != second
-    with pytest.raises(InputError, match="episodes"):
-        first.compare(evaluate(RidgeHead(), features, labels, **settings | {"episodes": 10}))
+    assert first.compare(evaluate(SVMHead(), features, labels.int(), batch_size=7, **settings)).mean != 0
+    shares = [{"episodes": 400, "world_size": 2, "rank": rank} for rank in range(2)]
+    for changes in ({"episodes": 10}, {"seed": 1}, {"shots": 2}, {"queries": 10}, {"ways": 4}, *shares):
+        with pytest.raises(InputError, match=f"^other: expected .* same episodes, got different {next(iter(changes))}"):
+            first.compare(evaluate(RidgeHead(), features, labels, **settings | changes))
+    with pytest.raises(InputError, match="got different labels"):
+        first.compare(evaluate(RidgeHead(), features, labels.flip(0), **settings))
 
 
 @pytest.mark.parametrize("scale", [7.0, Learnable(7.0)], ids=str)
