@@ -41,7 +41,7 @@ class EpisodeLoader:
         batch_size: Number of episodes per batch, over all processes.
         steps_per_epoch: Number of batches per epoch.
         seed: Random seed.
-        transform: A random transform of a sample. Its random numbers from PyTorch depend on `seed` too.
+        transform: A random transform of a sample. What it draws from PyTorch's CPU generator depends on `seed` too.
         resample_each_epoch: Whether each epoch has new episodes. Pass False for validation.
         rank: Rank of this process, which gets every `world_size`-th episode.
         world_size: Number of processes.
@@ -152,5 +152,5 @@ class EpisodeLoader:
         if self.transform is None:
             return samples
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the default generator
-            torch.manual_seed(int(draw.integers(2**63)))
+            torch.default_generator.manual_seed(int(draw.integers(2**63)))  # not those of GPUs, which are not restored
             return torch.stack([self.transform(sample) for sample in samples])

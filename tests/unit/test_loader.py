@@ -80,6 +80,13 @@ def test_a_resumed_loader_continues_where_it_stood(transform) -> None:
     assert not torch.equal(next(iter(loader(seed=1)))[0], next(iter(loader()))[0])
 
 
+def test_generators_of_gpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, seeds = next(iter(loader(transform=brightened)))[0], []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    assert torch.equal(next(iter(loader(transform=brightened)))[0], expected)
+    assert not seeds
+
+
 @pytest.mark.parametrize("resample", [True, False])
 def test_every_epoch_has_other_episodes_unless_they_are_not_resampled(resample: bool) -> None:
     own = loader(resample_each_epoch=resample)
