@@ -41,9 +41,10 @@ class Evaluation:
     """Accuracies, calibration error and certificates over episodes, on the CPU, as `evaluate` returns them.
 
     Attributes:
-        accuracies: Accuracy of each episode, in [0, 1], `(episodes,)`.
+        accuracies: Accuracy of each episode, in [0, 1], `(episodes,)`. A query whose logits are not finite, because its
+            task was not solved, counts as a guess of the first class.
         expected_calibration_error: Mean distance between confidence and accuracy in 15 bins of equal width, in [0, 1],
-            over all queries of all episodes (Guo et al. 2017). `calibrate` reduces it.
+            over all queries with finite logits (Guo et al. 2017). `calibrate` reduces it.
         gaps: Certified relative duality gap of each episode's fit, `(episodes,)`; None for a closed form.
         converged: Whether each fit is certified to the solver's tolerance, `(episodes,)`; None for a closed form.
         sampling: The arguments of `evaluate` that determine the episodes, and a hash of the labels, by name.
@@ -148,12 +149,13 @@ def evaluate(
         if fitted.solution is not None:
             gaps.append(fitted.solution.gap)
             converged.append(fitted.solution.converged)
-    is_correct = torch.cat(correct)
+    is_correct, confidence = torch.cat(correct), torch.cat(confidences)
+    usable = confidence.isfinite()
     sampling = dict(zip(("ways", "shots", "queries", "episodes"), sizes, strict=False))
     sampling |= {"seed": seed, "rank": rank, "world_size": world_size, "labels": hash(tuple(labels.tolist()))}
     return Evaluation(
         is_correct.double().mean(-1).cpu(),
-        _expected_calibration_error(torch.cat(confidences).flatten(), is_correct.flatten()),
+        _expected_calibration_error(confidence[usable], is_correct[usable]),
         torch.cat(gaps).cpu() if gaps else None,
         torch.cat(converged).cpu() if converged else None,
         sampling,
@@ -176,7 +178,7 @@ def calibrate(
 ) -> ClassificationHead:
     """Return a copy of a head whose `scale` gives the best probabilities on held-out episodes (temperature scaling).
 
-    The temperature minimizes the cross-entropy over all queries of all episodes (Guo et al. 2017, Section 4.2). The
+    The temperature minimizes the cross-entropy over all queries with finite logits (Guo et al. 2017, Section 4.2). The
     scale of the copy is the scale of the head divided by the temperature. It is a `Learnable` that does not require
     gradients: `state_dict` contains it, and training leaves it unchanged. Accuracies stay the same.
 
@@ -195,6 +197,10 @@ def calibrate(
     fits = fit_episodes(head, features, labels, sizes, seed=seed, title=title, progress=progress)
     scored = [(logits.double().flatten(0, 1), truth.flatten()) for _, logits, truth in fits]
     logits, truth = (torch.cat(batches) for batches in zip(*scored, strict=True))
+    usable = logits.isfinite().all(-1)
+    if not usable.any():
+        raise InputError("head", "finite logits in at least one episode", "none")
+    logits, truth = logits[usable], truth[usable]
     # The cross-entropy is convex in the factor. For logits divided by their spread, the best factor is around one.
     logits = logits - logits.mean(-1, keepdim=True)
     unit = logits.std().clamp_min(torch.finfo(logits.dtype).tiny)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -259,6 +260,35 @@ def test_calibrates_in_every_gradient_mode(mode):
     with mode():
         found = calibrate(RidgeHead(), features + 0, labels + 0, **options)
     assert found.scale.value == expected.scale.value
+
+
+class Failing(RidgeHead):
+    """The first task of each batch, or every task, has coefficients like those of a task that was not solved."""
+
+    failed: slice = slice(1)
+
+    def solve(self, support):
+        expansion = super().solve(support)
+        coef = expansion.coef.clone()
+        coef[self.failed] = torch.nan
+        return dataclasses.replace(expansion, coef=coef)
+
+
+def test_tasks_that_were_not_solved_are_left_out():
+    features, labels = clusters(noise=2.0)
+    options = {"shots": 2, "episodes": 20, "batch_size": 10, "progress": False}
+    head = Failing(validate=False)
+    found, expected = (evaluate(each, features, labels, **options) for each in (head, RidgeHead()))
+    failed = torch.arange(20) % 10 == 0
+    assert torch.equal(found.accuracies[~failed], expected.accuracies[~failed])
+    assert (found.accuracies[failed] == 0.2).all()
+    assert found.expected_calibration_error == pytest.approx(expected.expected_calibration_error, abs=0.02)
+    scales = [calibrate(each, features, labels, **options).scale.value.item() for each in (head, RidgeHead())]
+    assert scales[0] == pytest.approx(scales[1], rel=0.2)
+    head.failed = slice(None)
+    assert math.isnan(evaluate(head, features, labels, **options).expected_calibration_error)
+    with pytest.raises(InputError, match="head: expected finite logits in at least one episode"):
+        calibrate(head, features, labels, **options)
 
 
 def test_the_scale_of_a_head_worse_than_chance_stays_positive():
