@@ -17,6 +17,7 @@ from tasks import ROOT, clusters
 from torch import nn
 
 from convexheads import InputError, Learnable, PrototypeHead, RidgeHead, SVMHead, split_task
+from convexheads._validation import describe_type
 from convexheads.integrations.lightning import EpisodicDataModule, EpisodicModule
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
@@ -198,6 +199,7 @@ def test_label_smoothing_and_what_is_logged(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     "wrong",
     [
+        *({"backbone": "conv4"}, {"backbone": nn.Identity}),
         *({"head": "svm"}, {"head": SVMHead}, {"ways": -1}, {"shots": 1.5}, {"total_steps": 0}),
         *({"learning_rate": "0.1"}, {"learning_rate": -0.1}, {"momentum": 1.0}, {"weight_decay": None}),
         *({"schedule": "linear"}, {"label_smoothing": 1.0}, {"label_smoothing": "0.1"}, {"on_failed_step": "retry"}),
@@ -206,7 +208,8 @@ def test_label_smoothing_and_what_is_logged(monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_unusable_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(InputError, match=rf"^{next(iter(wrong))}: expected"):
-        EpisodicModule(nn.Identity(), **{"head": SVMHead(), "ways": 2, "shots": 2, "total_steps": 1} | wrong)
+        settings = {"backbone": nn.Identity(), "head": SVMHead(), "ways": 2, "shots": 2, "total_steps": 1}
+        EpisodicModule(**(settings | wrong))
 
 
 @pytest.mark.slow
@@ -287,3 +290,18 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
         EpisodicDataModule(str(path))
     with pytest.raises(InputError, match=r"labels: expected at least ways=9, got 8 classes"):
         data(ways=9).train_dataloader()
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(2, 6), torch.zeros(60, 6), (torch.zeros(60, 6),), ([1], [2]), None], ids=describe_type
+)
+@pytest.mark.usefixtures("unchecked")
+def test_data_sets_are_pairs(wrong: object, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train: expected two tensors \(samples, labels\), or a path, got"):
+        EpisodicDataModule(wrong)
+    if wrong is not None:
+        with pytest.raises(InputError, match="val: expected two tensors"):
+            EpisodicDataModule(part(8), wrong)
+    torch.save(wrong, tmp_path / "train.pt")
+    with pytest.raises(InputError, match=r"train.pt \(it does not contain two tensors\)"):
+        EpisodicDataModule(tmp_path / "train.pt")

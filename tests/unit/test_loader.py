@@ -164,5 +164,5 @@ def test_says_what_cannot_be_drawn(changes: dict, message: str) -> None:
 @pytest.mark.usefixtures("unchecked")
 def test_steps_count_from_zero(step: object) -> None:
     for use in (loader().indices, lambda step: loader().load_state_dict({"step": step})):
-        with pytest.raises(InputError, match="^step: expected a non-negative integer, got"):
+        with pytest.raises(InputError, match=r"^step: expected a non-negative integer, got"):
             use(step)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed, nn, optim
 
 from convexheads import training
-from convexheads._validation import check_choice, check_fraction, check_positive_ints, check_real
+from convexheads._validation import check_choice, check_fraction, check_positive_ints, check_real, describe
 from convexheads.episodes import split_task
 from convexheads.errors import InputError, SolverError
 from convexheads.heads import ClassificationHead
@@ -91,6 +91,8 @@ class EpisodicModule(pl.LightningModule):
         on_failed_step: OnFailedStep = "raise",
     ) -> None:
         super().__init__()
+        if not isinstance(backbone, nn.Module):
+            raise InputError("backbone", "a module", describe(backbone))
         check_choice("schedule", schedule, SCHEDULES)
         check_choice("on_failed_step", on_failed_step, get_args(OnFailedStep))
         self.backbone, self.head = backbone, check_head(head)
