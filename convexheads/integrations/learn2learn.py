@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
-from convexheads.integrations import check_head, require_version
+from convexheads.heads.base.classification import check_head
+from convexheads.integrations import require_version
 
 require_version("learn2learn", "learn2learn>=0.2,<0.3", extra="learn2learn")
 

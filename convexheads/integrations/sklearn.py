@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from convexheads.heads import SVMHead
-from convexheads.integrations import check_head, require_version
+from convexheads.heads.base.classification import check_head
+from convexheads.integrations import require_version
 
 require_version("sklearn", "scikit-learn>=1.6,<2", extra="sklearn")
 

@@ -207,8 +207,8 @@ def test_label_smoothing_and_what_is_logged(monkeypatch: pytest.MonkeyPatch) -> 
     ids=str,
 )
 def test_unusable_settings_are_refused(wrong: dict) -> None:
+    settings = {"backbone": nn.Identity(), "head": SVMHead(), "ways": 2, "shots": 2, "total_steps": 1}
     with pytest.raises(InputError, match=rf"^{next(iter(wrong))}: expected"):
-        settings = {"backbone": nn.Identity(), "head": SVMHead(), "ways": 2, "shots": 2, "total_steps": 1}
         EpisodicModule(**(settings | wrong))
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from convexheads._validation import check_classification
+from convexheads.errors import InputError
 from convexheads.heads.base.fitted import FittedClassifier
 from convexheads.heads.base.head import Head
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet, merge_groups, one_hot
@@ -110,3 +111,10 @@ class ClassificationHead(Head):
             group = self._support_set(support.features[rows], support.targets[rows][..., :k], mask)
             groups.append(self._solve_checked(group))
         return merge_groups(groups, ways)
+
+
+def check_head(head: object) -> ClassificationHead:
+    """Return the `head`, or raise `InputError`."""
+    if not isinstance(head, ClassificationHead):
+        raise InputError("head", "a classification head of convexheads, such as SVMHead(C=0.1)", repr(head))
+    return head

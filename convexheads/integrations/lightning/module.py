@@ -15,8 +15,8 @@ from convexheads._validation import check_choice, check_fraction, check_positive
 from convexheads.episodes import split_task
 from convexheads.errors import InputError, SolverError
 from convexheads.heads import ClassificationHead
+from convexheads.heads.base.classification import check_head
 from convexheads.hyperparameters import parameter_groups
-from convexheads.integrations import check_head
 from convexheads.training import SCHEDULES, EpisodeLoss, OnFailedStep
 
 _log = logging.getLogger("convexheads.integrations.lightning")
