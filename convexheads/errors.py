@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import re
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires
@@ -20,7 +19,7 @@ class ConvexHeadsError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies are made from the message and the attributes, because constructors of subclasses have other arguments.
-        return copyreg.__newobj__, (type(self), *self.args), vars(self)
+        return type(self).__new__, (type(self), *self.args), vars(self)
 
 
 class InputError(ConvexHeadsError, ValueError):
