@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from convexheads import InputError, Learnable, SVMHead, _storage, embed, evaluate, load_pretrained
-from convexheads.models import ResNet12, build_head, build_model, list_pretrained, save_pretrained
-from convexheads.models.presets import TRAINING_HEADS
+from convexheads.models import TRAINING_HEADS, ResNet12, build_head, build_model, list_pretrained, save_pretrained
 from convexheads.models.pretrained import WEIGHTS_DIR
 from convexheads.solvers import NativeSolver
 
