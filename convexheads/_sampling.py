@@ -1,4 +1,4 @@
-"""Random episodes of labeled data, and the progress bars of an evaluation."""
+"""Random episodes of labeled features, and fits of a head on them."""
 
 from __future__ import annotations
 

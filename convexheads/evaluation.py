@@ -33,7 +33,7 @@ class Difference(NamedTuple):
     confidence_interval: float
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:+.2f} ± {100 * self.confidence_interval:.2f} %"
+        return f"{100 * self.mean:+.2f} ± {100 * self.confidence_interval:.2f}%"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -89,7 +89,7 @@ class Evaluation:
         return f"Evaluation({self})"
 
     def __str__(self) -> str:
-        return f"{100 * self.accuracy:.2f} ± {100 * self.confidence_interval:.2f} % ({self.episodes} episodes)"
+        return f"{100 * self.accuracy:.2f} ± {100 * self.confidence_interval:.2f}% ({self.episodes} episodes)"
 
 
 def _half_width(values: Tensor) -> float:
@@ -124,7 +124,7 @@ def evaluate(
         shots: Number of support examples per class.
         queries: Number of query examples per class.
         episodes: Number of episodes.
-        batch_size: Number of episodes that are solved at once. It only affects the speed.
+        batch_size: Number of episodes that are solved at once. It affects only speed and memory.
         seed: Random seed.
         rank: Rank of this process, if several share the work; it evaluates every `world_size`-th episode.
         world_size: Number of processes.
@@ -184,9 +184,9 @@ def calibrate(
 
     Use it when probabilities matter, and not only the predicted class.
 
-    The scores of `head` must be proportional to its `scale`. `head` itself is not modified. The `features` and `labels`
-    should be of classes that were held out from training. The best temperature depends on `shots`. `ways`, `queries`,
-    `episodes`, `batch_size`, `seed`, `progress` and the errors are those of `evaluate`.
+    `head` itself is not modified; a custom `solve` must not use its `scale`. The `features` and `labels` should be of
+    classes that were held out from training. The best temperature depends on `shots`. `ways`, `queries`, `episodes`,
+    `batch_size`, `seed`, `progress` and the errors are those of `evaluate`.
 
     Example:
         `head = calibrate(RidgeHead(), features, labels, shots=5)`, then

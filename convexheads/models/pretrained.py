@@ -28,7 +28,7 @@ class Pretrained(NamedTuple):
     Attributes:
         backbone: The backbone in evaluation mode, from images `(n, channels, height, width)` to features `(n, d)`.
         head: The head, with its learned scale.
-        settings: The settings of the training run, named like the options of `benchmarks.train`.
+        settings: The settings of the training run, named like the options of the repository's benchmarks.
     """
 
     backbone: Backbone
@@ -66,7 +66,7 @@ def load_pretrained(name: str | Path) -> Pretrained:
 
     Args:
         name: One of `list_pretrained`, such as "conv4-cifar-fs-svm" (architecture, data set, head); a file that
-            `save_pretrained` wrote; or a folder that contains one, such as the output of `benchmarks.train`.
+            `save_pretrained` wrote; or a folder that contains one as "model.safetensors".
 
     Raises:
         InputError: There are no such weights, or the file is damaged or belongs to another architecture.

@@ -86,7 +86,7 @@ def test_evaluates_as_a_plain_loop_does():
     assert result.confidence_interval == pytest.approx(1.96 * torch.stack(accuracies).std().item() / math.sqrt(30))
     assert result.gaps.shape == (30,)
     assert result.gaps.max() < 1e-9
-    assert str(result) == f"{100 * result.accuracy:.2f} ± {100 * result.confidence_interval:.2f} % (30 episodes)"
+    assert str(result) == f"{100 * result.accuracy:.2f} ± {100 * result.confidence_interval:.2f}% (30 episodes)"
 
 
 def test_episodes_depend_on_the_seed_only():
