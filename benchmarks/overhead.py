@@ -26,8 +26,7 @@ from benchmarks.loop import Training
 from benchmarks.options import Options
 from benchmarks.processes import Processes
 from benchmarks.train import episodes as make_episodes
-from convexheads.models import Backbone, build_backbone, build_head
-from convexheads.models.networks import BACKBONES
+from convexheads.models import BACKBONES, Backbone, build_backbone, build_head
 from convexheads.training import episode_loss
 
 HEADS = ("prototypes", "ridge", "svm")

@@ -1,4 +1,4 @@
-"""Random episodes of labeled data, and the progress bars of an evaluation."""
+"""Random episodes of labeled features, and fits of a head on them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from convexheads import _validation
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
+from convexheads.heads.base.classification import check_head
 
 
 def fit_episodes(
@@ -35,8 +36,7 @@ def fit_episodes(
     _validation.check_bool("progress", progress)
     if world_size > episodes:
         raise InputError("world_size", f"at most the number of episodes, {episodes}", world_size)
-    if not isinstance(head, ClassificationHead):
-        raise InputError("head", "a classification head", type(head).__name__)
+    check_head(head)
     _validation.check_tensor("features", features, "a tensor of floating-point values", _validation.is_float_tensor)
     check_labels(labels, features, name="features", expected="(examples, d) and (examples,)", dims=2)
     _validation.check_finite("features", features)

@@ -97,11 +97,11 @@ def check_real(
 
 
 def check_fraction(name: str, value: Any) -> float:
-    """Return the `value` as a float if it is a real number from 0 to below 1, or raise `InputError`."""
+    """Return the `value` as a float if it is a real number that is at least 0 and below 1, or raise `InputError`."""
     with suppress(InputError):
         if (number := check_real(name, value, positive=True, allow_zero=True)) < 1:
             return number
-    raise InputError(name, "a number from 0 to below 1", describe(value))
+    raise InputError(name, "a number that is at least 0 and below 1", describe(value))
 
 
 def optional(check: Check, default: Callable[[], Any] = lambda: None) -> Check:

@@ -17,6 +17,10 @@ class ConvexHeadsError(Exception):
     It is raised directly if no subclass fits, as for a second derivative of a solver that supports only the first.
     """
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies are made from the message and the attributes, because constructors of subclasses have other arguments.
+        return type(self).__new__, (type(self), *self.args), vars(self)
+
 
 class InputError(ConvexHeadsError, ValueError):
     """An argument is unusable (also a `ValueError`). The message names it, the expected value and the received value.
@@ -51,8 +55,8 @@ class MissingDependencyError(ConvexHeadsError, ImportError):
 
     Args:
         package: the name of the package.
-        extra: the extra of convexheads that the package belongs to. The message ends with a pip command that installs
-            all packages of the extra by name, whether convexheads comes from a checkout or from a package index.
+        extra: the extra of convexheads that the package belongs to, or "". The message ends with a pip command that
+            installs all packages of the extra by name, whether convexheads comes from a checkout or a package index.
         needed_by: the class or function that needs it.
     """
 

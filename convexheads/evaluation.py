@@ -33,7 +33,7 @@ class Difference(NamedTuple):
     confidence_interval: float
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:+.2f} ± {100 * self.confidence_interval:.2f} %"
+        return f"{100 * self.mean:+.2f} ± {100 * self.confidence_interval:.2f}%"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,17 +41,20 @@ class Evaluation:
     """Accuracies, calibration error and certificates over episodes, on the CPU, as `evaluate` returns them.
 
     Attributes:
-        accuracies: Accuracy of each episode, in [0, 1], `(episodes,)`.
+        accuracies: Accuracy of each episode, in [0, 1], `(episodes,)`. A query whose logits are not finite, because its
+            task was not solved, counts as a guess of the first class.
         expected_calibration_error: Mean distance between confidence and accuracy in 15 bins of equal width, in [0, 1],
-            over all queries of all episodes (Guo et al. 2017). `calibrate` reduces it.
+            over all queries with finite logits (Guo et al. 2017). `calibrate` reduces it.
         gaps: Certified relative duality gap of each episode's fit, `(episodes,)`; None for a closed form.
         converged: Whether each fit is certified to the solver's tolerance, `(episodes,)`; None for a closed form.
+        sampling: The arguments of `evaluate` that determine the episodes, and a hash of the labels, by name.
     """
 
     accuracies: Float[Tensor, " episodes"]
     expected_calibration_error: float
     gaps: Float[Tensor, " episodes"] | None
     converged: Bool[Tensor, " episodes"] | None
+    sampling: dict[str, int]
 
     @property
     def episodes(self) -> int:
@@ -77,8 +80,8 @@ class Evaluation:
         Example:
             `print(evaluate(SVMHead(), features, labels).compare(evaluate(RidgeHead(), features, labels)))`
         """
-        if self.episodes != other.episodes:
-            raise InputError("other", f"the same {self.episodes} episodes", f"{other.episodes} episodes")
+        if different := [name for name, value in self.sampling.items() if value != other.sampling[name]]:
+            raise InputError("other", "an evaluation of the same episodes", f"different {', '.join(different)}")
         differences = self.accuracies - other.accuracies
         return Difference(differences.mean().item(), _half_width(differences))
 
@@ -86,7 +89,7 @@ class Evaluation:
         return f"Evaluation({self})"
 
     def __str__(self) -> str:
-        return f"{100 * self.accuracy:.2f} ± {100 * self.confidence_interval:.2f} % ({self.episodes} episodes)"
+        return f"{100 * self.accuracy:.2f} ± {100 * self.confidence_interval:.2f}% ({self.episodes} episodes)"
 
 
 def _half_width(values: Tensor) -> float:
@@ -121,7 +124,7 @@ def evaluate(
         shots: Number of support examples per class.
         queries: Number of query examples per class.
         episodes: Number of episodes.
-        batch_size: Number of episodes that are solved at once. It only affects the speed.
+        batch_size: Number of episodes that are solved at once. It affects only speed and memory.
         seed: Random seed.
         rank: Rank of this process, if several share the work; it evaluates every `world_size`-th episode.
         world_size: Number of processes.
@@ -146,15 +149,20 @@ def evaluate(
         if fitted.solution is not None:
             gaps.append(fitted.solution.gap)
             converged.append(fitted.solution.converged)
-    is_correct = torch.cat(correct)
+    is_correct, confidence = torch.cat(correct), torch.cat(confidences)
+    usable = confidence.isfinite()
+    sampling = dict(zip(("ways", "shots", "queries", "episodes"), sizes, strict=False))
+    sampling |= {"seed": seed, "rank": rank, "world_size": world_size, "labels": hash(tuple(labels.tolist()))}
     return Evaluation(
         is_correct.double().mean(-1).cpu(),
-        _expected_calibration_error(torch.cat(confidences).flatten(), is_correct.flatten()),
+        _expected_calibration_error(confidence[usable], is_correct[usable]),
         torch.cat(gaps).cpu() if gaps else None,
         torch.cat(converged).cpu() if converged else None,
+        sampling,
     )
 
 
+@torch.inference_mode(False)  # for the gradient of the cross-entropy
 def calibrate(
     head: ClassificationHead,
     features: Float[Tensor, "examples d"],
@@ -170,15 +178,15 @@ def calibrate(
 ) -> ClassificationHead:
     """Return a copy of a head whose `scale` gives the best probabilities on held-out episodes (temperature scaling).
 
-    The temperature minimizes the cross-entropy over all queries of all episodes (Guo et al. 2017, Section 4.2). The
+    The temperature minimizes the cross-entropy over all queries with finite logits (Guo et al. 2017, Section 4.2). The
     scale of the copy is the scale of the head divided by the temperature. It is a `Learnable` that does not require
     gradients: `state_dict` contains it, and training leaves it unchanged. Accuracies stay the same.
 
     Use it when probabilities matter, and not only the predicted class.
 
-    The scores of `head` must be proportional to its `scale`. `head` itself is not modified. The `features` and `labels`
-    should be of classes that were held out from training. The best temperature depends on `shots`. `ways`, `queries`,
-    `episodes`, `batch_size`, `seed`, `progress` and the errors are those of `evaluate`.
+    `head` itself is not modified; a custom `solve` must not use its `scale`. The `features` and `labels` should be of
+    classes that were held out from training. The best temperature depends on `shots`. `ways`, `queries`, `episodes`,
+    `batch_size`, `seed`, `progress` and the errors are those of `evaluate`.
 
     Example:
         `head = calibrate(RidgeHead(), features, labels, shots=5)`, then
@@ -189,6 +197,10 @@ def calibrate(
     fits = fit_episodes(head, features, labels, sizes, seed=seed, title=title, progress=progress)
     scored = [(logits.double().flatten(0, 1), truth.flatten()) for _, logits, truth in fits]
     logits, truth = (torch.cat(batches) for batches in zip(*scored, strict=True))
+    usable = logits.isfinite().all(-1)
+    if not usable.any():
+        raise InputError("head", "finite logits in at least one episode", "none")
+    logits, truth = logits[usable], truth[usable]
     # The cross-entropy is convex in the factor. For logits divided by their spread, the best factor is around one.
     logits = logits - logits.mean(-1, keepdim=True)
     unit = logits.std().clamp_min(torch.finfo(logits.dtype).tiny)
@@ -214,7 +226,8 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
     """Compute the features of all images for `evaluate`, `(examples, d)`, in evaluation mode and without gradients.
 
     Args:
-        backbone: The module from images to features, which are flattened to `(batch, d)`. Its mode is restored.
+        backbone: The module from images to features, which are flattened to `(batch, d)`. The mode of
+            each of its modules is restored.
         images: Images of any dtype that the backbone accepts, `(examples, ...)`; the features are on their device.
         batch_size: Number of images per call to the backbone.
         progress: Whether to show a progress bar, which needs tqdm.
@@ -228,7 +241,7 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
         raise InputError("backbone", "a module", type(backbone).__name__)
     if not is_dense(images) or not images.ndim:
         raise InputError("images", "a tensor of images, (examples, ...)", describe_type(images))
-    features, training = [], backbone.training
+    features, modes = [], {module: module.training for module in backbone.modules()}
     device = next(backbone.parameters(), images).device
     batches = images.split(min(batch_size, max(1, len(images))))
     backbone.eval()
@@ -241,7 +254,9 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
                 raise InputError("backbone", "features of each image, (batch, ...)", got)
             features.append(found.flatten(1).to(images.device))
     finally:
-        backbone.train(training)
+        backbone.train(modes[backbone])  # a module may override `train`
+        for module, training in modes.items():
+            module.training = training
     return torch.cat(features)
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from convexheads import _validation
 from convexheads._sampling import check_labels, group_by_class
-from convexheads.errors import InputError
+from convexheads.errors import InputError, MissingDependencyError
 
 if TYPE_CHECKING:
     from numpy.random import Generator
@@ -41,7 +41,7 @@ class EpisodeLoader:
         batch_size: Number of episodes per batch, over all processes.
         steps_per_epoch: Number of batches per epoch.
         seed: Random seed.
-        transform: A random transform of a sample. Its random numbers from PyTorch depend on `seed` too.
+        transform: A random transform of a sample. What it draws from PyTorch's CPU generator depends on `seed` too.
         resample_each_epoch: Whether each epoch has new episodes. Pass False for validation.
         rank: Rank of this process, which gets every `world_size`-th episode.
         world_size: Number of processes.
@@ -50,6 +50,7 @@ class EpisodeLoader:
 
     Raises:
         InputError: An argument is unusable: for example, `batch_size` is not a multiple of `world_size`.
+        MissingDependencyError: NumPy is not installed.
 
     Example:
         `for samples, labels in EpisodeLoader(images, classes, ways=5, shots=1): ...`
@@ -72,6 +73,10 @@ class EpisodeLoader:
         world_size: int = 1,
         num_workers: int = 0,
     ) -> None:
+        try:
+            import numpy as np  # noqa: F401
+        except ImportError as error:
+            raise MissingDependencyError("numpy", "", "EpisodeLoader") from error
         self.ways, shots, queries, self.batch_size, self.steps_per_epoch = _validation.check_positive_ints(
             ways=ways, shots=shots, queries=queries, batch_size=batch_size, steps_per_epoch=steps_per_epoch
         )
@@ -81,17 +86,16 @@ class EpisodeLoader:
         if transform is not None and not callable(transform):
             raise InputError("transform", "a function from a sample to a sample, or None", repr(transform))
         _validation.check_tensor("samples", samples, "a tensor, (n, *sample)")
-        if (workers := _validation.as_integer(num_workers)) is None or workers < 0:
-            raise InputError("num_workers", "a number of processes, 0 for none", _validation.describe(num_workers))
-        if workers and samples.device.type != "cpu":
+        self.num_workers = _check_count("num_workers", num_workers)
+        if self.num_workers and samples.device.type != "cpu":
             raise InputError("samples", "a tensor on the CPU, or num_workers=0", f"device {samples.device}")
         check_labels(labels, samples, name="samples", expected="(n, *sample) and (n,)")
         self.samples_per_class = shots + queries
         members = group_by_class(labels, self.ways, self.samples_per_class)
         if self.batch_size % self.world_size:
-            raise InputError("batch_size", f"a multiple of the {self.world_size} processes", batch_size)
+            raise InputError("batch_size", f"a multiple of world_size={self.world_size}", batch_size)
         self.members = [indices.numpy() for indices in members]
-        self.samples, self.transform, self.num_workers = samples, transform, workers
+        self.samples, self.transform = samples, transform
         self.step = 0
         self._resume_within_epoch = False
 
@@ -128,13 +132,14 @@ class EpisodeLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue the next iteration from the position in `state`, which `state_dict` returned."""
-        self.step, self._resume_within_epoch = state["step"], True
+        self.step, self._resume_within_epoch = _check_count("step", state["step"]), True
 
     def indices(self, step: int) -> Integer[Tensor, "tasks n"]:
         """Return the indices of the samples of a `step`, counted from 0 over all epochs, in the tasks of this process.
 
         They are int64 on the CPU, `(tasks, ways * (shots + queries))`, for samples that are stored elsewhere.
         """
+        step = _check_count("step", step)
         return torch.stack([self._draw(step, task)[0] for task in self._tasks_of_rank()])
 
     def _draw(self, step: int, task: int) -> tuple[Tensor, Generator]:
@@ -152,5 +157,12 @@ class EpisodeLoader:
         if self.transform is None:
             return samples
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the default generator
-            torch.manual_seed(int(draw.integers(2**63)))
+            torch.default_generator.manual_seed(int(draw.integers(2**63)))  # not those of GPUs, which are not restored
             return torch.stack([self.transform(sample) for sample in samples])
+
+
+def _check_count(name: str, value: object) -> int:
+    number = _validation.as_integer(value)
+    if number is None or number < 0:
+        raise InputError(name, "a non-negative integer", _validation.describe(value))
+    return number

@@ -5,8 +5,7 @@ from __future__ import annotations
 from importlib import util
 from importlib.metadata import PackageNotFoundError, version
 
-from convexheads.errors import InputError, MissingDependencyError
-from convexheads.heads import ClassificationHead
+from convexheads.errors import MissingDependencyError
 
 
 def require_version(module: str, requirement: str, *, extra: str, needed_by: str = "") -> None:
@@ -29,10 +28,3 @@ def require_version(module: str, requirement: str, *, extra: str, needed_by: str
         raise MissingDependencyError(supported.name, extra, needed_by)
     if not supported.specifier.contains(installed, prereleases=True):
         raise MissingDependencyError(f"{requirement} (version {installed} is installed)", extra, needed_by)
-
-
-def check_head(head: object) -> ClassificationHead:
-    """Return the `head` of an adapter, or raise `InputError`."""
-    if not isinstance(head, ClassificationHead):
-        raise InputError("head", "a classification head of convexheads, such as SVMHead(C=0.1)", repr(head))
-    return head

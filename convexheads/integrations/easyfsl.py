@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
-from convexheads.integrations import check_head, require_version
+from convexheads.heads.base.classification import check_head
+from convexheads.integrations import require_version
 
 require_version("easyfsl", "easyfsl>=1.5,<2", extra="easyfsl")
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
-from convexheads.integrations import check_head, require_version
+from convexheads.heads.base.classification import check_head
+from convexheads.integrations import require_version
 
 require_version("learn2learn", "learn2learn>=0.2,<0.3", extra="learn2learn")
 
@@ -21,8 +22,8 @@ class HeadClassifier(nn.Module):
     `PrototypeHead()`, it computes the same as `PrototypicalClassifier()`; with `SVMHead(C=0.1, smoothing=1.0)`, it
     computes the same as `SVClassifier()`, except that the latter stops early.
 
-    Differences from `SVClassifier`: labels may be any integers, which are renumbered in ascending order; leading
-    dimensions hold several tasks; the constructor takes no data; and a call before the fit is an error.
+    Differences from `SVClassifier`: labels may be any integers; leading dimensions hold several tasks; the constructor
+    takes no data; and a call before the fit is an error.
 
     Use it when you train with learn2learn's Lightning modules.
 
@@ -41,8 +42,8 @@ class HeadClassifier(nn.Module):
     def fit_(self, support: Tensor, labels: Tensor, ways: int | None = None) -> None:
         """Fit the head to features `support` `(*batch, n, d)` and keep the result, with its gradients.
 
-        The `labels`, integers `(*batch, n)`, are renumbered in ascending order, unless the number of classes is given:
-        then they are integers from 0 to `ways` - 1.
+        The `labels`, integers `(*batch, n)`, are from 0 to `ways` - 1. Without `ways`, they are renumbered in ascending
+        order over all tasks of a batch, which therefore need the same classes.
         """
         if ways is None:
             classes, labels = labels.unique(return_inverse=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from convexheads.heads import SVMHead
-from convexheads.integrations import check_head, require_version
+from convexheads.heads.base.classification import check_head
+from convexheads.integrations import require_version
 
 require_version("sklearn", "scikit-learn>=1.6,<2", extra="sklearn")
 
@@ -22,9 +23,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 class HeadClassifier(ClassifierMixin, BaseEstimator):
     """A head with scikit-learn's interface, for pipelines, grid searches and cross-validation.
 
-    Labels may be strings or any numbers. There is no intercept unless the kernel has one:
-    `SVMHead(C=1.0, kernel=Linear() + Constant(1.0))`. The arguments of the head and of its kernel are parameters too,
-    such as `head__C` and `head__kernel__length_scale`, so that a search can vary them.
+    Labels may be strings or integers. There is no intercept unless the kernel has one:
+    `SVMHead(C=1.0, kernel=Linear() + Constant(1.0))`. The arguments of the head and of its kernel (but not those of the
+    parts of a sum or product of kernels) are parameters too, such as `head__C` and `head__kernel__length_scale`, so
+    that a search can vary them.
 
     Use it when you compare a head with scikit-learn's classifiers on up to a few thousand samples.
 

@@ -1,11 +1,13 @@
 """Backbones, heads with published settings, and the weights that the package contains."""
 
 from convexheads.models.backbone import Backbone
-from convexheads.models.networks import Conv4, DropBlock, R2D2Network, ResNet12, build_backbone
-from convexheads.models.presets import build_head, metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
+from convexheads.models.networks import BACKBONES, Conv4, DropBlock, R2D2Network, ResNet12, build_backbone
+from convexheads.models.presets import TRAINING_HEADS, build_head, metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
 from convexheads.models.pretrained import Pretrained, build_model, list_pretrained, load_pretrained, save_pretrained
 
 __all__ = [
+    "BACKBONES",
+    "TRAINING_HEADS",
     "Backbone",
     "Conv4",
     "DropBlock",

@@ -223,4 +223,4 @@ def build_backbone(name: str, images: Tensor | None = None, **settings: Any) -> 
     try:
         return backbone(**settings) if images is None else backbone.from_images(images, **settings)
     except TypeError as error:
-        raise InputError("backbone", "settings that it has", f"{name} with {settings} ({error})") from error
+        raise InputError("backbone", f"settings of {name}", f"{settings} ({error})") from error

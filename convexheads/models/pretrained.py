@@ -28,7 +28,7 @@ class Pretrained(NamedTuple):
     Attributes:
         backbone: The backbone in evaluation mode, from images `(n, channels, height, width)` to features `(n, d)`.
         head: The head, with its learned scale.
-        settings: The settings of the training run, named like the options of `benchmarks.train`.
+        settings: The settings of the training run, named like the options of the repository's benchmarks.
     """
 
     backbone: Backbone
@@ -66,7 +66,7 @@ def load_pretrained(name: str | Path) -> Pretrained:
 
     Args:
         name: One of `list_pretrained`, such as "conv4-cifar-fs-svm" (architecture, data set, head); a file that
-            `save_pretrained` wrote; or a folder that contains one, such as the output of `benchmarks.train`.
+            `save_pretrained` wrote; or a folder that contains one as "model.safetensors".
 
     Raises:
         InputError: There are no such weights, or the file is damaged or belongs to another architecture.
@@ -95,6 +95,9 @@ def load_pretrained(name: str | Path) -> Pretrained:
 def save_pretrained(path: str | Path, backbone: nn.Module, head: ClassificationHead, settings: dict[str, Any]) -> None:
     """Write weights for `load_pretrained`, under a temporary name until the file is complete.
 
+    The file contains neither `solver` nor `validate` of the head, for which `load_pretrained` uses the defaults, and
+    `SyncBatchNorm` is loaded as `BatchNorm2d`.
+
     Args:
         path: Path of the file, in an existing folder.
         backbone: A backbone that `build_model` makes from these `settings`.
@@ -113,7 +116,8 @@ def save_pretrained(path: str | Path, backbone: nn.Module, head: ClassificationH
     state, rebuilt = nn.ModuleDict({"backbone": backbone, "head": head}).state_dict(), None
     with suppress(LookupError, RuntimeError), torch.random.fork_rng([]):
         rebuilt = _rebuild(state, settings)
-    if repr(rebuilt) != repr((backbone, head)):
+        vars(rebuilt[1]).update({name: vars(head)[name] for name in ("solver", "validate") if name in vars(head)})
+    if repr(rebuilt) != repr((backbone, head)).replace("SyncBatchNorm", "BatchNorm2d"):
         raise InputError("settings", "those from which `build_model` builds this backbone and this head", settings)
     _storage.save(path, state, settings, key="settings", needed_by="save_pretrained")
 

@@ -66,7 +66,7 @@ def test_workers_change_nothing() -> None:
     assert torch.equal(before, torch.get_rng_state())
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     for workers, got in ((-1, "-1"), (True, "True")):
-        with pytest.raises(InputError, match=rf"num_workers: expected a number of processes, 0 for none.*, got {got}"):
+        with pytest.raises(InputError, match=rf"num_workers: expected a non-negative integer, got {got}"):
             loader(num_workers=workers)
     meta = images().images.to("meta")
     with pytest.raises(InputError, match=r"samples: expected a tensor on the CPU, or num_workers=0.*, got device meta"):

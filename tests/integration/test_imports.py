@@ -136,6 +136,18 @@ def test_an_adapter_names_its_extra_where_nothing_is_installed(name: str):
     assert installs(run(script)) == requirements_of(name)
 
 
+def test_a_loader_of_episodes_says_that_it_needs_numpy():
+    script = """
+        import sys, torch, convexheads
+        sys.modules["numpy"] = None  # an import of it fails
+        try:
+            convexheads.EpisodeLoader(torch.zeros(60, 2), torch.arange(60) % 6, shots=1, queries=1)
+        except convexheads.MissingDependencyError as error:
+            print(error)
+    """
+    assert parsed(run(script)) == ([], ["numpy"])
+
+
 def test_importing_benchmarks_imports_nothing_else():
     script = """
         import sys, convexheads

@@ -242,6 +242,14 @@ def test_settings_of_a_head_are_parameters_of_a_grid() -> None:
         sklearn.HeadClassifier(head).set_params(head__C=-1)
 
 
+def test_errors_reach_the_caller_of_a_search_in_several_processes() -> None:
+    X, y = load_digits(return_X_y=True)
+    grid = {"head__regularization": [1.0, -1.0]}
+    search = GridSearchCV(sklearn.HeadClassifier(RidgeHead()), grid, cv=2, n_jobs=2, error_score="raise")
+    with pytest.raises(InputError, match=r"regularization: expected a positive"):
+        search.fit(X[:100], y[:100])
+
+
 def test_two_classes_have_one_decision() -> None:
     X, y = load_digits(n_class=2, return_X_y=True)
     classifier = sklearn.HeadClassifier(RidgeHead()).fit(X, y.astype(str))

@@ -17,6 +17,7 @@ from tasks import ROOT, clusters
 from torch import nn
 
 from convexheads import InputError, Learnable, PrototypeHead, RidgeHead, SVMHead, split_task
+from convexheads._validation import describe_type
 from convexheads.integrations.lightning import EpisodicDataModule, EpisodicModule
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
@@ -135,21 +136,30 @@ def test_on_lightnings_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        ("paper", [1, 1, 0.06, 0.06, 0.012, 0.0024]),
-        ("cosine", [1, 0.9330127, 0.75, 0.5, 0.25, 0.0669873]),
-        ("constant", [1.0] * 6),
+        ("paper", [1, 1, 0.06, 0.06, 0.012, 0.0024] + [0.0024] * 9),
+        ("cosine", [1, 0.9330127, 0.75, 0.5, 0.25, 0.0669873] + [0] * 9),
+        ("constant", [1.0] * 15),
     ],
 )
 def test_schedules(schedule: str, expected: list[float]) -> None:
+    """They stay at their last value if training takes more than `total_steps`."""
     own = EpisodicModule(nn.Linear(2, 2), RidgeHead(), ways=2, shots=1, total_steps=6, schedule=schedule)
     found = own.configure_optimizers()
     optimizer, scheduler = found["optimizer"], found["lr_scheduler"]["scheduler"]
     rates = []
-    for _ in range(6):
+    for _ in range(15):
         rates.append(optimizer.param_groups[0]["lr"] / 0.1)
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", ["paper", "cosine"])
+def test_training_may_take_more_steps_than_its_schedule(schedule: str) -> None:
+    own = module(total_steps=4, schedule=schedule)
+    trainer = pl.Trainer(max_epochs=3, limit_val_batches=0, enable_checkpointing=False, **QUIET)
+    trainer.fit(own, data())
+    assert trainer.global_step == 12
 
 
 def test_weight_decay_leaves_learnables_alone() -> None:
@@ -189,6 +199,7 @@ def test_label_smoothing_and_what_is_logged(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     "wrong",
     [
+        *({"backbone": "conv4"}, {"backbone": nn.Identity}),
         *({"head": "svm"}, {"head": SVMHead}, {"ways": -1}, {"shots": 1.5}, {"total_steps": 0}),
         *({"learning_rate": "0.1"}, {"learning_rate": -0.1}, {"momentum": 1.0}, {"weight_decay": None}),
         *({"schedule": "linear"}, {"label_smoothing": 1.0}, {"label_smoothing": "0.1"}, {"on_failed_step": "retry"}),
@@ -196,8 +207,9 @@ def test_label_smoothing_and_what_is_logged(monkeypatch: pytest.MonkeyPatch) -> 
     ids=str,
 )
 def test_unusable_settings_are_refused(wrong: dict) -> None:
+    settings = {"backbone": nn.Identity(), "head": SVMHead(), "ways": 2, "shots": 2, "total_steps": 1}
     with pytest.raises(InputError, match=rf"^{next(iter(wrong))}: expected"):
-        EpisodicModule(nn.Identity(), **{"head": SVMHead(), "ways": 2, "shots": 2, "total_steps": 1} | wrong)
+        EpisodicModule(**(settings | wrong))
 
 
 @pytest.mark.slow
@@ -278,3 +290,18 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
         EpisodicDataModule(str(path))
     with pytest.raises(InputError, match=r"labels: expected at least ways=9, got 8 classes"):
         data(ways=9).train_dataloader()
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(2, 6), torch.zeros(60, 6), (torch.zeros(60, 6),), ([1], [2]), None], ids=describe_type
+)
+@pytest.mark.usefixtures("unchecked")
+def test_data_sets_are_pairs(wrong: object, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train: expected two tensors \(samples, labels\), or a path, got"):
+        EpisodicDataModule(wrong)
+    if wrong is not None:
+        with pytest.raises(InputError, match="val: expected two tensors"):
+            EpisodicDataModule(part(8), wrong)
+    torch.save(wrong, tmp_path / "train.pt")
+    with pytest.raises(InputError, match=r"train.pt \(it does not contain two tensors\)"):
+        EpisodicDataModule(tmp_path / "train.pt")

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from convexheads import InputError, Learnable, SVMHead, _storage, embed, evaluate, load_pretrained
-from convexheads.models import ResNet12, build_head, build_model, list_pretrained, save_pretrained
-from convexheads.models.presets import TRAINING_HEADS
+from convexheads.models import TRAINING_HEADS, ResNet12, build_head, build_model, list_pretrained, save_pretrained
 from convexheads.models.pretrained import WEIGHTS_DIR
+from convexheads.solvers import NativeSolver
 
 
 def settings(backbone: str = "conv4", head: str = "svm", **more: object) -> dict[str, object]:
@@ -152,6 +152,20 @@ def test_what_would_not_come_back_is_not_saved(tmp_path: Path) -> None:
     generator = torch.get_rng_state()
     save_pretrained(path, backbone, head, settings())
     assert torch.equal(torch.get_rng_state(), generator)
+
+
+@pytest.mark.parametrize("name", ["svm", "ridge"])
+def test_settings_that_do_not_belong_to_the_model_may_differ(tmp_path: Path, name: str) -> None:
+    """On a GPU, a training switches off the checks of its head, and several processes share batch statistics."""
+    backbone, head = build_model(settings(head=name))
+    backbone, head.validate = torch.nn.SyncBatchNorm.convert_sync_batchnorm(backbone), False
+    if name == "svm":
+        head.solver = NativeSolver(on_failure="warn")
+    save_pretrained(tmp_path / "own.safetensors", backbone, head, settings(head=name))
+    loaded = load_pretrained(tmp_path / "own.safetensors")
+    assert repr(loaded[:2]) == repr(build_model(settings(head=name)))
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(loaded.backbone(images), backbone.eval()(images))
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

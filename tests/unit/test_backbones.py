@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from convexheads import InputError
-from convexheads.models import Backbone, Conv4, DropBlock, ResNet12, build_backbone
-from convexheads.models.networks import BACKBONES
+from convexheads.models import BACKBONES, Backbone, Conv4, DropBlock, ResNet12, build_backbone
 
 
 def pictures(n: int, size: int) -> torch.Tensor:
@@ -262,7 +261,7 @@ def test_what_is_no_number_is_refused(wrong: object) -> None:
     for name in ("mean", "std"):
         with pytest.raises(InputError, match=rf"^{name}: expected"):
             Conv4(**{name: wrong})
-    with pytest.raises(InputError, match=r"^drop_prob: expected a number from 0 to below 1, got"):
+    with pytest.raises(InputError, match=r"^drop_prob: expected a number that is at least 0 and below 1, got"):
         DropBlock(3, drop_prob=wrong)
 
 
@@ -270,7 +269,7 @@ def test_refuses_what_there_is_not() -> None:
     images = pictures(2, 32)
     with pytest.raises(InputError, match=rf"expected one of {', '.join(BACKBONES)}"):
         build_backbone("vgg", images)
-    with pytest.raises(InputError, match="conv4 with"):
+    with pytest.raises(InputError, match=r"^backbone: expected settings of conv4, got"):
         build_backbone("conv4", images, dropblock="paper")
     with pytest.raises(InputError, match=r"expected one of paper, reference_code, none"):
         build_backbone("resnet12", images, dropblock="some")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -20,6 +21,7 @@ from convexheads import (
     evaluate,
     split_task,
 )
+from convexheads.training import episode_loss
 
 
 def test_splits_batches_with_labels_in_any_order():
@@ -51,6 +53,20 @@ def test_tasks_that_cannot_be_split(labels, shots, message):
         split_task(data, labels, shots=shots)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
+def test_labels_of_a_loss_may_have_any_integer_dtype(dtype):
+    labels = torch.arange(3).repeat_interleave(4).expand(2, -1)
+    data, expected = torch.randn(2, 12, 5), None
+    for kind in (torch.int64, dtype):
+        episode = split_task(data, labels.to(kind), shots=2)
+        loss = episode_loss(RidgeHead(), episode, ways=3, label_smoothing=0.1)
+        expected = expected or loss
+        assert loss.loss == expected.loss
+        assert loss.metrics["accuracy"] == expected.metrics["accuracy"]
+    with pytest.raises(InputError, match="label_smoothing: expected a number"):
+        episode_loss(RidgeHead(), episode, ways=3, label_smoothing=2.0)
+
+
 def test_evaluates_as_a_plain_loop_does():
     """Mean, interval and certificates against the same episodes solved one by one."""
     features, labels = clusters()
@@ -70,7 +86,7 @@ def test_evaluates_as_a_plain_loop_does():
     assert result.confidence_interval == pytest.approx(1.96 * torch.stack(accuracies).std().item() / math.sqrt(30))
     assert result.gaps.shape == (30,)
     assert result.gaps.max() < 1e-9
-    assert str(result) == f"{100 * result.accuracy:.2f} ± {100 * result.confidence_interval:.2f} % (30 episodes)"
+    assert str(result) == f"{100 * result.accuracy:.2f} ± {100 * result.confidence_interval:.2f}% (30 episodes)"
 
 
 def test_episodes_depend_on_the_seed_only():
@@ -175,9 +191,12 @@ def test_embeds_in_evaluation_mode(training):
 
 def test_embed_restores_the_mode_after_an_error():
     backbone = Backbone().train()
+    backbone.layers[1].eval()  # frozen
     with pytest.raises(RuntimeError):
         embed(backbone, torch.zeros(2, 2, 6, 6), progress=False)
-    assert backbone.training
+    assert [module.training for module in backbone.modules()] == [True, True, True, False, True]
+    embed(backbone, torch.zeros(2, 1, 6, 6), progress=False)
+    assert [module.training for module in backbone.modules()] == [True, True, True, False, True]
 
 
 @pytest.mark.gpu
@@ -212,8 +231,13 @@ def test_differences_are_paired():
     assert difference.confidence_interval == pytest.approx(1.96 * errors.item())
     assert first == first
     assert first != second
-    with pytest.raises(InputError, match="episodes"):
-        first.compare(evaluate(RidgeHead(), features, labels, **settings | {"episodes": 10}))
+    assert first.compare(evaluate(SVMHead(), features, labels.int(), batch_size=7, **settings)).mean != 0
+    shares = [{"episodes": 400, "world_size": 2, "rank": rank} for rank in range(2)]
+    for changes in ({"episodes": 10}, {"seed": 1}, {"shots": 2}, {"queries": 10}, {"ways": 4}, *shares):
+        with pytest.raises(InputError, match=f"^other: expected .* same episodes, got different {next(iter(changes))}"):
+            first.compare(evaluate(RidgeHead(), features, labels, **settings | changes))
+    with pytest.raises(InputError, match="got different labels"):
+        first.compare(evaluate(RidgeHead(), features, labels.flip(0), **settings))
 
 
 @pytest.mark.parametrize("scale", [7.0, Learnable(7.0)], ids=str)
@@ -226,6 +250,45 @@ def test_a_calibrated_scale_is_part_of_the_state(scale):
     loaded.load_state_dict(calibrated.state_dict())
     task = features[:10], labels[:10] * 0 + torch.arange(10) % 2, features[10:]
     assert torch.equal(loaded(*task), calibrated(*task))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_calibrates_in_every_gradient_mode(mode):
+    features, labels = clusters()
+    options = {"shots": 2, "episodes": 20, "progress": False}
+    expected = calibrate(RidgeHead(), features, labels, **options)
+    with mode():
+        found = calibrate(RidgeHead(), features + 0, labels + 0, **options)
+    assert found.scale.value == expected.scale.value
+
+
+class Failing(RidgeHead):
+    """The first task of each batch, or every task, has coefficients like those of a task that was not solved."""
+
+    failed: slice = slice(1)
+
+    def solve(self, support):
+        expansion = super().solve(support)
+        coef = expansion.coef.clone()
+        coef[self.failed] = torch.nan
+        return dataclasses.replace(expansion, coef=coef)
+
+
+def test_tasks_that_were_not_solved_are_left_out():
+    features, labels = clusters(noise=2.0)
+    options = {"shots": 2, "episodes": 20, "batch_size": 10, "progress": False}
+    head = Failing(validate=False)
+    found, expected = (evaluate(each, features, labels, **options) for each in (head, RidgeHead()))
+    failed = torch.arange(20) % 10 == 0
+    assert torch.equal(found.accuracies[~failed], expected.accuracies[~failed])
+    assert (found.accuracies[failed] == 0.2).all()
+    assert found.expected_calibration_error == pytest.approx(expected.expected_calibration_error, abs=0.02)
+    scales = [calibrate(each, features, labels, **options).scale.value.item() for each in (head, RidgeHead())]
+    assert scales[0] == pytest.approx(scales[1], rel=0.2)
+    head.failed = slice(None)
+    assert math.isnan(evaluate(head, features, labels, **options).expected_calibration_error)
+    with pytest.raises(InputError, match="head: expected finite logits in at least one episode"):
+        calibrate(head, features, labels, **options)
 
 
 def test_the_scale_of_a_head_worse_than_chance_stays_positive():

@@ -153,7 +153,7 @@ def test_objects_are_short_to_print_and_compare_by_identity():
     assert "tasks=(2, 3)" in repr(fitted)
     solution = SVMHead().fit(support, labels).solution
     problem = DualProblem(torch.eye(50), linear=torch.ones(50, 2), upper=torch.ones(50, 2))
-    evaluation = Evaluation(torch.ones(500), 0.0, torch.ones(500), torch.ones(500) > 0)
+    evaluation = Evaluation(torch.ones(500), 0.0, torch.ones(500), torch.ones(500) > 0, {})
     for record in (solution, problem, evaluation):
         assert record != copy.copy(record)
         assert len(repr(record)) < 200

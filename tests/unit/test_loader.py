@@ -80,6 +80,13 @@ def test_a_resumed_loader_continues_where_it_stood(transform) -> None:
     assert not torch.equal(next(iter(loader(seed=1)))[0], next(iter(loader()))[0])
 
 
+def test_generators_of_gpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, seeds = next(iter(loader(transform=brightened)))[0], []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    assert torch.equal(next(iter(loader(transform=brightened)))[0], expected)
+    assert not seeds
+
+
 @pytest.mark.parametrize("resample", [True, False])
 def test_every_epoch_has_other_episodes_unless_they_are_not_resampled(resample: bool) -> None:
     own = loader(resample_each_epoch=resample)
@@ -143,7 +150,7 @@ def test_processes_share_the_episodes_of_a_step() -> None:
         ({"steps_per_epoch": 0}, r"steps_per_epoch: expected an integer of at least 1.*, got 0"),
         ({"ways": 7}, r"labels: expected at least ways=7, got 6 classes"),
         ({"queries": 10}, r"labels: expected at least shots \+ queries = 11, got 10 examples of class 0"),
-        ({"world_size": 3}, r"batch_size: expected a multiple of the 3 processes.*, got 4"),
+        ({"world_size": 3}, r"batch_size: expected a multiple of world_size=3, got 4"),
         ({"world_size": 0}, r"world_size: expected an integer of at least 1.*, got 0"),
         ({"rank": 1}, r"rank: expected an integer from 0 to world_size - 1 = 0.*, got 1"),
     ],
@@ -151,3 +158,11 @@ def test_processes_share_the_episodes_of_a_step() -> None:
 def test_says_what_cannot_be_drawn(changes: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         loader(**changes)
+
+
+@pytest.mark.parametrize("step", [-5, 1.5, "1", True])
+@pytest.mark.usefixtures("unchecked")
+def test_steps_count_from_zero(step: object) -> None:
+    for use in (loader().indices, lambda step: loader().load_state_dict({"step": step})):
+        with pytest.raises(InputError, match=r"^step: expected a non-negative integer, got"):
+            use(step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +56,24 @@ REFUSED: dict[str, Callable[[], object]] = {
 def test_the_error_begins_with_the_name_of_the_argument(name: str) -> None:
     with pytest.raises(InputError, match=f"^{name}"):
         REFUSED[name]()
+
+
+@pytest.mark.parametrize("copied", [lambda error: pickle.loads(pickle.dumps(error)), copy.deepcopy, copy.copy])
+def test_errors_can_be_sent_to_another_process(copied: Callable[[Exception], Exception]) -> None:
+    solution = NativeSolver().solve(problem())
+    errors = (
+        ch.ConvexHeadsError("a message"),
+        InputError("C", "a positive number", torch.tensor(-1.0)),
+        ch.SolverError("task 0", solution),
+        MissingDependencyError("rich", "bench", "benchmarks"),
+    )
+    assert {type(error) for error in errors[1:]} == set(ch.ConvexHeadsError.__subclasses__())
+    for error in errors:
+        again = copied(error)
+        assert (type(again), str(again)) == (type(error), str(error))
+        assert vars(again).keys() == vars(error).keys()
+    assert copied(errors[1]).argument == "C"
+    assert torch.equal(copied(errors[2]).solution.coef, solution.coef)
 
 
 def test_messages_name_the_extra_to_install() -> None:

@@ -177,7 +177,9 @@ def test_regression_is_no_classification():
     assert not hasattr(RidgeRegressionHead().fit(support, targets), "probabilities")
     assert isinstance(RidgeRegressionHead(), Head)
     assert not isinstance(RidgeRegressionHead(), ClassificationHead)
-    with pytest.raises(InputError, match=r"head: expected a classification head.*, got RidgeRegressionHead"):
+    with pytest.raises(
+        InputError, match=r"head: expected a classification head of convexheads.*, got RidgeRegressionHead"
+    ):
         evaluate(RidgeRegressionHead(), torch.randn(40, 3), torch.arange(40) % 2, ways=2, shots=1, queries=2)
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from convexheads._validation import check_classification
-from convexheads.errors import ConvexHeadsError
+from convexheads.errors import ConvexHeadsError, InputError
 from convexheads.heads.base.fitted import FittedClassifier
 from convexheads.heads.base.head import Head
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet, merge_groups, one_hot
@@ -123,3 +123,10 @@ class ClassificationHead(Head):
                 with self._check_gram_after_failure(support):
                     handle_failures(name, expansion.solution, tolerance, on_failure)
         return expansion
+
+
+def check_head(head: object) -> ClassificationHead:
+    """Return the `head`, or raise `InputError`."""
+    if not isinstance(head, ClassificationHead):
+        raise InputError("head", "a classification head of convexheads, such as SVMHead(C=0.1)", repr(head))
+    return head

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from convexheads._validation import describe_type
 from convexheads.errors import InputError
 from convexheads.loader import EpisodeLoader
 
@@ -83,13 +85,18 @@ class EpisodicDataModule(pl.LightningDataModule):
         return load(*part, **share)
 
 
-def _read(name: str, part: tuple[Tensor, Tensor] | str | Path | None) -> tuple[Tensor, Tensor] | None:
-    if not isinstance(part, str | Path):
-        return part
-    try:
-        samples, labels = torch.load(part, weights_only=True, map_location="cpu")
-        if not isinstance(samples, Tensor) or not isinstance(labels, Tensor):
-            raise TypeError("it does not contain two tensors")
-    except Exception as error:  # damaged files raise many types of errors
-        raise InputError(name, "a file written by torch.save((samples, labels), path)", f"{part} ({error})") from error
-    return samples, labels
+def _read(name: str, part: Any) -> tuple[Tensor, Tensor] | None:
+    if part is None and name != "train":
+        return None
+    expected, got = "two tensors (samples, labels), or a path", describe_type(part)
+    if isinstance(part, str | Path):
+        expected, got = "a file written by torch.save((samples, labels), path)", str(part)
+        try:
+            part = torch.load(part, weights_only=True, map_location="cpu")
+        except Exception as error:  # damaged files raise many types of errors
+            raise InputError(name, expected, f"{got} ({error})") from error
+        got += " (it does not contain two tensors)"
+    match part:
+        case Tensor() as samples, Tensor() as labels:
+            return samples, labels
+    raise InputError(name, expected, got)

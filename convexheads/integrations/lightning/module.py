@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, distributed, nn, optim
 
 from convexheads import training
-from convexheads._validation import check_choice, check_fraction, check_positive_ints, check_real
+from convexheads._validation import check_choice, check_fraction, check_positive_ints, check_real, describe
 from convexheads.episodes import split_task
 from convexheads.errors import InputError, SolverError
 from convexheads.heads import ClassificationHead
+from convexheads.heads.base.classification import check_head
 from convexheads.hyperparameters import parameter_groups
-from convexheads.integrations import check_head
 from convexheads.training import SCHEDULES, EpisodeLoss, OnFailedStep
 
 _log = logging.getLogger("convexheads.integrations.lightning")
@@ -57,7 +57,7 @@ class EpisodicModule(pl.LightningModule):
         head: The head, fitted on every episode; its learnable parameters are trained too.
         ways: Number of classes per episode.
         shots: Number of support samples per class.
-        total_steps: Number of training steps of the whole schedule.
+        total_steps: Number of training steps of the whole schedule; afterward, the learning rate is constant.
         learning_rate: Initial learning rate of SGD with Nesterov momentum.
         schedule: The schedule of the learning rate, one of `SCHEDULES`: "cosine", "paper" or "constant".
         momentum: Momentum of SGD.
@@ -91,6 +91,8 @@ class EpisodicModule(pl.LightningModule):
         on_failed_step: OnFailedStep = "raise",
     ) -> None:
         super().__init__()
+        if not isinstance(backbone, nn.Module):
+            raise InputError("backbone", "a module", describe(backbone))
         check_choice("schedule", schedule, SCHEDULES)
         check_choice("on_failed_step", on_failed_step, get_args(OnFailedStep))
         self.backbone, self.head = backbone, check_head(head)
