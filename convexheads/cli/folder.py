@@ -28,6 +28,8 @@ FOLDER_HEADS: dict[str, Callable[[], heads.ClassificationHead]] = {
 }
 """The heads of `FolderClassifier`, by name, with hyperparameters for features of length one."""
 
+# These bound the time and memory of a calibration: some heads need one n x n matrix per class of each episode.
+_MAX_CALIBRATION_WAYS, _MAX_CALIBRATION_ENTRIES = 50, 2**24
 _SETTINGS = ("classes", "features", "head", "scale")
 
 
@@ -91,7 +93,9 @@ class FolderClassifier:
     def from_folder(cls, folder: str | Path, *, features: str, head: str = "logistic") -> FolderClassifier:
         """Fit on a folder that contains one folder per class; one file per class is enough.
 
-        With at least two files per class, probabilities are calibrated on one held-out file of each (see `calibrate`).
+        With at least two files per class, probabilities are calibrated (see `calibrate`) in episodes of at most 50
+        classes, on one held-out file of each. The time and memory of "logistic" and "svm" grow fastest with the number
+        of classes; for hundreds of classes, use another head.
 
         Args:
             folder: Folder whose subfolders are the classes; hidden subfolders are ignored.
@@ -116,8 +120,11 @@ class FolderClassifier:
         labels = torch.arange(len(files)).repeat_interleave(counts)
         scale = None
         if (shots := int(counts.min()) - 1) > 0:
-            own, ways = _make_head(head), len(files)
-            calibrated = calibrate(own, support, labels, ways=ways, shots=shots, queries=1, progress=False)
+            ways = min(len(files), _MAX_CALIBRATION_WAYS)
+            room = _MAX_CALIBRATION_ENTRIES // (ways * (ways * shots) ** 2)
+            limits = {"episodes": min(200, max(room, 100 // ways)), "batch_size": min(50, max(room // 8, 1))}
+            sizes = {"ways": ways, "shots": shots, "queries": 1} | limits
+            calibrated = calibrate(_make_head(head), support, labels, **sizes, progress=False)
             scale = as_tensor(calibrated.scale, support).item()
         return cls(list(files), features, head, support=support, labels=labels, scale=scale, embed=embed)
 

@@ -9,6 +9,7 @@ import io
 import math
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from sklearn.datasets import load_digits
 from torch.nn import functional
 
 import convexheads
-from convexheads import InputError, LogisticHead
+from convexheads import InputError, LogisticHead, PrototypeHead
 from convexheads.cli import FolderClassifier
 from convexheads.cli.command import main
 from convexheads.cli.folder import FOLDER_HEADS
@@ -82,6 +83,29 @@ def test_the_head_sees_features_of_length_one(tmp_path: Path) -> None:
     expected = LogisticHead(0.1)(unit, torch.arange(3), unit[1:2]).softmax(-1)
     assert list(prediction.probabilities.values()) == pytest.approx(expected[0].tolist())
     assert classifier.predict([]) == []
+
+
+def test_a_calibration_of_many_classes_has_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some heads need an n x n matrix per class of each episode; for 50 episodes of these classes that is 10 GB."""
+    entries = []
+
+    class Recording(PrototypeHead):
+        def fit(self, support: torch.Tensor, *args: Any, ways: int, **kwargs: Any) -> Any:
+            entries.append(support[..., 0].numel() * support.shape[-2] * ways)
+            return super().fit(support, *args, ways=ways, **kwargs)
+
+    monkeypatch.setitem(FOLDER_HEADS, "prototypes", Recording)
+    generator = np.random.default_rng(0)
+    for name in map(str, range(100)):
+        (tmp_path / name).mkdir()
+        center = generator.normal(size=256)
+        for number in range(6):
+            np.save(tmp_path / name / f"{number}.npy", center + 2 * generator.normal(size=256))
+    classifier = FolderClassifier.from_folder(tmp_path, features="npy", head="prototypes")
+    assert classifier.scale is not None
+    *episodes, last = (8 * count for count in entries)  # bytes; the last fit is that of all files
+    assert max(episodes) <= last / 4
+    assert sum(episodes) <= last
 
 
 @pytest.mark.parametrize("kind", [str, Path])
