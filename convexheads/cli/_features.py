@@ -63,9 +63,10 @@ def extract_features(extractor: FeatureExtractor, paths: Sequence[Path]) -> Tens
 
 
 def list_files(folder: Path, *, recursive: bool = False) -> list[Path]:
-    """List the files of a folder, sorted, without hidden files and those that Windows adds by itself."""
+    """List the files of a folder, sorted, except hidden files and folders and those that Windows adds by itself."""
     files = (path for path in (folder.rglob("*") if recursive else folder.iterdir()) if path.is_file())
-    return sorted(path for path in files if path.name[0] != "." and path.name.lower() not in _JUNK)
+    visible = (path for path in files if all(part[0] != "." for part in path.relative_to(folder).parts))
+    return sorted(path for path in visible if path.name.lower() not in _JUNK)
 
 
 def _make_text_extractor() -> FeatureExtractor:

@@ -200,6 +200,18 @@ def test_files_that_windows_adds_are_no_examples(tmp_path: Path, capsys: pytest.
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
+def test_files_in_hidden_folders_are_not_classified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / ".hidden"  # the folder that the user names may be hidden itself
+    for name in "ab":
+        for folder in (root / name, root / name / ".ipynb_checkpoints" / "deep"):
+            folder.mkdir(parents=True)
+            np.save(folder / "x.npy", np.eye(2)["ab".index(name)])
+    FolderClassifier.from_folder(root, features="npy").save(tmp_path / "own.safetensors")
+    main(["predict", str(tmp_path / "own.safetensors"), str(root)])
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["file"] for row in rows] == [str(root / name / "x.npy") for name in "ab"]
+
+
 def test_the_command_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
