@@ -7,7 +7,10 @@ import importlib
 import inspect
 import io
 import math
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
+from tasks import ROOT
 from torch.nn import functional
 
 import convexheads
@@ -210,6 +214,25 @@ def test_files_in_hidden_folders_are_not_classified(tmp_path: Path, capsys: pyte
     main(["predict", str(tmp_path / "own.safetensors"), str(root)])
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row["file"] for row in rows] == [str(root / name / "x.npy") for name in "ab"]
+
+
+def test_names_do_not_depend_on_the_locale(tmp_path: Path) -> None:
+    for name, row in zip(("日", "本"), np.eye(2), strict=True):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        np.save(tmp_path / "train" / name / "x.npy", row)
+
+    def run(*arguments: str) -> bytes:
+        command = [sys.executable, "-m", "convexheads", *arguments]
+        environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, check=True).stdout
+
+    assert rb"\u65e5, \u672c" in run("fit", "train", "--features", "npy")
+    shown = run("predict", "classifier.safetensors", "train").splitlines(keepends=True)
+    assert shown[0] == rb"file,label,\u65e5,\u672c" + os.linesep.encode()
+    run("predict", "classifier.safetensors", "train", "--output", "out.csv")
+    written = (tmp_path / "out.csv").read_bytes().decode("utf-8")
+    assert written.startswith("file,label,日,本\n")
+    assert "\r" not in written
 
 
 def test_the_command_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
