@@ -73,7 +73,7 @@ class FolderClassifier:
     def __init__(
         self,
         classes: Sequence[str],
-        features: str,
+        features: str | Path,
         head: str,
         *,
         support: Tensor,
@@ -81,8 +81,12 @@ class FolderClassifier:
         scale: float | None = None,
         embed: _features.FeatureExtractor | None = None,
     ) -> None:
-        self.classes, self.features, self.head, self.scale = tuple(classes), features, head, scale
-        self._support, self._labels, self._embed = support, labels, embed or _features.load_feature_extractor(features)
+        self.classes, self.features, self.head, self.scale = tuple(classes), str(features), head, scale
+        self._support, self._labels, self._embed = (
+            support,
+            labels,
+            embed or _features.load_feature_extractor(self.features),
+        )
         head_module = _make_head(head)
         if scale is not None:
             head_module.scale = scale
@@ -90,7 +94,7 @@ class FolderClassifier:
             self._fitted = head_module.fit(support, labels, ways=len(self.classes))
 
     @classmethod
-    def from_folder(cls, folder: str | Path, *, features: str, head: str = "logistic") -> FolderClassifier:
+    def from_folder(cls, folder: str | Path, *, features: str | Path, head: str = "logistic") -> FolderClassifier:
         """Fit on a folder that contains one folder per class; one file per class is enough.
 
         With at least two files per class, probabilities are calibrated (see `calibrate`) in episodes of at most 50
@@ -114,7 +118,7 @@ class FolderClassifier:
         if empty := [name for name, members in files.items() if not members]:
             raise InputError("folder", "at least one file per class", f"class {empty[0]!r} without any file")
         _make_head(head)  # an unknown name is an error before the features are computed
-        embed = _features.load_feature_extractor(features)
+        embed = _features.load_feature_extractor(str(features))
         support = _features.extract_features(embed, [path for members in files.values() for path in members])
         counts = torch.tensor([len(members) for members in files.values()])
         labels = torch.arange(len(files)).repeat_interleave(counts)

@@ -28,6 +28,7 @@ from convexheads import InputError, LogisticHead, PrototypeHead
 from convexheads.cli import FolderClassifier
 from convexheads.cli.command import main
 from convexheads.cli.folder import FOLDER_HEADS
+from convexheads.models import build_model, save_pretrained
 
 
 def docstrings(module: str, count: int) -> list[str]:
@@ -133,6 +134,25 @@ def test_images_by_a_pretrained_backbone(tmp_path: Path) -> None:
     predictions = classifier.predict(sorted((tmp_path / "test").rglob("*.png")))
     right = [prediction.label == prediction.path.parent.name for prediction in predictions]
     assert sum(right) / len(right) > 0.9
+
+
+def test_weights_from_a_path_for_images_that_are_not_square(tmp_path: Path) -> None:
+    settings = {"backbone": "conv4", "head": "prototypes", "image_size": [16, 32]}  # height, width
+    weights = tmp_path / "own.safetensors"
+    save_pretrained(weights, *build_model(settings, torch.randint(256, (4, 3, 16, 32), dtype=torch.uint8)), settings)
+    for name, box in {"left": (0, 0, 32, 32), "right": (32, 0, 64, 32)}.items():
+        for number in range(2):
+            image = Image.new("RGB", (64, 32))
+            image.paste((200, 100, 50 + number), box)
+            (tmp_path / "train" / name).mkdir(parents=True, exist_ok=True)
+            image.save(tmp_path / "train" / name / f"{number}.png")
+    classifier = FolderClassifier.from_folder(tmp_path / "train", features=weights)
+    classifier.save(tmp_path / "classifier.safetensors")
+    loaded = FolderClassifier.load(tmp_path / "classifier.safetensors")
+    (prediction,) = loaded.predict([tmp_path / "train" / "right" / "0.png"])
+    assert prediction.label == "right"
+    with pytest.raises(InputError, match=r"features: expected one of text, npy.*nowhere\.safetensors"):
+        FolderClassifier.from_folder(tmp_path / "train", features=tmp_path / "nowhere.safetensors")
 
 
 def test_as_a_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,6 +279,9 @@ def test_unusable_files_are_named(texts: Path, tmp_path: Path) -> None:
         FolderClassifier.from_folder(tmp_path / "classes", features="npy")
     (tmp_path / "classes" / "b" / "x.npy").write_bytes(pickle.dumps([1.0]))
     with pytest.raises(InputError, match=r"file: expected .*, got .*a/x\.npy"):  # nothing is unpickled
+        FolderClassifier.from_folder(tmp_path / "classes", features="npy")
+    (tmp_path / "classes" / "a" / "x.npy").write_bytes(b"")
+    with pytest.raises(InputError, match=r"file: expected .*, got .*a/x\.npy"):
         FolderClassifier.from_folder(tmp_path / "classes", features="npy")
     np.save(tmp_path / "classes" / "a" / "x.npy", np.ones(3))
     np.save(tmp_path / "classes" / "b" / "x.npy", np.zeros(3))
