@@ -63,9 +63,10 @@ def extract_features(extractor: FeatureExtractor, paths: Sequence[Path]) -> Tens
 
 
 def list_files(folder: Path, *, recursive: bool = False) -> list[Path]:
-    """List the files of a folder, sorted, without hidden files and those that Windows adds by itself."""
+    """List the files of a folder, sorted, except hidden files and folders and those that Windows adds by itself."""
     files = (path for path in (folder.rglob("*") if recursive else folder.iterdir()) if path.is_file())
-    return sorted(path for path in files if path.name[0] != "." and path.name.lower() not in _JUNK)
+    visible = (path for path in files if all(part[0] != "." for part in path.relative_to(folder).parts))
+    return sorted(path for path in visible if path.name.lower() not in _JUNK)
 
 
 def _make_text_extractor() -> FeatureExtractor:
@@ -117,16 +118,16 @@ def _make_image_extractor(name: str) -> FeatureExtractor:
         from PIL import Image
     except ImportError as error:
         raise MissingDependencyError("pillow", "pretrained", f"FolderClassifier(features={name!r})") from error
-    backbone, _, settings = load_pretrained(name)
-    size, mode = settings["image_size"], "L" if backbone.in_channels == 1 else "RGB"
+    backbone, _, _ = load_pretrained(name)
+    (height, width), mode = backbone.image_size, "L" if backbone.in_channels == 1 else "RGB"
 
     def image(path: Path) -> Tensor:
         try:
             with Image.open(path) as picture:
-                pixels = np.array(picture.convert(mode).resize((size, size), Image.Resampling.BICUBIC))
+                pixels = np.array(picture.convert(mode).resize((width, height), Image.Resampling.BICUBIC))
         except (SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(str(error)) from error
-        return torch.from_numpy(pixels).reshape(size, size, -1).permute(2, 0, 1)
+        return torch.from_numpy(pixels).reshape(height, width, -1).permute(2, 0, 1)
 
     return lambda paths: embed(backbone, torch.stack([_read(path, image) for path in paths]), progress=False)
 
@@ -134,7 +135,7 @@ def _make_image_extractor(name: str) -> FeatureExtractor:
 def _read(path: Path, read: Callable[[Path], _T], expected: str = "a file that can be read") -> _T:
     try:
         return read(path)
-    except (OSError, TypeError, ValueError) as error:
+    except (EOFError, OSError, TypeError, ValueError) as error:
         raise InputError("file", expected, f"{path} ({error})") from error
 
 

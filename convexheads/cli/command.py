@@ -11,6 +11,7 @@ import csv
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from io import TextIOWrapper
 from pathlib import Path
 
 from convexheads import __version__
@@ -18,6 +19,8 @@ from convexheads.cli._features import FEATURES, list_files
 from convexheads.cli.folder import FOLDER_HEADS, FolderClassifier
 from convexheads.errors import ConvexHeadsError, InputError
 from convexheads.models.pretrained import list_pretrained
+
+_ESCAPE = "backslashreplace"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     predict.add_argument("--output", type=Path, help="output file (default: the terminal)")
 
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, TextIOWrapper):  # whose encoding may lack characters of a name
+        sys.stdout.reconfigure(errors=_ESCAPE)
     if ":" in (options.features or ""):
         sys.path.append("")  # finds MODULE in the current folder; at the end, so that it hides no installed package
     try:
@@ -72,8 +77,10 @@ def _predict(classifier: FolderClassifier, places: Sequence[Path], output: Path 
     if not files:
         raise InputError("files", "at least one", f"no file in {', '.join(map(str, places))}")
     predictions = classifier.predict(files)
-    with output.open("w", newline="") if output else nullcontext(sys.stdout) as target:
-        writer = csv.writer(target)
+    with (
+        output.open("w", encoding="utf-8", errors=_ESCAPE, newline="") if output else nullcontext(sys.stdout) as target
+    ):
+        writer = csv.writer(target, lineterminator="\n")
         writer.writerow(["file", "label", *classifier.classes])
         for path, label, probabilities in predictions:
             writer.writerow([path, label, *(f"{value:.4f}" for value in probabilities.values())])

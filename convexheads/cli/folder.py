@@ -28,6 +28,8 @@ FOLDER_HEADS: dict[str, Callable[[], heads.ClassificationHead]] = {
 }
 """The heads of `FolderClassifier`, by name, with hyperparameters for features of length one."""
 
+# These bound the time and memory of a calibration: some heads need one n x n matrix per class of each episode.
+_MAX_CALIBRATION_WAYS, _MAX_CALIBRATION_ENTRIES = 50, 2**24
 _SETTINGS = ("classes", "features", "head", "scale")
 
 
@@ -71,7 +73,7 @@ class FolderClassifier:
     def __init__(
         self,
         classes: Sequence[str],
-        features: str,
+        features: str | Path,
         head: str,
         *,
         support: Tensor,
@@ -79,8 +81,12 @@ class FolderClassifier:
         scale: float | None = None,
         embed: _features.FeatureExtractor | None = None,
     ) -> None:
-        self.classes, self.features, self.head, self.scale = tuple(classes), features, head, scale
-        self._support, self._labels, self._embed = support, labels, embed or _features.load_feature_extractor(features)
+        self.classes, self.features, self.head, self.scale = tuple(classes), str(features), head, scale
+        self._support, self._labels, self._embed = (
+            support,
+            labels,
+            embed or _features.load_feature_extractor(self.features),
+        )
         head_module = _make_head(head)
         if scale is not None:
             head_module.scale = scale
@@ -88,10 +94,12 @@ class FolderClassifier:
             self._fitted = head_module.fit(support, labels, ways=len(self.classes))
 
     @classmethod
-    def from_folder(cls, folder: str | Path, *, features: str, head: str = "logistic") -> FolderClassifier:
+    def from_folder(cls, folder: str | Path, *, features: str | Path, head: str = "logistic") -> FolderClassifier:
         """Fit on a folder that contains one folder per class; one file per class is enough.
 
-        With at least two files per class, probabilities are calibrated on one held-out file of each (see `calibrate`).
+        With at least two files per class, probabilities are calibrated (see `calibrate`) in episodes of at most 50
+        classes, on one held-out file of each. The time and memory of "logistic" and "svm" grow fastest with the number
+        of classes; for hundreds of classes, use another head.
 
         Args:
             folder: Folder whose subfolders are the classes; hidden subfolders are ignored.
@@ -110,14 +118,17 @@ class FolderClassifier:
         if empty := [name for name, members in files.items() if not members]:
             raise InputError("folder", "at least one file per class", f"class {empty[0]!r} without any file")
         _make_head(head)  # an unknown name is an error before the features are computed
-        embed = _features.load_feature_extractor(features)
+        embed = _features.load_feature_extractor(str(features))
         support = _features.extract_features(embed, [path for members in files.values() for path in members])
         counts = torch.tensor([len(members) for members in files.values()])
         labels = torch.arange(len(files)).repeat_interleave(counts)
         scale = None
         if (shots := int(counts.min()) - 1) > 0:
-            own, ways = _make_head(head), len(files)
-            calibrated = calibrate(own, support, labels, ways=ways, shots=shots, queries=1, progress=False)
+            ways = min(len(files), _MAX_CALIBRATION_WAYS)
+            room = _MAX_CALIBRATION_ENTRIES // (ways * (ways * shots) ** 2)
+            limits = {"episodes": min(200, max(room, 100 // ways)), "batch_size": min(50, max(room // 8, 1))}
+            sizes = {"ways": ways, "shots": shots, "queries": 1} | limits
+            calibrated = calibrate(_make_head(head), support, labels, **sizes, progress=False)
             scale = as_tensor(calibrated.scale, support).item()
         return cls(list(files), features, head, support=support, labels=labels, scale=scale, embed=embed)
 

@@ -7,8 +7,12 @@ import importlib
 import inspect
 import io
 import math
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +20,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
+from tasks import ROOT
 from torch.nn import functional
 
 import convexheads
-from convexheads import InputError, LogisticHead
+from convexheads import InputError, LogisticHead, PrototypeHead
 from convexheads.cli import FolderClassifier
 from convexheads.cli.command import main
 from convexheads.cli.folder import FOLDER_HEADS
+from convexheads.models import build_model, save_pretrained
 
 
 def docstrings(module: str, count: int) -> list[str]:
@@ -84,6 +90,29 @@ def test_the_head_sees_features_of_length_one(tmp_path: Path) -> None:
     assert classifier.predict([]) == []
 
 
+def test_a_calibration_of_many_classes_has_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some heads need an n x n matrix per class of each episode; for 50 episodes of these classes that is 10 GB."""
+    entries = []
+
+    class Recording(PrototypeHead):
+        def fit(self, support: torch.Tensor, *args: Any, ways: int, **kwargs: Any) -> Any:
+            entries.append(support[..., 0].numel() * support.shape[-2] * ways)
+            return super().fit(support, *args, ways=ways, **kwargs)
+
+    monkeypatch.setitem(FOLDER_HEADS, "prototypes", Recording)
+    generator = np.random.default_rng(0)
+    for name in map(str, range(100)):
+        (tmp_path / name).mkdir()
+        center = generator.normal(size=256)
+        for number in range(6):
+            np.save(tmp_path / name / f"{number}.npy", center + 2 * generator.normal(size=256))
+    classifier = FolderClassifier.from_folder(tmp_path, features="npy", head="prototypes")
+    assert classifier.scale is not None
+    *episodes, last = (8 * count for count in entries)  # bytes; the last fit is that of all files
+    assert max(episodes) <= last / 4
+    assert sum(episodes) <= last
+
+
 @pytest.mark.parametrize("kind", [str, Path])
 def test_paths_may_be_strings(tmp_path: Path, kind: type) -> None:
     for name, row in zip("ab", np.eye(2), strict=True):
@@ -105,6 +134,25 @@ def test_images_by_a_pretrained_backbone(tmp_path: Path) -> None:
     predictions = classifier.predict(sorted((tmp_path / "test").rglob("*.png")))
     right = [prediction.label == prediction.path.parent.name for prediction in predictions]
     assert sum(right) / len(right) > 0.9
+
+
+def test_weights_from_a_path_for_images_that_are_not_square(tmp_path: Path) -> None:
+    settings = {"backbone": "conv4", "head": "prototypes", "image_size": [16, 32]}  # height, width
+    weights = tmp_path / "own.safetensors"
+    save_pretrained(weights, *build_model(settings, torch.randint(256, (4, 3, 16, 32), dtype=torch.uint8)), settings)
+    for name, box in {"left": (0, 0, 32, 32), "right": (32, 0, 64, 32)}.items():
+        for number in range(2):
+            image = Image.new("RGB", (64, 32))
+            image.paste((200, 100, 50 + number), box)
+            (tmp_path / "train" / name).mkdir(parents=True, exist_ok=True)
+            image.save(tmp_path / "train" / name / f"{number}.png")
+    classifier = FolderClassifier.from_folder(tmp_path / "train", features=weights)
+    classifier.save(tmp_path / "classifier.safetensors")
+    loaded = FolderClassifier.load(tmp_path / "classifier.safetensors")
+    (prediction,) = loaded.predict([tmp_path / "train" / "right" / "0.png"])
+    assert prediction.label == "right"
+    with pytest.raises(InputError, match=r"features: expected one of text, npy.*nowhere\.safetensors"):
+        FolderClassifier.from_folder(tmp_path / "train", features=tmp_path / "nowhere.safetensors")
 
 
 def test_as_a_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,6 +224,37 @@ def test_files_that_windows_adds_are_no_examples(tmp_path: Path, capsys: pytest.
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
+def test_files_in_hidden_folders_are_not_classified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / ".hidden"  # the folder that the user names may be hidden itself
+    for name in "ab":
+        for folder in (root / name, root / name / ".ipynb_checkpoints" / "deep"):
+            folder.mkdir(parents=True)
+            np.save(folder / "x.npy", np.eye(2)["ab".index(name)])
+    FolderClassifier.from_folder(root, features="npy").save(tmp_path / "own.safetensors")
+    main(["predict", str(tmp_path / "own.safetensors"), str(root)])
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["file"] for row in rows] == [str(root / name / "x.npy") for name in "ab"]
+
+
+def test_names_do_not_depend_on_the_locale(tmp_path: Path) -> None:
+    for name, row in zip(("日", "本"), np.eye(2), strict=True):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        np.save(tmp_path / "train" / name / "x.npy", row)
+
+    def run(*arguments: str) -> bytes:
+        command = [sys.executable, "-m", "convexheads", *arguments]
+        environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, check=True).stdout
+
+    assert rb"\u65e5, \u672c" in run("fit", "train", "--features", "npy")
+    shown = run("predict", "classifier.safetensors", "train").splitlines(keepends=True)
+    assert shown[0] == rb"file,label,\u65e5,\u672c" + os.linesep.encode()
+    run("predict", "classifier.safetensors", "train", "--output", "out.csv")
+    written = (tmp_path / "out.csv").read_bytes().decode("utf-8")
+    assert written.startswith("file,label,日,本\n")
+    assert "\r" not in written
+
+
 def test_the_command_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
@@ -200,6 +279,9 @@ def test_unusable_files_are_named(texts: Path, tmp_path: Path) -> None:
         FolderClassifier.from_folder(tmp_path / "classes", features="npy")
     (tmp_path / "classes" / "b" / "x.npy").write_bytes(pickle.dumps([1.0]))
     with pytest.raises(InputError, match=r"file: expected .*, got .*a/x\.npy"):  # nothing is unpickled
+        FolderClassifier.from_folder(tmp_path / "classes", features="npy")
+    (tmp_path / "classes" / "a" / "x.npy").write_bytes(b"")
+    with pytest.raises(InputError, match=r"file: expected .*, got .*a/x\.npy"):
         FolderClassifier.from_folder(tmp_path / "classes", features="npy")
     np.save(tmp_path / "classes" / "a" / "x.npy", np.ones(3))
     np.save(tmp_path / "classes" / "b" / "x.npy", np.zeros(3))
