@@ -54,7 +54,7 @@ def fit_episodes(
 
 
 def check_labels(labels: Tensor, examples: Tensor, *, name: str, expected: str, dims: int | None = None) -> None:
-    """Raise `InputError` unless there is an integer label for each row of `examples`; errors call these `name`."""
+    """Raise `InputError`, which calls the examples `name`, unless there is an integer label for each of them."""
     _validation.check_tensor("labels", labels, "a tensor of integers", _validation.is_integer_tensor)
     if labels.ndim != 1 or labels.shape != examples.shape[:1] or dims not in (None, examples.ndim):
         got = f"shapes {tuple(examples.shape)} and {tuple(labels.shape)}"

@@ -24,8 +24,9 @@ class EpisodeLoader:
     An episode depends only on the seed, the step and its index in the batch, even if a training run is resumed or
     spread over several processes. Classes and samples are drawn without replacement, as in learn2learn's tasksets.
 
-    Each iteration is an epoch of `steps_per_epoch` batches with new episodes, even if the previous iteration was
-    interrupted. `state_dict` and `load_state_dict`, which Lightning calls, resume within an epoch.
+    Each pass over the loader is an epoch of `steps_per_epoch` batches. A new pass starts a new epoch with new episodes,
+    even if the previous pass was interrupted. `state_dict` and `load_state_dict`, which Lightning calls, resume within
+    an epoch.
 
     A batch is a pair of samples `(tasks, n, *sample)` and labels `(tasks, n)`, int64 and sorted by class, with
     n = ways * (shots + queries), for `split_task` or `EpisodicModule`. NumPy has to be installed.
@@ -45,8 +46,8 @@ class EpisodeLoader:
         resample_each_epoch: Whether each epoch has new episodes. Pass False for validation.
         rank: Rank of this process, which gets every `world_size`-th episode.
         world_size: Number of processes.
-        num_workers: Number of worker processes that prepare the batches, which do not depend on it. They pay off if
-            `transform` takes about as long as a training step.
+        num_workers: Number of worker processes that prepare the batches, which are the same for any number. They pay
+            off if `transform` takes about as long as a training step.
 
     Raises:
         InputError: An argument is unusable: for example, `batch_size` is not a multiple of `world_size`.
@@ -157,7 +158,7 @@ class EpisodeLoader:
         if self.transform is None:
             return samples
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the default generator
-            torch.default_generator.manual_seed(int(draw.integers(2**63)))  # not those of GPUs, which are not restored
+            torch.default_generator.manual_seed(int(draw.integers(2**63)))  # `fork_rng` does not restore GPUs
             return torch.stack([self.transform(sample) for sample in samples])
 
 

@@ -85,7 +85,7 @@ def _make_text_extractor() -> FeatureExtractor:
             return folder / ("tokenizers" if is_tokenizer_config else "weights")
 
     model = Packaged.load(cache_dir=folder, disable_download=True)
-    expected = "text in UTF-8 (images need the name of a pretrained backbone as features, --features)"
+    expected = "text in UTF-8 (for images, set features, or --features, to the name of a pretrained backbone)"
 
     def text(paths: Sequence[Path]) -> Tensor:
         documents = [_read(path, lambda path: path.read_text(encoding="utf-8"), expected) for path in paths]

@@ -168,7 +168,7 @@ class _ImplicitSystemSolve(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         gram, p, right, blocks, total, solved = ctx.saved_tensors
         adjoint = _ImplicitSystemSolve.apply(gram, p, gradient, blocks, total)
-        # W maps these to `solved` and to `adjoint`; a constant added to a row has no effect.
+        # W maps z to `solved`, and q to `adjoint`. A constant that is added to a row of z or q has no effect.
         z, q = right - gram @ solved, gradient - gram @ adjoint
         outer = adjoint @ solved.mT
         inner = (p * z).sum(-1, keepdim=True), (p * q).sum(-1, keepdim=True)

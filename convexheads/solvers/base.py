@@ -141,7 +141,8 @@ class Solver:
         Returns:
             The coefficients, `(tasks, n, k)`, with NaN in tasks that could not be solved.
         """
-        raise NotImplementedError(f"{type(self).__name__}: expected a method solve_batch, or plan for a composition")
+        expected = "a method solve_batch or, in a composition of solvers, a method plan"
+        raise NotImplementedError(f"{type(self).__name__}: expected {expected}")
 
     def solve(self, problem: DualProblem) -> Solution:
         """Solve a batch of problems with any number of leading dimensions.

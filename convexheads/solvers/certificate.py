@@ -21,7 +21,7 @@ ZERO_GAP = 1e-16
 FEASIBILITY_TOLERANCE = 1e-6
 """Largest residual of coefficients that count as feasible."""
 ROUNDING_THRESHOLD = 1e-6
-"""A gap that accounts for rounding counts only above this value; the larger of the two gaps is then reported."""
+"""A gap that accounts for rounding replaces a smaller gap of `certify`, but only if it is above this value."""
 ROUNDING_MARGIN = 1e-2
 """The effect of rounding is computed only if a first-order estimate exceeds this fraction of the threshold."""
 # A slightly larger w absorbs the rounding errors in the slacks, which C amplifies.
@@ -83,9 +83,9 @@ class BestIterate:
     """The iterate of each task with the smallest certified gap so far, and whether the task is done.
 
     A task is done when it is solved, when its gap is NaN, or when its gap, because of rounding, has not fallen for
-    `patience` iterations in a row. A gap has fallen if it is less than half of what it was the last time it had fallen,
-    so slow but steady progress counts. Gaps above 1e-4 never count as stalled, because far from the optimum a gap may
-    stay the same for a while.
+    `patience` iterations in a row. The gap counts as fallen once it is below half of a reference value, which is then
+    set to the current gap, so that slow but steady progress counts. Gaps above 1e-4 never count as stalled, because far
+    from the optimum a gap may stay the same for a while.
     """
 
     def __init__(self, *start: Tensor, patience: int) -> None:
@@ -216,7 +216,7 @@ def _gap(
         slope, moved = slope + score_error, (score_error * feasible).sum((-2, -1))
     losses, distances, row_multipliers = problem.rows.conjugate(slope, feasible)
     scaling = scaling[..., 0, 0]
-    # `P - D` is a sum of non-negative terms, because in a difference of objectives rounding would hide small gaps.
+    # `P - D` is computed as a sum of non-negative terms: in a difference of objectives, rounding hides small gaps.
     gap = distances.clamp_min(0).sum(-1) + (scaling - 1).square() / 2 * quadratic + moved
     return gap, losses.sum(-1) + scaling.square() / 2 * quadratic, row_multipliers
 

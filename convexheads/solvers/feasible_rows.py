@@ -63,8 +63,9 @@ class FeasibleRows(NamedTuple):
     def conjugate(self, slope: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The maximum of `f(a) = <slope, a> - <smoothing, a^2> / 2` over feasible rows, and its distance from f(at).
 
-        Both are `(...)` and upper bounds of the true values, infinite if the row is unbounded. The second one is a sum
-        of non-negative terms, so tiny values are accurate. The third result is the multiplier of `sum a = 0`.
+        Both have the shape `(...)`. They are upper bounds of the true values, and infinite if the row is unbounded. The
+        second one is a sum of non-negative terms, so tiny values are accurate. The third result is the multiplier of
+        `sum a = 0`.
         """
         lower, upper, smoothing, sum_to_zero = self
         if not sum_to_zero:
@@ -135,7 +136,7 @@ class FeasibleRows(NamedTuple):
         far = 2 * k * (rate * spread + nearest.abs()).amax(-1, keepdim=True) + 1
         far = torch.where(smooth, far, torch.inf)
         upper, lower = upper.minimum(far), lower.maximum(-far)
-        # An entry that jumps without a bound balances at most all other bounds, so their sum is a large enough bound.
+        # An entry without smoothing and without a bound balances at most the sum of all other bounds, which bounds it.
         ends = torch.stack([upper, lower])
         all_others = ends.abs().nan_to_num(posinf=0).sum((0, -1)).unsqueeze(-1) + 1
         upper, lower = ends.clamp(-all_others, all_others)
@@ -151,7 +152,7 @@ class FeasibleRows(NamedTuple):
         last = ((total - free * point >= 0).sum(-1, keepdim=True) - 1).clamp_min(0)
         first, following = point.gather(-1, last), point.gather(-1, (last + 1).clamp_max(2 * k - 1))
         free, total = free.gather(-1, last), total.gather(-1, last)
-        # If no entry decreases, the sum is zero for any s in between, or it changes sign in the jump that follows.
+        # If no entry decreases between the breakpoints, the sum is zero for all s there, or changes sign at the second.
         zero = total <= 64 * torch.finfo(slope.dtype).eps * all_others
         s = torch.where(free > 0, total / free, torch.where(zero, (first + following) / 2, following))
         return s.maximum(first).minimum(following)

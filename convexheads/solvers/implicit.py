@@ -14,7 +14,7 @@ directional derivatives. The active set decides which of them is returned.
 A relaxed gradient is the gradient at a point inside the barrier of an interior-point method. Such a point satisfies the
 KKT conditions, except that every slack times its multiplier is positive. The stiffness of the barrier, multiplier over
 slack, replaces the active bounds. OptNet (Amos & Kolter 2017) uses the iterate at which it stops, and qpax (Tracy &
-Manchester 2024) the point with a given product.
+Manchester 2024) the point at which every slack times its multiplier has a given value.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ class ActiveSet(Linearization):
 class BarrierPoint(Linearization):
     """A relaxed gradient, at a point inside the barrier. It has no second derivative.
 
-    `stiffness` is multiplier over slack of each of `DualProblem.inequalities`, which is on the diagonal of the system.
+    `stiffness` is the multiplier divided by the slack, for each of `DualProblem.inequalities`. It is on the diagonal of
+    the system.
     """
 
     point: Float[Tensor, "tasks n k"]
@@ -111,7 +112,7 @@ def implied_active_set(problem: DualProblem, certificate: Certificate) -> Active
 
 
 def active_entries(problem: DualProblem, coef: Tensor, bound_multipliers: Tensor) -> tuple[Tensor, Tensor]:
-    """The entries at their upper and at their lower bound, whose multiplier exceeds the distance to that bound.
+    """The entries that count as at a bound, because their multiplier exceeds the distance: upper and lower ones.
 
     An entry whose bounds are equal counts as at its upper bound, whatever its multiplier.
     """

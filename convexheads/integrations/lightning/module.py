@@ -40,15 +40,15 @@ class EpisodicModule(pl.LightningModule):
     `InputError` for features that are not finite). All processes then apply the policy `on_failed_step`, because
     averaging the gradients spreads NaN to all processes:
 
-    - "raise": The error names the step and, if they can be told apart, the tasks.
+    - "raise": The error names the step, and also the tasks that failed, if these are known.
     - "skip": Parameters, optimizer state and buffers, such as the statistics of BatchNorm, stay as they were before
       the step, which still counts for the learning rate and the episodes. With gradient accumulation, all batches of
       the step are skipped. A warning from the logger "convexheads.integrations.lightning" and an entry in `failures`
       name the step, the tasks and the cause; the number of skipped steps is logged as "skipped".
     - "stop": The step is skipped too, and training ends with it, as with Lightning's `EarlyStopping`.
 
-    Steps count from 0 over all epochs, and tasks from 0 over all processes, as in `EpisodeLoader`. Unless an epoch was
-    left early, the loader draws the episodes of a step again after `loader.load_state_dict({"step": step})`.
+    Steps count from 0 over all epochs, and tasks from 0 over all processes, as in `EpisodeLoader`. To draw the episodes
+    of a step again, call `loader.load_state_dict({"step": step})`, unless an epoch was left early.
 
     Use it when you train with Lightning; `convexheads.training.episode_loss` is the same loss for a loop of your own.
 

@@ -22,8 +22,8 @@ class CvxpylayersSolver(Solver):
     computed with diffcp (Agrawal et al. 2019, "Differentiating through a cone program"). Limitations of cvxpylayers
     alone, and what this class does about them:
 
-    - `quad_form` with a parameter breaks CVXPY's rules for parameters (DPP): the square root of the Hessian is the
-      parameter.
+    - `quad_form` with a parameter breaks CVXPY's rules for parameters (DPP): the square root of the Hessian is used
+      as the parameter instead.
     - Compiling takes seconds: it is done once per shape.
     - SCS, the default, is accurate to 1e-2 in the gradient: Clarabel is used instead, at 1e-7 times `tolerance`.
     - diffcp treats gradients below 1e-8 as zero: they are scaled.

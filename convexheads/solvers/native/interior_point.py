@@ -109,8 +109,8 @@ def interior_point(problem: DualProblem, *, tolerance: float, max_iterations: in
     Each task stops when its certificate certifies `tolerance`, or when the gap has stopped falling. A task whose system
     cannot be factorized keeps its best iterate and does not affect the others.
 
-    Returns the iterate of each task whose projection has the smallest certified gap, its stiffness, as in
-    `BarrierPoint`, and the number of iterations.
+    Returns, for each task, the iterate whose projection has the smallest certified gap; its stiffness, as in
+    `BarrierPoint`; and the number of iterations.
     """
     barrier = _Barrier(problem)
     point = barrier.start()

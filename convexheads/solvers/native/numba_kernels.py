@@ -182,7 +182,7 @@ def certify(task, rows_sum_to_zero, coef, row_multipliers, bound_multipliers, li
                     min_multiplier = max(min_multiplier, slope)
                 if lower[i, c] == -np.inf:
                     max_multiplier = min(max_multiplier, slope)
-        # Any row multiplier gives an upper bound if it is on the right side of the slope at entries without a bound.
+        # Row multipliers prove a gap if they are at least the slopes of entries without an upper bound, and vice versa.
         if rows_sum_to_zero:
             row_multipliers[i] = min(max(row_multipliers[i], min_multiplier), max_multiplier)
         distance = 0.0
