@@ -31,11 +31,6 @@ def is_kernel(value: object) -> TypeGuard[KernelLike]:
     return callable(value) and not isinstance(value, type | Learnable)
 
 
-def is_linear(kernel: KernelLike) -> TypeGuard[Linear]:
-    """Whether the `kernel` is a `Linear`; a subclass may be another kernel."""
-    return type(kernel) is Linear
-
-
 def check_kernel(name: str, value: Any) -> KernelLike:
     """Return the `value` of the argument `name` if it is a kernel, or raise `InputError`."""
     if not is_kernel(value):

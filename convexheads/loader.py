@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,10 +75,8 @@ class EpisodeLoader:
         world_size: int = 1,
         num_workers: int = 0,
     ) -> None:
-        try:
-            import numpy as np  # noqa: F401
-        except ImportError as error:
-            raise MissingDependencyError("numpy", "", "EpisodeLoader") from error
+        if find_spec("numpy") is None:
+            raise MissingDependencyError("numpy", "", "EpisodeLoader")
         self.ways, shots, queries, self.batch_size, self.steps_per_epoch = _validation.check_positive_ints(
             ways=ways, shots=shots, queries=queries, batch_size=batch_size, steps_per_epoch=steps_per_epoch
         )

@@ -23,10 +23,7 @@ _postponed: ContextVar[list[tuple[str, float, OnFailure]] | None] = ContextVar("
 
 @contextmanager
 def postpone_failures() -> Iterator[list[tuple[str, float, OnFailure]]]:
-    """In this context, `handle_failures` does nothing but add its settings to the list that is yielded.
-
-    Use it if parts of a batch are solved one by one.
-    """
+    """In this context, `handle_failures` only adds its settings to the list, for a batch that is solved in parts."""
     token = _postponed.set(settings := [])
     try:
         yield settings

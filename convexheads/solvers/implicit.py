@@ -112,10 +112,7 @@ def implied_active_set(problem: DualProblem, certificate: Certificate) -> Active
 
 
 def active_entries(problem: DualProblem, coef: Tensor, bound_multipliers: Tensor) -> tuple[Tensor, Tensor]:
-    """The entries that count as at a bound, because their multiplier exceeds the distance: upper and lower ones.
-
-    An entry whose bounds are equal counts as at its upper bound, whatever its multiplier.
-    """
+    """Where the multiplier exceeds the distance to the upper and to the lower bound. Equal bounds count as upper."""
     lower, upper, nowhere = problem.lower, problem.upper, torch.zeros_like(coef, dtype=torch.bool)
     at_upper = nowhere if upper is None else upper - coef < bound_multipliers
     at_lower = nowhere if lower is None else coef - lower < -bound_multipliers

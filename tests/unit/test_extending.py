@@ -190,7 +190,7 @@ def test_failures_are_numbered_over_tasks_with_different_ways():
     support[2] = 1.0
     with pytest.raises(InputError, match="zero in task") as caught:
         LinearDiscriminantHead().fit(support, labels, ways=ways)
-    assert "In the batch, these are (0,), (2,)" in caught.value.__notes__[0]
+    assert "In the batch, these are [(0,), (2,)]" in caught.value.__notes__[0]
 
 
 def test_solver_that_changes_its_problem_is_not_certified_by_it():

@@ -114,7 +114,7 @@ class ClassificationHead(Head):
                 try:
                     groups.append(self._solve_checked(group))
                 except ConvexHeadsError as error:
-                    tasks = ", ".join(str(tuple(task)) for task in rows.nonzero().tolist())
+                    tasks = [*map(tuple, rows.nonzero().tolist())]
                     error.add_note(f"The numbers count only tasks with {k} classes. In the batch, these are {tasks}.")
                     raise
         expansion = merge_groups(groups, ways)

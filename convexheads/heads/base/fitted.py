@@ -16,7 +16,7 @@ from convexheads._gram import constant
 from convexheads._validation import check_query
 from convexheads.errors import ConvexHeadsError
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet, compute_gram
-from convexheads.kernels import KernelLike, Product, Sum, is_linear
+from convexheads.kernels import KernelLike, Linear, Product, Sum
 from convexheads.precision import full_precision
 from convexheads.solvers import Solution
 
@@ -222,7 +222,7 @@ def _not_linear(got: str) -> ConvexHeadsError:
 
 def _affine_form(kernel: KernelLike, features: int) -> tuple[Any, Any]:
     r"""The a and c of a kernel that is \(a \langle x, y \rangle + c\)."""
-    if is_linear(kernel):
+    if type(kernel) is Linear:  # a subclass may be another kernel
         return (1 / features if kernel.normalize else 1.0), 0.0
     if isinstance(kernel, partial) and kernel.func is constant:
         return 0.0, kernel.keywords["value"]
