@@ -18,7 +18,7 @@ def _solve_ridge(support: SupportSet, regularization: Hyperparameter, head: str)
     penalty, targets, kernel = as_tensor(regularization, support.targets), support.targets, support.kernel
     name, validate = f"{head}: the Gram matrix plus the regularization on its diagonal", support.validate
     *_, n, d = support.features.shape
-    if not (type(kernel) is Linear and n > d):  # a subclass may be another kernel
+    if not (isinstance(kernel, Linear) and type(kernel) is Linear and n > d):  # a subclass may be another kernel
         return torch.cholesky_solve(targets, shifted_cholesky(support.gram, penalty, name=name, validate=validate))
     # The d x d system of the primal is smaller.
     features = kernel.feature_map(support.features)

@@ -222,7 +222,7 @@ def _not_linear(got: str) -> ConvexHeadsError:
 
 def _affine_form(kernel: KernelLike, features: int) -> tuple[Any, Any]:
     r"""The a and c of a kernel that is \(a \langle x, y \rangle + c\)."""
-    if type(kernel) is Linear:  # a subclass may be another kernel
+    if isinstance(kernel, Linear) and type(kernel) is Linear:  # a subclass may be another kernel
         return (1 / features if kernel.normalize else 1.0), 0.0
     if isinstance(kernel, partial) and kernel.func is constant:
         return 0.0, kernel.keywords["value"]
