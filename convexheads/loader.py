@@ -161,7 +161,6 @@ class EpisodeLoader:
 
 
 def _check_count(name: str, value: object) -> int:
-    number = _validation.as_integer(value)
-    if number is None or number < 0:
+    if (number := _validation.as_integer(value)) is None or number < 0:
         raise InputError(name, "a non-negative integer", _validation.describe(value))
     return number

@@ -78,8 +78,7 @@ class EpisodicDataModule(pl.LightningDataModule):
 
     def _make_loader(self, load: Callable[..., EpisodeLoader]) -> EpisodeLoader:
         trainer = self.trainer
-        share = {} if trainer is None else {"rank": trainer.global_rank, "world_size": trainer.world_size}
-        return load(**share)
+        return load() if trainer is None else load(rank=trainer.global_rank, world_size=trainer.world_size)
 
 
 def _read(name: str, part: object) -> tuple[Tensor, Tensor]:
