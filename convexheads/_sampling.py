@@ -16,23 +16,16 @@ from convexheads.heads.base.classification import check_head
 
 
 def fit_episodes(
-    head: ClassificationHead,
-    features: Tensor,
-    labels: Tensor,
-    sizes: Sequence[int],
-    *,
-    seed: int,
-    title: str,
-    progress: bool,
-    rank: int = 0,
-    world_size: int = 1,
+    head: ClassificationHead, features: Tensor, labels: Tensor, options: dict[str, int], batch_size: int, progress: bool
 ) -> Iterator[tuple[FittedClassifier, Tensor, Tensor]]:
     """Yield the head fitted on each batch of episodes, its logits and the query labels, without gradients.
 
-    The `sizes` are ways, shots, queries, episodes and batch size; for the other arguments see `evaluate`.
+    The arguments are those of `evaluate`; `options` has those of them that determine the episodes, by name.
     """
-    ways, shots, queries, episodes, batch_size = sizes
-    seed, (rank, world_size) = _validation.check_seed(seed), _validation.check_rank(rank, world_size)
+    sizes = {name: options[name] for name in ("ways", "shots", "queries", "episodes")}
+    ways, shots, queries, episodes, batch_size = _validation.check_positive_ints(**sizes, batch_size=batch_size)
+    seed = _validation.check_seed(options["seed"])
+    rank, world_size = _validation.check_rank(options.get("rank", 0), options.get("world_size", 1))
     _validation.check_bool("progress", progress)
     if world_size > episodes:
         raise InputError("world_size", f"at most the number of episodes, {episodes}", world_size)
@@ -44,6 +37,7 @@ def fit_episodes(
     support_labels, query_labels = (
         torch.arange(ways, device=features.device).repeat_interleave(count) for count in (shots, queries)
     )
+    title = f"{type(head).__name__}, {ways}-way {shots}-shot"
     for batch in track(torch.stack(draws).split(min(batch_size, len(draws))), title, progress):
         chosen = features[batch.to(features.device)]
         support, query = chosen[:, :, :shots].flatten(1, 2), chosen[:, :, shots:].flatten(1, 2)
@@ -62,10 +56,7 @@ def check_labels(labels: Tensor, examples: Tensor, *, name: str, expected: str, 
 
 
 def group_by_class(labels: Tensor, ways: int, per_class: int) -> list[Integer[Tensor, " members"]]:
-    """Return the indices of the examples of each class, in the order of the sorted labels, on the CPU.
-
-    Raises `InputError` if there are not enough for an episode.
-    """
+    """Return the indices of the examples of each class, sorted by label; raise `InputError` if they are too few."""
     labels = labels.cpu().long()
     classes, counts = (found.tolist() for found in labels.unique(return_counts=True))
     if len(classes) < ways:

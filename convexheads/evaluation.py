@@ -41,8 +41,7 @@ class Evaluation:
     """Accuracies, calibration error and certificates over episodes, on the CPU, as `evaluate` returns them.
 
     Attributes:
-        accuracies: Accuracy of each episode, in [0, 1], `(episodes,)`. A query whose logits are not finite, because its
-            task was not solved, counts as a guess of the first class.
+        accuracies: Accuracy of each episode, in [0, 1], `(episodes,)`; logits that are not finite count as class 0.
         expected_calibration_error: Mean distance between confidence and accuracy in 15 bins of equal width, in [0, 1],
             over all queries with finite logits (Guo et al. 2017). `calibrate` reduces it.
         gaps: Certified relative duality gap of each episode's fit, `(episodes,)`; None for a closed form.
@@ -137,12 +136,10 @@ def evaluate(
     Example:
         `print(evaluate(SVMHead(C=0.1), features, labels, ways=5, shots=1))`
     """
-    sizes = check_positive_ints(ways=ways, shots=shots, queries=queries, episodes=episodes, batch_size=batch_size)
-    title = f"{type(head).__name__}, {ways}-way {shots}-shot"
+    sampling = {"ways": ways, "shots": shots, "queries": queries, "episodes": episodes, "seed": seed}
+    sampling |= {"rank": rank, "world_size": world_size}
     confidences, correct, gaps, converged = [], [], [], []
-    for fitted, logits, truth in fit_episodes(
-        head, features, labels, sizes, seed=seed, title=title, progress=progress, rank=rank, world_size=world_size
-    ):
+    for fitted, logits, truth in fit_episodes(head, features, labels, sampling, batch_size, progress):
         confidence, guess = logits.double().softmax(-1).max(-1)
         confidences.append(confidence)
         correct.append(guess == truth)
@@ -151,14 +148,12 @@ def evaluate(
             converged.append(fitted.solution.converged)
     is_correct, confidence = torch.cat(correct), torch.cat(confidences)
     usable = confidence.isfinite()
-    sampling = dict(zip(("ways", "shots", "queries", "episodes"), sizes, strict=False))
-    sampling |= {"seed": seed, "rank": rank, "world_size": world_size, "labels": hash(tuple(labels.tolist()))}
     return Evaluation(
         is_correct.double().mean(-1).cpu(),
         _expected_calibration_error(confidence[usable], is_correct[usable]),
         torch.cat(gaps).cpu() if gaps else None,
         torch.cat(converged).cpu() if converged else None,
-        sampling,
+        sampling | {"labels": hash(tuple(labels.tolist()))},
     )
 
 
@@ -192,9 +187,8 @@ def calibrate(
         `head = calibrate(RidgeHead(), features, labels, shots=5)`, then
         `head.fit(support, support_labels).probabilities(query)`
     """
-    sizes = check_positive_ints(ways=ways, shots=shots, queries=queries, episodes=episodes, batch_size=batch_size)
-    title = f"calibrating {type(head).__name__}"
-    fits = fit_episodes(head, features, labels, sizes, seed=seed, title=title, progress=progress)
+    sampling = {"ways": ways, "shots": shots, "queries": queries, "episodes": episodes, "seed": seed}
+    fits = fit_episodes(head, features, labels, sampling, batch_size, progress)
     scored = [(logits.double().flatten(0, 1), truth.flatten()) for _, logits, truth in fits]
     logits, truth = (torch.cat(batches) for batches in zip(*scored, strict=True))
     usable = logits.isfinite().all(-1)
@@ -226,8 +220,7 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
     """Compute the features of all images for `evaluate`, `(examples, d)`, in evaluation mode and without gradients.
 
     Args:
-        backbone: The module from images to features, which are flattened to `(batch, d)`. The mode of
-            each of its modules is restored.
+        backbone: The module from images to features, flattened to `(batch, d)`. The mode of each module is restored.
         images: Images of any dtype that the backbone accepts, `(examples, ...)`; the features are on their device.
         batch_size: Number of images per call to the backbone.
         progress: Whether to show a progress bar, which needs tqdm.
@@ -254,7 +247,6 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
                 raise InputError("backbone", "features of each image, (batch, ...)", got)
             features.append(found.flatten(1).to(images.device))
     finally:
-        backbone.train(modes[backbone])  # a module may override `train`
         for module, training in modes.items():
             module.training = training
     return torch.cat(features)

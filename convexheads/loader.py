@@ -91,10 +91,9 @@ class EpisodeLoader:
             raise InputError("samples", "a tensor on the CPU, or num_workers=0", f"device {samples.device}")
         check_labels(labels, samples, name="samples", expected="(n, *sample) and (n,)")
         self.samples_per_class = shots + queries
-        members = group_by_class(labels, self.ways, self.samples_per_class)
         if self.batch_size % self.world_size:
             raise InputError("batch_size", f"a multiple of world_size={self.world_size}", batch_size)
-        self.members = [indices.numpy() for indices in members]
+        self.members = [indices.numpy() for indices in group_by_class(labels, self.ways, self.samples_per_class)]
         self.samples, self.transform = samples, transform
         self.step = 0
         self._resume_within_epoch = False
@@ -162,7 +161,6 @@ class EpisodeLoader:
 
 
 def _check_count(name: str, value: object) -> int:
-    number = _validation.as_integer(value)
-    if number is None or number < 0:
+    if (number := _validation.as_integer(value)) is None or number < 0:
         raise InputError(name, "a non-negative integer", _validation.describe(value))
     return number

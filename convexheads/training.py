@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -15,20 +16,14 @@ from convexheads.episodes import Episode
 from convexheads.errors import InputError, SolverError
 from convexheads.heads import ClassificationHead
 
-
-def _metaoptnet_schedule(progress: float) -> float:
-    return next((factor for end, factor in ((1 / 3, 1.0), (2 / 3, 0.06), (5 / 6, 0.012)) if progress < end), 0.0024)
-
-
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: (1 + math.cos(math.pi * min(progress, 1))) / 2,
-    "paper": _metaoptnet_schedule,
+    "paper": lambda progress: (1.0, 0.06, 0.012, 0.0024)[bisect((1 / 3, 2 / 3, 5 / 6), progress)],
     "constant": lambda _: 1.0,
 }
 """The factor of the learning rate as a function of the completed fraction of the training; constant after its end.
 
-"paper" is the schedule of Lee et al. 2019 (Section 4.1): factors 1, 0.06, 0.012 and 0.0024, for learning rates from 0.1
-to 0.00024, for 20, 20, 10 and 10 epochs.
+"paper" is that of Lee et al. 2019 (Section 4.1): factors 1, 0.06, 0.012 and 0.0024 for 20, 20, 10 and 10 epochs.
 """
 
 OnFailedStep = Literal["raise", "skip", "stop"]
@@ -61,11 +56,10 @@ def episode_loss(head: ClassificationHead, episode: Episode, *, ways: int, label
 
     Source: Eq. 12 of Lee et al., "Meta-Learning with Differentiable Convex Optimization" (CVPR 2019).
     """
-    smoothing = check_fraction("label_smoothing", label_smoothing)
     fitted = head.fit(episode.support, episode.support_labels, ways=ways)
     logits, targets = fitted(episode.query), episode.query_labels.flatten().long()
     flat = logits.flatten(0, -2)
-    loss = functional.cross_entropy(flat, targets, label_smoothing=smoothing)
+    loss = functional.cross_entropy(flat, targets, label_smoothing=check_fraction("label_smoothing", label_smoothing))
     metrics = {"loss": loss.detach(), "accuracy": (flat.argmax(-1) == targets).float().mean()}
     if fitted.solution is not None:
         metrics["gap"] = fitted.solution.gap.max()

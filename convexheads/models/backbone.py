@@ -43,7 +43,8 @@ class Backbone(nn.Module):
         std: float | Sequence[float] = 0.5,
     ) -> None:
         super().__init__()
-        self.image_size = _check_image_size(image_size)
+        height, width = image_size if isinstance(image_size, Sequence) and len(image_size) == 2 else [image_size] * 2
+        self.image_size = check_positive_int("image_size", height), check_positive_int("image_size", width)
         self.in_channels = check_positive_int("in_channels", in_channels)
         for name, values in (("mean", mean), ("std", std)):
             per_channel = torch.tensor(math.nan)
@@ -99,13 +100,7 @@ class Backbone(nn.Module):
         """Number of positions of the feature maps after 2 x 2 poolings."""
         if min(self.image_size) < 2**num_poolings:
             raise InputError("image_size", f"at least {2**num_poolings} pixels", self.image_size)
-        height, width = self.image_size
-        return (height // 2**num_poolings) * (width // 2**num_poolings)
-
-
-def _check_image_size(value: Any) -> tuple[int, int]:
-    height, width = value if isinstance(value, tuple | list) and len(value) == 2 else (value, value)
-    return check_positive_int("image_size", height), check_positive_int("image_size", width)
+        return math.prod(side // 2**num_poolings for side in self.image_size)
 
 
 def _as_pixels(images: Tensor, shape: Sequence[int]) -> Tensor:

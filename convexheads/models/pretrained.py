@@ -83,25 +83,21 @@ def load_pretrained(name: str | Path) -> Pretrained:
     if path is None:
         expected = f"a file or folder of trained weights, or one of {', '.join(list_pretrained())}"
         raise InputError("name", expected, repr(str(name)))
-    expected = "a complete file written by `save_pretrained`"
     try:
         state, settings = _storage.load(path, key="settings", needed_by="load_pretrained")
         backbone, head = _rebuild(state, settings)
     except (OSError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError("name", expected, f"{path} ({error})") from error
+        raise InputError("name", "a complete file written by `save_pretrained`", f"{path} ({error})") from error
     return Pretrained(backbone.eval(), head.eval(), settings)
 
 
 def save_pretrained(path: str | Path, backbone: nn.Module, head: ClassificationHead, settings: dict[str, Any]) -> None:
     """Write weights for `load_pretrained`, under a temporary name until the file is complete.
 
-    The file contains neither `solver` nor `validate` of the head, for which `load_pretrained` uses the defaults, and
-    `SyncBatchNorm` is loaded as `BatchNorm2d`.
-
     Args:
         path: Path of the file, in an existing folder.
-        backbone: A backbone that `build_model` makes from these `settings`.
-        head: A head that `build_model` makes from these `settings`.
+        backbone: A backbone that `build_model` makes from these `settings`; `SyncBatchNorm` is saved as `BatchNorm2d`.
+        head: A head that `build_model` makes from these `settings`; its `solver` and `validate` are not saved.
         settings: The names of the "backbone" and the "head", and the "image_size" in pixels; and any other values that
             JSON can represent, to describe the training run.
 

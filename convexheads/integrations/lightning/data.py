@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -53,20 +52,19 @@ class EpisodicDataModule(pl.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        self.parts = {name: _read(name, part) for name, part in (("train", train), ("val", val), ("test", test))}
         load = partial(EpisodeLoader, ways=ways, shots=shots, queries=queries, batch_size=batch_size, seed=seed)
         self._load_training = partial(
-            load, steps_per_epoch=steps_per_epoch, transform=transform, num_workers=num_workers
+            load, *_read("train", train), steps_per_epoch=steps_per_epoch, transform=transform, num_workers=num_workers
         )
-        evaluation = partial(load, steps_per_epoch=eval_steps, resample_each_epoch=False)
         self._state, self._train = {"step": 0}, None
-        for name in ("val", "test"):  # an optional method, whose existence Lightning checks
-            if self.parts[name] is not None:
-                setattr(self, f"{name}_dataloader", partial(self._make_loader, name, evaluation))
+        for name, part in (("val", val), ("test", test)):
+            if part is not None:  # an optional method, whose existence Lightning checks
+                evaluation = partial(load, *_read(name, part), steps_per_epoch=eval_steps, resample_each_epoch=False)
+                setattr(self, f"{name}_dataloader", partial(self._make_loader, evaluation))
 
     def train_dataloader(self) -> EpisodeLoader:
         """Return the training episodes of this process, from the position that `load_state_dict` set."""
-        self._train = self._make_loader("train", self._load_training)
+        self._train = self._make_loader(self._load_training)
         self._train.load_state_dict(self._state)
         return self._train
 
@@ -78,16 +76,12 @@ class EpisodicDataModule(pl.LightningDataModule):
         """Continue from the position of a checkpoint, which the method `state_dict` returned."""
         self._state = {"step": state_dict["step"]}
 
-    def _make_loader(self, name: str, load: Callable[..., EpisodeLoader]) -> EpisodeLoader:
-        part, trainer = self.parts[name], self.trainer
-        assert part is not None
-        share = {} if trainer is None else {"rank": trainer.global_rank, "world_size": trainer.world_size}
-        return load(*part, **share)
+    def _make_loader(self, load: Callable[..., EpisodeLoader]) -> EpisodeLoader:
+        trainer = self.trainer
+        return load() if trainer is None else load(rank=trainer.global_rank, world_size=trainer.world_size)
 
 
-def _read(name: str, part: Any) -> tuple[Tensor, Tensor] | None:
-    if part is None and name != "train":
-        return None
+def _read(name: str, part: object) -> tuple[Tensor, Tensor]:
     expected, got = "two tensors (samples, labels), or a path", describe_type(part)
     if isinstance(part, str | Path):
         expected, got = "a file written by torch.save((samples, labels), path)", str(part)
