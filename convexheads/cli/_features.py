@@ -23,8 +23,9 @@ _JUNK = {"thumbs.db", "desktop.ini"}  # which Windows leaves in folders
 _T = TypeVar("_T")
 
 
-def load_feature_extractor(name: str) -> FeatureExtractor:
+def load_feature_extractor(name: str | Path) -> FeatureExtractor:
     """Load a feature extractor by name; `FolderClassifier.from_folder` describes the names."""
+    name = str(name)
     if name in FEATURES:
         return FEATURES[name]()
     if name in list_pretrained() or os.path.exists(name):

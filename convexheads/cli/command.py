@@ -20,8 +20,6 @@ from convexheads.cli.folder import FOLDER_HEADS, FolderClassifier
 from convexheads.errors import ConvexHeadsError, InputError
 from convexheads.models.pretrained import list_pretrained
 
-_ESCAPE = "backslashreplace"
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line with these `arguments`, by default those of the process.
@@ -53,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     options = parser.parse_args(arguments)
     if isinstance(sys.stdout, TextIOWrapper):  # whose encoding may lack characters of a name
-        sys.stdout.reconfigure(errors=_ESCAPE)
+        sys.stdout.reconfigure(errors="backslashreplace")
     if ":" in (options.features or ""):
         sys.path.append("")  # finds MODULE in the current folder; at the end, so that it hides no installed package
     try:
@@ -77,10 +75,8 @@ def _predict(classifier: FolderClassifier, places: Sequence[Path], output: Path 
     if not files:
         raise InputError("files", "at least one", f"no file in {', '.join(map(str, places))}")
     predictions = classifier.predict(files)
-    with (
-        output.open("w", encoding="utf-8", errors=_ESCAPE, newline="") if output else nullcontext(sys.stdout) as target
-    ):
-        writer = csv.writer(target, lineterminator="\n")
+    with output.open("w", encoding="utf-8", errors="backslashreplace") if output else nullcontext(sys.stdout) as file:
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["file", "label", *classifier.classes])
         for path, label, probabilities in predictions:
             writer.writerow([path, label, *(f"{value:.4f}" for value in probabilities.values())])
