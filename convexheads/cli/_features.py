@@ -33,7 +33,7 @@ def load_feature_extractor(name: str | Path) -> FeatureExtractor:
     module, _, function = name.partition(":")
     if not function:
         names = ", ".join([*FEATURES, *list_pretrained()])
-        raise InputError("features", f"one of {names}, or MODULE:FUNCTION", repr(name))
+        raise InputError("features", f"one of {names}, an existing file of weights, or MODULE:FUNCTION", repr(name))
     try:
         extractor: FeatureExtractor = getattr(import_module(module), function)
         if not callable(extractor):

@@ -151,8 +151,14 @@ def test_weights_from_a_path_for_images_that_are_not_square(tmp_path: Path) -> N
     loaded = FolderClassifier.load(tmp_path / "classifier.safetensors")
     (prediction,) = loaded.predict([tmp_path / "train" / "right" / "0.png"])
     assert prediction.label == "right"
-    with pytest.raises(InputError, match=r"features: expected one of text, npy.*nowhere\.safetensors"):
-        FolderClassifier.from_folder(tmp_path / "train", features=tmp_path / "nowhere.safetensors")
+    weights.unlink()
+    expected = (
+        r"features: expected one of text, npy.*, an existing file of weights, or MODULE.*, got '.*own\.safetensors'"
+    )
+    with pytest.raises(InputError, match=expected):
+        FolderClassifier.load(tmp_path / "classifier.safetensors")
+    with pytest.raises(InputError, match=expected):
+        FolderClassifier.from_folder(tmp_path / "train", features=weights)
 
 
 def test_as_a_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
