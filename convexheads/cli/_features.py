@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os.path
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -116,7 +117,7 @@ def _make_vector_extractor() -> FeatureExtractor:
 def _make_image_extractor(name: str) -> FeatureExtractor:
     try:
         import numpy as np
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise MissingDependencyError("pillow", "pretrained", f"FolderClassifier(features={name!r})") from error
     backbone, _, _ = load_pretrained(name)
@@ -125,8 +126,12 @@ def _make_image_extractor(name: str) -> FeatureExtractor:
     def image(path: Path) -> Tensor:
         try:
             with Image.open(path) as picture:
-                pixels = np.array(picture.convert(mode).resize((width, height), Image.Resampling.BICUBIC))
-        except (SyntaxError, Image.DecompressionBombError) as error:
+                if picture.mode[0] in "IF":  # which `convert` would clip
+                    raise ValueError(f"expected 8 bits per channel, got mode {picture.mode}")
+                pixels = np.array(
+                    ImageOps.exif_transpose(picture).convert(mode).resize((width, height), Image.Resampling.BICUBIC)
+                )
+        except (SyntaxError, struct.error, Image.DecompressionBombError) as error:
             raise ValueError(str(error)) from error
         return torch.from_numpy(pixels).reshape(height, width, -1).permute(2, 0, 1)
 

@@ -26,6 +26,7 @@ from torch.nn import functional
 import convexheads
 from convexheads import InputError, LogisticHead, PrototypeHead
 from convexheads.cli import FolderClassifier
+from convexheads.cli._features import extract_features, load_feature_extractor
 from convexheads.cli.command import main
 from convexheads.cli.folder import FOLDER_HEADS
 from convexheads.models import build_model, save_pretrained
@@ -159,6 +160,26 @@ def test_weights_from_a_path_for_images_that_are_not_square(tmp_path: Path) -> N
         FolderClassifier.load(tmp_path / "classifier.safetensors")
     with pytest.raises(InputError, match=expected):
         FolderClassifier.from_folder(tmp_path / "train", features=weights)
+
+
+def test_photos_are_turned_as_their_cameras_say(tmp_path: Path) -> None:
+    """The pixels of a photo that was taken upright are stored sideways, with an orientation in the metadata."""
+    upright = Image.fromarray(np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8))
+    upright.save(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[274] = 6  # turn clockwise by 90 degrees to view it
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "stored.png", exif=exif)
+    extractor = load_feature_extractor("conv4-cifar-fs-ridge")
+    expected, found = extract_features(extractor, [tmp_path / "upright.png", tmp_path / "stored.png"])
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_images_that_would_be_clipped_to_8_bits_are_refused(tmp_path: Path, kind: type) -> None:
+    Image.fromarray(np.full((32, 32), 1000, dtype=kind)).save(tmp_path / "x.tiff")
+    extractor = load_feature_extractor("conv4-cifar-fs-ridge")
+    with pytest.raises(InputError, match=r"file: expected .*, got .*x\.tiff \(.*mode [IF]"):
+        extract_features(extractor, [tmp_path / "x.tiff"])
 
 
 def test_as_a_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
