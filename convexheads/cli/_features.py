@@ -59,7 +59,7 @@ def extract_features(extractor: FeatureExtractor, paths: Sequence[Path]) -> Tens
         raise InputError("features", f"a row of floating-point values for each of {len(paths)} files", got)
     usable = found.isfinite().all(-1) & found.any(-1)
     if not usable.all():
-        got = f"{paths[int(usable.int().argmin())]}, with unusable features"
+        got = f"{paths[int(usable.int().argmin())]}, whose features are zero or not finite"
         raise InputError("file", "features that are finite and not all zero", got)
     return functional.normalize(found.double(), dim=-1)
 

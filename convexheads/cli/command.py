@@ -33,11 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    fit = commands.add_parser("fit", help="fit a classifier on a folder of folders", description="Fit a classifier.")
+    text = "fit a classifier on a folder that contains one folder per class"
+    fit = commands.add_parser("fit", help=text, description=f"F{text[1:]}.")
     fit.add_argument("folder", type=Path, help="folder that contains one folder per class, with a few files in each")
     text = f"{', '.join(FEATURES)}; for images {', '.join(list_pretrained())}; or MODULE:FUNCTION (default: text)"
     fit.add_argument("--features", default="text", help=text)
-    fit.add_argument("--head", default="logistic", choices=FOLDER_HEADS, help="(default: logistic)")
+    fit.add_argument("--head", default="logistic", choices=FOLDER_HEADS, help="head to fit (default: logistic)")
     text = "output file (default: classifier.safetensors)"
     fit.add_argument("--output", type=Path, default=Path("classifier.safetensors"), help=text)
 

@@ -312,7 +312,7 @@ def test_unusable_files_are_named(texts: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "classes" / "b" / "x.npy", np.zeros(3))
     with pytest.raises(
         InputError,
-        match=r"file: expected features that are finite.*, got .*b/x\.npy, with unusable features",
+        match=r"file: expected features that are finite.*, got .*b/x\.npy, whose features are zero or not finite",
     ):
         FolderClassifier.from_folder(tmp_path / "classes", features="npy")
     np.save(tmp_path / "classes" / "b" / "x.npy", np.zeros(4))
