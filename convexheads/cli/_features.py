@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os.path
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -23,8 +24,9 @@ _JUNK = {"thumbs.db", "desktop.ini"}  # which Windows leaves in folders
 _T = TypeVar("_T")
 
 
-def load_feature_extractor(name: str) -> FeatureExtractor:
+def load_feature_extractor(name: str | Path) -> FeatureExtractor:
     """Load a feature extractor by name; `FolderClassifier.from_folder` describes the names."""
+    name = str(name)
     if name in FEATURES:
         return FEATURES[name]()
     if name in list_pretrained() or os.path.exists(name):
@@ -32,7 +34,7 @@ def load_feature_extractor(name: str) -> FeatureExtractor:
     module, _, function = name.partition(":")
     if not function:
         names = ", ".join([*FEATURES, *list_pretrained()])
-        raise InputError("features", f"one of {names}, or MODULE:FUNCTION", repr(name))
+        raise InputError("features", f"one of {names}, an existing file of weights, or MODULE:FUNCTION", repr(name))
     try:
         extractor: FeatureExtractor = getattr(import_module(module), function)
         if not callable(extractor):
@@ -57,7 +59,7 @@ def extract_features(extractor: FeatureExtractor, paths: Sequence[Path]) -> Tens
         raise InputError("features", f"a row of floating-point values for each of {len(paths)} files", got)
     usable = found.isfinite().all(-1) & found.any(-1)
     if not usable.all():
-        got = f"{paths[int(usable.int().argmin())]}, with unusable features"
+        got = f"{paths[int(usable.int().argmin())]}, whose features are zero or not finite"
         raise InputError("file", "features that are finite and not all zero", got)
     return functional.normalize(found.double(), dim=-1)
 
@@ -115,7 +117,7 @@ def _make_vector_extractor() -> FeatureExtractor:
 def _make_image_extractor(name: str) -> FeatureExtractor:
     try:
         import numpy as np
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise MissingDependencyError("pillow", "pretrained", f"FolderClassifier(features={name!r})") from error
     backbone, _, _ = load_pretrained(name)
@@ -124,8 +126,12 @@ def _make_image_extractor(name: str) -> FeatureExtractor:
     def image(path: Path) -> Tensor:
         try:
             with Image.open(path) as picture:
-                pixels = np.array(picture.convert(mode).resize((width, height), Image.Resampling.BICUBIC))
-        except (SyntaxError, Image.DecompressionBombError) as error:
+                if picture.mode[0] in "IF":  # which `convert` would clip
+                    raise ValueError(f"expected 8 bits per channel, got mode {picture.mode}")
+                pixels = np.array(
+                    ImageOps.exif_transpose(picture).convert(mode).resize((width, height), Image.Resampling.BICUBIC)
+                )
+        except (SyntaxError, struct.error, Image.DecompressionBombError) as error:
             raise ValueError(str(error)) from error
         return torch.from_numpy(pixels).reshape(height, width, -1).permute(2, 0, 1)
 

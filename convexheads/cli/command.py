@@ -20,8 +20,6 @@ from convexheads.cli.folder import FOLDER_HEADS, FolderClassifier
 from convexheads.errors import ConvexHeadsError, InputError
 from convexheads.models.pretrained import list_pretrained
 
-_ESCAPE = "backslashreplace"
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line with these `arguments`, by default those of the process.
@@ -35,11 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    fit = commands.add_parser("fit", help="fit a classifier on a folder of folders", description="Fit a classifier.")
+    text = "fit a classifier on a folder that contains one folder per class"
+    fit = commands.add_parser("fit", help=text, description=f"F{text[1:]}.")
     fit.add_argument("folder", type=Path, help="folder that contains one folder per class, with a few files in each")
     text = f"{', '.join(FEATURES)}; for images {', '.join(list_pretrained())}; or MODULE:FUNCTION (default: text)"
     fit.add_argument("--features", default="text", help=text)
-    fit.add_argument("--head", default="logistic", choices=FOLDER_HEADS, help="(default: logistic)")
+    fit.add_argument("--head", default="logistic", choices=FOLDER_HEADS, help="head to fit (default: logistic)")
     text = "output file (default: classifier.safetensors)"
     fit.add_argument("--output", type=Path, default=Path("classifier.safetensors"), help=text)
 
@@ -53,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     options = parser.parse_args(arguments)
     if isinstance(sys.stdout, TextIOWrapper):  # whose encoding may lack characters of a name
-        sys.stdout.reconfigure(errors=_ESCAPE)
+        sys.stdout.reconfigure(errors="backslashreplace")
     if ":" in (options.features or ""):
         sys.path.append("")  # finds MODULE in the current folder; at the end, so that it hides no installed package
     try:
@@ -77,10 +76,8 @@ def _predict(classifier: FolderClassifier, places: Sequence[Path], output: Path 
     if not files:
         raise InputError("files", "at least one", f"no file in {', '.join(map(str, places))}")
     predictions = classifier.predict(files)
-    with (
-        output.open("w", encoding="utf-8", errors=_ESCAPE, newline="") if output else nullcontext(sys.stdout) as target
-    ):
-        writer = csv.writer(target, lineterminator="\n")
+    with output.open("w", encoding="utf-8", errors="backslashreplace") if output else nullcontext(sys.stdout) as file:
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["file", "label", *classifier.classes])
         for path, label, probabilities in predictions:
             writer.writerow([path, label, *(f"{value:.4f}" for value in probabilities.values())])

@@ -82,11 +82,7 @@ class FolderClassifier:
         embed: _features.FeatureExtractor | None = None,
     ) -> None:
         self.classes, self.features, self.head, self.scale = tuple(classes), str(features), head, scale
-        self._support, self._labels, self._embed = (
-            support,
-            labels,
-            embed or _features.load_feature_extractor(self.features),
-        )
+        self._support, self._labels, self._embed = support, labels, embed or _features.load_feature_extractor(features)
         head_module = _make_head(head)
         if scale is not None:
             head_module.scale = scale
@@ -97,9 +93,7 @@ class FolderClassifier:
     def from_folder(cls, folder: str | Path, *, features: str | Path, head: str = "logistic") -> FolderClassifier:
         """Fit on a folder that contains one folder per class; one file per class is enough.
 
-        With at least two files per class, probabilities are calibrated (see `calibrate`) in episodes of at most 50
-        classes, on one held-out file of each. The time and memory of "logistic" and "svm" grow fastest with the number
-        of classes; for hundreds of classes, use another head.
+        With at least two files per class, probabilities are calibrated on held-out files of up to 50 classes at a time.
 
         Args:
             folder: Folder whose subfolders are the classes; hidden subfolders are ignored.
@@ -118,17 +112,16 @@ class FolderClassifier:
         if empty := [name for name, members in files.items() if not members]:
             raise InputError("folder", "at least one file per class", f"class {empty[0]!r} without any file")
         _make_head(head)  # an unknown name is an error before the features are computed
-        embed = _features.load_feature_extractor(str(features))
+        embed = _features.load_feature_extractor(features)
         support = _features.extract_features(embed, [path for members in files.values() for path in members])
         counts = torch.tensor([len(members) for members in files.values()])
         labels = torch.arange(len(files)).repeat_interleave(counts)
         scale = None
         if (shots := int(counts.min()) - 1) > 0:
-            ways = min(len(files), _MAX_CALIBRATION_WAYS)
+            own, ways = _make_head(head), min(len(files), _MAX_CALIBRATION_WAYS)
             room = _MAX_CALIBRATION_ENTRIES // (ways * (ways * shots) ** 2)
-            limits = {"episodes": min(200, max(room, 100 // ways)), "batch_size": min(50, max(room // 8, 1))}
-            sizes = {"ways": ways, "shots": shots, "queries": 1} | limits
-            calibrated = calibrate(_make_head(head), support, labels, **sizes, progress=False)
+            sizes = {"ways": ways, "shots": shots, "queries": 1, "episodes": min(200, max(room, 100 // ways))}
+            calibrated = calibrate(own, support, labels, **sizes, batch_size=min(50, room // 8 + 1), progress=False)
             scale = as_tensor(calibrated.scale, support).item()
         return cls(list(files), features, head, support=support, labels=labels, scale=scale, embed=embed)
 

@@ -26,6 +26,7 @@ from torch.nn import functional
 import convexheads
 from convexheads import InputError, LogisticHead, PrototypeHead
 from convexheads.cli import FolderClassifier
+from convexheads.cli._features import extract_features, load_feature_extractor
 from convexheads.cli.command import main
 from convexheads.cli.folder import FOLDER_HEADS
 from convexheads.models import build_model, save_pretrained
@@ -151,8 +152,34 @@ def test_weights_from_a_path_for_images_that_are_not_square(tmp_path: Path) -> N
     loaded = FolderClassifier.load(tmp_path / "classifier.safetensors")
     (prediction,) = loaded.predict([tmp_path / "train" / "right" / "0.png"])
     assert prediction.label == "right"
-    with pytest.raises(InputError, match=r"features: expected one of text, npy.*nowhere\.safetensors"):
-        FolderClassifier.from_folder(tmp_path / "train", features=tmp_path / "nowhere.safetensors")
+    weights.unlink()
+    expected = (
+        r"features: expected one of text, npy.*, an existing file of weights, or MODULE.*, got '.*own\.safetensors'"
+    )
+    with pytest.raises(InputError, match=expected):
+        FolderClassifier.load(tmp_path / "classifier.safetensors")
+    with pytest.raises(InputError, match=expected):
+        FolderClassifier.from_folder(tmp_path / "train", features=weights)
+
+
+def test_photos_are_turned_as_their_cameras_say(tmp_path: Path) -> None:
+    """The pixels of a photo that was taken upright are stored sideways, with an orientation in the metadata."""
+    upright = Image.fromarray(np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8))
+    upright.save(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[274] = 6  # turn clockwise by 90 degrees to view it
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "stored.png", exif=exif)
+    extractor = load_feature_extractor("conv4-cifar-fs-ridge")
+    expected, found = extract_features(extractor, [tmp_path / "upright.png", tmp_path / "stored.png"])
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_images_that_would_be_clipped_to_8_bits_are_refused(tmp_path: Path, kind: type) -> None:
+    Image.fromarray(np.full((32, 32), 1000, dtype=kind)).save(tmp_path / "x.tiff")
+    extractor = load_feature_extractor("conv4-cifar-fs-ridge")
+    with pytest.raises(InputError, match=r"file: expected .*, got .*x\.tiff \(.*mode [IF]"):
+        extract_features(extractor, [tmp_path / "x.tiff"])
 
 
 def test_as_a_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,9 +277,7 @@ def test_names_do_not_depend_on_the_locale(tmp_path: Path) -> None:
     shown = run("predict", "classifier.safetensors", "train").splitlines(keepends=True)
     assert shown[0] == rb"file,label,\u65e5,\u672c" + os.linesep.encode()
     run("predict", "classifier.safetensors", "train", "--output", "out.csv")
-    written = (tmp_path / "out.csv").read_bytes().decode("utf-8")
-    assert written.startswith("file,label,日,本\n")
-    assert "\r" not in written
+    assert (tmp_path / "out.csv").read_text(encoding="utf-8").startswith("file,label,日,本\n")
 
 
 def test_the_command_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,7 +311,8 @@ def test_unusable_files_are_named(texts: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "classes" / "a" / "x.npy", np.ones(3))
     np.save(tmp_path / "classes" / "b" / "x.npy", np.zeros(3))
     with pytest.raises(
-        InputError, match=r"file: expected features that are finite.*, got .*b/x\.npy, with unusable features"
+        InputError,
+        match=r"file: expected features that are finite.*, got .*b/x\.npy, whose features are zero or not finite",
     ):
         FolderClassifier.from_folder(tmp_path / "classes", features="npy")
     np.save(tmp_path / "classes" / "b" / "x.npy", np.zeros(4))
