@@ -114,6 +114,28 @@ def test_a_detached_fit_has_no_gradients(make):
     torch.testing.assert_close(detached(query), fitted(query).detach())
 
 
+class _UnitKernel(torch.nn.Module):
+    """A kernel that keeps a parameter per task, with its gradient, in an attribute."""
+
+    def condition_on(self, features, mask):
+        conditioned = _UnitKernel()
+        conditioned.unit = features.square().mean((-2, -1), keepdim=True)
+        return conditioned
+
+    def forward(self, x, y):
+        return x @ y.mT / self.unit
+
+
+def test_parameters_per_task_in_a_module_are_detached_and_moved():
+    support, labels, query, _ = task(2)
+    fitted = RidgeHead(kernel=_UnitKernel()).fit(support.requires_grad_(), labels)
+    detached = fitted.detach()
+    torch.testing.assert_close(detached(query), fitted(query))
+    assert not detached(query).requires_grad
+    assert fitted.support.kernel.unit.requires_grad
+    assert fitted.to("meta").support.kernel.unit.is_meta
+
+
 def test_a_fit_moves_to_another_device():
     support, labels, query, _ = task(2)
     fitted = HEADS["svm"]().fit(support, labels, ways=torch.tensor([3, 4])).to("meta")

@@ -294,6 +294,7 @@ def test_an_optimal_projection_does_not_prove_an_active_set(monkeypatch):
         ({"gram": torch.eye(3)}, r"DualProblem\(gram\): expected \(4, 4\).*, got shape \(3, 3\)"),
         ({"upper": torch.ones(4, 1)}, r"DualProblem\(upper\): expected \(4, 2\).*, got shape \(4, 1\)"),
         ({"smoothing": torch.ones(2)}, r"DualProblem\(smoothing\): expected \(4, 2\).*, got shape \(2,\)"),
+        ({"gram_factor": torch.ones(4, 0)}, r"DualProblem\(gram_factor\): expected .*r at least 1, got shape \(4, 0\)"),
         ({"gram_factor": torch.ones(3, 2)}, r"DualProblem\(gram_factor\): expected \(4, 2\).*, got shape \(3, 2\)"),
     ],
     ids=["vector", "no column", "gram", "upper", "smoothing", "gram factor"],
