@@ -128,9 +128,8 @@ def _make_image_extractor(name: str) -> FeatureExtractor:
             with Image.open(path) as picture:
                 if picture.mode[0] in "IF":  # which `convert` would clip
                     raise ValueError(f"expected 8 bits per channel, got mode {picture.mode}")
-                pixels = np.array(
-                    ImageOps.exif_transpose(picture).convert(mode).resize((width, height), Image.Resampling.BICUBIC)
-                )
+                upright = ImageOps.exif_transpose(picture).convert(mode)
+                pixels = np.array(upright.resize((width, height), Image.Resampling.BICUBIC))
         except (SyntaxError, struct.error, Image.DecompressionBombError) as error:
             raise ValueError(str(error)) from error
         return torch.from_numpy(pixels).reshape(height, width, -1).permute(2, 0, 1)

@@ -28,8 +28,7 @@ FOLDER_HEADS: dict[str, Callable[[], heads.ClassificationHead]] = {
 }
 """The heads of `FolderClassifier`, by name, with hyperparameters for features of length one."""
 
-# These bound the time and memory of a calibration: some heads need one n x n matrix per class of each episode.
-_MAX_CALIBRATION_WAYS, _MAX_CALIBRATION_ENTRIES = 50, 2**24
+_MAX_CALIBRATION_WAYS, _MAX_CALIBRATION_ENTRIES = 50, 2**24  # entries of one n x n matrix per class, over all episodes
 _SETTINGS = ("classes", "features", "head", "scale")
 
 
