@@ -297,7 +297,7 @@ def test_an_optimal_projection_does_not_prove_an_active_set(monkeypatch):
         ({"gram_factor": torch.ones(4, 0)}, r"DualProblem\(gram_factor\): expected .*r at least 1, got shape \(4, 0\)"),
         ({"gram_factor": torch.ones(3, 2)}, r"DualProblem\(gram_factor\): expected \(4, 2\).*, got shape \(3, 2\)"),
     ],
-    ids=["vector", "no column", "gram", "upper", "smoothing", "gram factor"],
+    ids=["vector", "no column", "gram", "upper", "smoothing", "empty factor", "gram factor"],
 )
 def test_shapes_that_do_not_go_together(changed, message, unchecked):
     """Compiled loops would read beyond them."""
