@@ -239,13 +239,6 @@ MUTATIONS = [
         "test_references.py::test_two_classes_equal_svc",
     ),
     Mutation(
-        "ridge-bias",
-        "heads/ridge.py",
-        "bias = as_tensor(self.bias, coef) / as_tensor(self.scale, coef)",
-        "bias = as_tensor(self.bias, coef)",
-        "test_presets.py",
-    ),
-    Mutation(
         "ridge-primal",
         "heads/ridge.py",
         "return (right - features @ torch.cholesky_solve(features.mT @ right, factor)) / penalty",
