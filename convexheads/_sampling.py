@@ -20,7 +20,7 @@ def fit_episodes(
 ) -> Iterator[tuple[FittedClassifier, Tensor, Tensor]]:
     """Yield the head fitted on each batch of episodes, its logits and the query labels, without gradients.
 
-    The arguments are those of `evaluate`; `options` has those of them that determine the episodes, by name.
+    The arguments are those of `evaluate`. Those that determine the episodes are in `options`, by name.
     """
     sizes = {name: options[name] for name in ("ways", "shots", "queries", "episodes")}
     ways, shots, queries, episodes, batch_size = _validation.check_positive_ints(**sizes, batch_size=batch_size)
@@ -48,7 +48,7 @@ def fit_episodes(
 
 
 def check_labels(labels: Tensor, examples: Tensor, *, name: str, expected: str, dims: int | None = None) -> None:
-    """Raise `InputError`, which calls the examples `name`, unless there is an integer label for each of them."""
+    """Raise `InputError` unless each example has an integer label. `name` is what the message calls the examples."""
     _validation.check_tensor("labels", labels, "a tensor of integers", _validation.is_integer_tensor)
     if labels.ndim != 1 or labels.shape != examples.shape[:1] or dims not in (None, examples.ndim):
         got = f"shapes {tuple(examples.shape)} and {tuple(labels.shape)}"

@@ -136,7 +136,7 @@ class EpisodeLoader:
     def indices(self, step: int) -> Integer[Tensor, "tasks n"]:
         """Return the indices of the samples of a `step`, counted from 0 over all epochs, in the tasks of this process.
 
-        They are int64 on the CPU, `(tasks, ways * (shots + queries))`, for samples that are stored elsewhere.
+        They are int64 on the CPU, `(tasks, ways * (shots + queries))`. Use them for samples that are stored elsewhere.
         """
         step = _check_count("step", step)
         return torch.stack([self._draw(step, task)[0] for task in self._tasks_of_rank()])

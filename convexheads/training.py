@@ -85,6 +85,6 @@ def raise_failure(failure: dict[str, Any], error: Exception | None = None) -> No
 
 
 def non_finite_tasks(dimensions: int, *values: Tensor) -> list[int]:
-    """List the tasks with non-finite values in the first tensor that has any, by their flat index over `dimensions`."""
+    """List the tasks with non-finite values, in the first tensor with such values, by their index over `dimensions`."""
     found = ((~each.isfinite()).flatten(dimensions).any(-1).flatten().nonzero().flatten() for each in values)
     return next((tasks.tolist() for tasks in found if len(tasks)), [])

@@ -207,7 +207,7 @@ def _is_solved(layer: cvxpylayers.Layer, parameters: Sequence[Tensor], found: Se
         parameter.value = value.detach().cpu().numpy()
     values = [value.detach().cpu().numpy() for value in found]
     magnitude = 1 + max(abs(value).max() for value in values)
-    if magnitude * np.finfo(np.float64).eps > _VIOLATION:  # an unbounded direction: rounding hides violations
+    if magnitude * np.finfo(np.float64).eps > _VIOLATION:  # unbounded, and rounding hides it
         return False
 
     def evaluate_at(factor: float) -> tuple[bool, float]:

@@ -54,8 +54,8 @@ class R2D2Network(Backbone):
     A block is a 3 x 3 convolution, batch normalization, 2 x 2 max pooling and a leaky ReLU, in this order. As in the
     code of Lee et al. 2019, the last two blocks have dropout of 0.1 and 0.3. Unlike in the code of Bertinetto et al.,
     there is no activation after the last block; with one, R2D2's accuracy is not reproduced. The network has 8,192
-    features for images of 32 x 32 pixels and 51,200 for 84 x 84. That code also has the same rate of dropout in both
-    blocks, and poolings of both outputs with stride 1, which give 8,064 and 72,576 features.
+    features for images of 32 x 32 pixels and 51,200 for 84 x 84. The code of Bertinetto et al. also has the same rate
+    of dropout in both blocks, and poolings of both outputs with stride 1, which give 8,064 and 72,576 features.
 
     Use it when you compare with published results for R2-D2. The arguments `in_channels`, `image_size` (at least 16),
     `mean` and `std` are those of `Backbone`.

@@ -21,7 +21,7 @@ ZERO_GAP = 1e-16
 FEASIBILITY_TOLERANCE = 1e-6
 """Largest residual of coefficients that count as feasible."""
 ROUNDING_THRESHOLD = 1e-6
-"""A gap that accounts for rounding replaces a smaller gap of `certify`, but only if it is above this value."""
+"""A gap that accounts for rounding counts if it is above this value and larger than the gap of `certify`."""
 ROUNDING_MARGIN = 1e-2
 """The effect of rounding is computed only if a first-order estimate exceeds this fraction of the threshold."""
 # A slightly larger w absorbs the rounding errors in the slacks, which C amplifies.

@@ -136,7 +136,7 @@ class FeasibleRows(NamedTuple):
         far = 2 * k * (rate * spread + nearest.abs()).amax(-1, keepdim=True) + 1
         far = torch.where(smooth, far, torch.inf)
         upper, lower = upper.minimum(far), lower.maximum(-far)
-        # An entry without smoothing and without a bound balances at most the sum of all other bounds, which bounds it.
+        # The row sums to zero, so an entry without smoothing and bound is at most the sum of all other bounds.
         ends = torch.stack([upper, lower])
         all_others = ends.abs().nan_to_num(posinf=0).sum((0, -1)).unsqueeze(-1) + 1
         upper, lower = ends.clamp(-all_others, all_others)
@@ -152,7 +152,7 @@ class FeasibleRows(NamedTuple):
         last = ((total - free * point >= 0).sum(-1, keepdim=True) - 1).clamp_min(0)
         first, following = point.gather(-1, last), point.gather(-1, (last + 1).clamp_max(2 * k - 1))
         free, total = free.gather(-1, last), total.gather(-1, last)
-        # If no entry decreases between the breakpoints, the sum is zero for all s there, or changes sign at the second.
+        # If no entry decreases between the two, the sum is constant: zero, or it changes sign at the second breakpoint.
         zero = total <= 64 * torch.finfo(slope.dtype).eps * all_others
         s = torch.where(free > 0, total / free, torch.where(zero, (first + following) / 2, following))
         return s.maximum(first).minimum(following)

@@ -94,7 +94,7 @@ class BarrierPoint(Linearization):
     stiffness: Float[Tensor, "tasks sides n k"]
 
     def attach(self, problem: DualProblem, coef: Tensor, hessian_scale: Tensor) -> Tensor:
-        # A barrier with stiffness w, a constant here, has the gradient `w (coefficient - bound)`.
+        # The stiffness w is treated as a constant: the gradient of the barrier is `w (coefficient - bound)`.
         linear = problem.linear
         for (sign, limit), stiffness in zip(problem.inequalities, self.stiffness.unbind(1), strict=True):
             linear = linear + stiffness / hessian_scale[:, None, None] * torch.where(stiffness > 0, sign * limit, 0)
@@ -112,7 +112,7 @@ def implied_active_set(problem: DualProblem, certificate: Certificate) -> Active
 
 
 def active_entries(problem: DualProblem, coef: Tensor, bound_multipliers: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the multiplier exceeds the distance to the upper and to the lower bound. Equal bounds count as upper."""
+    """Two masks: the multiplier exceeds the distance to the upper bound (or bounds are equal), or to the lower one."""
     lower, upper, nowhere = problem.lower, problem.upper, torch.zeros_like(coef, dtype=torch.bool)
     at_upper = nowhere if upper is None else upper - coef < bound_multipliers
     at_lower = nowhere if lower is None else coef - lower < -bound_multipliers

@@ -27,8 +27,8 @@ class DenseProblem(NamedTuple):
 def to_dense(problem: DualProblem) -> DenseProblem:
     """Convert a `problem` to the dense form of general-purpose solvers, with an nk x nk matrix for every task.
 
-    Infinite bounds are left out. Tasks with more of them than another task of the batch are padded with idle rows
-    `0 z <= 1`. If rows need not sum to zero, there are no equalities.
+    Infinite bounds are left out. A task with fewer finite bounds than another one gets idle rows `0 z <= 1` in their
+    place. If rows need not sum to zero, there are no equalities.
     """
     *batch, n, k = problem.linear.shape
     eye = torch.eye(n * k, dtype=problem.gram.dtype, device=problem.gram.device)

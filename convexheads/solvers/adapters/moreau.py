@@ -42,7 +42,7 @@ class MoreauSolver(Solver):
     def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"]:
         tasks, n, k = problem.linear.shape
         signs, limits = zip(*problem.inequalities, strict=True)
-        # An entry has a row if any task bounds it; in the other tasks, this is an idle row.
+        # A bound becomes a constraint if it is finite in any task; where it is infinite, the constraint is idle.
         rows = [sign.any(0).flatten().nonzero().squeeze(-1) for sign in signs]
         smoothing = torch.zeros_like(problem.linear) if problem.smoothing is None else problem.smoothing
         num_sums = n if problem.rows_sum_to_zero else 0

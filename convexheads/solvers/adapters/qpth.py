@@ -24,7 +24,7 @@ class QpthSolver(Solver):
     """qpth (Amos & Kolter 2017), the solver of Lee et al. 2019 and of their published code.
 
     Use it to reproduce the paper: `QpthSolver(max_iterations=3)` stops as early as the paper does. It needs the extra
-    `qpth`. qpth computes the gradients. Differences from qpth alone:
+    `qpth`. qpth computes the gradients. Defects of qpth, and what this class does:
 
     - For a parameter that tasks share, qpth returns the mean of the gradients, not the sum: inputs are expanded first.
     - Batched LU may hang on the CPU: large problems are solved task by task.

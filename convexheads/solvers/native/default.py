@@ -25,7 +25,7 @@ class NativeSolver(Fallback):
 
     Use it unless there is a reason not to. It needs nothing but PyTorch, is the fastest and most precise solver here,
     and its gradient is exact (the implicit function theorem on the KKT conditions, Eq. 8 of Lee et al. 2019), to any
-    order. A batch gives the same results as solving tasks one by one.
+    order. A batch gives the same scores as solving tasks one by one, up to rounding.
 
     It is `Fallback(ActiveSetSolver(), InteriorPointSolver())`. If one n x n matrix per class would not fit into memory,
     it is `Fallback(ADMMSolver(), InteriorPointSolver())` for a Gram matrix of small rank, and `ADMMSolver()` otherwise.

@@ -182,7 +182,7 @@ def certify(task, rows_sum_to_zero, coef, row_multipliers, bound_multipliers, li
                     min_multiplier = max(min_multiplier, slope)
                 if lower[i, c] == -np.inf:
                     max_multiplier = min(max_multiplier, slope)
-        # Row multipliers prove a gap if they are at least the slopes of entries without an upper bound, and vice versa.
+        # Row multipliers prove a finite gap between the slopes of entries without an upper and without a lower bound.
         if rows_sum_to_zero:
             row_multipliers[i] = min(max(row_multipliers[i], min_multiplier), max_multiplier)
         distance = 0.0
