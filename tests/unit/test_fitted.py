@@ -115,20 +115,25 @@ def test_a_detached_fit_has_no_gradients(make):
 
 
 class _UnitKernel(torch.nn.Module):
-    """A kernel that keeps a parameter per task, with its gradient, in an attribute."""
+    """A kernel that keeps a parameter per task, with its gradient, in an attribute or a buffer."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.keep = keep
 
     def condition_on(self, features, mask):
-        conditioned = _UnitKernel()
-        conditioned.unit = features.square().mean((-2, -1), keepdim=True)
+        conditioned = _UnitKernel(self.keep)
+        self.keep(conditioned, "unit", features.square().mean((-2, -1), keepdim=True))
         return conditioned
 
     def forward(self, x, y):
         return x @ y.mT / self.unit
 
 
-def test_parameters_per_task_in_a_module_are_detached_and_moved():
+@pytest.mark.parametrize("keep", [setattr, torch.nn.Module.register_buffer], ids=["attribute", "buffer"])
+def test_parameters_per_task_in_a_module_are_detached_and_moved(keep):
     support, labels, query, _ = task(2)
-    fitted = RidgeHead(kernel=_UnitKernel()).fit(support.requires_grad_(), labels)
+    fitted = RidgeHead(kernel=_UnitKernel(keep)).fit(support.requires_grad_(), labels)
     detached = fitted.detach()
     torch.testing.assert_close(detached(query), fitted(query))
     assert not detached(query).requires_grad

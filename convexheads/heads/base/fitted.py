@@ -210,9 +210,10 @@ def _map(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, Sum | Product):
         return type(value)(*map(again, value.kernels))
     if isinstance(value, nn.Module):
-        # `deepcopy` copies no tensors with a history, such as parameters per task that are kept in an attribute.
+        # `deepcopy` copies no tensors with a history, such as parameters per task in an attribute or a buffer.
         attributes = (each for part in value.modules() for each in vars(part).values() if isinstance(each, Tensor))
-        return change(copy.deepcopy(value, {id(tensor): change(tensor) for tensor in attributes}))
+        changed = {id(tensor): change(tensor) for tensor in (*attributes, *value.buffers())}
+        return change(copy.deepcopy(value, changed))
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{item.name: again(getattr(value, item.name)) for item in fields(value)})
     return value
