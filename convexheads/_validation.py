@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any, TypeGuard
 
@@ -140,9 +140,14 @@ def check_tensor(name: str, value: object, expected: str, is_kind: Callable[[obj
         raise InputError(name, expected, describe_type(value))
 
 
+def describe_task(index: Sequence[int]) -> str:
+    """The task with this index, which is empty if there is no batch, in words."""
+    return f"task {tuple(index)}" if index else "the task"
+
+
 def describe_first_task(tasks: Tensor) -> str:
     """The first task for which this boolean tensor is True, in words."""
-    return f"task {tuple(tasks.nonzero()[0].tolist())}" if tasks.ndim else "the task"
+    return describe_task(tasks.nonzero()[0].tolist())
 
 
 def check_finite(name: str, value: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convexheads._sampling import fit_episodes, track
-from convexheads._validation import check_bool, check_positive_ints, describe_type, is_dense
+from convexheads._validation import check_bool, check_positive_ints, describe_shape, describe_type, is_dense
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead
 from convexheads.hyperparameters import Learnable, as_tensor
@@ -243,8 +243,7 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
             with torch.no_grad():
                 found = backbone(batch.to(device))
             if not is_dense(found) or found.ndim < 2 or len(found) != len(batch):
-                got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else describe_type(found)
-                raise InputError("backbone", "features of each image, (batch, ...)", got)
+                raise InputError("backbone", "features of each image, (batch, ...)", describe_shape(found))
             features.append(found.flatten(1).to(images.device))
     finally:
         for module, training in modes.items():

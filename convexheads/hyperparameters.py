@@ -23,9 +23,9 @@ class Learnable(nn.Module):
     """A hyperparameter that receives gradients.
 
     Use it when a number such as C, a kernel's length scale or a logit scale should be trained along with the backbone.
-    It is stored as its logarithm, so that no optimizer step can make it negative. The code published by Lee
-    et al. 2019, in contrast, lets the scale of their Eq. 12 become negative. The parameter stays in float32 or float64
-    when the model is cast to a smaller dtype. Weight decay would pull the logarithm to zero, and the value to one: see
+    It is stored as its logarithm, so that no optimizer step can make it negative. The code published by Lee et al.
+    2019, in contrast, lets the scale of their Eq. 12 become negative. The parameter stays in float32 or float64 when
+    the model is cast to a smaller dtype. Weight decay would pull the logarithm to zero, and the value to one: see
     `parameter_groups`.
 
     Args:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from convexheads._functorch import inspect_values
-from convexheads._validation import check_definite, describe, optional
+from convexheads._validation import check_definite, describe, describe_task, optional
 from convexheads.errors import InputError, MissingDependencyError, SolverError
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
@@ -157,7 +157,7 @@ class CvxpyHead(ClassificationHead):
         coef = coef.masked_fill(non_finite.reshape(-1, 1, 1), torch.nan)
         unsolved = (~torch.isfinite(coef)).flatten(1).any(1).reshape(batch)
         if failed := unsolved.nonzero().tolist():
-            named = "; ".join(f"task {tuple(task)}" if task else "the task" for task in failed[:5])
+            named = "; ".join(map(describe_task, failed[:5]))
             reason = "infeasible, unbounded, or not solved within the iteration limit"
             raise SolverError(f"CvxpyHead: {len(failed)} of {len(flat[0])} tasks not solved ({named}): {reason}")
         return KernelExpansion(coef.reshape(targets.shape))

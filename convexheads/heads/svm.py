@@ -173,8 +173,7 @@ class OneVsRestSVMHead(MulticlassSVM):
 class SimplifiedSVMHead(MulticlassSVM):
     r"""Simplified multi-class SVM of He et al. (2012): the margin to the mean score of the other classes.
 
-    Use it where there are many classes: its dual has one variable per example, instead of one per
-    example and class.
+    Use it where there are many classes: its dual has one variable per example, instead of one per example and class.
 
     Primal, for k classes:
     \(\min_w \frac12 \sum_k |w_k|^2 + C \sum_n \max(0, 1 - w_{y_n} \cdot x_n + \frac{1}{k-1} \sum_{j \ne y_n} w_j \cdot

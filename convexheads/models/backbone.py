@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from convexheads._validation import check_positive_int
+from convexheads._validation import check_positive_int, describe_shape
 from convexheads.errors import InputError
 
 # Interpolation may overshoot [0, 1] by less than this, while standardized or uint8-valued pixels exceed it.
@@ -75,8 +75,8 @@ class Backbone(nn.Module):
             `backbone = Conv4.from_images(images)`
         """
         if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
-            got = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-            raise InputError("images", "(n, channels, height, width), with at least one image", got)
+            expected = "(n, channels, height, width), with at least one image"
+            raise InputError("images", expected, describe_shape(images))
         std, mean = torch.std_mean(_as_pixels(images, images.shape[1:]).float(), dim=(0, 2, 3))
         std = std.where(std > 0, 1)  # a constant channel carries no scale
         mean, std = ((statistic.double() / 255).tolist() for statistic in (mean, std))

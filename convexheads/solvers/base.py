@@ -13,7 +13,7 @@ from torch import Tensor
 
 from convexheads._functorch import compute_without_grad, inspect_values, is_transforming
 from convexheads._signature import constructor_arguments
-from convexheads._validation import check_choice, check_positive_int, check_real, describe_type, optional
+from convexheads._validation import check_choice, check_positive_int, check_real, describe_shape, optional
 from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError
 from convexheads.precision import full_precision, working_dtype
 from convexheads.solvers.certificate import Certificate, account_for_rounding, certify
@@ -266,8 +266,8 @@ class Solver:
         result = self.solve_batch(problem)
         coef, name = result.coef if isinstance(result, SolverResult) else result, f"{type(self).__name__}.solve_batch"
         if not isinstance(coef, Tensor) or coef.shape != problem.linear.shape:
-            got = f"shape {tuple(coef.shape)}" if isinstance(coef, Tensor) else describe_type(coef)
-            raise InputError(name, f"a tensor of coefficients of shape {tuple(problem.linear.shape)}", got)
+            expected = f"a tensor of coefficients of shape {tuple(problem.linear.shape)}"
+            raise InputError(name, expected, describe_shape(coef))
         needs_gradient = torch.is_grad_enabled() and any(value.requires_grad for value in problem.tensors().values())
         if self.provides_gradient and needs_gradient and not coef.requires_grad:
             raise ConvexHeadsError(f"{name}: expected coefficients with gradient, got none, but provides_gradient=True")

@@ -12,6 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
+from convexheads._validation import describe_task
 from convexheads.errors import SolverError, SolverWarning
 from convexheads.solvers.problem import Solution, Status
 
@@ -59,6 +60,6 @@ def handle_failures(name: str, solution: Solution, tolerance: float, on_failure:
 def _failures(status: Tensor, gap: Tensor, residual: Tensor) -> list[str]:
     failures = []
     for task in map(tuple, (status == Status.FAILED).nonzero().tolist()):
-        where = f"task {task}" if task else "the task"
-        failures.append(f"{where}: relative gap {gap[task].item():.1e}, residual {residual[task].item():.1e}")
+        sizes = f"relative gap {gap[task].item():.1e}, residual {residual[task].item():.1e}"
+        failures.append(f"{describe_task(task)}: {sizes}")
     return failures

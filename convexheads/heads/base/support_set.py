@@ -73,8 +73,8 @@ class KernelExpansion(TensorRecord):
         quadratic: symmetric, `(*batch, k, n, n)`; None (default) for a score that is linear in the kernel.
         self_similarity_weight: factor of each query's kernel with itself, for all classes, such as -1 for squared
             distances; a number or a 0-d tensor. Defaults to 0.
-        solution: status, gap and multipliers of an iterative solver; None (default) for a
-            closed form and for `CvxpyHead`.
+        solution: status, gap and multipliers of an iterative solver; None (default) for a closed form and for
+            `CvxpyHead`.
     """
 
     coef: Float[Tensor, "*batch n k"]
