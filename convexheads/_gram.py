@@ -26,7 +26,7 @@ def _squared_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def median_distance(features: Tensor, mask: Tensor | None) -> Tensor:
-    """The median over all pairs of examples, `(*batch,)`."""
+    """The median distance over all pairs of examples, `(*batch,)`; 1 if it is zero."""
     n = features.shape[-2]
     if n == 1:
         return features.new_ones(features.shape[:-2])

@@ -179,9 +179,9 @@ def calibrate(
 
     Use it when probabilities matter, and not only the predicted class.
 
-    `head` itself is not modified; a custom `solve` must not use its `scale`. The `features` and `labels` should be of
-    classes that were held out from training. The best temperature depends on `shots`. `ways`, `queries`, `episodes`,
-    `batch_size`, `seed`, `progress` and the errors are those of `evaluate`.
+    `head` itself is not modified. If its `solve` is your own, it must not use `self.scale`. The `features` and `labels`
+    should be of classes that were held out from training. The best temperature depends on `shots`. `ways`, `queries`,
+    `episodes`, `batch_size`, `seed`, `progress` and the errors are those of `evaluate`.
 
     Example:
         `head = calibrate(RidgeHead(), features, labels, shots=5)`, then

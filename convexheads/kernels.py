@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from convexheads._gram import constant, gaussian, median_distance, normalize, polynomial
-from convexheads._validation import Check, check_bool, check_positive_int, optional
+from convexheads._validation import Check, check_bool, check_finite, check_positive_int, describe_shape, optional
 from convexheads.errors import InputError
 from convexheads.hyperparameters import Configurable, Hyperparameter, Learnable, as_tensor, check_positive
 
@@ -51,6 +51,22 @@ def condition(
     """
     condition_on = getattr(kernel, "condition_on", None)
     return kernel if condition_on is None else condition_on(features, mask)
+
+
+def compute_gram(kernel: KernelLike, x: Tensor, y: Tensor, *, validate: bool) -> Float[Tensor, "*batch m n"]:
+    """The Gram matrix `(*batch, m, n)` of a `kernel` for `x` and `y`, which are `(*batch, m, d)` and `(*batch, n, d)`.
+
+    It raises `InputError` for another shape or dtype or, with `validate`, for a value that is not finite.
+    """
+    gram: Any = kernel(x, y)
+    expected = (*x.shape[:-1], y.shape[-2])
+    if not isinstance(gram, Tensor) or gram.shape != expected:
+        raise InputError("kernel", f"a Gram matrix of shape {expected}", describe_shape(gram))
+    if gram.dtype != x.dtype:
+        raise InputError("kernel", f"the dtype of its arguments, {x.dtype}", f"a result of {gram.dtype}")
+    if validate:
+        check_finite("kernel", gram)
+    return gram
 
 
 class Kernel(Configurable):
@@ -86,8 +102,8 @@ class Kernel(Configurable):
     def condition_on(self, features: Float[Tensor, "*batch n d"], mask: Bool[Tensor, "*batch n"] | None) -> KernelLike:
         """The kernel for the support set with these `features` and `mask`; by default the kernel itself.
 
-        If it has parameters per task, these have the shape `(*batch, 1, 1)`. Return a module or a `functools.partial`:
-        the methods `to` and `detach` of a fitted head do not reach the variables of other functions.
+        If it has parameters per task, these have the shape `(*batch, 1, 1)`. Return a module or a `functools.partial`,
+        not a closure: the methods `to` and `detach` of a fitted head cannot reach the tensors that a closure captures.
         """
         return self
 
@@ -242,6 +258,9 @@ class _CompositeKernel(Kernel):
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         return {}
 
+    def _grams(self, x: Tensor, y: Tensor) -> Float[Tensor, "kernels *batch m n"]:
+        return torch.stack([compute_gram(kernel, x, y, validate=False) for kernel in self.kernels])
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self.kernels))})"
 
@@ -260,7 +279,7 @@ class Sum(_CompositeKernel):
     """
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
-        return torch.stack([kernel(x, y) for kernel in self.kernels]).sum(0)
+        return self._grams(x, y).sum(0)
 
 
 class Product(_CompositeKernel):
@@ -275,4 +294,4 @@ class Product(_CompositeKernel):
     """
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
-        return torch.stack([kernel(x, y) for kernel in self.kernels]).prod(0)
+        return self._grams(x, y).prod(0)

@@ -47,8 +47,8 @@ class EpisodeLoader:
         resample_each_epoch: Whether each epoch has new episodes. Pass False for validation.
         rank: Rank of this process, which gets every `world_size`-th episode.
         world_size: Number of processes.
-        num_workers: Number of worker processes that prepare the batches, which are the same for any number. They pay
-            off if `transform` takes about as long as a training step.
+        num_workers: Number of worker processes that prepare the batches. The batches are the same for any number.
+            Workers pay off if `transform` takes about as long as a training step.
 
     Raises:
         InputError: An argument is unusable: for example, `batch_size` is not a multiple of `world_size`.
@@ -134,7 +134,7 @@ class EpisodeLoader:
         self.step, self._resume_within_epoch = _check_count("step", state["step"]), True
 
     def indices(self, step: int) -> Integer[Tensor, "tasks n"]:
-        """Return the indices of the samples of a `step`, counted from 0 over all epochs, in the tasks of this process.
+        """Return the indices of the samples in the tasks of this process at a `step`, counted from 0 over all epochs.
 
         They are int64 on the CPU, `(tasks, ways * (shots + queries))`. Use them for samples that are stored elsewhere.
         """
@@ -156,7 +156,8 @@ class EpisodeLoader:
         if self.transform is None:
             return samples
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the default generator
-            torch.default_generator.manual_seed(int(draw.integers(2**63)))  # `fork_rng` does not restore GPUs
+            # `torch.manual_seed` would also seed the GPUs, whose generators are not restored here.
+            torch.default_generator.manual_seed(int(draw.integers(2**63)))
             return torch.stack([self.transform(sample) for sample in samples])
 
 

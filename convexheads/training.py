@@ -85,6 +85,9 @@ def raise_failure(failure: dict[str, Any], error: Exception | None = None) -> No
 
 
 def non_finite_tasks(dimensions: int, *values: Tensor) -> list[int]:
-    """List the tasks with non-finite values, in the first tensor with such values, by their index over `dimensions`."""
+    """Return the tasks with non-finite values in the first of the `values` that has any.
+
+    A task is given by its flat index over the first `dimensions` dimensions.
+    """
     found = ((~each.isfinite()).flatten(dimensions).any(-1).flatten().nonzero().flatten() for each in values)
     return next((tasks.tolist() for tasks in found if len(tasks)), [])

@@ -26,7 +26,7 @@ def shifted_cholesky(matrix: Tensor, shift: Tensor, *, name: str, validate: bool
         The lower Cholesky factors, `(*batch, n, n)`.
 
     Raises:
-        SolverError: a sum is not positive definite; the error names the task.
+        SolverError: a matrix plus its shift is not positive definite (with `validate`); the error names the task.
 
     Example:
         `factor = shifted_cholesky(support.gram, penalty, name="the Gram matrix", validate=support.validate)`

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads.solvers.certificate import BestIterate
+from convexheads.solvers.best_iterate import BestIterate
 from convexheads.solvers.kkt import cholesky
 
 _MAX_BACKTRACKS = 30
@@ -23,7 +23,10 @@ _PATIENCE = 3
 
 @dataclass(frozen=True, eq=False)
 class SoftmaxKKT:
-    """`(K + W^-1)^-1` for each task, an operator on n x k matrices; differentiable."""
+    """The operator `(I + W K)^-1 W` on n x k matrices, for each task; differentiable.
+
+    W is the Hessian of the loss. It is written `(K + W^-1)^-1`, although W has no inverse.
+    """
 
     blocks: Float[Tensor, "tasks k n n"]  # `(D^-1 + K)^-1` of each class, with D = diag(p)
     total: Float[Tensor, "tasks n n"]  # the Cholesky factor of their sum
@@ -115,7 +118,10 @@ def _feasible(targets: Tensor, coef: Tensor) -> Tensor:
 
 
 def _gap(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
-    """For feasible coefficients, P - D is the divergence of `targets - coef` from the softmax of their scores."""
+    """The relative duality gap of feasible coefficients.
+
+    The gap is the Kullback-Leibler divergence of `targets - coef` from the softmax of the scores, summed over examples.
+    """
     scores = gram @ coef
     margins, loss = _margins(targets, scores)
     p = (-coef).masked_fill(targets > 0, 0)

@@ -21,7 +21,7 @@ from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
-from convexheads.solvers.adapters import _external, cvxpylayers
+from convexheads.solvers.adapters import cvxpylayers, external
 
 if TYPE_CHECKING:
     import cvxpy
@@ -42,7 +42,7 @@ class CvxpyTask:
         scores: scores of the support examples, `gram @ coef`, `(n, k)`.
         squared_norm: the sum over classes of `|w_k|^2`, a convex expression, a scalar.
         targets: one-hot labels, a parameter, `(n, k)`.
-        parameters: the head's hyperparameters by name, as positive scalar parameters. CVXPY does not allow them to
+        parameters: the head's hyperparameters by name, as non-negative scalar parameters. CVXPY does not allow them to
             multiply `targets`: write `lambda * squared_norm + loss`, not `squared_norm + C * loss`.
     """
 
@@ -58,7 +58,7 @@ def _check_build(name: str, value: Any) -> Any:
         hash(ref(value))  # the key of compiled problems
         if callable(value):
             return value
-    raise InputError(name, "a function that can be hashed, from a CvxpyTask to an expression to minimize", repr(value))
+    raise InputError(name, "a hashable function that returns an expression to minimize for a CvxpyTask", repr(value))
 
 
 class _Hyperparameters(nn.Module):
@@ -92,7 +92,7 @@ class CvxpyHead(ClassificationHead):
     to 1e-10 and differentiated once by cvxpylayers (Agrawal et al. 2019), on the CPU and task by task.
 
     Differences from cvxpylayers alone: a task without a solution is an error, where cvxpylayers returns arbitrary
-    numbers; and gradients are scaled, because diffcp treats those below 1e-8 as zero.
+    numbers; and gradients are scaled, because cvxpylayers treats those below 1e-8 as zero.
 
     Args:
         build: a function from a `CvxpyTask` to an expression to minimize, or to a whole `cvxpy.Problem`. The problem
@@ -153,7 +153,7 @@ class CvxpyHead(ClassificationHead):
             return torch.where(torch.tensor(solved, device=gram.device)[:, None, None], found[0], torch.nan)
 
         flat = gram.reshape(-1, n, n), targets.reshape(-1, n, k)
-        coef = _external.call_backend(solve_flat, *flat, *values, backend="CvxpyHead") if len(flat[0]) else flat[1]
+        coef = external.call_backend(solve_flat, *flat, *values, backend="CvxpyHead") if len(flat[0]) else flat[1]
         coef = coef.masked_fill(non_finite.reshape(-1, 1, 1), torch.nan)
         unsolved = (~torch.isfinite(coef)).flatten(1).any(1).reshape(batch)
         if failed := unsolved.nonzero().tolist():

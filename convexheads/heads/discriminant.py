@@ -147,7 +147,7 @@ class MahalanobisHead(ClassificationHead):
         shared = support.gram.unsqueeze(-3)
         covariance, name = root @ shared @ root.mT, "MahalanobisHead: a covariance"
         factor = shifted_cholesky(covariance, beta, name=name, validate=support.validate, per_class=True)
-        inverse = root.mT @ torch.cholesky_solve(root, factor)  # beta times the inverse of Q_k is I - X' inverse X
+        inverse = root.mT @ torch.cholesky_solve(root, factor)  # beta * Q_k^-1 = I - X' @ inverse @ X
         mean = (class_membership / counts.unsqueeze(-1)).unsqueeze(-1)
         image = shared @ mean
         solved = inverse @ image

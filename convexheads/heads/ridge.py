@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from convexheads.heads._linear_algebra import shifted_cholesky
 from convexheads.heads.base.classification import ClassificationHead
@@ -13,23 +12,21 @@ from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positiv
 from convexheads.kernels import KernelLike, Linear
 
 
-def _solve_ridge(support: SupportSet, regularization: Hyperparameter, head: str) -> Tensor:
+def _solve_ridge(support: SupportSet, regularization: Hyperparameter, head: str) -> KernelExpansion:
     """The dual coefficients `(gram + regularization * I)^-1 targets`; `head` is named in the error."""
     penalty, targets, kernel = as_tensor(regularization, support.targets), support.targets, support.kernel
     name, validate = f"{head}: the Gram matrix plus the regularization on its diagonal", support.validate
     *_, n, d = support.features.shape
     if not (isinstance(kernel, Linear) and type(kernel) is Linear and n > d):  # a subclass may be another kernel
-        return torch.cholesky_solve(targets, shifted_cholesky(support.gram, penalty, name=name, validate=validate))
+        factor = shifted_cholesky(support.gram, penalty, name=name, validate=validate)
+        return KernelExpansion(torch.cholesky_solve(targets, factor))
     # The d x d system of the primal is smaller.
     features = kernel.feature_map(support.features)
     factor = shifted_cholesky(features.mT @ features, penalty, name=name, validate=validate)
-
-    def solve(right: Tensor) -> Tensor:
-        return (right - features @ torch.cholesky_solve(features.mT @ right, factor)) / penalty
-
-    coef = solve(targets)
-    # The difference above loses digits where the penalty is small; one step of refinement recovers them.
-    return coef + solve(targets - features @ (features.mT @ coef) - penalty * coef)
+    weight = torch.cholesky_solve(features.mT @ targets, factor)
+    # The difference loses digits if the penalty is small. The scores do not: they are computed from the weight.
+    coef = (targets - features @ weight) / penalty
+    return KernelExpansion(coef, weight=kernel.feature_map(weight.mT))
 
 
 class RidgeHead(ClassificationHead):
@@ -67,7 +64,7 @@ class RidgeHead(ClassificationHead):
         self.regularization = regularization
 
     def solve(self, support: SupportSet) -> KernelExpansion:
-        return KernelExpansion(_solve_ridge(support, self.regularization, "RidgeHead"))
+        return _solve_ridge(support, self.regularization, "RidgeHead")
 
 
 class RidgeRegressionHead(RegressionHead):
@@ -95,4 +92,4 @@ class RidgeRegressionHead(RegressionHead):
         self.regularization = regularization
 
     def solve(self, support: SupportSet) -> KernelExpansion:
-        return KernelExpansion(_solve_ridge(support, self.regularization, "RidgeRegressionHead"))
+        return _solve_ridge(support, self.regularization, "RidgeRegressionHead")

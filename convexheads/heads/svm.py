@@ -63,7 +63,7 @@ class MulticlassSVM(ClassificationHead):
         self.C, self.squared_hinge, self.smoothing, self.solver = C, squared_hinge, smoothing, get_solver(solver)
 
     def upper_bound(self, like: Tensor) -> Float[Tensor, ""]:
-        """The upper bound of the slacks' multipliers, C or infinity, as a 0-d tensor like `like`."""
+        """The upper bound of the slacks' multipliers, C or infinity, a 0-d tensor in the dtype and device of `like`."""
         return as_tensor(math.inf if self.squared_hinge else self.C, like)
 
     def solve_dual(self, problem: DualProblem, slacks: Bool[Tensor, "*batch n m"]) -> KernelExpansion:
@@ -97,9 +97,9 @@ class SVMHead(MulticlassSVM):
     \(\max_\alpha -\frac12 \sum_k |w_k|^2 + \sum_n \alpha_n^{y_n}\) subject to
     \(\alpha_n^k \le C [k = y_n]\) and \(\sum_k \alpha_n^k = 0\).
 
-    Difference from Lee et al.: the problem is solved to optimality, whereas their solver stops after three iterations
-    (`solver=QpthSolver(max_iterations=3)`). Their published code and learn2learn add 1 to the dual's diagonal
-    (`smoothing=1`), run 15 iterations, and do not constrain the scale.
+    Difference from Lee et al.: the problem is solved to optimality, whereas the paper stops the solver after three
+    iterations (`solver=QpthSolver(max_iterations=3)`). The code that they published and learn2learn run 15 iterations,
+    add 1 to the dual's diagonal (`smoothing=1`), and do not constrain the scale.
 
     Its arguments `C` (default 0.1), `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale` and `validate`, and its
     errors, are those of `MulticlassSVM`.

@@ -138,7 +138,7 @@ class ResNet12(Backbone):
         layers = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1) if self.average_pool else nn.Identity())
         for module in layers.modules():
             if isinstance(module, nn.Conv2d):
-                # with the gain for a slope of 0, not 0.1, as in the reference code
+                # As in the reference code, the gain is that for a slope of 0, although the slope is 0.1.
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
         return layers, 640 * (1 if self.average_pool else num_positions)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from convexheads.errors import InputError
-from convexheads.solvers.adapters._external import to_dense
 from convexheads.solvers.adapters.cvxpylayers import CvxpylayersSolver
+from convexheads.solvers.adapters.external import to_dense
 from convexheads.solvers.adapters.moreau import MoreauSolver
 from convexheads.solvers.adapters.qpth import QpthSolver
 from convexheads.solvers.base import Plan, Solver, SolverResult

@@ -121,6 +121,8 @@ class Solver:
     def __repr__(self) -> str:
         shown = []
         for name, argument in constructor_arguments(type(self)).items():
+            if not hasattr(self, name):  # a subclass does not have to keep its arguments
+                continue
             value = getattr(self, name)
             if argument.default is argument.empty:
                 shown.append(repr(value))
@@ -158,8 +160,9 @@ class Solver:
             InputError: the problem is not a `DualProblem` of floating-point tensors of matching shapes on one device,
                 it has no bounds, or a lower bound is above an upper bound (checked on the CPU only).
             SolverError: a task failed and `on_failure="raise"`; with "warn", a `SolverWarning` is emitted.
-            ConvexHeadsError: the result of `solve_batch` has no gradient although the class sets `provides_gradient`.
-                The backward pass raises it too, if it is asked for a second derivative that the backend lacks.
+            ConvexHeadsError: the class sets `provides_gradient`, and the result of `solve_batch` has no gradient or the
+                call is inside a transform of `torch.func`, such as `vmap`. The backward pass raises it too, if it is
+                asked for a second derivative that the backend lacks.
         """
         check_problem(problem)
         batch, device = problem.linear.shape[:-2], problem.linear.device
@@ -202,6 +205,9 @@ class Solver:
     def _solve_alone(self, problem: DualProblem) -> Solution:
         """Solve a flat batch in working precision, with gradient, by this solver alone."""
         if self.provides_gradient:
+            if is_transforming():
+                expected = "a solver that supports the transforms of torch.func, such as NativeSolver()"
+                raise ConvexHeadsError(f"torch.func: expected {expected}, got {type(self).__name__}")
             return self._solve_numerically(problem).solution
         if is_transforming():
             solved = self._solve_under_transforms(problem)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from convexheads.solvers.problem import DualProblem, TensorRecord, per_task
+from convexheads.solvers.problem import DualProblem, TensorRecord
 from convexheads.solvers.rescaling import largest_bounds
 
 INDEFINITENESS = 1e-9
@@ -21,19 +21,22 @@ ZERO_GAP = 1e-16
 FEASIBILITY_TOLERANCE = 1e-6
 """Largest residual of coefficients that count as feasible."""
 ROUNDING_THRESHOLD = 1e-6
-"""A gap that accounts for rounding counts if it is above this value and larger than the gap of `certify`."""
+"""The gap of `account_for_rounding` replaces the gap of `certify` if it is larger and above this value."""
 ROUNDING_MARGIN = 1e-2
 """The effect of rounding is computed only if a first-order estimate exceeds this fraction of the threshold."""
-# A slightly larger w absorbs the rounding errors in the slacks, which C amplifies.
+# The factors by which `certify` scales the weights. With slightly larger weights, rounding errors in the slacks, which
+# C amplifies, matter less.
 _PRIMAL_SCALINGS = (0.0, *(1 + 10.0**exponent for exponent in range(-14, 0, 2)))
 # Skip the search over scalings if the unscaled weights already prove this relative gap.
 _GAP_GOOD_ENOUGH = 1e-12
 # The largest number of entries of the chunks in which scalings are tried.
 _MAX_ENTRIES_PER_CHUNK = 2**23
-# Gaps below this multiple of machine precision cannot be reached.
+# Gaps below this multiple of machine precision cannot be reached in general.
 _ROUNDING_FLOOR = 4096
-# Above this gap, tasks do not count as stalled.
-_SMALL_GAP = 1e-4
+# Solvers aim at this fraction of their tolerance, but at least at this multiple of machine precision, which an exact
+# solution for the right active set reaches.
+_AIM_RATIO = 1e-3
+_AIM_FLOOR = 256
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -79,32 +82,12 @@ class Certificate(TensorRecord):
         return self.residual <= FEASIBILITY_TOLERANCE
 
 
-class BestIterate:
-    """The iterate of each task with the smallest certified gap so far, and whether the task is done.
+def aim(tolerance: float, dtype: torch.dtype) -> float:
+    """The gap at which a native solver with this tolerance ends: smaller, because it needs the right active set.
 
-    A task is done when it is solved, when its gap is NaN, or when its gap, because of rounding, has not fallen for
-    `patience` iterations in a row. The gap counts as fallen once it is below half of a reference value, which is then
-    set to the current gap, so that slow but steady progress counts. Gaps above 1e-4 never count as stalled, because far
-    from the optimum a gap may stay the same for a while.
+    With a wrong active set, the gradient is wrong, even if the gap is below the tolerance.
     """
-
-    def __init__(self, *start: Tensor, patience: int) -> None:
-        self.tensors, self.patience = start, patience
-        self.gap = self._last_progress = torch.full_like(start[0][:, 0, 0], torch.inf)
-        self.iterations = self._without_progress = torch.zeros_like(self.gap, dtype=torch.long)
-        self.done = torch.zeros_like(self.gap, dtype=torch.bool)
-
-    def update(self, iteration: int, gap: Tensor, solved: Tensor, *tensors: Tensor) -> None:
-        """Take the iterate with this number and these tensors, `(tasks, ...)`, into account."""
-        halved = gap < self._last_progress / 2
-        self._last_progress = torch.where(halved, gap, self._last_progress)
-        self._without_progress = torch.where(halved | (self.gap > _SMALL_GAP), 0, self._without_progress + 1)
-        better = (gap < self.gap) & ~self.done
-        pairs = zip(tensors, self.tensors, strict=True)
-        self.tensors = tuple(torch.where(per_task(better, new), new, old) for new, old in pairs)
-        self.gap = torch.where(better, gap, self.gap)
-        self.iterations = torch.where(self.done, self.iterations, iteration)
-        self.done = self.done | solved | (self._without_progress >= self.patience) | torch.isnan(gap)
+    return max(_AIM_RATIO * tolerance, _AIM_FLOOR * torch.finfo(dtype).eps)
 
 
 def certify(problem: DualProblem, coef: Float[Tensor, "*batch n k"]) -> Certificate:

@@ -15,9 +15,9 @@ class Fallback(Solver):
 
     Args:
         first: the solver of all tasks.
-        then: the solver of the tasks that `first` does not certify.
+        then: the solver of the tasks that `first` does not certify to its own tolerance.
         on_failure: what happens if neither solver certifies a task: "raise" (default), "warn" or "return". The
-            `on_failure` of the two solvers has no effect.
+            `on_failure` of the two solvers has no effect. The attribute `tolerance` is the larger one of theirs.
 
     Example:
         `SVMHead(solver=Fallback(ActiveSetSolver(), InteriorPointSolver()))`
@@ -27,7 +27,7 @@ class Fallback(Solver):
         for name, solver in (("first", first), ("then", then)):
             if not isinstance(solver, Solver):
                 raise InputError(f"Fallback({name})", "a Solver", repr(solver))
-        super().__init__(tolerance=then.tolerance, on_failure=on_failure)
+        super().__init__(tolerance=max(first.tolerance, then.tolerance), on_failure=on_failure)
         self.first, self.then = first, then
 
     def plan(self, problem: DualProblem) -> Plan:

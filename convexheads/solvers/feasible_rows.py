@@ -1,7 +1,7 @@
 """The feasible set of one support example.
 
-It consists of the rows `a` of k coefficients with `lower <= a <= upper` and, for most heads, `sum a = 0`. The feasible
-set of the whole problem is the product of these sets. Its projection and its support function, on which every
+It consists of the rows `a` of k coefficients with `lower <= a <= upper` and, if `rows_sum_to_zero`, `sum a = 0`. The
+feasible set of the whole problem is the product of these sets. Its projection and its support function, on which every
 certificate is based, are therefore exact and cost one sort per row.
 """
 
@@ -152,7 +152,8 @@ class FeasibleRows(NamedTuple):
         last = ((total - free * point >= 0).sum(-1, keepdim=True) - 1).clamp_min(0)
         first, following = point.gather(-1, last), point.gather(-1, (last + 1).clamp_max(2 * k - 1))
         free, total = free.gather(-1, last), total.gather(-1, last)
-        # If no entry decreases between the two, the sum is constant: zero, or it changes sign at the second breakpoint.
+        # If no entry decreases between the two breakpoints, the sum is constant there. It is zero, or it is positive
+        # and jumps to a negative value at the second breakpoint.
         zero = total <= 64 * torch.finfo(slope.dtype).eps * all_others
         s = torch.where(free > 0, total / free, torch.where(zero, (first + following) / 2, following))
         return s.maximum(first).minimum(following)

@@ -20,7 +20,7 @@ Manchester 2024) the point at which every slack times its multiplier has a given
 from __future__ import annotations
 
 import inspect
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,7 +40,7 @@ _REFINEMENTS = 3
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Linearization(TensorRecord):
+class Linearization(TensorRecord, ABC):
     """The factorized system of the rescaled problem, from which the gradient of the coefficients is computed."""
 
     kkt: KKT
@@ -94,7 +94,7 @@ class BarrierPoint(Linearization):
     stiffness: Float[Tensor, "tasks sides n k"]
 
     def attach(self, problem: DualProblem, coef: Tensor, hessian_scale: Tensor) -> Tensor:
-        # The stiffness w is treated as a constant: the gradient of the barrier is `w (coefficient - bound)`.
+        # The gradient of the barrier changes by the stiffness times the change of `coefficient - bound`.
         linear = problem.linear
         for (sign, limit), stiffness in zip(problem.inequalities, self.stiffness.unbind(1), strict=True):
             linear = linear + stiffness / hessian_scale[:, None, None] * torch.where(stiffness > 0, sign * limit, 0)
@@ -112,7 +112,10 @@ def implied_active_set(problem: DualProblem, certificate: Certificate) -> Active
 
 
 def active_entries(problem: DualProblem, coef: Tensor, bound_multipliers: Tensor) -> tuple[Tensor, Tensor]:
-    """Two masks: the multiplier exceeds the distance to the upper bound (or bounds are equal), or to the lower one."""
+    """The entries whose multiplier exceeds their distance to the upper bound, and those for the lower bound.
+
+    An entry whose bounds are equal is in the first mask.
+    """
     lower, upper, nowhere = problem.lower, problem.upper, torch.zeros_like(coef, dtype=torch.bool)
     at_upper = nowhere if upper is None else upper - coef < bound_multipliers
     at_lower = nowhere if lower is None else coef - lower < -bound_multipliers

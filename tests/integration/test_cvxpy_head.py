@@ -157,10 +157,10 @@ def test_bad_problems(build, message):
 
 @pytest.mark.usefixtures("unchecked")
 def test_bad_arguments_and_limits(monkeypatch):
-    with pytest.raises(InputError, match=r"build: expected a function.*, got 3"):
+    with pytest.raises(InputError, match=r"build: expected a hashable function.*, got 3"):
         CvxpyHead(3)
     unhashable = type("Unhashable", (), {"__call__": squares, "__hash__": None})
-    with pytest.raises(InputError, match=r"build: expected a function that can be hashed.*, got .*Unhashable"):
+    with pytest.raises(InputError, match=r"build: expected a hashable function.*, got .*Unhashable"):
         CvxpyHead(unhashable())
     with pytest.raises(InputError, match=r"hyperparameters\['a'\]: expected a positive.*, got -1"):
         CvxpyHead(squares, hyperparameters={"a": -1})

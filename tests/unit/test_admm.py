@@ -76,6 +76,28 @@ def test_goes_on_until_certified():
     assert close(gradient(head, support, labels, query), expected) < 1e-8
 
 
+def test_a_task_does_not_depend_on_the_batch():
+    """The tasks are found by searches at different iterations, and the last one belongs to the slowest task."""
+    support, labels, *_ = many(10, tasks=6)
+    problem = crammer_singer(support, labels, torch.logspace(-3, 2, 6, dtype=torch.float64)[:, None, None])
+    solver = ADMMSolver(steps=3, max_rounds=1, on_failure="return")
+    batch = solver.solve(problem)
+    assert len(batch.iterations.unique()) > 2
+    for number in range(6):
+        alone = solver.solve(problem.select(slice(number, number + 1)))
+        assert alone.iterations == batch.iterations[number]
+        assert close(alone.coef[0], batch.coef[number]) < 1e-12
+
+
+def test_a_linear_problem_has_a_solution():
+    """The Gram matrix of features that are all zero."""
+    labels = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
+    support = torch.stack([torch.zeros(6, 4), torch.eye(6, 4)]).double()
+    problem = crammer_singer(support, labels, 0.3)
+    solution, expected = ADMMSolver().solve(problem), NativeSolver().solve(problem)
+    assert close(solution.coef, expected.coef) < 1e-10
+
+
 def test_stops_at_its_last_iterate():
     support, labels, *_ = many(25)
     solver = ADMMSolver(max_iterations=1, max_rounds=1, on_failure="return")

@@ -30,7 +30,7 @@ from convexheads.solvers import (
     implicit,
 )
 from convexheads.solvers.base import Plan
-from convexheads.solvers.certificate import BestIterate
+from convexheads.solvers.best_iterate import BestIterate
 
 
 class ProjectedGradientSolver(Solver):
@@ -114,6 +114,19 @@ def test_a_promised_gradient_that_is_missing_is_an_error():
         Promised().solve(qp.map(lambda _, value: value.requires_grad_()))
 
 
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad])
+def test_a_solver_with_its_own_gradient_refuses_transforms(transform):
+    class Promised(ProjectedGradientSolver):
+        provides_gradient = True
+
+    support, labels, query, ways = task(2)
+    head = SVMHead(0.3, solver=Promised())
+    with pytest.raises(ConvexHeadsError, match=r"torch.func: expected a solver .*, got Promised"):
+        transform(lambda value: head(value, labels[0], query[0], ways=ways).sum())(
+            support if transform is torch.func.vmap else support[0]
+        )
+
+
 # Composition ----------------------------------------------------------------------------------------------------------
 
 
@@ -140,6 +153,23 @@ def test_fallback_reports_what_neither_solves():
     qp = crammer_singer(*task(4)[:2], C=0.3)
     solution = Fallback(OddTasksSolver(), OddTasksSolver(), on_failure="return").solve(qp)
     assert solution.status.tolist() == [Status.FAILED, Status.CONVERGED, Status.CONVERGED, Status.CONVERGED]
+
+
+def test_tolerance_of_a_fallback_is_one_that_every_task_reaches():
+    qp = crammer_singer(*task(4)[:2], C=0.3)
+    for solvers in ((OddTasksSolver(tolerance=0.1), NativeSolver()), (NativeSolver(), OddTasksSolver(tolerance=0.1))):
+        solver = Fallback(*solvers)
+        solution = solver.solve(qp)
+        assert solution.converged.all()
+        assert (solution.gap <= solver.tolerance).all()
+
+
+def test_solver_that_does_not_keep_its_arguments_is_shown():
+    class Forgetful(Solver):
+        def __init__(self, steps, *, tolerance=1e-3):
+            super().__init__(tolerance=tolerance)
+
+    assert repr(SVMHead(solver=Forgetful(3))) == "SVMHead(C=0.1, solver=Forgetful(tolerance=0.001))"
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -190,7 +220,7 @@ def test_failures_are_numbered_over_tasks_with_different_ways():
     support[2] = 1.0
     with pytest.raises(InputError, match="zero in task") as caught:
         LinearDiscriminantHead().fit(support, labels, ways=ways)
-    assert "In the batch, these are [(0,), (2,)]" in caught.value.__notes__[0]
+    assert "[(0,), (2,)]" in caught.value.__notes__[0]
 
 
 def test_solver_that_changes_its_problem_is_not_certified_by_it():

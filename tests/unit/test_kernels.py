@@ -131,3 +131,11 @@ def test_all_parts_of_a_sum_are_its_modules():
     kernel = (lambda x, y: x @ y.mT) + RBF(Learnable(2.0)) + Sum(module, Polynomial(offset=Learnable(1.0)))
     assert len(list(kernel.parameters())) == 4
     assert {parameter.dtype for parameter in copy.deepcopy(kernel).double().parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("combine", [lambda part: Linear() + part, lambda part: Linear() * part])
+@pytest.mark.parametrize("part", [lambda x, y: (x @ y.mT).float(), lambda x, y: x @ x.mT, lambda x, y: None])
+def test_every_part_has_to_be_a_gram_matrix(combine, part):
+    support, labels, query, _ = task()
+    with pytest.raises(InputError, match=r"kernel: expected .*, got "):
+        RidgeHead(kernel=combine(part))(support, labels, query)

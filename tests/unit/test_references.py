@@ -196,3 +196,15 @@ def test_gap_of_coefficients_that_leave_the_right_class_nothing():
     gap = _logistic_newton.certified_gap(torch.eye(4, dtype=torch.float64).expand(500, 4, 4), targets, coef)
     assert (gap > 1e-3).all()
     assert torch.isfinite(gap).all()
+
+
+@pytest.mark.parametrize(("size", "regularization"), [(1e3, 1e-3), (1e3, 1e-8), (1e4, 1e-6)])
+def test_ridge_with_a_tiny_penalty_and_few_features(size, regularization):
+    """Scores of the dual coefficients would lose all digits here."""
+    torch.manual_seed(0)
+    support, query = size * torch.randn(100, 5, dtype=torch.float64), size * torch.randn(20, 5, dtype=torch.float64)
+    targets = support @ torch.randn(5, dtype=torch.float64) / size + 0.1 * torch.randn(100, dtype=torch.float64)
+    reference = Ridge(regularization, fit_intercept=False, solver="cholesky").fit(support.numpy(), targets.numpy())
+    fitted = RidgeRegressionHead(regularization).fit(support, targets)
+    assert close(fitted(query), torch.from_numpy(reference.predict(query.numpy())), 1.0) < 1e-10
+    assert close(size * fitted.weight[0], size * torch.from_numpy(reference.coef_), 1.0) < 1e-10

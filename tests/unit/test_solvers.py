@@ -14,7 +14,7 @@ from solver_contract import *  # noqa: F403
 from tasks import close, crammer_singer, examples, task, tasks
 
 from convexheads import InputError, Learnable, OneVsRestSVMHead, SVMHead
-from convexheads.solvers import ADMMSolver, DualProblem, InteriorPointSolver, NativeSolver, Status
+from convexheads.solvers import ActiveSetSolver, ADMMSolver, DualProblem, InteriorPointSolver, NativeSolver, Status
 from convexheads.solvers.certificate import account_for_rounding, certify
 from convexheads.solvers.native import active_set
 from convexheads.solvers.rescaling import rescale
@@ -258,6 +258,27 @@ def test_gradient_is_exact_for_any_c(solver, smoothing):
         (gradient,) = torch.autograd.grad((weights * logits / C).sum(), x)
         reference = gradient if reference is None else reference
         assert close(gradient, reference) < 1e-9
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("tolerance", [1e-6, 1e-10, 1e-12, 1e-15])
+def test_active_sets_are_proven_to_any_tolerance(backend, tolerance):
+    support, labels, *_ = task(20, shots=(5,) * 5, d=64)
+    solution = ActiveSetSolver(backend=backend, tolerance=tolerance).solve(crammer_singer(support, labels, 1.0))
+    assert solution.converged.all()
+    assert solution.gap.max() < 1e-13
+
+
+@pytest.mark.parametrize("solver", [ActiveSetSolver(), InteriorPointSolver(), ADMMSolver()], ids=repr)
+def test_solvers_in_float32(solver, monkeypatch):
+    """What a device without float64 gives, tried on the CPU."""
+    support, labels, query, _ = task(20, shots=(5,) * 5, d=64, dtype=torch.float32)
+    exact = SVMHead(1.0)(support.double(), labels, query.double())
+    for module in ("heads.base.classification", "heads.base.head", "solvers.base"):
+        monkeypatch.setattr(f"convexheads.{module}.working_dtype", lambda _: torch.float32)
+    fitted = SVMHead(1.0, solver=solver).fit(support, labels)
+    assert fitted.solution.gap.max() < 1e-4
+    assert close(fitted(query).double(), exact) < 1e-3
 
 
 def test_an_optimal_projection_does_not_prove_an_active_set(monkeypatch):

@@ -115,7 +115,7 @@ class ClassificationHead(Head):
                     groups.append(self._solve_checked(group))
                 except ConvexHeadsError as error:
                     tasks = [*map(tuple, rows.nonzero().tolist())]
-                    error.add_note(f"The numbers count only tasks with {k} classes. In the batch, these are {tasks}.")
+                    error.add_note(f"Tasks are counted among those with {k} classes, which are {tasks} in the batch.")
                     raise
         expansion = merge_groups(groups, ways)
         for name, tolerance, on_failure in postponed[-1:]:

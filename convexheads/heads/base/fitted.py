@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from convexheads._gram import constant
 from convexheads._validation import check_query
 from convexheads.errors import ConvexHeadsError
-from convexheads.heads.base.support_set import KernelExpansion, SupportSet, compute_gram
-from convexheads.kernels import KernelLike, Linear, Product, Sum
+from convexheads.heads.base.support_set import KernelExpansion, SupportSet
+from convexheads.kernels import KernelLike, Linear, Product, Sum, compute_gram
 from convexheads.precision import full_precision
 from convexheads.solvers import Solution
 
@@ -57,13 +57,16 @@ class Fitted:
         """
         expansion, query = self.expansion, self._prepare(query)
         with full_precision(query.device):
-            cross_gram = self._cross_gram(query)
-            scores = cross_gram @ expansion.coef
+            if expansion.weight is not None:
+                scores = query @ expansion.weight.mT
+            else:
+                cross_gram = self._cross_gram(query)
+                scores = cross_gram @ expansion.coef
+                if expansion.quadratic is not None:
+                    image = cross_gram.unsqueeze(-3) @ expansion.quadratic
+                    scores = scores + (image * cross_gram.unsqueeze(-3)).sum(-1).mT
             if expansion.bias is not None:
                 scores = scores + expansion.bias.unsqueeze(-2)
-            if expansion.quadratic is not None:
-                image = cross_gram.unsqueeze(-3) @ expansion.quadratic
-                scores = scores + (image * cross_gram.unsqueeze(-3)).sum(-1).mT
             weight = expansion.self_similarity_weight
             if not isinstance(weight, float) or weight != 0:
                 scores = scores + weight * self._query_gram_diagonal(query).unsqueeze(-1)
@@ -97,7 +100,8 @@ class Fitted:
             ConvexHeadsError: the scores are not linear in the features.
         """
         slope, _ = self._affine_form()
-        return self._to_output(slope * (self.expansion.coef.mT @ self.support.features))
+        weight = self.expansion.weight
+        return self._to_output(slope * (self.expansion.coef.mT @ self.support.features) if weight is None else weight)
 
     @property
     def bias(self) -> Float[Tensor, "*batch k"]:
@@ -210,7 +214,7 @@ def _map(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, Sum | Product):
         return type(value)(*map(again, value.kernels))
     if isinstance(value, nn.Module):
-        # `deepcopy` copies no tensors with a history, such as parameters per task in an attribute or a buffer.
+        # `deepcopy` fails for tensors that autograd computed, such as parameters per task in an attribute or a buffer.
         attributes = (each for part in value.modules() for each in vars(part).values() if isinstance(each, Tensor))
         changed = {id(tensor): change(tensor) for tensor in (*attributes, *value.buffers())}
         return change(copy.deepcopy(value, changed))

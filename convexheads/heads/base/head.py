@@ -28,8 +28,8 @@ class Head(Configurable, ABC):
         kernel: any callable `(x, y) -> gram` (see `convexheads.kernels`). Defaults to `Linear()`.
         validate: whether to check all input for wrong values, on any device: labels out of range, features and Gram
             matrices that are not finite, matrices that cannot be factorized. False skips every check that reads values,
-            so that heads with a closed form never wait for a GPU; tasks with wrong values then give NaN, or fail in the
-            solver. Types and shapes are always checked. Defaults to True.
+            so that, with `ways` given as an integer, heads with a closed form never wait for a GPU; tasks with wrong
+            values then give NaN, or fail in the solver. Types and shapes are always checked. Defaults to True.
 
     Raises:
         InputError: an argument is unusable. Calls raise the errors that `forward` describes.
@@ -76,8 +76,9 @@ class Head(Configurable, ABC):
         if not isinstance(expansion, KernelExpansion):
             raise InputError(name, "a KernelExpansion", f"a result of type {type(expansion).__name__}")
         *batch, n, k = support.targets.shape
-        dtype = support.targets.dtype
-        for part, shape in (("coef", (*batch, n, k)), ("bias", (*batch, k)), ("quadratic", (*batch, k, n, n))):
+        d, dtype = support.features.shape[-1], support.targets.dtype
+        shapes = {"coef": (n, k), "weight": (k, d), "bias": (k,), "quadratic": (k, n, n)}
+        for part, shape in ((part, (*batch, *shape)) for part, shape in shapes.items()):
             value = getattr(expansion, part)
             is_missing = value is None and part != "coef"
             if not (is_missing or (isinstance(value, Tensor) and value.shape == shape and value.dtype == dtype)):

@@ -12,9 +12,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.nn import functional
 
-from convexheads._validation import check_finite, describe_shape
-from convexheads.errors import InputError
-from convexheads.kernels import KernelLike, Linear
+from convexheads.kernels import KernelLike, Linear, compute_gram
 from convexheads.solvers.problem import Solution, TensorRecord
 
 
@@ -65,10 +63,12 @@ class KernelExpansion(TensorRecord):
     """The result of `Head.solve`: scores as a combination of kernel values.
 
     With `s = kernel(q, support)`, the score of a query q for class c is
-    `s @ coef_c + bias_c + s @ quadratic_c @ s + self_similarity_weight * kernel(q, q)`.
+    `s @ coef_c + s @ quadratic_c @ s + bias_c + self_similarity_weight * kernel(q, q)`. With a linear kernel, `weight`
+    can replace the first two terms by `q @ weight_c`.
 
     Attributes:
         coef: dual coefficients, `(*batch, n, k)`; those of masked examples are ignored.
+        weight: primal weights for a linear kernel, `(*batch, k, d)`; None (default) to compute scores from `coef`.
         bias: `(*batch, k)`; None (default) for zero.
         quadratic: symmetric, `(*batch, k, n, n)`; None (default) for a score that is linear in the kernel.
         self_similarity_weight: factor of each query's kernel with itself, for all classes, such as -1 for squared
@@ -78,6 +78,7 @@ class KernelExpansion(TensorRecord):
     """
 
     coef: Float[Tensor, "*batch n k"]
+    weight: Float[Tensor, "*batch k d"] | None = None
     bias: Float[Tensor, "*batch k"] | None = None
     quadratic: Float[Tensor, "*batch k n n"] | None = None
     self_similarity_weight: float | Float[Tensor, ""] = 0.0
@@ -90,19 +91,6 @@ def one_hot(labels: Integer[Tensor, "*batch n"], ways: int, dtype: torch.dtype) 
     return torch.where(targets.any(-1, keepdim=True), targets, torch.nan)
 
 
-def compute_gram(kernel: KernelLike, x: Tensor, y: Tensor, *, validate: bool) -> Float[Tensor, "*batch m n"]:
-    """The Gram matrix of `x` and `y`; raises `InputError` for another shape or dtype, or a value that is not finite."""
-    gram: Any = kernel(x, y)
-    expected = (*x.shape[:-1], y.shape[-2])
-    if not isinstance(gram, Tensor) or gram.shape != expected:
-        raise InputError("kernel", f"a Gram matrix of shape {expected}", describe_shape(gram))
-    if gram.dtype != x.dtype:
-        raise InputError("kernel", f"the dtype of its arguments, {x.dtype}", f"a result of {gram.dtype}")
-    if validate:
-        check_finite("kernel", gram)
-    return gram
-
-
 def _mask_gram(gram: Tensor, mask: Tensor) -> Tensor:
     both = mask.unsqueeze(-1) & mask.unsqueeze(-2)
     squared = gram.detach().diagonal(dim1=-2, dim2=-1)
@@ -113,7 +101,7 @@ def _mask_gram(gram: Tensor, mask: Tensor) -> Tensor:
 def merge_groups(groups: Sequence[KernelExpansion], ways: Integer[Tensor, "*batch"]) -> KernelExpansion:
     """Merge the groups of tasks with 1, 2, ... classes into the batch with these `ways`, padded with zeros."""
     order = ways.flatten().argsort(stable=True).argsort()
-    class_dims = {"coef": 1, "bias": 1, "quadratic": 3, "bound_multipliers": 1}  # counted from the last
+    class_dims = {"coef": 1, "weight": 2, "bias": 1, "quadratic": 3, "bound_multipliers": 1}  # counted from the last
     records = [group.tensors() for group in groups]
 
     def merge(name: str, first: Tensor) -> Any:

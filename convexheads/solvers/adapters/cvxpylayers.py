@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads.solvers.adapters import _external
+from convexheads.solvers.adapters import external
 from convexheads.solvers.base import Solver
 from convexheads.solvers.problem import DualProblem
 
@@ -57,7 +57,7 @@ class CvxpylayersSolver(Solver):
             return coef
 
         inputs = problem.gram, smoothing, problem.linear, *limits
-        return _external.call_backend(solve, *inputs, backend="CvxpylayersSolver")
+        return external.call_backend(solve, *inputs, backend="CvxpylayersSolver")
 
 
 class Layer(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads.solvers.adapters import _external
+from convexheads.solvers.adapters import external
 from convexheads.solvers.base import Solver
 from convexheads.solvers.problem import DualProblem
 
@@ -58,7 +58,7 @@ class MoreauSolver(Solver):
             found = solver.solve(hessian.flatten(1), coefficients, -linear.flatten(1), torch.cat(right, -1))
             return found.x.reshape(linear.shape)
 
-        return _external.call_backend(solve, problem.gram, smoothing, problem.linear, *limits, backend="MoreauSolver")
+        return external.call_backend(solve, problem.gram, smoothing, problem.linear, *limits, backend="MoreauSolver")
 
 
 def _build(

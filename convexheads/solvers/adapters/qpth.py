@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads.solvers.adapters import _external
+from convexheads.solvers.adapters import external
 from convexheads.solvers.base import Solver
 from convexheads.solvers.problem import DualProblem
 
@@ -57,12 +57,12 @@ class QpthSolver(Solver):
             smallest = smallest + plain.smoothing.amin((-2, -1))
         shift = (target_eigenvalue - smallest).clamp_min(0)[:, None, None].expand_as(problem.linear)
         shifted = replace(problem, smoothing=shift if problem.smoothing is None else problem.smoothing + shift)
-        dense = _external.to_dense(shifted)
+        dense = external.to_dense(shifted)
         tasks = len(problem.linear)
         if tasks > 1 and (dense.G == 0).all(-1).any():  # idle rows, for which the step length of qpth is not finite
             per_task = (problem.select(slice(task, task + 1)) for task in range(tasks))
             return torch.cat([self.solve_batch(task) for task in per_task])
-        return _external.call_backend(self._solve_dense, *dense, backend="QpthSolver").reshape(problem.linear.shape)
+        return external.call_backend(self._solve_dense, *dense, backend="QpthSolver").reshape(problem.linear.shape)
 
     def _solve_dense(self, *dense: Tensor) -> Tensor:
         Q, _, G, _, A, _ = dense

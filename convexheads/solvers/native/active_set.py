@@ -14,7 +14,7 @@ from torch import Tensor
 from convexheads._validation import check_choice, check_positive_int
 from convexheads.errors import MissingDependencyError
 from convexheads.solvers.base import LinearizedSolution, Plan, Solver, SolverResult
-from convexheads.solvers.certificate import Certificate, certify
+from convexheads.solvers.certificate import Certificate, aim, certify
 from convexheads.solvers.failures import OnFailure
 from convexheads.solvers.implicit import ActiveSet, active_entries, factorize_free
 from convexheads.solvers.native.admm_steps import WarmStart, admm, ridge_step
@@ -22,8 +22,6 @@ from convexheads.solvers.problem import DualProblem
 
 Backend = Literal["auto", "torch", "numba"]
 """The implementation: PyTorch, kernels that Numba compiles for the CPU, or the faster of the two."""
-INNER_TOLERANCE_RATIO = 1e-3
-"""Solvers aim at this fraction of their tolerance, because the gradient is correct only for the right active set."""
 MAX_ROUNDS = 12
 REFINEMENTS = 2
 # Problems with at least this number of coefficients start from ADMM, and smaller ones from a ridge regression.
@@ -77,7 +75,7 @@ class ActiveSetSolver(Solver):
         start = ridge_step(problem) if n * k < _MIN_SIZE_FOR_ADMM else next(admm(problem, (_ADMM_STEPS,)))
         coef, active_set, rounds = search(problem, start, max_rounds=self.max_rounds)
         certificate = certify(problem, coef)
-        unsolved = ~is_proven(certificate, INNER_TOLERANCE_RATIO * self.tolerance)
+        unsolved = ~is_proven(certificate, aim(self.tolerance, coef.dtype))
         certificate = of_projection(certificate, gap=certificate.gap.masked_fill(unsolved, torch.nan))
         coef = certificate.feasible.masked_fill(unsolved[:, None, None], torch.nan)
         return SolverResult(coef, rounds, certificate, active_set)
@@ -98,7 +96,7 @@ class ActiveSetSolver(Solver):
             return super()._solve_numerically(problem)
         from convexheads.solvers.native import numba_backend
 
-        tolerance = INNER_TOLERANCE_RATIO * self.tolerance
+        tolerance = aim(self.tolerance, linear.dtype)
         return numba_backend.solve(problem, tolerance, max_rounds=self.max_rounds, refinements=REFINEMENTS)
 
 

@@ -8,10 +8,10 @@ import torch
 
 from convexheads._validation import check_positive_int
 from convexheads.solvers.base import Solver, SolverResult
-from convexheads.solvers.certificate import certify
+from convexheads.solvers.certificate import aim, certify
 from convexheads.solvers.failures import OnFailure
 from convexheads.solvers.kkt import with_gram_factor
-from convexheads.solvers.native.active_set import INNER_TOLERANCE_RATIO, is_proven, of_projection, polish, search
+from convexheads.solvers.native.active_set import is_proven, of_projection, polish, search
 from convexheads.solvers.native.admm_steps import admm
 from convexheads.solvers.problem import DualProblem
 
@@ -23,8 +23,8 @@ _FIRST_SEARCH_GAP = 1e-3
 class ADMMSolver(Solver):
     """ADMM (Boyd et al. 2011), with a few rounds of active-set Newton at the end, which make the solution exact.
 
-    Use it for problems with very many classes: a class needs no n x n matrix, only one for its free rows. The
-    gradient is exact, to any order, if the active set is right.
+    Use it for problems with very many classes: a class needs no n x n matrix, only an m x m matrix for its m free rows.
+    The gradient is exact, to any order, if the active set is right.
 
     Args:
         max_iterations: as in `Solver`. Default None (until converged, at most 600). Only steps of ADMM count.
@@ -52,26 +52,28 @@ class ADMMSolver(Solver):
         self.max_rounds = check_positive_int(f"{name}(max_rounds)", max_rounds)
 
     def solve_batch(self, problem: DualProblem) -> SolverResult:
-        # A task that is not solved gets the last iterate of ADMM, with the active set that this iterate implies.
         problem = with_gram_factor(problem)
-        tolerance, search_gap = INNER_TOLERANCE_RATIO * self.tolerance, _FIRST_SEARCH_GAP
-        limit = self.max_iterations or _MAX_ITERATIONS
+        tolerance, limit = aim(self.tolerance, problem.linear.dtype), self.max_iterations or _MAX_ITERATIONS
         blocks = [self.steps] * (limit // self.steps) + [limit % self.steps] * (limit % self.steps > 0)
+        solution = torch.zeros_like(problem.linear)
+        search_gap = torch.full_like(solution[:, 0, 0], _FIRST_SEARCH_GAP)
+        iterations = torch.full_like(search_gap, limit, dtype=torch.long)
+        solved = torch.zeros_like(search_gap, dtype=torch.bool)
         iterates = zip(accumulate(blocks), admm(problem, blocks), strict=True)
         while True:
             taken, iterate = next(iterates)
-            if taken < limit and (certify(problem, iterate.coef).gap > search_gap).any():
+            is_due = ~solved & ((certify(problem, iterate.coef).gap <= search_gap) | (taken == limit))
+            if not is_due.any():
                 continue
             coef, active_set, _ = search(problem, iterate, max_rounds=self.max_rounds)
             certificate = certify(problem, coef)
-            solved = is_proven(certificate, tolerance)
+            found = is_due & is_proven(certificate, tolerance)
+            solution = torch.where(found[:, None, None], coef, solution)
+            iterations, solved = torch.where(found, taken, iterations), solved | found
+            search_gap = torch.where(is_due, search_gap / 10, search_gap)
             if solved.all() or taken == limit:
                 break
-            search_gap /= 10
-        if not solved.all():  # where the search did not succeed, the iterate is better
-            coef = torch.where(solved[:, None, None], coef, iterate.coef)
-            active_set, certificate = polish(problem, coef)
+        if not found.all():  # the last search belongs to other tasks than those that it solved
+            active_set, certificate = polish(problem, torch.where(solved[:, None, None], solution, iterate.coef))
         certificate = of_projection(certificate)
-        return SolverResult(
-            certificate.feasible, torch.full_like(solved, taken, dtype=torch.long), certificate, active_set
-        )
+        return SolverResult(certificate.feasible, iterations, certificate, active_set)

@@ -32,7 +32,7 @@ class WarmStart(NamedTuple):
 
 def ridge_step(problem: DualProblem) -> WarmStart:
     """One unconstrained (ridge) step from zero; entries beyond a bound form the initial active set."""
-    penalty = PENALTY * problem.curvature()[:, None, None]
+    penalty = _penalty(problem)
     right = _project_row_sums(problem.linear, problem.rows_sum_to_zero)
     coef = torch.cholesky_solve(right, cholesky(_plus_diagonal(problem.gram, penalty)))
     return WarmStart(coef, penalty * coef, torch.zeros_like(coef[..., 0]))
@@ -40,7 +40,7 @@ def ridge_step(problem: DualProblem) -> WarmStart:
 
 def admm(problem: DualProblem, blocks: Iterable[int]) -> Iterator[WarmStart]:
     """After each block of steps, yield feasible coefficients of a flat, rescaled batch, and multipliers."""
-    penalty = PENALTY * problem.curvature()[:, None, None]
+    penalty = _penalty(problem)
     solve = _regularized_inverse(problem, penalty)
     coef, dual, relaxation = torch.zeros_like(problem.linear), torch.zeros_like(problem.linear), 1.0
     row_multipliers = None
@@ -55,6 +55,11 @@ def admm(problem: DualProblem, blocks: Iterable[int]) -> Iterator[WarmStart]:
         if problem.smoothing is not None:
             bound_multipliers = bound_multipliers - problem.smoothing * coef
         yield WarmStart(coef, bound_multipliers, row_multipliers.squeeze(-1))
+
+
+def _penalty(problem: DualProblem) -> Float[Tensor, "tasks 1 1"]:
+    curvature = problem.curvature()[:, None, None]
+    return PENALTY * torch.where(curvature > 0, curvature, 1)  # a linear problem accepts any penalty
 
 
 def _regularized_inverse(problem: DualProblem, penalty: Tensor) -> Callable[[Tensor], Tensor]:

@@ -9,10 +9,11 @@ import torch
 from convexheads._functorch import is_transforming
 from convexheads._validation import check_positive_int, check_real
 from convexheads.solvers.base import Plan
+from convexheads.solvers.certificate import aim
 from convexheads.solvers.failures import OnFailure
 from convexheads.solvers.fallback import Fallback
 from convexheads.solvers.kkt import with_gram_factor
-from convexheads.solvers.native.active_set import INNER_TOLERANCE_RATIO, ActiveSetSolver, Backend
+from convexheads.solvers.native.active_set import ActiveSetSolver, Backend
 from convexheads.solvers.native.admm import ADMMSolver
 from convexheads.solvers.native.interior_point import InteriorPointSolver
 from convexheads.solvers.problem import DualProblem
@@ -74,5 +75,5 @@ class NativeSolver(Fallback):
                 factor = with_gram_factor(problem.detach()).gram_factor
             if factor is not None and k * n * factor.shape[-1] <= self.max_block_entries:
                 problem = replace(problem, gram_factor=factor)
-                return Plan(problem, (self._admm, self.then), max_gap=INNER_TOLERANCE_RATIO * self.tolerance)
+                return Plan(problem, (self._admm, self.then), max_gap=aim(self.tolerance, problem.linear.dtype))
         return Plan(problem, (self._admm,))

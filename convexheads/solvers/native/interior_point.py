@@ -11,11 +11,12 @@ from torch import Tensor
 from convexheads._validation import check_choice, check_real
 from convexheads.errors import InputError
 from convexheads.solvers.base import Solver, SolverResult
-from convexheads.solvers.certificate import BestIterate, certify
+from convexheads.solvers.best_iterate import BestIterate
+from convexheads.solvers.certificate import aim, certify
 from convexheads.solvers.failures import OnFailure
 from convexheads.solvers.implicit import BarrierPoint
 from convexheads.solvers.kkt import BlockKKT, FactorizedKKT, LowRankKKT, with_gram_factor
-from convexheads.solvers.native.active_set import INNER_TOLERANCE_RATIO, of_projection, polish
+from convexheads.solvers.native.active_set import of_projection, polish
 from convexheads.solvers.problem import DualProblem
 
 Gradient = Literal["exact", "relaxed", "last_iterate"]
@@ -82,7 +83,7 @@ class InteriorPointSolver(Solver):
 
     def solve_batch(self, problem: DualProblem) -> SolverResult:
         problem = with_gram_factor(problem)
-        limit, tolerance = self.max_iterations or _MAX_ITERATIONS, INNER_TOLERANCE_RATIO * self.tolerance
+        limit, tolerance = self.max_iterations or _MAX_ITERATIONS, aim(self.tolerance, problem.linear.dtype)
         point, stiffness, iterations = interior_point(problem, tolerance=tolerance, max_iterations=limit)
         linearization, certificate = polish(problem, point, move=self.max_iterations is None)
         if self.gradient == "relaxed":

@@ -46,7 +46,10 @@ def proximal(row, target, lower, upper, weight, smoothing, newton_tolerance):
 @kernel
 @no_type_check
 def admm(task, rows_sum_to_zero, penalty, settings, coef, side):
-    """`admm_steps.admm` for a first guess. It ends when the active set has not changed for `patience` steps."""
+    """`admm_steps.admm` for a first guess.
+
+    It ends when a checksum of the active set has not changed for `patience` steps.
+    """
     steps, patience, over_relaxation, newton_tolerance = settings
     gram, linear, lower, upper, smoothing = task
     n, k = linear.shape
@@ -182,7 +185,8 @@ def certify(task, rows_sum_to_zero, coef, row_multipliers, bound_multipliers, li
                     min_multiplier = max(min_multiplier, slope)
                 if lower[i, c] == -np.inf:
                     max_multiplier = min(max_multiplier, slope)
-        # Row multipliers prove a finite gap between the slopes of entries without an upper and without a lower bound.
+        # A row multiplier proves a finite duality gap only if it is at least the slopes of all entries without an upper
+        # bound, and at most those of all entries without a lower bound.
         if rows_sum_to_zero:
             row_multipliers[i] = min(max(row_multipliers[i], min_multiplier), max_multiplier)
         distance = 0.0
