@@ -241,8 +241,8 @@ MUTATIONS = [
     Mutation(
         "ridge-primal",
         "heads/ridge.py",
-        "return (right - features @ torch.cholesky_solve(features.mT @ right, factor)) / penalty",
-        "return (right - features @ torch.cholesky_solve(features.mT @ right, factor)) * penalty",
+        "weight = torch.cholesky_solve(features.mT @ targets, factor)",
+        "weight = torch.cholesky_solve(features.mT @ targets, factor) / penalty",
         "test_references.py::test_ridge_equals_scikit_learn",
     ),
     Mutation(

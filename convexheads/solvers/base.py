@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, ClassVar, NamedTuple, get_args
@@ -59,13 +58,11 @@ class Plan(NamedTuple):
         problem: the problem, which may have been moved to another device.
         solvers: the first solver solves all tasks. Each of the others solves the tasks that have not converged.
         max_tasks: largest number of tasks that are solved at once. Default None (no limit).
-        max_gap: the second solver also solves the tasks with a gap above this value. Default infinity.
     """
 
     problem: DualProblem
     solvers: tuple[Solver, ...]
     max_tasks: int | None = None
-    max_gap: float = math.inf
 
 
 class Solver:
@@ -183,7 +180,7 @@ class Solver:
 
     def _solve_flat(self, whole: DualProblem) -> Solution:
         """Solve a flat batch in working precision, with gradient, as `plan` decides."""
-        problem, (first, *others), max_tasks, max_gap = self.plan(whole)
+        problem, (first, *others), max_tasks = self.plan(whole)
         if max_tasks is not None and max_tasks < len(problem.linear):
             starts = range(0, len(problem.linear), max_tasks)
             parts = [self._solve_flat(problem.select(slice(start, start + max_tasks))) for start in starts]
@@ -192,8 +189,7 @@ class Solver:
         solution = first._solve_alone(problem)
         selects = not is_transforming()  # inside `torch.func.vmap`, tasks cannot be selected by their values
         for solver in others:
-            unsolved = ~solution.converged | (solution.gap > max_gap)
-            max_gap = math.inf
+            unsolved = ~solution.converged
             if not (unsolved.any() if selects else inspect_values(lambda unsolved: bool(unsolved.any()), unsolved)):
                 break
             other = solver._solve_flat(problem.select(unsolved) if selects else problem)

@@ -29,7 +29,6 @@ from convexheads.solvers import (
     Status,
     implicit,
 )
-from convexheads.solvers.base import Plan
 from convexheads.solvers.best_iterate import BestIterate
 
 
@@ -230,28 +229,6 @@ def test_solver_that_changes_its_problem_is_not_certified_by_it():
 
     solution = Careless(on_failure="return").solve(crammer_singer(*task(4)[:2], C=0.3))
     assert (solution.status == Status.FAILED).all()
-
-
-def test_largest_gap_of_a_plan_is_that_of_its_first_solver():
-    """A composition may ask more of its own first solver than a `Fallback` around it asks of the composition."""
-    calls = []
-
-    class Recorded(ProjectedGradientSolver):
-        def __init__(self, label, **options):
-            super().__init__(**options)
-            self.label = label
-
-        def solve_batch(self, problem):
-            calls.append(self.label)
-            return super().solve_batch(problem)
-
-    class Strict(Solver):
-        def plan(self, problem):
-            return Plan(problem, (Recorded("first"), Recorded("second")), max_gap=-1.0)
-
-    qp = crammer_singer(*task(4)[:2], C=0.3)
-    assert Fallback(Strict(), Recorded("third")).solve(qp).converged.all()
-    assert calls == ["first", "second"]
 
 
 def test_options_that_a_solver_passes_on_are_shown():

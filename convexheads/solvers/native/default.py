@@ -9,7 +9,6 @@ import torch
 from convexheads._functorch import is_transforming
 from convexheads._validation import check_positive_int, check_real
 from convexheads.solvers.base import Plan
-from convexheads.solvers.certificate import aim
 from convexheads.solvers.failures import OnFailure
 from convexheads.solvers.fallback import Fallback
 from convexheads.solvers.kkt import with_gram_factor
@@ -63,6 +62,8 @@ class NativeSolver(Fallback):
         self.backend: Backend = backend
         self.max_block_entries = check_positive_int("NativeSolver(max_block_entries)", max_block_entries)
         self._admm = ADMMSolver(tolerance=tolerance)
+        # An interior-point method follows, also for tasks of which ADMM finds the optimum, but not the active set.
+        self._strict_admm = ADMMSolver(tolerance=1e-3 * self.tolerance)
 
     def plan(self, problem: DualProblem) -> Plan:
         plan = super().plan(problem)
@@ -75,5 +76,5 @@ class NativeSolver(Fallback):
                 factor = with_gram_factor(problem.detach()).gram_factor
             if factor is not None and k * n * factor.shape[-1] <= self.max_block_entries:
                 problem = replace(problem, gram_factor=factor)
-                return Plan(problem, (self._admm, self.then), max_gap=aim(self.tolerance, problem.linear.dtype))
+                return Plan(problem, (self._strict_admm, self.then))
         return Plan(problem, (self._admm,))
