@@ -28,7 +28,7 @@ def _squared_distance(x: Tensor, y: Tensor) -> Tensor:
 def median_distance(features: Tensor, mask: Tensor | None) -> Tensor:
     """The median distance over all pairs of examples, `(*batch,)`; 1 if it is zero."""
     n = features.shape[-2]
-    if n == 1:
+    if n < 2:
         return features.new_ones(features.shape[:-2])
     first, second = torch.triu_indices(n, n, offset=1, device=features.device)
     centered = features - features.detach().mean(-2, keepdim=True)

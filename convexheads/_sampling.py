@@ -62,8 +62,8 @@ def group_by_class(labels: Tensor, ways: int, per_class: int) -> list[Integer[Te
     if len(classes) < ways:
         raise InputError("labels", f"at least ways={ways}", f"{len(classes)} classes")
     if (count := min(counts)) < per_class:
-        got = f"{count} examples of class {classes[counts.index(count)]}"
-        raise InputError("labels", f"at least shots + queries = {per_class}", got)
+        got = f"{count} of class {classes[counts.index(count)]}"
+        raise InputError("labels", f"at least shots + queries = {per_class} examples of every class", got)
     return [(labels == label).nonzero().squeeze(-1) for label in classes]
 
 

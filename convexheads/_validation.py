@@ -202,7 +202,6 @@ def _check_labels(
     labels = labels.long()  # torch cannot compare its unsigned types
     if mask is not None:
         labels = labels.masked_fill(~mask, 0)
-    highest = ways - 1 if isinstance(ways, int) else "ways-1"
     if isinstance(ways, Tensor):
         ways = ways.long()
         max_ways = int(ways.max().item()) if ways.numel() else 1
@@ -217,9 +216,7 @@ def _check_labels(
     if isinstance(ways, Tensor) and (ways < 1).any():
         raise InputError("ways", "at least 1", f"{ways[ways < 1][0].item()} in {describe_first_task(ways < 1)}")
     limit = ways.unsqueeze(-1) if isinstance(ways, Tensor) else max_ways
-    if (wrong := (labels < 0) | (labels >= limit)).any():
-        got = f"{labels[wrong][0].item()} in {describe_first_task(wrong.any(-1))}"
-        raise InputError("labels", f"values 0..{highest}", got)
+    check_range("labels", labels, limit, ways - 1 if isinstance(ways, int) else "ways-1")
     if all_classes:
         classes = torch.arange(max_ways, device=labels.device)
         present = labels.unsqueeze(-1) == classes
@@ -228,6 +225,13 @@ def _check_labels(
             got = f"no example of class {missing.nonzero()[0, -1].item()} in {describe_first_task(missing.any(-1))}"
             raise InputError("labels", "at least one example of every class", got)
     return max_ways
+
+
+def check_range(name: str, labels: Tensor, limit: int | Tensor, highest: int | str) -> None:
+    """Raise `InputError` unless the labels are non-negative and below `limit`; the message names the `highest`."""
+    if (wrong := (labels < 0) | (labels >= limit)).any():
+        got = f"{labels[wrong][0].item()} in {describe_first_task(wrong.any(-1))}"
+        raise InputError(name, f"values 0..{highest}", got)
 
 
 def check_regression(support: Any, targets: Any, mask: Any, *, validate: bool) -> bool:

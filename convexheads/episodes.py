@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Integer
 from torch import Tensor
 
-from convexheads._validation import check_positive_ints, check_tensor, is_integer_tensor
+from convexheads._validation import check_positive_ints, check_tensor, describe_first_task, is_integer_tensor
 from convexheads.errors import InputError
 
 
@@ -57,7 +57,8 @@ def split_task(data: Tensor, labels: Integer[Tensor, "*batch n"], *, shots: int)
     if short.any():
         task, example = short.nonzero()[0].tolist()
         count, label = int(same[task, example].sum()), int(rows[task, example])
-        raise InputError("labels", f"more than shots={shots}", f"{count} examples of class {label} in task {task}")
+        where = describe_first_task(short.any(-1).reshape(batch))
+        raise InputError("labels", f"more than shots={shots}", f"{count} of class {label} in {where}")
     in_support = same.tril(-1).sum(-1) < min(shots, n)
     sizes = in_support.sum(-1)
     if (sizes != sizes[0]).any():

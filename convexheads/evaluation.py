@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convexheads._sampling import fit_episodes, track
-from convexheads._validation import check_bool, check_positive_ints, describe_shape, describe_type, is_dense
+from convexheads._validation import check_bool, check_positive_ints, describe, describe_shape, describe_type, is_dense
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead
 from convexheads.hyperparameters import Learnable, as_tensor
@@ -41,7 +41,8 @@ class Evaluation:
     """Accuracies, calibration error and certificates over episodes, on the CPU, as `evaluate` returns them.
 
     Attributes:
-        accuracies: Accuracy of each episode, in [0, 1], `(episodes,)`; logits that are not finite count as class 0.
+        accuracies: Accuracy of each episode, in [0, 1], `(episodes,)`. A query with logits that are not finite
+            counts as predicted to be class 0.
         expected_calibration_error: Mean distance between confidence and accuracy in 15 bins of equal width, in [0, 1],
             over all queries with finite logits (Guo et al. 2017). `calibrate` reduces it.
         gaps: Certified relative duality gap of each episode's fit, `(episodes,)`; None for a closed form.
@@ -73,12 +74,14 @@ class Evaluation:
     def compare(self, other: Evaluation) -> Difference:
         """Compare two heads or backbones on the same episodes: the accuracy of this evaluation minus that of `other`.
 
-        Both need the same labels, sizes and seed. The confidence interval of the mean difference is usually much
-        narrower than those of the two accuracies.
+        Both need the same labels, and the same arguments of `evaluate` but `head`, `features` and `batch_size`. The
+        confidence interval of the mean difference is usually much narrower than those of the two accuracies.
 
         Example:
             `print(evaluate(SVMHead(), features, labels).compare(evaluate(RidgeHead(), features, labels)))`
         """
+        if not isinstance(other, Evaluation):
+            raise InputError("other", "an Evaluation", describe(other))
         if different := [name for name, value in self.sampling.items() if value != other.sampling[name]]:
             raise InputError("other", "an evaluation of the same episodes", f"different {', '.join(different)}")
         differences = self.accuracies - other.accuracies
@@ -140,9 +143,8 @@ def evaluate(
     sampling |= {"rank": rank, "world_size": world_size}
     confidences, correct, gaps, converged = [], [], [], []
     for fitted, logits, truth in fit_episodes(head, features, labels, sampling, batch_size, progress):
-        confidence, guess = logits.double().softmax(-1).max(-1)
-        confidences.append(confidence)
-        correct.append(guess == truth)
+        confidences.append(logits.double().softmax(-1).amax(-1))
+        correct.append(logits.argmax(-1).where(confidences[-1].isfinite(), 0) == truth)
         if fitted.solution is not None:
             gaps.append(fitted.solution.gap)
             converged.append(fitted.solution.converged)
@@ -173,9 +175,10 @@ def calibrate(
 ) -> ClassificationHead:
     """Return a copy of a head whose `scale` gives the best probabilities on held-out episodes (temperature scaling).
 
-    The temperature minimizes the cross-entropy over all queries with finite logits (Guo et al. 2017, Section 4.2). The
-    scale of the copy is the scale of the head divided by the temperature. It is a `Learnable` that does not require
-    gradients: `state_dict` contains it, and training leaves it unchanged. Accuracies stay the same.
+    The temperature minimizes the cross-entropy over all queries with finite logits (Guo et al. 2017, Section 4.2). With
+    n queries, labels are smoothed by 1 / (n + 2), as in Platt 1999, so that there is a minimum even if no query is
+    misclassified. The scale of the copy is the scale of the head divided by the temperature. It is a `Learnable` that
+    does not require gradients: `state_dict` contains it, and training leaves it unchanged. Accuracies stay the same.
 
     Use it when probabilities matter, and not only the predicted class.
 
@@ -197,13 +200,14 @@ def calibrate(
     logits, truth = logits[usable], truth[usable]
     # The cross-entropy is convex in the factor. For logits divided by their spread, the best factor is around one.
     logits = logits - logits.mean(-1, keepdim=True)
-    unit = logits.std().clamp_min(torch.finfo(logits.dtype).tiny)
+    unit = logits.std(correction=0)
+    unit = unit.where(unit > torch.finfo(unit.dtype).tiny, 1)  # equal logits leave the scale as it is
     factor = torch.ones((), dtype=logits.dtype, device=logits.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([factor], max_iter=100, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = functional.cross_entropy(factor * logits / unit, truth)
+        value = functional.cross_entropy(factor * logits / unit, truth, label_smoothing=1 / (len(truth) + 2))
         value.backward()
         return value
 

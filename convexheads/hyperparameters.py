@@ -42,7 +42,7 @@ class Learnable(nn.Module):
         super().__init__()
         number = check_real("Learnable(value)", value, positive=True)
         if not _SMALLEST <= number <= _LARGEST:
-            raise InputError("Learnable(value)", f"a number that float32 holds, {_SMALLEST} to {_LARGEST}", number)
+            raise InputError("Learnable(value)", f"a number from {_SMALLEST} to {_LARGEST}", number)
         self.raw_value = nn.Parameter(torch.tensor(math.log(number)))
 
     @property
@@ -148,7 +148,7 @@ class Configurable(nn.Module):
             outer, _, inner = name.partition("__")
             if outer not in constructor_arguments(type(self)):
                 names = ", ".join(constructor_arguments(type(self))) or "none"
-                raise InputError(outer, f"a setting of {type(self).__name__} ({names})", "no such setting")
+                raise InputError("set_params", f"settings of {type(self).__name__} ({names})", repr(name))
             if not inner:
                 setattr(self, name, value)
             elif isinstance(part := getattr(self, outer), Configurable):
@@ -164,6 +164,8 @@ class Configurable(nn.Module):
         """The constructor call, with all arguments that may be positional and those that differ from their defaults."""
         shown = []
         for name, argument in constructor_arguments(type(self)).items():
+            if not hasattr(self, name):  # `get_params` needs all arguments, but a subclass that is only shown does not
+                continue
             value, default = getattr(self, name), argument.default
             if default is not argument.empty and name in self.checks:
                 with suppress(InputError):  # a constructor may replace a default that is only a placeholder

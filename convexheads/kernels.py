@@ -27,8 +27,8 @@ KernelLike = Callable[[Tensor, Tensor], Tensor]
 
 
 def is_kernel(value: object) -> TypeGuard[KernelLike]:
-    """Whether the `value` can be called, and is neither a class nor a `Learnable`."""
-    return callable(value) and not isinstance(value, type | Learnable)
+    """Whether the `value` can be called, and is neither a class nor a `Learnable` nor a head."""
+    return callable(value) and not (isinstance(value, type | Learnable) or hasattr(value, "fit"))
 
 
 def check_kernel(name: str, value: Any) -> KernelLike:

@@ -43,11 +43,12 @@ class EpisodeLoader:
         batch_size: Number of episodes per batch, over all processes.
         steps_per_epoch: Number of batches per epoch.
         seed: Random seed.
-        transform: A random transform of a sample. What it draws from PyTorch's CPU generator depends on `seed` too.
+        transform: A random transform of a sample, called without autograd. What it draws from PyTorch's CPU generator
+            depends on `seed` too. What it draws from NumPy or `random` also depends on `num_workers`.
         resample_each_epoch: Whether each epoch has new episodes. Pass False for validation.
         rank: Rank of this process, which gets every `world_size`-th episode.
         world_size: Number of processes.
-        num_workers: Number of worker processes that prepare the batches. The batches are the same for any number.
+        num_workers: Number of worker processes that prepare the batches. For any number, the batches are the same.
             Workers pay off if `transform` takes about as long as a training step.
 
     Raises:
@@ -112,7 +113,8 @@ class EpisodeLoader:
         epoch_steps: Any = range(first + done, first + steps)
         batches: Iterable[Tensor] = map(self._batch, epoch_steps)
         if self.num_workers:
-            generator = torch.Generator()  # leaves the default generator to the training loop
+            # From it, the workers seed `random` and NumPy. The default generator is left to the training loop.
+            generator = torch.Generator().manual_seed(int(self._draw(first + done, self.rank)[1].integers(2**63)))
             settings: Any = {"collate_fn": self._batch, "num_workers": self.num_workers, "generator": generator}
             batches = DataLoader(epoch_steps, batch_size=None, **settings)
         for step, samples in zip(epoch_steps, batches, strict=True):
@@ -122,6 +124,7 @@ class EpisodeLoader:
     def _tasks_of_rank(self) -> range:
         return range(self.rank, self.batch_size, self.world_size)
 
+    @torch.no_grad()
     def _batch(self, step: int) -> Tensor:
         return torch.stack([self._episode(step, task) for task in self._tasks_of_rank()])
 
@@ -131,7 +134,7 @@ class EpisodeLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue the next iteration from the position in `state`, which `state_dict` returned."""
-        self.step, self._resume_within_epoch = _check_count("step", state["step"]), True
+        self.step, self._resume_within_epoch = _check_count("step", state.get("step")), True
 
     def indices(self, step: int) -> Integer[Tensor, "tasks n"]:
         """Return the indices of the samples in the tasks of this process at a `step`, counted from 0 over all epochs.

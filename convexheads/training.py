@@ -11,10 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from convexheads._validation import check_fraction
+from convexheads._functorch import inspect_values
+from convexheads._validation import check_fraction, check_range, check_tensor, is_integer_tensor
 from convexheads.episodes import Episode
 from convexheads.errors import InputError, SolverError
 from convexheads.heads import ClassificationHead
+from convexheads.heads.base.classification import check_head
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: (1 + math.cos(math.pi * min(progress, 1))) / 2,
@@ -56,8 +58,12 @@ def episode_loss(head: ClassificationHead, episode: Episode, *, ways: int, label
 
     Source: Eq. 12 of Lee et al., "Meta-Learning with Differentiable Convex Optimization" (CVPR 2019).
     """
-    fitted = head.fit(episode.support, episode.support_labels, ways=ways)
-    logits, targets = fitted(episode.query), episode.query_labels.flatten().long()
+    fitted = check_head(head).fit(episode.support, episode.support_labels, ways=ways)
+    check_tensor("query_labels", episode.query_labels, "a tensor of integers 0..ways-1", is_integer_tensor)
+    labels = episode.query_labels.long()
+    if head.validate:
+        inspect_values(check_range, "query_labels", labels, ways, ways - 1)
+    logits, targets = fitted(episode.query), labels.flatten()
     flat = logits.flatten(0, -2)
     loss = functional.cross_entropy(flat, targets, label_smoothing=check_fraction("label_smoothing", label_smoothing))
     metrics = {"loss": loss.detach(), "accuracy": (flat.argmax(-1) == targets).float().mean()}
@@ -79,7 +85,7 @@ def raise_failure(failure: dict[str, Any], error: Exception | None = None) -> No
     """Raise the error of a failed step: `SolverError` if that is the error of the head, or else `InputError`."""
     if isinstance(error, SolverError):
         raise SolverError(f"{format_step(failure)}: {error}", error.solution) from error
-    hint = "the policy 'skip' skips such a step, and 'stop' ends training at it"
+    hint = "on_failed_step='skip' goes on without such a step, and 'stop' ends the training"
     got = f"non-finite values in {format_step(failure)} ({failure['cause']}); {hint}"
     raise InputError("batch", "finite values", got) from error
 

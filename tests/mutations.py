@@ -298,8 +298,8 @@ MUTATIONS = [
     Mutation(
         "loader-resume",
         "loader.py",
-        'self.step, self._resume_within_epoch = _check_count("step", state["step"]), True',
-        'self.step, self._resume_within_epoch = _check_count("step", state["step"]), False',
+        'self.step, self._resume_within_epoch = _check_count("step", state.get("step")), True',
+        'self.step, self._resume_within_epoch = _check_count("step", state.get("step")), False',
         "test_loader.py::test_a_resumed_loader_continues_where_it_stood",
     ),
     Mutation(

@@ -15,6 +15,7 @@ from convexheads import (
     Learnable,
     PrototypeHead,
     RidgeHead,
+    RidgeRegressionHead,
     SVMHead,
     calibrate,
     embed,
@@ -40,7 +41,7 @@ def test_splits_batches_with_labels_in_any_order():
 @pytest.mark.parametrize(
     ("labels", "shots", "message"),
     [
-        ([0, 0, 1, 1], 2, r"labels: expected more than shots=2.*, got 2 examples of class 0 in task 0"),
+        ([0, 0, 1, 1], 2, r"labels: expected more than shots=2.*, got 2 of class 0 in the task"),
         ([0, 0, 1, 1], 0, r"shots: expected an integer of at least 1.*, got 0"),
         ([[0, 0, 1, 1], [0, 0, 0, 0]], 1, r"labels: expected .*, got tasks with different numbers of classes"),
         ([0, 0, 1], 1, r"data: expected .*\(3,\).*, got shape \(4, 2\)"),
@@ -65,6 +66,17 @@ def test_labels_of_a_loss_may_have_any_integer_dtype(dtype):
         assert loss.metrics["accuracy"] == expected.metrics["accuracy"]
     with pytest.raises(InputError, match="label_smoothing: expected a number"):
         episode_loss(RidgeHead(), episode, ways=3, label_smoothing=2.0)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("label", [-100, 3, 1.5])
+def test_query_labels_of_a_loss_are_checked(label):
+    episode = split_task(torch.randn(12, 5), torch.arange(3).repeat_interleave(4), shots=2)
+    wrong = episode._replace(query_labels=torch.full((6,), label))
+    with pytest.raises(InputError, match=r"query_labels: expected .*0\.\."):
+        episode_loss(RidgeHead(), wrong, ways=3)
+    with pytest.raises(InputError, match="head: expected a classification head"):
+        episode_loss(RidgeRegressionHead(), episode, ways=3)
 
 
 def test_evaluates_as_a_plain_loop_does():
@@ -124,7 +136,7 @@ def test_uneven_classes():
     [
         ({"ways": 9}, r"labels: expected at least ways=9.*, got 8 classes"),
         ({"ways": 2**50}, r"labels: expected at least ways=1125899906842624, got 8 classes"),
-        ({"shots": 20}, r"labels: expected at least shots \+ queries = 35.*, got 30 examples of class 0"),
+        ({"shots": 20}, r"labels: expected at least shots \+ queries = 35.*, got 30 of class 0"),
         ({"episodes": 0}, r"episodes: expected an integer of at least 1.*, got 0"),
     ],
 )
@@ -271,7 +283,7 @@ class Failing(RidgeHead):
         expansion = super().solve(support)
         coef = expansion.coef.clone()
         coef[self.failed] = torch.nan
-        return dataclasses.replace(expansion, coef=coef)
+        return dataclasses.replace(expansion, coef=coef, weight=None)
 
 
 def test_tasks_that_were_not_solved_are_left_out():
@@ -289,6 +301,33 @@ def test_tasks_that_were_not_solved_are_left_out():
     assert math.isnan(evaluate(head, features, labels, **options).expected_calibration_error)
     with pytest.raises(InputError, match="head: expected finite logits in at least one episode"):
         calibrate(head, features, labels, **options)
+
+
+def test_any_scale_gives_the_same_accuracies():
+    features, labels = clusters()
+    options = {"shots": 1, "episodes": 20, "progress": False}
+    expected = evaluate(RidgeHead(), features, labels, **options)
+    found = evaluate(RidgeHead(scale=1e-30), features, labels, **options)
+    assert torch.equal(found.accuracies, expected.accuracies)
+    with pytest.raises(InputError, match="other: expected an Evaluation"):
+        found.compare(0.5)
+
+
+@pytest.mark.parametrize("options", [{"ways": 1}, {"ways": 1, "queries": 1, "episodes": 1}, {"ways": 3}])
+def test_logits_without_any_difference_leave_the_scale_as_it_is(options):
+    features, labels = torch.ones(60, 4), torch.arange(6).repeat_interleave(10)
+    options = {"shots": 1, "queries": 2, "episodes": 10, "progress": False} | options
+    calibrated = calibrate(RidgeHead(scale=3.0), features, labels, **options)
+    assert calibrated.scale.value.item() == pytest.approx(3.0)
+
+
+def test_separable_classes_have_a_finite_scale():
+    """The probability of each of n correct predictions is (n + 1) / (n + 2), as in Platt 1999, for two classes."""
+    features, labels = torch.eye(2).repeat_interleave(10, 0), torch.arange(2).repeat_interleave(10)
+    options = {"ways": 2, "shots": 1, "queries": 1, "episodes": 20, "progress": False}
+    fitted = calibrate(RidgeHead(), features, labels, **options).fit(torch.eye(2), torch.arange(2))
+    n = 2 * 20
+    torch.testing.assert_close(fitted.probabilities(torch.eye(2)).diagonal(), torch.full((2,), 1 - 1 / (n + 2) / 2))
 
 
 def test_the_scale_of_a_head_worse_than_chance_stays_positive():

@@ -106,6 +106,23 @@ def test_an_iteration_that_was_left_early_is_not_continued(resample: bool) -> No
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_transform_may_be_a_module_with_parameters(workers: int) -> None:
+    norm = torch.nn.BatchNorm1d(4).eval()
+    samples = torch.randn(60, 4, requires_grad=True)
+    options = {"ways": 3, "shots": 1, "queries": 1, "batch_size": 2, "steps_per_epoch": 2, "num_workers": workers}
+    batches = EpisodeLoader(samples, torch.arange(60) % 6, transform=lambda x: norm(x[None])[0], **options)
+    assert [(tuple(batch.shape), batch.requires_grad) for batch, _ in batches] == [((2, 6, 4), False)] * 2
+
+
+def test_workers_draw_other_numbers_in_every_epoch() -> None:
+    def noise(image: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(image, random.randrange(256))
+
+    augmented = loader(num_workers=1, transform=noise)
+    assert not torch.equal(*(torch.stack([batch for batch, _ in augmented]) for _ in range(2)))
+
+
 def test_iterators_are_independent() -> None:
     own = loader()
     epochs = [[pixels for pixels, _ in undisturbed] for undisturbed in [loader()] for _ in range(2)]
@@ -149,7 +166,7 @@ def test_processes_share_the_episodes_of_a_step() -> None:
     [
         ({"steps_per_epoch": 0}, r"steps_per_epoch: expected an integer of at least 1.*, got 0"),
         ({"ways": 7}, r"labels: expected at least ways=7, got 6 classes"),
-        ({"queries": 10}, r"labels: expected at least shots \+ queries = 11, got 10 examples of class 0"),
+        ({"queries": 10}, r"labels: expected at least shots \+ queries = 11.*, got 10 of class 0"),
         ({"world_size": 3}, r"batch_size: expected a multiple of world_size=3, got 4"),
         ({"world_size": 0}, r"world_size: expected an integer of at least 1.*, got 0"),
         ({"rank": 1}, r"rank: expected an integer from 0 to world_size - 1 = 0.*, got 1"),
