@@ -96,12 +96,14 @@ def check_real(
     return number
 
 
-def check_fraction(name: str, value: Any) -> float:
-    """Return the `value` as a float if it is a real number that is at least 0 and below 1, or raise `InputError`."""
+def check_fraction(name: str, value: Any, *, above_zero: bool = False) -> float:
+    """Return a real number in [0, 1) or, with `above_zero`, in (0, 1] as a float, or raise `InputError`."""
     with suppress(InputError):
-        if (number := check_real(name, value, positive=True, allow_zero=True)) < 1:
+        number = check_real(name, value)
+        if (0 < number <= 1) if above_zero else (0 <= number < 1):
             return number
-    raise InputError(name, "a number that is at least 0 and below 1", describe(value))
+    interval = "above 0 and at most 1" if above_zero else "at least 0 and below 1"
+    raise InputError(name, f"a number that is {interval}", describe(value))
 
 
 def optional(check: Check, default: Callable[[], Any] = lambda: None) -> Check:

@@ -6,27 +6,19 @@ matrices. The heads are therefore stable with more features than examples, and a
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
-from convexheads._validation import check_definite, check_real, describe, describe_first_task, optional
+from convexheads._validation import check_definite, check_fraction, describe_first_task, optional
 from convexheads.errors import InputError
 from convexheads.heads._linear_algebra import shifted_cholesky
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
-
-
-def _check_shrinkage(name: str, value: Any) -> float:
-    with suppress(InputError):
-        if (number := check_real(name, value, positive=True)) <= 1:
-            return number
-    raise InputError(name, "a number above 0 and at most 1", describe(value))
 
 
 class LinearDiscriminantHead(ClassificationHead):
@@ -56,7 +48,10 @@ class LinearDiscriminantHead(ClassificationHead):
         `logits = LinearDiscriminantHead(0.2)(support, labels, query)`
     """
 
-    checks = ClassificationHead.checks | {"shrinkage": _check_shrinkage, "variance": optional(check_positive)}
+    checks = ClassificationHead.checks | {
+        "shrinkage": partial(check_fraction, above_zero=True),
+        "variance": optional(check_positive),
+    }
     requires_all_classes = True
 
     def __init__(

@@ -38,9 +38,7 @@ class RidgeHead(ClassificationHead):
     n x n Cholesky factorization for all classes. With fewer features than examples and the linear kernel, it is d x d.
 
     This is Eq. 11 without its misprinted constants. The ridge code published by Lee et al. returns twice these
-    coefficients, which its learnable scale absorbs; their R2D2 code returns these coefficients. R2D2 learns lambda, a
-    scale, and a bias that is the same for all classes and therefore has no effect on the softmax cross-entropy;
-    `convexheads.models.r2d2()` omits this bias.
+    coefficients, which its learnable scale absorbs. `convexheads.models.r2d2()` has the settings of R2D2.
 
     Args:
         regularization: lambda, positive; a float or `Learnable`. Defaults to 50, as in Lee et al. 2019.

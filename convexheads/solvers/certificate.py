@@ -33,8 +33,7 @@ _GAP_GOOD_ENOUGH = 1e-12
 _MAX_ENTRIES_PER_CHUNK = 2**23
 # Gaps below this multiple of machine precision cannot be reached in general.
 _ROUNDING_FLOOR = 4096
-# Solvers aim at this fraction of their tolerance, but at least at this multiple of machine precision, which an exact
-# solution for the right active set reaches.
+# Solvers aim at this fraction of their tolerance, but at least at this multiple of machine precision.
 _AIM_RATIO = 1e-3
 _AIM_FLOOR = 256
 
@@ -83,10 +82,7 @@ class Certificate(TensorRecord):
 
 
 def aim(tolerance: float, dtype: torch.dtype) -> float:
-    """The gap at which a native solver with this tolerance ends: smaller, because it needs the right active set.
-
-    With a wrong active set, the gradient is wrong, even if the gap is below the tolerance.
-    """
+    """The smaller gap at which a native solver ends, because the gradient is right only for the right active set."""
     return max(_AIM_RATIO * tolerance, _AIM_FLOOR * torch.finfo(dtype).eps)
 
 

@@ -186,7 +186,7 @@ BAD_ARGUMENTS = {
     "steps": (lambda: LogisticHead(steps=0), r"steps: expected an integer of at least 1.*, got 0"),
     "shrinkage": (
         lambda: LinearDiscriminantHead(1.5),
-        r"shrinkage: expected a number above 0 and at most 1.*, got 1.5",
+        r"shrinkage: expected a number that is above 0 and at most 1.*, got 1.5",
     ),
     "iterations": (
         lambda: InteriorPointSolver(max_iterations=0),
