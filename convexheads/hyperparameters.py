@@ -120,14 +120,10 @@ class Configurable(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.checks:
-            value = self.checks[name](self._argument(name), value)
+            value = self.checks[name](name, value)
             if not isinstance(value, nn.Module):
                 self._modules.pop(name, None)  # a number replaces a `Learnable`
         super().__setattr__(name, value)
-
-    def _argument(self, name: str) -> str:
-        """The name of the setting in errors."""
-        return name
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The settings by name, as in scikit-learn; with `deep`, also nested ones ("kernel__length_scale")."""

@@ -107,9 +107,6 @@ class Kernel(Configurable):
         """
         return self
 
-    def _argument(self, name: str) -> str:
-        return f"{type(self).__name__}({name})"
-
 
 def _as_kernel(value: Any) -> KernelLike:
     return value if is_kernel(value) else Constant(value)
@@ -245,9 +242,9 @@ class _CompositeKernel(Kernel):
     def __init__(self, *kernels: KernelLike) -> None:
         super().__init__()
         if not kernels:
-            raise InputError(self._argument("kernels"), "at least one kernel", "none")
+            raise InputError("kernels", "at least one kernel", "none")
         for number, kernel in enumerate(kernels):
-            check_kernel(self._argument("kernels"), kernel)
+            check_kernel("kernels", kernel)
             if isinstance(kernel, nn.Module):
                 self.add_module(str(number), kernel)
         self.kernels = kernels
