@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os.path
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -20,13 +19,12 @@ from convexheads.models.pretrained import list_pretrained, load_pretrained
 FeatureExtractor = Callable[[Sequence[Path]], Tensor]
 """A function from files to one row of features per file, floating point, `(n, d)`."""
 
-_JUNK = {"thumbs.db", "desktop.ini"}  # which Windows leaves in folders
 _T = TypeVar("_T")
 
 
-def load_feature_extractor(name: str | Path) -> FeatureExtractor:
-    """Load a feature extractor by name; `FolderClassifier.from_folder` describes the names."""
-    name = str(name)
+def load_feature_extractor(features: str | Path, *, allow_import: bool = True) -> FeatureExtractor:
+    """Load the feature extractor that `FolderClassifier.from_folder` calls by this name or path."""
+    name = str(features)
     if name in FEATURES:
         return FEATURES[name]()
     if name in list_pretrained() or os.path.exists(name):
@@ -34,7 +32,10 @@ def load_feature_extractor(name: str | Path) -> FeatureExtractor:
     module, _, function = name.partition(":")
     if not function:
         names = ", ".join([*FEATURES, *list_pretrained()])
-        raise InputError("features", f"one of {names}, an existing file of weights, or MODULE:FUNCTION", repr(name))
+        raise InputError("features", f"one of {names}, an existing file of weights, or MODULE:FUNCTION", repr(features))
+    if not allow_import:
+        expected = f"features={name!r} (--features), to allow importing the code that the classifier refers to"
+        raise InputError("features", expected, "nothing")
     try:
         extractor: FeatureExtractor = getattr(import_module(module), function)
         if not callable(extractor):
@@ -42,11 +43,6 @@ def load_feature_extractor(name: str | Path) -> FeatureExtractor:
         return extractor
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise InputError("features", "a function of a module that can be imported", f"{name!r} ({error})") from error
-
-
-def refers_to_code(name: str) -> bool:
-    """Whether this name refers to a function to import, and not to built-in features or a file of weights."""
-    return ":" in name and name not in [*FEATURES, *list_pretrained()] and not os.path.exists(name)
 
 
 def extract_features(extractor: FeatureExtractor, paths: Sequence[Path]) -> Tensor:
@@ -68,7 +64,7 @@ def list_files(folder: Path, *, recursive: bool = False) -> list[Path]:
     """List the files of a folder, sorted, except hidden files and folders and those that Windows adds by itself."""
     files = (path for path in (folder.rglob("*") if recursive else folder.iterdir()) if path.is_file())
     visible = (path for path in files if all(part[0] != "." for part in path.relative_to(folder).parts))
-    return sorted(path for path in visible if path.name.lower() not in _JUNK)
+    return sorted(path for path in visible if path.name.lower() not in ("thumbs.db", "desktop.ini"))
 
 
 def _make_text_extractor() -> FeatureExtractor:
@@ -102,7 +98,8 @@ def _make_vector_extractor() -> FeatureExtractor:
     import numpy as np
 
     def vector(path: Path) -> Tensor:
-        return torch.from_numpy(np.load(path, allow_pickle=False)).flatten()
+        with path.open("rb") as file:  # NumPy would leave a damaged .npz file open
+            return torch.from_numpy(np.load(file, allow_pickle=False)).flatten()
 
     def vectors(paths: Sequence[Path]) -> Tensor:
         rows = [_read(path, vector) for path in paths]
@@ -124,14 +121,11 @@ def _make_image_extractor(name: str) -> FeatureExtractor:
     (height, width), mode = backbone.image_size, "L" if backbone.in_channels == 1 else "RGB"
 
     def image(path: Path) -> Tensor:
-        try:
-            with Image.open(path) as picture:
-                if picture.mode[0] in "IF":  # which `convert` would clip
-                    raise ValueError(f"expected 8 bits per channel, got mode {picture.mode}")
-                upright = ImageOps.exif_transpose(picture).convert(mode)
-                pixels = np.array(upright.resize((width, height), Image.Resampling.BICUBIC))
-        except (SyntaxError, struct.error, Image.DecompressionBombError) as error:
-            raise ValueError(str(error)) from error
+        with Image.open(path) as picture:
+            if picture.mode[0] in "IF":  # which `convert` would clip
+                raise ValueError(f"expected 8 bits per channel, got mode {picture.mode}")
+            upright = ImageOps.exif_transpose(picture).convert(mode)
+            pixels = np.array(upright.resize((width, height), Image.Resampling.BICUBIC))
         return torch.from_numpy(pixels).reshape(height, width, -1).permute(2, 0, 1)
 
     return lambda paths: embed(backbone, torch.stack([_read(path, image) for path in paths]), progress=False)
@@ -140,9 +134,8 @@ def _make_image_extractor(name: str) -> FeatureExtractor:
 def _read(path: Path, read: Callable[[Path], _T], expected: str = "a file that can be read") -> _T:
     try:
         return read(path)
-    except (EOFError, OSError, TypeError, ValueError) as error:
+    except Exception as error:  # damaged files raise many types of errors
         raise InputError("file", expected, f"{path} ({error})") from error
 
 
 FEATURES: Mapping[str, Callable[[], FeatureExtractor]] = {"text": _make_text_extractor, "npy": _make_vector_extractor}
-"""The functions that make a feature extractor, by its name."""

@@ -1,8 +1,4 @@
-"""The command `convexheads`: few-shot classification of files.
-
-convexheads fit FOLDER --features text       # one folder per class, with a few files in each
-convexheads predict classifier.safetensors FILES
-"""
+"""The command `convexheads`: few-shot classification of files."""
 
 from __future__ import annotations
 
@@ -28,19 +24,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: With a message and status 1 after an error of convexheads or the file system, with status 2 for
             unusable arguments, and with 0 after `--help` and `--version`.
     """
-    description, _, _ = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(prog="convexheads", description=description)
+    parser = argparse.ArgumentParser(prog="convexheads", description=__doc__)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     text = "fit a classifier on a folder that contains one folder per class"
     fit = commands.add_parser("fit", help=text, description=f"F{text[1:]}.")
     fit.add_argument("folder", type=Path, help="folder that contains one folder per class, with a few files in each")
-    text = f"{', '.join(FEATURES)}; for images {', '.join(list_pretrained())}; or MODULE:FUNCTION (default: text)"
-    fit.add_argument("--features", default="text", help=text)
-    fit.add_argument("--head", default="logistic", choices=FOLDER_HEADS, help="head to fit (default: logistic)")
-    text = "output file (default: classifier.safetensors)"
-    fit.add_argument("--output", type=Path, default=Path("classifier.safetensors"), help=text)
+    text = f"{', '.join(FEATURES)}; for images {', '.join(list_pretrained())} or a file of weights; or MODULE:FUNCTION"
+    fit.add_argument("--features", default="text", help=f"{text} (default: %(default)s)")
+    fit.add_argument("--head", default="logistic", choices=FOLDER_HEADS, help="head to fit (default: %(default)s)")
+    fit.add_argument("--output", type=Path, default="classifier.safetensors", help="output file (default: %(default)s)")
 
     text = "classify files: print a line of CSV per file, with the probability of each class"
     predict = commands.add_parser("predict", help=text, description=f"C{text[1:]}.")

@@ -1,7 +1,4 @@
-"""Few-shot classification of files: from one folder per class to a saved classifier.
-
-Features are frozen: they come from a text encoder, a pretrained backbone, or a user-defined function.
-"""
+"""Few-shot classification of files: from one folder per class to a saved classifier."""
 
 from __future__ import annotations
 
@@ -49,11 +46,11 @@ class Prediction(NamedTuple):
 class FolderClassifier:
     """A head fitted on the features of a few files per class.
 
-    Create one with `from_folder` or `load`. The attributes `classes`, `features`, `head` and `scale` are its arguments.
+    Create one with `from_folder` or `load`. The arguments `classes`, `features`, `head` and `scale` are attributes too.
 
     Args:
         classes: Class names; `from_folder` sorts them.
-        features: Name of the features (see `from_folder`).
+        features: Name or path of the features (see `from_folder`).
         head: Name of the head, one of `FOLDER_HEADS`.
         support: Features of the files, of length one, `(n, d)`.
         labels: The class of each file, from 0 to k - 1, `(n,)`.
@@ -81,6 +78,8 @@ class FolderClassifier:
         embed: _features.FeatureExtractor | None = None,
     ) -> None:
         self.classes, self.features, self.head, self.scale = tuple(classes), str(features), head, scale
+        if len(set(self.classes)) < len(self.classes):
+            raise InputError("classes", "different names", self.classes)
         self._support, self._labels, self._embed = support, labels, embed or _features.load_feature_extractor(features)
         head_module = _make_head(head)
         if scale is not None:
@@ -124,13 +123,15 @@ class FolderClassifier:
             scale = as_tensor(calibrated.scale, support).item()
         return cls(list(files), features, head, support=support, labels=labels, scale=scale, embed=embed)
 
-    def predict(self, paths: Sequence[str | Path]) -> list[Prediction]:
-        """Classify the files of these `paths`; the predictions are in the same order."""
-        files = [Path(path) for path in paths]
+    def predict(self, paths: str | Path | Sequence[str | Path]) -> list[Prediction]:
+        """Classify the files of these `paths`, or of one path; the predictions are in the same order."""
+        files = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
         if not files:
             return []
         with torch.no_grad():
             features = _features.extract_features(self._embed, files).to(self._support.dtype)
+            if (size := features.shape[-1]) != (expected := self._support.shape[-1]):
+                raise InputError("file", f"{expected} values, as in the classifier", f"{files[0]} with {size} values")
             probabilities = self._fitted.probabilities(features).tolist()
         rows = [dict(zip(self.classes, row, strict=True)) for row in probabilities]
         return [Prediction(path, max(row, key=row.__getitem__), row) for path, row in zip(files, rows, strict=True)]
@@ -147,7 +148,7 @@ class FolderClassifier:
         _storage.save(path, tensors, settings, key="classifier", needed_by="FolderClassifier")
 
     @classmethod
-    def load(cls, path: str | Path, *, features: str | None = None) -> FolderClassifier:
+    def load(cls, path: str | Path, *, features: str | Path | None = None) -> FolderClassifier:
         """Read a file that `save` wrote, without unpickling. Code is imported only if `features` names it too.
 
         Args:
@@ -166,12 +167,10 @@ class FolderClassifier:
         except (OSError, KeyError, TypeError, ValueError) as error:
             expected = "a complete file written by `FolderClassifier.save`"
             raise InputError("classifier", expected, f"{path} ({error})") from error
-        if features is None and _features.refers_to_code(named):
-            expected = f"features={named!r} (--features), to allow importing the code that {path} refers to"
-            raise InputError("features", expected, "nothing")
-        if features not in (None, named):
+        if features is not None and str(features) != named:
             raise InputError("features", f"{named!r}, as in {path}", repr(features))
-        return cls(**values, support=support, labels=labels)
+        embed = _features.load_feature_extractor(named, allow_import=features is not None)
+        return cls(**values, support=support, labels=labels, embed=embed)
 
 
 def _make_head(name: str) -> heads.ClassificationHead:

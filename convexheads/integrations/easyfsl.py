@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from convexheads._validation import check_tensor, is_integer_tensor
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
 from convexheads.heads.base.classification import check_head
@@ -43,18 +43,20 @@ class HeadClassifier(FewShotClassifier):
 
     def process_support_set(self, support_images: Tensor, support_labels: Tensor) -> None:
         """Fit the head to `support_images` `(n, *image)` with `support_labels` from 0 to k - 1, `(n,)`."""
-        classes = support_labels.unique()
-        if not torch.equal(classes, torch.arange(len(classes), device=classes.device)):
-            raise InputError("support_labels", "0 to k - 1, each at least once", f"classes {classes.tolist()}")
-        features = self.compute_features(support_images)
-        self._raise_error_if_features_are_multi_dimensional(features)
-        self.fitted = self.head.fit(features, support_labels, ways=len(classes))
+        check_tensor("support_labels", support_labels, "a tensor of integers", is_integer_tensor)
+        classes = support_labels.unique().tolist()
+        if classes != list(range(len(classes))):
+            raise InputError("support_labels", "0 to k - 1, each at least once", f"classes {classes}")
+        self.fitted = self.head.fit(self.compute_features(support_images), support_labels, ways=len(classes))
 
     def forward(self, query_images: Tensor) -> Tensor:
         """Compute the logits `(q, k)` of `query_images` `(q, *image)`; with `use_softmax=True`, probabilities."""
         if self.fitted is None:
             raise InputError("classifier", "a call to process_support_set first", "a query before any support set")
         return self.softmax_if_specified(self.fitted(self.compute_features(query_images)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"fitted": None}  # belongs to the current task, and PyTorch cannot copy its gradients
 
     @staticmethod
     def is_transductive() -> bool:

@@ -1,12 +1,12 @@
-"""Any head with learn2learn's classifier interface, for learn2learn 0.2.
-
-A training loop of your own needs no adapter: `split_task` accepts the tasks that a taskset samples.
-"""
+"""Any head with learn2learn's classifier interface, for learn2learn 0.2."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from convexheads._validation import check_tensor, is_integer_tensor
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
 from convexheads.heads.base.classification import check_head
@@ -21,9 +21,6 @@ class HeadClassifier(nn.Module):
     `LightningPrototypicalNetworks` and `LightningMetaOptNet` train with it when it is set as their `.classifier`. With
     `PrototypeHead()`, it computes the same as `PrototypicalClassifier()`; with `SVMHead(C=0.1, smoothing=1.0)`, it
     computes the same as `SVClassifier()`, except that the latter stops early.
-
-    Differences from `SVClassifier`: labels may be any integers; leading dimensions hold several tasks; the constructor
-    takes no data; and a call before the fit is an error.
 
     Use it when you train with learn2learn's Lightning modules.
 
@@ -46,6 +43,7 @@ class HeadClassifier(nn.Module):
         order over all tasks of a batch, which therefore need the same classes.
         """
         if ways is None:
+            check_tensor("labels", labels, "a tensor of integers", is_integer_tensor)
             classes, labels = labels.unique(return_inverse=True)
             ways = len(classes)
         self.fitted = self.head.fit(support, labels, ways=ways)
@@ -55,3 +53,6 @@ class HeadClassifier(nn.Module):
         if self.fitted is None:
             raise InputError("classifier", "a call to fit_(support, labels) first", "a query before any support set")
         return self.fitted(query)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"fitted": None}  # belongs to the current task, and PyTorch cannot copy its gradients

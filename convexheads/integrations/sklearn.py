@@ -30,7 +30,8 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     Use it when you compare a head with scikit-learn's classifiers on up to a few thousand samples.
 
     Args:
-        head: A classification head; None stands for `SVMHead(C=1.0)`, the Crammer-Singer SVM.
+        head: A classification head; None stands for `SVMHead(C=1.0)`, the Crammer-Singer SVM. A search over its
+            arguments, such as `head__C`, needs an explicit head.
 
     Attributes:
         classes_: The sorted labels, `(k,)`.
@@ -49,14 +50,15 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
 
     def fit(self, X: Any, y: Any) -> HeadClassifier:
         """Fit the head to samples `X` `(n, d)` and labels `y` `(n,)` of at least two classes; return the classifier."""
-        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
+        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32], order="C")  # torch has no negative strides
         check_classification_targets(y)
-        self.classes_, labels = np.unique(y, return_inverse=True)
-        if len(self.classes_) < 2:
-            raise ValueError(f"HeadClassifier needs at least two classes; y has one class only: {self.classes_[0]!r}")
+        classes, labels = np.unique(y, return_inverse=True)
+        if len(classes) < 2:
+            raise ValueError(f"HeadClassifier needs at least two classes; y has one class only: {classes[0]!r}")
         head = SVMHead(C=1.0) if self.head is None else deepcopy(check_head(self.head))
         with torch.no_grad():
-            self.fitted_ = head.fit(torch.tensor(X), torch.tensor(labels), ways=len(self.classes_))
+            self.fitted_ = head.fit(torch.tensor(X), torch.tensor(labels), ways=len(classes))
+        self.classes_ = classes
         return self
 
     def decision_function(self, X: Any) -> np.ndarray:
@@ -72,12 +74,12 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     def predict_proba(self, X: Any) -> np.ndarray:
         """Compute the softmax of the logits of samples `X`, `(q, k)`.
 
-        `convexheads.calibrate` and scikit-learn's `CalibratedClassifierCV` calibrate these probabilities.
+        To calibrate them, pass the head that `convexheads.calibrate` returns, or use `CalibratedClassifierCV`.
         """
         return self._logits(X).softmax(-1).numpy()
 
     @torch.no_grad()
     def _logits(self, X: Any) -> Tensor:
-        check_is_fitted(self)
-        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        check_is_fitted(self, "fitted_")
+        X = validate_data(self, X, dtype=[np.float64, np.float32], order="C", reset=False)
         return self.fitted_(torch.tensor(X, dtype=self.fitted_.dtype))

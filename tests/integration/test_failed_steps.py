@@ -91,6 +91,14 @@ def test_a_failed_step_is_skipped_as_if_it_had_not_been_there(caplog) -> None:
     assert trainer.callback_metrics["skipped"] == 1
 
 
+def test_the_policy_is_for_training_steps_only() -> None:
+    batches, module = poisoned(), learner("skip")
+    trainer = pl.Trainer(**QUIET)
+    with pytest.raises(InputError, match="non-finite values"):
+        trainer.validate(module, torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=tuple))
+    assert not module.failures
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "head", [SVMHead(C=0.1), ch.RidgeHead(), ch.PrototypeHead()], ids=lambda head: type(head).__name__

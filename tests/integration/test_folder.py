@@ -154,7 +154,7 @@ def test_weights_from_a_path_for_images_that_are_not_square(tmp_path: Path) -> N
     assert prediction.label == "right"
     weights.unlink()
     expected = (
-        r"features: expected one of text, npy.*, an existing file of weights, or MODULE.*, got '.*own\.safetensors'"
+        r"features: expected one of text, npy.*, an existing file of weights, or MODULE.*, got .*own\.safetensors"
     )
     with pytest.raises(InputError, match=expected):
         FolderClassifier.load(tmp_path / "classifier.safetensors")
@@ -320,6 +320,62 @@ def test_unusable_files_are_named(texts: Path, tmp_path: Path) -> None:
         FolderClassifier.from_folder(tmp_path / "classes", features="npy")
     with pytest.raises(InputError, match=r"head: expected .*, got 'forest'"):
         FolderClassifier.from_folder(tmp_path / "classes", features="npy", head="forest")
+
+
+HEADER = b"\x93NUMPY\x01\x00\x0e\x00{'shape': (4,\n"
+
+
+@pytest.mark.parametrize(
+    ("features", "content"),
+    [("npy", b"PK\x03\x04aaa"), ("npy", HEADER), ("conv4-cifar-fs-ridge", b"DDS |\x00\x00\x00" + bytes(120))],
+    ids=["zip", "header", "dds"],
+)
+def test_damaged_files_are_named(tmp_path: Path, features: str, content: bytes) -> None:
+    """NumPy and Pillow raise `BadZipFile`, `TokenError` and `NotImplementedError` here."""
+    (tmp_path / "damaged").write_bytes(content)
+    with pytest.raises(InputError, match=r"file: expected a file that can be read, got .*damaged \("):
+        extract_features(load_feature_extractor(features), [tmp_path / "damaged"])
+
+
+@pytest.fixture
+def vectors(tmp_path: Path) -> FolderClassifier:
+    """Two classes of vectors of length 2, each with one file `x.npy`."""
+    for name, row in zip("ab", np.eye(2), strict=True):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        np.save(tmp_path / "train" / name / "x.npy", row)
+    return FolderClassifier.from_folder(tmp_path / "train", features="npy")
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_single_file_needs_no_list(tmp_path: Path, vectors: FolderClassifier, kind: type) -> None:
+    path = tmp_path / "train" / "b" / "x.npy"
+    assert vectors.predict(kind(path)) == vectors.predict([path])
+
+
+def test_vectors_of_another_length_than_those_of_the_classifier_are_named(
+    tmp_path: Path, vectors: FolderClassifier
+) -> None:
+    np.save(tmp_path / "long.npy", np.ones(7))
+    with pytest.raises(InputError, match=r"file: expected 2 values, as in .*, got .*long\.npy with 7 values"):
+        vectors.predict([tmp_path / "long.npy"])
+
+
+def test_features_may_be_a_path_when_a_classifier_is_loaded(tmp_path: Path, vectors: FolderClassifier) -> None:
+    vectors.save(tmp_path / "own.safetensors")
+    assert FolderClassifier.load(tmp_path / "own.safetensors", features=Path("npy")).classes == ("a", "b")
+    with pytest.raises(InputError, match="features: expected 'npy', as in"):
+        FolderClassifier.load(tmp_path / "own.safetensors", features=Path("text"))
+
+
+def test_classes_have_different_names() -> None:
+    with pytest.raises(InputError, match="classes: expected different names"):
+        FolderClassifier(["a", "a"], "npy", "ridge", support=torch.eye(2), labels=torch.arange(2))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_name_of_features_is_shown_as_it_is() -> None:
+    with pytest.raises(InputError, match=r"features: expected .*, got None$"):
+        load_feature_extractor(None)  # pyright: ignore[reportArgumentType]
 
 
 def test_features_of_ones_own(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

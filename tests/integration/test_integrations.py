@@ -18,6 +18,7 @@ from learn2learn.algorithms import LightningMetaOptNet, LightningPrototypicalNet
 from learn2learn.nn import PrototypicalClassifier, SVClassifier
 from scipy.stats import loguniform
 from sklearn.datasets import load_digits
+from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -195,6 +196,62 @@ def test_easyfsls_protocol_says_what_is_missing() -> None:
         easyfsl.HeadClassifier(SVMHead())(query)
     with pytest.raises(InputError, match=r"support_labels: expected 0 to k - 1.*, got classes \[1, 2, 3, 4\]"):
         easyfsl.HeadClassifier(SVMHead()).process_support_set(support, labels + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32])
+@pytest.mark.parametrize("adapter", [easyfsl, learn2learn])
+def test_labels_may_have_any_integer_dtype(adapter, dtype: torch.dtype) -> None:
+    support, labels, query, _ = task()
+    logits = []
+    for given in (labels, labels.to(dtype)):
+        classifier = adapter.HeadClassifier(RidgeHead())
+        (classifier.process_support_set if adapter is easyfsl else classifier.fit_)(support, given)
+        logits.append(classifier(query))
+    assert torch.equal(*logits)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("convert", [torch.Tensor.double, torch.Tensor.numpy])
+def test_labels_that_are_no_integer_tensors_are_refused(convert) -> None:
+    support, labels, _, _ = task()
+    with pytest.raises(InputError, match="support_labels: expected a tensor of integers"):
+        easyfsl.HeadClassifier(RidgeHead()).process_support_set(support, convert(labels))
+    with pytest.raises(InputError, match="labels: expected a tensor of integers"):
+        learn2learn.HeadClassifier(RidgeHead()).fit_(support, convert(labels))
+
+
+@pytest.mark.parametrize("adapter", [easyfsl, learn2learn])
+def test_a_classifier_can_be_copied_in_training(adapter) -> None:
+    """As for an average of its weights. The copy is fitted on no task."""
+    support, labels, query, _ = task()
+    classifier = adapter.HeadClassifier(RidgeHead(Learnable(2.0)))
+    (classifier.process_support_set if adapter is easyfsl else classifier.fit_)(support, labels)
+    average = torch.optim.swa_utils.AveragedModel(classifier)
+    assert repr(average.module.head) == repr(classifier.head)
+    with pytest.raises(InputError, match="a query before any support set"):
+        average(query)
+    assert classifier(query).requires_grad
+
+
+def test_arrays_may_have_negative_strides() -> None:
+    X, y = load_digits(n_class=3, return_X_y=True)
+    classifier, reversed_ = sklearn.HeadClassifier(RidgeHead()), sklearn.HeadClassifier(RidgeHead())
+    reversed_.fit(X[::-1], y[::-1])
+    expected = classifier.fit(X, y).decision_function(X[::-1].copy())
+    np.testing.assert_allclose(reversed_.decision_function(X[::-1]), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_failed_fit_is_no_fit() -> None:
+    X, y = load_digits(n_class=3, return_X_y=True)
+    classifier = sklearn.HeadClassifier(RidgeHead())
+    with pytest.raises(ValueError, match="two classes"):
+        classifier.fit(X, np.zeros(len(X), int))
+    with pytest.raises(NotFittedError):
+        classifier.predict(X)
+    before = classifier.fit(X, y).predict(X)
+    with pytest.raises(ValueError, match="two classes"):
+        classifier.fit(X, np.zeros(len(X), int))
+    np.testing.assert_array_equal(classifier.predict(X), before)
 
 
 @parametrize_with_checks([sklearn.HeadClassifier(), sklearn.HeadClassifier(LogisticHead(1.0, kernel=RBF(1.0)))])

@@ -212,6 +212,20 @@ def test_unusable_settings_are_refused(wrong: dict) -> None:
         EpisodicModule(**(settings | wrong))
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        *(({name: -5}, name) for name in ("ways", "queries", "seed", "num_workers", "eval_steps")),
+        ({"shots": "a"}, "shots"),
+    ],
+    ids=str,
+)
+def test_unusable_episodes_are_refused_before_training(wrong: dict, name: str) -> None:
+    with pytest.raises(InputError, match=rf"^{'steps_per_epoch' if name == 'eval_steps' else name}: expected"):
+        data(**wrong)
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_episodes(tmp_path: Path) -> None:
     """With `strategy="ddp"`, by gloo on the CPU: the weights of one process that has them all."""

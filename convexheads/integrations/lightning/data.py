@@ -56,10 +56,12 @@ class EpisodicDataModule(pl.LightningDataModule):
         self._load_training = partial(
             load, *_read("train", train), steps_per_epoch=steps_per_epoch, transform=transform, num_workers=num_workers
         )
+        self._load_training()  # raises now if an argument is unusable, and not only when training starts
         self._state, self._train = {"step": 0}, None
         for name, part in (("val", val), ("test", test)):
             if part is not None:  # an optional method, whose existence Lightning checks
                 evaluation = partial(load, *_read(name, part), steps_per_epoch=eval_steps, resample_each_epoch=False)
+                evaluation()
                 setattr(self, f"{name}_dataloader", partial(self._make_loader, evaluation))
 
     def train_dataloader(self) -> EpisodeLoader:

@@ -38,7 +38,7 @@ class EpisodicModule(pl.LightningModule):
 
     A step fails if its loss or a gradient is not finite, or if the head could not be fitted (`SolverError`, or
     `InputError` for features that are not finite). All processes then apply the policy `on_failed_step`, because
-    averaging the gradients spreads NaN to all processes:
+    averaging the gradients spreads NaN to all processes. In validation and tests, errors are raised under any policy.
 
     - "raise": The error names the step, and also the tasks that failed, if these are known.
     - "skip": Parameters, optimizer state and buffers, such as the statistics of BatchNorm, stay as they were before
@@ -46,9 +46,6 @@ class EpisodicModule(pl.LightningModule):
       the step are skipped. A warning from the logger "convexheads.integrations.lightning" and an entry in `failures`
       name the step, the tasks and the cause; the number of skipped steps is logged as "skipped".
     - "stop": The step is skipped too, and training ends with it, as with Lightning's `EarlyStopping`.
-
-    Steps count from 0 over all epochs, and tasks from 0 over all processes, as in `EpisodeLoader`. To draw the episodes
-    of a step again, call `loader.load_state_dict({"step": step})`, unless an epoch was left early.
 
     Use it when you train with Lightning; `convexheads.training.episode_loss` is the same loss for a loop of your own.
 
@@ -67,8 +64,9 @@ class EpisodicModule(pl.LightningModule):
             head's solver has `on_failure="raise"`.
 
     Attributes:
-        failures: The skipped steps in order, each a dictionary of "step", "tasks" (all tasks of the step, if they
-            cannot be told apart) and "cause". Checkpoints contain them.
+        failures: The skipped steps in order, each a dictionary of "step" (counted from 0 over all epochs), "tasks"
+            (counted from 0 over all processes; all tasks of the step, if they cannot be told apart) and "cause".
+            Checkpoints contain them.
 
     Example:
         `module = EpisodicModule(backbone, SVMHead(), ways=5, shots=5, total_steps=len(loader))`, then
@@ -143,10 +141,7 @@ class EpisodicModule(pl.LightningModule):
         return torch.nan * sum((value.sum() for value in differentiable), features.new_zeros(()))
 
     def on_before_optimizer_step(self, optimizer: optim.Optimizer) -> None:
-        """Apply the policy `on_failed_step` if the reduced gradients are not finite, in all processes alike.
-
-        In a skipped step, the `optimizer` has no gradients.
-        """
+        """Apply the policy, in all processes alike, if the reduced gradients for the `optimizer` are not finite."""
         own, before, self._failed, self._before = self._failed, self._before, None, None
         gradients = {name: value.grad for name, value in self.named_parameters() if value.grad is not None}
         if gradients and not torch.stack([gradient.isfinite().all() for gradient in gradients.values()]).all():
