@@ -6,12 +6,12 @@ import copy
 import inspect
 import math
 from contextlib import suppress
+from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from convexheads._signature import constructor_arguments
 from convexheads._validation import Check, check_real
 from convexheads.errors import InputError
 
@@ -108,6 +108,40 @@ def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str
     return [{"params": others, "weight_decay": decay}, {"params": list(scalars), "weight_decay": 0.0}]
 
 
+@cache
+def constructor_arguments(kind: type) -> dict[str, inspect.Parameter]:
+    """The named arguments of the constructor of `kind`, and those of base classes that it passes on through `**`."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in kind.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        arguments = list(inspect.signature(base.__init__).parameters.values())[1:]
+        named = {a.name: a for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY)}
+        found |= {name: argument for name, argument in named.items() if name not in found}
+        if not any(argument.kind is argument.VAR_KEYWORD for argument in arguments):
+            break
+    return found
+
+
+def constructor_call(made: object, defaults: dict[str, Any], checks: dict[str, Check]) -> str:
+    """The constructor call of `made`, with the arguments that may be positional and those that are not their default.
+
+    `defaults` replaces defaults of the constructor, and so does a check in `checks` whose result is another value.
+    """
+    shown = []
+    for name, argument in constructor_arguments(type(made)).items():
+        if not hasattr(made, name):  # a subclass may not keep all arguments
+            continue
+        value, default = getattr(made, name), defaults.get(name, argument.default)
+        if default is not argument.empty and name in checks:
+            with suppress(InputError):
+                default = checks[name](name, default)
+        is_default = type(value) is type(default) and repr(value) == repr(default)
+        if not (is_default and (argument.kind is argument.KEYWORD_ONLY or value is None)):
+            shown.append(f"{name}={value.__name__ if inspect.isfunction(value) else repr(value)}")
+    return f"{type(made).__name__}({', '.join(shown)})"
+
+
 class Configurable(nn.Module):
     """A module whose settings are the arguments of its constructor, kept in attributes of the same names.
 
@@ -157,17 +191,4 @@ class Configurable(nn.Module):
         return copy.deepcopy(self)
 
     def __repr__(self) -> str:
-        """The constructor call, with all arguments that may be positional and those that differ from their defaults."""
-        shown = []
-        for name, argument in constructor_arguments(type(self)).items():
-            if not hasattr(self, name):  # `get_params` needs all arguments, but a subclass that is only shown does not
-                continue
-            value, default = getattr(self, name), argument.default
-            if default is not argument.empty and name in self.checks:
-                with suppress(InputError):  # a constructor may replace a default that is only a placeholder
-                    default = self.checks[name](name, default)
-            is_default = type(value) is type(default) and repr(value) == repr(default)
-            if is_default and (argument.kind is argument.KEYWORD_ONLY or value is None):
-                continue
-            shown.append(f"{name}={value.__name__ if inspect.isfunction(value) else repr(value)}")
-        return f"{type(self).__name__}({', '.join(shown)})"
+        return constructor_call(self, {}, self.checks)

@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from convexheads._functorch import compute_without_grad, inspect_values, is_transforming
-from convexheads._signature import constructor_arguments
 from convexheads._validation import check_choice, check_positive_int, check_real, describe_shape, optional
 from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError
+from convexheads.hyperparameters import constructor_call
 from convexheads.precision import full_precision, working_dtype
 from convexheads.solvers.certificate import Certificate, account_for_rounding, certify
 from convexheads.solvers.failures import OnFailure, handle_failures
@@ -116,16 +116,7 @@ class Solver:
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        shown = []
-        for name, argument in constructor_arguments(type(self)).items():
-            if not hasattr(self, name):  # a subclass does not have to keep its arguments
-                continue
-            value = getattr(self, name)
-            if argument.default is argument.empty:
-                shown.append(repr(value))
-            elif value != (self.default_tolerance if name == "tolerance" else argument.default):
-                shown.append(f"{name}={value!r}")
-        return f"{type(self).__name__}({', '.join(shown)})"
+        return constructor_call(self, {"tolerance": self.default_tolerance}, {})
 
     def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"] | SolverResult:
         """Solve a flat, rescaled batch of problems. This is the one method that a subclass has to implement.

@@ -174,7 +174,7 @@ def test_solver_that_does_not_keep_its_arguments_is_shown():
 @pytest.mark.usefixtures("unchecked")
 def test_solvers_are_shown_as_they_were_made():
     solver = Fallback(ActiveSetSolver(max_rounds=3), InteriorPointSolver(tolerance=1e-4), on_failure="warn")
-    shown = "Fallback(ActiveSetSolver(max_rounds=3), InteriorPointSolver(tolerance=0.0001), "
+    shown = "Fallback(first=ActiveSetSolver(max_rounds=3), then=InteriorPointSolver(tolerance=0.0001), "
     assert repr(solver) == shown + "on_failure='warn')"
     with pytest.raises(InputError, match=r"Fallback\(then\)"):
         Fallback(ActiveSetSolver(), "native")
@@ -238,7 +238,7 @@ def test_options_that_a_solver_passes_on_are_shown():
             self.sweeps = sweeps
 
     assert repr(Own(3, tolerance=1e-3)) == "Own(sweeps=3, tolerance=0.001)"
-    assert repr(Own()) == "Own()"
+    assert repr(Own()) == "Own(sweeps=7)"
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -14,7 +14,7 @@ import convexheads
 ROOT = Path(convexheads.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("precision", "_functorch", "_gram", "_signature", "_storage"),
+    ("precision", "_functorch", "_gram", "_storage"),
     ("_validation",),
     ("hyperparameters",),
     ("kernels",),
