@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convexheads._validation import check_choice, check_fraction, check_positive_int
+from convexheads._validation import check_choice, check_fraction, check_positive_int, describe_shape
 from convexheads.errors import InputError
 from convexheads.models.backbone import Backbone
 
-NEGATIVE_SLOPE = 0.1
-"""Slope of the leaky ReLUs of Lee et al. 2019 (Section 4.1)."""
+_NEGATIVE_SLOPE = 0.1  # of the leaky ReLUs of Lee et al. 2019 (Section 4.1)
 
 
 class Conv4(Backbone):
@@ -34,18 +33,12 @@ class Conv4(Backbone):
     """
 
     def make_layers(self) -> tuple[nn.Module, int]:
-        blocks = [
-            nn.Sequential(
-                OrderedDict(
-                    conv=nn.Conv2d(in_channels, 64, 3, padding=1),
-                    normalize=nn.BatchNorm2d(64),
-                    pool=nn.MaxPool2d(2),
-                    relu=nn.ReLU(),  # after the pooling: the same values and gradients, from a quarter of the numbers
-                )
-            )
-            for in_channels in (self.in_channels, 64, 64, 64)
-        ]
-        return nn.Sequential(*blocks).to(memory_format=torch.channels_last), 64 * self._num_positions(4)
+        blocks = nn.Sequential()
+        for in_channels in (self.in_channels, 64, 64, 64):
+            conv, norm = nn.Conv2d(in_channels, 64, 3, padding=1), nn.BatchNorm2d(64)
+            # The ReLU is after the pooling: the same values and gradients, from a quarter of the numbers.
+            blocks.append(nn.Sequential(OrderedDict(conv=conv, normalize=norm, pool=nn.MaxPool2d(2), relu=nn.ReLU())))
+        return blocks.to(memory_format=torch.channels_last), 64 * self._num_positions(4)
 
 
 class R2D2Network(Backbone):
@@ -54,8 +47,8 @@ class R2D2Network(Backbone):
     A block is a 3 x 3 convolution, batch normalization, 2 x 2 max pooling and a leaky ReLU, in this order. As in the
     code of Lee et al. 2019, the last two blocks have dropout of 0.1 and 0.3. Unlike in the code of Bertinetto et al.,
     there is no activation after the last block; with one, R2D2's accuracy is not reproduced. The network has 8,192
-    features for images of 32 x 32 pixels and 51,200 for 84 x 84. The code of Bertinetto et al. also has the same rate
-    of dropout in both blocks, and poolings of both outputs with stride 1, which give 8,064 and 72,576 features.
+    features for images of 32 x 32 pixels and 51,200 for 84 x 84. In the code of Bertinetto et al., both blocks also
+    have the same rate of dropout, and the last poolings have stride 1, so that there are 8,064 and 72,576 features.
 
     Use it when you compare with published results for R2-D2. The arguments `in_channels`, `image_size` (at least 16),
     `mean` and `std` are those of `Backbone`.
@@ -66,17 +59,12 @@ class R2D2Network(Backbone):
 
     def make_layers(self) -> tuple[nn.Module, int]:
         sizes = (self.in_channels, 96, 0.0), (96, 192, 0.0), (192, 384, 0.1), (384, 512, 0.3)
-        blocks = [
-            nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 3, padding=1),
-                nn.BatchNorm2d(out_channels),
-                nn.MaxPool2d(2),
-                nn.LeakyReLU(NEGATIVE_SLOPE) if out_channels < 512 else nn.Identity(),
-                nn.Dropout(rate),
-            )
-            for in_channels, out_channels, rate in sizes
-        ]
-        return _ConcatLastTwo(*blocks), 384 * self._num_positions(3) + 512 * self._num_positions(4)
+        blocks = _ConcatLastTwo()
+        for in_channels, out_channels, rate in sizes:
+            layers = nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.MaxPool2d(2)
+            activation = nn.LeakyReLU(_NEGATIVE_SLOPE) if out_channels < 512 else nn.Identity()
+            blocks.append(nn.Sequential(*layers, activation, nn.Dropout(rate)))
+        return blocks, 384 * self._num_positions(3) + 512 * self._num_positions(4)
 
 
 class _ConcatLastTwo(nn.Sequential):
@@ -149,10 +137,9 @@ class _ResidualBlock(nn.Module):
         layers: list[nn.Module] = []
         for channels in (in_channels, out_channels, out_channels):
             convolution = nn.Conv2d(channels, out_channels, 3, padding=1, bias=False)
-            layers += [convolution, nn.BatchNorm2d(out_channels), nn.LeakyReLU(NEGATIVE_SLOPE)]
+            layers += [convolution, nn.BatchNorm2d(out_channels), nn.LeakyReLU(_NEGATIVE_SLOPE)]
         self.branch = nn.Sequential(*layers[:-1])
-        projection = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-        self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
+        self.shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
         self.activation = layers[-1]
 
     def forward(self, value: Tensor) -> Tensor:
@@ -163,13 +150,13 @@ class DropBlock(nn.Module):
     """Drops square blocks of each channel in training (Ghiasi et al. 2018).
 
     For odd sizes, it has the same distribution as `torchvision.ops.DropBlock2d`, which requires them. Kept units are
-    scaled so that the mean of the batch stays the same, and overlapping blocks drop slightly less than `drop_prob`.
+    scaled so that the mean of the batch stays the same.
 
     Use it when you build a residual network of your own; `ResNet12` contains it.
 
     Args:
         block_size: Height and width of a block, at least 1; reduced on maps that are smaller.
-        drop_prob: Expected fraction of dropped units, in [0, 1).
+        drop_prob: Fraction of units that would be dropped if blocks did not overlap, in [0, 1).
         warmup_steps: Number of forward passes in training over which the fraction increases from 0 to `drop_prob`.
 
     Example:
@@ -187,6 +174,8 @@ class DropBlock(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         """Drop blocks of feature maps, `value` `(n, channels, height, width)`; in evaluation, return them unchanged."""
+        if value.ndim != 4:
+            raise InputError("value", "feature maps, (n, channels, height, width)", describe_shape(value))
         if not self.training:
             return value
         self.steps += 1

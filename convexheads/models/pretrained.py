@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os.path
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from convexheads import _storage
-from convexheads._validation import describe
+from convexheads._validation import describe, describe_type
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead
+from convexheads.heads.base.classification import check_head
 from convexheads.models.backbone import Backbone
 from convexheads.models.networks import build_backbone
 from convexheads.models.presets import build_head
@@ -49,8 +49,8 @@ def build_model(
     Example:
         `backbone, head = build_model({"backbone": "conv4", "head": "svm"}, images)`
     """
-    if missing := {"backbone", "head"} - config.keys():
-        raise InputError("config", "the names of a backbone and of a head", f"no {' and no '.join(sorted(missing))}")
+    if not isinstance(config, dict) or not {"backbone", "head"} <= config.keys():
+        raise InputError("config", "a dictionary with a backbone and a head", config)
     if config["backbone"] == "resnet12":
         settings = {"dropblock": config.get("dropblock", "paper")} | settings
     return build_backbone(config["backbone"], images, **settings), build_head(config["head"])
@@ -85,7 +85,11 @@ def load_pretrained(name: str | Path) -> Pretrained:
         raise InputError("name", expected, repr(str(name)))
     try:
         state, settings = _storage.load(path, key="settings", needed_by="load_pretrained")
-        backbone, head = _rebuild(state, settings)
+        backbone, head = _build(settings, state["backbone.mean"].shape[1])
+        try:
+            nn.ModuleDict({"backbone": backbone, "head": head}).load_state_dict(state)
+        except RuntimeError as error:  # whose message names every parameter
+            raise RuntimeError(f"not the weights of a {settings['backbone']}") from error
     except (OSError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InputError("name", "a complete file written by `save_pretrained`", f"{path} ({error})") from error
     return Pretrained(backbone.eval(), head.eval(), settings)
@@ -97,32 +101,39 @@ def save_pretrained(path: str | Path, backbone: nn.Module, head: ClassificationH
     Args:
         path: Path of the file, in an existing folder.
         backbone: A backbone that `build_model` makes from these `settings`; `SyncBatchNorm` is saved as `BatchNorm2d`.
-        head: A head that `build_model` makes from these `settings`; its `solver` and `validate` are not saved.
+        head: A head that `build_model` makes from these `settings`; `solver`, `validate` and hooks are not saved.
         settings: The names of the "backbone" and the "head", and the "image_size" in pixels; and any other values that
             JSON can represent, to describe the training run.
 
     Raises:
-        InputError: `build_model` would not make this backbone and this head from `settings`.
+        InputError: `settings` lacks a key, or `build_model` makes another backbone or another head from it.
         OSError: The file cannot be written; an older one is unchanged.
         MissingDependencyError: safetensors is not installed.
 
     Example:
         `save_pretrained("model.safetensors", backbone, head, {"backbone": "conv4", "head": "svm", "image_size": 32})`
     """
-    state, rebuilt = nn.ModuleDict({"backbone": backbone, "head": head}).state_dict(), None
-    with suppress(LookupError, RuntimeError), torch.random.fork_rng([]):
-        rebuilt = _rebuild(state, settings)
-        vars(rebuilt[1]).update({name: vars(head)[name] for name in ("solver", "validate") if name in vars(head)})
-    if repr(rebuilt) != repr((backbone, head)).replace("SyncBatchNorm", "BatchNorm2d"):
-        raise InputError("settings", "those from which `build_model` builds this backbone and this head", settings)
-    _storage.save(path, state, settings, key="settings", needed_by="save_pretrained")
+    if not isinstance(backbone, Backbone):
+        raise InputError("backbone", "a `Backbone`, without a wrapper such as DataParallel", describe_type(backbone))
+    model = nn.ModuleDict({"backbone": backbone, "head": check_head(head)})
+    for (name, part), built in zip(model.items(), _build(settings, backbone.in_channels), strict=True):
+        if _structure(part) != _structure(built):
+            raise InputError(name, f"what `build_model` makes from {settings}", f"another {type(part).__name__}")
+    _storage.save(path, model.state_dict(), settings, key="settings", needed_by="save_pretrained")
 
 
-def _rebuild(state: dict[str, Tensor], settings: dict[str, Any]) -> tuple[Backbone, ClassificationHead]:
-    channels = state["backbone.mean"].shape[1]
-    backbone, head = build_model(settings, in_channels=channels, image_size=settings["image_size"])
-    try:
-        nn.ModuleDict({"backbone": backbone, "head": head}).load_state_dict(state)
-    except RuntimeError as error:  # whose message names every parameter
-        raise RuntimeError(f"not the weights of a {settings['backbone']}") from error
-    return backbone, head
+def _build(settings: dict[str, Any], in_channels: int) -> tuple[Backbone, ClassificationHead]:
+    if not isinstance(settings, dict) or not {"backbone", "head", "image_size"} <= settings.keys():
+        raise InputError("settings", "a dictionary with a backbone, a head and an image_size", settings)
+    with torch.random.fork_rng([]):  # for initial weights that are replaced
+        return build_model(settings, in_channels=in_channels, image_size=settings["image_size"])
+
+
+def _structure(model: nn.Module) -> dict[str, Any]:
+    """The classes and the settings of all parts of a model, and the names of its weights."""
+    structure: dict[str, Any] = dict.fromkeys(model.state_dict())
+    for name, part in model.named_modules(remove_duplicate=False):
+        structure[name] = nn.BatchNorm2d if isinstance(part, nn.SyncBatchNorm) else type(part), part.extra_repr()
+    settings = model.get_params() if isinstance(model, ClassificationHead) else {}
+    constants = {name: value for name, value in settings.items() if not isinstance(value, nn.Module)}
+    return structure | constants | {"solver": None, "validate": None}  # which are not saved

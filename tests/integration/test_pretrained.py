@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn.utils import prune
 
-from convexheads import InputError, Learnable, SVMHead, _storage, embed, evaluate, load_pretrained
+from convexheads import InputError, Learnable, RidgeHead, SVMHead, _storage, embed, evaluate, load_pretrained
+from convexheads.kernels import RBF
 from convexheads.models import TRAINING_HEADS, ResNet12, build_head, build_model, list_pretrained, save_pretrained
 from convexheads.models.pretrained import WEIGHTS_DIR
 from convexheads.solvers import NativeSolver
@@ -113,8 +115,6 @@ def test_images_of_another_range_or_shape_are_refused() -> None:
     for wrong in (images.float(), torch.randn(2, 3, 32, 32), images[:, :1], images[0]):
         with pytest.raises(InputError, match=r"^images: expected"):
             backbone(wrong)
-    with pytest.raises(InputError, match=r"config: expected the names.*, got no head"):
-        build_model({"backbone": "conv4"}, images)
 
 
 @pytest.mark.parametrize("kind", [str, Path])
@@ -137,20 +137,65 @@ def test_what_would_not_come_back_is_not_saved(tmp_path: Path) -> None:
     """Arguments are not in the file: a head with another C was once loaded with that of its name."""
     path, (backbone, head) = tmp_path / "own.safetensors", build_model(settings())
     resnet = {"backbone": "resnet12", "head": "svm", "image_size": 32}
-    for wrong in (
-        (backbone, SVMHead(C=5.0, scale=Learnable(1.0)), settings()),
-        (backbone, head, settings(head="ridge")),
-        (backbone, head, settings("r2d2")),
-        (backbone, head, settings() | {"image_size": 48}),
-        (backbone, head, {"backbone": "conv4", "head": "svm"}),
-        (ResNet12(average_pool=True), head, resnet),
-        (torch.nn.Linear(2, 2), head, settings()),
+    for argument, *wrong in (
+        ("head", backbone, SVMHead(C=5.0, scale=Learnable(1.0)), settings()),
+        ("head", backbone, SVMHead(C=0.1), settings()),
+        ("head", backbone, SVMHead(C=0.1, scale=Learnable(1.0), kernel=RBF(1.0)), settings()),
+        ("head", backbone, head, settings(head="ridge")),
+        ("backbone", backbone, head, settings("r2d2")),
+        ("backbone", backbone, head, settings() | {"image_size": 48}),
+        ("backbone", ResNet12(average_pool=True), head, resnet),
+        ("backbone", ResNet12(dropblock="none", block_size=3), head, resnet),
     ):
-        with pytest.raises(InputError, match=r"settings: expected .*, got \{"):
+        with pytest.raises(InputError, match=rf"^{argument}: expected"):
             save_pretrained(path, *wrong)
     assert not path.exists()
     generator = torch.get_rng_state()
     save_pretrained(path, backbone, head, settings())
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_errors_of_saving_name_the_wrong_argument(tmp_path: Path) -> None:
+    backbone, head = build_model(settings())
+    pruned, _ = build_model(settings())
+    prune.identity(pruned.layers[0].conv, "weight")
+    for argument, *wrong in (
+        ("backbone", torch.nn.DataParallel(backbone), head, settings()),
+        ("backbone", torch.compile(backbone), head, settings()),
+        ("backbone", torch.nn.Linear(2, 2), head, settings()),
+        ("backbone", lambda images: images, head, settings()),
+        ("backbone", pruned, head, settings()),
+        ("backbone", head, backbone, settings()),
+        ("head", backbone, "svm", settings()),
+        ("settings", backbone, head, {"backbone": "conv4", "head": "svm"}),
+        ("settings", backbone, head, {"image_size": 32}),
+        ("settings", backbone, head, None),
+    ):
+        with pytest.raises(InputError, match=rf"^{argument}: expected"):
+            save_pretrained(tmp_path / "own.safetensors", *wrong)
+    for config in ({"backbone": "conv4"}, None, "conv4"):
+        with pytest.raises(InputError, match=r"^config: expected"):
+            build_model(config)
+
+
+def test_another_class_of_the_same_name_is_not_saved(tmp_path: Path) -> None:
+    """Its `forward` would be lost: weights of the class in the library were once loaded without an error."""
+    backbone, head = build_model(settings())
+    other = type("Conv4", (type(backbone),), {"forward": lambda self, images: images.flatten(1)})()
+    other_block = build_model(settings())[0]
+    other_block.layers[0].relu = type("ReLU", (torch.nn.ReLU,), {"forward": lambda self, value: -value})()
+    for own in (other, other_block):
+        with pytest.raises(InputError, match=r"^backbone: expected"):
+            save_pretrained(tmp_path / "own.safetensors", own, head, settings())
+    other_head = type("SVMHead", (SVMHead,), {"solve": RidgeHead.solve})(C=0.1, scale=Learnable(1.0))
+    with pytest.raises(InputError, match=r"^head: expected"):
+        save_pretrained(tmp_path / "own.safetensors", backbone, other_head, settings())
+
+
+def test_loading_draws_no_random_numbers() -> None:
+    generator = torch.get_rng_state()
+    load_pretrained("conv4-cifar-fs-svm")
     assert torch.equal(torch.get_rng_state(), generator)
 
 

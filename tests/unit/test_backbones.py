@@ -103,6 +103,38 @@ def test_mean_and_std_are_those_of_torchvision() -> None:
             Conv4(**wrong)
 
 
+def test_settings_replace_those_of_the_example_images() -> None:
+    backbone = Conv4.from_images(pictures(2, 32), image_size=16, mean=0.5)
+    assert backbone.image_size == (16, 16)
+    assert backbone.mean.flatten().tolist() == [127.5] * 3
+    assert torch.equal(backbone.std, Conv4.from_images(pictures(2, 32)).std)
+
+
+@pytest.mark.parametrize("floats", [True, False])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_export_vmap_and_the_meta_device(name: str, floats: bool) -> None:
+    """None of them allows code that depends on values."""
+    images = pictures(2, 16) / 255 if floats else pictures(2, 16)
+    backbone = build_backbone(name, image_size=16).eval()
+    exported = torch.export.export(backbone, (images,)).module()
+    torch.testing.assert_close(exported(images), backbone(images))
+    tasks = torch.stack([images, images.flip(0)])
+    expected = torch.stack([backbone(task) for task in tasks])
+    torch.testing.assert_close(torch.func.vmap(backbone)(tasks), expected, rtol=1e-4, atol=1e-4)
+    with torch.device("meta"):
+        shapes = build_backbone(name, image_size=16)(images.to("meta")).shape
+    assert shapes == (2, backbone.num_features)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_images_that_are_no_tensor_and_maps_without_a_batch_are_refused() -> None:
+    for wrong in (pictures(2, 32).numpy(), [1], None):
+        with pytest.raises(InputError, match=r"^images: expected"):
+            Conv4()(wrong)
+    with pytest.raises(InputError, match=r"^value: expected"):
+        DropBlock(2)(torch.rand(10, 10, 10))
+
+
 def test_a_backbone_of_ones_own_has_one_method() -> None:
     class Pooled(Backbone):
         def make_layers(self) -> tuple[nn.Module, int]:
@@ -263,6 +295,15 @@ def test_what_is_no_number_is_refused(wrong: object) -> None:
             Conv4(**{name: wrong})
     with pytest.raises(InputError, match=r"^drop_prob: expected a number that is at least 0 and below 1, got"):
         DropBlock(3, drop_prob=wrong)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("std", 1e-50), ("std", 1e300), ("mean", 1e300), pytest.param("mean", 10**400, id="mean-huge")]
+)
+def test_statistics_beyond_float32_are_refused(name: str, wrong: float) -> None:
+    with pytest.raises(InputError, match=rf"^{name}: expected"):
+        Conv4(**{name: wrong})
 
 
 def test_refuses_what_there_is_not() -> None:
