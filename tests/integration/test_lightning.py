@@ -279,6 +279,27 @@ def test_an_epoch_that_is_limited_is_followed_by_other_episodes() -> None:
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("limits", [{}, {"limit_train_batches": 3}])
+def test_reloaded_loaders_go_on_with_new_episodes(limits: dict) -> None:
+    def trained(**options) -> list[torch.Tensor]:
+        seen: list[torch.Tensor] = []
+
+        class Backbone(nn.Linear):
+            def forward(self, samples: torch.Tensor) -> torch.Tensor:
+                seen.append(samples)
+                return super().forward(samples)
+
+        trainer = pl.Trainer(
+            max_epochs=3, limit_val_batches=0, enable_checkpointing=False, **QUIET, **limits, **options
+        )
+        trainer.fit(module(Backbone(6, 5), total_steps=12), data())
+        return seen
+
+    expected, found = trained(), trained(reload_dataloaders_every_n_epochs=1)
+    assert len(found) == 3 * limits.get("limit_train_batches", 4)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_a_training_is_resumed_within_an_epoch(tmp_path: Path) -> None:
     def train(steps: int, **settings) -> dict[str, torch.Tensor]:
         pl.seed_everything(0, verbose=False)

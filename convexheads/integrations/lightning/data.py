@@ -66,8 +66,11 @@ class EpisodicDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> EpisodeLoader:
         """Return the training episodes of this process, from the position that `load_state_dict` set."""
-        self._train = self._make_loader(self._load_training)
-        self._train.load_state_dict(self._state)
+        previous, self._train = self._train, self._make_loader(self._load_training)
+        if previous is not None and self.trainer is not None and self.trainer.current_epoch:
+            self._train.step = previous.step  # the trainer was told to reload the loader during training
+        else:
+            self._train.load_state_dict(self._state)
         return self._train
 
     def state_dict(self) -> dict[str, int]:
