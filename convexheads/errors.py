@@ -55,8 +55,7 @@ class MissingDependencyError(ConvexHeadsError, ImportError):
 
     Args:
         package: the name of the package.
-        extra: the extra of convexheads that the package belongs to, or "". The message ends with a pip command that
-            installs all packages of the extra by name, whether convexheads comes from a checkout or a package index.
+        extra: the extra of convexheads that the package belongs to, or "". The message says how to install the extra.
         needed_by: the class or function that needs it.
     """
 

@@ -126,7 +126,7 @@ def constructor_arguments(kind: type) -> dict[str, inspect.Parameter]:
 def constructor_call(made: object, defaults: dict[str, Any], checks: dict[str, Check]) -> str:
     """The constructor call of `made`, with the arguments that may be positional and those that are not their default.
 
-    `defaults` replaces defaults of the constructor, and so does a check in `checks` whose result is another value.
+    `defaults` replaces defaults of the constructor. Each default is then passed through its check in `checks`.
     """
     shown = []
     for name, argument in constructor_arguments(type(made)).items():

@@ -44,12 +44,12 @@ class EpisodeLoader:
         steps_per_epoch: Number of batches per epoch.
         seed: Random seed.
         transform: A random transform of a sample, called without autograd. What it draws from PyTorch's CPU generator
-            depends on `seed` too. What it draws from NumPy or `random` also depends on `num_workers`.
+            depends on `seed` too.
         resample_each_epoch: Whether each epoch has new episodes. Pass False for validation.
         rank: Rank of this process, which gets every `world_size`-th episode.
         world_size: Number of processes.
-        num_workers: Number of worker processes that prepare the batches. For any number, the batches are the same.
-            Workers pay off if `transform` takes about as long as a training step.
+        num_workers: Number of worker processes. They pay off if `transform` takes about as long as a training step. The
+            number does not change the batches, unless `transform` draws from NumPy or `random`.
 
     Raises:
         InputError: An argument is unusable: for example, `batch_size` is not a multiple of `world_size`.

@@ -223,7 +223,7 @@ def _is_solved(layer: cvxpylayers.Layer, parameters: Sequence[Tensor], found: Se
 
 
 class _SquareRoot(torch.autograd.Function):
-    """The symmetric square root of a positive semi-definite matrix; where that is singular, the derivative is zero."""
+    """The symmetric square root of a positive semi-definite matrix; the derivative in its null space is set to zero."""
 
     @staticmethod
     def forward(ctx, matrix: Tensor) -> Tensor:

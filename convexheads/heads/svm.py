@@ -98,11 +98,10 @@ class SVMHead(MulticlassSVM):
     \(\alpha_n^k \le C [k = y_n]\) and \(\sum_k \alpha_n^k = 0\).
 
     Difference from Lee et al.: the problem is solved to optimality, whereas the paper stops the solver after three
-    iterations (`solver=QpthSolver(max_iterations=3)`). The code that they published and learn2learn run 15 iterations,
-    add 1 to the dual's diagonal (`smoothing=1`), and do not constrain the scale.
+    iterations (`solver=QpthSolver(max_iterations=3)`). Their published code, like learn2learn, runs 15 iterations, adds
+    1 to the dual's diagonal (`smoothing=1`), and does not constrain the scale.
 
-    Its arguments `C` (default 0.1), `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale` and `validate`, and its
-    errors, are those of `MulticlassSVM`.
+    See `MulticlassSVM` for its arguments: `C`, `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale`, `validate`.
 
     Example:
         `logits = SVMHead(C=0.1)(support, labels, query)`
@@ -129,8 +128,7 @@ class WestonWatkinsSVMHead(MulticlassSVM):
     Difference from the original: there is no bias. Lee et al. 2019 name this SVM as an alternative (Section 3.3) but
     report no results for it; their published code has it with the kernel `Linear() + Constant(1.0)` and C = 1e-5.
 
-    Its arguments `C` (default 0.1), `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale` and `validate`, and its
-    errors, are those of `MulticlassSVM`.
+    See `MulticlassSVM` for its arguments: `C`, `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale`, `validate`.
 
     Example:
         `logits = WestonWatkinsSVMHead(C=0.05)(support, labels, query)`
@@ -155,8 +153,7 @@ class OneVsRestSVMHead(MulticlassSVM):
 
     Difference from the original: there is no bias.
 
-    Its arguments `C` (default 0.1), `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale` and `validate`, and its
-    errors, are those of `MulticlassSVM`.
+    See `MulticlassSVM` for its arguments: `C`, `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale`, `validate`.
 
     Example:
         `logits = OneVsRestSVMHead(C=0.5)(support, labels, query)`
@@ -185,8 +182,8 @@ class SimplifiedSVMHead(MulticlassSVM):
     The code published by Lee et al. 2019 has this head with C = 0.01, and scores a class by its own examples alone,
     without the \(-\frac{1}{k-1}\). Neither that code nor this head has a bias.
 
-    Its arguments `C` (default 0.1), `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale` and `validate`, and its
-    errors, are those of `MulticlassSVM`. The coefficients in a fitted head's `solution` are \(a\), `(*batch, n, 1)`.
+    See `MulticlassSVM` for its arguments: `C`, `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale`, `validate`.
+    The coefficients in a fitted head's `solution` are \(a\), `(*batch, n, 1)`.
 
     Example:
         `logits = SimplifiedSVMHead(C=0.01)(support, labels, query)`

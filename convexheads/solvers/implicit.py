@@ -198,9 +198,10 @@ class _ImplicitSolve(torch.autograd.Function):
 
 
 class _RelaxedImplicitSolve(_ImplicitSolve):
-    """Returns `known`, with the gradient at the point `fixed` inside a barrier, whose stiffness is part of `factors`.
+    """Returns `known`, with the gradient at a point inside a barrier.
 
-    The stiffness depends on the solution, so there is only a first derivative.
+    The point is passed as `fixed`, and the stiffness of the barrier is part of `factors`. The stiffness depends on the
+    solution, so there is only a first derivative.
     """
 
     @staticmethod

@@ -91,8 +91,8 @@ class DualProblem(TensorRecord):
         lower: lower bounds, `(*batch, n, k)`, with `-inf` for entries without one. Default None (no lower bounds).
         upper: upper bounds, `(*batch, n, k)`, with `inf` for entries without one. Default None (no upper bounds). A
             problem needs at least one of the two; if `rows_sum_to_zero` is False and there is no smoothing, it needs
-            both, or no gap can be certified. Nor can it be, in general, if one entry of a row has no upper bound and
-            another one has no lower bound, and neither has smoothing.
+            both, or no gap can be certified. In general, no gap can be certified either if one entry of a row has no
+            upper bound, another one has no lower bound, and neither has smoothing.
         smoothing: quadratic smoothing of the loss per entry, non-negative, `(*batch, n, k)`. Default None (no
             smoothing).
         rows_sum_to_zero: whether every row of coefficients sums to zero. Default True.
@@ -181,8 +181,8 @@ class Solution(TensorRecord):
         row_multipliers: multipliers of the zero row sums, `(*batch, n)`; None if there are no such constraints.
         status: the `Status` of each task, `(*batch,)`.
         gap: certified relative duality gap of each task, computed from `coef` alone, `(*batch,)`.
-        residual: largest distance of `coef` from the feasible set, divided by the largest coefficient or, if that is
-            smaller, by one unit of the rescaled problem, `(*batch,)`.
+        residual: largest distance of `coef` from the feasible set, divided by the largest coefficient or by one unit of
+            the rescaled problem, whichever is larger, `(*batch,)`.
         iterations: number of iterations of each task, `(*batch,)`; None if the backend does not report it.
     """
 

@@ -47,7 +47,7 @@ def largest_bounds(problem: DualProblem) -> Float[Tensor, "*batch n"]:
 
 
 def replace_non_finite_tasks(problem: DualProblem) -> tuple[DualProblem, Bool[Tensor, " tasks"]]:
-    """Replace every task with non-finite data with a trivial problem, and also return a mask of those tasks."""
+    """Replace every task that has non-finite data by a trivial problem, and also return a mask of those tasks."""
     tensors = problem.tensors()
     # Fast path: finite sums imply finite entries.
     if torch.isfinite(torch.stack([value.sum() for value in tensors.values()]).sum()):

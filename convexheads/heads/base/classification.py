@@ -68,8 +68,7 @@ class ClassificationHead(Head):
                 positive semi-definite and makes the problem fail. With `validate=False`, wrong values are not an error:
                 a label out of range gives NaN logits in its task, or that task fails in the solver. A closed form that
                 has no solution gives NaN.
-            SolverError: a task could not be solved (see the solver's `on_failure`; with "warn", `SolverWarning`
-                instead).
+            SolverError: a task could not be solved, and the solver's `on_failure` is "raise".
             ConvexHeadsError: in the backward pass, for a second derivative that the solver does not support.
         """
         return self.fit(support, labels, ways=ways, mask=mask)(query)

@@ -73,7 +73,7 @@ class ADMMSolver(Solver):
             search_gap = torch.where(is_due, search_gap / 10, search_gap)
             if solved.all() or taken == limit:
                 break
-        if not found.all():  # the last search belongs to other tasks than those that it solved
+        if not found.all():  # the active set and the certificate of the last search are not those of all tasks
             active_set, certificate = polish(problem, torch.where(solved[:, None, None], solution, iterate.coef))
         certificate = of_projection(certificate)
         return SolverResult(certificate.feasible, iterations, certificate, active_set)
