@@ -108,49 +108,51 @@ def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str
     return [{"params": others, "weight_decay": decay}, {"params": list(scalars), "weight_decay": 0.0}]
 
 
-@cache
-def constructor_arguments(kind: type) -> dict[str, inspect.Parameter]:
-    """The named arguments of the constructor of `kind`, and those of base classes that it passes on through `**`."""
-    found: dict[str, inspect.Parameter] = {}
-    for base in kind.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        arguments = list(inspect.signature(base.__init__).parameters.values())[1:]
-        named = {a.name: a for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY)}
-        found |= {name: argument for name, argument in named.items() if name not in found}
-        if not any(argument.kind is argument.VAR_KEYWORD for argument in arguments):
-            break
-    return found
+class Settings:
+    """An object whose settings are the arguments of its constructor, kept in attributes of the same names.
 
-
-def constructor_call(made: object, defaults: dict[str, Any], checks: dict[str, Check]) -> str:
-    """The constructor call of `made`, with the arguments that may be positional and those that are not their default.
-
-    `defaults` replaces defaults of the constructor. Each default is then passed through its check in `checks`.
-    """
-    shown = []
-    for name, argument in constructor_arguments(type(made)).items():
-        if not hasattr(made, name):  # a subclass may not keep all arguments
-            continue
-        value, default = getattr(made, name), defaults.get(name, argument.default)
-        if default is not argument.empty and name in checks:
-            with suppress(InputError):
-                default = checks[name](name, default)
-        is_default = type(value) is type(default) and repr(value) == repr(default)
-        if not (is_default and (argument.kind is argument.KEYWORD_ONLY or value is None)):
-            shown.append(f"{name}={value.__name__ if inspect.isfunction(value) else repr(value)}")
-    return f"{type(made).__name__}({', '.join(shown)})"
-
-
-class Configurable(nn.Module):
-    """A module whose settings are the arguments of its constructor, kept in attributes of the same names.
-
-    Settings are checked whenever they are assigned. `repr` gives the constructor call; `get_params` and `set_params`
-    read and write settings as scikit-learn does.
+    `repr` gives the constructor call, with all arguments that may be positional and those that are not their default.
+    The class attribute `default_NAME`, if it exists, is the default of an argument.
     """
 
     checks: ClassVar[dict[str, Check]] = {}
     """For each setting, the function `(name, value) -> value` that checks it and returns the value to keep."""
+
+    @classmethod
+    @cache
+    def _arguments(cls) -> dict[str, inspect.Parameter]:
+        """The named arguments of the constructor, and those of base classes that it passes on through `**`."""
+        found: dict[str, inspect.Parameter] = {}
+        for base in cls.__mro__:
+            if "__init__" not in vars(base):
+                continue
+            arguments = list(inspect.signature(base.__init__).parameters.values())[1:]
+            named = {a.name: a for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY)}
+            found |= {name: argument for name, argument in named.items() if name not in found}
+            if not any(argument.kind is argument.VAR_KEYWORD for argument in arguments):
+                break
+        return found
+
+    def __repr__(self) -> str:
+        shown = []
+        for name, argument in self._arguments().items():
+            if not hasattr(self, name):  # a subclass may not keep all arguments
+                continue
+            value, default = getattr(self, name), getattr(self, f"default_{name}", argument.default)
+            if default is not argument.empty and name in self.checks:
+                with suppress(InputError):  # a check may replace a default that is only a placeholder
+                    default = self.checks[name](name, default)
+            is_default = type(value) is type(default) and repr(value) == repr(default)
+            if not (is_default and (argument.kind is argument.KEYWORD_ONLY or value is None)):
+                shown.append(f"{name}={value.__name__ if inspect.isfunction(value) else repr(value)}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+class Configurable(Settings, nn.Module):
+    """A module with settings, which are checked whenever they are assigned.
+
+    The methods `get_params` and `set_params` read and write settings as scikit-learn does.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.checks:
@@ -161,7 +163,7 @@ class Configurable(nn.Module):
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The settings by name, as in scikit-learn; with `deep`, also nested ones ("kernel__length_scale")."""
-        params = {name: getattr(self, name) for name in constructor_arguments(type(self))}
+        params = {name: getattr(self, name) for name in self._arguments()}
         if deep:
             for name, value in list(params.items()):
                 if isinstance(value, Configurable):
@@ -176,8 +178,8 @@ class Configurable(nn.Module):
         """
         for name, value in sorted(params.items(), key=lambda item: "__" in item[0]):  # a kernel before its settings
             outer, _, inner = name.partition("__")
-            if outer not in constructor_arguments(type(self)):
-                names = ", ".join(constructor_arguments(type(self))) or "none"
+            if outer not in self._arguments():
+                names = ", ".join(self._arguments()) or "none"
                 raise InputError("set_params", f"settings of {type(self).__name__} ({names})", repr(name))
             if not inner:
                 setattr(self, name, value)
@@ -189,6 +191,3 @@ class Configurable(nn.Module):
 
     def __sklearn_clone__(self: _C) -> _C:
         return copy.deepcopy(self)
-
-    def __repr__(self) -> str:
-        return constructor_call(self, {}, self.checks)

@@ -13,7 +13,7 @@ from torch import Tensor
 from convexheads._functorch import compute_without_grad, inspect_values, is_transforming
 from convexheads._validation import check_choice, check_positive_int, check_real, describe_shape, optional
 from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError
-from convexheads.hyperparameters import constructor_call
+from convexheads.hyperparameters import Settings
 from convexheads.precision import full_precision, working_dtype
 from convexheads.solvers.certificate import Certificate, account_for_rounding, certify
 from convexheads.solvers.failures import OnFailure, handle_failures
@@ -65,7 +65,7 @@ class Plan(NamedTuple):
     max_tasks: int | None = None
 
 
-class Solver:
+class Solver(Settings):
     """Base class of solvers. A solver holds settings only, so any number of heads and threads can share it.
 
     A subclass implements one method, `solve_batch`, which returns coefficients. The base class first rescales the
@@ -114,9 +114,6 @@ class Solver:
         if name in vars(self):  # a change would reach every head that shares the solver
             raise AttributeError(f"{type(self).__name__}.{name}: expected a new solver, because solvers do not change")
         super().__setattr__(name, value)
-
-    def __repr__(self) -> str:
-        return constructor_call(self, {"tolerance": self.default_tolerance}, {})
 
     def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"] | SolverResult:
         """Solve a flat, rescaled batch of problems. This is the one method that a subclass has to implement.
