@@ -21,6 +21,12 @@ is_transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transfor
 """Whether a transform of `torch.func` is active."""
 
 
+def refuse_transforms(name: str) -> None:
+    """Raise `ConvexHeadsError` inside a transform of `torch.func`, which the head or solver `name` does not support."""
+    if is_transforming():
+        raise ConvexHeadsError(f"torch.func: expected a head and a solver that support its transforms, got {name}")
+
+
 def compute_without_grad(function: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> tuple[Tensor, ...]:
     """Call a function without gradient, on tensors whose values can be inspected.
 

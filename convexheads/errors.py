@@ -42,7 +42,7 @@ class SolverError(ConvexHeadsError, RuntimeError):
     Args:
         message: the failed tasks, with their gap and residual.
         solution: the `Solution` of the whole batch, with the status of each task, so that the tasks that succeeded are
-            not lost; also an attribute of the error. Defaults to None, for a closed form that failed.
+            not lost; also an attribute of the error. Defaults to None, for a closed form or a `CvxpyHead` that failed.
     """
 
     def __init__(self, message: str, solution: Solution | None = None) -> None:

@@ -137,9 +137,10 @@ class EpisodeLoader:
         self.step, self._resume_within_epoch = _check_count("step", state.get("step")), True
 
     def indices(self, step: int) -> Integer[Tensor, "tasks n"]:
-        """Return the indices of the samples in the tasks of this process at a `step`, counted from 0 over all epochs.
+        """Return the indices of the samples in the tasks of this process at a `step`.
 
-        They are int64 on the CPU, `(tasks, ways * (shots + queries))`. Use them for samples that are stored elsewhere.
+        Steps count from 0 over all epochs or, with `resample_each_epoch=False`, within an epoch. The indices are int64
+        on the CPU, `(tasks, ways * (shots + queries))`. Use them for samples that are stored elsewhere.
         """
         step = _check_count("step", step)
         return torch.stack([self._draw(step, task)[0] for task in self._tasks_of_rank()])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from convexheads._functorch import inspect_values
-from convexheads._validation import check_fraction, check_range, check_tensor, is_integer_tensor
+from convexheads._validation import check_fraction, check_range, check_tensor, describe_shape, is_integer_tensor
 from convexheads.episodes import Episode
 from convexheads.errors import InputError, SolverError
 from convexheads.heads import ClassificationHead
@@ -60,10 +60,12 @@ def episode_loss(head: ClassificationHead, episode: Episode, *, ways: int, label
     """
     fitted = check_head(head).fit(episode.support, episode.support_labels, ways=ways)
     check_tensor("query_labels", episode.query_labels, "a tensor of integers 0..ways-1", is_integer_tensor)
-    labels = episode.query_labels.long()
+    labels, logits = episode.query_labels.long(), fitted(episode.query)
+    if labels.shape != logits.shape[:-1]:
+        raise InputError("query_labels", f"one label per query, {tuple(logits.shape[:-1])}", describe_shape(labels))
     if head.validate:
         inspect_values(check_range, "query_labels", labels, ways, ways - 1)
-    logits, targets = fitted(episode.query), labels.flatten()
+    targets = labels.flatten()
     flat = logits.flatten(0, -2)
     loss = functional.cross_entropy(flat, targets, label_smoothing=check_fraction("label_smoothing", label_smoothing))
     metrics = {"loss": loss.detach(), "accuracy": (flat.argmax(-1) == targets).float().mean()}

@@ -14,7 +14,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from convexheads._functorch import inspect_values
+from convexheads._functorch import inspect_values, refuse_transforms
 from convexheads._validation import check_definite, describe, describe_task, optional
 from convexheads.errors import InputError, MissingDependencyError, SolverError
 from convexheads.heads.base.classification import ClassificationHead
@@ -132,6 +132,7 @@ class CvxpyHead(ClassificationHead):
         self.build, self.hyperparameters = build, hyperparameters
 
     def solve(self, support: SupportSet) -> KernelExpansion:
+        refuse_transforms("CvxpyHead")
         gram, targets = support.gram, support.targets
         *batch, n, k = targets.shape
         hyperparameters = {} if self.hyperparameters is None else self.hyperparameters.by_name

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from convexheads._functorch import compute_without_grad, inspect_values, is_transforming
+from convexheads._functorch import compute_without_grad, inspect_values, is_transforming, refuse_transforms
 from convexheads._validation import check_choice, check_positive_int, check_real, describe_shape, optional
 from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError
 from convexheads.hyperparameters import Settings
@@ -28,8 +28,8 @@ class SolverResult(NamedTuple):
     Attributes:
         coef: the coefficients, `(tasks, n, k)`.
         iterations: number of iterations of each task, `(tasks,)`. Default None (unknown).
-        certificate: the certificate of the coefficients. Default None: the base class computes it.
-        linearization: the system from which the gradient is computed. Default None: the base class finds it.
+        certificate: that of the coefficients, for the rescaled problem. Default None: the base class computes it.
+        linearization: the system of the rescaled problem that gives the gradient. Default None: the base class finds it.
     """
 
     coef: Float[Tensor, "tasks n k"]
@@ -118,8 +118,8 @@ class Solver(Settings):
     def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"] | SolverResult:
         """Solve a flat, rescaled batch of problems. This is the one method that a subclass has to implement.
 
-        It runs without autograd, unless the class sets `provides_gradient`. It must not print, must not let a task
-        affect another one, and must not raise an error for a task that it cannot solve.
+        It runs without autograd, unless the class sets `provides_gradient`. It must not print, must not change the
+        problem, must not let a task affect another one, and must not raise an error for a task that it cannot solve.
 
         Args:
             problem: at least one task, with coefficients `(tasks, n, k)` and numbers around one (`rescale`), all finite
@@ -172,9 +172,11 @@ class Solver(Settings):
         if max_tasks is not None and max_tasks < len(problem.linear):
             starts = range(0, len(problem.linear), max_tasks)
             parts = [self._solve_flat(problem.select(slice(start, start + max_tasks))) for start in starts]
+            if any(part.iterations is None for part in parts):
+                parts = [replace(part, iterations=None) for part in parts]
             tensors = [part.tensors() for part in parts]
             return parts[0].map(lambda name, _: torch.cat([part[name] for part in tensors])).to(whole.linear.device)
-        solution = first._solve_alone(problem)
+        solution = first._solve_alone(problem) if first is self else first._solve_flat(problem)
         selects = not is_transforming()  # inside `torch.func.vmap`, tasks cannot be selected by their values
         for solver in others:
             unsolved = ~solution.converged
@@ -189,9 +191,7 @@ class Solver(Settings):
     def _solve_alone(self, problem: DualProblem) -> Solution:
         """Solve a flat batch in working precision, with gradient, by this solver alone."""
         if self.provides_gradient:
-            if is_transforming():
-                expected = "a solver that supports the transforms of torch.func, such as NativeSolver()"
-                raise ConvexHeadsError(f"torch.func: expected {expected}, got {type(self).__name__}")
+            refuse_transforms(type(self).__name__)
             return self._solve_numerically(problem).solution
         if is_transforming():
             solved = self._solve_under_transforms(problem)

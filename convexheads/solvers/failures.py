@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Literal
 
 from torch import Tensor
@@ -19,33 +16,14 @@ from convexheads.solvers.problem import Solution, Status
 OnFailure = Literal["raise", "warn", "return"]
 """The policy for a task that is not solved: "raise" `SolverError`, emit `SolverWarning`, or "return" it."""
 _INTERNAL = ("convexheads", "torch", "jaxtyping")
-_postponed: ContextVar[list[tuple[str, float, OnFailure]] | None] = ContextVar("_postponed", default=None)
-
-
-@contextmanager
-def postpone_failures() -> Iterator[list[tuple[str, float, OnFailure]]]:
-    """In this context, `handle_failures` only adds its settings to the list, for a batch that is solved in parts."""
-    token = _postponed.set(settings := [])
-    try:
-        yield settings
-    finally:
-        _postponed.reset(token)
 
 
 def handle_failures(name: str, solution: Solution, tolerance: float, on_failure: OnFailure) -> None:
     """Raise or warn, depending on `on_failure`, if a task of the solution failed."""
-    if (settings := _postponed.get()) is not None:
-        settings.append((name, tolerance, on_failure))
-        return
-    if on_failure == "return":
-        return
-    failures = inspect_values(_failures, solution.status, solution.gap, solution.residual)
+    failures = "" if on_failure == "return" else describe_failures(solution)
     if not failures:
         return
-    message = (
-        f"{name}: {len(failures)} of {solution.status.numel()} tasks not solved to the tolerance "
-        f"{tolerance:g} ({'; '.join(failures[:5])}{'; ...' if len(failures) > 5 else ''}). "
-    )
+    message = f"{name}: {failures}, to the tolerance {tolerance:g}. "
     if on_failure == "raise":
         advice = "Pass on_failure='warn' or 'return' to continue."
         raise SolverError(f"{message}`SolverError.solution` holds the solution of the whole batch. {advice}", solution)
@@ -57,9 +35,15 @@ def handle_failures(name: str, solution: Solution, tolerance: float, on_failure:
     warnings.warn(message, SolverWarning, stacklevel=level)
 
 
-def _failures(status: Tensor, gap: Tensor, residual: Tensor) -> list[str]:
+def describe_failures(solution: Solution) -> str:
+    """The tasks of the solution that failed, with their gaps and residuals, in words; empty if there are none."""
+    return inspect_values(_describe_failures, solution.status, solution.gap, solution.residual)
+
+
+def _describe_failures(status: Tensor, gap: Tensor, residual: Tensor) -> str:
     failures = []
     for task in map(tuple, (status == Status.FAILED).nonzero().tolist()):
         sizes = f"relative gap {gap[task].item():.1e}, residual {residual[task].item():.1e}"
         failures.append(f"{describe_task(task)}: {sizes}")
-    return failures
+    shown = "; ".join(failures[:5]) + ("; ..." if len(failures) > 5 else "")
+    return f"{len(failures)} of {status.numel()} tasks not solved ({shown})" if failures else ""

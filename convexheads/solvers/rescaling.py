@@ -13,8 +13,8 @@ def rescale(problem: DualProblem) -> tuple[DualProblem, Float[Tensor, "*batch"],
     """Rescale a `problem` with finite data, so that no tolerance depends on the scale of the features or on C.
 
     A dual SVM depends only on C*K. Coefficients are measured in units of `min(C, 1/h)`, where h is the mean diagonal
-    of K. If C is at least 1/h, the mean diagonal of the rescaled Hessian is one, and the largest rescaled bound is C*h.
-    For a smaller C, the largest rescaled bound is one, and the mean diagonal of the rescaled Hessian is C*h.
+    of the Hessian, which is K plus the smoothing. If C is at least 1/h, the mean diagonal of the rescaled Hessian is
+    one, and the largest rescaled bound is C*h. For a smaller C, the bound is one, and the mean diagonal is C*h.
 
     Returns:
         The rescaled problem, and the factors by which its coefficients and its multipliers have to be multiplied.

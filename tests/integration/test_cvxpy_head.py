@@ -201,3 +201,12 @@ def test_threads_share_a_compiled_problem():
             found = pool.map(lambda head, data: head(*data[:3]), heads, tasks)
             for logits, other in zip(found, expected, strict=True):
                 torch.testing.assert_close(logits, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad])
+def test_transforms_of_torch_func_are_refused(transform):
+    support, labels, query, _ = task(2)
+    value = support if transform is torch.func.vmap else support[0]
+    head = CvxpyHead(squares, hyperparameters={"lambda": 1.0})
+    with pytest.raises(ConvexHeadsError, match=r"torch.func: expected .*, got CvxpyHead"):
+        transform(lambda x: head(x, labels[0], query[0], ways=3).sum())(value)

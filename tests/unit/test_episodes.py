@@ -75,6 +75,8 @@ def test_query_labels_of_a_loss_are_checked(label):
     wrong = episode._replace(query_labels=torch.full((6,), label))
     with pytest.raises(InputError, match=r"query_labels: expected .*0\.\."):
         episode_loss(RidgeHead(), wrong, ways=3)
+    with pytest.raises(InputError, match="query_labels: expected one label per query"):
+        episode_loss(RidgeHead(), episode._replace(query_labels=torch.zeros(5, dtype=torch.long)), ways=3)
     with pytest.raises(InputError, match="head: expected a classification head"):
         episode_loss(RidgeRegressionHead(), episode, ways=3)
 

@@ -12,7 +12,9 @@ from torch.func import grad, vmap
 from convexheads import (
     ConvexHeadsError,
     InputError,
+    KernelExpansion,
     LinearDiscriminantHead,
+    RidgeHead,
     SolverError,
     SolverWarning,
     SVMHead,
@@ -25,6 +27,7 @@ from convexheads.solvers import (
     Fallback,
     InteriorPointSolver,
     NativeSolver,
+    Plan,
     Solver,
     Status,
     implicit,
@@ -43,6 +46,11 @@ class ProjectedGradientSolver(Solver):
             ahead = coef + number / (number + 3) * (coef - previous)
             previous, coef = coef, problem.project(ahead + step * (problem.linear - problem.gradient(ahead)))
         return coef
+
+
+class Zeros(Solver):
+    def solve_batch(self, problem):
+        return torch.zeros_like(problem.linear)
 
 
 class OddTasksSolver(ProjectedGradientSolver):
@@ -120,7 +128,7 @@ def test_a_solver_with_its_own_gradient_refuses_transforms(transform):
 
     support, labels, query, ways = task(2)
     head = SVMHead(0.3, solver=Promised())
-    with pytest.raises(ConvexHeadsError, match=r"torch.func: expected a solver .*, got Promised"):
+    with pytest.raises(ConvexHeadsError, match=r"torch.func: expected .*, got Promised"):
         transform(lambda value: head(value, labels[0], query[0], ways=ways).sum())(
             support if transform is torch.func.vmap else support[0]
         )
@@ -146,6 +154,29 @@ def test_fallback_hands_on_no_other_task(monkeypatch):
     assert Fallback(OddTasksSolver(), InteriorPointSolver()).solve(qp).converged.all()
     assert Fallback(ActiveSetSolver(), InteriorPointSolver()).solve(qp).converged.all()
     assert seen == [3]
+
+
+@pytest.mark.parametrize("made", [lambda s: s, lambda s: Fallback(s, Zeros()), lambda s: Fallback(OddTasksSolver(), s)])
+def test_a_composition_may_be_part_of_another_one(made):
+    class BySize(Solver):
+        def plan(self, problem):
+            return Plan(problem, (NativeSolver() if problem.linear.shape[-1] < 100 else ADMMSolver(),))
+
+    drawn = task(5, shots=(3, 2, 3), d=12)[:3]
+    expected = logits_and_gradients(NativeSolver(), *drawn)
+    for one, other in zip(logits_and_gradients(made(BySize()), *drawn), expected, strict=True):
+        assert close(one, other) < 1e-6
+
+
+def test_a_divided_batch_of_which_a_part_has_no_iterations():
+    labels = torch.eye(5, dtype=torch.float64).repeat(2, 1).expand(4, 10, 5)
+    features = torch.randn(4, 10, 8, dtype=torch.float64)
+    gram = features @ features.mT
+    gram[2, 0, 0] = torch.nan
+    solver = Fallback(NativeSolver(max_block_entries=1000), Zeros(), on_failure="return")
+    solution = solver.solve(DualProblem(gram, labels, upper=0.1 * labels))
+    assert solution.converged.tolist() == [True, True, False, True]
+    assert solution.iterations is None
 
 
 def test_fallback_reports_what_neither_solves():
@@ -211,15 +242,43 @@ def test_failures_are_numbered_over_tasks_with_different_ways():
     expected = SVMHead(solver=FailsWithThreeClasses(on_failure="return")).fit(support, labels, ways=ways).solution
     assert caught.value.solution.status.tolist() == expected.status.tolist()
     assert torch.equal(caught.value.solution.coef, expected.coef)
-    with pytest.warns(SolverWarning, match=r"2 of 4 tasks") as warned:
-        SVMHead(solver=FailsWithThreeClasses(on_failure="warn")).fit(support, labels, ways=ways)
+    with pytest.warns(SolverWarning, match=r"2 of 2 tasks") as warned:  # counted among those with as many classes
+        fitted = SVMHead(solver=FailsWithThreeClasses(on_failure="warn")).fit(support, labels, ways=ways)
     assert len(warned) == 1
+    assert torch.equal(fitted.solution.status, expected.status)
     with pytest.raises(InputError, match="semi-definite"):
         SVMHead(kernel=lambda x, y: -(x @ y.mT)).fit(support, labels, ways=ways)
     support[2] = 1.0
     with pytest.raises(InputError, match="zero in task") as caught:
         LinearDiscriminantHead().fit(support, labels, ways=ways)
     assert "[(0,), (2,)]" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("ways", [3, torch.tensor([3, 2])], ids=["number", "tensor"])
+def test_errors_reach_a_head_that_handles_them(ways):
+    """Whether tasks have the same number of classes, or are solved in groups."""
+
+    class Robust(SVMHead):
+        def solve(self, support):
+            try:
+                return super().solve(support)
+            except SolverError:
+                return RidgeHead(1.0).solve(support)
+
+    class Forgetful(SVMHead):
+        def solve(self, support):
+            return KernelExpansion(super().solve(support).coef)
+
+    support, labels, query = (
+        torch.randn(2, 6, 4),
+        torch.arange(6).expand(2, 6) % torch.tensor([[3], [2]]),
+        torch.randn(2, 5, 4),
+    )
+    logits = Robust(solver=Zeros())(support, labels, query, ways=ways)
+    torch.testing.assert_close(logits, RidgeHead(1.0)(support, labels, query, ways=ways))
+    for head in (SVMHead, Forgetful):
+        with pytest.raises(SolverError, match=r"2 of 2 tasks"):
+            head(solver=Zeros())(support, labels, query, ways=ways)
 
 
 def test_solver_that_changes_its_problem_is_not_certified_by_it():

@@ -279,6 +279,14 @@ def test_missing_package(name, monkeypatch):
     assert installs(str(caught.value)) == requirements_of(name)
 
 
+def test_without_validation_a_label_beyond_the_ways_of_its_task_shows_there():
+    support, query = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+    labels, ways = torch.tensor([[0, 1, 0, 1, 4], [0, 1, 2, 3, 4]]), torch.tensor([2, 5])
+    logits = RidgeHead(validate=False)(support, labels, query, ways=ways)
+    assert logits[0, :, :2].isnan().all()
+    assert logits[1].isfinite().all()
+
+
 def test_without_validation_a_bad_label_shows_in_its_task():
     """It can't raise, but it must not pass for a good one."""
     labels = LABELS.clone()

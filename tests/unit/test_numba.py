@@ -21,7 +21,7 @@ from convexheads.solvers.implicit import REGULARIZATION, active_entries, factori
 from convexheads.solvers.native import active_set, admm_steps, numba_backend, numba_kernels, numba_kkt
 from convexheads.solvers.rescaling import rescale
 
-TOLERANCE = 1e-9
+TOLERANCE = 1e-6
 
 
 def solve(qp, max_rounds=active_set.MAX_ROUNDS):

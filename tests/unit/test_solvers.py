@@ -269,6 +269,28 @@ def test_active_sets_are_proven_to_any_tolerance(backend, tolerance):
     assert solution.gap.max() < 1e-13
 
 
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_a_linear_problem_has_an_active_set(backend):
+    labels = torch.eye(5, dtype=torch.float64).unsqueeze(0)
+    problem = DualProblem(torch.zeros_like(labels), labels, upper=0.1 * labels)
+    solution = ActiveSetSolver(backend=backend).solve(problem)
+    assert close(solution.coef, InteriorPointSolver().solve(problem).coef) < 1e-9
+
+
+@pytest.mark.parametrize("tolerance", [1e-6, 1e-2])
+def test_both_backends_account_for_rounding(tolerance):
+    torch.manual_seed(4)
+    x = torch.randn(1, 12, 12, dtype=torch.float64)
+    x = 1e4 * torch.cat([x, x + 1e-4 * torch.randn_like(x)], 1)
+    labels, found = torch.randint(0, 3, (1, 24)), []
+    for backend in ("torch", "numba"):
+        solver = ActiveSetSolver(backend=backend, tolerance=tolerance, on_failure="return")
+        found.append(SVMHead(C=1.0, smoothing=1.0, solver=solver).fit(x, labels, ways=3).solution)
+    assert found[0].status.tolist() == found[1].status.tolist()
+    assert found[0].converged.all() == (tolerance > 1e-6)
+    assert tolerance == 1e-6 or all(1e-6 < solution.gap < 1e-5 for solution in found)
+
+
 @pytest.mark.parametrize("solver", [ActiveSetSolver(), InteriorPointSolver(), ADMMSolver()], ids=repr)
 def test_solvers_in_float32(solver, monkeypatch):
     """What a device without float64 gives, tried on the CPU."""

@@ -8,14 +8,14 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from convexheads._validation import check_classification
-from convexheads.errors import ConvexHeadsError, InputError
+from convexheads.errors import ConvexHeadsError, InputError, SolverError
 from convexheads.heads.base.fitted import FittedClassifier
 from convexheads.heads.base.head import Head
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet, merge_groups, one_hot
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
 from convexheads.precision import full_precision, working_dtype
-from convexheads.solvers.failures import handle_failures, postpone_failures
+from convexheads.solvers.failures import describe_failures
 
 
 class ClassificationHead(Head):
@@ -92,9 +92,9 @@ class ClassificationHead(Head):
             support, labels, ways, mask, requires_all_classes=self.requires_all_classes, validate=self.validate
         )
         with full_precision(support.device):
-            targets = one_hot(labels, max_ways, working_dtype(support.device))
-            examples = self._support_set(support, targets, mask)
             ways_per_task = ways.long() if isinstance(ways, Tensor) and ways.ndim else None
+            targets = one_hot(labels, max_ways, ways_per_task, working_dtype(support.device))
+            examples = self._support_set(support, targets, mask)
             if ways_per_task is None or not ways_per_task.numel():
                 expansion = self._solve_checked(examples)
             else:
@@ -104,24 +104,27 @@ class ClassificationHead(Head):
 
     def _solve_grouped_by_ways(self, support: SupportSet, ways: Integer[Tensor, "*batch"]) -> KernelExpansion:
         """Solve the tasks with the same number of classes together; absent classes get coefficients of zero."""
-        groups = []
-        with postpone_failures() as postponed:
-            for k in ways.unique().tolist():
-                rows = ways == k
-                mask = None if support.mask is None else support.mask[rows]
-                group = self._support_set(support.features[rows], support.targets[rows][..., :k], mask)
-                try:
-                    groups.append(self._solve_checked(group))
-                except ConvexHeadsError as error:
-                    tasks = [*map(tuple, rows.nonzero().tolist())]
-                    error.add_note(f"Tasks are counted among those with {k} classes, which are {tasks} in the batch.")
+        groups, cause = [], None
+        for k in ways.unique().tolist():
+            rows = ways == k
+            mask = None if support.mask is None else support.mask[rows]
+            group = self._support_set(support.features[rows], support.targets[rows][..., :k], mask)
+            try:
+                groups.append(self._solve_checked(group))
+            except ConvexHeadsError as error:
+                tasks = [*map(tuple, rows.nonzero().tolist())]
+                error.add_note(f"Tasks are counted among those with {k} classes, which are {tasks} in the batch.")
+                if not isinstance(error, SolverError) or error.solution is None:
                     raise
+                groups.append(KernelExpansion(error.solution.coef, solution=error.solution))
+                cause = error
         expansion = merge_groups(groups, ways)
-        for name, tolerance, on_failure in postponed[-1:]:
-            if expansion.solution is not None:
-                with self._check_gram_after_failure(support):
-                    handle_failures(name, expansion.solution, tolerance, on_failure)
-        return expansion
+        if cause is None:
+            return expansion
+        if expansion.solution is None:  # another group has none
+            raise cause
+        message = f"{type(self).__name__}: {describe_failures(expansion.solution)}"
+        raise SolverError(message, expansion.solution) from cause
 
 
 def check_head(head: object) -> ClassificationHead:

@@ -85,10 +85,13 @@ class KernelExpansion(TensorRecord):
     solution: Solution | None = None
 
 
-def one_hot(labels: Integer[Tensor, "*batch n"], ways: int, dtype: torch.dtype) -> Float[Tensor, "*batch n k"]:
-    """One-hot labels, with NaN rows where a label is out of range."""
-    targets = (labels.long().unsqueeze(-1) == torch.arange(ways, device=labels.device)).to(dtype)
-    return torch.where(targets.any(-1, keepdim=True), targets, torch.nan)
+def one_hot(
+    labels: Integer[Tensor, "*batch n"], max_ways: int, ways: Integer[Tensor, "*batch"] | None, dtype: torch.dtype
+) -> Float[Tensor, "*batch n k"]:
+    """One-hot labels, with NaN rows where a label is out of range, also for the number of classes of its task."""
+    targets = labels.long().unsqueeze(-1) == torch.arange(max_ways, device=labels.device)
+    in_range = targets.any(-1) if ways is None else targets.any(-1) & (labels < ways.unsqueeze(-1))
+    return targets.to(dtype).where(in_range.unsqueeze(-1), torch.nan)
 
 
 def _mask_gram(gram: Tensor, mask: Tensor) -> Tensor:
@@ -99,7 +102,7 @@ def _mask_gram(gram: Tensor, mask: Tensor) -> Tensor:
 
 
 def merge_groups(groups: Sequence[KernelExpansion], ways: Integer[Tensor, "*batch"]) -> KernelExpansion:
-    """Merge the groups of tasks with 1, 2, ... classes into the batch with these `ways`, padded with zeros."""
+    """Merge `groups`, one per number of classes that occurs in `ways`, in ascending order, padded with zeros."""
     order = ways.flatten().argsort(stable=True).argsort()
     class_dims = {"coef": 1, "weight": 2, "bias": 1, "quadratic": 3, "bound_multipliers": 1}  # counted from the last
     records = [group.tensors() for group in groups]

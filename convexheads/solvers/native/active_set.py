@@ -96,8 +96,7 @@ class ActiveSetSolver(Solver):
             return super()._solve_numerically(problem)
         from convexheads.solvers.native import numba_backend
 
-        tolerance = aim(self.tolerance, linear.dtype)
-        return numba_backend.solve(problem, tolerance, max_rounds=self.max_rounds, refinements=REFINEMENTS)
+        return numba_backend.solve(problem, self.tolerance, max_rounds=self.max_rounds, refinements=REFINEMENTS)
 
 
 def search(problem: DualProblem, start: WarmStart, *, max_rounds: int) -> tuple[Tensor, ActiveSet, Tensor]:

@@ -28,7 +28,8 @@ class NativeSolver(Fallback):
     order. A batch gives the same scores as solving tasks one by one, up to rounding.
 
     It is `Fallback(ActiveSetSolver(), InteriorPointSolver())`. If one n x n matrix per class would not fit into memory,
-    it is `Fallback(ADMMSolver(), InteriorPointSolver())` for a Gram matrix of small rank, and `ADMMSolver()` otherwise.
+    it is `ADMMSolver()` or, if the Gram matrix has a small rank,
+    `Fallback(ADMMSolver(tolerance=1e-9), InteriorPointSolver())`.
 
     Args:
         tolerance: as in `Solver`; the solvers aim at a thousandth of it.

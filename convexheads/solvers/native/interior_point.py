@@ -41,16 +41,16 @@ class InteriorPointSolver(Solver):
     row multipliers. It runs for all tasks at once, on any device.
 
     Without `max_iterations`, one step of active-set Newton at the end makes the solution exact. With it, the
-    coefficients are the projection of the last iterate.
+    coefficients are the projection of the best iterate, the one with the smallest certified gap.
 
     Args:
         max_iterations: as in `Solver`. Default None (until converged, at most 100).
         tolerance: as in `Solver`; the iteration ends at a thousandth of it.
         on_failure: as in `Solver`.
         gradient: "exact" (default) is the gradient for the active set of the solution or, if `max_iterations` is given,
-            for the active set that the last iterate implies. "relaxed" is the gradient at the point where every slack
+            for the active set that the best iterate implies. "relaxed" is the gradient at the point where every slack
             times its multiplier is `complementarity` (qpax, Tracy & Manchester 2024); it has no kinks at weakly active
-            bounds. "last_iterate" needs `max_iterations` and is the gradient of the KKT conditions at the last iterate
+            bounds. "last_iterate" needs `max_iterations` and is the gradient of the KKT conditions at the best iterate
             (OptNet, Amos & Kolter 2017, and Lee et al. 2019). The last two have no second derivative.
         complementarity: slack times multiplier for "relaxed", in the units of the rescaled problem, in which
             coefficients and multipliers are around one. Default 1e-3.

@@ -54,10 +54,11 @@ def solve(problem: DualProblem, tolerance: float, *, max_rounds: int, refinement
     system = np.empty((tasks, n, n)), np.empty(shape)
     factors = _allocate_factors(tasks, n, k)
     settings = admm_steps.PENALTY, _ADMM_SETTINGS, (REGULARIZATION, refinements, max_rounds)
-    arguments = (data, problem.rows_sum_to_zero, settings, (tolerance, *_TOLERANCES), results, system, factors)
+    tolerances = (certificate.aim(tolerance, torch.float64), *_TOLERANCES)
+    arguments = (data, problem.rows_sum_to_zero, settings, tolerances, results, system, factors)
     _run(numba_kernels.solve_tasks, tasks, tasks * k * n**3, *arguments)
     coef = torch.from_numpy(coef)
-    _reject_rounding(problem, coef, gaps[:, 2], proven)
+    _account_for_rounding(problem, coef, gaps, proven, tolerance)
     if not proven.all():
         coef[torch.from_numpy(~proven)] = torch.nan
         gaps[~proven, 0] = np.nan
@@ -76,15 +77,17 @@ def solve(problem: DualProblem, tolerance: float, *, max_rounds: int, refinement
     return LinearizedSolution(solution, torch.from_numpy(scales), linearization)
 
 
-def _reject_rounding(problem: DualProblem, coef: Tensor, rounding: np.ndarray, proven: np.ndarray) -> None:
-    """Mark tasks as not proven if their gap, after accounting for rounding, exceeds the threshold."""
-    doubtful = proven & (rounding > certificate.ROUNDING_MARGIN * certificate.ROUNDING_THRESHOLD)
+def _account_for_rounding(
+    problem: DualProblem, coef: Tensor, gaps: np.ndarray, proven: np.ndarray, tolerance: float
+) -> None:
+    """Replace gaps that rounding affects, and mark the tasks as not proven if these gaps exceed the tolerance."""
+    doubtful = proven & (gaps[:, 2] > certificate.ROUNDING_MARGIN * certificate.ROUNDING_THRESHOLD)
     if doubtful.any():
         chosen = torch.from_numpy(doubtful)
         rescaled, coef_scale, _ = rescale(problem.select(chosen))
         found = certificate.certify(rescaled, coef[chosen] / coef_scale[:, None, None])
-        gap = certificate.account_for_rounding(rescaled, found).gap
-        proven[doubtful] = (gap <= certificate.ROUNDING_THRESHOLD).numpy()
+        found = certificate.account_for_rounding(rescaled, found)
+        proven[doubtful], gaps[doubtful, 0] = found.converged(tolerance).numpy(), found.gap.numpy()
 
 
 @dataclass(frozen=True, eq=False, repr=False)

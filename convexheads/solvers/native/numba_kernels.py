@@ -268,7 +268,8 @@ def solve_tasks(start, stop, problem, rows_sum_to_zero, settings, tolerances, re
     for t in range(start, stop):
         inner = (scaled_gram[t], inner_linear, inner_lower, inner_upper, scaled_smoothing[t])
         coef_scale, multiplier_scale, curvature = rescale((gram[t], linear[t], lower[t], upper[t], smoothing[t]), inner)
-        admm(inner, rows_sum_to_zero, penalty_ratio * curvature, admm_settings, coef[t], side[t])
+        penalty = penalty_ratio * (curvature if curvature > 0 else 1.0)
+        admm(inner, rows_sum_to_zero, penalty, admm_settings, coef[t], side[t])
         row_multipliers[t] = 0.0
         task_factors = (blocks[t], index[t], count[t], schur[t])
         rounds[t] = search(inner, rows_sum_to_zero, search_settings, coef[t], row_multipliers[t], side[t], task_factors)
