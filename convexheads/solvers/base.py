@@ -29,7 +29,7 @@ class SolverResult(NamedTuple):
         coef: the coefficients, `(tasks, n, k)`.
         iterations: number of iterations of each task, `(tasks,)`. Default None (unknown).
         certificate: that of the coefficients, for the rescaled problem. Default None: the base class computes it.
-        linearization: the system of the rescaled problem that gives the gradient. Default None: the base class finds it.
+        linearization: the system of the rescaled problem for the gradient. Default None: the base class finds it.
     """
 
     coef: Float[Tensor, "tasks n k"]

@@ -277,18 +277,16 @@ def test_a_linear_problem_has_an_active_set(backend):
     assert close(solution.coef, InteriorPointSolver().solve(problem).coef) < 1e-9
 
 
-@pytest.mark.parametrize("tolerance", [1e-6, 1e-2])
-def test_both_backends_account_for_rounding(tolerance):
-    torch.manual_seed(4)
-    x = torch.randn(1, 12, 12, dtype=torch.float64)
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_gaps_that_rounding_causes_count_like_others(backend):
+    torch.manual_seed(0)
+    x = torch.randn(60, 12, 12, dtype=torch.float64)
     x = 1e4 * torch.cat([x, x + 1e-4 * torch.randn_like(x)], 1)
-    labels, found = torch.randint(0, 3, (1, 24)), []
-    for backend in ("torch", "numba"):
+    labels = torch.randint(0, 3, (60, 24))
+    for tolerance in (1e-6, 1e-2):
         solver = ActiveSetSolver(backend=backend, tolerance=tolerance, on_failure="return")
-        found.append(SVMHead(C=1.0, smoothing=1.0, solver=solver).fit(x, labels, ways=3).solution)
-    assert found[0].status.tolist() == found[1].status.tolist()
-    assert found[0].converged.all() == (tolerance > 1e-6)
-    assert tolerance == 1e-6 or all(1e-6 < solution.gap < 1e-5 for solution in found)
+        solution = SVMHead(C=1.0, smoothing=1.0, solver=solver).fit(x, labels, ways=3).solution
+        assert (solution.converged & (solution.gap > 1e-6)).any() == (tolerance > 1e-6)
 
 
 @pytest.mark.parametrize("solver", [ActiveSetSolver(), InteriorPointSolver(), ADMMSolver()], ids=repr)
