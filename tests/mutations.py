@@ -54,6 +54,20 @@ class Mutation(NamedTuple):
 MUTATIONS = [
     # Solvers
     Mutation(
+        "aim-floor",
+        "solvers/certificate.py",
+        "_AIM_FLOOR = 256",
+        "_AIM_FLOOR = 1",
+        "test_solvers.py::test_active_sets_are_proven_to_any_tolerance",
+    ),
+    Mutation(
+        "plan-of-first-solver",
+        "solvers/base.py",
+        "first._solve_alone(problem) if first is self else first._solve_flat(problem)",
+        "first._solve_alone(problem)",
+        "test_extending.py::test_a_composition_may_be_part_of_another_one",
+    ),
+    Mutation(
         "regularization-units",
         "solvers/kkt.py",
         "* torch.where(mean > 0, mean, 1)",

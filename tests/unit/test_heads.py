@@ -318,11 +318,13 @@ def test_float32_where_float64_is_lacking(monkeypatch):
 
 
 @heads
-@pytest.mark.parametrize("dtype", [torch.uint8, pytest.param(torch.int32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, pytest.param(torch.int32, marks=pytest.mark.slow)])
 def test_any_integer_labels(make, dtype):
     support, labels, query, ways = task()
     expected = make()(support, labels, query, ways=ways)
     torch.testing.assert_close(make()(support, labels.to(dtype), query), expected)
+    each = torch.full(labels.shape[:-1], ways)
+    torch.testing.assert_close(make()(support, labels.to(dtype), query, ways=each), expected)
 
 
 def test_class_without_examples():

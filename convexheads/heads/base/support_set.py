@@ -89,9 +89,10 @@ def one_hot(
     labels: Integer[Tensor, "*batch n"], max_ways: int, ways: Integer[Tensor, "*batch"] | None, dtype: torch.dtype
 ) -> Float[Tensor, "*batch n k"]:
     """One-hot labels, with NaN rows where a label is out of range, also for the number of classes of its task."""
-    targets = labels.long().unsqueeze(-1) == torch.arange(max_ways, device=labels.device)
-    in_range = targets.any(-1) if ways is None else targets.any(-1) & (labels < ways.unsqueeze(-1))
-    return targets.to(dtype).where(in_range.unsqueeze(-1), torch.nan)
+    labels, limit = labels.long(), max_ways if ways is None else ways.unsqueeze(-1)
+    in_range = ((labels >= 0) & (labels < limit)).unsqueeze(-1)
+    targets = labels.unsqueeze(-1) == torch.arange(max_ways, device=labels.device)
+    return targets.to(dtype).where(in_range, torch.nan)
 
 
 def _mask_gram(gram: Tensor, mask: Tensor) -> Tensor:

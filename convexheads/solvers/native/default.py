@@ -28,8 +28,7 @@ class NativeSolver(Fallback):
     order. A batch gives the same scores as solving tasks one by one, up to rounding.
 
     It is `Fallback(ActiveSetSolver(), InteriorPointSolver())`. If one n x n matrix per class would not fit into memory,
-    it is `ADMMSolver()` or, if the Gram matrix has a small rank,
-    `Fallback(ADMMSolver(tolerance=1e-9), InteriorPointSolver())`.
+    it is `ADMMSolver()` or, for a small rank, `Fallback(ADMMSolver(tolerance=1e-9), InteriorPointSolver())`.
 
     Args:
         tolerance: as in `Solver`; the solvers aim at a thousandth of it.
