@@ -1,8 +1,8 @@
 """Run data-dependent control flow under the transforms of `torch.func`.
 
-Inside `torch.func.vmap`, code cannot branch on the values of a tensor, because the tensor stands for a batch. All
-functions of this library accept any number of leading dimensions, so the rules here call them once, with the mapped
-dimension as an additional first dimension.
+Inside `torch.func.vmap`, code cannot branch on the values of a tensor, because the tensor stands for a batch. The
+functions that are passed to the rules here accept any number of leading dimensions, so the rules call them once, with
+the mapped dimension as an additional first dimension.
 """
 
 from __future__ import annotations

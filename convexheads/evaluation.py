@@ -45,8 +45,8 @@ class Evaluation:
             counts as predicted to be class 0.
         expected_calibration_error: Mean distance between confidence and accuracy in 15 bins of equal width, in [0, 1],
             over all queries with finite logits (Guo et al. 2017). `calibrate` reduces it.
-        gaps: Certified relative duality gap of each episode's fit, `(episodes,)`; None for a closed form.
-        converged: Whether each fit is certified to the solver's tolerance, `(episodes,)`; None for a closed form.
+        gaps: Certified relative duality gap of each episode's fit, `(episodes,)`; None if its `solution` is None.
+        converged: Whether each fit is certified to the solver's tolerance, `(episodes,)`; None as for `gaps`.
         sampling: The arguments of `evaluate` that determine the episodes, and a hash of the labels, by name.
     """
 

@@ -3,8 +3,6 @@
 A kernel maps `x` of shape `(*batch, m, d)` and `y` of shape `(*batch, n, d)` to the Gram matrix `(*batch, m, n)`, in
 their dtype. Any such function or `nn.Module` is accepted; it has to be positive semi-definite and, for gradients,
 differentiable. Heads call it in float64, with the support as `y`, and check its result.
-
-Kernels of this module can be added and multiplied: `Linear() + 0.5 * RBF()`, `Linear() + 1.0`, `Cosine() * RBF()`.
 """
 
 from __future__ import annotations
@@ -102,6 +100,7 @@ class Kernel(Configurable):
     def condition_on(self, features: Float[Tensor, "*batch n d"], mask: Bool[Tensor, "*batch n"] | None) -> KernelLike:
         """The kernel for the support set with these `features` and `mask`; by default the kernel itself.
 
+        It must be deterministic, because tasks with different numbers of classes are conditioned again in groups.
         If it has parameters per task, these have the shape `(*batch, 1, 1)`. Return a module or a `functools.partial`,
         not a closure: the methods `to` and `detach` of a fitted head cannot reach the tensors that a closure captures.
         """

@@ -96,8 +96,7 @@ class EpisodeLoader:
             raise InputError("batch_size", f"a multiple of world_size={self.world_size}", batch_size)
         self.members = [indices.numpy() for indices in group_by_class(labels, self.ways, self.samples_per_class)]
         self.samples, self.transform = samples, transform
-        self.step = 0
-        self._resume_within_epoch = False
+        self.step, self._resume_within_epoch = 0, False
 
     def __len__(self) -> int:
         return self.steps_per_epoch

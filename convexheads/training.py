@@ -37,8 +37,8 @@ class EpisodeLoss(NamedTuple):
 
     Attributes:
         loss: The mean cross-entropy of the query logits over all episodes, a scalar `()`.
-        metrics: Scalars by name: "loss" and "accuracy", and "gap", "certified" and "iterations" if the head solves
-            iteratively, as `EpisodicModule` describes them.
+        metrics: Scalars by name: "loss" and "accuracy", and "gap", "certified" and "iterations" if the fitted
+            head has a `solution`, as `EpisodicModule` describes them.
         logits: Logits of the queries, `(*tasks, q, ways)`.
     """
 
@@ -65,8 +65,7 @@ def episode_loss(head: ClassificationHead, episode: Episode, *, ways: int, label
         raise InputError("query_labels", f"one label per query, {tuple(logits.shape[:-1])}", describe_shape(labels))
     if head.validate:
         inspect_values(check_range, "query_labels", labels, ways, ways - 1)
-    targets = labels.flatten()
-    flat = logits.flatten(0, -2)
+    flat, targets = logits.flatten(0, -2), labels.flatten()
     loss = functional.cross_entropy(flat, targets, label_smoothing=check_fraction("label_smoothing", label_smoothing))
     metrics = {"loss": loss.detach(), "accuracy": (flat.argmax(-1) == targets).float().mean()}
     if fitted.solution is not None:

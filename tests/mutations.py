@@ -63,8 +63,8 @@ MUTATIONS = [
     Mutation(
         "plan-of-first-solver",
         "solvers/base.py",
-        "first._solve_alone(problem) if first is self else first._solve_flat(problem)",
-        "first._solve_alone(problem)",
+        "solver._solve_alone(problem) if is_planned else solver._solve_flat(problem)",
+        "solver._solve_alone(problem)",
         "test_extending.py::test_a_composition_may_be_part_of_another_one",
     ),
     Mutation(

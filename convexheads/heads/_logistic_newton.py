@@ -118,10 +118,7 @@ def _feasible(targets: Tensor, coef: Tensor) -> Tensor:
 
 
 def _gap(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
-    """The relative duality gap of feasible coefficients.
-
-    The gap is the Kullback-Leibler divergence of `targets - coef` from the softmax of the scores, summed over examples.
-    """
+    """The relative gap of feasible coefficients: the divergence of `targets - coef` from the softmax of the scores."""
     scores = gram @ coef
     margins, loss = _margins(targets, scores)
     p = (-coef).masked_fill(targets > 0, 0)

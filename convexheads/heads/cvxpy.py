@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -30,7 +29,6 @@ _TOLERANCE = 1e-10
 _MAX_ITERATIONS = 200
 # The violation of constraints, relative to the variables, up to which a task counts as solved.
 _VIOLATION = 1e-5
-_compile_lock = Lock()  # CVXPY's counter of variables is not safe in threads
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +134,7 @@ class CvxpyHead(ClassificationHead):
         gram, targets = support.gram, support.targets
         *batch, n, k = targets.shape
         hyperparameters = {} if self.hyperparameters is None else self.hyperparameters.by_name
-        with _compile_lock:
+        with cvxpylayers.compile_lock:
             layer = _compile(ref(self.build), n, k, tuple(hyperparameters))
         values = [as_tensor(value, gram).expand(batch).reshape(-1) for value in hyperparameters.values()]
 

@@ -145,9 +145,8 @@ class Solver(Settings):
             InputError: the problem is not a `DualProblem` of floating-point tensors of matching shapes on one device,
                 it has no bounds, or a lower bound is above an upper bound (checked on the CPU only).
             SolverError: a task failed and `on_failure="raise"`; with "warn", a `SolverWarning` is emitted.
-            ConvexHeadsError: the class sets `provides_gradient`, and the result of `solve_batch` has no gradient or the
-                call is inside a transform of `torch.func`, such as `vmap`. The backward pass raises it too, if it is
-                asked for a second derivative that the backend lacks.
+            ConvexHeadsError: with `provides_gradient`, the result of `solve_batch` has no gradient, or a transform of
+                `torch.func` is active; in the backward pass, for a second derivative that the backend lacks.
         """
         check_problem(problem)
         batch, device = problem.linear.shape[:-2], problem.linear.device
@@ -176,17 +175,22 @@ class Solver(Settings):
                 parts = [replace(part, iterations=None) for part in parts]
             tensors = [part.tensors() for part in parts]
             return parts[0].map(lambda name, _: torch.cat([part[name] for part in tensors])).to(whole.linear.device)
-        solution = first._solve_alone(problem) if first is self else first._solve_flat(problem)
+        solution = self._solve_by(first, problem)
         selects = not is_transforming()  # inside `torch.func.vmap`, tasks cannot be selected by their values
         for solver in others:
             unsolved = ~solution.converged
             if not (unsolved.any() if selects else inspect_values(lambda unsolved: bool(unsolved.any()), unsolved)):
                 break
-            other = solver._solve_flat(problem.select(unsolved) if selects else problem)
+            other = self._solve_by(solver, problem.select(unsolved) if selects else problem)
             if solution.iterations is None or other.iterations is None:
                 solution, other = replace(solution, iterations=None), replace(other, iterations=None)
             solution = solution.replace_tasks(unsolved, other) if selects else solution.where(unsolved, other)
         return solution if problem is whole else solution.to(whole.linear.device)
+
+    def _solve_by(self, solver: Solver, problem: DualProblem) -> Solution:
+        # Only a composition, or a solver that moves the problem, has to follow its own plan.
+        is_planned = solver is self or solver.plan(problem) == Plan(problem, (solver,))
+        return solver._solve_alone(problem) if is_planned else solver._solve_flat(problem)
 
     def _solve_alone(self, problem: DualProblem) -> Solution:
         """Solve a flat batch in working precision, with gradient, by this solver alone."""

@@ -24,8 +24,11 @@ from convexheads import (
     RidgeHead,
     SolverError,
     SupportSet,
+    SVMHead,
 )
 from convexheads.errors import ConvexHeadsError
+from convexheads.solvers import CvxpylayersSolver
+from convexheads.solvers.adapters import cvxpylayers
 
 
 def hinge(task):
@@ -210,3 +213,17 @@ def test_transforms_of_torch_func_are_refused(transform):
     head = CvxpyHead(squares, hyperparameters={"lambda": 1.0})
     with pytest.raises(ConvexHeadsError, match=r"torch.func: expected .*, got CvxpyHead"):
         transform(lambda x: head(x, labels[0], query[0], ways=3).sum())(value)
+
+
+def test_problems_of_several_shapes_are_compiled_in_threads():
+    """CVXPY itself fails in some of many threads, unless it compiles one problem at a time."""
+    cvxpylayers._layer.cache_clear()
+
+    def fit(number: int) -> torch.Tensor:
+        support, labels, query, _ = task(shots=(1 + number % 3,) * (2 + number // 3))
+        if number % 2:
+            return CvxpyHead(squares, hyperparameters={"lambda": 1.0})(support, labels, query)
+        return SVMHead(solver=CvxpylayersSolver())(support, labels, query)
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(logits.isfinite().all() for logits in pool.map(fit, range(12)))

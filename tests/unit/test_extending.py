@@ -168,6 +168,15 @@ def test_a_composition_may_be_part_of_another_one(made):
         assert close(one, other) < 1e-6
 
 
+def test_a_solver_may_come_second_in_its_own_plan():
+    class Second(ProjectedGradientSolver):
+        def plan(self, problem):
+            return Plan(problem, (OddTasksSolver(), self))
+
+    qp = crammer_singer(*task(4)[:2], C=0.3)
+    assert Second().solve(qp).converged.all()
+
+
 def test_a_divided_batch_of_which_a_part_has_no_iterations():
     labels = torch.eye(5, dtype=torch.float64).repeat(2, 1).expand(4, 10, 5)
     features = torch.randn(4, 10, 8, dtype=torch.float64)

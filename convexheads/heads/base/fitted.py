@@ -97,7 +97,7 @@ class Fitted:
         """The weights `(*batch, k, d)` such that scores are `query @ weight.mT + bias`; differentiable.
 
         Raises:
-            ConvexHeadsError: the scores are not linear in the features.
+            ConvexHeadsError: the scores are not linear in the features, or not known to be, for a kernel of your own.
         """
         slope, _ = self._affine_form()
         weight = self.expansion.weight

@@ -32,7 +32,7 @@ class EpisodicModule(pl.LightningModule):
     A batch is a pair of samples `(*tasks, n, *sample)` and labels `(*tasks, n)`, integers from 0 to ways - 1, as
     `EpisodeLoader` yields it and `split_task` splits it. Validation and test batches are episodes too.
 
-    The module logs "loss" and "accuracy" (0 to 1) of the queries. If the head solves iteratively, it also logs "gap"
+    The module logs "loss" and "accuracy" (0 to 1) of the queries. If a fit has a `solution`, it also logs "gap"
     (the largest certified relative duality gap), "certified" (the share of tasks whose gap is within the solver's
     tolerance) and "iterations" (their mean over tasks).
 

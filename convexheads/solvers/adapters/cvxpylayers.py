@@ -14,6 +14,8 @@ from convexheads.solvers.adapters import external
 from convexheads.solvers.base import Solver
 from convexheads.solvers.problem import DualProblem
 
+compile_lock = Lock()  # CVXPY's counter of variables is not safe in threads
+
 
 class CvxpylayersSolver(Solver):
     """cvxpylayers (Agrawal et al. 2019) with Clarabel (Goulart & Chen 2024). It needs the extra `cvxpylayers`.
@@ -45,7 +47,8 @@ class CvxpylayersSolver(Solver):
         smoothing = torch.zeros_like(problem.linear) if problem.smoothing is None else problem.smoothing
         signs, limits = zip(*problem.inequalities, strict=True)
         _, n, k = problem.linear.shape
-        layer = _layer(n, k, len(signs), problem.rows_sum_to_zero)
+        with compile_lock:
+            layer = _layer(n, k, len(signs), problem.rows_sum_to_zero)
         accuracy, max_iterations = self.tolerance * 1e-7, self.max_iterations or 200
 
         def solve(gram: Tensor, smoothing: Tensor, linear: Tensor, *limits: Tensor) -> Tensor:
