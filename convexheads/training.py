@@ -77,7 +77,7 @@ def episode_loss(head: ClassificationHead, episode: Episode, *, ways: int, label
 
 
 def format_step(failure: dict[str, Any]) -> str:
-    """Name the step and the tasks of a `failure`, an entry of `EpisodicModule.failures`."""
+    """Name the step and the tasks of a `failure`, a dictionary of "step", "tasks" and "cause"."""
     tasks = ", ".join(map(str, failure["tasks"]))
     return f"step {failure['step']}" + (f", task {tasks}" if tasks else "")
 

@@ -29,7 +29,7 @@ class Fitted:
 
     Attributes:
         expansion: coefficients, bias and other terms, in float64.
-        support: the support sets, with the head's kernel as it was at the time of the fit.
+        support: the support sets, with the head's kernel as `condition_on` returned it.
         dtype: dtype of the input features and of the returned scores.
     """
 

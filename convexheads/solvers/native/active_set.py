@@ -89,7 +89,7 @@ class ActiveSetSolver(Solver):
         return super().plan(problem.to("cpu") if copies else problem)
 
     def _solve_numerically(self, problem: DualProblem) -> LinearizedSolution:
-        """The Numba kernels rescale, solve and certify in one call, by the same formulas (tests/unit/test_numba.py)."""
+        """The Numba kernels do all in one call; only the first guess differs (tests/unit/test_numba.py)."""
         linear = problem.linear
         fits_numba = linear.is_cpu and linear.dtype == torch.float64 and len(linear) > 0
         if self.backend == "torch" or not (fits_numba and numba_is_installed()):
