@@ -25,7 +25,7 @@ KernelLike = Callable[[Tensor, Tensor], Tensor]
 
 
 def is_kernel(value: object) -> TypeGuard[KernelLike]:
-    """Whether the `value` can be called, and is neither a class nor a `Learnable` nor a head."""
+    """Whether the `value` can be called, and is not a class, a `Learnable` or a head."""
     return callable(value) and not (isinstance(value, type | Learnable) or hasattr(value, "fit"))
 
 

@@ -68,7 +68,7 @@ class EpisodicDataModule(pl.LightningDataModule):
         """Return the training episodes of this process, from the position that `load_state_dict` set."""
         previous, self._train = self._train, self._make_loader(self._load_training)
         if previous is not None and self.trainer is not None and self.trainer.current_epoch:
-            self._train.step = previous.step  # the trainer was told to reload the loader during training
+            self._train.step = previous.step  # the trainer reloads the loader during training
         else:
             self._train.load_state_dict(self._state)
         return self._train

@@ -65,7 +65,7 @@ class EpisodicModule(pl.LightningModule):
 
     Attributes:
         failures: The skipped steps in order, each a dictionary of "step" (counted from 0 over all epochs), "tasks"
-            (counted from 0 over all processes; all tasks of the step, if they cannot be told apart) and "cause".
+            (counted from 0 over all processes; all tasks of the step, if the cause names no task) and "cause".
             Checkpoints contain them.
 
     Example:
