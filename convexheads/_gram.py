@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
 def constant(x: Tensor, y: Tensor, value: Tensor) -> Tensor:
     return value.expand(*x.shape[:-1], y.shape[-2])
+
+
+def scaled(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor], unit: Tensor) -> Tensor:
+    return kernel(x, y) / unit[..., None, None]
 
 
 def polynomial(x: Tensor, y: Tensor, degree: int, scale: Tensor, offset: Tensor) -> Tensor:

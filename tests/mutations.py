@@ -76,9 +76,9 @@ MUTATIONS = [
     ),
     Mutation(
         "kernel-per-task",
-        "heads/base/fitted.py",
-        "itself = query.movedim(-2, 0).unsqueeze(-2)",
-        "itself = query.unsqueeze(-2)",
+        "kernels/base.py",
+        "itself = features.movedim(-2, 0).unsqueeze(-2)",
+        "itself = features.unsqueeze(-2)",
         "test_kernels.py::test_parameters_per_task_apply_to_the_queries_of_that_task",
     ),
     Mutation(

@@ -15,7 +15,7 @@ from convexheads.heads.base.fitted import FittedRegressor
 from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
-from convexheads.kernels import RBF, KernelLike, check_kernel
+from convexheads.kernels import RBF, KernelLike, check_kernel, gram_diagonal
 from convexheads.precision import full_precision
 
 
@@ -51,7 +51,7 @@ class FittedGaussianProcess(FittedRegressor):
         query = self._prepare(query)
         with full_precision(query.device):
             explained = torch.linalg.solve_triangular(self.expansion.factor, self._cross_gram(query).mT, upper=False)
-            variance = self._query_gram_diagonal(query) - explained.square().sum(-2)
+            variance = gram_diagonal(self.support.kernel, query) - explained.square().sum(-2)
             return variance.clamp_min(0).to(self.dtype)
 
     def log_marginal_likelihood(self) -> Float[Tensor, "*batch"]:

@@ -26,7 +26,7 @@ from convexheads import (
     SVMHead,
 )
 from convexheads.evaluation import Evaluation
-from convexheads.kernels import RBF, Constant, Linear
+from convexheads.kernels import RBF, Constant, Linear, UnitScale
 from convexheads.solvers import DualProblem
 
 LINEAR = {
@@ -39,6 +39,7 @@ KERNELS = {
     "linear": lambda: Linear(),
     "normalized": lambda: Linear(normalize=True),
     "constant": lambda: Linear() + Constant(Learnable(0.6)),
+    "unit": lambda: UnitScale(Linear() + 0.5) + 0.2 * Linear(),
     "weighted": lambda: 0.5 * (Linear() + 1.0) + Learnable(2.0) * Linear(),
 }
 

@@ -31,7 +31,7 @@ from convexheads import (
     SVMHead,
     WestonWatkinsSVMHead,
 )
-from convexheads.kernels import RBF, Constant, Cosine, Linear, Polynomial, Product, Sum
+from convexheads.kernels import RBF, Constant, Cosine, Linear, Polynomial, Product, Sum, UnitScale
 from convexheads.solvers import InteriorPointSolver, NativeSolver
 
 KERNELS = {
@@ -41,6 +41,7 @@ KERNELS = {
     "rbf": lambda: RBF(Learnable(3.0)),
     "polynomial": lambda: Polynomial(2, offset=Learnable(1.0), scale=Learnable(0.1)),
     "median": lambda: RBF(),
+    "unit": lambda: UnitScale(Linear() + Learnable(0.3) * RBF(2.0)),
     "combined": lambda: Learnable(0.5) * RBF() + Linear() * Cosine() + Constant(Learnable(0.3)),
     "function": lambda: lambda x, y: x @ y.mT + 1,
 }
@@ -365,6 +366,7 @@ def test_repr_is_the_constructor_call():
         SVMHead(C=Learnable(0.5), smoothing=1.0, kernel=RBF(Learnable(2.0)), scale=Learnable(1.0)),
         RidgeHead(regularization=3.0, kernel=Polynomial(3)),
         PrototypeHead(kernel=Linear(normalize=True)),
+        SVMHead(kernel=UnitScale(RBF(2.0))),
         SVMHead(kernel=Sum(Linear(), Product(RBF(), Constant(Learnable(2.0))))),
         WestonWatkinsSVMHead(0.2, squared_hinge=True, solver=NativeSolver(on_failure="warn")),
         OneVsRestSVMHead(0.5),

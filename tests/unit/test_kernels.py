@@ -13,13 +13,14 @@ from convexheads import (
     GaussianProcessHead,
     InputError,
     Learnable,
+    LogisticHead,
     MahalanobisHead,
     PrototypeHead,
     RidgeHead,
     RidgeRegressionHead,
     SVMHead,
 )
-from convexheads.kernels import RBF, Constant, Cosine, Kernel, Linear, Polynomial, Sum
+from convexheads.kernels import RBF, Constant, Cosine, Kernel, Linear, Polynomial, Sum, UnitScale
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -139,3 +140,24 @@ def test_every_part_has_to_be_a_gram_matrix(combine, part):
     support, labels, query, _ = task()
     with pytest.raises(InputError, match=r"kernel: expected .*, got "):
         RidgeHead(kernel=combine(part))(support, labels, query)
+
+
+@pytest.mark.parametrize("head", [SVMHead(30.0, smoothing=0.3), RidgeHead(0.1), LogisticHead(0.1)], ids=repr)
+def test_in_unit_scale_the_size_of_features_has_no_effect(head):
+    support, labels, query, _ = task(3, shots=(3, 2, 3))
+    mask = torch.ones_like(labels, dtype=torch.bool)
+    mask[1, 2] = False
+    head.kernel = UnitScale()
+    expected = head(support, labels, query, mask=mask)
+    size = torch.tensor([1e-3, 1.0, 1e4], dtype=torch.float64)[:, None, None]
+    assert close(head(size * support, labels, size * query, mask=mask), expected) < 1e-9
+    lengths = support.square().sum(-1)
+    unit = ((lengths * mask).sum(-1) / mask.sum(-1)).sqrt()[:, None, None]
+    head.kernel = Linear()
+    assert close(head(support / unit, labels, query / unit, mask=mask), expected) < 1e-9
+
+
+def test_a_kernel_without_scale_stays_as_it_is():
+    support, labels, query, _ = task(2)
+    head = RidgeHead(kernel=UnitScale())
+    assert (head(0 * support, labels, query) == 0).all()

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from convexheads._gram import constant
+from convexheads._gram import constant, scaled
 from convexheads._validation import check_query
 from convexheads.errors import ConvexHeadsError
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
-from convexheads.kernels import KernelLike, Linear, Product, Sum, compute_gram
+from convexheads.kernels import KernelLike, Linear, Product, Sum, compute_gram, gram_diagonal
 from convexheads.precision import full_precision
 from convexheads.solvers import Solution
 
@@ -69,7 +69,7 @@ class Fitted:
                 scores = scores + expansion.bias.unsqueeze(-2)
             weight = expansion.self_similarity_weight
             if not isinstance(weight, float) or weight != 0:
-                scores = scores + weight * self._query_gram_diagonal(query).unsqueeze(-1)
+                scores = scores + weight * gram_diagonal(self.support.kernel, query).unsqueeze(-1)
             return self._to_output(scores)
 
     def _prepare(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q d"]:
@@ -87,11 +87,6 @@ class Fitted:
         gram = compute_gram(self.support.kernel, query, features, validate=self.support.validate)
         return gram if mask is None else gram.masked_fill(~mask.unsqueeze(-2), 0)
 
-    def _query_gram_diagonal(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q"]:
-        """The kernel between each prepared `query` and itself."""
-        itself = query.movedim(-2, 0).unsqueeze(-2)  # (q, *batch, 1, d), so that parameters per task broadcast
-        return self.support.kernel(itself, itself)[..., 0, 0].movedim(0, -1)
-
     @property
     def weight(self) -> Float[Tensor, "*batch k d"]:
         """The weights `(*batch, k, d)` such that scores are `query @ weight.mT + bias`; differentiable.
@@ -101,14 +96,17 @@ class Fitted:
         """
         slope, _ = self._affine_form()
         weight = self.expansion.weight
-        return self._to_output(slope * (self.expansion.coef.mT @ self.support.features) if weight is None else weight)
+        if weight is None:
+            weight = _per_task(slope, self.expansion.coef) * (self.expansion.coef.mT @ self.support.features)
+        return self._to_output(weight)
 
     @property
     def bias(self) -> Float[Tensor, "*batch k"]:
         """The bias `(*batch, k)` of scores that are `query @ weight.mT + bias`; see `weight`, also for errors."""
         _, intercept = self._affine_form()
         coef, mask, bias = self.expansion.coef, self.support.mask, self.expansion.bias
-        total = intercept * (coef if mask is None else coef * mask.unsqueeze(-1)).sum(-2)
+        used = coef if mask is None else coef * mask.unsqueeze(-1)
+        total = (_per_task(intercept, coef) * used).sum(-2)
         return self._to_output(total if bias is None else total + bias)
 
     def to_linear(self) -> nn.Linear:
@@ -223,6 +221,11 @@ def _map(value: Any, change: Callable[[Any], Any]) -> Any:
     return value
 
 
+def _per_task(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number, or one for each task, as a tensor that can be multiplied by matrices `(*batch, n, k)`."""
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)[..., None, None]
+
+
 def _not_linear(got: str) -> ConvexHeadsError:
     return ConvexHeadsError(f"weight, bias: expected scores that are linear in the features, got {got}")
 
@@ -233,6 +236,8 @@ def _affine_form(kernel: KernelLike, features: int) -> tuple[Any, Any]:
         return (1 / features if kernel.normalize else 1.0), 0.0
     if isinstance(kernel, partial) and kernel.func is constant:
         return 0.0, kernel.keywords["value"]
+    if isinstance(kernel, partial) and kernel.func is scaled:
+        return tuple(part / kernel.keywords["unit"] for part in _affine_form(kernel.keywords["kernel"], features))
     if not isinstance(kernel, Sum | Product):
         raise _not_linear("another kernel")
     (slope, intercept), *others = (_affine_form(part, features) for part in kernel.kernels)

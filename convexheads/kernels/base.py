@@ -1,9 +1,4 @@
-"""Kernels: callables `(x, y) -> gram` that turn a head into a non-linear one.
-
-A kernel maps `x` of shape `(*batch, m, d)` and `y` of shape `(*batch, n, d)` to the Gram matrix `(*batch, m, n)`, in
-their dtype. Any such function or `nn.Module` is accepted; it has to be positive semi-definite and, for gradients,
-differentiable. Heads call it in float64, with the support as `y`, and check its result.
-"""
+"""What a kernel is, and how kernels are added and multiplied."""
 
 from __future__ import annotations
 
@@ -15,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from convexheads._gram import constant, gaussian, median_distance, normalize, polynomial
-from convexheads._validation import Check, check_bool, check_finite, check_positive_int, describe_shape, optional
+from convexheads._gram import constant
+from convexheads._validation import Check, check_finite, describe_shape
 from convexheads.errors import InputError
 from convexheads.hyperparameters import Configurable, Hyperparameter, Learnable, as_tensor, check_positive
 
@@ -67,6 +62,12 @@ def compute_gram(kernel: KernelLike, x: Tensor, y: Tensor, *, validate: bool) ->
     return gram
 
 
+def gram_diagonal(kernel: KernelLike, features: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n"]:
+    """The values `(*batch, n)` of a `kernel` between each row of `features` `(*batch, n, d)` and itself."""
+    itself = features.movedim(-2, 0).unsqueeze(-2)  # (n, *batch, 1, d), so that parameters per task broadcast
+    return kernel(itself, itself)[..., 0, 0].movedim(0, -1)
+
+
 class Kernel(Configurable):
     """Base class of kernels, which can be added to and multiplied by kernels, positive numbers and `Learnable`s.
 
@@ -111,36 +112,6 @@ def _as_kernel(value: Any) -> KernelLike:
     return value if is_kernel(value) else Constant(value)
 
 
-class Linear(Kernel):
-    r"""The dot product \(\langle x, y \rangle\), or its mean over features, \(\langle x, y \rangle / d\).
-
-    Use it when features come from a backbone that is trained through the head, or when speed matters. See
-    Rasmussen & Williams (2006), Table 4.1.
-
-    Args:
-        normalize: whether to divide by the feature dimension d. With `PrototypeHead` this is the "squared Euclidean
-            distance normalized with respect to the feature dimension" of Lee et al. 2019 (Section 4.1). Defaults to
-            False.
-
-    Example:
-        `PrototypeHead(kernel=Linear(normalize=True))`
-    """
-
-    checks: ClassVar[dict[str, Check]] = {"normalize": check_bool}
-
-    def __init__(self, *, normalize: bool = False) -> None:
-        super().__init__()
-        self.normalize = normalize
-
-    def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
-        gram = x @ y.mT
-        return gram / x.shape[-1] if self.normalize else gram
-
-    def feature_map(self, x: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n d"]:
-        """The features `(*batch, n, d)` whose dot product is the kernel of `x`."""
-        return x / x.shape[-1] ** 0.5 if self.normalize else x
-
-
 class Constant(Kernel):
     r"""The same number for every pair, \(k(x, y) = c\).
 
@@ -162,79 +133,6 @@ class Constant(Kernel):
 
     def condition_on(self, features: Float[Tensor, "*batch n d"], mask: Bool[Tensor, "*batch n"] | None) -> KernelLike:
         return partial(constant, value=as_tensor(self.value, features))
-
-
-class Cosine(Kernel):
-    r"""The cosine similarity \(\langle x, y \rangle / (|x| |y|)\).
-
-    Use it when the length of a feature vector says nothing about its class. A zero vector has similarity 0 to
-    everything, and a gradient of zero. Used in few-shot learning since matching networks (Vinyals et al. 2016). See
-    also Rasmussen & Williams (2006), Section 4.2.4.
-
-    Example:
-        `LogisticHead(kernel=10.0 * Cosine())`
-    """
-
-    def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
-        return normalize(x) @ normalize(y).mT
-
-
-class RBF(Kernel):
-    r"""The Gaussian kernel \(\exp(-|x - y|^2 / (2 \ell^2))\) with length scale \(\ell\).
-
-    Use it when classes cannot be separated linearly, and for Gaussian processes. See Rasmussen & Williams (2006),
-    Eq. 4.9.
-
-    Args:
-        length_scale: the standard deviation of the Gaussian, positive, in the units of the features; a float or
-            `Learnable`. Defaults to None: the median distance between two support examples of the task, through which
-            gradients flow; 1 if that is zero, or if there is only one example. This is the "median heuristic" of
-            Gretton et al. 2012, who take the median over both samples of a test. For an even number of distances, it is
-            the smaller of the two middle ones.
-
-    Example:
-        `SVMHead(C=10.0, kernel=RBF(Learnable(8.0)))`
-    """
-
-    checks: ClassVar[dict[str, Check]] = {"length_scale": optional(check_positive)}
-
-    def __init__(self, length_scale: Hyperparameter | None = None) -> None:
-        super().__init__()
-        self.length_scale = length_scale
-
-    def condition_on(self, features: Float[Tensor, "*batch n d"], mask: Bool[Tensor, "*batch n"] | None) -> KernelLike:
-        scale = self.length_scale
-        scale = median_distance(features, mask) if scale is None else as_tensor(scale, features)
-        return partial(gaussian, length_scale=scale)
-
-
-class Polynomial(Kernel):
-    r"""The polynomial kernel \((s \langle x, y \rangle + o)^p\) of degree p, scale s and offset o.
-
-    Use it when products of features matter. See Rasmussen & Williams (2006), Table 4.1, where the scale is 1.
-
-    Args:
-        degree: p, a positive integer. Defaults to 2.
-        offset: o, non-negative; a float or `Learnable`. Defaults to 1.
-        scale: s, positive; a float or `Learnable`. Defaults to 1.
-
-    Example:
-        `RidgeHead(kernel=Polynomial(3, scale=1 / 64))`
-    """
-
-    checks: ClassVar[dict[str, Check]] = {
-        "degree": check_positive_int,
-        "offset": partial(check_positive, allow_zero=True),
-        "scale": check_positive,
-    }
-
-    def __init__(self, degree: int = 2, *, offset: Hyperparameter = 1.0, scale: Hyperparameter = 1.0) -> None:
-        super().__init__()
-        self.degree, self.offset, self.scale = degree, offset, scale
-
-    def condition_on(self, features: Float[Tensor, "*batch n d"], mask: Bool[Tensor, "*batch n"] | None) -> KernelLike:
-        scale, offset = as_tensor(self.scale, features), as_tensor(self.offset, features)
-        return partial(polynomial, degree=self.degree, scale=scale, offset=offset)
 
 
 class _CompositeKernel(Kernel):
