@@ -116,14 +116,16 @@ def measure(data: dict[str, ImageSet], name: str, head_name: str, optimizer: str
 
 def summarize(rows: pandas.DataFrame, shots: int) -> Table:
     """The mean accuracy of each head over the seeds, with its standard error, by data set and optimizer."""
-    heads = [head for head in HEADS if head in set(rows["head"])]
-    table = report.new_table(
-        f"{shots}-shot accuracy on unseen classes, %", ["data", "optimizer", *heads], left=["data"]
-    )
-    for (data, optimizer), group in rows.groupby(["data", "optimizer"], sort=False):
-        by_head = group.groupby("head")[f"itself, {shots}-shot"]
-        cells = {head: f"{values.mean():.1f} ± {values.std() / math.sqrt(len(values)):.1f}" for head, values in by_head}
-        table.add_row(str(data), str(optimizer), *(cells.get(head, "") for head in heads))
+    heads, left = [head for head in HEADS if head in set(rows["head"])], ["data", "optimizer"]
+    table = report.new_table(f"{shots}-shot accuracy on unseen classes, %", [*left, *heads], left=left)
+    for data, optimizer in dict.fromkeys(zip(rows["data"].tolist(), rows["optimizer"].tolist(), strict=True)):
+        cells = []
+        for head in heads:
+            own = (rows["data"] == data) & (rows["optimizer"] == optimizer) & (rows["head"] == head)
+            values = rows.loc[own, f"itself, {shots}-shot"]
+            error = f" ± {values.std() / math.sqrt(len(values)):.1f}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.1f}{error}" if len(values) else "")
+        table.add_row(data, optimizer, *cells)
     return table
 
 
