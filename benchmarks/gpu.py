@@ -189,7 +189,7 @@ class Session:
 def tests(session: Session) -> str:
     """Run the tests that need a GPU."""
     files = [str(path) for path in sorted(TESTS.rglob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
-    settings = ["-m", "gpu", "--no-header", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    settings = ["-m", "gpu", "--no-header", "-p", "no:cacheprovider", "--without-extras"]
     return session.command("tests", "-m", "pytest", *settings, *(files[-1:] if session.smoke else files))
 
 

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,9 +38,20 @@ HEADS: dict[str, Callable[[], ClassificationHead]] = {
     "logistic": lambda: ch.LogisticHead(scale=Learnable(1.0)),
     "SVM": lambda: ch.SVMHead(C=30.0, smoothing=0.3, kernel=UnitScale(), scale=Learnable(10.0)),
     "SVM of the paper": lambda: ch.SVMHead(C=0.1, scale=Learnable(1.0)),
-    "SVM of the paper, scale from 10": lambda: ch.SVMHead(C=0.1, scale=Learnable(10.0)),
 }
-"""The heads, as the documentation advises them for training."""
+"""The heads, as the documentation advises them for training, and the paper's SVM."""
+
+MORE: dict[str, Callable[[], ClassificationHead]] = {
+    "SVM of the paper, scale from 10": lambda: ch.SVMHead(C=0.1, scale=Learnable(10.0)),
+    "SVM, squared hinge": lambda: ch.SVMHead(1.0, squared_hinge=True, kernel=UnitScale(), scale=Learnable(10.0)),
+    "SVM, smoothing 1": lambda: ch.SVMHead(C=30.0, smoothing=1.0, kernel=UnitScale(), scale=Learnable(10.0)),
+    "SVM, scale from 5": lambda: ch.SVMHead(C=30.0, smoothing=0.3, kernel=UnitScale(), scale=Learnable(5.0)),
+    "ridge, scale from 5": lambda: ch.RidgeHead(scale=Learnable(5.0)),
+    "ridge, unit scale": lambda: ch.RidgeHead(0.3, kernel=UnitScale(), scale=Learnable(10.0)),
+    "logistic, unit scale": lambda: ch.LogisticHead(0.03, kernel=UnitScale(), scale=Learnable(1.0)),
+    "logistic, unit scale from 3": lambda: ch.LogisticHead(0.1, kernel=UnitScale(), scale=Learnable(3.0)),
+}
+"""Other settings of these heads, as trials."""
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
@@ -49,7 +64,6 @@ class Loop(NamedTuple):
     """The data of a training loop, and the sizes of its episodes.
 
     Attributes:
-        test: the split with unseen classes.
         steps: number of training steps.
         tasks: number of episodes per step.
         ways: number of classes per episode, also in the test.
@@ -57,7 +71,6 @@ class Loop(NamedTuple):
         queries: number of query images per class.
     """
 
-    test: str
     steps: int
     tasks: int
     ways: int
@@ -66,9 +79,9 @@ class Loop(NamedTuple):
 
 
 LOOPS = {
-    "digits": Loop("test", steps=300, tasks=1, ways=5, shots=5, queries=10),
-    "glyphs": Loop("test", steps=120, tasks=4, ways=10, shots=1, queries=3),
-    "cifar-fs": Loop("val", steps=500, tasks=8, ways=5, shots=5, queries=6),
+    "digits": Loop(steps=300, tasks=1, ways=5, shots=5, queries=10),
+    "glyphs": Loop(steps=120, tasks=4, ways=10, shots=1, queries=3),
+    "cifar-fs": Loop(steps=500, tasks=8, ways=5, shots=5, queries=6),
 }
 """The training loops by data set."""
 
@@ -79,50 +92,87 @@ def train(head: ClassificationHead, optimizer: str, images: ImageSet, loop: Loop
     This is the loop of a ProtoNet, with a learning rate that follows one cosine. Nothing in it depends on the head.
     """
     torch.manual_seed(seed)
-    backbone = Conv4.from_images(images.images)
+    device = images.images.device
+    backbone = Conv4.from_images(images.images).to(device)
     sizes: dict[str, Any] = {"ways": loop.ways, "shots": loop.shots, "queries": loop.queries, "batch_size": loop.tasks}
     batches = EpisodeLoader(images.images, images.labels, steps_per_epoch=loop.steps, seed=seed, **sizes)
     optimize = OPTIMIZERS[optimizer]([*backbone.parameters(), *head.parameters()])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimize, loop.steps)
-    accuracies = []
-    for samples, labels in tqdm(batches, leave=False, mininterval=1):
+    right = []
+    for samples, labels in batches:
         features = backbone(samples.flatten(0, 1)).unflatten(0, labels.shape)
-        support, support_labels, query, query_labels = ch.split_task(features, labels, shots=loop.shots)
+        task = ch.split_task(features, labels.to(device), shots=loop.shots)
+        support, support_labels, query, query_labels = task
         logits = head(support, support_labels, query, ways=loop.ways)
         loss = functional.cross_entropy(logits.flatten(0, 1), query_labels.flatten())
         optimize.zero_grad()
         loss.backward()
         optimize.step()
         schedule.step()
-        accuracies.append((logits.argmax(-1) == query_labels).float().mean().item())
-    return backbone, sum(accuracies[loop.steps // 2 :]) / (loop.steps - loop.steps // 2)
+        right.append((logits.argmax(-1) == query_labels).double().mean())
+    return backbone, torch.stack(right[loop.steps // 2 :]).mean().item()
 
 
-def measure(data: dict[str, ImageSet], name: str, head_name: str, optimizer: str, seed: int, episodes: int) -> dict:
+class Run(NamedTuple):
+    """A training run: the data, the optimizer, the head and the seed, and how to evaluate it.
+
+    Attributes:
+        data: name of the data set.
+        optimizer: name of the optimizer.
+        head: name of the head.
+        seed: seed of the weights and of the episodes.
+        episodes: number of test episodes.
+        data_root: folder of the data.
+        device: the device to train on.
+    """
+
+    data: str
+    optimizer: str
+    head: str
+    seed: int
+    episodes: int
+    data_root: Path | None
+    device: str
+
+
+@cache
+def _load(name: str, data_root: Path | None, device: str) -> dict[str, ImageSet]:
+    with experiment.input_errors_end_the_script():
+        data = load(name, data_root, progress=False)
+    return {split: ImageSet(each.images.to(device), each.labels, each.classes) for split, each in data.items()}
+
+
+def measure(run: Run) -> dict[str, Any]:
     """Train through a head, and evaluate it and prototypes on unseen classes."""
-    loop, head, begin = LOOPS[name], HEADS[head_name](), time.perf_counter()
-    backbone, accuracy = train(head, optimizer, data["train"], loop, seed)
-    seconds, unseen = time.perf_counter() - begin, data[loop.test]
-    features = embed(backbone, unseen.images, progress=False)
-    row: dict[str, Any] = {"data": name, "optimizer": optimizer, "head": head_name, "seed": seed}
-    row |= {"training": 100 * accuracy, "scale": as_tensor(head.scale, features).item(), "seconds": seconds}
-    for tested, own in (("itself", head), ("prototypes", ch.PrototypeHead())):
-        for shots in (1, 5):
-            sizes = {"ways": loop.ways, "shots": shots, "episodes": episodes}
-            found = evaluate(own, features, unseen.labels, **sizes, progress=False)
-            row[f"{tested}, {shots}-shot"] = 100 * found.accuracy
+    data, loop, head = _load(run.data, run.data_root, run.device), LOOPS[run.data], (HEADS | MORE)[run.head]()
+    begin = time.perf_counter()
+    backbone, accuracy = train(head.to(run.device), run.optimizer, data["train"], loop, run.seed)
+    row: dict[str, Any] = {"data": run.data, "optimizer": run.optimizer, "head": run.head, "seed": run.seed}
+    row |= {"training": 100 * accuracy, "seconds": time.perf_counter() - begin}
+    head.cpu()
+    row["scale"] = as_tensor(head.scale, torch.zeros(())).item()
+    for split in ("val", "test"):
+        if split not in data:
+            continue
+        features, labels = embed(backbone, data[split].images, progress=False).cpu(), data[split].labels
+        row |= {f"squared length, {split}": features.square().sum(-1).mean().item()}
+        for tested, own in (("itself", head), ("prototypes", ch.PrototypeHead())):
+            for shots in (1, 5):
+                sizes = {"ways": loop.ways, "shots": shots, "episodes": run.episodes}
+                found = evaluate(own, features, labels, **sizes, progress=False)
+                row[f"{split}, {tested}, {shots}-shot"] = 100 * found.accuracy
     return row
 
 
 def summarize(rows: pandas.DataFrame, shots: int) -> Table:
     """The mean accuracy of each head over the seeds, with its standard error, by data set and optimizer."""
-    heads, left = [head for head in HEADS if head in set(rows["head"])], ["data", "optimizer"]
+    heads, left = [head for head in HEADS | MORE if head in set(rows["head"])], ["data", "optimizer"]
     table = report.new_table(f"{shots}-shot accuracy on unseen classes, %", [*left, *heads], left=left)
     for data, optimizer in dict.fromkeys(zip(rows["data"].tolist(), rows["optimizer"].tolist(), strict=True)):
         cells = []
         for head in heads:
             own = (rows["data"] == data) & (rows["optimizer"] == optimizer) & (rows["head"] == head)
-            values = rows.loc[own, f"itself, {shots}-shot"]
+            values = rows.loc[own, f"test, itself, {shots}-shot"]
             error = f" ± {values.std() / math.sqrt(len(values)):.1f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.1f}{error}" if len(values) else "")
         table.add_row(data, optimizer, *cells)
@@ -131,31 +181,36 @@ def summarize(rows: pandas.DataFrame, shots: int) -> Table:
 
 def main() -> None:
     """The command line."""
-    parser = experiment.parser("swap", __doc__, "data_root", "threads", "output")
-    for option, known in (("data", LOOPS), ("optimizers", OPTIMIZERS), ("heads", HEADS)):
-        parser.add_argument(f"--{option}", type=list[str], default=list(known), help="default: all")
+    parser = experiment.parser("swap", __doc__, "data_root", "device", "output")
+    for option, known, default in (
+        ("data", LOOPS, [*LOOPS]),
+        ("optimizers", OPTIMIZERS, [*OPTIMIZERS]),
+        ("heads", HEADS | MORE, [*HEADS]),
+    ):
+        text = f"some of {', '.join(known)}"
+        parser.add_argument(f"--{option}", type=list[str], default=default, help=text)
     parser.add_argument(
         "--seeds", type=list[int], default=[0, 1, 2, 3, 4], help="seeds of the weights and the episodes"
     )
     parser.add_argument("--episodes", type=int, default=1000, help="test episodes")
+    parser.add_argument("--jobs", type=int, default=1, help="training runs at a time, each on one processor thread")
     parser.add_argument("--minutes", type=float, default=1e6, help="time limit, after which no training run starts")
     chosen = parser.parse_args()
-    for option, known in (("data", LOOPS), ("optimizers", OPTIMIZERS), ("heads", HEADS)):
+    for option, known in (("data", LOOPS), ("optimizers", OPTIMIZERS), ("heads", HEADS | MORE)):
         experiment.refuse_unknown(option, getattr(chosen, option), known)
-    torch.set_num_threads(chosen.threads)
     end, path = time.monotonic() + 60 * chosen.minutes, chosen.output / "swap.json"
     rows = _saved(path, chosen.episodes)
     done = {(row["data"], row["optimizer"], row["head"], row["seed"]) for row in rows}
-    for name in chosen.data:
-        with experiment.input_errors_end_the_script():
-            data = load(name, chosen.data_root, splits=["train", LOOPS[name].test], progress=False)
-        for seed in chosen.seeds:
-            for optimizer in chosen.optimizers:
-                for head in chosen.heads:
-                    if (name, optimizer, head, seed) not in done and time.monotonic() < end:
-                        rows.append(measure(data, name, head, optimizer, seed, chosen.episodes))
-                        record = {"episodes": chosen.episodes, "results": rows, **report.provenance()}
-                        report.write_json(record, path)
+    wanted = product(chosen.data, chosen.seeds, chosen.optimizers, chosen.heads)
+    shared = (chosen.episodes, chosen.data_root, chosen.device)
+    runs = [
+        Run(data, optimizer, head, seed, *shared)
+        for data, seed, optimizer, head in wanted
+        if (data, optimizer, head, seed) not in done
+    ]
+    for row in tqdm(_results(runs, chosen.jobs, end), total=len(runs), desc="training", unit="run"):
+        rows.append(row)
+        report.write_json({"episodes": chosen.episodes, "results": rows, **report.provenance()}, path)
     if not rows:
         raise SystemExit("error: minutes: expected enough for one training run, got no finished run")
     frame, origin = pandas.DataFrame(rows), report.provenance()
@@ -163,11 +218,27 @@ def main() -> None:
         f"Mean over seeds {', '.join(map(str, sorted(set(frame['seed']))))} ± standard error, each over "
         f"{chosen.episodes:,} episodes. A Conv-4 is trained by a plain loop: Adam and AdamW with learning rate 0.001, "
         "SGD with 0.1 and momentum 0.9, one cosine. The heads are those of `HEADS` in `benchmarks/swap.py`. "
-        f"{experiment.place(origin)}. Made by `python -m benchmarks.swap`."
+        f"{experiment.place(origin, chosen.device)}. Made by `python -m benchmarks.swap`."
     )
     record = {"episodes": chosen.episodes, "results": rows, **origin}
     more = [(summarize(frame, 5), "")]
     experiment.write(chosen.output, "swap", summarize(frame, 1), note, record=record, more=more, rows=frame, width=160)
+
+
+def _results(runs: list[Run], jobs: int, end: float) -> Iterator[dict[str, Any]]:
+    """The rows of the runs in the order in which they end; after the time `end`, no run starts."""
+    if jobs == 1:
+        torch.set_num_threads(1)
+        yield from (measure(run) for run in runs if time.monotonic() < end)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = [pool.submit(_measure_before, run, end - time.monotonic() + time.time()) for run in runs]
+        yield from (row for future in as_completed(futures) if (row := future.result()))
+
+
+def _measure_before(run: Run, end: float) -> dict[str, Any] | None:
+    return measure(run) if time.time() < end else None
 
 
 def _saved(path: Path, episodes: int) -> list[dict[str, Any]]:
