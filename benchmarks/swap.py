@@ -30,10 +30,11 @@ from convexheads import ClassificationHead, EpisodeLoader, Learnable
 from convexheads.evaluation import embed, evaluate
 from convexheads.hyperparameters import as_tensor
 from convexheads.kernels import UnitScale
-from convexheads.models import Conv4
+from convexheads.models import Conv4, protonet
 
 HEADS: dict[str, Callable[[], ClassificationHead]] = {
     "prototypes": ch.PrototypeHead,
+    "prototypes, scaled": protonet,
     "ridge": lambda: ch.RidgeHead(scale=Learnable(1.0)),
     "logistic": lambda: ch.LogisticHead(scale=Learnable(1.0)),
     "SVM": lambda: ch.SVMHead(C=30.0, smoothing=0.3, kernel=UnitScale(), scale=Learnable(10.0)),
