@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import many_classes, overhead, report, solvers
+from convexheads import SVMHead
 from convexheads.solvers import base
 
 SMALL: dict[str, Any] = {"device": "cpu", "features": 12, "queries": 2, "repeats": 2, "threads": 1}
@@ -27,10 +28,17 @@ def test_times_errors_and_memory_of_every_contender(tmp_path: Path):
     errors = rows.set_index("contender")["gradient_error"]
     assert errors[["native", "native in torch"]].max() < 1e-8
     assert errors.filter(["qpth", "cvxpylayers", "interior point"]).max() < 1e-2
-    assert errors.filter(["ridge", "learn2learn"]).isna().all()
+    assert errors.filter(["ridge", "learn2learn", "published code"]).isna().all()
     assert solvers.show(rows, "title").row_count == len(rows)
     solvers.draw(rows, "title", tmp_path / "solvers.png")
     assert (tmp_path / "solvers.png").stat().st_size > 10_000
+
+
+def test_the_published_way_of_calling_qpth_solves_the_smoothed_svm():
+    support, labels, query = solvers.episode(3, 4, 2, 12, 2)
+    logits = solvers.as_published(support, labels, query, 4)
+    expected = SVMHead(solvers.C, smoothing=1.0)(support, labels, query)
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_every_combination():
