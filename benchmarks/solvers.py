@@ -123,7 +123,7 @@ def _made() -> dict[str, Contender | ch.MissingDependencyError]:
 
 
 def as_published(support: Tensor, labels: Tensor, query: Tensor, ways: int) -> Tensor:
-    """The SVM as in the code of Lee et al. 2019: one call of qpth for all tasks, in float32, 1 added to the diagonal."""
+    """The SVM as in the code of Lee et al. 2019: qpth once for all tasks, in float32, smoothed by 1."""
     from qpth.qp import QPFunction
 
     x, (tasks, n) = support.float(), labels.shape
@@ -335,10 +335,10 @@ def write(rows: pandas.DataFrame, settings: dict[str, Any], origin: dict[str, An
         f"C = {C}, {settings['features']} features, {settings['queries']} queries per class; "
         f"{experiment.place(origin, settings['device'])}, torch "
         f"{origin['versions']['torch']}. {errors} Memory: the peak of both passes beyond the memory in use before. "
-        "`interior point` is `InteriorPointSolver` alone; qpth runs 15 iterations, as in the published code, and has one "
-        f"thread above n k = {_ONE_THREAD}, where our adapter calls it task by task; `published code` calls qpth as the "
-        "code of Lee et al. does, once for all tasks; it and `SVClassifier` of learn2learn are smoothed and in float32; "
-        "sizes that would take minutes are left out. "
+        "`interior point` is `InteriorPointSolver` alone; qpth runs 15 iterations, as in the published code, and has "
+        f"one thread above n k = {_ONE_THREAD}, where our adapter calls it task by task; `published code` calls qpth "
+        "as the code of Lee et al. does, once for all tasks; it and `SVClassifier` of learn2learn are smoothed and in "
+        "float32; sizes that would take minutes are left out. "
         + (f"Growth of time (and of memory) with n k, fitted exponents: {fitted}. " if fitted else "")
         + "Made by `python -m benchmarks.solvers`."
     )
