@@ -40,7 +40,7 @@ class Options:
     backbone: Annotated[Literal["conv4", "r2d2", "resnet12"], "network to train"] = "conv4"
     dropblock: Annotated[Literal["paper", "reference_code", "none"], "DropBlock of resnet12, see `ResNet12`"] = "paper"
     head: Annotated[
-        Literal["svm", "svm-smoothed", "ridge", "prototypes"],
+        Literal["svm", "svm-unit-scale", "svm-smoothed", "ridge", "prototypes"],
         "head to train through; svm, ridge and prototypes are always evaluated",
     ] = "svm"
     steps: Annotated[int | None, "training steps; default: 60 for digits, 120 for glyphs, 5000 for others"] = None

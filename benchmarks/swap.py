@@ -30,14 +30,14 @@ from convexheads import ClassificationHead, EpisodeLoader, Learnable
 from convexheads.evaluation import embed, evaluate
 from convexheads.hyperparameters import as_tensor
 from convexheads.kernels import UnitScale
-from convexheads.models import Conv4, protonet
+from convexheads.models import Conv4, protonet, unit_scale_svm
 
 HEADS: dict[str, Callable[[], ClassificationHead]] = {
     "prototypes": ch.PrototypeHead,
     "prototypes, scaled": protonet,
     "ridge": lambda: ch.RidgeHead(scale=Learnable(1.0)),
     "logistic": lambda: ch.LogisticHead(scale=Learnable(1.0)),
-    "SVM": lambda: ch.SVMHead(C=30.0, smoothing=0.3, kernel=UnitScale(), scale=Learnable(10.0)),
+    "SVM": unit_scale_svm,
     "SVM of the paper": lambda: ch.SVMHead(C=0.1, scale=Learnable(1.0)),
 }
 """The heads, as the documentation advises them for training, and the paper's SVM."""
@@ -149,6 +149,7 @@ def measure(run: Run) -> dict[str, Any]:
     begin = time.perf_counter()
     backbone, accuracy = train(head.to(run.device), run.optimizer, data["train"], loop, run.seed)
     row: dict[str, Any] = {"data": run.data, "optimizer": run.optimizer, "head": run.head, "seed": run.seed}
+    row["device"] = run.device
     row |= {"training": 100 * accuracy, "seconds": time.perf_counter() - begin}
     head.cpu()
     row["scale"] = as_tensor(head.scale, torch.zeros(())).item()
