@@ -11,7 +11,8 @@ from sklearn.datasets import load_digits
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from convexheads import EpisodeLoader, Learnable, SVMHead, embed, evaluate, split_task
+from convexheads import EpisodeLoader, PrototypeHead, embed, evaluate, split_task
+from convexheads.models import unit_scale_svm
 
 WAYS, SHOTS, ACCUMULATE = 3, 5, 2
 
@@ -22,7 +23,7 @@ class Learner(nn.Module):
     def __init__(self):
         super().__init__()
         self.backbone = torch.compile(nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)))
-        self.head = SVMHead(C=0.1, scale=Learnable(1.0))
+        self.head = unit_scale_svm()
 
     def forward(self, images, labels):
         features = self.backbone(images.flatten(0, 1)).unflatten(0, labels.shape)
@@ -57,5 +58,9 @@ if rank == 0:
     features = embed(learner.backbone, images[~known], progress=False)
     settings = {"ways": WAYS, "shots": SHOTS, "episodes": 500, "progress": False}
     print("unseen digits:", evaluate(learner.head, features, labels[~known], **settings))
+    print("prototypes on the same features:", evaluate(PrototypeHead(), features, labels[~known], **settings))
+    # Six digits teach a network little, so the pixels themselves are better features. The quickstart has enough classes.
+    pixels = images[~known].flatten(1)
+    print("prototypes on pixels:", evaluate(PrototypeHead(), pixels, labels[~known], **settings))
 if distributed.is_initialized():
     distributed.destroy_process_group()
