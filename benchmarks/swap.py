@@ -149,7 +149,7 @@ def measure(run: Run) -> dict[str, Any]:
     begin = time.perf_counter()
     backbone, accuracy = train(head.to(run.device), run.optimizer, data["train"], loop, run.seed)
     row: dict[str, Any] = {"data": run.data, "optimizer": run.optimizer, "head": run.head, "seed": run.seed}
-    row["device"] = run.device
+    row["machine"] = experiment.place(report.provenance(), run.device)
     row |= {"training": 100 * accuracy, "seconds": time.perf_counter() - begin}
     head.cpu()
     row["scale"] = as_tensor(head.scale, torch.zeros(())).item()
@@ -166,18 +166,20 @@ def measure(run: Run) -> dict[str, Any]:
     return row
 
 
-def summarize(rows: pandas.DataFrame, shots: int) -> Table:
-    """The mean accuracy of each head over the seeds, with its standard error, by data set and optimizer."""
+def summarize(rows: pandas.DataFrame) -> Table:
+    """The mean accuracy of each head over the seeds, with its standard error, by data set, shots and optimizer."""
     heads, left = [head for head in HEADS | MORE if head in set(rows["head"])], ["data", "optimizer"]
-    table = report.new_table(f"{shots}-shot accuracy on unseen classes, %", [*left, *heads], left=left)
-    for data, optimizer in dict.fromkeys(zip(rows["data"].tolist(), rows["optimizer"].tolist(), strict=True)):
+    title = "Accuracy on unseen classes, %, by the head that was trained"
+    table = report.new_table(title, [*left, "shots", *heads], left=left)
+    for data, shots, optimizer in product(dict.fromkeys(rows["data"]), (1, 5), OPTIMIZERS):
         cells = []
         for head in heads:
             own = (rows["data"] == data) & (rows["optimizer"] == optimizer) & (rows["head"] == head)
             values = rows.loc[own, f"test, itself, {shots}-shot"]
             error = f" ± {values.std() / math.sqrt(len(values)):.1f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.1f}{error}" if len(values) else "")
-        table.add_row(data, optimizer, *cells)
+        if any(cells):
+            table.add_row(data, optimizer, str(shots), *cells)
     return table
 
 
@@ -216,15 +218,19 @@ def main() -> None:
     if not rows:
         raise SystemExit("error: minutes: expected enough for one training run, got no finished run")
     frame, origin = pandas.DataFrame(rows), report.provenance()
+    counts = frame.groupby(["data", "optimizer", "head"]).size()
+    seeds = str(counts.max()) if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
     note = (
-        f"Mean over seeds {', '.join(map(str, sorted(set(frame['seed']))))} ± standard error, each over "
-        f"{chosen.episodes:,} episodes. A Conv-4 is trained by a plain loop: Adam and AdamW with learning rate 0.001, "
-        "SGD with 0.1 and momentum 0.9, one cosine. The heads are those of `HEADS` in `benchmarks/swap.py`. "
-        f"{experiment.place(origin, chosen.device)}. Made by `python -m benchmarks.swap`."
+        f"Mean over {seeds} seeds ± standard error, each over {chosen.episodes:,} episodes, 10-way for glyphs and "
+        "5-way for the others. A Conv-4 is trained by a plain loop, with a learning rate that follows one cosine, from "
+        "0.001 "
+        "for Adam and AdamW and from 0.1 for SGD with momentum 0.9: 300 steps of one 5-shot episode on digits, 120 of "
+        "four 1-shot episodes on glyphs, 500 of eight 5-shot episodes on CIFAR-FS. `prototypes` are those of Snell et "
+        "al., `prototypes, scaled` is `protonet()`, and `SVM` is `unit_scale_svm()`. Trained on: "
+        f"{'; '.join(dict.fromkeys(frame['machine']))}. Made by `python -m benchmarks.swap`."
     )
     record = {"episodes": chosen.episodes, "results": rows, **origin}
-    more = [(summarize(frame, 5), "")]
-    experiment.write(chosen.output, "swap", summarize(frame, 1), note, record=record, more=more, rows=frame, width=160)
+    experiment.write(chosen.output, "swap", summarize(frame), note, record=record, rows=frame, width=160)
 
 
 def _results(runs: list[Run], jobs: int, end: float) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""Draws the pictures and tables of the documentation at each build, with heads or from committed results."""
+"""Draws the pictures and tables of the documentation at each build, with heads or from committed results.
+
+python -m docs.figures    # draw the picture of README.md anew, for light and for dark pages
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,20 @@ from matplotlib import rcParams
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from convexheads import ClassificationHead, RegressionHead, SupportVectorRegressionHead, SVMHead
+from convexheads import (
+    ClassificationHead,
+    LogisticHead,
+    PrototypeHead,
+    RegressionHead,
+    RidgeHead,
+    SupportVectorRegressionHead,
+    SVMHead,
+)
 from convexheads.heads import FittedGaussianProcess
 from convexheads.kernels import RBF
 from convexheads.solvers import InteriorPointSolver, NativeSolver, Solver
 
+ASSETS = Path(__file__).parent / "assets"
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 COLORS = ("#4c8dd6", "#e58a2e", "#3fae6a", "#c85fb0", "#9a8cf0", "#b5a13c")
 
@@ -50,16 +62,32 @@ def new(columns: int = 1, *, width: float = 8.0, height: float = 3.2) -> tuple[F
 
 def picture(figure: Figure, caption: str) -> str:
     """The figure as HTML: inline SVG in the page's own font and text color."""
-    text = StringIO()
-    figure.patch.set_alpha(0)
-    FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
-    svg = text.getvalue()[text.getvalue().index("<svg") :]
-    svg = svg.replace(_TEXT, "currentColor").replace("\n", " ")
+    svg = _svg(figure).replace(_TEXT, "currentColor").replace("\n", " ")
     mark = f"{crc32(svg.encode()):x}"  # makes ids unique, because a page may have several pictures
     svg = re.sub(r'( id="|xlink:href="#|url\(#)', rf"\g<1>p{mark}-", svg)
     said = html.escape(caption, quote=True)
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{said}" ', 1)
     return f'<figure class="picture">{svg}<figcaption>{said}</figcaption></figure>'
+
+
+def _svg(figure: Figure) -> str:
+    text = StringIO()
+    figure.patch.set_alpha(0)
+    FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def five_heads() -> Figure:
+    """The boundaries of five heads, as on the first page and in README.md."""
+    return boundaries(
+        {
+            "prototypes": PrototypeHead(),
+            "ridge regression": RidgeHead(1.0),
+            "logistic regression": LogisticHead(0.1),
+            "SVM": SVMHead(C=0.5),
+            "SVM, RBF kernel": SVMHead(C=5.0, kernel=RBF(1.0)),
+        }
+    )
 
 
 def boundaries(heads: Mapping[str, ClassificationHead], *, ways: int = 3, shots: int = 7, seed: int = 5) -> Figure:
@@ -283,3 +311,9 @@ def _result(name: str) -> dict[str, Any]:
 
 def _digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 9.95 else f"{value:.1f}"
+
+
+if __name__ == "__main__":
+    drawing = _svg(five_heads())
+    for scheme, color in (("light", "#1f2328"), ("dark", "#f0f6fc")):
+        (ASSETS / f"heads-{scheme}.svg").write_text(drawing.replace(_TEXT, color), encoding="utf-8")

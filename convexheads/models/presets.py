@@ -1,4 +1,4 @@
-"""Heads with published hyperparameters, as in the papers or as in their authors' code.
+"""Heads with hyperparameters that need no tuning, and heads with those of the papers or of their authors' code.
 
 Differences from the papers and their code: problems are solved to optimality, and the scale stays positive, whereas it
 may become negative in the code.
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 from convexheads._validation import check_choice
-from convexheads.heads import ClassificationHead, PrototypeHead, RidgeHead, SVMHead
+from convexheads.heads import ClassificationHead, LogisticHead, PrototypeHead, RidgeHead, SVMHead
 from convexheads.hyperparameters import Learnable
 from convexheads.kernels import Linear, UnitScale
 
@@ -36,21 +36,47 @@ def metaoptnet_svm(variant: Variant = "paper") -> SVMHead:
 
 
 def unit_scale_svm() -> SVMHead:
-    """An SVM for training a backbone with Adam, AdamW or SGD, without tuning.
+    """An SVM that needs no tuning, for training a backbone and for frozen features.
 
-    Its C and its smoothing are in units of the features' squared length (`UnitScale`), so that they suit every backbone,
-    and its logit scale starts at 10, so that the cross-entropy has a useful gradient from the first step. The paper's
-    scale starts at 1, which is too small for Adam at its usual learning rate: each step changes it by at most 0.1%.
+    Its C and its smoothing are in units of the features' squared length (`UnitScale`), so that they suit every
+    backbone. Its learnable logit scale starts at 10: with this scale, probabilities are nearly calibrated, and the
+    cross-entropy has a useful gradient from the first step. The paper's scale starts at 1, which is too small for Adam
+    at its usual learning rate: a step changes it by at most 0.1%.
 
-    Use it in place of the prototypes in your own training loop. `metaoptnet_svm` has the settings of the paper.
+    Use it in place of the prototypes in your own training loop, with Adam, AdamW or SGD, or on the features of a
+    foundation model. `metaoptnet_svm` has the settings of the paper.
 
-    The settings were chosen by the accuracy on validation classes of CIFAR-FS; `python -m benchmarks.swap` compares
-    this head with others.
+    The settings were chosen by accuracy and calibration on validation classes of CIFAR-FS. `python -m benchmarks.swap`
+    and `python -m benchmarks.image_models` compare the head with others.
 
     Example:
         `head = unit_scale_svm()`
     """
     return SVMHead(C=30.0, smoothing=0.3, kernel=UnitScale(), scale=Learnable(10.0))
+
+
+def unit_scale_ridge() -> RidgeHead:
+    """Ridge regression that needs no tuning: like `unit_scale_svm`, with a closed form.
+
+    Use it when you would use `unit_scale_svm` and want the fastest head.
+
+    Example:
+        `head = unit_scale_ridge()`
+    """
+    return RidgeHead(0.3, kernel=UnitScale(), scale=Learnable(10.0))
+
+
+def unit_scale_logistic() -> LogisticHead:
+    """Logistic regression that needs no tuning: like `unit_scale_svm`, with the likelihood as its loss.
+
+    The likelihood is that of the logits before the scale is applied.
+
+    Use it when you would use `unit_scale_svm` and probabilities matter most.
+
+    Example:
+        `head = unit_scale_logistic()`
+    """
+    return LogisticHead(0.1, kernel=UnitScale(), scale=Learnable(3.0))
 
 
 def metaoptnet_ridge(variant: Variant = "paper") -> RidgeHead:
@@ -107,8 +133,8 @@ def build_head(name: str) -> ClassificationHead:
 
     Args:
         name: One of `TRAINING_HEADS`: "svm", "svm-unit-scale", "ridge" and "prototypes" are `metaoptnet_svm`,
-            `unit_scale_svm`, `metaoptnet_ridge` and `protonet`. "svm-smoothed" smooths the hinge loss as the reference code of MetaOptNet does, but a hundred
-            times more strongly; the backbone then trains faster.
+            `unit_scale_svm`, `metaoptnet_ridge` and `protonet`. "svm-smoothed" smooths the hinge loss as the reference
+            code of MetaOptNet does, but a hundred times more strongly.
     """
     return TRAINING_HEADS[check_choice("head", name, TRAINING_HEADS)]()
 

@@ -59,7 +59,7 @@ if rank == 0:
     settings = {"ways": WAYS, "shots": SHOTS, "episodes": 500, "progress": False}
     print("unseen digits:", evaluate(learner.head, features, labels[~known], **settings))
     print("prototypes on the same features:", evaluate(PrototypeHead(), features, labels[~known], **settings))
-    # Six digits teach a network little, so the pixels themselves are better features. The quickstart has enough classes.
+    # Six digits teach a network little, so the pixels are better features. The quickstart has enough classes.
     pixels = images[~known].flatten(1)
     print("prototypes on pixels:", evaluate(PrototypeHead(), pixels, labels[~known], **settings))
 if distributed.is_initialized():

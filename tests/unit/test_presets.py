@@ -1,12 +1,21 @@
-"""Heads with the hyperparameters of the literature."""
+"""Heads with settings: those of the literature, and those that need no tuning."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from tasks import close, task
 
 from convexheads import InputError, RidgeHead
-from convexheads.models import metaoptnet_ridge, metaoptnet_svm, protonet, r2d2
+from convexheads.models import (
+    metaoptnet_ridge,
+    metaoptnet_svm,
+    protonet,
+    r2d2,
+    unit_scale_logistic,
+    unit_scale_ridge,
+    unit_scale_svm,
+)
 
 
 def test_hyper_parameters():
@@ -40,3 +49,13 @@ def test_r2d2_learns_everything():
 def test_unknown_variant(preset):
     with pytest.raises(InputError, match=r"variant: expected one of paper, reference_code, got 'v2'"):
         preset("v2")
+
+
+@pytest.mark.parametrize("preset", [unit_scale_svm, unit_scale_ridge, unit_scale_logistic])
+def test_the_length_of_the_features_has_no_effect(preset):
+    support, labels, query, _ = task(2)
+    logits = preset()(support, labels, query)
+    assert logits.std() > 0.1
+    for factor in (1e-3, 1e3):
+        torch.testing.assert_close(preset()(factor * support, labels, factor * query), logits, rtol=1e-6, atol=1e-8)
+    assert [name for name, _ in preset().named_parameters()] == ["scale.raw_value"]
