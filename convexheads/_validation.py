@@ -188,8 +188,8 @@ def _convert(value: object) -> Tensor | None:
     import numpy as np
 
     array = np.asarray(value)
-    is_readable = array.flags.writeable and all(stride >= 0 for stride in array.strides)
-    return torch.from_numpy(array if is_readable else array.copy())
+    is_usable = array.flags["W"] and all(stride >= 0 for stride in array.strides)
+    return torch.from_numpy(array if is_usable else array.copy())
 
 
 def describe_task(index: Sequence[int]) -> str:

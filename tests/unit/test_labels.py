@@ -198,7 +198,7 @@ class Series:
 
 def frozen(values: np.ndarray) -> np.ndarray:
     values = values.copy()
-    values.flags.writeable = False
+    values.setflags(write=False)
     return values
 
 

@@ -143,7 +143,7 @@ def _raise_missing(labels: Tensor, missing: Tensor, mask: Tensor | None, needed_
     """Raise `InputError` for the first of the `missing` classes, `(*batch, classes)`, with the remedy."""
     *task, absent = missing.nonzero()[0].tolist()
     has_gap = absent < labels[tuple(task)].max()
-    remedy = _RENUMBER if has_gap else "pass the number of classes of each task as the tensor `ways`"
+    remedy = _RENUMBER if has_gap else "pass the number of classes of each task as the tensor ways"
     expected = f"at least one example {'' if mask is None else 'that is not masked '}of every class"
     if needed_by is None:
         remedy += ", or allow_missing_classes=True"
