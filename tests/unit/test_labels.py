@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tasks import clusters, examples, task
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from convexheads import (
     EpisodeLoader,
@@ -115,6 +116,28 @@ def test_without_validation_classes_may_lack_examples():
     support, labels, query, _ = task(2)
     expected = RidgeHead()(support, labels, query, ways=4, allow_missing_classes=True)
     assert torch.equal(RidgeHead(validate=False)(support, labels, query, ways=4), expected)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the values that are read, each of which waits for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_check_waits_for_no_device_of_its_own():
+    support, labels, _, ways = task(2)
+    counts = []
+    for allow in (False, True):
+        with Reads() as reads:
+            RidgeHead().fit(support, labels, ways=ways, allow_missing_classes=allow)
+        counts.append(reads.count)
+    assert counts[0] == counts[1] > 0
 
 
 def test_labels_far_from_zero_are_refused_in_little_memory():
