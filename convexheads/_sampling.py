@@ -20,7 +20,8 @@ def fit_episodes(
 ) -> Iterator[tuple[FittedClassifier, Tensor, Tensor]]:
     """Yield the head fitted on each batch of episodes, its logits and the query labels, without gradients.
 
-    The arguments are those of `evaluate`. Those that determine the episodes are in `options`, by name.
+    The arguments are those of `evaluate`, with `features` and `labels` as `check_features` returns them. Those that
+    determine the episodes are in `options`, by name.
     """
     sizes = {name: options[name] for name in ("ways", "shots", "queries", "episodes")}
     ways, shots, queries, episodes, batch_size = _validation.check_positive_ints(**sizes, batch_size=batch_size)
@@ -30,9 +31,6 @@ def fit_episodes(
     if world_size > episodes:
         raise InputError("world_size", f"at most the number of episodes, {episodes}", world_size)
     check_head(head)
-    _validation.check_tensor("features", features, "a tensor of floating-point values", _validation.is_float_tensor)
-    check_labels(labels, features, name="features", expected="(examples, d) and (examples,)", dims=2)
-    _validation.check_finite("features", features)
     draws = list(islice(sample_episodes(labels, ways, shots + queries, episodes, seed), rank, None, world_size))
     support_labels, query_labels = (
         torch.arange(ways, device=features.device).repeat_interleave(count) for count in (shots, queries)
@@ -47,12 +45,22 @@ def fit_episodes(
         yield fitted, logits, query_labels.expand(len(batch), -1)
 
 
-def check_labels(labels: Tensor, examples: Tensor, *, name: str, expected: str, dims: int | None = None) -> None:
-    """Raise `InputError` unless each example has an integer label. `name` is what the message calls the examples."""
-    _validation.check_tensor("labels", labels, "a tensor of integers", _validation.is_integer_tensor)
+def check_features(features: object, labels: object) -> tuple[Tensor, Tensor]:
+    """Return the features of `evaluate`, `(examples, d)`, and their labels as tensors, or raise `InputError`."""
+    expected = "a tensor of floating-point values"
+    features = _validation.check_tensor("features", features, expected, _validation.is_float_tensor)
+    labels = check_labels(labels, features, name="features", expected="(examples, d) and (examples,)", dims=2)
+    _validation.check_finite("features", features)
+    return features, labels
+
+
+def check_labels(labels: object, examples: Tensor, *, name: str, expected: str, dims: int | None = None) -> Tensor:
+    """Return one integer label per example, or raise `InputError`. `name` is what the message calls the examples."""
+    labels = _validation.check_tensor("labels", labels, "a tensor of integers", _validation.is_integer_tensor)
     if labels.ndim != 1 or labels.shape != examples.shape[:1] or dims not in (None, examples.ndim):
         got = f"shapes {tuple(examples.shape)} and {tuple(labels.shape)}"
         raise InputError(f"{name}, labels", expected, got)
+    return labels
 
 
 def group_by_class(labels: Tensor, ways: int, per_class: int) -> list[Integer[Tensor, " members"]]:

@@ -1,4 +1,4 @@
-"""Checks of arguments: plain values, support sets, queries and Gram matrices."""
+"""Checks of arguments: plain values, tensors and what is accepted in their place, and Gram matrices."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numbers
 import operator
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,8 +17,15 @@ from convexheads.errors import InputError
 
 Check = Callable[[str, Any], Any]
 """A function that takes the name and the value of an argument and returns the value to keep, or raises `InputError`."""
-# With more classes than this, labels are almost certainly raw class ids, and the one-hot matrix would exhaust memory.
-_MAX_WAYS = 2**20
+
+
+@runtime_checkable
+class _Array(Protocol):
+    def __array__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+ArrayLike = _Array | Sequence[Any]
+"""What is accepted in place of a tensor: a NumPy array, any object that NumPy can convert, or (nested) lists."""
 
 
 def describe(value: object) -> str:
@@ -124,6 +131,10 @@ def is_integer_tensor(value: object) -> TypeGuard[Tensor]:
     return is_dense(value) and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
 
 
+def is_bool_tensor(value: object) -> TypeGuard[Tensor]:
+    return is_dense(value) and value.dtype == torch.bool
+
+
 def describe_type(value: object) -> str:
     """The type of a `value` that is not the expected kind of tensor, in words."""
     if not isinstance(value, Tensor):
@@ -136,10 +147,49 @@ def describe_shape(value: object) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def check_tensor(name: str, value: object, expected: str, is_kind: Callable[[object], bool] = is_dense) -> None:
-    """Raise `InputError` unless the `value` is a tensor of the right kind, which `expected` describes."""
-    if not is_kind(value):
-        raise InputError(name, expected, describe_type(value))
+def check_tensor(
+    name: str,
+    value: object,
+    expected: str,
+    is_kind: Callable[[object], TypeGuard[Tensor]] = is_dense,
+    *,
+    like: Tensor | None = None,
+) -> Tensor:
+    """Return the `value` as a tensor of the right kind, which `expected` describes, or raise `InputError`.
+
+    This is the only place that converts arrays and lists: without a copy if possible, in the dtype of the array, and to
+    the device of `like`, because they have none themselves.
+    """
+    if isinstance(value, Tensor):
+        tensor, got = value, describe_type(value)
+    else:
+        try:
+            tensor = _convert(value)
+        except (ImportError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(name, expected, f"{describe_type(value)} ({error})") from error
+        if tensor is not None and like is not None:
+            tensor = tensor.to(like.device)
+        got = describe_type(value) if tensor is None else f"{describe_type(value)} of {tensor.dtype}"
+    if not is_kind(tensor):
+        raise InputError(name, expected, got)
+    return tensor
+
+
+def _convert(value: object) -> Tensor | None:
+    """An array or a list as a tensor; None for anything else."""
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        first = value[0] if value else None
+        if isinstance(first, Tensor):
+            return torch.stack(tuple(value))  # keeps gradients
+        if not isinstance(first, _Array):
+            return torch.tensor(value)
+    elif not isinstance(value, _Array):
+        return None
+    import numpy as np
+
+    array = np.asarray(value)
+    is_usable = array.flags["W"] and all(stride >= 0 for stride in array.strides)
+    return torch.from_numpy(array if is_usable else array.copy())
 
 
 def describe_task(index: Sequence[int]) -> str:
@@ -154,10 +204,10 @@ def describe_first_task(tasks: Tensor) -> str:
 
 def check_finite(name: str, value: Tensor) -> None:
     """Raise `InputError`, naming the row, if a value is not finite."""
-    inspect_values(_check_finite, name, value)
+    inspect_values(check_finite_values, name, value)
 
 
-def _check_finite(name: str, value: Tensor) -> None:
+def check_finite_values(name: str, value: Tensor) -> None:
     if torch.isfinite(value.sum()):  # fast path: one reduction
         return
     bad = ~torch.isfinite(value).all(-1)
@@ -166,115 +216,16 @@ def _check_finite(name: str, value: Tensor) -> None:
         raise InputError(name, "finite values", got)
 
 
-def _check_features(name: str, value: Any) -> None:
-    check_tensor(name, value, "a tensor of floating-point features", is_float_tensor)
-    if value.ndim < 2:
-        raise InputError(name, "at least two dimensions, (*batch, examples, features)", describe_shape(value))
+def out_of_range(labels: Tensor, limit: int | Tensor) -> Tensor:
+    """Which int64 labels are negative, or not below `limit`."""
+    return (labels < 0) | (labels >= limit)
 
 
-def _check_match(name: str, value: Tensor, support: Tensor, shape: tuple[int, ...], expected: str) -> None:
-    """Raise `InputError` unless the `value` has this `shape`, which `expected` describes, and the support's device."""
-    if value.shape != shape:
-        raise InputError(name, f"{expected}, {tuple(shape)}", describe_shape(value))
-    if value.device != support.device:
-        raise InputError(name, f"the support's device, {support.device}", f"device {value.device}")
-
-
-def check_classification(
-    support: Any, labels: Any, ways: Any, mask: Any, *, requires_all_classes: bool, validate: bool
-) -> int:
-    """Check the arguments of a fit; return the number of classes, or the largest number if tasks differ."""
-    _check_examples(support, mask)
-    check_tensor("labels", labels, "a tensor of integers 0..ways-1", is_integer_tensor)
-    if labels.shape == support.shape[: labels.ndim] and support.ndim > labels.ndim + 1:
-        expected = f"flat features, {(*labels.shape, 'd')}".replace("'", "")
-        raise InputError("support", expected, describe_shape(support))
-    _check_match("labels", labels, support, support.shape[:-1], "one label per support example")
-    if isinstance(ways, Tensor) and (ways.ndim or not is_integer_tensor(ways)):
-        check_tensor("ways", ways, "integers, one per task", is_integer_tensor)
-        _check_match("ways", ways, support, labels.shape[:-1], "integers, one per task")
-    elif ways is not None:
-        ways = check_positive_int("ways", ways, alternative=", a tensor of them, or None")
-    return inspect_values(_check_labels, support, labels, ways, mask, requires_all_classes, validate)
-
-
-def _check_labels(
-    support: Tensor, labels: Tensor, ways: int | Tensor | None, mask: Tensor | None, all_classes: bool, validate: bool
-) -> int:
-    labels = labels.long()  # torch cannot compare its unsigned types
-    if mask is not None:
-        labels = labels.masked_fill(~mask, 0)
-    if isinstance(ways, Tensor):
-        ways = ways.long()
-        max_ways = int(ways.max().item()) if ways.numel() else 1
-    else:
-        max_ways = ways or (max(1, int(labels.max().item()) + 1) if labels.numel() else 1)
-    if max_ways > _MAX_WAYS:
-        origin = "" if ways else "; without ways=, this is the largest label plus one, so number the classes from 0"
-        raise InputError("ways", f"at most {_MAX_WAYS}", f"{max_ways}{origin}")
-    if not validate:
-        return max_ways
-    _check_values(mask, support)
-    if isinstance(ways, Tensor) and (ways < 1).any():
-        raise InputError("ways", "at least 1", f"{ways[ways < 1][0].item()} in {describe_first_task(ways < 1)}")
-    limit = ways.unsqueeze(-1) if isinstance(ways, Tensor) else max_ways
-    check_range("labels", labels, limit, ways - 1 if isinstance(ways, int) else "ways-1")
-    if all_classes:
-        classes = torch.arange(max_ways, device=labels.device)
-        present = labels.unsqueeze(-1) == classes
-        present = (present if mask is None else present & mask.unsqueeze(-1)).any(-2)
-        if (missing := ~present & (classes < limit)).any():
-            got = f"no example of class {missing.nonzero()[0, -1].item()} in {describe_first_task(missing.any(-1))}"
-            raise InputError("labels", "at least one example of every class", got)
-    return max_ways
-
-
-def check_range(name: str, labels: Tensor, limit: int | Tensor, highest: int | str) -> None:
+def check_range(name: str, labels: Tensor, limit: int | Tensor, highest: int | str, remedy: str = "") -> None:
     """Raise `InputError` unless the labels are non-negative and below `limit`; the message names the `highest`."""
-    if (wrong := (labels < 0) | (labels >= limit)).any():
-        got = f"{labels[wrong][0].item()} in {describe_first_task(wrong.any(-1))}"
+    if (wrong := out_of_range(labels, limit)).any():
+        got = f"{labels[wrong][0].item()} in {describe_first_task(wrong.any(-1))}{remedy}"
         raise InputError(name, f"values 0..{highest}", got)
-
-
-def check_regression(support: Any, targets: Any, mask: Any, *, validate: bool) -> bool:
-    """Check the arguments of a fit; return whether the targets lack an output dimension."""
-    _check_examples(support, mask)
-    check_tensor("targets", targets, "a tensor of floating-point values", is_float_tensor)
-    examples = support.shape[:-1]
-    single = targets.shape == examples
-    shape = (*examples, max(1, targets.shape[-1])) if targets.ndim == support.ndim else examples
-    _check_match("targets", targets, support, shape, "one value, or one row of values, per support example")
-    if validate:
-        inspect_values(_check_values, mask, support, targets.unsqueeze(-1) if single else targets)
-    return single
-
-
-def _check_examples(support: Any, mask: Any) -> None:
-    _check_features("support", support)
-    *batch, n, d = support.shape
-    if not n or not d:
-        raise InputError("support", "at least one example and one feature, (*batch, n, d)", describe_shape(support))
-    if mask is not None:
-        if not is_dense(mask) or mask.dtype != torch.bool:
-            raise InputError("mask", "a tensor of bool, False at examples to ignore", describe_type(mask))
-        _check_match("mask", mask, support, (*batch, n), "one entry per support example")
-
-
-def _check_values(mask: Tensor | None, support: Tensor, targets: Tensor | None = None) -> None:
-    if mask is not None and (empty := ~mask.any(-1)).any():
-        raise InputError("mask", "at least one example in every task", f"none in {describe_first_task(empty)}")
-    for name, value in (("support", support), ("targets", targets)):
-        if value is not None:
-            _check_finite(name, value if mask is None else value.masked_fill(~mask.unsqueeze(-1), 0))
-
-
-def check_query(query: Any, support: Tensor, *, validate: bool) -> None:
-    _check_features("query", query)
-    *batch, _, d = support.shape
-    what = "feature size" if query.shape[:-2] == support.shape[:-2] else "task dimensions"
-    _check_match("query", query, support, (*batch, query.shape[-2], d), f"the {what} of the support")
-    if validate:
-        check_finite("query", query)
 
 
 def check_definite(gram: Tensor) -> None:

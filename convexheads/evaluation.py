@@ -12,8 +12,16 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convexheads._sampling import fit_episodes, track
-from convexheads._validation import check_bool, check_positive_ints, describe, describe_shape, describe_type, is_dense
+from convexheads._sampling import check_features, fit_episodes, track
+from convexheads._validation import (
+    ArrayLike,
+    check_bool,
+    check_positive_ints,
+    describe,
+    describe_shape,
+    describe_type,
+    is_dense,
+)
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead
 from convexheads.hyperparameters import Learnable, as_tensor
@@ -100,8 +108,8 @@ def _half_width(values: Tensor) -> float:
 
 def evaluate(
     head: ClassificationHead,
-    features: Float[Tensor, "examples d"],
-    labels: Integer[Tensor, " examples"],
+    features: Float[Tensor, "examples d"] | ArrayLike,
+    labels: Integer[Tensor, " examples"] | ArrayLike,
     *,
     ways: int = 5,
     shots: int = 5,
@@ -120,8 +128,8 @@ def evaluate(
 
     Args:
         head: A classification head.
-        features: One row per image, as `embed` returns them, `(examples, d)`.
-        labels: The class of each image, any integers, `(examples,)`.
+        features: One row per image, as `embed` returns them, `(examples, d)`; a tensor, a NumPy array or lists.
+        labels: The class of each image, any integers, `(examples,)`; a tensor, a NumPy array or a list.
         ways: Number of classes per episode.
         shots: Number of support examples per class.
         queries: Number of query examples per class.
@@ -141,6 +149,7 @@ def evaluate(
     """
     sampling = {"ways": ways, "shots": shots, "queries": queries, "episodes": episodes, "seed": seed}
     sampling |= {"rank": rank, "world_size": world_size}
+    features, labels = check_features(features, labels)
     confidences, correct, gaps, converged = [], [], [], []
     for fitted, logits, truth in fit_episodes(head, features, labels, sampling, batch_size, progress):
         confidences.append(logits.double().softmax(-1).amax(-1))
@@ -162,8 +171,8 @@ def evaluate(
 @torch.inference_mode(False)  # for the gradient of the cross-entropy
 def calibrate(
     head: ClassificationHead,
-    features: Float[Tensor, "examples d"],
-    labels: Integer[Tensor, " examples"],
+    features: Float[Tensor, "examples d"] | ArrayLike,
+    labels: Integer[Tensor, " examples"] | ArrayLike,
     *,
     ways: int = 5,
     shots: int = 5,
@@ -191,6 +200,7 @@ def calibrate(
         `head.fit(support, support_labels).probabilities(query)`
     """
     sampling = {"ways": ways, "shots": shots, "queries": queries, "episodes": episodes, "seed": seed}
+    features, labels = check_features(features, labels)
     fits = fit_episodes(head, features, labels, sampling, batch_size, progress)
     scored = [(logits.double().flatten(0, 1), truth.flatten()) for _, logits, truth in fits]
     logits, truth = (torch.cat(batches) for batches in zip(*scored, strict=True))

@@ -35,8 +35,8 @@ class EpisodeLoader:
     Use it when all samples fit into memory, such as images in uint8.
 
     Args:
-        samples: Samples of any dtype, `(n, *sample)`.
-        labels: The class of each sample, any integers, `(n,)`.
+        samples: Samples of any dtype, `(n, *sample)`; a tensor, a NumPy array (not copied if it is writable) or lists.
+        labels: The class of each sample, any integers, `(n,)`; a tensor, a NumPy array or a list.
         ways: Number of classes per episode.
         shots: Number of support samples per class.
         queries: Number of query samples per class.
@@ -61,8 +61,8 @@ class EpisodeLoader:
 
     def __init__(
         self,
-        samples: Tensor,
-        labels: Integer[Tensor, " n"],
+        samples: Tensor | _validation.ArrayLike,
+        labels: Integer[Tensor, " n"] | _validation.ArrayLike,
         *,
         ways: int = 5,
         shots: int = 5,
@@ -86,11 +86,11 @@ class EpisodeLoader:
         self.resample_each_epoch = _validation.check_bool("resample_each_epoch", resample_each_epoch)
         if transform is not None and not callable(transform):
             raise InputError("transform", "a function from a sample to a sample, or None", repr(transform))
-        _validation.check_tensor("samples", samples, "a tensor, (n, *sample)")
+        samples = _validation.check_tensor("samples", samples, "a tensor, (n, *sample)")
         self.num_workers = _check_count("num_workers", num_workers)
         if self.num_workers and samples.device.type != "cpu":
             raise InputError("samples", "a tensor on the CPU, or num_workers=0", f"device {samples.device}")
-        check_labels(labels, samples, name="samples", expected="(n, *sample) and (n,)")
+        labels = check_labels(labels, samples, name="samples", expected="(n, *sample) and (n,)")
         self.samples_per_class = shots + queries
         if self.batch_size % self.world_size:
             raise InputError("batch_size", f"a multiple of world_size={self.world_size}", batch_size)

@@ -59,8 +59,9 @@ def episode_loss(head: ClassificationHead, episode: Episode, *, ways: int, label
     Source: Eq. 12 of Lee et al., "Meta-Learning with Differentiable Convex Optimization" (CVPR 2019).
     """
     fitted = check_head(head).fit(episode.support, episode.support_labels, ways=ways)
-    check_tensor("query_labels", episode.query_labels, "a tensor of integers 0..ways-1", is_integer_tensor)
-    labels, logits = episode.query_labels.long(), fitted(episode.query)
+    expected = "a tensor of integers 0..ways-1"
+    labels = check_tensor("query_labels", episode.query_labels, expected, is_integer_tensor, like=fitted.scale).long()
+    logits = fitted(episode.query)
     if labels.shape != logits.shape[:-1]:
         raise InputError("query_labels", f"one label per query, {tuple(logits.shape[:-1])}", describe_shape(labels))
     if head.validate:

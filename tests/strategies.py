@@ -234,6 +234,8 @@ def good_calls(draw, *, regression: bool = False) -> tuple[dict[str, Any], int]:
     sizes = torch.randint(1, k + 1, batch, generator=generator) if ways == "tensor" else torch.full(batch, k)
     labels = torch.arange(n).expand(*batch, n) % sizes.unsqueeze(-1)
     call["labels"] = labels.to(draw(st.sampled_from(INTEGERS)))
+    if draw(st.booleans()):
+        call["allow_missing_classes"] = True
     if ways != "none":
         call["ways"] = k if ways == "int" else sizes.to(draw(st.sampled_from(INTEGERS)))
     if ways == "int" or not labels.numel():

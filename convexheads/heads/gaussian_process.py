@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads._validation import optional
+from convexheads._validation import ArrayLike, optional
 from convexheads.heads._linear_algebra import shifted_cholesky
 from convexheads.heads.base.fitted import FittedRegressor
 from convexheads.heads.base.regression import RegressionHead
@@ -36,7 +36,7 @@ class FittedGaussianProcess(FittedRegressor):
 
     expansion: _Posterior
 
-    def variance(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q"]:
+    def variance(self, query: Float[Tensor, "*batch q d"] | ArrayLike) -> Float[Tensor, "*batch q"]:
         """Posterior variance of the noise-free function, the same for all outputs.
 
         Eq. 2.26 of Rasmussen & Williams (2006). For the variance of an observation, add the head's `noise_variance`.

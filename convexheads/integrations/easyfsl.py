@@ -43,7 +43,7 @@ class HeadClassifier(FewShotClassifier):
 
     def process_support_set(self, support_images: Tensor, support_labels: Tensor) -> None:
         """Fit the head to `support_images` `(n, *image)` with `support_labels` from 0 to k - 1, `(n,)`."""
-        check_tensor("support_labels", support_labels, "a tensor of integers", is_integer_tensor)
+        support_labels = check_tensor("support_labels", support_labels, "a tensor of integers", is_integer_tensor)
         classes = support_labels.unique().tolist()
         if classes != list(range(len(classes))):
             raise InputError("support_labels", "0 to k - 1, each at least once", f"classes {classes}")

@@ -43,7 +43,7 @@ class HeadClassifier(nn.Module):
         order over all tasks of a batch, which therefore need the same classes.
         """
         if ways is None:
-            check_tensor("labels", labels, "a tensor of integers", is_integer_tensor)
+            labels = check_tensor("labels", labels, "a tensor of integers", is_integer_tensor, like=support)
             classes, labels = labels.unique(return_inverse=True)
             ways = len(classes)
         self.fitted = self.head.fit(support, labels, ways=ways)

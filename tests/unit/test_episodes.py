@@ -151,7 +151,7 @@ def test_impossible_evaluations(options, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x, y: (x.numpy(), y), r"features: expected a tensor of floating-point values.*, got ndarray"),
+        (lambda x, y: (x.long().numpy(), y), r"features: expected a tensor of floating-point values.*, got ndarray"),
         (lambda x, y: (x, y.float()), r"labels: expected a tensor of integers, got a tensor of torch.float32"),
         (
             lambda x, y: (x.index_fill(0, torch.tensor([17]), torch.nan), y),

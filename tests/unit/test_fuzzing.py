@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -46,7 +47,15 @@ pytestmark = [pytest.mark.usefixtures("unchecked"), pytest.mark.timeout(1800)]  
 # Heads ----------------------------------------------------------------------------------------------------------------
 
 
+def as_tensors(call: dict[str, Any]) -> dict[str, Any]:
+    """The call with tensors in place of arrays and lists."""
+    return {
+        name: torch.as_tensor(value) if isinstance(value, list | np.ndarray) else value for name, value in call.items()
+    }
+
+
 def check_logits(logits: Any, call: dict[str, Any], outputs: int, *, finite: bool) -> None:
+    call = as_tensors(call)
     support, query, ways = call["support"], call["query"], call.get("ways")
     flat = "targets" in call and call["targets"].ndim < support.ndim
     assert logits.shape == (query.shape[:-1] if flat else (*query.shape[:-1], outputs))
@@ -76,7 +85,7 @@ def test_good_calls_of_classification_heads():
                 told = str(error)
                 fitted = None
             if fitted is None:
-                assert head.requires_all_classes
+                assert head.requires_all_classes or "allow_missing_classes" not in call
                 assert "no example of class" in told or "covariance of zero" in told
                 return
             finite = certain(head) and call["support"].dtype != torch.float16  # in which large logits are infinite
@@ -105,6 +114,7 @@ def test_bad_calls_of_classification_heads():
             call[name] = data.draw(spoilt(call.get(name)), label=name)
         logits = outcome(lambda: head(**call))
         if logits is not None:
+            call = as_tensors(call)
             known = call["labels"].long()
             if isinstance(call.get("mask"), Tensor):
                 known = known.masked_fill(~call["mask"], 0)
@@ -129,10 +139,11 @@ def test_calls_of_regression_heads():
         values = outcome(lambda: head(**call))
         if values is None:
             return
+        fitted = head.fit(**{name: value for name, value in call.items() if name != "query"})
+        call = as_tensors(call)
         if call["targets"].ndim == call["support"].ndim:
             outputs = call["targets"].shape[-1]
         check_logits(values, call, outputs, finite=False)
-        fitted = head.fit(**{name: value for name, value in call.items() if name != "query"})
         if isinstance(fitted, ch.heads.FittedGaussianProcess):
             assert fitted.variance(call["query"]).shape == call["query"].shape[:-1]
             assert fitted.log_marginal_likelihood().shape == call["support"].shape[:-2]
@@ -246,12 +257,12 @@ def test_problems():
 
 
 def check_episode(episode: ch.episodes.Episode, call: dict[str, Any]) -> None:
-    data, labels = call["data"], call["labels"]
+    data, labels = (torch.as_tensor(call[name]) for name in ("data", "labels"))
     assert episode.support.shape[: labels.ndim] == episode.support_labels.shape
     assert episode.query.shape[: labels.ndim] == episode.query_labels.shape
     assert episode.support.shape[labels.ndim - 1] + episode.query.shape[labels.ndim - 1] == labels.shape[-1]
     assert episode.support.dtype == data.dtype
-    assert episode.query_labels.dtype == labels.dtype
+    assert episode.query_labels.dtype == (torch.int64 if call["relabel"] is True else labels.dtype)
 
 
 def check_evaluation(evaluation: ch.evaluation.Evaluation, call: dict[str, Any]) -> None:
@@ -274,9 +285,10 @@ def check_features(features: Tensor, call: dict[str, Any]) -> None:
 
 def check_batches(loader: ch.EpisodeLoader, call: dict[str, Any]) -> None:
     samples, labels = next(iter(loader))
-    assert samples.dtype == call["samples"].dtype
+    given_samples = torch.as_tensor(call["samples"])
+    assert samples.dtype == given_samples.dtype
     assert samples.shape[:2] == labels.shape
-    assert samples.shape[2:] == call["samples"].shape[1:]
+    assert samples.shape[2:] == given_samples.shape[1:]
 
 
 class Rows(torch.nn.Module):
@@ -291,7 +303,7 @@ EVALUATION |= {"episodes": 3, "batch_size": 2, "seed": 0, "progress": False}
 LOADER = {"samples": FEATURES, "labels": CLASSES, **SIZES, "batch_size": 2, "steps_per_epoch": 2, "seed": 0}
 LOADER |= {"transform": None, "resample_each_epoch": True, "rank": 0, "world_size": 1}
 FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[Any, dict[str, Any]], None]]] = {
-    "split_task": (ch.split_task, {"data": FEATURES, "labels": CLASSES, "shots": 2}, check_episode),
+    "split_task": (ch.split_task, {"data": FEATURES, "labels": CLASSES, "shots": 2, "relabel": False}, check_episode),
     "evaluate": (ch.evaluate, EVALUATION | {"rank": 0, "world_size": 1}, check_evaluation),
     "calibrate": (ch.calibrate, EVALUATION, check_calibrated),
     "embed": (ch.embed, {"backbone": Rows(), "images": FEATURES, "batch_size": 9, "progress": False}, check_features),

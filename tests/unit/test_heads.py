@@ -328,14 +328,6 @@ def test_any_integer_labels(make, dtype):
     torch.testing.assert_close(make()(support, labels.to(dtype), query, ways=each), expected)
 
 
-def test_class_without_examples():
-    support, labels, query, _ = task()
-    for head in (SVMHead(), RidgeHead()):
-        logits = head(support, labels, query, ways=5)
-        assert logits.shape[-1] == 5
-        assert torch.isfinite(logits).all()
-
-
 @heads
 def test_nothing_is_kept_on_the_head(make):
     first, second = task(seed=1), task(seed=2)

@@ -50,10 +50,11 @@ BAD_CALLS = {
         {},
         r"support: expected at least two.*, got shape \(12,\)",
     ),
-    "support that is no tensor": (
-        (SUPPORT.tolist(), LABELS, QUERY),
+    "support of text": (("features", LABELS, QUERY), {}, r"support: expected a tensor of float.*, got str"),
+    "support of uneven lists": (
+        ([[1.0, 2.0], [3.0]], LABELS, QUERY),
         {},
-        r"support: expected a tensor of float.*, got list",
+        r"support: expected a tensor of float.*, got list \(.*length 2.*\)",
     ),
     "support of integers": (
         (SUPPORT.long(), LABELS, QUERY),
@@ -76,9 +77,28 @@ BAD_CALLS = {
         r"labels: expected .*integers.*, got a tensor of torch.float32",
     ),
     "bool labels": ((SUPPORT, LABELS.bool(), QUERY), {}, r"labels: expected .*integers.*, got a tensor of torch.bool"),
-    "labels in a list": ((SUPPORT, LABELS.tolist(), QUERY), {}, r"labels: expected a tensor of integers.*, got list"),
+    "floats in a list": (
+        (SUPPORT, LABELS.double().tolist(), QUERY),
+        {},
+        r"labels: .*integers.*, got list of .*float32",
+    ),
+    "array of objects": (
+        (SUPPORT, np.array([None] * 6), QUERY),
+        {},
+        r"labels: expected a tensor of integers.*, got ndarray \(.*object.*\)",
+    ),
     "too few labels": ((SUPPORT, LABELS[:, :4], QUERY), {}, r"labels: expected .*\(2, 6\).*, got shape \(2, 4\)"),
-    "labels of one task": ((SUPPORT, LABELS[0], QUERY), {}, r"labels: expected .*\(2, 6\).*, got shape \(6,\)"),
+    "labels of one batch": ((SUPPORT, LABELS[:1], QUERY), {}, r"labels: expected .*\(2, 6\).*, got shape \(1, 6\)"),
+    "labels from 10": (
+        (SUPPORT, LABELS + 10, QUERY),
+        {},
+        r"labels: .*, got no example of class 0 in task \(0,\).*labels.unique\(return_inverse=True\)",
+    ),
+    "labels from 10 and ways": (
+        (SUPPORT, LABELS + 10, QUERY),
+        {"ways": 3},
+        r"labels: expected values 0..2, got 1\d in task \(0,\).*labels.unique\(return_inverse=True\)",
+    ),
     "negative label": ((SUPPORT, LABELS - 1, QUERY), {}, r"labels: expected values 0..ways-1.*, got -1 in task \(0,\)"),
     "label too large": ((SUPPORT, LABELS, QUERY), {"ways": 2}, r"labels: expected values 0..1.*, got 2 in task \(0,\)"),
     "no ways": ((SUPPORT, LABELS, QUERY), {"ways": 0}, r"ways: expected an integer of at least 1.*, got 0"),
@@ -116,8 +136,8 @@ BAD_CALLS = {
     ),
     "mask of other shape": (
         (SUPPORT, LABELS, QUERY),
-        {"mask": LABELS[0] > 0},
-        r"mask: expected .*\(2, 6\).*, got shape \(6,\)",
+        {"mask": LABELS[:1] > 0},
+        r"mask: expected .*\(2, 6\).*, got shape \(1, 6\)",
     ),
     "mask without examples": (
         (SUPPORT, LABELS, QUERY),
@@ -145,6 +165,18 @@ BAD_CALLS = {
         {"ways": torch.tensor([0, 3])},
         r"ways: expected at least 1.*, got 0 in task \(0,\)",
     ),
+    "ways in a list of another length": (GOOD[:3], {"ways": [3]}, r"ways: expected .*\(2,\), got shape \(1,\)"),
+    "ways in a list of floats": (GOOD[:3], {"ways": [3.0, 3.0]}, r"ways: expected integers.*, got list of .*float32"),
+    "missing classes allowed by a number": (
+        GOOD[:3],
+        {"allow_missing_classes": 1},
+        r"allow_missing_classes: expected True or False, got 1",
+    ),
+    "feature maps of as many rows as examples": (
+        (torch.randn(6, 4, 6, 6), LABELS[0], QUERY),
+        {},
+        r"support: expected flat features, \(6, d\)",
+    ),
     "query elsewhere": ((SUPPORT, LABELS, QUERY.to("meta")), {}, r"query: expected .* cpu.*, got device meta"),
 }
 
@@ -156,7 +188,7 @@ def test_bad_call(head, arguments, options, message):
         head(*arguments, **options)
     assert isinstance(caught.value, ValueError)
     assert isinstance(caught.value, ConvexHeadsError)
-    assert caught.value.argument in ("support", "labels", "query", "ways", "mask")
+    assert caught.value.argument in ("support", "labels", "query", "ways", "mask", "allow_missing_classes")
 
 
 BAD_ARGUMENTS = {
@@ -213,19 +245,6 @@ def test_solve_that_returns_no_expansion():
 
     with pytest.raises(InputError, match=r"Wrong\.solve: expected a KernelExpansion.*, got a result of type Tensor"):
         Wrong()(*GOOD[:3])
-
-
-def test_mask_that_leaves_a_class_empty():
-    mask = LABELS != 1
-    for head in (PrototypeHead(), MahalanobisHead(), LinearDiscriminantHead(variance=1.0)):
-        with pytest.raises(InputError, match=r"labels: expected .*, got no example of class 1 in task \(0,\)"):
-            head(*GOOD[:3], mask=mask)
-    assert torch.isfinite(SVMHead()(*GOOD[:3], mask=mask)).all()
-
-
-def test_class_without_examples_where_the_head_needs_one():
-    with pytest.raises(InputError, match=r"labels: expected at least one.*, got no example of class 3 in task \(0,\)"):
-        PrototypeHead()(*GOOD[:3], ways=4)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,11 @@ from typing import ClassVar
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from convexheads._validation import check_classification
+from convexheads._validation import ArrayLike
 from convexheads.errors import ConvexHeadsError, InputError, SolverError
 from convexheads.heads.base.fitted import FittedClassifier
 from convexheads.heads.base.head import Head
+from convexheads.heads.base.inputs import check_classification
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet, merge_groups, one_hot
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
@@ -31,7 +32,7 @@ class ClassificationHead(Head):
 
     checks = Head.checks | {"scale": check_positive}
     requires_all_classes: ClassVar[bool] = False
-    """Whether a class without support examples is an error."""
+    """Whether the head has no solution for a class without support examples: an error in any case."""
 
     def __init__(self, *, kernel: KernelLike | None = None, scale: Hyperparameter = 1.0, validate: bool = True) -> None:
         super().__init__(kernel=kernel, validate=validate)
@@ -39,61 +40,77 @@ class ClassificationHead(Head):
 
     def forward(
         self,
-        support: Float[Tensor, "*batch n d"],
-        labels: Integer[Tensor, "*batch n"],
-        query: Float[Tensor, "*batch q d"],
+        support: Float[Tensor, "*batch n d"] | ArrayLike,
+        labels: Integer[Tensor, "*#batch n"] | ArrayLike,
+        query: Float[Tensor, "*batch q d"] | ArrayLike,
         *,
-        ways: int | Integer[Tensor, "*#batch"] | None = None,
-        mask: Bool[Tensor, "*batch n"] | None = None,
+        ways: int | Integer[Tensor, "*#batch"] | ArrayLike | None = None,
+        mask: Bool[Tensor, "*#batch n"] | ArrayLike | None = None,
+        allow_missing_classes: bool = False,
     ) -> Float[Tensor, "*batch q k"]:
         """Fit on the support and score the query: `head.fit(support, labels, ...)(query)`.
 
+        NumPy arrays and nested lists are accepted in place of tensors, and keep the dtype of the array; the result is
+        a tensor.
+
         Args:
             support: features, `(*batch, n, d)`; the leading dimensions are tasks, any number of them.
-            labels: `(*batch, n)`, any integer dtype, values 0..k-1 in any order (renumber others first:
-                `labels.unique(return_inverse=True)[1]`); shots may differ between classes.
+            labels: `(*batch, n)`, or `(n,)` if all tasks have the same; any integer dtype, values 0..k-1 in any order
+                (renumber others first: `labels.unique(return_inverse=True)[1]`); shots may differ between classes.
             query: features, `(*batch, q, d)`.
             ways: number of classes k. Defaults to None, the largest label plus one (reading it waits for a GPU). A
-                tensor of integers, `(*batch,)`, is the number of classes of each task; k is then the largest of them,
-                and the logits of classes that a task does not have are minus infinity. Tasks with the same number of
-                classes are solved together.
-            mask: `(*batch, n)`, False at examples to ignore, so that tasks of different sizes fit into one batch.
-                Defaults to None (no mask).
+                tensor or list of integers, `(*batch,)`, is the number of classes of each task; k is then the largest of
+                them, and the logits of classes that a task does not have are minus infinity. Tasks with the same number
+                of classes are solved together.
+            mask: `(*batch, n)`, or `(n,)` for all tasks; False at examples to ignore, so that tasks of different sizes
+                fit into one batch. Defaults to None (no mask).
+            allow_missing_classes: whether a class may lack examples that are not masked. Defaults to False: each of the
+                k classes needs one or, if `ways` is a tensor or a list, each class up to the largest label of its task.
+                Heads with `requires_all_classes` need examples of every class in any case.
 
         Returns:
             Logits, `(*batch, q, k)`, in the support's dtype. Gradients reach support, query and `Learnable`s.
 
         Raises:
-            InputError: an argument is unusable. This includes a kernel that returns no Gram matrix, or one that is not
-                positive semi-definite and makes the problem fail. With `validate=False`, wrong values are not an error:
-                a label out of range gives NaN logits in its task, or that task fails in the solver. A closed form that
-                has no solution gives NaN.
+            InputError: an argument is unusable, or a class has no examples. This includes a kernel that returns no Gram
+                matrix, or one that is not positive semi-definite and makes the problem fail. With `validate=False`,
+                wrong values are not an error: a label out of range gives NaN logits in its task, or that task fails in
+                the solver. A closed form that has no solution, as for class means without examples, gives NaN.
             SolverError: a task could not be solved, and the solver's `on_failure` is "raise".
             ConvexHeadsError: in the backward pass, for a second derivative that the solver does not support.
         """
-        return self.fit(support, labels, ways=ways, mask=mask)(query)
+        fitted = self.fit(support, labels, ways=ways, mask=mask, allow_missing_classes=allow_missing_classes)
+        return fitted(query)
 
     def fit(
         self,
-        support: Float[Tensor, "*batch n d"],
-        labels: Integer[Tensor, "*batch n"],
+        support: Float[Tensor, "*batch n d"] | ArrayLike,
+        labels: Integer[Tensor, "*#batch n"] | ArrayLike,
         *,
-        ways: int | Integer[Tensor, "*#batch"] | None = None,
-        mask: Bool[Tensor, "*batch n"] | None = None,
+        ways: int | Integer[Tensor, "*#batch"] | ArrayLike | None = None,
+        mask: Bool[Tensor, "*#batch n"] | ArrayLike | None = None,
+        allow_missing_classes: bool = False,
     ) -> FittedClassifier:
         """Fit on the support sets of a batch of tasks.
 
-        The arguments `support`, `labels`, `ways` and `mask`, and the errors, are those of `forward`.
+        The arguments `support`, `labels`, `ways`, `mask` and `allow_missing_classes`, and the errors, are those of
+        `forward`.
 
         Returns:
             The fitted head, to be called on queries `(*batch, q, d)`. Its `solution` has the certificate.
         """
-        max_ways = check_classification(
-            support, labels, ways, mask, requires_all_classes=self.requires_all_classes, validate=self.validate
+        support, labels, ways_per_task, mask, max_ways = check_classification(
+            support,
+            labels,
+            ways,
+            mask,
+            needed_by=type(self).__name__ if self.requires_all_classes else None,
+            allow_missing_classes=allow_missing_classes,
+            validate=self.validate,
         )
         with full_precision(support.device):
-            ways_per_task = ways.long() if isinstance(ways, Tensor) and ways.ndim else None
-            targets = one_hot(labels, max_ways, ways_per_task, working_dtype(support.device))
+            dtype = working_dtype(support.device)
+            targets = one_hot(labels, max_ways, ways_per_task, dtype, validated=self.validate)
             examples = self._support_set(support, targets, mask)
             if ways_per_task is None or not ways_per_task.numel():
                 expansion = self._solve_checked(examples)

@@ -13,8 +13,9 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from convexheads._gram import constant, scaled
-from convexheads._validation import check_query
+from convexheads._validation import ArrayLike
 from convexheads.errors import ConvexHeadsError
+from convexheads.heads.base.inputs import check_query
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.kernels import KernelLike, Linear, Product, Sum, compute_gram, gram_diagonal
 from convexheads.precision import full_precision
@@ -42,12 +43,12 @@ class Fitted:
         """Status, certified gap and multipliers of each task; None for a closed form and for `CvxpyHead`."""
         return self.expansion.solution
 
-    def __call__(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "..."]:
+    def __call__(self, query: Float[Tensor, "*batch q d"] | ArrayLike) -> Float[Tensor, "..."]:
         """Score queries, or predict their values.
 
         Args:
             query: features, `(*batch, q, d)`, of any floating-point dtype, on the device of the support, with its
-                leading dimensions and feature size.
+                leading dimensions and feature size; a tensor, a NumPy array or nested lists.
 
         Returns:
             Scores of all outputs, `(*batch, q, k)`, in the dtype of the support.
@@ -72,9 +73,9 @@ class Fitted:
                 scores = scores + weight * gram_diagonal(self.support.kernel, query).unsqueeze(-1)
             return self._to_output(scores)
 
-    def _prepare(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q d"]:
+    def _prepare(self, query: Float[Tensor, "*batch q d"] | ArrayLike) -> Float[Tensor, "*batch q d"]:
         """The `query` in working precision, after all checks."""
-        check_query(query, self.support.features, validate=self.support.validate)
+        query = check_query(query, self.support.features, validate=self.support.validate)
         return query.to(self.support.features.dtype)
 
     def _to_output(self, scores: Tensor) -> Tensor:
@@ -160,12 +161,12 @@ class FittedClassifier(Fitted):
     scale: Float[Tensor, ""]
     ways: Integer[Tensor, "*batch"] | None = None
 
-    def __call__(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q k"]:
+    def __call__(self, query: Float[Tensor, "*batch q d"] | ArrayLike) -> Float[Tensor, "*batch q k"]:
         """The logits of `query`, `(*batch, q, k)`, as in `Fitted`; minus infinity for classes that a task lacks."""
         logits = super().__call__(query)
         return logits if self.ways is None else logits.masked_fill(self._absent.unsqueeze(-2), -torch.inf)
 
-    def probabilities(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q k"]:
+    def probabilities(self, query: Float[Tensor, "*batch q d"] | ArrayLike) -> Float[Tensor, "*batch q k"]:
         """The softmax of the logits of `query`, `(*batch, q, k)`; see `calibrate`. The errors are those of a call."""
         return self(query).softmax(-1)
 
@@ -196,7 +197,7 @@ class FittedRegressor(Fitted):
 
     single_output: bool = False
 
-    def __call__(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "..."]:
+    def __call__(self, query: Float[Tensor, "*batch q d"] | ArrayLike) -> Float[Tensor, "..."]:
         """The values of `query`, `(*batch, q)` or `(*batch, q, outputs)`, as in `Fitted`; in units of the targets."""
         values = super().__call__(query)
         return values.squeeze(-1) if self.single_output else values

@@ -7,9 +7,10 @@ from typing import ClassVar
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from convexheads._validation import check_regression
+from convexheads._validation import ArrayLike
 from convexheads.heads.base.fitted import FittedRegressor
 from convexheads.heads.base.head import Head
+from convexheads.heads.base.inputs import check_regression
 from convexheads.precision import full_precision
 
 
@@ -26,22 +27,22 @@ class RegressionHead(Head):
 
     def forward(
         self,
-        support: Float[Tensor, "*batch n d"],
-        targets: Float[Tensor, "..."],
-        query: Float[Tensor, "*batch q d"],
+        support: Float[Tensor, "*batch n d"] | ArrayLike,
+        targets: Float[Tensor, "..."] | ArrayLike,
+        query: Float[Tensor, "*batch q d"] | ArrayLike,
         *,
-        mask: Bool[Tensor, "*batch n"] | None = None,
+        mask: Bool[Tensor, "*#batch n"] | ArrayLike | None = None,
     ) -> Float[Tensor, "..."]:
         """Fit on the support and predict for the query: `head.fit(support, targets, ...)(query)`.
 
-        The errors are those of `ClassificationHead.forward`.
+        The errors are those of `ClassificationHead.forward`, and arrays and lists are accepted as described there.
 
         Args:
             support: features, `(*batch, n, d)`; the leading dimensions are tasks, any number of them.
             targets: values to regress on, `(*batch, n)` or `(*batch, n, outputs)`, of any floating-point dtype.
             query: features, `(*batch, q, d)`.
-            mask: `(*batch, n)`, False at examples to ignore, so that tasks of different sizes fit into one batch.
-                Defaults to None (no mask).
+            mask: `(*batch, n)`, or `(n,)` for all tasks; False at examples to ignore, so that tasks of different sizes
+                fit into one batch. Defaults to None (no mask).
 
         Returns:
             Predictions, `(*batch, q)` or `(*batch, q, outputs)`, in the units of the targets and in the support's
@@ -51,10 +52,10 @@ class RegressionHead(Head):
 
     def fit(
         self,
-        support: Float[Tensor, "*batch n d"],
-        targets: Float[Tensor, "..."],
+        support: Float[Tensor, "*batch n d"] | ArrayLike,
+        targets: Float[Tensor, "..."] | ArrayLike,
         *,
-        mask: Bool[Tensor, "*batch n"] | None = None,
+        mask: Bool[Tensor, "*#batch n"] | ArrayLike | None = None,
     ) -> FittedRegressor:
         """Fit on the support sets of a batch of tasks.
 
@@ -63,7 +64,7 @@ class RegressionHead(Head):
         Returns:
             The fitted head, to be called on queries `(*batch, q, d)`.
         """
-        single = check_regression(support, targets, mask, validate=self.validate)
+        support, targets, mask, single = check_regression(support, targets, mask, validate=self.validate)
         with full_precision(support.device):
             examples = self._support_set(support, targets.unsqueeze(-1) if single else targets, mask)
             expansion = self._solve_checked(examples)

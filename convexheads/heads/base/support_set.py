@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.nn import functional
 
+from convexheads._validation import out_of_range
 from convexheads.kernels import KernelLike, Linear, compute_gram
 from convexheads.solvers.problem import Solution, TensorRecord
 
@@ -86,13 +87,20 @@ class KernelExpansion(TensorRecord):
 
 
 def one_hot(
-    labels: Integer[Tensor, "*batch n"], max_ways: int, ways: Integer[Tensor, "*batch"] | None, dtype: torch.dtype
+    labels: Integer[Tensor, "*batch n"],
+    max_ways: int,
+    ways: Integer[Tensor, "*batch"] | None,
+    dtype: torch.dtype,
+    *,
+    validated: bool,
 ) -> Float[Tensor, "*batch n k"]:
-    """One-hot labels, with NaN rows where a label is out of range, also for the number of classes of its task."""
-    labels, limit = labels.long(), max_ways if ways is None else ways.unsqueeze(-1)
-    in_range = ((labels >= 0) & (labels < limit)).unsqueeze(-1)
-    targets = labels.unsqueeze(-1) == torch.arange(max_ways, device=labels.device)
-    return targets.to(dtype).where(in_range, torch.nan)
+    """One-hot labels; unless they are `validated`, with NaN rows where a label is out of the range of its task."""
+    labels = labels.long()
+    targets = (labels.unsqueeze(-1) == torch.arange(max_ways, device=labels.device)).to(dtype)
+    if validated:
+        return targets
+    limit = max_ways if ways is None else ways.unsqueeze(-1)
+    return targets.masked_fill(out_of_range(labels, limit).unsqueeze(-1), torch.nan)
 
 
 def _mask_gram(gram: Tensor, mask: Tensor) -> Tensor:

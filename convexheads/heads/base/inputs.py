@@ -1,0 +1,198 @@
+"""Checks of what a fit and a call of a head receive, and its conversion to tensors."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from convexheads._functorch import inspect_values
+from convexheads._validation import (
+    check_bool,
+    check_finite,
+    check_finite_values,
+    check_positive_int,
+    check_range,
+    check_tensor,
+    describe_first_task,
+    describe_shape,
+    describe_task,
+    is_bool_tensor,
+    is_float_tensor,
+    is_integer_tensor,
+    out_of_range,
+)
+from convexheads.errors import InputError
+
+# With more classes than this, labels are almost certainly raw class ids, and the one-hot matrix would exhaust memory.
+_MAX_WAYS = 2**20
+_RENUMBER = "number the classes of each task from 0, as labels.unique(return_inverse=True)[1] does"
+
+
+def _check_features(name: str, value: object, like: Tensor | None = None) -> Tensor:
+    value = check_tensor(name, value, "a tensor of floating-point features", is_float_tensor, like=like)
+    if value.ndim < 2:
+        raise InputError(name, "at least two dimensions, (*batch, examples, features)", describe_shape(value))
+    return value
+
+
+def _check_match(name: str, value: Tensor, support: Tensor, shape: tuple[int, ...], expected: str) -> None:
+    """Raise `InputError` unless the `value` has this `shape`, which `expected` describes, and the support's device."""
+    if value.shape != shape:
+        raise InputError(name, f"{expected}, {tuple(shape)}", describe_shape(value))
+    if value.device != support.device:
+        raise InputError(name, f"the support's device, {support.device}", f"device {value.device}")
+
+
+def _check_per_example(name: str, value: Tensor, support: Tensor, expected: str) -> Tensor:
+    """Return the labels or the mask of all tasks: those of one task, `(n,)`, are expanded."""
+    examples = support.shape[:-1]
+    if value.shape == examples[-1:]:
+        value = value.expand(examples)
+    _check_match(name, value, support, examples, expected)
+    return value
+
+
+def check_classification(
+    support: object,
+    labels: object,
+    ways: object,
+    mask: object,
+    *,
+    needed_by: str | None,
+    allow_missing_classes: object,
+    validate: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
+    """Check the arguments of a fit, where `needed_by` is the name of a head that needs examples of every class.
+
+    Return support, labels, ways if they are given per task, and mask, all as tensors for all tasks, and the largest
+    number of classes.
+    """
+    support, mask = _check_examples(support, mask)
+    labels = check_tensor("labels", labels, "a tensor of integers 0..ways-1", is_integer_tensor, like=support)
+    # Labels (n,) are those of n feature maps (n, c, h, w), also where h is n, but those of each of n tasks (n, n, d).
+    may_be_shared = labels.shape == support.shape[-2:-1]
+    if labels.shape == support.shape[: labels.ndim] and support.ndim > labels.ndim + 1 + may_be_shared:
+        expected = f"flat features, {(*labels.shape, 'd')}".replace("'", "")
+        raise InputError("support", expected, describe_shape(support))
+    labels = _check_per_example("labels", labels, support, "one label per support example")
+    is_tensor, per_task = isinstance(ways, Tensor), None
+    if getattr(ways, "ndim", isinstance(ways, list | tuple)) or (is_tensor and not is_integer_tensor(ways)):
+        per_task = check_tensor("ways", ways, "integers, one per task", is_integer_tensor, like=support)
+        _check_match("ways", per_task, support, labels.shape[:-1], "integers, one per task")
+        per_task, is_tensor = per_task.long(), True
+    elif ways is not None:
+        ways = check_positive_int("ways", ways, alternative=", a tensor of them, or None")
+    allow = check_bool("allow_missing_classes", allow_missing_classes) and needed_by is None
+    needed = "none" if allow else "shown" if is_tensor and needed_by is None else "all"
+    known = ways if per_task is None else per_task
+    max_ways = inspect_values(_check_labels, support, labels, known, mask, needed, needed_by, validate)
+    return support, labels, per_task, mask, max_ways
+
+
+def _check_labels(
+    support: Tensor,
+    labels: Tensor,
+    ways: int | Tensor | None,
+    mask: Tensor | None,
+    needed: str,
+    needed_by: str | None,
+    validate: bool,
+) -> int:
+    """Return the largest number of classes. The classes that need examples are "all", those "shown" or "none"."""
+    labels = labels.long()  # torch cannot compare its unsigned types
+    if mask is not None:
+        labels = labels.masked_fill(~mask, 0)
+    if isinstance(ways, Tensor):
+        max_ways = int(ways.max().item()) if ways.numel() else 1
+    else:
+        max_ways = ways or (max(1, int(labels.max().item()) + 1) if labels.numel() else 1)
+    if max_ways > _MAX_WAYS:
+        origin = "" if ways else "; without ways=, this is the largest label plus one, so number the classes from 0"
+        raise InputError("ways", f"at most {_MAX_WAYS}", f"{max_ways}{origin}")
+    if not validate or not labels.numel():
+        return max_ways
+    _check_values(mask, support)
+    if isinstance(ways, Tensor) and (ways < 1).any():
+        raise InputError("ways", "at least 1", f"{ways[ways < 1][0].item()} in {describe_first_task(ways < 1)}")
+    limit = ways.unsqueeze(-1) if isinstance(ways, Tensor) else max_ways
+    missing = None if needed == "none" else _find_missing(labels, limit, max_ways, mask, needed)
+    # One look at the device for both errors.
+    if missing is None or (out_of_range(labels, limit).any() | missing.any()):
+        check_range("labels", labels, limit, ways - 1 if isinstance(ways, int) else "ways-1", f"; {_RENUMBER}")
+        if missing is not None:
+            _raise_missing(labels, missing, mask, needed_by)
+    return max_ways
+
+
+def _find_missing(labels: Tensor, limit: int | Tensor, max_ways: int, mask: Tensor | None, needed: str) -> Tensor:
+    """Which classes lack the examples that they need, `(*batch, classes)`."""
+    # Of n + 1 classes, one lacks examples: no more of them are compared with the labels.
+    classes = torch.arange(min(max_ways, labels.shape[-1] + 1), device=labels.device)
+    found = labels.unsqueeze(-1) == classes
+    missing = ~(found if mask is None else found & mask.unsqueeze(-1)).any(-2)
+    if needed == "shown":
+        missing &= classes <= labels.amax(-1, keepdim=True)
+    elif isinstance(limit, Tensor):
+        missing &= classes < limit
+    return missing
+
+
+def _raise_missing(labels: Tensor, missing: Tensor, mask: Tensor | None, needed_by: str | None) -> NoReturn:
+    """Raise `InputError` for the first of the `missing` classes, `(*batch, classes)`, with the remedy."""
+    *task, absent = missing.nonzero()[0].tolist()
+    has_gap = absent < labels[tuple(task)].max()
+    remedy = _RENUMBER if has_gap else "pass the number of classes of each task as the tensor ways"
+    expected = f"at least one example {'' if mask is None else 'that is not masked '}of every class"
+    if needed_by is None:
+        remedy += ", or allow_missing_classes=True"
+    else:
+        expected += f", which {needed_by} needs"
+    raise InputError("labels", expected, f"no example of class {absent} in {describe_task(task)}; {remedy}")
+
+
+def check_regression(
+    support: object, targets: object, mask: object, *, validate: bool
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """Check the arguments of a fit; return them as tensors, and whether the targets lack an output dimension."""
+    support, mask = _check_examples(support, mask)
+    targets = check_tensor("targets", targets, "a tensor of floating-point values", is_float_tensor, like=support)
+    examples = support.shape[:-1]
+    single = targets.shape == examples
+    shape = (*examples, max(1, targets.shape[-1])) if targets.ndim == support.ndim else examples
+    _check_match("targets", targets, support, shape, "one value, or one row of values, per support example")
+    if validate:
+        inspect_values(_check_values, mask, support, targets.unsqueeze(-1) if single else targets)
+    return support, targets, mask, single
+
+
+def _check_examples(support: object, mask: object) -> tuple[Tensor, Tensor | None]:
+    support = _check_features("support", support)
+    *_, n, d = support.shape
+    if not n or not d:
+        raise InputError("support", "at least one example and one feature, (*batch, n, d)", describe_shape(support))
+    if mask is None:
+        return support, None
+    expected = "a tensor of bool, False at examples to ignore"
+    mask = check_tensor("mask", mask, expected, is_bool_tensor, like=support)
+    return support, _check_per_example("mask", mask, support, "one entry per support example")
+
+
+def _check_values(mask: Tensor | None, support: Tensor, targets: Tensor | None = None) -> None:
+    if mask is not None and (empty := ~mask.any(-1)).any():
+        raise InputError("mask", "at least one example in every task", f"none in {describe_first_task(empty)}")
+    for name, value in (("support", support), ("targets", targets)):
+        if value is not None:
+            check_finite_values(name, value if mask is None else value.masked_fill(~mask.unsqueeze(-1), 0))
+
+
+def check_query(query: object, support: Tensor, *, validate: bool) -> Tensor:
+    """Return the `query` as a tensor, or raise `InputError`."""
+    query = _check_features("query", query, like=support)
+    *batch, _, d = support.shape
+    what = "feature size" if query.shape[:-2] == support.shape[:-2] else "task dimensions"
+    _check_match("query", query, support, (*batch, query.shape[-2], d), f"the {what} of the support")
+    if validate:
+        check_finite("query", query)
+    return query
