@@ -61,6 +61,7 @@ def newton_step(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
     return right - SoftmaxKKT.factorize(gram, p).solve(gram @ right)
 
 
+@torch.library.custom_op("convexheads::solve_logistic", mutates_args=())
 def solve(gram: Tensor, targets: Tensor, *, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Solve tasks `(*batch, n, k)` by damped Newton steps until each gap is below `tolerance` or stops falling.
 
@@ -87,6 +88,12 @@ def solve(gram: Tensor, targets: Tensor, *, tolerance: float, max_steps: int) ->
         if best.done.all():
             break
     return best.tensors[0].reshape(*batch, n, k), best.gap.reshape(batch), best.iterations.reshape(batch)
+
+
+@solve.register_fake
+def _(gram: Tensor, targets: Tensor, *, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    tasks = targets.new_empty(targets.shape[:-2])
+    return torch.empty_like(targets), tasks, torch.empty_like(tasks, dtype=torch.long)
 
 
 def certified_gap(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:

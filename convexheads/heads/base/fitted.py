@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
+from convexheads._compiler import traced_if
 from convexheads._gram import constant, scaled
 from convexheads._validation import check_query
 from convexheads.errors import ConvexHeadsError
@@ -42,6 +43,7 @@ class Fitted:
         """Status, certified gap and multipliers of each task; None for a closed form and for `CvxpyHead`."""
         return self.expansion.solution
 
+    @traced_if(lambda fitted, **_: not fitted.support.validate, "a head with validate=False")
     def __call__(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "..."]:
         """Score queries, or predict their values.
 

@@ -7,10 +7,13 @@ from typing import ClassVar
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from convexheads._compiler import traced_if
 from convexheads._validation import check_regression
 from convexheads.heads.base.fitted import FittedRegressor
 from convexheads.heads.base.head import Head
 from convexheads.precision import full_precision
+
+_traced = traced_if(lambda head, **_: head.is_traceable, "validate=False and a solver that can be traced")
 
 
 class RegressionHead(Head):
@@ -24,6 +27,7 @@ class RegressionHead(Head):
 
     _fitted_class: ClassVar[type[FittedRegressor]] = FittedRegressor
 
+    @_traced
     def forward(
         self,
         support: Float[Tensor, "*batch n d"],
@@ -49,6 +53,7 @@ class RegressionHead(Head):
         """
         return self.fit(support, targets, mask=mask)(query)
 
+    @_traced
     def fit(
         self,
         support: Float[Tensor, "*batch n d"],
