@@ -19,6 +19,7 @@ from convexheads.solvers.kkt import cholesky
 
 _MAX_BACKTRACKS = 30
 _PATIENCE = 3
+_SCHEMA = "(Tensor gram, Tensor targets, *, float tolerance, int max_steps) -> (Tensor, Tensor, Tensor)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +62,11 @@ def newton_step(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
     return right - SoftmaxKKT.factorize(gram, p).solve(gram @ right)
 
 
-@torch.library.custom_op("convexheads::solve_logistic", mutates_args=())
+@torch.library.custom_op("convexheads::solve_logistic", mutates_args=(), schema=_SCHEMA)
 def solve(gram: Tensor, targets: Tensor, *, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Solve tasks `(*batch, n, k)` by damped Newton steps until each gap is below `tolerance` or stops falling.
+
+    It is an operator, because compilers cannot trace a loop whose length depends on values.
 
     Returns coefficients that are feasible for the dual, their certified relative duality gap, and the number of steps.
     """

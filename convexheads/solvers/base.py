@@ -66,7 +66,7 @@ class Plan(NamedTuple):
     max_tasks: int | None = None
 
 
-class Solver(Settings):
+class Solver(compiled.GraphSolver, Settings):
     """Base class of solvers. A solver holds settings only, so any number of heads and threads can share it.
 
     A subclass implements one method, `solve_batch`, which returns coefficients. The base class first rescales the
@@ -92,16 +92,6 @@ class Solver(Settings):
     """The optional package that the backend needs, which is also the name of the extra that installs it."""
     provides_gradient: ClassVar[bool] = False
     """Whether the coefficients that `solve_batch` returns have a gradient. If not, it runs without autograd."""
-
-    _number: int
-
-    def __new__(cls, *_: Any, **__: Any) -> Solver:
-        solver = super().__new__(cls)
-        vars(solver)["_number"] = compiled.register(solver)
-        return solver
-
-    def __setstate__(self, state: dict[str, Any]) -> None:  # a copy is another solver
-        vars(self).update(state | {"_number": self._number})
 
     @property
     def rescales(self) -> bool:
@@ -171,13 +161,12 @@ class Solver(Settings):
             flat = problem.flatten()
             if any(value.dtype != dtype for value in flat.tensors().values()):
                 flat = flat.map(lambda _, value: value.to(dtype))
-            solution = compiled.solve(self._number, flat) if torch.compiler.is_compiling() else self._solve_flat(flat)
+            solution = compiled.solve(self, flat) if torch.compiler.is_compiling() else self._solve_flat(flat)
             if len(batch) != 1:
                 solution = solution.map(lambda _, value: value.reshape((*batch, *value.shape[1:])))
         return handle_failures(type(self).__name__, solution, self.tolerance, self.on_failure)
 
     def solve_unattached(self, problem: DualProblem) -> compiled.UnattachedSolution:
-        """Solve a flat batch in working precision for a compiled graph, which attaches the gradient."""
         solution = self._solve_flat(problem, attach=False)
         assert isinstance(solution, compiled.UnattachedSolution)
         return solution

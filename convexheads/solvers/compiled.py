@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -33,26 +33,31 @@ class UnattachedSolution(Solution):
     hessian_scale: Float[Tensor, " tasks"]
 
 
-class _SolvesFlatBatches(Protocol):
-    def solve_unattached(self, problem: DualProblem) -> UnattachedSolution: ...
+class GraphSolver:
+    """The part of a solver that graphs need. They refer to it by a number, because operators take no other objects."""
+
+    _count: ClassVar = count()
+    _by_number: ClassVar[WeakValueDictionary[int, GraphSolver]] = WeakValueDictionary()
+
+    def __new__(cls, *_: Any, **__: Any):
+        solver = super().__new__(cls)
+        number = vars(solver)["_number"] = next(cls._count)
+        cls._by_number[number] = solver
+        return solver
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # a copy keeps its own number
+        vars(self).update(state | {"_number": vars(self)["_number"]})
+
+    def solve_unattached(self, problem: DualProblem) -> UnattachedSolution:
+        """Solve a flat batch in working precision. The graph attaches the gradient."""
+        raise NotImplementedError
 
 
-_numbers = count()
-_solvers: WeakValueDictionary[int, _SolvesFlatBatches] = WeakValueDictionary()
-
-
-def register(solver: _SolvesFlatBatches) -> int:
-    """The number by which graphs refer to a `solver`, because operators take only numbers and tensors."""
-    number = next(_numbers)
-    _solvers[number] = solver
-    return number
-
-
-def solve(number: int, problem: DualProblem) -> Solution:
-    """Solve a flat batch in working precision by the solver with this number. The iterations are unknown."""
+def solve(solver: GraphSolver, problem: DualProblem) -> Solution:
+    """Solve a flat batch in working precision, in a graph. The number of iterations is unknown."""
     data = problem.detach()
     tensors = data.gram, data.linear, data.lower, data.upper, data.smoothing, data.gram_factor
-    coef, *values, at_upper, at_lower, hessian_scale = _solve_dual(number, data.rows_sum_to_zero, *tensors)
+    coef, *values, at_upper, at_lower, hessian_scale = _solve_dual(vars(solver)["_number"], data.rows_sum_to_zero, *tensors)
     scale = hessian_scale[:, None, None]
     smoothing = None if data.smoothing is None else scale * data.smoothing
     kkt = _DeferredKKT(scale * data.gram, smoothing, at_upper, at_lower, data.rows_sum_to_zero)
@@ -69,7 +74,7 @@ def _solve_dual(solver, rows_sum_to_zero, gram, linear, lower, upper, smoothing,
     problem = DualProblem(gram, linear, lower, upper, smoothing, rows_sum_to_zero, gram_factor)
     check_problem(problem)
     with torch.no_grad():
-        found = _solvers[solver].solve_unattached(problem)
+        found = GraphSolver._by_number[solver].solve_unattached(problem)
     values = (found.coef, found.bound_multipliers, found.row_multipliers, found.status, found.gap, found.residual)
     return tuple(value.contiguous() for value in (*values, found.at_upper, found.at_lower, found.hessian_scale))
 

@@ -127,6 +127,18 @@ class Fitted:
         linear.load_state_dict({"weight": weight, "bias": bias})
         return linear
 
+    def to_module(self) -> nn.Module:
+        """A new module that maps queries to the scores, without gradients to the support set, and without checks.
+
+        Use it to export a fitted head to `torch.export` or ONNX. If the scores are linear in the features, `to_linear`
+        is smaller and faster.
+
+        Example:
+            `torch.export.export(fitted.to_module(), (query,))`
+        """
+        fitted = self.detach()
+        return _Scores(replace(fitted, support=replace(fitted.support, validate=False))).eval()
+
     def _affine_form(self) -> tuple[Any, Any]:
         weight = self.expansion.self_similarity_weight
         if self.expansion.quadratic is not None or isinstance(weight, Tensor) or weight != 0:
@@ -202,6 +214,21 @@ class FittedRegressor(Fitted):
         """The values of `query`, `(*batch, q)` or `(*batch, q, outputs)`, as in `Fitted`; in units of the targets."""
         values = super().__call__(query)
         return values.squeeze(-1) if self.single_output else values
+
+
+class _Scores(nn.Module):
+    """A fitted head as a module."""
+
+    def __init__(self, fitted: Fitted) -> None:
+        super().__init__()
+        self.fitted = fitted
+
+    def forward(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "..."]:
+        return self.fitted(query)
+
+    def _apply(self, fn, recurse=True):  # `to`, `double` and similar methods call this
+        self.fitted = _map(self.fitted, lambda part: fn(part) if isinstance(part, Tensor) else part._apply(fn, recurse))
+        return super()._apply(fn, recurse)
 
 
 def _map(value: Any, change: Callable[[Any], Any]) -> Any:
