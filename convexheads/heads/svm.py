@@ -64,7 +64,7 @@ class MulticlassSVM(ClassificationHead):
 
     @property
     def is_traceable(self) -> bool:
-        return super().is_traceable and self.solver.is_traceable
+        return not self.validate and self.solver.is_traceable  # compilers get `super().is_traceable` wrong
 
     def upper_bound(self, like: Tensor) -> Float[Tensor, ""]:
         """The upper bound of the slacks' multipliers, C or infinity, a 0-d tensor in the dtype and device of `like`."""
@@ -241,7 +241,7 @@ class SupportVectorRegressionHead(RegressionHead):
 
     @property
     def is_traceable(self) -> bool:
-        return super().is_traceable and self.solver.is_traceable
+        return not self.validate and self.solver.is_traceable  # compilers get `super().is_traceable` wrong
 
     def solve(self, support: SupportSet) -> KernelExpansion:
         gram, targets = support.gram, support.targets

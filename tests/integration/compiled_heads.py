@@ -19,7 +19,10 @@ import convexheads as ch
 from convexheads.kernels import RBF, UnitScale
 from convexheads.solvers import ActiveSetSolver, Fallback, InteriorPointSolver, NativeSolver
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+pytestmark = [  # torch's own warnings, while it compiles
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 HEADS = {
     "svm": lambda: ch.SVMHead(ch.Learnable(0.3), validate=False),
     "smoothed svm": lambda: ch.SVMHead(0.3, smoothing=ch.Learnable(0.5), squared_hinge=True, validate=False),
@@ -57,7 +60,7 @@ class Graphs:
         return graph.forward
 
     def operators(self):
-        return {str(node.target) for graph in self.graphs for node in graph.graph.nodes if node.op == "call_function"}
+        return {node.target for graph in self.graphs for node in graph.graph.nodes if node.op.startswith("call")}
 
 
 def gradients(function, head, *tensors):
@@ -135,7 +138,7 @@ def test_a_head_that_cannot_be_traced_runs_between_two_graphs(name):
         lambda s, q: head(s.sin(), labels, q.cos(), ways=known).tanh(), head, support, query, backend=graphs
     )
     assert len(graphs.graphs) == 2
-    assert len(graphs.operators()) == 3
+    assert graphs.operators() == {"sin", "cos", "tanh"}
 
 
 def test_a_fit_and_its_call_run_outside_graphs():
@@ -144,13 +147,14 @@ def test_a_fit_and_its_call_run_outside_graphs():
     assert_same(
         lambda s, q: head.fit(s.sin(), labels)(q.cos()).tanh(), head, support, query, backend=graphs
     )
-    assert len(graphs.operators()) == 3
+    assert graphs.operators() == {"sin", "cos", "tanh"}
 
 
 def test_a_whole_graph_of_checks_is_refused_with_a_reason():
     support, labels, query, ways = task()
+    head = ch.SVMHead()
     with pytest.raises(dynamo.exc.Unsupported, match="validate=False"):
-        torch.compile(lambda s, q: ch.SVMHead()(s, labels, q, ways=ways), fullgraph=True, backend="eager")(support, query)
+        torch.compile(lambda s: head(s, labels, query, ways=ways), fullgraph=True, backend="eager")(support)
 
 
 @pytest.mark.parametrize("make", [ch.SVMHead, ch.LogisticHead])
@@ -202,8 +206,10 @@ def test_bounds_in_the_wrong_order_are_refused_when_the_graph_runs():
     lower = -torch.ones(1, 4, 2, dtype=torch.float64)
     gram = torch.eye(4, dtype=torch.float64)[None]
 
+    solver = NativeSolver()
+
     def solve(upper):
-        return NativeSolver().solve(DualProblem(gram, torch.ones_like(lower), lower, upper)).coef
+        return solver.solve(DualProblem(gram, torch.ones_like(lower), lower, upper)).coef
 
     compiled = torch.compile(solve, fullgraph=True, backend="eager")
     assert close(compiled(-lower), solve(-lower)) < 1e-12
