@@ -26,7 +26,7 @@ def traced_if(condition: Callable[..., bool], expected: str) -> Callable[[_C], _
     def decorate(method: _C) -> _C:
         @wraps(method)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            # Where a graph ends, the frames around the method run as usual, but the compiler still traces what they call.
+            # Where a graph ends, the frames around the method run as usual, and the compiler traces what they call.
             if not (torch.compiler.is_compiling() or "torch._dynamo" in sys.modules) or condition(self, **kwargs):
                 return method(self, *args, **kwargs)
             if _is_exporting():

@@ -15,4 +15,5 @@ def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 _REASON = "a head of convexheads is part of the graph only with validate=False and, for a classifier, ways= as a number"
 _has_reason = "reason" in inspect.signature(torch.compiler.disable).parameters  # since torch 2.7
-call_untraced = torch.compiler.disable(_call, **({"reason": _REASON} if _has_reason else {}))
+_options: Any = {"reason": _REASON} if _has_reason else {}
+call_untraced: Callable[..., Any] = torch.compiler.disable(_call, **_options)

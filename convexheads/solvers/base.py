@@ -180,7 +180,9 @@ class Solver(compiled.GraphSolver, Settings):
         problem, (first, *others), max_tasks = self.plan(whole)
         if max_tasks is not None and max_tasks < len(problem.linear):
             starts = range(0, len(problem.linear), max_tasks)
-            parts = [self._solve_flat(problem.select(slice(start, start + max_tasks)), attach=attach) for start in starts]
+            parts = [
+                self._solve_flat(problem.select(slice(start, start + max_tasks)), attach=attach) for start in starts
+            ]
             if any(part.iterations is None for part in parts):
                 parts = [replace(part, iterations=None) for part in parts]
             tensors = [part.tensors() for part in parts]
@@ -217,7 +219,8 @@ class Solver(compiled.GraphSolver, Settings):
             assert linearization is None or isinstance(linearization, ActiveSet)
             nowhere = torch.zeros_like(solution.coef, dtype=torch.bool)
             active = (nowhere, nowhere) if linearization is None else (linearization.at_upper, linearization.at_lower)
-            return compiled.UnattachedSolution(*vars(solution).values(), *active, solved.hessian_scale)
+            values: Any = (*vars(solution).values(), *active, solved.hessian_scale)
+            return compiled.UnattachedSolution(*values)
         if linearization is None:
             return replace(solution, coef=problem.linear.clone())
         return replace(solution, coef=linearization.attach(problem, solution.coef, solved.hessian_scale))

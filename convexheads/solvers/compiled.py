@@ -57,7 +57,9 @@ def solve(solver: GraphSolver, problem: DualProblem) -> Solution:
     """Solve a flat batch in working precision, in a graph. The number of iterations is unknown."""
     data = problem.detach()
     tensors = data.gram, data.linear, data.lower, data.upper, data.smoothing, data.gram_factor
-    coef, *values, at_upper, at_lower, hessian_scale = _solve_dual(vars(solver)["_number"], data.rows_sum_to_zero, *tensors)
+    coef, *values, at_upper, at_lower, hessian_scale = _solve_dual(
+        vars(solver)["_number"], data.rows_sum_to_zero, *tensors
+    )
     if not (torch.is_grad_enabled() and any(value.requires_grad for value in problem.tensors().values())):
         return Solution(coef, *values, iterations=None)
     scale = hessian_scale[:, None, None]
@@ -77,7 +79,7 @@ def _solve_dual(solver, rows_sum_to_zero, gram, linear, lower, upper, smoothing,
     check_problem(problem)
     with torch.no_grad():
         found = GraphSolver._by_number[solver].solve_unattached(problem)
-    values = (found.coef, found.bound_multipliers, found.row_multipliers, found.status, found.gap, found.residual)
+    values: Any = (found.coef, found.bound_multipliers, found.row_multipliers, found.status, found.gap, found.residual)
     values = (*values, found.at_upper, found.at_lower, found.hessian_scale)
     return tuple(value.clone(memory_format=torch.contiguous_format) for value in values)  # results share no memory
 

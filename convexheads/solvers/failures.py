@@ -49,7 +49,9 @@ def _handle_failures_later(name: str, solution: Solution, tolerance: float, on_f
     return replace(solution, coef=_pass_on(name, tolerance, on_failure, solution.coef, status, gap, residual))
 
 
-_SCHEMA = "(str name, float tolerance, str on_failure, Tensor coef, Tensor status, Tensor gap, Tensor residual) -> Tensor"
+_SCHEMA = (
+    "(str name, float tolerance, str on_failure, Tensor coef, Tensor status, Tensor gap, Tensor residual) -> Tensor"
+)
 
 
 @torch.library.custom_op("convexheads::handle_failures", mutates_args=(), schema=_SCHEMA)

@@ -134,9 +134,7 @@ def test_a_head_that_cannot_be_traced_runs_between_two_graphs(name):
     }[name]
     known = None if name == "classes unknown" else ways
     graphs = Graphs()
-    assert_same(
-        lambda s, q: head(s.sin(), labels, q.cos(), ways=known).tanh(), head, support, query, backend=graphs
-    )
+    assert_same(lambda s, q: head(s.sin(), labels, q.cos(), ways=known).tanh(), head, support, query, backend=graphs)
     assert len(graphs.graphs) == 2
     assert graphs.operators() == {"sin", "cos", "tanh"}
 
@@ -144,9 +142,7 @@ def test_a_head_that_cannot_be_traced_runs_between_two_graphs(name):
 def test_a_fit_and_its_call_run_outside_graphs():
     support, labels, query, _ = task(2)
     head, graphs = ch.LogisticHead(), Graphs()
-    assert_same(
-        lambda s, q: head.fit(s.sin(), labels)(q.cos()).tanh(), head, support, query, backend=graphs
-    )
+    assert_same(lambda s, q: head.fit(s.sin(), labels)(q.cos()).tanh(), head, support, query, backend=graphs)
     assert graphs.operators() == {"sin", "cos", "tanh"}
 
 
@@ -200,7 +196,7 @@ def test_a_graph_calls_the_solver_of_its_head(duplicate):
 
 
 def test_bounds_in_the_wrong_order_are_refused_when_the_graph_runs():
-    """A problem of one's own, on which only the solver's check stands."""
+    """A custom problem, which only the solver checks."""
     from convexheads.solvers import DualProblem
 
     lower = -torch.ones(1, 4, 2, dtype=torch.float64)

@@ -136,7 +136,11 @@ class Fitted:
         Example:
             `torch.export.export(fitted.to_module(), (query,))`
         """
-        fitted = self.detach()
+        # In files of exported programs, tensors must not share memory.
+        fitted = _map(
+            self.detach(),
+            lambda part: part.clone(memory_format=torch.contiguous_format) if isinstance(part, Tensor) else part,
+        )
         return _Scores(replace(fitted, support=replace(fitted.support, validate=False))).eval()
 
     def _affine_form(self) -> tuple[Any, Any]:
