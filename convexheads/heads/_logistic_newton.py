@@ -19,6 +19,7 @@ from convexheads.solvers.kkt import cholesky
 
 _MAX_BACKTRACKS = 30
 _PATIENCE = 3
+_SCHEMA = "(Tensor gram, Tensor targets, *, float tolerance, int max_steps) -> (Tensor, Tensor, Tensor)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +62,11 @@ def newton_step(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
     return right - SoftmaxKKT.factorize(gram, p).solve(gram @ right)
 
 
+@torch.library.custom_op("convexheads::solve_logistic", mutates_args=(), schema=_SCHEMA)
 def solve(gram: Tensor, targets: Tensor, *, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Solve tasks `(*batch, n, k)` by damped Newton steps until each gap is below `tolerance` or stops falling.
+
+    It is an operator, because compilers cannot trace a loop whose length depends on values.
 
     Returns coefficients that are feasible for the dual, their certified relative duality gap, and the number of steps.
     """
@@ -87,6 +91,12 @@ def solve(gram: Tensor, targets: Tensor, *, tolerance: float, max_steps: int) ->
         if best.done.all():
             break
     return best.tensors[0].reshape(*batch, n, k), best.gap.reshape(batch), best.iterations.reshape(batch)
+
+
+@solve.register_fake
+def _(gram: Tensor, targets: Tensor, *, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    tasks = targets.new_empty(targets.shape[:-2])
+    return torch.empty_like(targets), tasks, torch.empty_like(tasks, dtype=torch.long)
 
 
 def certified_gap(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:

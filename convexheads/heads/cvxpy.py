@@ -129,6 +129,10 @@ class CvxpyHead(ClassificationHead):
             raise MissingDependencyError("cvxpylayers", extra="cvxpylayers", needed_by="CvxpyHead")
         self.build, self.hyperparameters = build, hyperparameters
 
+    @property
+    def is_traceable(self) -> bool:
+        return False
+
     def solve(self, support: SupportSet) -> KernelExpansion:
         refuse_transforms("CvxpyHead")
         gram, targets = support.gram, support.targets

@@ -93,5 +93,5 @@ class LogisticHead(ClassificationHead):
         coef, residual = coef / penalty, torch.zeros_like(gap)
         solution = Solution(coef, None, None, status=status, gap=gap, residual=residual, iterations=taken)
         solution = solution.map(lambda _, value: value.reshape((*batch, *value.shape[1:])))
-        handle_failures("LogisticHead", solution, _TOLERANCE, self.on_failure)
+        solution = handle_failures("LogisticHead", solution, _TOLERANCE, self.on_failure)
         return KernelExpansion(solution.coef, solution=solution)

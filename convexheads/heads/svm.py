@@ -62,6 +62,10 @@ class MulticlassSVM(ClassificationHead):
         super().__init__(kernel=kernel, scale=scale, validate=validate)
         self.C, self.squared_hinge, self.smoothing, self.solver = C, squared_hinge, smoothing, get_solver(solver)
 
+    @property
+    def is_traceable(self) -> bool:
+        return not self.validate and self.solver.is_traceable  # compilers get `super().is_traceable` wrong
+
     def upper_bound(self, like: Tensor) -> Float[Tensor, ""]:
         """The upper bound of the slacks' multipliers, C or infinity, a 0-d tensor in the dtype and device of `like`."""
         return as_tensor(math.inf if self.squared_hinge else self.C, like)
@@ -234,6 +238,10 @@ class SupportVectorRegressionHead(RegressionHead):
     ) -> None:
         super().__init__(kernel=kernel, validate=validate)
         self.C, self.epsilon, self.solver = C, epsilon, get_solver(solver)
+
+    @property
+    def is_traceable(self) -> bool:
+        return not self.validate and self.solver.is_traceable  # compilers get `super().is_traceable` wrong
 
     def solve(self, support: SupportSet) -> KernelExpansion:
         gram, targets = support.gram, support.targets

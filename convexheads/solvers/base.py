@@ -15,9 +15,10 @@ from convexheads._validation import check_choice, check_positive_int, check_real
 from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError
 from convexheads.hyperparameters import Settings
 from convexheads.precision import full_precision, working_dtype
+from convexheads.solvers import compiled
 from convexheads.solvers.certificate import Certificate, account_for_rounding, certify
 from convexheads.solvers.failures import OnFailure, handle_failures
-from convexheads.solvers.implicit import Linearization, implied_active_set
+from convexheads.solvers.implicit import ActiveSet, Linearization, implied_active_set
 from convexheads.solvers.problem import DualProblem, Solution, Status, TensorRecord, check_problem
 from convexheads.solvers.rescaling import replace_non_finite_tasks, rescale
 
@@ -65,7 +66,7 @@ class Plan(NamedTuple):
     max_tasks: int | None = None
 
 
-class Solver(Settings):
+class Solver(compiled.GraphSolver, Settings):
     """Base class of solvers. A solver holds settings only, so any number of heads and threads can share it.
 
     A subclass implements one method, `solve_batch`, which returns coefficients. The base class first rescales the
@@ -96,6 +97,11 @@ class Solver(Settings):
     def rescales(self) -> bool:
         """Whether `solve_batch` gets a rescaled problem: True, unless a subclass overrides this."""
         return True
+
+    @property
+    def is_traceable(self) -> bool:
+        """Whether the solver can be part of a compiled graph: not if it has its own gradient, or a relaxed one."""
+        return not self.provides_gradient
 
     def __init__(
         self, *, max_iterations: int | None = None, tolerance: float | None = None, on_failure: OnFailure = "raise"
@@ -155,45 +161,51 @@ class Solver(Settings):
             flat = problem.flatten()
             if any(value.dtype != dtype for value in flat.tensors().values()):
                 flat = flat.map(lambda _, value: value.to(dtype))
-            solution = self._solve_flat(flat)
+            solution = compiled.solve(self, flat) if torch.compiler.is_compiling() else self._solve_flat(flat)
             if len(batch) != 1:
                 solution = solution.map(lambda _, value: value.reshape((*batch, *value.shape[1:])))
-        handle_failures(type(self).__name__, solution, self.tolerance, self.on_failure)
+        return handle_failures(type(self).__name__, solution, self.tolerance, self.on_failure)
+
+    def solve_unattached(self, problem: DualProblem) -> compiled.UnattachedSolution:
+        solution = self._solve_flat(problem, attach=False)
+        assert isinstance(solution, compiled.UnattachedSolution)
         return solution
 
     def plan(self, problem: DualProblem) -> Plan:
         """Decide how `problem`, a flat batch, is solved: here by this solver alone. Compositions override this."""
         return Plan(problem, (self,))
 
-    def _solve_flat(self, whole: DualProblem) -> Solution:
-        """Solve a flat batch in working precision, with gradient, as `plan` decides."""
+    def _solve_flat(self, whole: DualProblem, *, attach: bool = True) -> Solution:
+        """Solve a flat batch in working precision as `plan` decides, with gradient or what it is computed from."""
         problem, (first, *others), max_tasks = self.plan(whole)
         if max_tasks is not None and max_tasks < len(problem.linear):
             starts = range(0, len(problem.linear), max_tasks)
-            parts = [self._solve_flat(problem.select(slice(start, start + max_tasks))) for start in starts]
+            parts = [
+                self._solve_flat(problem.select(slice(start, start + max_tasks)), attach=attach) for start in starts
+            ]
             if any(part.iterations is None for part in parts):
                 parts = [replace(part, iterations=None) for part in parts]
             tensors = [part.tensors() for part in parts]
             return parts[0].map(lambda name, _: torch.cat([part[name] for part in tensors])).to(whole.linear.device)
-        solution = self._solve_by(first, problem)
+        solution = self._solve_by(first, problem, attach)
         selects = not is_transforming()  # inside `torch.func.vmap`, tasks cannot be selected by their values
         for solver in others:
             unsolved = ~solution.converged
             if not (unsolved.any() if selects else inspect_values(lambda unsolved: bool(unsolved.any()), unsolved)):
                 break
-            other = self._solve_by(solver, problem.select(unsolved) if selects else problem)
+            other = self._solve_by(solver, problem.select(unsolved) if selects else problem, attach)
             if solution.iterations is None or other.iterations is None:
                 solution, other = replace(solution, iterations=None), replace(other, iterations=None)
             solution = solution.replace_tasks(unsolved, other) if selects else solution.where(unsolved, other)
         return solution if problem is whole else solution.to(whole.linear.device)
 
-    def _solve_by(self, solver: Solver, problem: DualProblem) -> Solution:
+    def _solve_by(self, solver: Solver, problem: DualProblem, attach: bool) -> Solution:
         # Only a composition, or a solver that moves the problem, has to follow its own plan.
         is_planned = solver is self or solver.plan(problem) == Plan(problem, (solver,))
-        return solver._solve_alone(problem) if is_planned else solver._solve_flat(problem)
+        return (solver._solve_alone if is_planned else solver._solve_flat)(problem, attach=attach)
 
-    def _solve_alone(self, problem: DualProblem) -> Solution:
-        """Solve a flat batch in working precision, with gradient, by this solver alone."""
+    def _solve_alone(self, problem: DualProblem, *, attach: bool) -> Solution:
+        """Like `_solve_flat`, by this solver alone."""
         if self.provides_gradient:
             refuse_transforms(type(self).__name__)
             return self._solve_numerically(problem).solution
@@ -203,6 +215,12 @@ class Solver(Settings):
             with torch.no_grad():
                 solved = self._solve_numerically(problem)
         solution, linearization = solved.solution, solved.linearization
+        if not attach:
+            assert linearization is None or isinstance(linearization, ActiveSet)
+            nowhere = torch.zeros_like(solution.coef, dtype=torch.bool)
+            active = (nowhere, nowhere) if linearization is None else (linearization.at_upper, linearization.at_lower)
+            values: Any = (*vars(solution).values(), *active, solved.hessian_scale)
+            return compiled.UnattachedSolution(*values)
         if linearization is None:
             return replace(solution, coef=problem.linear.clone())
         return replace(solution, coef=linearization.attach(problem, solution.coef, solved.hessian_scale))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
@@ -18,11 +20,17 @@ OnFailure = Literal["raise", "warn", "return"]
 _INTERNAL = ("convexheads", "torch", "jaxtyping")
 
 
-def handle_failures(name: str, solution: Solution, tolerance: float, on_failure: OnFailure) -> None:
-    """Raise or warn, depending on `on_failure`, if a task of the solution failed."""
-    failures = "" if on_failure == "return" else describe_failures(solution)
-    if not failures:
-        return
+def handle_failures(name: str, solution: Solution, tolerance: float, on_failure: OnFailure) -> Solution:
+    """Return the solution or, if one of its tasks failed, raise or warn, depending on `on_failure`."""
+    if on_failure != "return":
+        if torch.compiler.is_compiling():
+            return _handle_failures_later(name, solution, tolerance, on_failure)
+        if failures := describe_failures(solution):
+            _report(failures, name, solution, tolerance, on_failure)
+    return solution
+
+
+def _report(failures: str, name: str, solution: Solution, tolerance: float, on_failure: OnFailure) -> None:
     message = f"{name}: {failures}, to the tolerance {tolerance:g}. "
     if on_failure == "raise":
         advice = "Pass on_failure='warn' or 'return' to continue."
@@ -33,6 +41,27 @@ def handle_failures(name: str, solution: Solution, tolerance: float, on_failure:
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _INTERNAL:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, SolverWarning, stacklevel=level)
+
+
+def _handle_failures_later(name: str, solution: Solution, tolerance: float, on_failure: OnFailure) -> Solution:
+    """Call `handle_failures` when a compiled graph runs. A graph keeps the operator because it returns `coef`."""
+    status, gap, residual = (value.detach() for value in (solution.status, solution.gap, solution.residual))
+    return replace(solution, coef=_pass_on(name, tolerance, on_failure, solution.coef, status, gap, residual))
+
+
+_SCHEMA = (
+    "(str name, float tolerance, str on_failure, Tensor coef, Tensor status, Tensor gap, Tensor residual) -> Tensor"
+)
+
+
+@torch.library.custom_op("convexheads::handle_failures", mutates_args=(), schema=_SCHEMA)
+def _pass_on(name, tolerance, on_failure, coef, status, gap, residual):
+    solution = Solution(coef, None, None, status=status, gap=gap, residual=residual, iterations=None)
+    return handle_failures(name, solution, tolerance, on_failure).coef.clone()
+
+
+_pass_on.register_fake(lambda name, tolerance, on_failure, coef, *_: torch.empty_like(coef))
+_pass_on.register_autograd(lambda ctx, gradient: (None, None, None, gradient, None, None, None))
 
 
 def describe_failures(solution: Solution) -> str:

@@ -30,6 +30,10 @@ class Fallback(Solver):
         super().__init__(tolerance=max(first.tolerance, then.tolerance), on_failure=on_failure)
         self.first, self.then = first, then
 
+    @property
+    def is_traceable(self) -> bool:
+        return self.first.is_traceable and self.then.is_traceable
+
     def plan(self, problem: DualProblem) -> Plan:
         plan = self.first.plan(problem)
         return plan._replace(solvers=(*plan.solvers, self.then))

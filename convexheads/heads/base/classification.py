@@ -7,6 +7,7 @@ from typing import ClassVar
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
+from convexheads._compiler import traced_if
 from convexheads._validation import ArrayLike
 from convexheads.errors import ConvexHeadsError, InputError, SolverError
 from convexheads.heads.base.fitted import FittedClassifier
@@ -17,6 +18,11 @@ from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positiv
 from convexheads.kernels import KernelLike
 from convexheads.precision import full_precision, working_dtype
 from convexheads.solvers.failures import describe_failures
+
+_traced = traced_if(
+    lambda head, ways=None, **_: head.is_traceable and isinstance(ways, int),
+    "validate=False, a solver that can be traced, and ways= as a number",
+)
 
 
 class ClassificationHead(Head):
@@ -38,6 +44,7 @@ class ClassificationHead(Head):
         super().__init__(kernel=kernel, validate=validate)
         self.scale = scale
 
+    @_traced
     def forward(
         self,
         support: Float[Tensor, "*batch n d"] | ArrayLike,
@@ -82,6 +89,7 @@ class ClassificationHead(Head):
         fitted = self.fit(support, labels, ways=ways, mask=mask, allow_missing_classes=allow_missing_classes)
         return fitted(query)
 
+    @_traced
     def fit(
         self,
         support: Float[Tensor, "*batch n d"] | ArrayLike,

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
+from convexheads._compiler import traced_if
 from convexheads._gram import constant, scaled
 from convexheads._validation import ArrayLike
 from convexheads.errors import ConvexHeadsError
@@ -43,6 +44,7 @@ class Fitted:
         """Status, certified gap and multipliers of each task; None for a closed form and for `CvxpyHead`."""
         return self.expansion.solution
 
+    @traced_if(lambda fitted, **_: not fitted.support.validate, "a head with validate=False")
     def __call__(self, query: Float[Tensor, "*batch q d"] | ArrayLike) -> Float[Tensor, "..."]:
         """Score queries, or predict their values.
 
@@ -126,6 +128,22 @@ class Fitted:
         linear.load_state_dict({"weight": weight, "bias": bias})
         return linear
 
+    def to_module(self) -> nn.Module:
+        """A new module that maps queries to the scores, without gradients to the support set, and without checks.
+
+        Use it to export a fitted head to `torch.export` or ONNX. If the scores are linear in the features, `to_linear`
+        is smaller and faster.
+
+        Example:
+            `torch.export.export(fitted.to_module(), (query,))`
+        """
+        # In files of exported programs, tensors must not share memory.
+        fitted = _map(
+            self.detach(),
+            lambda part: part.clone(memory_format=torch.contiguous_format) if isinstance(part, Tensor) else part,
+        )
+        return _Scores(replace(fitted, support=replace(fitted.support, validate=False))).eval()
+
     def _affine_form(self) -> tuple[Any, Any]:
         weight = self.expansion.self_similarity_weight
         if self.expansion.quadratic is not None or isinstance(weight, Tensor) or weight != 0:
@@ -201,6 +219,21 @@ class FittedRegressor(Fitted):
         """The values of `query`, `(*batch, q)` or `(*batch, q, outputs)`, as in `Fitted`; in units of the targets."""
         values = super().__call__(query)
         return values.squeeze(-1) if self.single_output else values
+
+
+class _Scores(nn.Module):
+    """A fitted head as a module."""
+
+    def __init__(self, fitted: Fitted) -> None:
+        super().__init__()
+        self.fitted = fitted
+
+    def forward(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "..."]:
+        return self.fitted(query)
+
+    def _apply(self, fn, recurse=True):  # `to`, `double` and similar methods call this
+        self.fitted = _map(self.fitted, lambda part: fn(part) if isinstance(part, Tensor) else part._apply(fn, recurse))
+        return super()._apply(fn, recurse)
 
 
 def _map(value: Any, change: Callable[[Any], Any]) -> Any:

@@ -39,6 +39,11 @@ class Head(Configurable, ABC):
 
     kernel: KernelLike
 
+    @property
+    def is_traceable(self) -> bool:
+        """Whether `torch.compile` and `torch.export` can trace the head: not if it reads values of tensors."""
+        return not self.validate
+
     def __init__(self, *, kernel: KernelLike | None = None, validate: bool = True) -> None:
         super().__init__()
         self.kernel = kernel  # pyright: ignore[reportAttributeAccessIssue]  # the check replaces None
@@ -71,7 +76,7 @@ class Head(Configurable, ABC):
         """Solve, and check the result."""
         with self._check_gram_after_failure(support):
             expansion = self.solve(support)
-        vars(support).pop("gram", None)  # free the memory; the next use computes it again
+        vars(support).pop("_gram", None)  # free the memory; the next use computes it again
         name = f"{type(self).__name__}.solve"
         if not isinstance(expansion, KernelExpansion):
             raise InputError(name, "a KernelExpansion", f"a result of type {type(expansion).__name__}")

@@ -7,11 +7,14 @@ from typing import ClassVar
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from convexheads._compiler import traced_if
 from convexheads._validation import ArrayLike
 from convexheads.heads.base.fitted import FittedRegressor
 from convexheads.heads.base.head import Head
 from convexheads.heads.base.inputs import check_regression
 from convexheads.precision import full_precision
+
+_traced = traced_if(lambda head, **_: head.is_traceable, "validate=False and a solver that can be traced")
 
 
 class RegressionHead(Head):
@@ -25,6 +28,7 @@ class RegressionHead(Head):
 
     _fitted_class: ClassVar[type[FittedRegressor]] = FittedRegressor
 
+    @_traced
     def forward(
         self,
         support: Float[Tensor, "*batch n d"] | ArrayLike,
@@ -50,6 +54,7 @@ class RegressionHead(Head):
         """
         return self.fit(support, targets, mask=mask)(query)
 
+    @_traced
     def fit(
         self,
         support: Float[Tensor, "*batch n d"] | ArrayLike,

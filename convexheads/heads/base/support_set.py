@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,14 +37,17 @@ class SupportSet:
     kernel: KernelLike = field(default_factory=Linear)
     validate: bool = True
 
-    @cached_property
+    @property
     def gram(self) -> Float[Tensor, "*batch n n"]:
         """The Gram matrix `kernel(features, features)`, `(*batch, n, n)`, computed on first use.
 
         Masked examples are orthogonal to all others, and their squared length is the mean over the others.
         """
-        gram = compute_gram(self.kernel, self.features, self.features, validate=self.validate)
-        return gram if self.mask is None else _mask_gram(gram, self.mask)
+        known = vars(self)  # the lock of a `cached_property` cannot be traced by `torch.compile`
+        if "_gram" not in known:
+            gram = compute_gram(self.kernel, self.features, self.features, validate=self.validate)
+            known["_gram"] = gram if self.mask is None else _mask_gram(gram, self.mask)
+        return known["_gram"]
 
     @property
     def labeled_targets(self) -> Float[Tensor, "*batch n k"]:

@@ -81,6 +81,10 @@ class InteriorPointSolver(Solver):
         self.gradient: Gradient = gradient
         self.complementarity = check_real(f"{name}(complementarity)", complementarity, positive=True)
 
+    @property
+    def is_traceable(self) -> bool:
+        return self.gradient == "exact"
+
     def solve_batch(self, problem: DualProblem) -> SolverResult:
         problem = with_gram_factor(problem)
         limit, tolerance = self.max_iterations or _MAX_ITERATIONS, aim(self.tolerance, problem.linear.dtype)

@@ -1,0 +1,40 @@
+"""Which calls `torch.compile` and `torch.export` trace, and what happens to the others."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+
+from convexheads.errors import ConvexHeadsError
+
+_C = TypeVar("_C", bound=Callable[..., Any])
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
+
+
+def traced_if(condition: Callable[..., bool], expected: str) -> Callable[[_C], _C]:
+    """Decorate a method that can be traced only if it does not read the values of tensors.
+
+    Where a graph is traced and `condition(self, **keyword_arguments)` is False, the graph ends in front of the call,
+    the method runs as it does without a compiler, and another graph begins behind it. A graph for export has to be
+    whole, so `torch.export` raises `ConvexHeadsError`, which says what is `expected` of the caller.
+    """
+
+    def decorate(method: _C) -> _C:
+        @wraps(method)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            # Where a graph ends, the frames around the method run as usual, and the compiler traces what they call.
+            if not (torch.compiler.is_compiling() or "torch._dynamo" in sys.modules) or condition(self, **kwargs):
+                return method(self, *args, **kwargs)
+            if _is_exporting():
+                raise ConvexHeadsError(f"torch.export: expected {expected}, got {self!r}")
+            from convexheads._untraced import call_untraced  # loading the compiler takes seconds
+
+            return call_untraced(method, self, *args, **kwargs)
+
+        return call  # pyright: ignore[reportReturnType]
+
+    return decorate

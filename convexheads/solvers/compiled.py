@@ -1,0 +1,123 @@
+"""Solvers in graphs of `torch.compile` and `torch.export`.
+
+The number of rounds of a solver depends on values, so a compiler cannot trace them. It sees two operators instead: one
+solves the problem, and in the backward pass the other one factorizes and solves the system of the gradient. All else,
+including the formulas of the gradient, is traced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from convexheads.solvers.implicit import ActiveSet, factorize_free
+from convexheads.solvers.kkt import KKT
+from convexheads.solvers.problem import DualProblem, Solution, check_problem
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class UnattachedSolution(Solution):
+    """The solution of a flat batch in original units, without gradient, and what its gradient is computed from.
+
+    `hessian_scale` is the Hessian of the rescaled problem divided by that of the original problem.
+    """
+
+    at_upper: Bool[Tensor, "tasks n k"]
+    at_lower: Bool[Tensor, "tasks n k"]
+    hessian_scale: Float[Tensor, " tasks"]
+
+
+class GraphSolver:
+    """The part of a solver that graphs need. They refer to it by a number, because operators take no other objects."""
+
+    _count: ClassVar = count()
+    _by_number: ClassVar[WeakValueDictionary[int, GraphSolver]] = WeakValueDictionary()
+
+    def __new__(cls, *_: Any, **__: Any):
+        solver = super().__new__(cls)
+        number = vars(solver)["_number"] = next(cls._count)
+        cls._by_number[number] = solver
+        return solver
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # a copy keeps its own number
+        vars(self).update(state | {"_number": vars(self)["_number"]})
+
+    def solve_unattached(self, problem: DualProblem) -> UnattachedSolution:
+        """Solve a flat batch in working precision. The graph attaches the gradient."""
+        raise NotImplementedError
+
+
+def solve(solver: GraphSolver, problem: DualProblem) -> Solution:
+    """Solve a flat batch in working precision, in a graph. The number of iterations is unknown."""
+    data = problem.detach()
+    tensors = data.gram, data.linear, data.lower, data.upper, data.smoothing, data.gram_factor
+    coef, *values, at_upper, at_lower, hessian_scale = _solve_dual(
+        vars(solver)["_number"], data.rows_sum_to_zero, *tensors
+    )
+    if not (torch.is_grad_enabled() and any(value.requires_grad for value in problem.tensors().values())):
+        return Solution(coef, *values, iterations=None)
+    scale = hessian_scale[:, None, None]
+    smoothing = None if data.smoothing is None else scale * data.smoothing
+    kkt = _DeferredKKT(scale * data.gram, smoothing, at_upper, at_lower, data.rows_sum_to_zero)
+    coef = ActiveSet(kkt, at_upper, at_lower).attach(problem, coef, hessian_scale)
+    return Solution(coef, *values, iterations=None)
+
+
+_DUAL = "(int solver, bool rows_sum_to_zero, Tensor gram, Tensor linear, Tensor? lower, Tensor? upper, "
+_DUAL += f"Tensor? smoothing, Tensor? gram_factor) -> ({', '.join(['Tensor'] * 9)})"
+
+
+@torch.library.custom_op("convexheads::solve_dual", mutates_args=(), schema=_DUAL)
+def _solve_dual(solver, rows_sum_to_zero, gram, linear, lower, upper, smoothing, gram_factor):
+    problem = DualProblem(gram, linear, lower, upper, smoothing, rows_sum_to_zero, gram_factor)
+    check_problem(problem)
+    with torch.no_grad():
+        found = GraphSolver._by_number[solver].solve_unattached(problem)
+    values: Any = (found.coef, found.bound_multipliers, found.row_multipliers, found.status, found.gap, found.residual)
+    values = (*values, found.at_upper, found.at_lower, found.hessian_scale)
+    return tuple(value.clone(memory_format=torch.contiguous_format) for value in values)  # results share no memory
+
+
+@_solve_dual.register_fake
+def _(solver, rows_sum_to_zero, gram, linear, lower, upper, smoothing, gram_factor):
+    one = linear.new_empty(linear.shape[:1])
+    values = torch.empty_like(linear), torch.empty_like(linear), torch.empty_like(linear[..., 0])
+    masks = (torch.empty_like(linear, dtype=torch.bool) for _ in range(2))
+    return *values, torch.empty_like(one, dtype=torch.long), torch.empty_like(one), torch.empty_like(one), *masks, one
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _DeferredKKT(KKT):
+    """The rescaled system of a problem's free entries, which is factorized when it is solved."""
+
+    gram: Float[Tensor, "tasks n n"]
+    smoothing: Float[Tensor, "tasks n k"] | None
+    at_upper: Bool[Tensor, "tasks n k"]
+    at_lower: Bool[Tensor, "tasks n k"]
+    rows_sum_to_zero: bool
+
+    def solve(self, right: Tensor, sums: Tensor, *, refinements: int) -> tuple[Tensor, Tensor]:
+        system = self.gram, self.smoothing, self.at_upper, self.at_lower
+        return _solve_kkt(self.rows_sum_to_zero, refinements, *system, right, sums)
+
+
+_KKT = "(bool rows_sum_to_zero, int refinements, Tensor gram, Tensor? smoothing, Tensor at_upper, Tensor at_lower, "
+_KKT += "Tensor right, Tensor sums) -> (Tensor, Tensor)"
+
+
+@torch.library.custom_op("convexheads::solve_kkt", mutates_args=(), schema=_KKT)
+def _solve_kkt(rows_sum_to_zero, refinements, gram, smoothing, at_upper, at_lower, right, sums):
+    problem = DualProblem(gram, right.mT, smoothing=smoothing, rows_sum_to_zero=rows_sum_to_zero)
+    x, row_multipliers = factorize_free(problem, at_upper, at_lower).solve(right, sums, refinements=refinements)
+    return x.contiguous(), row_multipliers.contiguous()
+
+
+@_solve_kkt.register_fake
+def _(rows_sum_to_zero, refinements, gram, smoothing, at_upper, at_lower, right, sums):
+    return torch.empty_like(right, memory_format=torch.contiguous_format), torch.empty_like(sums)
