@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
@@ -28,11 +28,11 @@ def fit_episodes(
     options: dict[str, int],
     batch_size: int,
     progress: bool,
-) -> Iterator[tuple[int, FittedClassifier, Tensor, Tensor]]:
+) -> Generator[tuple[int, FittedClassifier, Tensor, Tensor], None, None]:
     """Yield, for each batch of episodes and each head: its number, the head fitted on it, its logits, the query labels.
 
     There are no gradients. The arguments are those of `evaluate`. Those that determine the episodes are in `options`,
-    by name.
+    by name. Close the generator if it is left early: it changes the number of threads.
     """
     sizes = {name: options[name] for name in ("ways", "shots", "queries", "episodes")}
     ways, shots, queries, episodes, batch_size = _validation.check_positive_ints(**sizes, batch_size=batch_size)
@@ -53,23 +53,24 @@ def fit_episodes(
     title = type(heads[0]).__name__ if len(heads) == 1 else f"{len(heads)} heads"
     count = len(range(rank, episodes, world_size))
     size = min(batch_size, count)
-    for _ in track(range(0, count, size), f"{title}, {ways}-way {shots}-shot", progress):
-        batch = torch.stack(list(islice(draws, size)))
-        chosen = features[batch.to(features.device)]
-        support, query = chosen[:, :, :shots].flatten(1, 2), chosen[:, :, shots:].flatten(1, 2)
-        for number, head in enumerate(heads):
-            with _threads(features.device, examples=ways * (shots + queries)), torch.no_grad():
-                fitted = head.fit(support, support_labels.expand(len(batch), -1), ways=ways)
-                logits = fitted(query)
-            yield number, fitted, logits, query_labels.expand(len(batch), -1)
+    with _threads(features.device, examples=ways * (shots + queries)):
+        for _ in track(range(0, count, size), f"{title}, {ways}-way {shots}-shot", progress):
+            batch = torch.stack(list(islice(draws, size)))
+            chosen = features[batch.to(features.device)]
+            support, query = chosen[:, :, :shots].flatten(1, 2), chosen[:, :, shots:].flatten(1, 2)
+            for number, head in enumerate(heads):
+                with torch.no_grad():
+                    fitted = head.fit(support, support_labels.expand(len(batch), -1), ways=ways)
+                    logits = fitted(query)
+                yield number, fitted, logits, query_labels.expand(len(batch), -1)
 
 
 @contextmanager
 def _threads(device: torch.device, *, examples: int) -> Iterator[None]:
-    """Use one thread of PyTorch for the small tasks of a batch on the CPU; afterward, as many as before.
+    """Use one thread of PyTorch for batches of small tasks on the CPU; afterward, as many as before.
 
-    A batch of small tasks consists of many short operations. Further threads save little time if the processors are
-    idle, and cost several times as much if they are not, because the threads wait for each other in every operation.
+    Such a batch consists of many short operations, in which further threads save little time if the processors are
+    idle. If they are busy, these threads take more than twice as much processor time, because they wait for each other.
     """
     before = torch.get_num_threads()
     if device.type != "cpu" or examples > _MAX_EXAMPLES_FOR_ONE_THREAD or before == 1:

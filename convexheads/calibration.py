@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import closing
 
 import torch
 from jaxtyping import Float, Integer
@@ -49,10 +50,8 @@ def calibrate(
         `head.fit(support, support_labels).probabilities(query)`
     """
     sampling = {"ways": ways, "shots": shots, "queries": queries, "episodes": episodes, "seed": seed}
-    scored = [
-        (logits.double().flatten(0, 1), truth.flatten())
-        for _, _, logits, truth in fit_episodes([head], features, labels, sampling, batch_size, progress)
-    ]
+    with closing(fit_episodes([head], features, labels, sampling, batch_size, progress)) as fits:
+        scored = [(logits.double().flatten(0, 1), truth.flatten()) for _, _, logits, truth in fits]
     logits, truth = (torch.cat(batches) for batches in zip(*scored, strict=True))
     scale = best_scale(logits, truth, as_tensor(head.scale, logits))
     device = head.scale.value.device if isinstance(head.scale, Learnable) else logits.device

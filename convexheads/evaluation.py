@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
 
@@ -112,7 +113,7 @@ class Evaluations(dict[str, Evaluation]):
         """
         name = next(iter(self)) if reference is None else reference
         if name not in self:
-            raise InputError("reference", f"the name of a head, one of {list(self)}", repr(name))
+            raise InputError("reference", f"one of the names {list(self)}", repr(name))
         return {other: each.compare(self[name]) for other, each in self.items() if other != name}
 
     def __repr__(self) -> str:
@@ -184,8 +185,8 @@ def evaluate(
     """Measure the accuracy of one or several heads over random episodes of cached features.
 
     The episodes depend only on `labels`, the sizes and `seed`, so that accuracies can be paired: those of several heads
-    by `Evaluations.compare`, and those of two backbones by `Evaluation.compare`. On the CPU, batches of small episodes
-    use one thread of PyTorch, which is not slower on idle processors and several times as fast on busy ones.
+    by `Evaluations.compare`, and those of two backbones by `Evaluation.compare`. On the CPU, episodes with at most 128
+    examples use one thread of PyTorch.
 
     Args:
         head: A classification head, or several: a dictionary from names to heads, or a list, in which the name of a
@@ -216,10 +217,9 @@ def evaluate(
     sampling |= {"rank": rank, "world_size": world_size}
     heads = _by_name(head)
     found = [_Predictions([], [], [], []) for _ in heads]
-    for number, fitted, logits, truth in fit_episodes(
-        list(heads.values()), features, labels, sampling, batch_size, progress
-    ):
-        found[number].add(fitted, logits, truth)
+    with closing(fit_episodes(list(heads.values()), features, labels, sampling, batch_size, progress)) as fits:
+        for number, fitted, logits, truth in fits:
+            found[number].add(fitted, logits, truth)
     sampling["labels"] = hash(tuple(labels.tolist()))
     evaluations = Evaluations(zip(heads, (each.evaluation(sampling) for each in found), strict=True))
     return evaluations if isinstance(head, Mapping | Sequence) else next(iter(evaluations.values()))
