@@ -18,8 +18,8 @@ from convexheads.solvers.native.interior_point import InteriorPointSolver
 from convexheads.solvers.problem import DualProblem
 
 _MAX_BLOCK_ENTRIES = 2**28
-# With at least this number of examples and a small rank, ADMM is faster on the CPU than active-set Newton, which factors
-# matrices of that size for each class in each round.
+# With at least this number of examples and a small rank, ADMM is faster on the CPU than active-set Newton, which
+# inverts a large matrix for each class in each round.
 _MIN_EXAMPLES_FOR_ADMM = 1000
 
 
@@ -66,7 +66,8 @@ class NativeSolver(Fallback):
         self.backend: Backend = backend
         self.max_block_entries = check_positive_int("NativeSolver(max_block_entries)", max_block_entries)
         self._admm = ADMMSolver(tolerance=tolerance)
-        # An interior-point method follows, also for tasks of which ADMM finds the optimum, but not the active set.
+        # If there is a gradient, an interior-point method follows, also for tasks of which ADMM finds the optimum, but
+        # not the active set.
         self._strict_admm = ADMMSolver(tolerance=1e-3 * self.tolerance)
 
     def plan(self, problem: DualProblem) -> Plan:
@@ -79,5 +80,7 @@ class NativeSolver(Fallback):
                 factor = with_gram_factor(problem.detach()).gram_factor
             if factor is not None and k * n * factor.shape[-1] <= self.max_block_entries:
                 problem = replace(problem, gram_factor=factor)
-                return Plan(problem, (self._strict_admm, self.then), tasks_at_once or None)
+                attaches = torch.is_grad_enabled() and any(each.requires_grad for each in problem.tensors().values())
+                admm = self._strict_admm if attaches else self._admm
+                return Plan(problem, (admm, self.then), tasks_at_once or None)
         return plan._replace(max_tasks=tasks_at_once) if tasks_at_once else Plan(problem, (self._admm,))
