@@ -6,7 +6,7 @@ import copy
 from contextlib import closing
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.nn import functional
 
@@ -64,10 +64,21 @@ def calibrate(
 def best_scale(
     logits: Float[Tensor, "examples k"], labels: Integer[Tensor, " examples"], scale: float | Tensor = 1.0
 ) -> float:
-    """Return the scale with the best cross-entropy of held-out logits, which were computed with `scale`.
+    """Find the scale with which the softmax of logits has the best cross-entropy, as `calibrate` does on episodes.
+
+    Use it when you have logits of examples that were held out from the fit.
+
+    Args:
+        logits: Logits of held-out examples, `(examples, k)`, on any device. Rows with infinite values or NaN are left
+            out.
+        labels: Their labels, from 0 to k - 1, `(examples,)`.
+        scale: The scale with which the logits were computed, positive.
 
     Raises:
         InputError: No example has finite logits.
+
+    Example:
+        `head.scale *= best_scale(head.fit(support, labels)(query), query_labels)`
     """
     logits, labels = logits.clone(), labels.clone()  # inference tensors cannot take part in autograd
     usable = logits.isfinite().all(-1)
@@ -92,8 +103,21 @@ def best_scale(
     return (scale * (factor / unit)).clamp(*_SCALE_BOUNDS).item()
 
 
-def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
-    """The mean distance between confidence and accuracy in bins of equal width (Guo et al. 2017)."""
+def expected_calibration_error(
+    confidence: Float[Tensor, " examples"], correct: Bool[Tensor, " examples"], *, bins: int = 15
+) -> float:
+    """Compute the mean distance between confidence and accuracy in bins of equal width (Guo et al. 2017).
+
+    Use it when you want to know how far probabilities are from frequencies; `evaluate` reports it.
+
+    Args:
+        confidence: The largest probability of each example, `(examples,)`.
+        correct: Whether the prediction of each example is right, `(examples,)`.
+        bins: Number of bins.
+
+    Example:
+        `expected_calibration_error(probabilities.amax(-1), probabilities.argmax(-1) == labels)`
+    """
     indices = (confidence * bins).ceil().long().clamp(1, bins) - 1
     excess = torch.zeros(bins, dtype=confidence.dtype, device=confidence.device)
     return (excess.index_add(0, indices, confidence - correct.to(confidence.dtype)).abs().sum() / len(indices)).item()
