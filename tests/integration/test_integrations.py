@@ -279,7 +279,8 @@ def test_in_pipelines_searches_and_cross_validation() -> None:
     X, y = load_digits(return_X_y=True)
     X, y = X[:200], y[:200]
     grid = {"headclassifier__head": [SVMHead(C) for C in (1e-6, 0.01)]}
-    search = GridSearchCV(make_pipeline(StandardScaler(), sklearn.HeadClassifier()), grid, cv=3).fit(X, y)
+    classifier = sklearn.HeadClassifier(calibrate=False)
+    search = GridSearchCV(make_pipeline(StandardScaler(), classifier), grid, cv=3).fit(X, y)
     assert search.best_params_["headclassifier__head"].C == 0.01
     assert cross_val_score(search.best_estimator_, X, y, cv=3).mean() > 0.85
     again = pickle.loads(pickle.dumps(search.best_estimator_))
@@ -292,7 +293,7 @@ def test_settings_of_a_head_are_parameters_of_a_grid() -> None:
     X, y = X[:200], y[:200]
     head = SVMHead(kernel=RBF(1.0), scale=Learnable(2.0))
     grid = {"head__C": [1e-6, 10.0], "head__kernel__length_scale": [0.01, 30.0]}
-    search = GridSearchCV(sklearn.HeadClassifier(head), grid, cv=3).fit(X, y)
+    search = GridSearchCV(sklearn.HeadClassifier(head, calibrate=False), grid, cv=3).fit(X, y)
     assert search.best_params_ == {"head__C": 10.0, "head__kernel__length_scale": 30.0}
     assert repr(search.best_estimator_.head) == repr(SVMHead(10.0, kernel=RBF(30.0), scale=Learnable(2.0)))
     assert repr(head) == repr(SVMHead(kernel=RBF(1.0), scale=Learnable(2.0)))
@@ -307,14 +308,15 @@ def test_settings_of_the_default_head_are_parameters_too() -> None:
     X, y = X[:200], y[:200]
     assert sklearn.HeadClassifier().get_params()["head__C"] == 1.0
     assert sklearn.HeadClassifier().get_params(deep=False) == {"head": None, "calibrate": True}
-    pipeline = make_pipeline(StandardScaler(), sklearn.HeadClassifier())
+    pipeline = make_pipeline(StandardScaler(), sklearn.HeadClassifier(calibrate=False))
     search = GridSearchCV(pipeline, {"headclassifier__head__C": [1e-6, 0.01]}, cv=3).fit(X, y)
     assert search.best_params_ == {"headclassifier__head__C": 0.01}
     assert repr(search.best_estimator_[-1].head) == repr(SVMHead(0.01))
     assert pipeline[-1].head is None
     given = clone(search.best_estimator_[-1]).set_params(head=None, head__C=2.0)
     assert repr(given.head) == repr(SVMHead(2.0))
-    sampled = RandomizedSearchCV(sklearn.HeadClassifier(), {"head__C": loguniform(1e-3, 10)}, n_iter=2, cv=2)
+    grid = {"head__C": loguniform(1e-3, 10)}
+    sampled = RandomizedSearchCV(sklearn.HeadClassifier(calibrate=False), grid, n_iter=2, cv=2)
     assert 1e-3 < sampled.fit(X, y).best_estimator_.head.C < 10
     with pytest.raises(ValueError, match="width"):
         sklearn.HeadClassifier().set_params(head__width=1)
