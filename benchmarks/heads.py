@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 import convexheads as ch
 from benchmarks import experiment, report
 from benchmarks.data import ImageSet, load
-from convexheads.evaluation import calibrate, embed, evaluate
+from convexheads.calibration import calibrate
+from convexheads.evaluation import embed, evaluate
 
 SLACK = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 WEIGHT = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)

@@ -11,9 +11,10 @@ from convexheads import heads as heads
 from convexheads import kernels as kernels
 from convexheads import models as models
 from convexheads import solvers as solvers
+from convexheads.calibration import calibrate
 from convexheads.episodes import split_task
 from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError, SolverError, SolverWarning
-from convexheads.evaluation import calibrate, embed, evaluate
+from convexheads.evaluation import embed, evaluate
 from convexheads.heads import (
     ClassificationHead,
     CvxpyHead,

@@ -1,9 +1,11 @@
-"""Random episodes of labeled features, and fits of a head on them."""
+"""Random episodes of labeled features, and fits of heads on them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from jaxtyping import Integer
@@ -14,14 +16,24 @@ from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
 from convexheads.heads.base.classification import check_head
 
+_T = TypeVar("_T")
+# The largest number of support examples and queries of an episode up to which one thread evaluates a batch.
+_MAX_EXAMPLES_FOR_ONE_THREAD = 128
+
 
 def fit_episodes(
-    head: ClassificationHead, features: Tensor, labels: Tensor, options: dict[str, int], batch_size: int, progress: bool
-) -> Iterator[tuple[FittedClassifier, Tensor, Tensor]]:
-    """Yield the head fitted on each batch of episodes, its logits and the query labels, without gradients.
+    heads: Sequence[ClassificationHead],
+    features: Tensor,
+    labels: Tensor,
+    options: dict[str, int],
+    batch_size: int,
+    progress: bool,
+) -> Generator[tuple[int, FittedClassifier, Tensor, Tensor], None, None]:
+    """Yield, for each batch of episodes and each head: its number, the head fitted on it, its logits, the query labels.
 
-    The arguments are those of `evaluate`, with `features` and `labels` as `check_features` returns them. Those that
-    determine the episodes are in `options`, by name.
+    There are no gradients. The arguments are those of `evaluate`, with `features` and `labels` as `check_features`
+    returns them. Those that determine the episodes are in `options`, by name. Close the generator if it is left early:
+    it changes the number of threads.
     """
     sizes = {name: options[name] for name in ("ways", "shots", "queries", "episodes")}
     ways, shots, queries, episodes, batch_size = _validation.check_positive_ints(**sizes, batch_size=batch_size)
@@ -30,19 +42,43 @@ def fit_episodes(
     _validation.check_bool("progress", progress)
     if world_size > episodes:
         raise InputError("world_size", f"at most the number of episodes, {episodes}", world_size)
-    check_head(head)
-    draws = list(islice(sample_episodes(labels, ways, shots + queries, episodes, seed), rank, None, world_size))
+    for head in heads:
+        check_head(head)
+    draws = islice(sample_episodes(labels, ways, shots + queries, episodes, seed), rank, None, world_size)
     support_labels, query_labels = (
         torch.arange(ways, device=features.device).repeat_interleave(count) for count in (shots, queries)
     )
-    title = f"{type(head).__name__}, {ways}-way {shots}-shot"
-    for batch in track(torch.stack(draws).split(min(batch_size, len(draws))), title, progress):
-        chosen = features[batch.to(features.device)]
-        support, query = chosen[:, :, :shots].flatten(1, 2), chosen[:, :, shots:].flatten(1, 2)
-        with torch.no_grad():
-            fitted = head.fit(support, support_labels.expand(len(batch), -1), ways=ways)
-            logits = fitted(query)
-        yield fitted, logits, query_labels.expand(len(batch), -1)
+    title = type(heads[0]).__name__ if len(heads) == 1 else f"{len(heads)} heads"
+    count = len(range(rank, episodes, world_size))
+    size = min(batch_size, count)
+    with _threads(features.device, examples=ways * (shots + queries)):
+        for _ in track(range(0, count, size), f"{title}, {ways}-way {shots}-shot", progress):
+            batch = torch.stack(list(islice(draws, size)))
+            chosen = features[batch.to(features.device)]
+            support, query = chosen[:, :, :shots].flatten(1, 2), chosen[:, :, shots:].flatten(1, 2)
+            for number, head in enumerate(heads):
+                with torch.no_grad():
+                    fitted = head.fit(support, support_labels.expand(len(batch), -1), ways=ways)
+                    logits = fitted(query)
+                yield number, fitted, logits, query_labels.expand(len(batch), -1)
+
+
+@contextmanager
+def _threads(device: torch.device, *, examples: int) -> Iterator[None]:
+    """Use one thread of PyTorch for batches of small tasks on the CPU; afterward, as many as before.
+
+    Such a batch consists of many short operations, in which further threads save little time if the processors are
+    idle. If they are busy, these threads take more than twice as much processor time, because they wait for each other.
+    """
+    before = torch.get_num_threads()
+    if device.type != "cpu" or examples > _MAX_EXAMPLES_FOR_ONE_THREAD or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_features(features: object, labels: object) -> tuple[Tensor, Tensor]:
@@ -78,16 +114,22 @@ def group_by_class(labels: Tensor, ways: int, per_class: int) -> list[Integer[Te
 def sample_episodes(
     labels: Tensor, ways: int, per_class: int, episodes: int, seed: int
 ) -> Iterator[Integer[Tensor, "ways per_class"]]:
-    """Sample the indices of the examples of each episode; classes and examples are drawn without replacement."""
+    """Sample the indices of the examples of each episode; classes and examples are drawn without replacement.
+
+    Labels that do not suffice are an error of the call, not of the first episode.
+    """
     members = group_by_class(labels, ways, per_class)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(episodes):
+
+    def draw() -> Tensor:
         classes = torch.randperm(len(members), generator=generator)[:ways].tolist()
         orders = [torch.randperm(len(members[label]), generator=generator) for label in classes]
-        yield torch.stack([members[label][order[:per_class]] for label, order in zip(classes, orders, strict=True)])
+        return torch.stack([members[label][order[:per_class]] for label, order in zip(classes, orders, strict=True)])
+
+    return (draw() for _ in range(episodes))
 
 
-def track(batches: Sequence[Tensor], title: str, progress: bool) -> Iterable[Tensor]:
+def track(batches: Sequence[_T], title: str, progress: bool) -> Iterable[_T]:
     """Iterate over batches with a progress bar; there is none if `progress` is False or tqdm is missing."""
     try:
         from tqdm.auto import tqdm

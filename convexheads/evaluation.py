@@ -1,32 +1,23 @@
-"""Evaluation of heads on many episodes of cached features, and calibration of their probabilities."""
+"""Evaluation of heads on many episodes of cached features."""
 
 from __future__ import annotations
 
-import copy
 import math
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
-from torch.nn import functional
 
+from convexheads import _validation
 from convexheads._sampling import check_features, fit_episodes, track
-from convexheads._validation import (
-    ArrayLike,
-    check_bool,
-    check_positive_ints,
-    describe,
-    describe_shape,
-    describe_type,
-    is_dense,
-)
+from convexheads._validation import ArrayLike
+from convexheads.calibration import expected_calibration_error
 from convexheads.errors import InputError
-from convexheads.heads import ClassificationHead
-from convexheads.hyperparameters import Learnable, as_tensor
-
-_SCALE_BOUNDS = (1e-30, 1e30)  # well within what a `Learnable` can represent
+from convexheads.heads import ClassificationHead, FittedClassifier
 
 
 class Difference(NamedTuple):
@@ -89,7 +80,7 @@ class Evaluation:
             `print(evaluate(SVMHead(), features, labels).compare(evaluate(RidgeHead(), features, labels)))`
         """
         if not isinstance(other, Evaluation):
-            raise InputError("other", "an Evaluation", describe(other))
+            raise InputError("other", "an Evaluation", _validation.describe(other))
         if different := [name for name, value in self.sampling.items() if value != other.sampling[name]]:
             raise InputError("other", "an evaluation of the same episodes", f"different {', '.join(different)}")
         differences = self.accuracies - other.accuracies
@@ -102,12 +93,83 @@ class Evaluation:
         return f"{100 * self.accuracy:.2f} ± {100 * self.confidence_interval:.2f}% ({self.episodes} episodes)"
 
 
+class Evaluations(dict[str, Evaluation]):
+    """The evaluation of each of several heads on the same episodes, by name, as `evaluate` returns them.
+
+    Printed, it is a table: accuracies with 95% confidence intervals, paired differences from the first head, and
+    expected calibration errors.
+
+    Example:
+        `print(evaluate({"SVM": SVMHead(), "ridge": RidgeHead()}, features, labels))`
+    """
+
+    def compare(self, reference: str | None = None) -> dict[str, Difference]:
+        """Compute the accuracy of each other head minus that of a reference, paired by episode.
+
+        Args:
+            reference: The name of the reference; by default, the first head.
+
+        Raises:
+            InputError: There is no such name.
+        """
+        name = next(iter(self)) if reference is None else reference
+        if name not in self:
+            raise InputError("reference", f"one of the names {list(self)}", repr(name))
+        return {other: each.compare(self[name]) for other, each in self.items() if other != name}
+
+    def __repr__(self) -> str:
+        differences = self.compare()
+        rows = [("", "accuracy", f"minus {next(iter(self))}" if differences else "", "calibration error")]
+        for name, each in self.items():
+            accuracy = f"{100 * each.accuracy:.2f} ± {100 * each.confidence_interval:.2f}%"
+            error = f"{100 * each.expected_calibration_error:.1f}%"
+            rows.append((name, accuracy, str(differences.get(name, "")), error))
+        left, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+        lines = [
+            "  ".join([row[0].ljust(left), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
+            for row in rows
+        ]
+        return "\n".join(lines)
+
+
 def _half_width(values: Tensor) -> float:
     return 1.96 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
+@overload
 def evaluate(
     head: ClassificationHead,
+    features: Tensor | ArrayLike,
+    labels: Tensor | ArrayLike,
+    *,
+    ways: int = ...,
+    shots: int = ...,
+    queries: int = ...,
+    episodes: int = ...,
+    batch_size: int = ...,
+    seed: int = ...,
+    rank: int = ...,
+    world_size: int = ...,
+    progress: bool = ...,
+) -> Evaluation: ...
+@overload
+def evaluate(
+    head: Mapping[str, ClassificationHead] | Sequence[ClassificationHead],
+    features: Tensor | ArrayLike,
+    labels: Tensor | ArrayLike,
+    *,
+    ways: int = ...,
+    shots: int = ...,
+    queries: int = ...,
+    episodes: int = ...,
+    batch_size: int = ...,
+    seed: int = ...,
+    rank: int = ...,
+    world_size: int = ...,
+    progress: bool = ...,
+) -> Evaluations: ...
+def evaluate(
+    head: ClassificationHead | Mapping[str, ClassificationHead] | Sequence[ClassificationHead],
     features: Float[Tensor, "examples d"] | ArrayLike,
     labels: Integer[Tensor, " examples"] | ArrayLike,
     *,
@@ -120,14 +182,16 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     progress: bool = True,
-) -> Evaluation:
-    """Measure the accuracy of a head over random episodes of cached features.
+) -> Evaluation | Evaluations:
+    """Measure the accuracy of one or several heads over random episodes of cached features.
 
-    The episodes depend only on `labels`, the sizes and `seed`, so that `Evaluation.compare` can pair the accuracies of
-    two heads or two backbones.
+    The episodes depend only on `labels`, the sizes and `seed`, so that accuracies can be paired: those of several heads
+    by `Evaluations.compare`, and those of two backbones by `Evaluation.compare`. On the CPU, episodes with at most 128
+    examples use one thread of PyTorch.
 
     Args:
-        head: A classification head.
+        head: A classification head, or several: a dictionary from names to heads, or a list, in which the name of a
+            head is its `repr`.
         features: One row per image, as `embed` returns them, `(examples, d)`; a tensor, a NumPy array or lists.
         labels: The class of each image, any integers, `(examples,)`; a tensor, a NumPy array or a list.
         ways: Number of classes per episode.
@@ -140,6 +204,9 @@ def evaluate(
         world_size: Number of processes.
         progress: Whether to show a progress bar, which needs tqdm.
 
+    Returns:
+        An `Evaluation` for one head; for several, `Evaluations`, a dictionary from names to an `Evaluation` each.
+
     Raises:
         InputError: An argument is unusable: for example, a class has fewer than `shots + queries` examples.
         SolverError: An episode could not be solved and the head's solver has `on_failure="raise"`.
@@ -150,84 +217,54 @@ def evaluate(
     sampling = {"ways": ways, "shots": shots, "queries": queries, "episodes": episodes, "seed": seed}
     sampling |= {"rank": rank, "world_size": world_size}
     features, labels = check_features(features, labels)
-    confidences, correct, gaps, converged = [], [], [], []
-    for fitted, logits, truth in fit_episodes(head, features, labels, sampling, batch_size, progress):
-        confidences.append(logits.double().softmax(-1).amax(-1))
-        correct.append(logits.argmax(-1).where(confidences[-1].isfinite(), 0) == truth)
+    heads = _by_name(head)
+    found = [_Predictions([], [], [], []) for _ in heads]
+    with closing(fit_episodes(list(heads.values()), features, labels, sampling, batch_size, progress)) as fits:
+        for number, fitted, logits, truth in fits:
+            found[number].add(fitted, logits, truth)
+    sampling["labels"] = hash(tuple(labels.tolist()))
+    evaluations = Evaluations(zip(heads, (each.evaluation(sampling) for each in found), strict=True))
+    return evaluations if isinstance(head, Mapping | Sequence) else next(iter(evaluations.values()))
+
+
+def _by_name(head: Any) -> dict[str, Any]:
+    """The heads by name, in the order of the argument of `evaluate`; each head is checked later."""
+    if isinstance(head, Mapping):
+        heads = dict(head)
+    elif isinstance(head, Sequence) and not isinstance(head, str):
+        heads = {repr(each): each for each in head}
+    else:
+        return {"": head}
+    if not heads or len(heads) < len(head):
+        raise InputError("head", "one or more different heads, or a dictionary from names to heads", repr(head))
+    return heads
+
+
+class _Predictions(NamedTuple):
+    """What is kept of the fits of one head, batch by batch."""
+
+    confidences: list[Tensor]
+    correct: list[Tensor]
+    gaps: list[Tensor]
+    converged: list[Tensor]
+
+    def add(self, fitted: FittedClassifier, logits: Tensor, truth: Tensor) -> None:
+        self.confidences.append(logits.double().softmax(-1).amax(-1))
+        self.correct.append(logits.argmax(-1).where(self.confidences[-1].isfinite(), 0) == truth)
         if fitted.solution is not None:
-            gaps.append(fitted.solution.gap)
-            converged.append(fitted.solution.converged)
-    is_correct, confidence = torch.cat(correct), torch.cat(confidences)
-    usable = confidence.isfinite()
-    return Evaluation(
-        is_correct.double().mean(-1).cpu(),
-        _expected_calibration_error(confidence[usable], is_correct[usable]),
-        torch.cat(gaps).cpu() if gaps else None,
-        torch.cat(converged).cpu() if converged else None,
-        sampling | {"labels": hash(tuple(labels.tolist()))},
-    )
+            self.gaps.append(fitted.solution.gap)
+            self.converged.append(fitted.solution.converged)
 
-
-@torch.inference_mode(False)  # for the gradient of the cross-entropy
-def calibrate(
-    head: ClassificationHead,
-    features: Float[Tensor, "examples d"] | ArrayLike,
-    labels: Integer[Tensor, " examples"] | ArrayLike,
-    *,
-    ways: int = 5,
-    shots: int = 5,
-    queries: int = 15,
-    episodes: int = 200,
-    batch_size: int = 50,
-    seed: int = 0,
-    progress: bool = True,
-) -> ClassificationHead:
-    """Return a copy of a head whose `scale` gives the best probabilities on held-out episodes (temperature scaling).
-
-    The temperature minimizes the cross-entropy over all queries with finite logits (Guo et al. 2017, Section 4.2). With
-    n queries, labels are smoothed by 1 / (n + 2), as in Platt 1999, so that there is a minimum even if no query is
-    misclassified. The scale of the copy is the scale of the head divided by the temperature. It is a `Learnable` that
-    does not require gradients: `state_dict` contains it, and training leaves it unchanged. Accuracies stay the same.
-
-    Use it when probabilities matter, and not only the predicted class.
-
-    `head` itself is not modified. If its `solve` is your own, it must not use `self.scale`. The `features` and `labels`
-    should be of classes that were held out from training. The best temperature depends on `shots`. `ways`, `queries`,
-    `episodes`, `batch_size`, `seed`, `progress` and the errors are those of `evaluate`.
-
-    Example:
-        `head = calibrate(RidgeHead(), features, labels, shots=5)`, then
-        `head.fit(support, support_labels).probabilities(query)`
-    """
-    sampling = {"ways": ways, "shots": shots, "queries": queries, "episodes": episodes, "seed": seed}
-    features, labels = check_features(features, labels)
-    fits = fit_episodes(head, features, labels, sampling, batch_size, progress)
-    scored = [(logits.double().flatten(0, 1), truth.flatten()) for _, logits, truth in fits]
-    logits, truth = (torch.cat(batches) for batches in zip(*scored, strict=True))
-    usable = logits.isfinite().all(-1)
-    if not usable.any():
-        raise InputError("head", "finite logits in at least one episode", "none")
-    logits, truth = logits[usable], truth[usable]
-    # The cross-entropy is convex in the factor. For logits divided by their spread, the best factor is around one.
-    logits = logits - logits.mean(-1, keepdim=True)
-    unit = logits.std(correction=0)
-    unit = unit.where(unit > torch.finfo(unit.dtype).tiny, 1)  # equal logits leave the scale as it is
-    factor = torch.ones((), dtype=logits.dtype, device=logits.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([factor], max_iter=100, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = functional.cross_entropy(factor * logits / unit, truth, label_smoothing=1 / (len(truth) + 2))
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    # If the factor is negative, the head predicts worse than chance, and every tiny scale is as good as any other.
-    scale = (as_tensor(head.scale, unit) * (factor / unit)).clamp(*_SCALE_BOUNDS).item()
-    device = head.scale.value.device if isinstance(head.scale, Learnable) else unit.device
-    calibrated = copy.deepcopy(head)
-    calibrated.scale = Learnable(scale).to(device).requires_grad_(False)
-    return calibrated
+    def evaluation(self, sampling: dict[str, int]) -> Evaluation:
+        is_correct, confidence = torch.cat(self.correct), torch.cat(self.confidences)
+        usable = confidence.isfinite()
+        return Evaluation(
+            is_correct.double().mean(-1).cpu(),
+            expected_calibration_error(confidence[usable], is_correct[usable]),
+            torch.cat(self.gaps).cpu() if self.gaps else None,
+            torch.cat(self.converged).cpu() if self.converged else None,
+            sampling,
+        )
 
 
 def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progress: bool = True) -> Tensor:
@@ -242,12 +279,12 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
     Example:
         `features = embed(backbone, images)`
     """
-    check_positive_ints(batch_size=batch_size)
-    check_bool("progress", progress)
+    _validation.check_positive_ints(batch_size=batch_size)
+    _validation.check_bool("progress", progress)
     if not isinstance(backbone, nn.Module):
         raise InputError("backbone", "a module", type(backbone).__name__)
-    if not is_dense(images) or not images.ndim:
-        raise InputError("images", "a tensor of images, (examples, ...)", describe_type(images))
+    if not _validation.is_dense(images) or not images.ndim:
+        raise InputError("images", "a tensor of images, (examples, ...)", _validation.describe_type(images))
     features, modes = [], {module: module.training for module in backbone.modules()}
     device = next(backbone.parameters(), images).device
     batches = images.split(min(batch_size, max(1, len(images))))
@@ -256,16 +293,10 @@ def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, progres
         for batch in track(batches, f"embedding with {type(backbone).__name__}", progress):
             with torch.no_grad():
                 found = backbone(batch.to(device))
-            if not is_dense(found) or found.ndim < 2 or len(found) != len(batch):
-                raise InputError("backbone", "features of each image, (batch, ...)", describe_shape(found))
+            if not _validation.is_dense(found) or found.ndim < 2 or len(found) != len(batch):
+                raise InputError("backbone", "features of each image, (batch, ...)", _validation.describe_shape(found))
             features.append(found.flatten(1).to(images.device))
     finally:
         for module, training in modes.items():
             module.training = training
     return torch.cat(features)
-
-
-def _expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
-    indices = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    excess = torch.zeros(bins, dtype=confidence.dtype, device=confidence.device)
-    return (excess.index_add(0, indices, confidence - correct.to(confidence.dtype)).abs().sum() / len(indices)).item()

@@ -303,6 +303,13 @@ MUTATIONS = [
         "test_episodes.py::test_processes_share_an_evaluation",
     ),
     Mutation(
+        "evaluation-threads",
+        "_sampling.py",
+        "        torch.set_num_threads(before)",
+        "        pass",
+        "test_episodes.py::test_small_episodes_use_one_thread",
+    ),
+    Mutation(
         "loader-new-epoch",
         "loader.py",
         "epoch, done = epoch + (done > 0), 0",

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from convexheads import _storage, heads
 from convexheads._validation import check_choice
+from convexheads.calibration import calibrate
 from convexheads.cli import _features
 from convexheads.errors import InputError
-from convexheads.evaluation import calibrate
 from convexheads.hyperparameters import as_tensor
 
 FOLDER_HEADS: dict[str, Callable[[], heads.ClassificationHead]] = {

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convexheads.heads import SVMHead
+from convexheads._validation import check_bool
+from convexheads.calibration import best_scale
+from convexheads.heads import ClassificationHead, FittedClassifier, SVMHead
 from convexheads.heads.base.classification import check_head
 from convexheads.integrations import require_version
 
@@ -16,8 +18,13 @@ require_version("sklearn", "scikit-learn>=1.6,<2", extra="sklearn")
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.model_selection import StratifiedKFold
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
+
+_FOLDS = 5
+# With this number of held-out samples, the scale is precise enough, and no further fold is fitted.
+_ENOUGH_HELD_OUT = 500
 
 
 class HeadClassifier(ClassifierMixin, BaseEstimator):
@@ -30,35 +37,61 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     Use it when you compare a head with scikit-learn's classifiers on up to a few thousand samples.
 
     Args:
-        head: A classification head; None stands for `SVMHead(C=1.0)`, the Crammer-Singer SVM. A search over its
-            arguments, such as `head__C`, needs an explicit head.
+        head: A classification head; None stands for `SVMHead(C=1.0)`, the Crammer-Singer SVM, and has the parameters
+            of that head, such as `head__C`.
+        calibrate: Whether `fit` finds the scale of the logits that gives the best probabilities for held-out samples,
+            as `convexheads.calibrate` does on episodes. The held-out samples are those of stratified 5-fold
+            cross-validation, in the first folds that have 500 of them together; with fewer than 5 samples of a class,
+            there are as many folds as samples of that class. With a single sample of a class, there is no calibration.
+            It does not change predictions and `decision_function`, so a search by accuracy is faster without it.
 
     Attributes:
         classes_: The sorted labels, `(k,)`.
         fitted_: The fitted head, with its certificate: `classifier.fitted_.solution.gap`.
+        scale_: The factor of the logits in `predict_proba`; 1.0 without calibration.
 
     Raises:
         ValueError: The data or the head are unusable, or there was no fit (`InputError`, `NotFittedError`).
         SolverError: The problem could not be solved (see the solver's `on_failure`).
 
     Example:
-        `GridSearchCV(HeadClassifier(SVMHead()), {"head__C": [0.1, 1.0, 10.0]}).fit(X, y)`
+        `GridSearchCV(HeadClassifier(), {"head__C": [0.1, 1.0, 10.0]}).fit(X, y)`
     """
 
-    def __init__(self, head: Any = None) -> None:  # checked in `fit`, as scikit-learn requires
+    def __init__(
+        self, head: Any = None, *, calibrate: Any = True
+    ) -> None:  # checked in `fit`, as scikit-learn requires
         self.head = head
+        self.calibrate = calibrate
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return the parameters by name; with `deep`, also those of the head, which may be the default one."""
+        params = super().get_params(deep)
+        if deep and self.head is None:
+            params |= {f"head__{name}": value for name, value in _default_head().get_params().items()}
+        return params
+
+    def set_params(self, **params: Any) -> HeadClassifier:
+        """Change the parameters named in `params`, and return the classifier.
+
+        A parameter of the default head, such as `head__C`, makes that head explicit.
+        """
+        if params.get("head", self.head) is None and any(name.startswith("head__") for name in params):
+            params = {"head": _default_head()} | {name: value for name, value in params.items() if name != "head"}
+        return super().set_params(**params)
 
     def fit(self, X: Any, y: Any) -> HeadClassifier:
         """Fit the head to samples `X` `(n, d)` and labels `y` `(n,)` of at least two classes; return the classifier."""
         X, y = validate_data(self, X, y, dtype=[np.float64, np.float32], order="C")  # torch has no negative strides
         check_classification_targets(y)
+        calibrate = check_bool("calibrate", self.calibrate)
         classes, labels = np.unique(y, return_inverse=True)
         if len(classes) < 2:
             raise ValueError(f"HeadClassifier needs at least two classes; y has one class only: {classes[0]!r}")
-        head = SVMHead(C=1.0) if self.head is None else deepcopy(check_head(self.head))
-        with torch.no_grad():
-            self.fitted_ = head.fit(torch.tensor(X), torch.tensor(labels), ways=len(classes))
-        self.classes_ = classes
+        head = _default_head() if self.head is None else check_head(self.head)
+        fitted = _fit(head, X, labels)
+        scale = _best_scale(head, X, labels) if calibrate else 1.0
+        self.fitted_, self.scale_, self.classes_ = fitted, scale, classes
         return self
 
     def decision_function(self, X: Any) -> np.ndarray:
@@ -72,14 +105,40 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         return self.classes_[best]
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Compute the softmax of the logits of samples `X`, `(q, k)`.
+        """Compute the probabilities of samples `X`, `(q, k)`: the softmax of the logits times `scale_`.
 
-        To calibrate them, pass the head that `convexheads.calibrate` returns, or use `CalibratedClassifierCV`.
+        With `calibrate=True`, they are calibrated by cross-validation.
         """
-        return self._logits(X).softmax(-1).numpy()
+        logits = self._logits(X)
+        return (self.scale_ * logits).softmax(-1).numpy()
 
     @torch.no_grad()
     def _logits(self, X: Any) -> Tensor:
         check_is_fitted(self, "fitted_")
         X = validate_data(self, X, dtype=[np.float64, np.float32], order="C", reset=False)
         return self.fitted_(torch.tensor(X, dtype=self.fitted_.dtype))
+
+
+def _default_head() -> SVMHead:
+    return SVMHead(C=1.0)
+
+
+@torch.no_grad()
+def _fit(head: ClassificationHead, X: np.ndarray, labels: np.ndarray) -> FittedClassifier:
+    """Fit a copy of a head."""
+    return deepcopy(head).fit(torch.tensor(X), torch.tensor(labels), ways=int(labels.max()) + 1)
+
+
+def _best_scale(head: ClassificationHead, X: np.ndarray, labels: np.ndarray) -> float:
+    """The best scale of the logits for samples that were held out from the fit; 1.0 if a class has a single sample."""
+    folds = min(_FOLDS, int(np.bincount(labels).min()))
+    if folds < 2:
+        return 1.0
+    logits, truth = [], []
+    for rest, held_out in StratifiedKFold(folds, shuffle=True, random_state=0).split(X, labels):
+        with torch.no_grad():
+            logits.append(_fit(head, X[rest], labels[rest])(torch.tensor(X[held_out])).double())
+        truth.append(torch.tensor(labels[held_out]))
+        if sum(map(len, truth)) >= _ENOUGH_HELD_OUT:
+            break
+    return best_scale(torch.cat(logits), torch.cat(truth))

@@ -16,9 +16,12 @@ from easyfsl.utils import evaluate as easyfsl_evaluate
 from installing import installs, requirements_of
 from learn2learn.algorithms import LightningMetaOptNet, LightningPrototypicalNetworks
 from learn2learn.nn import PrototypicalClassifier, SVClassifier
+from scipy.special import softmax
 from scipy.stats import loguniform
+from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
+from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -276,7 +279,8 @@ def test_in_pipelines_searches_and_cross_validation() -> None:
     X, y = load_digits(return_X_y=True)
     X, y = X[:200], y[:200]
     grid = {"headclassifier__head": [SVMHead(C) for C in (1e-6, 0.01)]}
-    search = GridSearchCV(make_pipeline(StandardScaler(), sklearn.HeadClassifier()), grid, cv=3).fit(X, y)
+    classifier = sklearn.HeadClassifier(calibrate=False)
+    search = GridSearchCV(make_pipeline(StandardScaler(), classifier), grid, cv=3).fit(X, y)
     assert search.best_params_["headclassifier__head"].C == 0.01
     assert cross_val_score(search.best_estimator_, X, y, cv=3).mean() > 0.85
     again = pickle.loads(pickle.dumps(search.best_estimator_))
@@ -289,7 +293,7 @@ def test_settings_of_a_head_are_parameters_of_a_grid() -> None:
     X, y = X[:200], y[:200]
     head = SVMHead(kernel=RBF(1.0), scale=Learnable(2.0))
     grid = {"head__C": [1e-6, 10.0], "head__kernel__length_scale": [0.01, 30.0]}
-    search = GridSearchCV(sklearn.HeadClassifier(head), grid, cv=3).fit(X, y)
+    search = GridSearchCV(sklearn.HeadClassifier(head, calibrate=False), grid, cv=3).fit(X, y)
     assert search.best_params_ == {"head__C": 10.0, "head__kernel__length_scale": 30.0}
     assert repr(search.best_estimator_.head) == repr(SVMHead(10.0, kernel=RBF(30.0), scale=Learnable(2.0)))
     assert repr(head) == repr(SVMHead(kernel=RBF(1.0), scale=Learnable(2.0)))
@@ -297,6 +301,61 @@ def test_settings_of_a_head_are_parameters_of_a_grid() -> None:
     assert 1e-3 < sampled.fit(X, y).best_estimator_.head.C < 10
     with pytest.raises(InputError):
         sklearn.HeadClassifier(head).set_params(head__C=-1)
+
+
+def test_settings_of_the_default_head_are_parameters_too() -> None:
+    X, y = load_digits(return_X_y=True)
+    X, y = X[:200], y[:200]
+    assert sklearn.HeadClassifier().get_params()["head__C"] == 1.0
+    assert sklearn.HeadClassifier().get_params(deep=False) == {"head": None, "calibrate": True}
+    pipeline = make_pipeline(StandardScaler(), sklearn.HeadClassifier(calibrate=False))
+    search = GridSearchCV(pipeline, {"headclassifier__head__C": [1e-6, 0.01]}, cv=3).fit(X, y)
+    assert search.best_params_ == {"headclassifier__head__C": 0.01}
+    assert repr(search.best_estimator_[-1].head) == repr(SVMHead(0.01))
+    assert pipeline[-1].head is None
+    given = clone(search.best_estimator_[-1]).set_params(head=None, head__C=2.0)
+    assert repr(given.head) == repr(SVMHead(2.0))
+    grid = {"head__C": loguniform(1e-3, 10)}
+    sampled = RandomizedSearchCV(sklearn.HeadClassifier(calibrate=False), grid, n_iter=2, cv=2)
+    assert 1e-3 < sampled.fit(X, y).best_estimator_.head.C < 10
+    with pytest.raises(ValueError, match="width"):
+        sklearn.HeadClassifier().set_params(head__width=1)
+
+
+@pytest.mark.parametrize("head", [None, RidgeHead(), SVMHead(1.0, scale=Learnable(1e-3))], ids=str)
+def test_probabilities_are_calibrated_by_cross_validation(head) -> None:
+    """Scikit-learn's log-loss on other samples; neither predictions nor scores change."""
+    X, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(X))
+    train, test = ((X[own] / 16, y[own]) for own in (order[:300], order[300:900]))
+    plain, calibrated = (sklearn.HeadClassifier(head, calibrate=value).fit(*train) for value in (False, True))
+    assert plain.scale_ == 1.0
+    losses = [log_loss(test[1], each.predict_proba(test[0])) for each in (plain, calibrated)]
+    assert losses[1] < 0.5 < losses[0]
+    np.testing.assert_array_equal(plain.decision_function(test[0]), calibrated.decision_function(test[0]))
+    best = min(
+        np.logspace(-2, 2, 41) * calibrated.scale_,
+        key=lambda scale: log_loss(test[1], softmax(scale * calibrated.decision_function(test[0]), axis=1)),
+    )
+    assert 0.5 < best / calibrated.scale_ < 2
+
+
+def test_held_out_samples_calibrate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many folds as the smallest class allows, at most five; no fold beyond 500 held-out samples."""
+    sizes: list[int] = []
+    best = sklearn.best_scale
+    monkeypatch.setattr(sklearn, "best_scale", lambda logits, labels: sizes.append(len(labels)) or best(logits, labels))
+    X, y = load_digits(return_X_y=True)
+    for n, expected in ((200, 200), (900, 540)):
+        sklearn.HeadClassifier(RidgeHead()).fit(X[:n], y[:n])
+        assert sizes.pop() == expected
+    few = np.concatenate([np.flatnonzero(y == 0)[:2], np.flatnonzero(y == 1)[:9]])
+    sklearn.HeadClassifier(RidgeHead()).fit(X[few], y[few])
+    assert sizes.pop() == 11
+    assert sklearn.HeadClassifier(RidgeHead()).fit(X[few[1:]], y[few[1:]]).scale_ == 1.0
+    assert not sizes
+    with pytest.raises(InputError, match="calibrate: expected"):
+        sklearn.HeadClassifier(RidgeHead(), calibrate="cv").fit(X[:200], y[:200])
 
 
 def test_errors_reach_the_caller_of_a_search_in_several_processes() -> None:

@@ -337,3 +337,108 @@ def test_the_scale_of_a_head_worse_than_chance_stays_positive():
     contrary = RidgeHead(1.0, kernel=lambda x, y: x @ y.mT if x is y else -x @ y.mT)
     calibrated = calibrate(contrary, features, labels, shots=2, episodes=20, progress=False)
     assert 0 < calibrated.scale.value.item() < 1e-3
+
+
+def test_several_heads_share_their_episodes():
+    features, labels = clusters(noise=2.0)
+    options = {"shots": 1, "episodes": 60, "batch_size": 25, "progress": False}
+    heads = {"SVM": SVMHead(), "ridge": RidgeHead(), "prototypes": PrototypeHead()}
+    together = evaluate(heads, features, labels, **options)
+    assert list(together) == list(heads)
+    for name, head in heads.items():
+        alone = evaluate(head, features, labels, **options)
+        assert torch.equal(together[name].accuracies, alone.accuracies)
+        assert together[name].expected_calibration_error == alone.expected_calibration_error
+        assert (together[name].gaps is None) == (alone.gaps is None)
+        assert together["ridge"].compare(alone) == together["ridge"].compare(together[name])
+    differences = together.compare("ridge")
+    assert differences == {name: together[name].compare(together["ridge"]) for name in ("SVM", "prototypes")}
+    assert list(together.compare()) == ["ridge", "prototypes"]
+    table = str(together).splitlines()
+    assert len(table) == 4
+    assert len({len(line) for line in table}) == 1
+    for name, line in zip(heads, table[1:], strict=True):
+        assert line.startswith(name)
+        assert f"{100 * together[name].accuracy:.2f} ± {100 * together[name].confidence_interval:.2f}%" in line
+        assert name == "SVM" or str(together[name].compare(together["SVM"])) in line
+    with pytest.raises(InputError, match=r"reference: expected one of the names \['SVM'"):
+        together.compare("svm")
+
+
+def test_a_list_of_heads_is_named_by_their_settings():
+    features, labels = clusters()
+    options = {"shots": 1, "episodes": 5, "progress": False}
+    assert list(evaluate([SVMHead(0.5), RidgeHead()], features, labels, **options)) == [
+        repr(SVMHead(0.5)),
+        repr(RidgeHead()),
+    ]
+    (alone,) = evaluate((RidgeHead(),), features, labels, **options).values()
+    assert alone.episodes == 5
+    for wrong in ([], {}, [RidgeHead(), RidgeHead()]):
+        with pytest.raises(InputError, match="head: expected one or more different heads"):
+            evaluate(wrong, features, labels, **options)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("wrong", ["svm", ["svm"], {"SVM": SVMHead}, SVMHead, None])
+def test_only_heads_are_evaluated(wrong):
+    with pytest.raises(InputError, match="head: expected a classification head"):
+        evaluate(wrong, *clusters(), progress=False)
+
+
+class Recorder(RidgeHead):
+    """Records the number of threads of each fit, and fails at the second batch of more than one episode."""
+
+    def __init__(self):
+        super().__init__()
+        self.threads = []
+
+    def solve(self, support):
+        self.threads.append(torch.get_num_threads())
+        if len(self.threads) == 2:
+            raise RuntimeError
+        return super().solve(support)
+
+
+@pytest.mark.parametrize(("queries", "threads"), [(15, 1), (28, 3)])
+def test_small_episodes_use_one_thread(queries, threads):
+    features, labels = clusters(each=40)
+    before = torch.get_num_threads()
+    options = {"shots": 2, "queries": queries, "batch_size": 3, "progress": False}
+    torch.set_num_threads(3)
+    try:
+        head = Recorder()
+        evaluate(head, features, labels, episodes=3, **options)
+        assert head.threads == [threads]
+        assert torch.get_num_threads() == 3
+        with pytest.raises(RuntimeError):
+            evaluate(head, features, labels, episodes=6, **options)
+        assert head.threads == [threads] * 2
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_episodes_are_drawn_while_the_bar_runs(monkeypatch):
+    """The progress bar starts before the second batch is drawn, and it counts the batches, whatever the heads."""
+    from convexheads import _sampling
+
+    events = []
+
+    def track(batches, title, progress):
+        for batch in batches:
+            events.append("batch")
+            yield batch
+
+    draw = _sampling.sample_episodes
+
+    def watched(*arguments):
+        for indices in draw(*arguments):
+            events.append("draw")
+            yield indices
+
+    monkeypatch.setattr(_sampling, "track", track)
+    monkeypatch.setattr(_sampling, "sample_episodes", watched)
+    features, labels = clusters()
+    evaluate([RidgeHead(), PrototypeHead()], features, labels, episodes=5, batch_size=2)
+    assert events == ["batch", "draw", "draw", "batch", "draw", "draw", "batch", "draw"]

@@ -15,7 +15,7 @@ from convexheads import SVMHead
 from convexheads.solvers import ActiveSetSolver, ADMMSolver, DualProblem, Fallback, InteriorPointSolver, NativeSolver
 from convexheads.solvers.certificate import certify
 from convexheads.solvers.kkt import BlockKKT, LowRankKKT, pivoted_cholesky, with_gram_factor
-from convexheads.solvers.native import active_set
+from convexheads.solvers.native import active_set, default
 from convexheads.solvers.native.admm_steps import admm
 from convexheads.solvers.native.interior_point import interior_point
 from convexheads.solvers.rescaling import rescale
@@ -161,3 +161,52 @@ def test_tasks_too_large_for_blocks_of_all_classes_use_admm_and_the_low_rank_for
     for rank in (40, 1):
         fitted = SVMHead(0.05, solver=NativeSolver(max_block_entries=3 * 270 * rank)).fit(support, labels)
         assert close(fitted(query), expected) < 1e-7
+
+
+@pytest.fixture
+def many(monkeypatch):
+    """270 examples count as many."""
+    monkeypatch.setattr(default, "_MIN_EXAMPLES_FOR_ADMM", 270)
+    support, labels = clusters(classes=3, each=90, d=5, noise=2.0)
+    return support.double(), labels
+
+
+def test_many_examples_of_small_rank_use_admm(many, monkeypatch):
+    """Against the interior point, with the gradient; with a larger rank or fewer examples, it is active-set Newton."""
+    support, labels = many
+    query, weights = support[::50], torch.arange(3, dtype=torch.float64)
+
+    def run(solver):
+        attached = support.clone().requires_grad_()
+        fitted = SVMHead(0.05, solver=solver).fit(attached, labels)
+        logits = fitted(query)
+        return fitted.solution, logits.detach(), torch.autograd.grad((weights * logits).sum(), attached)[0]
+
+    expected = run(InteriorPointSolver())
+    monkeypatch.setattr(active_set.ActiveSetSolver, "_solve_alone", None)
+    found = run(NativeSolver())
+    assert found[0].gap < 1e-9
+    for one, other in zip(found[1:], expected[1:], strict=True):
+        assert close(one, other) < 1e-6
+    with torch.no_grad():
+        assert close(SVMHead(0.05)(support, labels, query), expected[1]) < 1e-6
+    for features in (torch.randn(270, 80, dtype=torch.float64), support[:269]):
+        with pytest.raises(TypeError):  # the active-set solver is called
+            SVMHead(0.05).fit(features, labels[: len(features)])
+
+
+def test_tasks_of_many_examples_are_divided(many, monkeypatch):
+    support, labels = many
+    batch = torch.stack([support, support.flip(1), 2 * support])
+    head = SVMHead(0.05)
+    expected = torch.stack([head(each, labels, each[:4]) for each in batch])
+    sizes, alone = [], ADMMSolver._solve_alone
+
+    def watched(self, problem):
+        sizes.append(len(problem.linear))
+        return alone(self, problem)
+
+    monkeypatch.setattr(ADMMSolver, "_solve_alone", watched)
+    head = SVMHead(0.05, solver=NativeSolver(max_block_entries=2 * 3 * 270**2))
+    assert close(head(batch, labels.expand(3, -1), batch[:, :4]), expected) < 1e-6
+    assert sizes == [2, 1]

@@ -18,6 +18,9 @@ from convexheads.solvers.native.interior_point import InteriorPointSolver
 from convexheads.solvers.problem import DualProblem
 
 _MAX_BLOCK_ENTRIES = 2**28
+# With at least this number of examples and a small rank, ADMM is faster on the CPU than active-set Newton, which
+# inverts a large matrix for each class in each round.
+_MIN_EXAMPLES_FOR_ADMM = 1000
 
 
 class NativeSolver(Fallback):
@@ -28,7 +31,8 @@ class NativeSolver(Fallback):
     order. A batch gives the same scores as solving tasks one by one, up to rounding.
 
     It is `Fallback(ActiveSetSolver(), InteriorPointSolver())`. If one n x n matrix per class would not fit into memory,
-    it is `ADMMSolver()` or, for a small rank, `Fallback(ADMMSolver(tolerance=1e-9), InteriorPointSolver())`.
+    it is `ADMMSolver()`. For a Gram matrix of small rank, such as that of many more examples than features, it is
+    `Fallback(ADMMSolver(tolerance=1e-9), InteriorPointSolver())` in the same case and, on the CPU, from 1,000 examples.
 
     Args:
         tolerance: as in `Solver`; the solvers aim at a thousandth of it.
@@ -62,19 +66,21 @@ class NativeSolver(Fallback):
         self.backend: Backend = backend
         self.max_block_entries = check_positive_int("NativeSolver(max_block_entries)", max_block_entries)
         self._admm = ADMMSolver(tolerance=tolerance)
-        # An interior-point method follows, also for tasks of which ADMM finds the optimum, but not the active set.
+        # If there is a gradient, an interior-point method follows, also for tasks of which ADMM finds the optimum, but
+        # not the active set.
         self._strict_admm = ADMMSolver(tolerance=1e-3 * self.tolerance)
 
     def plan(self, problem: DualProblem) -> Plan:
         plan = super().plan(problem)
         problem, (_, n, k) = plan.problem, problem.linear.shape
         tasks_at_once = self.max_block_entries // (k * n * n)
-        if tasks_at_once:
-            return plan._replace(max_tasks=tasks_at_once)
-        if not is_transforming():  # inside `torch.func.vmap`, values cannot decide between solvers
+        prefers_admm = not tasks_at_once or (n >= _MIN_EXAMPLES_FOR_ADMM and problem.linear.is_cpu)
+        if prefers_admm and not is_transforming():  # inside `torch.func.vmap`, values cannot decide between solvers
             with torch.no_grad():
                 factor = with_gram_factor(problem.detach()).gram_factor
             if factor is not None and k * n * factor.shape[-1] <= self.max_block_entries:
                 problem = replace(problem, gram_factor=factor)
-                return Plan(problem, (self._strict_admm, self.then))
-        return Plan(problem, (self._admm,))
+                attaches = torch.is_grad_enabled() and any(each.requires_grad for each in problem.tensors().values())
+                admm = self._strict_admm if attaches else self._admm
+                return Plan(problem, (admm, self.then), tasks_at_once or None)
+        return plan._replace(max_tasks=tasks_at_once) if tasks_at_once else Plan(problem, (self._admm,))
