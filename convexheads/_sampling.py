@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from jaxtyping import Integer
@@ -13,6 +14,8 @@ from convexheads import _validation
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
 from convexheads.heads.base.classification import check_head
+
+T = TypeVar("T")
 
 
 def fit_episodes(
@@ -79,7 +82,7 @@ def sample_episodes(
         yield torch.stack([members[label][order[:per_class]] for label, order in zip(classes, orders, strict=True)])
 
 
-def track(batches: Sequence[Tensor], title: str, progress: bool) -> Iterable[Tensor]:
+def track(batches: Sequence[T], title: str, progress: bool) -> Iterable[T]:
     """Iterate over batches with a progress bar; there is none if `progress` is False or tqdm is missing."""
     try:
         from tqdm.auto import tqdm

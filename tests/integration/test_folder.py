@@ -27,7 +27,7 @@ import convexheads
 from convexheads import InputError, LogisticHead, PrototypeHead
 from convexheads.cli import FolderClassifier
 from convexheads.cli._features import extract_features, load_feature_extractor
-from convexheads.cli.command import main
+from convexheads_cli import main
 from convexheads.cli.folder import FOLDER_HEADS
 from convexheads.models import build_model, save_pretrained
 
