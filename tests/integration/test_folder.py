@@ -27,9 +27,9 @@ import convexheads
 from convexheads import InputError, LogisticHead, PrototypeHead
 from convexheads.cli import FolderClassifier
 from convexheads.cli._features import extract_features, load_feature_extractor
-from convexheads_cli import main
 from convexheads.cli.folder import FOLDER_HEADS
 from convexheads.models import build_model, save_pretrained
+from convexheads_cli import main
 
 
 def docstrings(module: str, count: int) -> list[str]:

@@ -28,9 +28,9 @@ from benchmarks.data import load
 from benchmarks.data.sources import Source, archives, csv_lists, open_image
 from benchmarks.options import Options
 from convexheads import InputError, _storage, load_pretrained
-from convexheads_cli import main
 from convexheads.cli.folder import FolderClassifier
 from convexheads.integrations.lightning import EpisodicDataModule
+from convexheads_cli import main
 
 
 class Trap:
