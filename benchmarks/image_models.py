@@ -63,12 +63,17 @@ def compare(data: dict[str, ImageSet], episodes: int, seed: int) -> pandas.DataF
 def show(rows: pandas.DataFrame, title: str) -> Table:
     """The rows as a table with a column for each head."""
     table = report.new_table(title, ("data", "features", "shots", *HEADS), left=["data", "features"], no_wrap=True)
-    for (dataset, model, shots), group in rows.groupby(["data", "features", "shots"], sort=False):
-        cells = {
-            row["head"]: f"{100 * row['accuracy']:.2f} ± {100 * row['interval']:.2f}"
-            for row in group.to_dict("records")
-        }
-        table.add_row(DATASETS[str(dataset)], str(model), str(shots), *(cells[head] for head in HEADS))
+    cells = {
+        (
+            row["data"],
+            row["features"],
+            row["shots"],
+            row["head"],
+        ): f"{100 * row['accuracy']:.2f} ± {100 * row['interval']:.2f}"
+        for row in rows.to_dict("records")
+    }
+    for dataset, model, shots in dict.fromkeys(key[:3] for key in cells):
+        table.add_row(DATASETS[dataset], model, str(shots), *(cells[dataset, model, shots, head] for head in HEADS))
     return table
 
 
@@ -82,7 +87,7 @@ def main() -> None:
         data = {name: load(name, options.data_root, splits=["test"], progress=True)["test"] for name in DATASETS}
         rows = compare(data, options.episodes, options.seed)
     origin = report.provenance()
-    times = rows.groupby("features", sort=False)["image_milliseconds"].mean()
+    times = {name: rows.loc[rows["features"] == name, "image_milliseconds"].mean() for name in MODELS}
     note = (
         "5-way accuracy in percent on the test classes, with features of length one and the heads of `convexheads fit "
         f"--head`. Mean over {options.episodes:,} episodes with 15 queries per class, ± half the 95 % confidence "

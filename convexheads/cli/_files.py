@@ -63,7 +63,9 @@ def find_kind(classes: Mapping[str, Sequence[Path]]) -> Kind:
     without = [name for name, files in classes.items() if all(kinds[path] != kind for path in files)]
     if kind is not None and 2 * count > len(kinds) and not without:
         return kind
-    examples = {each: next(path for path, other in kinds.items() if other == each) for each in counts}
+    examples: dict[Kind | None, Path] = {}
+    for path, each in kinds.items():
+        examples.setdefault(each, path)
     parts = (f"{counts[each]} {_describe(each)} ({example})" for each, example in examples.items())
     got = " and ".join(parts) + (f"; none of the {_describe(kind)} is in class {without[0]!r}" if without else "")
     raise InputError("features", "a name (features=, --features), because no kind of files is that of all classes", got)
