@@ -6,8 +6,8 @@ python -m benchmarks.image_models --data-root DIR
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pandas
 import torch
@@ -33,30 +33,38 @@ HEADS = ("prototypes", "ridge", "svm", "logistic")
 """Of the heads of `convexheads fit --head`, with the settings that they have there."""
 
 
-def features(model: _images.ImageModel, data: ImageSet) -> tuple[Tensor, float]:
-    """The features of all images, of length one, and the milliseconds per image."""
-    begin, found = time.perf_counter(), []
-    for batch in tqdm(data.images.split(64), "extracting features", leave=False):
-        with torch.no_grad():
-            found.append(model([Image.fromarray(image.permute(1, 2, 0).numpy()) for image in batch]))
-    milliseconds = 1e3 * (time.perf_counter() - begin) / len(data.images)
-    return functional.normalize(torch.cat(found).double(), dim=-1), milliseconds
+def features(name: str, dataset: str, data: ImageSet, cache: Path | None) -> Tensor:
+    """The features of all images, of length one; they are read from a file of the cache, or written to it."""
+    file = cache / f"{name}-{dataset}.pt" if cache else None
+    if file and file.is_file():
+        saved = torch.load(file, weights_only=True)
+        assert torch.equal(saved["labels"], data.labels)
+        found = saved["features"]
+    else:
+        model, batches = MODELS[name](), []
+        for batch in tqdm(data.images.split(64), f"{dataset}, {name}", leave=False):
+            with torch.no_grad():
+                batches.append(model([Image.fromarray(image.permute(1, 2, 0).numpy()) for image in batch]))
+        found = torch.cat(batches)
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"features": found, "labels": data.labels}, file)
+    return functional.normalize(found.double(), dim=-1)
 
 
-def compare(data: dict[str, ImageSet], episodes: int, seed: int) -> pandas.DataFrame:
+def compare(data: dict[str, ImageSet], episodes: int, seed: int, cache: Path | None) -> pandas.DataFrame:
     """One row per data set, model, number of shots and head; the episodes of a data set are the same for all."""
     rows = []
     for dataset, images in data.items():
-        for model, make in MODELS.items():
-            found, milliseconds = features(make(), images)
+        for model in MODELS:
+            found = features(model, dataset, images, cache)
             for shots in (1, 5):
                 for head in HEADS:
                     result = evaluate(
                         FOLDER_HEADS[head](), found, images.labels, shots=shots, episodes=episodes, seed=seed
                     )
                     row = {"data": dataset, "features": model, "shots": shots, "head": head}
-                    row |= {"accuracy": result.accuracy, "interval": result.confidence_interval}
-                    rows.append(row | {"image_milliseconds": milliseconds})
+                    rows.append(row | {"accuracy": result.accuracy, "interval": result.confidence_interval})
     return pandas.DataFrame(rows)
 
 
@@ -81,22 +89,21 @@ def main() -> None:
     """The command line."""
     parser = experiment.parser("image_models", __doc__, "data_root", "seed", "threads", "output")
     parser.add_argument("--episodes", type=int, default=2000, help="test episodes, the same for all models and heads")
+    parser.add_argument("--cache", type=Path | None, help="folder that keeps the features, for a second run")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with experiment.input_errors_end_the_script():
         data = {name: load(name, options.data_root, splits=["test"], progress=True)["test"] for name in DATASETS}
-        rows = compare(data, options.episodes, options.seed)
+        rows = compare(data, options.episodes, options.seed, options.cache)
     origin = report.provenance()
-    times = {name: rows.loc[rows["features"] == name, "image_milliseconds"].mean() for name in MODELS}
     note = (
         "5-way accuracy in percent on the test classes, with features of length one and the heads of `convexheads fit "
         f"--head`. Mean over {options.episodes:,} episodes with 15 queries per class, ± half the 95 % confidence "
         "interval. `images` is a MobileNetV3-small that was trained on the 1,000 classes of ImageNet with all their "
         "images and labels. All test classes of miniImageNet are among these, and many of CIFAR-FS, so its accuracies "
         "say how well it describes everyday objects, and must not be compared with those of few-shot learning from "
-        f"scratch. `{_images.FALLBACK}` has seen the 64 training classes of CIFAR-FS only. Milliseconds per image: "
-        + ", ".join(f"{name} {value:.1f}" for name, value in times.items())
-        + f" ({experiment.place(origin)}, not idle). Made by `python -m benchmarks.image_models`."
+        f"scratch. `{_images.FALLBACK}` has seen the 64 training classes of CIFAR-FS only. Made by "
+        "`python -m benchmarks.image_models`."
     )
     experiment.write(
         options.output,
