@@ -27,7 +27,13 @@ def timm(folder: Path) -> tuple[str, Reference]:
     config = {"input_size": [3, 48, 48], "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "crop_pct": 0.5}
     model = timm.create_model("test_vit.r160_in1k", pretrained=False, num_classes=3, img_size=48).eval()
     save_file(model.state_dict(), folder / "model.safetensors")
-    own = {"architecture": "test_vit", "num_classes": 3, "model_args": {"img_size": 48}, "pretrained_cfg": config}
+    weights = {"classifier": "head", "num_classes": 3}
+    own = {
+        "architecture": "test_vit",
+        "num_classes": 3,
+        "model_args": {"img_size": 48},
+        "pretrained_cfg": config | weights,
+    }
     (folder / "config.json").write_text(json.dumps(own))
     transform = timm.data.create_transform(
         input_size=(3, 48, 48), **{key: config[key] for key in ("mean", "std")}, crop_pct=0.5
