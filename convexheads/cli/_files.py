@@ -77,7 +77,7 @@ def warn_of_skipped(skipped: Sequence[Path]) -> None:
         more = f" and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
         names = ", ".join(map(str, skipped[:_NAMED]))
         text = f"{len(skipped)} files of other kinds are skipped" if len(skipped) > 1 else "a file is skipped"
-        warnings.warn(f"{text}: {names}{more}", stacklevel=3)
+        warnings.warn(f"{text}: {names}{more}", UserWarning, stacklevel=3)
 
 
 def read(path: Path, read: Callable[[Path], T], expected: str = "a file that can be read") -> T:

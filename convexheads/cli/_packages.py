@@ -1,4 +1,4 @@
-"""How models of other packages are loaded: whatever goes wrong is one of our errors, which says what to install."""
+"""How models of other packages are loaded: each error is one of ours, and says what is missing."""
 
 from __future__ import annotations
 

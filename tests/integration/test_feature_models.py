@@ -24,7 +24,13 @@ Reference = Callable[[Path], torch.Tensor]
 
 def timm(folder: Path) -> tuple[str, Reference]:
     timm = pytest.importorskip("timm")
-    config = {"input_size": [3, 48, 48], "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "crop_pct": 0.5}
+    config = {
+        "input_size": [3, 48, 48],
+        "mean": [0.4, 0.5, 0.6],
+        "std": [0.2, 0.3, 0.4],
+        "crop_pct": 0.5,
+        "interpolation": "bicubic",
+    }
     model = timm.create_model("test_vit.r160_in1k", pretrained=False, num_classes=3, img_size=48).eval()
     save_file(model.state_dict(), folder / "model.safetensors")
     weights = {"classifier": "head", "num_classes": 3}
@@ -36,7 +42,7 @@ def timm(folder: Path) -> tuple[str, Reference]:
     }
     (folder / "config.json").write_text(json.dumps(own))
     transform = timm.data.create_transform(
-        input_size=(3, 48, 48), **{key: config[key] for key in ("mean", "std")}, crop_pct=0.5
+        input_size=(3, 48, 48), **{key: config[key] for key in ("mean", "std", "interpolation")}, crop_pct=0.5
     )
 
     def reference(path: Path) -> torch.Tensor:
