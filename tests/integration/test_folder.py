@@ -27,9 +27,9 @@ import convexheads
 from convexheads import InputError, LogisticHead, PrototypeHead
 from convexheads.cli import FolderClassifier
 from convexheads.cli._features import extract_features, load_feature_extractor
-from convexheads.cli.command import main
 from convexheads.cli.folder import FOLDER_HEADS
 from convexheads.models import build_model, save_pretrained
+from convexheads_cli import main
 
 
 def docstrings(module: str, count: int) -> list[str]:
@@ -212,7 +212,7 @@ def test_as_a_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["fit", "{0}/train/pandas"], r"expected at least 2 class folders, got .* with 0 of them"),
         (
             ["fit", "{0}/train", "--features", "vgg"],
-            r"features: expected one of text, npy, conv4-cifar-fs-prototypes.*, got 'vgg'",
+            r"features: expected one of text, npy, images, conv4-cifar-fs-prototypes.*, got 'vgg'",
         ),
         (["fit", "{0}/train", "--features", "nowhere:f"], r"expected a function of a module that can be imported"),
         (
@@ -240,13 +240,15 @@ def test_images_without_a_backbone_are_an_error_that_says_so(tmp_path: Path) -> 
         FolderClassifier.from_folder(tmp_path, features="text")
 
 
+@pytest.mark.filterwarnings("always")
 def test_files_that_windows_adds_are_no_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
         np.save(tmp_path / name / "x.npy", np.eye(2)["ab".index(name)])
         for junk in ("Thumbs.db", "desktop.ini", ".DS_Store"):
             (tmp_path / name / junk).write_bytes(b"junk")
-    FolderClassifier.from_folder(tmp_path, features="npy").save(tmp_path / "own.safetensors")
+    with pytest.warns(UserWarning, match=r"6 files"):
+        FolderClassifier.from_folder(tmp_path, features="npy").save(tmp_path / "own.safetensors")
     main(["predict", str(tmp_path / "own.safetensors"), str(tmp_path / "a"), str(tmp_path / "b")])
     assert len(capsys.readouterr().out.splitlines()) == 3
 

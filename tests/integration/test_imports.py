@@ -23,7 +23,7 @@ SOURCES = sorted(Path(convexheads.__file__).parent.rglob("*.py"))
 NAMED = {
     extra
     for text in (path.read_text(encoding="utf-8") for path in SOURCES)
-    for pattern in (r'MissingDependencyError\(\s*"[^"]+",\s*"([^"]+)"', r'extra="(\w+)"')
+    for pattern in (r'MissingDependencyError\(\s*"[^"]+",\s*"([^"]+)"', r'extra="([\w-]+)"')
     for extra in re.findall(pattern, text)
 } | {"qpth", "cvxpylayers", "moreau"}
 """Extras that messages name; those of solvers are named as their packages."""

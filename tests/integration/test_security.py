@@ -28,9 +28,9 @@ from benchmarks.data import load
 from benchmarks.data.sources import Source, archives, csv_lists, open_image
 from benchmarks.options import Options
 from convexheads import InputError, _storage, load_pretrained
-from convexheads.cli.command import main
 from convexheads.cli.folder import FolderClassifier
 from convexheads.integrations.lightning import EpisodicDataModule
+from convexheads_cli import main
 
 
 class Trap:
@@ -385,7 +385,7 @@ OFFLINE = {
             backbone(torch.zeros(2, backbone.mean.shape[1], size, size, dtype=torch.uint8))
     """,
     "text": """
-        from convexheads.cli.command import main
+        from convexheads_cli import main
         main(["fit", "texts"])
         main(["predict", "classifier.safetensors", "texts"])
     """,

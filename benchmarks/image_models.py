@@ -1,0 +1,124 @@
+"""Compare the image models of the command `convexheads` on photos: an ImageNet model and our Conv-4, frozen.
+
+python -m benchmarks.image_models --data-root DIR
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas
+import torch
+from PIL import Image
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from benchmarks import experiment, report
+from benchmarks.data import ImageSet, load
+from convexheads.cli import _images
+from convexheads.cli.folder import FOLDER_HEADS
+from convexheads.evaluation import evaluate
+
+MODELS: dict[str, Callable[[], _images.ImageModel]] = {
+    "images": _images.packaged,
+    _images.FALLBACK: lambda: _images.own(_images.FALLBACK),
+}
+"""The models by their names for `--features`."""
+DATASETS = {"cifar-fs": "CIFAR-FS", "miniimagenet": "miniImageNet"}
+HEADS = ("prototypes", "ridge", "svm", "logistic")
+"""Of the heads of `convexheads fit --head`, with the settings that they have there."""
+
+
+def features(name: str, dataset: str, data: ImageSet, cache: Path | None) -> Tensor:
+    """The features of all images, of length one; they are read from a file of the cache, or written to it."""
+    file = cache / f"{name}-{dataset}.pt" if cache else None
+    if file and file.is_file():
+        saved = torch.load(file, weights_only=True)
+        assert torch.equal(saved["labels"], data.labels)
+        found = saved["features"]
+    else:
+        model, batches = MODELS[name](), []
+        for batch in tqdm(data.images.split(64), f"{dataset}, {name}", leave=False):
+            with torch.no_grad():
+                batches.append(model([Image.fromarray(image.permute(1, 2, 0).numpy()) for image in batch]))
+        found = torch.cat(batches)
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"features": found, "labels": data.labels}, file)
+    return functional.normalize(found.double(), dim=-1)
+
+
+def compare(data: dict[str, ImageSet], episodes: int, seed: int, cache: Path | None) -> pandas.DataFrame:
+    """One row per data set, model, number of shots and head; the episodes of a data set are the same for all."""
+    rows = []
+    for dataset, images in data.items():
+        for model in MODELS:
+            found = features(model, dataset, images, cache)
+            for shots in (1, 5):
+                for head in HEADS:
+                    result = evaluate(
+                        FOLDER_HEADS[head](), found, images.labels, shots=shots, episodes=episodes, seed=seed
+                    )
+                    row = {"data": dataset, "features": model, "shots": shots, "head": head}
+                    rows.append(row | {"accuracy": result.accuracy, "interval": result.confidence_interval})
+    return pandas.DataFrame(rows)
+
+
+def show(rows: pandas.DataFrame, title: str) -> Table:
+    """The rows as a table with a column for each head."""
+    table = report.new_table(title, ("data", "features", "shots", *HEADS), left=["data", "features"], no_wrap=True)
+    cells = {
+        (
+            row["data"],
+            row["features"],
+            row["shots"],
+            row["head"],
+        ): f"{100 * row['accuracy']:.2f} ± {100 * row['interval']:.2f}"
+        for row in rows.to_dict("records")
+    }
+    for dataset, model, shots in dict.fromkeys(key[:3] for key in cells):
+        table.add_row(DATASETS[dataset], model, str(shots), *(cells[dataset, model, shots, head] for head in HEADS))
+    return table
+
+
+def main() -> None:
+    """The command line."""
+    parser = experiment.parser("image_models", __doc__, "data_root", "seed", "threads", "output")
+    parser.add_argument("--episodes", type=int, default=2000, help="test episodes, the same for all models and heads")
+    parser.add_argument("--cache", type=Path | None, help="folder that keeps the features, for a second run")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with experiment.input_errors_end_the_script():
+        data = {name: load(name, options.data_root, splits=["test"], progress=True)["test"] for name in DATASETS}
+        rows = compare(data, options.episodes, options.seed, options.cache)
+    origin = report.provenance()
+    note = (
+        "5-way accuracy in percent on the test classes, with features of length one and the heads of `convexheads fit "
+        f"--head`. Mean over {options.episodes:,} episodes with 15 queries per class, ± half the 95 % confidence "
+        "interval. `images` is a MobileNetV3-small that was trained on the 1,000 classes of ImageNet with all their "
+        "images and labels. All test classes of miniImageNet are among these, and many of CIFAR-FS, so its accuracies "
+        "say how well it describes everyday objects, and must not be compared with those of few-shot learning from "
+        f"scratch. `{_images.FALLBACK}` has seen the 64 training classes of CIFAR-FS only. Made by "
+        "`python -m benchmarks.image_models`."
+    )
+    experiment.write(
+        options.output,
+        "image_models",
+        show(rows, "Features of images for `convexheads fit`"),
+        note,
+        record={
+            "settings": {"episodes": options.episodes, "seed": options.seed},
+            "results": json.loads(rows.to_json(orient="records") or ""),
+            **origin,
+        },
+        rows=rows,
+        width=110,
+    )
+
+
+if __name__ == "__main__":
+    main()
