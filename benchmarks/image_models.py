@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+import convexheads as ch
 from benchmarks import experiment, report
 from benchmarks.data import ImageSet, load
 from convexheads.cli import _images
-from convexheads.cli.folder import FOLDER_HEADS
 from convexheads.evaluation import evaluate
+from convexheads.models import unit_scale_logistic, unit_scale_ridge, unit_scale_svm
 
 MODELS: dict[str, Callable[[], _images.ImageModel]] = {
     "images": _images.packaged,
@@ -29,8 +30,16 @@ MODELS: dict[str, Callable[[], _images.ImageModel]] = {
 }
 """The models by their names for `--features`."""
 DATASETS = {"cifar-fs": "CIFAR-FS", "miniimagenet": "miniImageNet"}
-HEADS = ("prototypes", "ridge", "svm", "logistic")
-"""Of the heads of `convexheads fit --head`, with the settings that they have there."""
+HEADS: dict[str, Callable[[], ch.ClassificationHead]] = {
+    "prototypes": ch.PrototypeHead,
+    "SVMHead()": ch.SVMHead,
+    "RidgeHead()": ch.RidgeHead,
+    "LogisticHead()": ch.LogisticHead,
+    "SVM": unit_scale_svm,
+    "ridge": unit_scale_ridge,
+    "logistic": unit_scale_logistic,
+}
+"""The heads; the last three are those that need no tuning."""
 
 
 def features(name: str, dataset: str, data: ImageSet, cache: Path | None) -> Tensor:
@@ -58,30 +67,28 @@ def compare(data: dict[str, ImageSet], episodes: int, seed: int, cache: Path | N
     for dataset, images in data.items():
         for model in MODELS:
             found = features(model, dataset, images, cache)
-            for shots in (1, 5):
-                for head in HEADS:
-                    result = evaluate(
-                        FOLDER_HEADS[head](), found, images.labels, shots=shots, episodes=episodes, seed=seed
-                    )
+            for shots in (1, 5, 20):
+                made = {name: make() for name, make in HEADS.items()}
+                results = evaluate(made, found, images.labels, shots=shots, episodes=episodes, seed=seed)
+                for head, result in results.items():
                     row = {"data": dataset, "features": model, "shots": shots, "head": head}
-                    rows.append(row | {"accuracy": result.accuracy, "interval": result.confidence_interval})
+                    row |= {"accuracy": result.accuracy, "interval": result.confidence_interval}
+                    rows.append(row | {"calibration error": result.expected_calibration_error})
     return pandas.DataFrame(rows)
 
 
 def show(rows: pandas.DataFrame, title: str) -> Table:
-    """The rows as a table with a column for each head."""
-    table = report.new_table(title, ("data", "features", "shots", *HEADS), left=["data", "features"], no_wrap=True)
-    cells = {
-        (
-            row["data"],
-            row["features"],
-            row["shots"],
-            row["head"],
-        ): f"{100 * row['accuracy']:.2f} ± {100 * row['interval']:.2f}"
-        for row in rows.to_dict("records")
-    }
-    for dataset, model, shots in dict.fromkeys(key[:3] for key in cells):
-        table.add_row(DATASETS[dataset], model, str(shots), *(cells[dataset, model, shots, head] for head in HEADS))
+    """The rows as a table with a column for each head: its accuracy, and its calibration error, in percent."""
+    cases = ["data", "features", "shots"]
+    table = report.new_table(title, (*cases, *HEADS), left=["data", "features"], no_wrap=True)
+    for (dataset, model, shots), own in rows.groupby(cases, sort=False):
+        cells = {
+            row[
+                "head"
+            ]: f"{100 * row['accuracy']:.1f} ± {100 * row['interval']:.1f} ({100 * row['calibration error']:.0f})"
+            for row in own.to_dict("records")
+        }
+        table.add_row(DATASETS[str(dataset)], str(model), str(shots), *(cells[head] for head in HEADS))
     return table
 
 
@@ -97,18 +104,19 @@ def main() -> None:
         rows = compare(data, options.episodes, options.seed, options.cache)
     origin = report.provenance()
     note = (
-        "5-way accuracy in percent on the test classes, with features of length one and the heads of `convexheads fit "
-        f"--head`. Mean over {options.episodes:,} episodes with 15 queries per class, ± half the 95 % confidence "
-        "interval. `images` is a MobileNetV3-small that was trained on the 1,000 classes of ImageNet with all their "
-        "images and labels. All test classes of miniImageNet are among these, and many of CIFAR-FS, so its accuracies "
-        "say how well it describes everyday objects, and must not be compared with those of few-shot learning from "
-        f"scratch. `{_images.FALLBACK}` has seen the 64 training classes of CIFAR-FS only. Made by "
-        "`python -m benchmarks.image_models`."
+        "5-way accuracy on the test classes and, in parentheses, the expected calibration error, in percent, with "
+        f"features of length one: mean over {options.episodes:,} episodes with 15 queries per class, ± half the 95 % "
+        "confidence interval. `SVM`, `ridge` and `logistic` are the heads that need no tuning, such as "
+        "`unit_scale_svm()`; the others have their default settings. `images` is a MobileNetV3-small that was trained "
+        "on the 1,000 classes of ImageNet with all their images and labels. All test classes of miniImageNet are among "
+        "these, and many of CIFAR-FS, so its accuracies say how well it describes everyday objects, and must not be "
+        f"compared with those of few-shot learning from scratch. `{_images.FALLBACK}` has seen the 64 training classes "
+        f"of CIFAR-FS only. {experiment.place(origin)}. Made by `python -m benchmarks.image_models`."
     )
     experiment.write(
         options.output,
         "image_models",
-        show(rows, "Features of images for `convexheads fit`"),
+        show(rows, "Frozen features of images"),
         note,
         record={
             "settings": {"episodes": options.episodes, "seed": options.seed},
@@ -116,7 +124,7 @@ def main() -> None:
             **origin,
         },
         rows=rows,
-        width=110,
+        width=170,
     )
 
 

@@ -16,11 +16,12 @@ from convexheads.calibration import calibrate
 from convexheads.cli import _features, _files, _images
 from convexheads.errors import InputError, MissingDependencyError
 from convexheads.hyperparameters import as_tensor
+from convexheads.models import unit_scale_logistic, unit_scale_ridge, unit_scale_svm
 
 FOLDER_HEADS: dict[str, Callable[[], heads.ClassificationHead]] = {
-    "logistic": lambda: heads.LogisticHead(regularization=0.1),
-    "svm": lambda: heads.SVMHead(C=10.0),
-    "ridge": lambda: heads.RidgeHead(regularization=0.1),
+    "logistic": unit_scale_logistic,
+    "svm": unit_scale_svm,
+    "ridge": unit_scale_ridge,
     "prototypes": heads.PrototypeHead,
     "discriminant": lambda: heads.LinearDiscriminantHead(shrinkage=0.5, variance=0.01),
 }
