@@ -139,7 +139,7 @@ class FolderClassifier:
     def predict(self, paths: str | Path | Sequence[str | Path], *, progress: bool = True) -> list[Prediction]:
         """Classify the files of these `paths`, or of one path; the predictions are in the same order.
 
-        With `progress=False`, there is no progress bar.
+        There is a progress bar unless `progress` is False.
         """
         files = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
         if not files:

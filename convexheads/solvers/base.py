@@ -167,6 +167,7 @@ class Solver(compiled.GraphSolver, Settings):
         return handle_failures(type(self).__name__, solution, self.tolerance, self.on_failure)
 
     def solve_unattached(self, problem: DualProblem) -> compiled.UnattachedSolution:
+        """Solve `problem`, a flat batch in working precision, for a compiled graph, which attaches the gradient."""
         solution = self._solve_flat(problem, attach=False)
         assert isinstance(solution, compiled.UnattachedSolution)
         return solution

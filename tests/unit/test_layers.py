@@ -13,8 +13,8 @@ import convexheads
 
 ROOT = Path(convexheads.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
-    ("precision", "_functorch", "_gram", "_storage"),
+    ("errors", "_untraced"),
+    ("precision", "_compiler", "_functorch", "_gram", "_storage"),
     ("_validation",),
     ("hyperparameters",),
     ("kernels",),
@@ -25,7 +25,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("loader", "evaluation", "training"),
     ("models",),
     ("",),  # the package itself, whose `__init__` exports the public names
-    ("integrations", "cli"),
+    ("integrations",),
+    ("cli",),
     ("__main__",),
 )
 """Modules and sub-packages of each layer, from the bottom to the top. Those of the same layer do not import each other."""
