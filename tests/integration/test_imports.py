@@ -98,7 +98,9 @@ def test_the_command_of_a_message_installs_the_extra(extra: str):
 
 def test_the_command_of_learn2learn_has_the_documented_options():
     options, _ = parsed(str(convexheads.MissingDependencyError("learn2learn", "learn2learn", "it")))
-    documented = re.findall(r"`(pip install [^`]*learn2learn[^`]*)`", (ROOT / "docs" / "installation.md").read_text("utf-8"))
+    documented = re.findall(
+        r"`(pip install [^`]*learn2learn[^`]*)`", (ROOT / "docs" / "installation.md").read_text("utf-8")
+    )
     assert documented
     assert options
     for line in documented:
