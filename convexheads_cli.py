@@ -17,16 +17,16 @@ FIT = """\
 Fit a classifier on a folder that contains one folder per class. One file per class is enough; with two or more, the
 probabilities are calibrated. The kind of the files decides the features, unless --features names them:
 
-  text                        text files in UTF-8, by the encoder of wordllama       convexheads[text]
-  images                      pictures, by a MobileNetV3 trained on ImageNet         convexheads[images]
-  npy                         files that contain one vector each
-  conv4-cifar-fs-ridge, ...   pictures, by a small network that comes along          convexheads[pretrained]
-  timm:NAME                   pictures, by a model of timm                           convexheads[timm]
-  hf:NAME                     pictures, by a model of transformers                   convexheads[hf]
-  open_clip:NAME/WEIGHTS      pictures, by a model of open_clip                      convexheads[open-clip]
-  sentence-transformers:NAME  text files, by a model of sentence-transformers        convexheads[sentence-transformers]
-  FILE                        pictures, by weights that `save_pretrained` wrote
-  MODULE:FUNCTION             your own function, from a list of paths to a tensor with one row per file
+     text                        text files in UTF-8, by wordllama's encoder      convexheads[text]
+     images                      pictures, by a MobileNetV3 trained on ImageNet  convexheads[images]
+     npy                         files that contain one vector each
+     conv4-cifar-fs-ridge, ...   pictures, by a small network that comes along   convexheads[pretrained]
+     timm:NAME                   pictures, by a model of timm                    convexheads[timm]
+     hf:NAME                     pictures, by a model of transformers            convexheads[hf]
+     open_clip:NAME/WEIGHTS      pictures, by a model of open_clip               convexheads[open-clip]
+     sentence-transformers:NAME  text files, by a model of that package          convexheads[sentence-transformers]
+     FILE                        pictures, by weights that `save_pretrained` wrote
+     MODULE:FUNCTION             your own function, from a list of paths to a tensor with one row per file
 
 The last column is the extra that installs what is needed. A model of timm, transformers, open_clip or
 sentence-transformers is downloaded once, unless NAME is a folder (timm:local-dir:FOLDER, open_clip:local-dir:FOLDER).

@@ -61,7 +61,10 @@ def test_the_kind_of_files_decides(photos: Path, tmp_path: Path, capsys: pytest.
         put(tmp_path / "vectors" / name / "x.txt", b"")
         (tmp_path / "vectors" / name / "x.txt").unlink()
         np.save(tmp_path / "vectors" / name / "x.npy", row)
+        put(tmp_path / "texts" / name / "desktop.ini", b"[.ShellClassInfo]")
     assert choose_features(tmp_path / "texts") == "text"
+    with pytest.warns(UserWarning, match=r"2 files .*desktop\.ini"):
+        assert len(FolderClassifier.from_folder(tmp_path / "texts")._labels) == 2
     assert choose_features(tmp_path / "vectors") == "npy"
     assert FolderClassifier.from_folder(tmp_path / "vectors").features == "npy"
     main(["fit", str(photos), "--output", str(tmp_path / "own.safetensors")])
@@ -107,8 +110,11 @@ def test_folders_of_several_kinds_are_an_error(photos: Path) -> None:
     put(photos / "green" / "x.txt", b"text")
     with pytest.raises(InputError, match=r"features: expected .*--features.*, got .*x\.txt.*class 'green'"):
         FolderClassifier.from_folder(photos)
-    for number in range(6):
-        put(photos / "red" / f"{number}.txt", b"text")
+    (photos / "green" / "x.txt").unlink()
+    (photos / "green").rmdir()
+    for name in ("red", "blue"):  # as many as there are images
+        for number in range(3):
+            put(photos / name / f"{number}.txt", b"text")
     with pytest.raises(InputError, match=r"features: expected .*, got .*images.*text files"):
         choose_features(photos)
 

@@ -132,7 +132,8 @@ def check_classifier(features: str, folder: Path, paths: list[Path]) -> None:
     with pytest.raises(InputError, match=r"features: expected features=.*, got nothing"):
         FolderClassifier.load(folder / "own.safetensors")
     loaded = FolderClassifier.load(folder / "own.safetensors", features=features)
-    assert loaded.predict(paths) == classifier.predict(paths)
+    for found, expected in zip(loaded.predict(paths), classifier.predict(paths), strict=True):
+        assert found.probabilities == pytest.approx(expected.probabilities)  # a network's last bit is not deterministic
     assert [prediction.label for prediction in classifier.predict(paths)] == [path.parent.name for path in paths]
 
 
