@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas
@@ -88,7 +88,8 @@ def show_calibration(rows: pandas.DataFrame) -> Table:
     measures = ("calibration error", "log-loss", "seconds")
     title = "Probabilities of HeadClassifier, without and with calibration"
     table = report.new_table(title, ("data", "samples", "head", *measures), left=["data", "head"])
-    for (data, samples, head), own in rows.groupby(["data", "samples", "head"], sort=False):
+    for case, own in rows.groupby(["data", "samples", "head"], sort=False):
+        data, samples, head = cast("tuple", case)
         cells = [
             f"{own[f'{measure} before'].mean():.3f} → {own[f'{measure} after'].mean():.3f}" for measure in measures
         ]

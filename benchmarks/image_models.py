@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pandas
 import torch
@@ -81,7 +82,8 @@ def show(rows: pandas.DataFrame, title: str) -> Table:
     """The rows as a table with a column for each head: its accuracy, and its calibration error, in percent."""
     cases = ["data", "features", "shots"]
     table = report.new_table(title, (*cases, *HEADS), left=["data", "features"], no_wrap=True)
-    for (dataset, model, shots), own in rows.groupby(cases, sort=False):
+    for case, own in rows.groupby(cases, sort=False):
+        dataset, model, shots = cast("tuple", case)
         cells = {
             row[
                 "head"
