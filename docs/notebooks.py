@@ -38,7 +38,7 @@ def _cell(cell: dict[str, Any]) -> str:
 def _output(output: dict[str, Any]) -> str:
     data = output.get("data", {})
     if "image/png" in data:
-        encoded = "".join(data["image/png"]).strip().replace("/", "%2F")  # no "//", by which tests find foreign addresses
+        encoded = "".join(data["image/png"]).strip().replace("/", "%2F")  # "//" looks like an address
         return f'<img class="output" alt="The picture that the cell draws" src="data:image/png;base64,{encoded}">'
     text = _CODE.sub("", "".join(output.get("text", data.get("text/plain", "")))).rstrip()
     return f"````text\n{text}\n````" if text else ""
