@@ -1,4 +1,4 @@
-"""Hooks of MkDocs that execute the pages' Python blocks and cache their output in `.cache/docs`.
+"""Hooks of MkDocs: they execute the pages' Python blocks, cache their output in `.cache/docs`, and add the notebooks.
 
 The key of a block consists of its code, the code of earlier blocks in its session, and everything else that its output
 depends on: the package, `docs/figures.py`, the committed results, and the versions of other packages. Blocks that are
@@ -29,6 +29,7 @@ from mkdocs.structure.pages import Page
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for calls of `mkdocs`; `python -m mkdocs` adds it itself
 from docs.blocks import execute
+from docs.notebooks import to_markdown
 
 FILES = ("convexheads/**/*", "docs/*.py", "benchmarks/results/**/*.json")
 PACKAGES = ("cvxpy", "cvxpylayers", "matplotlib", "numba", "numpy", "pillow", "qpth", "scikit-learn", "scipy", "torch")
@@ -151,6 +152,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     Tutorials take most of the time, and no core should start one of them at the end. Pages without blocks come first:
     MkDocs reads them while the blocks are executed.
     """
+    files = _add_notebooks(files, config)
     sessions: defaultdict[tuple[File, object], list[str]] = defaultdict(list)
     for file in files.documentation_pages():
         for _, options, code in _BLOCK.findall(file.content_string):
@@ -162,6 +164,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         _blocks.start(sessions[key])
     longest = {file: -lengths[file, session] for file, session in sorted(lengths, key=lengths.__getitem__)}
     return Files(sorted(files, key=lambda file: longest.get(file, -math.inf)))
+
+
+def _add_notebooks(files: Files, config: MkDocsConfig) -> Files:
+    """The files, and a page for each notebook; the notebook itself remains a file to download."""
+    pages = [
+        File.generated(
+            config,
+            file.src_uri.removesuffix(".ipynb") + ".md",
+            content=to_markdown(file.content_string, file.src_uri, config.repo_url or ""),
+        )
+        for file in files
+        if file.src_uri.endswith(".ipynb")
+    ]
+    return Files([*files, *pages])
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> None:

@@ -48,7 +48,7 @@ class Project:
         self.write("docs/index.md", PAGE)
         self.write("convexheads/__init__.py", "FACTOR = 2")
         self.write("benchmarks/results/numbers.json", "21")
-        for name in ("hooks.py", "blocks.py"):
+        for name in ("hooks.py", "blocks.py", "notebooks.py"):
             copy(DOCS / name, root / "docs")
 
     def write(self, name: str, text: str) -> None:
