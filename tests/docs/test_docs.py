@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,11 +13,12 @@ from pathlib import Path
 from textwrap import dedent
 from types import ModuleType
 
+import pandas
 import pytest
 import torch
 from tasks import PRECISION
 
-from docs.figures import speed_table
+from docs.figures import RESULTS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -77,8 +79,25 @@ def test_there_are_pages_with_code() -> None:
     assert {"README.md", "training.md", "extending.md", "svm.md"} <= {path.name for path in WITH_CODE}
 
 
-def test_table_in_the_readme_is_that_of_the_results() -> None:
-    assert speed_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 110
+    assert len(text.split()) <= 500
+
+
+def test_figures_of_the_readme_are_those_of_the_results() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    rows = pandas.read_csv(RESULTS / "swap" / "laptop" / "swap.csv")
+    means = rows[(rows["data"] == "cifar-fs") & (rows["optimizer"] == "Adam")].groupby("head").mean(numeric_only=True)
+    for head in ("SVM", "prototypes", "prototypes, scaled"):
+        one, five = (means.loc[head, f"test, itself, {shots}-shot"] for shots in (1, 5))
+        assert f"{one:.1f} / {five:.1f}%" in text
+    times = json.loads((RESULTS / "solvers" / "cpu" / "solvers.json").read_text())["results"]
+    at = {row["contender"]: row["both"] for row in times if row["size"] == "5w5s"}
+    assert f"{1e3 * at['native']:.1f} ms" in text
+    for peer in ("published code", "qpth"):
+        assert f"{at[peer] / at['native']:.0f} times" in text
+    assert f"{at['native'] / at['ridge']:.1f} times" in text
 
 
 def test_precision_table_is_the_one_that_the_tests_use() -> None:
