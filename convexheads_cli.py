@@ -1,7 +1,7 @@
 """The command `convexheads`: few-shot classification of files.
 
 This module is outside of the package because importing any module of `convexheads` imports torch, which takes seconds.
-So `--help`, `--version` and wrong usage are answered at once. `convexheads.cli.command` does the rest.
+So `--help`, `--version` and wrong usage are answered at once. `convexheads.cli._command` does the rest.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             unusable arguments, and with 0 after `--help` and `--version`.
     """
     options = _parser().parse_args(arguments)
-    from convexheads.cli.command import run  # imports torch
+    from convexheads.cli._command import run  # imports torch
 
     run(options)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -114,15 +115,19 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     HeadClassifier().fit(np.eye(4), [0, 1, 0, 1])  # compiles the solver
     halves, whole = calibration(options.halves), times(options.repeats)
-    origin = report.provenance()
-    note = (
-        f"Means over {options.halves} random halves of standardized data, without and with calibration; median of "
-        f"{options.repeats} fits on the 1,797 digits, whose pixels are divided by 16. {experiment.place(origin)}. Made "
-        "by `python -m benchmarks.estimators`."
-    )
-    record = {"calibration": report.records(halves), "times": report.records(whole), **origin}
-    more = [(show_times(whole), "")]
-    experiment.write(options.output, "estimators", show_calibration(halves), note, record=record, more=more)
+    write(halves, whole, options.halves, options.repeats, report.provenance(), options.output)
+
+
+def write(
+    halves: pandas.DataFrame, whole: pandas.DataFrame, count: int, repeats: int, origin: dict[str, Any], output: Path
+) -> None:
+    """Show the results, and write them as Markdown and JSON."""
+    made = f"{experiment.place(origin)}. Made by `python -m benchmarks.estimators`."
+    note = f"Means over {count} random halves of standardized data, without and with calibration. {made}"
+    record = {"results": report.records(halves), **origin}
+    experiment.write(output, "calibration", show_calibration(halves), note, record=record)
+    note = f"Median of {repeats} fits on the 1,797 digits, whose pixels are divided by 16. {made}"
+    experiment.write(output, "times", show_times(whole), note, record={"results": report.records(whole), **origin})
 
 
 if __name__ == "__main__":
