@@ -30,6 +30,7 @@ MODELS: dict[str, Callable[[], _images.ImageModel]] = {
     _images.FALLBACK: lambda: _images.own(_images.FALLBACK),
 }
 """The models by their names for `--features`."""
+SHOTS = (1, 5, 20)
 DATASETS = {"cifar-fs": "CIFAR-FS", "miniimagenet": "miniImageNet"}
 HEADS: dict[str, Callable[[], ch.ClassificationHead]] = {
     "prototypes": ch.PrototypeHead,
@@ -68,7 +69,7 @@ def compare(data: dict[str, ImageSet], episodes: int, seed: int, cache: Path | N
     for dataset, images in data.items():
         for model in MODELS:
             found = features(model, dataset, images, cache)
-            for shots in (1, 5, 20):
+            for shots in SHOTS:
                 made = {name: make() for name, make in HEADS.items()}
                 results = evaluate(made, found, images.labels, shots=shots, episodes=episodes, seed=seed)
                 for head, result in results.items():

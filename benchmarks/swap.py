@@ -119,6 +119,7 @@ class Run(NamedTuple):
 
     Attributes:
         data: name of the data set.
+        loop: the sizes of the training loop.
         optimizer: name of the optimizer.
         head: name of the head.
         seed: seed of the weights and of the episodes.
@@ -128,6 +129,7 @@ class Run(NamedTuple):
     """
 
     data: str
+    loop: Loop
     optimizer: str
     head: str
     seed: int
@@ -145,7 +147,7 @@ def _load(name: str, data_root: Path | None, device: str) -> dict[str, ImageSet]
 
 def measure(run: Run) -> dict[str, Any]:
     """Train through a head, and evaluate it and prototypes on unseen classes."""
-    data, loop, head = _load(run.data, run.data_root, run.device), LOOPS[run.data], (HEADS | MORE)[run.head]()
+    data, loop, head = _load(run.data, run.data_root, run.device), run.loop, (HEADS | MORE)[run.head]()
     begin = time.perf_counter()
     backbone, accuracy = train(head.to(run.device), run.optimizer, data["train"], loop, run.seed)
     row: dict[str, Any] = {"data": run.data, "optimizer": run.optimizer, "head": run.head, "seed": run.seed}
@@ -208,7 +210,7 @@ def main() -> None:
     wanted = product(chosen.data, chosen.seeds, chosen.optimizers, chosen.heads)
     shared = (chosen.episodes, chosen.data_root, chosen.device)
     runs = [
-        Run(data, optimizer, head, seed, *shared)
+        Run(data, LOOPS[data], optimizer, head, seed, *shared)
         for data, seed, optimizer, head in wanted
         if (data, optimizer, head, seed) not in done
     ]

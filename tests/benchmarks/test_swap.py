@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,3 +70,15 @@ def test_a_run_goes_on(command: Callable[..., list[dict[str, Any]]], tmp_path: P
 def test_unknown_names_are_refused(command: Callable[..., list[dict[str, Any]]], option: str) -> None:
     with pytest.raises(SystemExit, match=f"{option}: expected some of .*, got none-such"):
         command(**{option: ["none-such"]})
+
+
+def test_several_runs_at_a_time_give_the_same_results() -> None:
+    loop = Loop(steps=2, tasks=1, ways=4, shots=1, queries=1)
+    runs = [swap.Run("digits", loop, "SGD", head, 0, 5, None, "cpu") for head in ("prototypes", "ridge")]
+    alone = {row["head"]: row for row in swap._results(runs, 1, time.monotonic() + 1e6)}
+    together = {row["head"]: row for row in swap._results(runs, 2, time.monotonic() + 1e6)}
+    for rows in (alone, together):
+        for row in rows.values():
+            row.pop("seconds")
+    assert together == alone
+    assert list(swap._results(runs, 2, time.monotonic() - 1)) == []
