@@ -63,8 +63,8 @@ MUTATIONS = [
     Mutation(
         "plan-of-first-solver",
         "solvers/base.py",
-        "solver._solve_alone(problem) if is_planned else solver._solve_flat(problem)",
-        "solver._solve_alone(problem)",
+        "(solver._solve_alone if is_planned else solver._solve_flat)(problem, attach=attach)",
+        "solver._solve_alone(problem, attach=attach)",
         "test_extending.py::test_a_composition_may_be_part_of_another_one",
     ),
     Mutation(

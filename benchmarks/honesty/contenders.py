@@ -103,7 +103,7 @@ def _numpy(value: Tensor) -> np.ndarray:
 
 def _svm(head: Callable[..., MulticlassSVM], judge: Callable[..., float], task: HardTask) -> Answer:
     made = head(task.C)
-    fitted = made.fit(task.support, task.labels, ways=task.ways)
+    fitted = made.fit(task.support, task.labels, ways=task.ways, allow_missing_classes=True)
     assert fitted.solution is not None
     gap = judge(*_arrays(task), task.C, _numpy(fitted.expansion.coef))
     error = _gradient_error_of(made, task) if _can_be_differenced(task) and _is_regular(made, fitted, task) else None
@@ -112,7 +112,7 @@ def _svm(head: Callable[..., MulticlassSVM], judge: Callable[..., float], task: 
 
 def _logistic(task: HardTask) -> Answer:
     head = ch.LogisticHead(1 / task.C)
-    fitted = head.fit(task.support, task.labels, ways=task.ways)
+    fitted = head.fit(task.support, task.labels, ways=task.ways, allow_missing_classes=True)
     assert fitted.solution is not None
     gap = judges.logistic(*_arrays(task), 1 / task.C, _numpy(fitted.expansion.coef))
     error = _gradient_error_of(head, task) if _can_be_differenced(task) else None
@@ -121,7 +121,7 @@ def _logistic(task: HardTask) -> Answer:
 
 def _ridge(task: HardTask) -> Answer:
     head = ch.RidgeHead(1 / task.C)
-    coef = _numpy(head.fit(task.support, task.labels, ways=task.ways).expansion.coef)
+    coef = _numpy(head.fit(task.support, task.labels, ways=task.ways, allow_missing_classes=True).expansion.coef)
     support, labels, ways = _arrays(task)
     gap = judges.ridge(support, np.eye(ways)[labels], 1 / task.C, coef)
     return Answer(gap, True, _gradient_error_of(head, task) if _can_be_differenced(task) else None)
@@ -143,7 +143,7 @@ def _support_vector_regression(task: HardTask) -> Answer:
 
 def _gaussians(head: ch.ClassificationHead, covariances: judges.Covariances, task: HardTask) -> Answer:
     support, query = task.support.double(), task.query.double()
-    logits = head(support, task.labels, query, ways=task.ways)
+    logits = head(support, task.labels, query, ways=task.ways, allow_missing_classes=True)
     return Answer(judges.gaussian_classes(*_arrays(task), _numpy(query), _numpy(logits), covariances), True)
 
 
@@ -263,7 +263,9 @@ def _can_be_differenced(task: HardTask) -> bool:
 
 
 def _gradient_error_of(head: ch.ClassificationHead, task: HardTask) -> float:
-    return _gradient_error(lambda support: head(support, task.labels, task.query, ways=task.ways), task.support)
+    return _gradient_error(
+        lambda support: head(support, task.labels, task.query, ways=task.ways, allow_missing_classes=True), task.support
+    )
 
 
 def _gradient_error(logits: Callable[[Tensor], Tensor], support: Tensor) -> float:

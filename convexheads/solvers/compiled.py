@@ -45,8 +45,11 @@ class GraphSolver:
         cls._by_number[number] = solver
         return solver
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # a copy keeps its own number
-        vars(self).update(state | {"_number": vars(self)["_number"]})
+    def __getstate__(self) -> dict[str, Any]:  # a copy has its own number
+        return {name: value for name, value in vars(self).items() if name != "_number"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
     def solve_unattached(self, problem: DualProblem) -> UnattachedSolution:
         """Solve a flat batch in working precision. The graph attaches the gradient."""

@@ -53,6 +53,11 @@ def module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleTy
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_python_blocks_run(page: Path, module: ModuleType) -> None:
     """All blocks of a page, in order; a traceback shows the line of the page."""
+    if page.name == "export.md":  # compilers cannot trace the checks of annotations, which these tests install
+        code = "\n".join(code for _, code in _blocks(page))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        return
     for line, code in _blocks(page):
         exec(compile("\n" * (line - 1) + code, page, "exec", dont_inherit=True), vars(module))
 

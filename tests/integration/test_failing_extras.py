@@ -14,7 +14,7 @@ from torch import nn
 
 import convexheads as ch
 from convexheads import InputError, MissingDependencyError
-from convexheads.cli._features import _make_image_extractor, _make_text_extractor, load_feature_extractor
+from convexheads.cli._features import load_feature_extractor
 from convexheads.heads.cvxpy import _is_solved
 from convexheads.integrations.lightning import EpisodicModule
 from convexheads.integrations.sklearn import HeadClassifier
@@ -71,8 +71,8 @@ def test_the_task_that_qpth_refuses_fails_alone(monkeypatch: pytest.MonkeyPatch)
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = (
-        ("wordllama", "wordllama", _make_text_extractor),
-        ("PIL", "pillow", lambda: _make_image_extractor("conv4-cifar-fs-svm")),
+        ("wordllama", "wordllama", lambda: load_feature_extractor("text")),
+        ("PIL", "pillow", lambda: load_feature_extractor("conv4-cifar-fs-svm")),
     )
     for module, package, make in cases:
         with monkeypatch.context() as patch:

@@ -24,11 +24,11 @@ from tasks import ROOT
 from torch.nn import functional
 
 import convexheads
-from convexheads import InputError, LogisticHead, PrototypeHead
+from convexheads import InputError, PrototypeHead
 from convexheads.cli import FolderClassifier
 from convexheads.cli._features import extract_features, load_feature_extractor
 from convexheads.cli.folder import FOLDER_HEADS
-from convexheads.models import build_model, save_pretrained
+from convexheads.models import build_model, save_pretrained, unit_scale_logistic
 from convexheads_cli import main
 
 
@@ -86,7 +86,7 @@ def test_the_head_sees_features_of_length_one(tmp_path: Path) -> None:
     query = tmp_path / "train" / "b" / "x.npy"
     (prediction,) = classifier.predict([query])
     unit = functional.normalize(rows.double(), dim=-1)
-    expected = LogisticHead(0.1)(unit, torch.arange(3), unit[1:2]).softmax(-1)
+    expected = unit_scale_logistic()(unit, torch.arange(3), unit[1:2]).softmax(-1)
     assert list(prediction.probabilities.values()) == pytest.approx(expected[0].tolist())
     assert classifier.predict([]) == []
 

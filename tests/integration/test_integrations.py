@@ -214,7 +214,7 @@ def test_labels_may_have_any_integer_dtype(adapter, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("convert", [torch.Tensor.double, torch.Tensor.numpy])
+@pytest.mark.parametrize("convert", [torch.Tensor.double, lambda labels: labels.double().numpy()])
 def test_labels_that_are_no_integer_tensors_are_refused(convert) -> None:
     support, labels, _, _ = task()
     with pytest.raises(InputError, match="support_labels: expected a tensor of integers"):

@@ -202,9 +202,9 @@ def test_tasks_of_many_examples_are_divided(many, monkeypatch):
     expected = torch.stack([head(each, labels, each[:4]) for each in batch])
     sizes, alone = [], ADMMSolver._solve_alone
 
-    def watched(self, problem):
+    def watched(self, problem, **options):
         sizes.append(len(problem.linear))
-        return alone(self, problem)
+        return alone(self, problem, **options)
 
     monkeypatch.setattr(ADMMSolver, "_solve_alone", watched)
     head = SVMHead(0.05, solver=NativeSolver(max_block_entries=2 * 3 * 270**2))
