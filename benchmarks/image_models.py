@@ -5,7 +5,6 @@ python -m benchmarks.image_models --data-root DIR
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -123,7 +122,7 @@ def main() -> None:
         note,
         record={
             "settings": {"episodes": options.episodes, "seed": options.seed},
-            "results": json.loads(rows.to_json(orient="records") or ""),
+            "results": report.records(rows),
             **origin,
         },
         rows=rows,

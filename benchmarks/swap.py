@@ -29,8 +29,7 @@ from benchmarks.data import ImageSet, load
 from convexheads import ClassificationHead, EpisodeLoader, Learnable
 from convexheads.evaluation import embed, evaluate
 from convexheads.hyperparameters import as_tensor
-from convexheads.kernels import UnitScale
-from convexheads.models import Conv4, protonet, unit_scale_svm
+from convexheads.models import Conv4, metaoptnet_svm, protonet, unit_scale_svm
 
 HEADS: dict[str, Callable[[], ClassificationHead]] = {
     "prototypes": ch.PrototypeHead,
@@ -38,21 +37,9 @@ HEADS: dict[str, Callable[[], ClassificationHead]] = {
     "ridge": lambda: ch.RidgeHead(scale=Learnable(1.0)),
     "logistic": lambda: ch.LogisticHead(scale=Learnable(1.0)),
     "SVM": unit_scale_svm,
-    "SVM of the paper": lambda: ch.SVMHead(C=0.1, scale=Learnable(1.0)),
+    "SVM of the paper": metaoptnet_svm,
 }
 """The heads, as the documentation advises them for training, and the paper's SVM."""
-
-MORE: dict[str, Callable[[], ClassificationHead]] = {
-    "SVM of the paper, scale from 10": lambda: ch.SVMHead(C=0.1, scale=Learnable(10.0)),
-    "SVM, squared hinge": lambda: ch.SVMHead(1.0, squared_hinge=True, kernel=UnitScale(), scale=Learnable(10.0)),
-    "SVM, smoothing 1": lambda: ch.SVMHead(C=30.0, smoothing=1.0, kernel=UnitScale(), scale=Learnable(10.0)),
-    "SVM, scale from 5": lambda: ch.SVMHead(C=30.0, smoothing=0.3, kernel=UnitScale(), scale=Learnable(5.0)),
-    "ridge, scale from 5": lambda: ch.RidgeHead(scale=Learnable(5.0)),
-    "ridge, unit scale": lambda: ch.RidgeHead(0.3, kernel=UnitScale(), scale=Learnable(10.0)),
-    "logistic, unit scale": lambda: ch.LogisticHead(0.03, kernel=UnitScale(), scale=Learnable(1.0)),
-    "logistic, unit scale from 3": lambda: ch.LogisticHead(0.1, kernel=UnitScale(), scale=Learnable(3.0)),
-}
-"""Other settings of these heads, as trials."""
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
@@ -147,7 +134,7 @@ def _load(name: str, data_root: Path | None, device: str) -> dict[str, ImageSet]
 
 def measure(run: Run) -> dict[str, Any]:
     """Train through a head, and evaluate it and prototypes on unseen classes."""
-    data, loop, head = _load(run.data, run.data_root, run.device), run.loop, (HEADS | MORE)[run.head]()
+    data, loop, head = _load(run.data, run.data_root, run.device), run.loop, HEADS[run.head]()
     begin = time.perf_counter()
     backbone, accuracy = train(head.to(run.device), run.optimizer, data["train"], loop, run.seed)
     row: dict[str, Any] = {"data": run.data, "optimizer": run.optimizer, "head": run.head, "seed": run.seed}
@@ -160,17 +147,17 @@ def measure(run: Run) -> dict[str, Any]:
             continue
         features, labels = embed(backbone, data[split].images, progress=False).cpu(), data[split].labels
         row |= {f"squared length, {split}": features.square().sum(-1).mean().item()}
-        for tested, own in (("itself", head), ("prototypes", ch.PrototypeHead())):
-            for shots in (1, 5):
-                sizes = {"ways": loop.ways, "shots": shots, "episodes": run.episodes}
-                found = evaluate(own, features, labels, **sizes, progress=False)
+        for shots in (1, 5):
+            heads = {"itself": head, "prototypes": ch.PrototypeHead()}
+            sizes = {"ways": loop.ways, "shots": shots, "episodes": run.episodes}
+            for tested, found in evaluate(heads, features, labels, **sizes, progress=False).items():
                 row[f"{split}, {tested}, {shots}-shot"] = 100 * found.accuracy
     return row
 
 
 def summarize(rows: pandas.DataFrame) -> Table:
     """The mean accuracy of each head over the seeds, with its standard error, by data set, shots and optimizer."""
-    heads, left = [head for head in HEADS | MORE if head in set(rows["head"])], ["data", "optimizer"]
+    heads, left = [head for head in HEADS if head in set(rows["head"])], ["data", "optimizer"]
     title = "Accuracy on unseen classes, %, by the head that was trained"
     table = report.new_table(title, [*left, "shots", *heads], left=left)
     for data, shots, optimizer in product(dict.fromkeys(rows["data"]), (1, 5), OPTIMIZERS):
@@ -188,13 +175,10 @@ def summarize(rows: pandas.DataFrame) -> Table:
 def main() -> None:
     """The command line."""
     parser = experiment.parser("swap", __doc__, "data_root", "device", "output")
-    for option, known, default in (
-        ("data", LOOPS, [*LOOPS]),
-        ("optimizers", OPTIMIZERS, [*OPTIMIZERS]),
-        ("heads", HEADS | MORE, [*HEADS]),
-    ):
-        text = f"some of {', '.join(known)}"
-        parser.add_argument(f"--{option}", type=list[str], default=default, help=text)
+    choices: dict[str, dict[str, Any]] = {"data": LOOPS, "optimizers": OPTIMIZERS, "heads": HEADS}
+    for option, known in choices.items():
+        text = f"some of {', '.join(known)}; default: all"
+        parser.add_argument(f"--{option}", type=list[str], default=[*known], help=text)
     parser.add_argument(
         "--seeds", type=list[int], default=[0, 1, 2, 3, 4], help="seeds of the weights and the episodes"
     )
@@ -202,7 +186,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="training runs at a time, each on one processor thread")
     parser.add_argument("--minutes", type=float, default=1e6, help="time limit, after which no training run starts")
     chosen = parser.parse_args()
-    for option, known in (("data", LOOPS), ("optimizers", OPTIMIZERS), ("heads", HEADS | MORE)):
+    for option, known in choices.items():
         experiment.refuse_unknown(option, getattr(chosen, option), known)
     end, path = time.monotonic() + 60 * chosen.minutes, chosen.output / "swap.json"
     rows = _saved(path, chosen.episodes)
@@ -225,10 +209,9 @@ def main() -> None:
     note = (
         f"Mean over {seeds} seeds ± standard error, each over {chosen.episodes:,} episodes, 10-way for glyphs and "
         "5-way for the others. A Conv-4 is trained by a plain loop, with a learning rate that follows one cosine, from "
-        "0.001 "
-        "for Adam and AdamW and from 0.1 for SGD with momentum 0.9: 300 steps of one 5-shot episode on digits, 120 of "
-        "four 1-shot episodes on glyphs, 500 of eight 5-shot episodes on CIFAR-FS. `prototypes` are those of Snell et "
-        "al., `prototypes, scaled` is `protonet()`, and `SVM` is `unit_scale_svm()`. Trained on: "
+        "0.001 for Adam and AdamW and from 0.1 for SGD with momentum 0.9: 300 steps of one 5-shot episode on digits, "
+        "120 of four 1-shot episodes on glyphs, 500 of eight 5-shot episodes on CIFAR-FS. `prototypes` are those of "
+        "Snell et al., `prototypes, scaled` is `protonet()`, and `SVM` is `unit_scale_svm()`. Trained on: "
         f"{'; '.join(dict.fromkeys(frame['machine']))}. Made by `python -m benchmarks.swap`."
     )
     record = {"episodes": chosen.episodes, "results": rows, **origin}

@@ -130,7 +130,7 @@ def _fit(head: ClassificationHead, X: np.ndarray, labels: np.ndarray) -> FittedC
 
 
 def _best_scale(head: ClassificationHead, X: np.ndarray, labels: np.ndarray) -> float:
-    """The best scale of the logits for samples that were held out from the fit; 1.0 if a class has a single sample."""
+    """The best scale of logits of samples that were held out from the fit; 1.0 if any class has only one sample."""
     folds = min(_FOLDS, int(np.bincount(labels).min()))
     if folds < 2:
         return 1.0

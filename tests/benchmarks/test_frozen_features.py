@@ -16,7 +16,7 @@ from benchmarks.data import ImageSet
 
 
 def test_every_head_on_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The images of a class have one brightness, which one model sees, and the other one doesn't."""
+    """Images of the same class have the same brightness. One model sees it, and the other one does not."""
     labels = torch.arange(60) % 6
     images = ImageSet((40 * labels)[:, None, None, None].expand(-1, 3, 8, 8).to(torch.uint8), labels, tuple("abcdef"))
 

@@ -38,7 +38,7 @@ class ClassificationHead(Head):
 
     checks = Head.checks | {"scale": check_positive}
     requires_all_classes: ClassVar[bool] = False
-    """Whether the head has no solution for a class without support examples: an error in any case."""
+    """Whether a class without support examples is an error even with `allow_missing_classes=True`."""
 
     def __init__(self, *, kernel: KernelLike | None = None, scale: Hyperparameter = 1.0, validate: bool = True) -> None:
         super().__init__(kernel=kernel, validate=validate)
