@@ -28,11 +28,13 @@ def fit_episodes(
     options: dict[str, int],
     batch_size: int,
     progress: bool,
+    *,
+    title: str = "",
 ) -> Generator[tuple[int, FittedClassifier, Tensor, Tensor], None, None]:
     """Yield, for each batch of episodes and each head: its number, the head fitted on it, its logits, the query labels.
 
     There are no gradients. The arguments are those of `evaluate`, with `features` and `labels` as `check_features`
-    returns them. Those that determine the episodes are in `options`, by name. Close the generator if it is left early:
+    returns them. `title` stands in the progress bar before the sizes. Those that determine the episodes are in `options`, by name. Close the generator if it is left early:
     it changes the number of threads.
     """
     sizes = {name: options[name] for name in ("ways", "shots", "queries", "episodes")}
@@ -48,7 +50,7 @@ def fit_episodes(
     support_labels, query_labels = (
         torch.arange(ways, device=features.device).repeat_interleave(count) for count in (shots, queries)
     )
-    title = type(heads[0]).__name__ if len(heads) == 1 else f"{len(heads)} heads"
+    title = title or (type(heads[0]).__name__ if len(heads) == 1 else f"{len(heads)} heads")
     count = len(range(rank, episodes, world_size))
     size = min(batch_size, count)
     with _threads(features.device, examples=ways * (shots + queries)):

@@ -52,7 +52,8 @@ def calibrate(
     """
     sampling = {"ways": ways, "shots": shots, "queries": queries, "episodes": episodes, "seed": seed}
     features, labels = check_features(features, labels)
-    with closing(fit_episodes([head], features, labels, sampling, batch_size, progress)) as fits:
+    title = f"calibrating {type(head).__name__}"
+    with closing(fit_episodes([head], features, labels, sampling, batch_size, progress, title=title)) as fits:
         scored = [(logits.double().flatten(0, 1), truth.flatten()) for _, _, logits, truth in fits]
     logits, truth = (torch.cat(batches) for batches in zip(*scored, strict=True))
     scale = best_scale(logits, truth, as_tensor(head.scale, logits))
@@ -85,7 +86,7 @@ def best_scale(
     logits, labels = logits.clone(), labels.clone()  # inference tensors cannot take part in autograd
     usable = logits.isfinite().all(-1)
     if not usable.any():
-        raise InputError("head", "finite logits in at least one episode", "none")
+        raise InputError("logits", "a row of finite values", f"none in {len(logits)} rows")
     logits, labels = logits[usable], labels[usable]
     # The cross-entropy is convex in the factor. For logits divided by their spread, the best factor is around one.
     logits = logits - logits.mean(-1, keepdim=True)

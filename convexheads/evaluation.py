@@ -34,6 +34,9 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         return f"{100 * self.mean:+.2f} ± {100 * self.confidence_interval:.2f}%"
 
+    def __repr__(self) -> str:
+        return f"Difference({self})"
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
@@ -96,8 +99,8 @@ class Evaluation:
 class Evaluations(dict[str, Evaluation]):
     """The evaluation of each of several heads on the same episodes, by name, as `evaluate` returns them.
 
-    Printed, it is a table: accuracies with 95% confidence intervals, paired differences from the first head, and
-    expected calibration errors.
+    Printed, it is a table: accuracies with 95% confidence intervals, differences from the first head, paired by
+    episode, with theirs, and expected calibration errors.
 
     Example:
         `print(evaluate({"SVM": SVMHead(), "ridge": RidgeHead()}, features, labels))`
@@ -119,7 +122,7 @@ class Evaluations(dict[str, Evaluation]):
 
     def __repr__(self) -> str:
         differences = self.compare()
-        rows = [("", "accuracy", f"minus {next(iter(self))}" if differences else "", "calibration error")]
+        rows = [("", "accuracy (95%)", f"minus {next(iter(self))} (95%)" if differences else "", "calibration error")]
         for name, each in self.items():
             accuracy = f"{100 * each.accuracy:.2f} ± {100 * each.confidence_interval:.2f}%"
             error = f"{100 * each.expected_calibration_error:.1f}%"

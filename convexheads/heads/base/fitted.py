@@ -261,7 +261,7 @@ def _per_task(value: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _not_linear(got: str) -> ConvexHeadsError:
-    return ConvexHeadsError(f"weight, bias: expected scores that are linear in the features, got {got}")
+    return ConvexHeadsError(f"weight, bias: expected scores that are linear in the features, got {got}; to_module() exports any fit")
 
 
 def _affine_form(kernel: KernelLike, features: int) -> tuple[Any, Any]:
