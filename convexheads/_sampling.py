@@ -34,8 +34,8 @@ def fit_episodes(
     """Yield, for each batch of episodes and each head: its number, the head fitted on it, its logits, the query labels.
 
     There are no gradients. The arguments are those of `evaluate`, with `features` and `labels` as `check_features`
-    returns them. `title` stands in the progress bar before the sizes. Those that determine the episodes are in `options`, by name. Close the generator if it is left early:
-    it changes the number of threads.
+    returns them. Those that determine the episodes are in `options`, by name. The progress bar begins with `title`.
+    Close the generator if it is left early: it changes the number of threads.
     """
     sizes = {name: options[name] for name in ("ways", "shots", "queries", "episodes")}
     ways, shots, queries, episodes, batch_size = _validation.check_positive_ints(**sizes, batch_size=batch_size)

@@ -649,6 +649,14 @@ def on_gpu(head: str, device: str = "cuda", **changes: Any) -> Training:
     return Training(options, *parts, episodes(data, options, Processes()), Processes())
 
 
+def assert_nearly_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """Single values may differ: the sums of a GPU have no fixed order, and steps amplify the difference."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        difference, size = (each.double().norm().item() for each in (value - other[name], other[name]))
+        assert difference <= 0.03 * size + 1e-3, name
+
+
 def mean_of(own: Training) -> Tensor:
     return cast("Tensor", own.backbone.mean)
 
@@ -729,8 +737,7 @@ def test_a_failed_step_on_a_gpu_is_left_out(head: str, cuda: torch.device) -> No
         other.take(other.episodes.draw(step))
     own.read()
     assert [each["step"] for each in own.failures] == [2]
-    for name, value in state(own).items():
-        torch.testing.assert_close(value, state(other)[name], rtol=1e-2, atol=1e-3)
+    assert_nearly_same(state(own), state(other))
 
 
 @pytest.mark.gpu
@@ -747,8 +754,7 @@ def test_a_resumed_training_on_a_gpu(head: str, cuda: torch.device, tmp_path: Pa
     resumed.load(tmp_path / "last.safetensors")
     for step in range(3, 6):
         resumed.take(resumed.episodes.draw(step))
-    for name, value in state(resumed).items():
-        torch.testing.assert_close(value, state(whole)[name], rtol=1e-2, atol=5e-3)  # 0.0017 seen
+    assert_nearly_same(state(resumed), state(whole))
 
 
 def test_refuses_an_unknown_augmentation() -> None:

@@ -261,7 +261,8 @@ def _per_task(value: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _not_linear(got: str) -> ConvexHeadsError:
-    return ConvexHeadsError(f"weight, bias: expected scores that are linear in the features, got {got}; to_module() exports any fit")
+    remedy = "to_module() works for any fit"
+    return ConvexHeadsError(f"weight, bias: expected scores that are linear in the features, got {got}; {remedy}")
 
 
 def _affine_form(kernel: KernelLike, features: int) -> tuple[Any, Any]:
