@@ -17,11 +17,12 @@ help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 # Make an environment and install requirements: $(call install,FOLDER,REQUIREMENTS)
+# Python compiles a module when it is first imported; compiling all of them at once would take a minute longer.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Expected Python 3.11 or newer, got $$($(PYTHON) --version). Choose one with: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(1)
-	$(1)/$(BIN)/python -m pip install $(2)
+	$(1)/$(BIN)/python -m pip install --no-compile $(2)
 	@touch $(1)/.ready
 endef
 

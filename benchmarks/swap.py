@@ -29,7 +29,15 @@ from benchmarks.data import ImageSet, load
 from convexheads import ClassificationHead, EpisodeLoader, Learnable
 from convexheads.evaluation import embed, evaluate
 from convexheads.hyperparameters import as_tensor
-from convexheads.models import Conv4, metaoptnet_svm, protonet, unit_scale_svm
+from convexheads.kernels import RBF
+from convexheads.models import (
+    Conv4,
+    metaoptnet_svm,
+    protonet,
+    unit_scale_logistic,
+    unit_scale_ridge,
+    unit_scale_svm,
+)
 
 HEADS: dict[str, Callable[[], ClassificationHead]] = {
     "prototypes": ch.PrototypeHead,
@@ -40,6 +48,13 @@ HEADS: dict[str, Callable[[], ClassificationHead]] = {
     "SVM of the paper": metaoptnet_svm,
 }
 """The heads, as the documentation advises them for training, and the paper's SVM."""
+
+VARIANTS: dict[str, Callable[[], ClassificationHead]] = {
+    "ridge, unit scale": unit_scale_ridge,
+    "logistic, unit scale": unit_scale_logistic,
+    "SVM, RBF kernel": lambda: ch.SVMHead(C=30.0, smoothing=0.3, kernel=RBF(), scale=Learnable(10.0)),
+}
+"""More heads, which are trained only where they are asked for."""
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
@@ -134,7 +149,7 @@ def _load(name: str, data_root: Path | None, device: str) -> dict[str, ImageSet]
 
 def measure(run: Run) -> dict[str, Any]:
     """Train through a head, and evaluate it and prototypes on unseen classes."""
-    data, loop, head = _load(run.data, run.data_root, run.device), run.loop, HEADS[run.head]()
+    data, loop, head = _load(run.data, run.data_root, run.device), run.loop, (HEADS | VARIANTS)[run.head]()
     begin = time.perf_counter()
     backbone, accuracy = train(head.to(run.device), run.optimizer, data["train"], loop, run.seed)
     row: dict[str, Any] = {"data": run.data, "optimizer": run.optimizer, "head": run.head, "seed": run.seed}
@@ -157,7 +172,7 @@ def measure(run: Run) -> dict[str, Any]:
 
 def summarize(rows: pandas.DataFrame) -> Table:
     """The mean accuracy of each head over the seeds, with its standard error, by data set, shots and optimizer."""
-    heads, left = [head for head in HEADS if head in set(rows["head"])], ["data", "optimizer"]
+    heads, left = [head for head in HEADS | VARIANTS if head in set(rows["head"])], ["data", "optimizer"]
     title = "Accuracy on unseen classes, %, by the head that was trained"
     table = report.new_table(title, [*left, "shots", *heads], left=left)
     for data, shots, optimizer in product(dict.fromkeys(rows["data"]), (1, 5), OPTIMIZERS):
@@ -175,10 +190,11 @@ def summarize(rows: pandas.DataFrame) -> Table:
 def main() -> None:
     """The command line."""
     parser = experiment.parser("swap", __doc__, "data_root", "device", "output")
-    choices: dict[str, dict[str, Any]] = {"data": LOOPS, "optimizers": OPTIMIZERS, "heads": HEADS}
+    choices: dict[str, dict[str, Any]] = {"data": LOOPS, "optimizers": OPTIMIZERS, "heads": HEADS | VARIANTS}
     for option, known in choices.items():
-        text = f"some of {', '.join(known)}; default: all"
-        parser.add_argument(f"--{option}", type=list[str], default=[*known], help=text)
+        usual = [*HEADS] if option == "heads" else [*known]
+        text = f"some of {', '.join(map(repr, known))}; default: {'all' if len(usual) == len(known) else usual}"
+        parser.add_argument(f"--{option}", type=list[str], default=usual, help=text)
     parser.add_argument(
         "--seeds", type=list[int], default=[0, 1, 2, 3, 4], help="seeds of the weights and the episodes"
     )
@@ -224,6 +240,8 @@ def _results(runs: list[Run], jobs: int, end: float) -> Iterator[dict[str, Any]]
         torch.set_num_threads(1)
         yield from (measure(run) for run in runs if time.monotonic() < end)
         return
+    if time.monotonic() >= end:
+        return  # processes take seconds to start
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = [pool.submit(_measure_before, run, end - time.monotonic() + time.time()) for run in runs]

@@ -143,12 +143,18 @@ _FAULTS = """() => {
 }"""
 
 
+# Whether the background of a page is that of the scheme "light" or "dark".
+_HAS_SCHEME = """(scheme) => {
+  const [red, green, blue] = getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number);
+  return (red + green + blue < 3 * 128) === (scheme === "dark");
+}"""
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pages_are_whole_in_a_browser(site: Path, address: str, browser: Any, scheme: str) -> None:
-    """Each page in a wide and in a narrow window. CONVEXHEADS_SCREENSHOTS names a folder for pictures of them."""
+def test_pages_are_whole_in_a_browser(site: Path, address: str, browser: Any) -> None:
+    """Each page in both color schemes, and in a narrow window. CONVEXHEADS_SCREENSHOTS names a folder for pictures."""
     folder = os.environ.get("CONVEXHEADS_SCREENSHOTS")
-    context = browser.new_context(viewport=WIDE, color_scheme=scheme)
+    context = browser.new_context(viewport=WIDE, color_scheme="light")
     page = context.new_page()
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
@@ -159,23 +165,31 @@ def test_pages_are_whole_in_a_browser(site: Path, address: str, browser: Any, sc
     faults: dict[str, list[str]] = {}
     for name in _pages(site):
         said.clear()
+        found: list[str] = []
         page.set_viewport_size(WIDE)  # before the page is loaded: parts of it take time to follow a change
         page.goto(f"{address}/{name}", wait_until="load")
-        found = [*said]
-        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        dark = sum(map(int, re.findall(r"\d+", background)[:3])) < 3 * 128
-        if dark != (scheme == "dark"):
-            found.append(f"background {background}")
-        for size in (WIDE, PHONE):
+        for scheme, size in (("light", WIDE), ("dark", WIDE), ("dark", PHONE)):
             page.set_viewport_size(size)
-            found += [f"{size['width']} pixels: {fault}" for fault in page.evaluate(_FAULTS)]
+            if size == WIDE:
+                page.evaluate(f"document.querySelector('[data-md-color-media*={scheme}]').click()")
+                page.wait_for_function(_HAS_SCHEME, arg=scheme, timeout=10_000)
+            found += [f"{scheme}, {size['width']} pixels: {fault}" for fault in page.evaluate(_FAULTS)]
             if folder:
                 shot = f"{name.replace('/', '_') or 'home'}-{size['width']}-{scheme}.png"
                 page.screenshot(path=Path(folder) / shot, full_page=True)
-        if found:
-            faults[name or "home"] = found
+        if found or said:
+            faults[name or "home"] = [*said, *found]
     context.close()
     assert not faults
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_color_scheme_is_that_of_the_browser(address: str, browser: Any, scheme: str) -> None:
+    context = browser.new_context(color_scheme=scheme)
+    page = context.new_page()
+    page.goto(address)
+    page.wait_for_function(_HAS_SCHEME, arg=scheme, timeout=10_000)
+    context.close()
 
 
 def test_search_finds(address: str, browser: Any) -> None:

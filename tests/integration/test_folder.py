@@ -265,7 +265,7 @@ def test_files_in_hidden_folders_are_not_classified(tmp_path: Path, capsys: pyte
     assert [row["file"] for row in rows] == [str(root / name / "x.npy") for name in "ab"]
 
 
-def test_names_do_not_depend_on_the_locale(tmp_path: Path) -> None:
+def test_names_do_not_depend_on_the_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, row in zip(("日", "本"), np.eye(2), strict=True):
         (tmp_path / "train" / name).mkdir(parents=True)
         np.save(tmp_path / "train" / name / "x.npy", row)
@@ -278,7 +278,8 @@ def test_names_do_not_depend_on_the_locale(tmp_path: Path) -> None:
     assert rb"\u65e5, \u672c" in run("fit", "train", "--features", "npy")
     shown = run("predict", "classifier.safetensors", "train").splitlines(keepends=True)
     assert shown[0] == rb"file,label,\u65e5,\u672c" + os.linesep.encode()
-    run("predict", "classifier.safetensors", "train", "--output", "out.csv")
+    monkeypatch.chdir(tmp_path)
+    main(["predict", "classifier.safetensors", "train", "--output", "out.csv"])
     assert (tmp_path / "out.csv").read_text(encoding="utf-8").startswith("file,label,日,本\n")
 
 
