@@ -1,4 +1,4 @@
-"""What all tests share: one thread, one seed, Hypothesis profiles, and annotated shapes that are checked in every call."""
+"""What all tests share: one thread, one seed, Hypothesis profiles, and annotated shapes, which are checked."""
 
 from __future__ import annotations
 
@@ -22,8 +22,12 @@ from hypothesis import HealthCheck, Phase, settings
 # Tests are rewritten for pytest's explanations of failed assertions; these modules hold assertions too.
 pytest.register_assert_rewrite("solver_contract", "tasks", "strategies")
 
+# The checks of internal modules double the time of the tests, so they are left to `make test-all` and `make test-core`.
+PUBLIC = ["heads", "kernels", "models", "calibration", "episodes", "evaluation", "loader", "training"]
 if find_spec("beartype"):
-    jaxtyping.install_import_hook("convexheads", "beartype.beartype")
+    everywhere = os.environ.get("CONVEXHEADS_CHECK_SHAPES") == "everywhere"
+    checked = "convexheads" if everywhere else [f"convexheads.{name}" for name in PUBLIC]
+    jaxtyping.install_import_hook(checked, "beartype.beartype")
 
 # `ci` draws the same examples on every machine, `nightly` draws new ones, and more (see `examples` in tasks.py). None of
 # them limits the time of an example: compiling a reference takes seconds. `brief` does not look for the smallest example

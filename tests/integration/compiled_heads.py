@@ -108,6 +108,7 @@ def test_the_backward_pass_is_compiled_too(name):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_training_step_by_inductor():
     images, labels, query_labels = torch.randn(2, 9, 6), torch.arange(3).repeat(2, 2), torch.arange(3).expand(2, 3)
     model = torch.nn.ModuleList([torch.nn.Linear(6, 5), ch.SVMHead(0.3, scale=ch.Learnable(2.0), validate=False)])

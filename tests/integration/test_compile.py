@@ -12,10 +12,11 @@ pytest.importorskip("torch._dynamo")
 
 
 @pytest.mark.timeout(900)
-def test_heads_are_compiled():
+@pytest.mark.parametrize("selected", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_heads_are_compiled(selected):
     command = [sys.executable, "-m", "pytest", "--quiet", "--noconftest", "-p", "no:cacheprovider"]
     file = ROOT / "tests" / "integration" / "compiled_heads.py"
-    done = subprocess.run([*command, str(file)], cwd=ROOT, capture_output=True, text=True, timeout=880)
+    done = subprocess.run([*command, "-m", selected, str(file)], cwd=ROOT, capture_output=True, text=True, timeout=880)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
 

@@ -257,9 +257,16 @@ def test_a_failed_fit_is_no_fit() -> None:
     np.testing.assert_array_equal(classifier.predict(X), before)
 
 
-@parametrize_with_checks([sklearn.HeadClassifier(), sklearn.HeadClassifier(LogisticHead(1.0, kernel=RBF(1.0)))])
+@parametrize_with_checks([sklearn.HeadClassifier()])
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
 def test_all_of_scikit_learns_checks(estimator, check) -> None:
+    check(estimator)
+
+
+@pytest.mark.slow
+@parametrize_with_checks([sklearn.HeadClassifier(LogisticHead(1.0, kernel=RBF(1.0)))])
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
+def test_all_of_scikit_learns_checks_with_a_kernel(estimator, check) -> None:
     check(estimator)
 
 
