@@ -262,9 +262,23 @@ MUTATIONS = [
     Mutation(
         "logistic-rescaling",
         "heads/logistic.py",
-        "coef, residual = coef / penalty, torch.zeros_like(gap)",
-        "coef, residual = coef, torch.zeros_like(gap)",
+        "coef, gap = (coef / penalty).reshape(*batch, n, k), gap.reshape(batch)",
+        "coef, gap = coef.reshape(*batch, n, k), gap.reshape(batch)",
         "test_references.py::test_logistic_regression_equals_scikit_learn",
+    ),
+    Mutation(
+        "logistic-primal-features",
+        "heads/_logistic_primal.py",
+        "to_features = -(per_example * error) @ v.mT - _curve(p, sample_weight, scores) @ weight.mT",
+        "to_features = -_curve(p, sample_weight, scores) @ weight.mT",
+        "test_logistic.py::test_gradients_agree_with_central_differences",
+    ),
+    Mutation(
+        "logistic-primal-gap",
+        "heads/_logistic_primal.py",
+        "gap = point.gradient.square().sum((-2, -1)) / (2 * penalty)",
+        "gap = point.gradient.square().sum((-2, -1)) / 2",
+        "test_logistic.py::test_the_gap_bounds_the_distance_to_the_optimum",
     ),
     Mutation(
         "prototype-bias",

@@ -54,7 +54,7 @@ class SoftmaxKKT:
 
 def newton_step(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
     """One undamped Newton step from `coef`, `(tasks, n, k)`; differentiable."""
-    margins, loss = _margins(targets, gram @ coef)
+    margins, loss = margins_and_losses(targets, gram @ coef)
     p = (margins - loss.unsqueeze(-1)).exp()
     # `W scores + targets - p`, computed from the entries of the wrong classes, because its rows sum to zero.
     wrong = (p * (margins - (p * margins).sum(-1, keepdim=True) - 1)).masked_fill(targets > 0, 0)
@@ -108,7 +108,7 @@ def certified_gap(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
 # of the wrong classes, which keep full precision.
 
 
-def _margins(targets: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+def margins_and_losses(targets: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     """The difference between each class's score and that of the right class, and the loss of each row."""
     margins = scores - (targets * scores).sum(-1, keepdim=True)
     log_wrong = margins.masked_fill(targets > 0, -torch.inf).logsumexp(-1)
@@ -117,7 +117,7 @@ def _margins(targets: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
 
 def _objective(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
     scores = gram @ coef
-    return (coef * scores).sum((-2, -1)) / 2 + _margins(targets, scores)[1].sum(-1)
+    return (coef * scores).sum((-2, -1)) / 2 + margins_and_losses(targets, scores)[1].sum(-1)
 
 
 def _feasible(targets: Tensor, coef: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def _feasible(targets: Tensor, coef: Tensor) -> Tensor:
 def _gap(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
     """The relative gap of feasible coefficients: the divergence of `targets - coef` from the softmax of the scores."""
     scores = gram @ coef
-    margins, loss = _margins(targets, scores)
+    margins, loss = margins_and_losses(targets, scores)
     p = (-coef).masked_fill(targets > 0, 0)
     logs = margins - loss.unsqueeze(-1)
     wrong_divergence = torch.special.xlogy(p, p) - p * logs - p + logs.exp().masked_fill(targets > 0, 0)

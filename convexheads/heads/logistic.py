@@ -6,21 +6,25 @@ from functools import partial
 from typing import get_args
 
 import torch
+from torch import Tensor
 
 from convexheads._functorch import compute_without_grad
 from convexheads._validation import check_choice, check_positive_int, optional
-from convexheads.heads import _logistic_newton
+from convexheads.heads import _logistic_newton, _logistic_primal
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
-from convexheads.kernels import KernelLike
+from convexheads.kernels import KernelLike, Linear
 from convexheads.solvers import OnFailure, Solution, Status
 from convexheads.solvers.failures import handle_failures
 
 _MAX_NEWTON_STEPS = 100
 _TOLERANCE = 1e-6
 # Newton's method continues until rounding stops it, because the implicit gradient is that of the exact optimum.
-_AIM = 1e-15
+# In the primal, the gap is computed without cancellation.
+_AIM, _AIM_OF_PRIMAL = 1e-15, 1e-20
+# With more examples, the primal is solved even if there are more features than examples.
+_MAX_EXAMPLES = 100
 
 
 class LogisticHead(ClassificationHead):
@@ -31,9 +35,11 @@ class LogisticHead(ClassificationHead):
     Primal: \(\min_w \frac{\lambda}{2} \sum_k |w_k|^2 + \sum_n \left(\log \sum_k e^{w_k \cdot x_n} - w_{y_n} \cdot
     x_n\right)\). Optimality: \(\lambda \alpha = Y - \operatorname{softmax}(K \alpha)\), where
     \(w_k = \sum_n \alpha_n^k x_n\). It is solved by Newton's method with k + 1 Cholesky factorizations of
-    n x n matrices per step (Rasmussen & Williams 2006, Algorithm 3.3), and differentiated implicitly, to any order. Lee
-    et al. 2019 name it as an alternative (Section 3.3). There is no bias; a kernel with a constant, such as
-    `Linear() + Constant(1.0)`, adds one, which is regularized like the weights.
+    n x n matrices per step (Rasmussen & Williams 2006, Algorithm 3.3), and differentiated implicitly, to any order.
+    With the linear kernel and more examples than features, or more than 100 examples, Newton's method solves the
+    primal, by conjugate gradients if there are more than 256 weights. Lee et al. 2019 name logistic regression as an
+    alternative (Section 3.3). There is no bias; a kernel with a constant, such as `Linear() + Constant(1.0)`, adds one,
+    which is regularized like the weights.
 
     Differences from Algorithm 3.3: steps that do not decrease the objective are halved, and there is no Laplace
     approximation around the optimum.
@@ -75,6 +81,9 @@ class LogisticHead(ClassificationHead):
         self.regularization, self.steps, self.on_failure = regularization, steps, on_failure
 
     def solve(self, support: SupportSet) -> KernelExpansion:
+        kernel, (*_, n, d) = support.linear_kernel, support.features.shape
+        if kernel is not None and self.steps is None and n > min(d, _MAX_EXAMPLES):
+            return self._solve_for_weights(support, kernel)
         penalty = as_tensor(self.regularization, support.targets)
         *batch, n, k = support.targets.shape
         gram, targets = (support.gram / penalty).reshape(-1, n, n), support.labeled_targets.reshape(-1, n, k)
@@ -87,11 +96,30 @@ class LogisticHead(ClassificationHead):
             solve = partial(_logistic_newton.solve, tolerance=_AIM, max_steps=_MAX_NEWTON_STEPS)
             coef, gap, taken = compute_without_grad(solve, gram, targets)
             coef = _logistic_newton.ImplicitSolution.apply(gram, targets, coef)
+        coef, gap = (coef / penalty).reshape(*batch, n, k), gap.reshape(batch)
+        solution = self._certified(coef, gap, None if taken is None else taken.reshape(batch))
+        return KernelExpansion(solution.coef, solution=solution)
+
+    def _solve_for_weights(self, support: SupportSet, kernel: Linear) -> KernelExpansion:
+        """Solve the primal."""
+        penalty, targets = as_tensor(self.regularization, support.targets), support.targets
+        features = kernel.feature_map(support.features)
+        batch = targets.shape[:-2]
+        used = targets.new_ones(targets.shape[:-1]) if support.mask is None else support.mask.to(targets.dtype)
+        problem = features, targets, used, penalty.expand(batch)
+        solve = partial(_logistic_primal.solve, tolerance=_AIM_OF_PRIMAL, max_steps=_MAX_NEWTON_STEPS)
+        weight, gap, taken = compute_without_grad(solve, *problem)
+        weight = _logistic_primal.ImplicitWeights.apply(*problem, weight)
+        error = _logistic_primal.residual(targets, (features @ weight).softmax(-1))
+        solution = self._certified(-used.unsqueeze(-1) * error / penalty, gap, taken)
+        weight = torch.where(torch.isfinite(gap)[..., None, None], weight, torch.nan)
+        return KernelExpansion(solution.coef, weight=kernel.feature_map(weight.mT), solution=solution)
+
+    def _certified(self, coef: Tensor, gap: Tensor, iterations: Tensor | None) -> Solution:
+        """The solution with its status; failures are handled."""
         otherwise = Status.FAILED if self.steps is None else Status.STOPPED
         status = torch.where(gap <= _TOLERANCE, Status.CONVERGED, otherwise)
         status = torch.where(torch.isfinite(gap), status, Status.FAILED)
-        coef, residual = coef / penalty, torch.zeros_like(gap)
-        solution = Solution(coef, None, None, status=status, gap=gap, residual=residual, iterations=taken)
-        solution = solution.map(lambda _, value: value.reshape((*batch, *value.shape[1:])))
-        solution = handle_failures("LogisticHead", solution, _TOLERANCE, self.on_failure)
-        return KernelExpansion(solution.coef, solution=solution)
+        residual = torch.zeros_like(gap)
+        solution = Solution(coef, None, None, status=status, gap=gap, residual=residual, iterations=iterations)
+        return handle_failures("LogisticHead", solution, _TOLERANCE, self.on_failure)

@@ -50,6 +50,11 @@ class SupportSet:
         return known["_gram"]
 
     @property
+    def linear_kernel(self) -> Linear | None:
+        """The kernel if it is `Linear`, whose primal has weights; None for others, also for subclasses of `Linear`."""
+        return self.kernel if isinstance(self.kernel, Linear) and type(self.kernel) is Linear else None
+
+    @property
     def labeled_targets(self) -> Float[Tensor, "*batch n k"]:
         """One-hot labels `(*batch, n, k)` with masked examples in class 0, for heads that need all labels."""
         if self.mask is None:

@@ -1,0 +1,168 @@
+"""Logistic regression in its weights: with more examples than features, and with many examples."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from tasks import close, task
+from torch.nn import functional
+
+from convexheads import Learnable, LogisticHead
+from convexheads.heads import _logistic_primal
+
+FEW, MANY = {"shots": (9, 7, 8), "d": 4}, {"shots": (12, 9, 11, 10, 8, 12), "d": 50}
+"""Up to 256 weights, and more: the Hessian is factorized, or conjugate gradients are used."""
+
+
+def through_the_dual(x, y):
+    """The linear kernel, as a function that a head does not know."""
+    return x @ y.mT
+
+
+def newton_in_long_double(x, y, regularization: float, weight: np.ndarray, ways: int) -> np.ndarray:
+    """The optimal weights, `(d, k)`: Newton's method from weights nearby, with gradients in extended precision."""
+    x, (d, k) = x.numpy().astype(np.longdouble), weight.shape
+    targets, weight = np.eye(ways)[y.numpy()].astype(np.longdouble), weight.astype(np.longdouble)
+    for _ in range(8):
+        scores = x @ weight
+        p = np.exp(scores - scores.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        gradient = regularization * weight + x.T @ (p - targets)
+        hessian = np.kron(np.full((k, k), 1 / k), np.eye(d)) + regularization * np.eye(d * k)
+        for a in range(k):
+            for b in range(k):
+                curvature = p[:, a] * ((a == b) - p[:, b])
+                hessian[a * d : (a + 1) * d, b * d : (b + 1) * d] += (x.T @ (curvature[:, None] * x)).astype(float)
+        step = np.linalg.solve(hessian, gradient.T.reshape(-1).astype(float))
+        weight = weight - step.reshape(k, d).T
+    return weight
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).eps > 1e-18, reason="long double is no more precise than double here")
+@pytest.mark.parametrize("regularization", [1.0, 1e-2, 1e-4, 1e-6, 1e-8])
+def test_no_digits_are_lost_with_a_tiny_regularization(regularization):
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        x, labels = torch.randn(25, 2, generator=generator, dtype=torch.float64), torch.arange(25) % 5
+        fitted = LogisticHead(regularization).fit(x, labels)
+        assert fitted.solution.gap < 1e-15
+        exact = newton_in_long_double(x, labels, regularization, fitted.weight.numpy().T, ways=5)
+        assert np.abs(fitted(x).numpy() - (x.numpy() @ exact).astype(float)).max() < 1e-9
+
+
+@pytest.mark.parametrize("regularization", [1.0, 1e-6])
+@pytest.mark.parametrize("sizes", [FEW, MANY], ids=["few", "many"])
+def test_gradients_agree_with_central_differences(sizes, regularization):
+    support, labels, query, _ = task(**sizes)
+    direction = torch.randn(support.shape, generator=torch.Generator().manual_seed(1), dtype=support.dtype)
+
+    def loss(step: float, factor: float = 1.0) -> torch.Tensor:
+        head = LogisticHead(factor * regularization)
+        return head(support + step * direction, labels, query).square().mean()
+
+    support.requires_grad_()
+    head = LogisticHead(Learnable(regularization))
+    by_support, by_log = torch.autograd.grad(
+        head(support, labels, query).square().mean(), [support, *head.parameters()]
+    )
+    step = 1e-5
+    with torch.no_grad():
+        expected = (loss(step) - loss(-step)) / (2 * step)
+        by_factor = (loss(0, 1 + step) - loss(0, 1 - step)) / (2 * step)
+    assert close((by_support * direction).sum(), expected) < 1e-6
+    assert close(by_log, by_factor, scale=1e-3) < 1e-6  # a `Learnable` holds a logarithm
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("sizes", [FEW, MANY], ids=["few", "many"])
+def test_the_same_as_in_the_dual(sizes, masked):
+    support, labels, query, ways = task(2, **sizes)
+    mask = torch.ones_like(labels, dtype=torch.bool)
+    mask[0, -3:] = not masked
+    found = []
+    for kernel in (None, through_the_dual):
+        head = LogisticHead(Learnable(0.5), kernel=kernel)
+        x, q = support.clone().requires_grad_(), query.clone().requires_grad_()
+        fitted = head.fit(x, labels, ways=ways, mask=mask if masked else None)
+        weights = torch.linspace(0.5, 1.5, ways, dtype=x.dtype)
+        loss = (fitted(q).softmax(-1) * weights).sum() + (fitted.solution.coef * mask.unsqueeze(-1)).square().sum()
+        found.append([fitted(q), *torch.autograd.grad(loss, [x, q, *head.parameters()])])
+        assert (fitted.expansion.weight is None) == (kernel is not None)
+    for primal, dual in zip(*found, strict=True):
+        assert close(primal, dual) < 1e-6
+
+
+def test_second_derivatives():
+    support, labels, query, _ = task(shots=(3, 4), d=3)
+    head = LogisticHead(Learnable(0.5)).double()
+    ((name, parameter),) = head.named_parameters()
+
+    def loss(support, query, parameter):
+        return torch.func.functional_call(head, {name: parameter}, (support, labels, query)).square().sum()
+
+    arguments = [value.requires_grad_() for value in (support, query, parameter.detach().clone())]
+    with pytest.MonkeyPatch.context() as patch:
+        for limit in (_logistic_primal._MAX_UNKNOWNS, 0):
+            patch.setattr(_logistic_primal, "_MAX_UNKNOWNS", limit)
+            assert torch.autograd.gradgradcheck(loss, arguments, atol=1e-6)
+
+
+def test_many_examples_are_fitted_as_by_scikit_learn():
+    """More examples than features, and more features than examples."""
+    for shots, d in ((60,) * 8, 40), ((45,) * 6, 300):
+        support, labels, query, _ = task(shots=shots, d=d)
+        reference = LogisticRegression(C=0.5, fit_intercept=False, tol=1e-9, max_iter=10_000).fit(support, labels)
+        fitted = LogisticHead(2.0).fit(support, labels)
+        assert fitted.expansion.weight is not None
+        assert close(fitted(query), torch.from_numpy(reference.decision_function(query.numpy()))) < 1e-5
+        values = [
+            weight.square().sum() + functional.cross_entropy(support @ weight.mT, labels, reduction="sum")
+            for weight in (fitted.weight, torch.from_numpy(reference.coef_))
+        ]
+        assert values[0] <= values[1] * (1 + 1e-12)
+
+
+def test_tasks_of_a_batch_do_not_depend_on_each_other():
+    support, labels, query, ways = task(3, **MANY)
+    support = support * torch.tensor([1.0, 1e-3, 1e3], dtype=support.dtype)[:, None, None]
+    together = LogisticHead(1e-3)(support, labels, query, ways=ways)
+    for number in range(3):
+        alone = LogisticHead(1e-3)(support[number], labels[number], query[number], ways=ways)
+        assert close(together[number], alone) < 1e-7
+    broken = support.clone()
+    broken[1, 0] = torch.nan
+    found = LogisticHead(1e-3, validate=False, on_failure="return").fit(broken, labels, ways=ways)
+    assert found.solution.converged.tolist() == [True, False, True]
+    assert found(query)[1].isnan().all()
+    assert close(found(query)[::2], together[::2]) < 1e-7
+
+
+def test_under_vmap():
+    support, labels, query, ways = task(3, **FEW)
+    head = LogisticHead(0.5)
+    found = torch.func.vmap(lambda s, y, q: head(s, y, q, ways=ways))(support, labels, query)
+    assert close(found, head(support, labels, query, ways=ways)) < 1e-12
+
+    def loss(support, labels, query):
+        return head(support, labels, query, ways=ways).square().sum()
+
+    expected = torch.stack([torch.func.grad(loss)(*each) for each in zip(support, labels, query, strict=True)])
+    assert close(torch.func.vmap(torch.func.grad(loss))(support, labels, query), expected) < 1e-9
+
+
+@pytest.mark.parametrize("sizes", [FEW, MANY], ids=["few", "many"])
+def test_the_gap_bounds_the_distance_to_the_optimum(sizes):
+    support, labels, _, ways = task(**sizes)
+    targets = functional.one_hot(labels, ways).to(support.dtype)
+    used, penalty = torch.ones(1, len(labels), dtype=support.dtype), torch.tensor([1e-4], dtype=support.dtype)
+
+    def objective(weight):
+        return penalty / 2 * weight.square().sum() + functional.cross_entropy(support @ weight, labels, reduction="sum")
+
+    problem = support[None], targets[None], used, penalty
+    optimum = objective(_logistic_primal.solve(*problem, tolerance=1e-20, max_steps=100)[0][0])
+    for steps in range(1, 8):
+        (weight,), (gap,), _ = _logistic_primal.solve(*problem, tolerance=1e-20, max_steps=steps)
+        assert objective(weight) - optimum <= 1.001 * gap * objective(weight) + 1e-13
