@@ -12,7 +12,7 @@ import torch
 from convexheads.errors import ConvexHeadsError
 
 _C = TypeVar("_C", bound=Callable[..., Any])
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
 
 def traced_if(condition: Callable[..., bool], expected: str) -> Callable[[_C], _C]:
@@ -29,7 +29,7 @@ def traced_if(condition: Callable[..., bool], expected: str) -> Callable[[_C], _
             # Where a graph ends, the frames around the method run as usual, and the compiler traces what they call.
             if not (torch.compiler.is_compiling() or "torch._dynamo" in sys.modules) or condition(self, **kwargs):
                 return method(self, *args, **kwargs)
-            if _is_exporting():
+            if is_exporting():
                 raise ConvexHeadsError(f"torch.export: expected {expected}, got {self!r}")
             from convexheads._untraced import call_untraced  # loading the compiler takes seconds
 

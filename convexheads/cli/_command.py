@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -31,6 +32,9 @@ def run(options: argparse.Namespace) -> None:
             if (output := options.output) and (output.is_dir() or not output.parent.is_dir()):
                 raise InputError("output", "a file in a folder that exists", output)
             _fit(options) if options.command == "fit" else _predict(options)
+        except BrokenPipeError:  # the reader, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
         except (ConvexHeadsError, OSError) as error:
             raise SystemExit(f"error: {error}") from error
 

@@ -222,7 +222,7 @@ def _list_classes(folder: Path) -> dict[str, tuple[list[Path], list[Path]]]:
     if len(classes) < 2:
         raise InputError("folder", "at least 2 class folders", f"{folder} with {len(classes)} of them")
     if empty := [name for name, (files, _) in classes.items() if not files]:
-        raise InputError("folder", "at least one file per class", f"class {empty[0]!r} without any file")
+        raise InputError("folder", "at least one file per class", f"class {empty[0]!r} without any file of its own")
     return classes
 
 

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from convexheads._compiler import is_exporting
+from convexheads.errors import ConvexHeadsError
 from convexheads.solvers.implicit import ActiveSet, factorize_free
 from convexheads.solvers.kkt import KKT
 from convexheads.solvers.problem import DualProblem, Solution, check_problem
@@ -58,6 +60,9 @@ class GraphSolver:
 
 def solve(solver: GraphSolver, problem: DualProblem) -> Solution:
     """Solve a flat batch in working precision, in a graph. The number of iterations is unknown."""
+    if is_exporting():  # the number of the solver means nothing in another process
+        advice = "export its fit, through `to_linear()` or `to_module()`"
+        raise ConvexHeadsError(f"torch.export: expected a head with a closed form, got {solver!r}; {advice}")
     data = problem.detach()
     tensors = data.gram, data.linear, data.lower, data.upper, data.smoothing, data.gram_factor
     coef, *values, at_upper, at_lower, hessian_scale = _solve_dual(

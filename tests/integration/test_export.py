@@ -38,6 +38,12 @@ def test_a_closed_form_adapts_after_export(name):
     assert close(program(*others, ways=ways), head(*others, ways=ways)) < 1e-12
 
 
+def test_an_svm_is_exported_after_the_fit():
+    support, labels, query, ways = task()
+    with pytest.raises(ch.ConvexHeadsError, match=r"torch\.export: expected a head with a closed form"):
+        torch.export.export(ch.SVMHead(validate=False), (support, labels, query), {"ways": ways})
+
+
 def test_a_regressor_adapts_after_export():
     support, labels, query, _ = task(2)
     head = ch.GaussianProcessHead(validate=False)
