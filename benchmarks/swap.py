@@ -83,10 +83,11 @@ class Loop(NamedTuple):
 
 LOOPS = {
     "digits": Loop(steps=300, tasks=1, ways=5, shots=5, queries=10),
+    "digits, 1-shot": Loop(steps=300, tasks=1, ways=5, shots=1, queries=10),
     "glyphs": Loop(steps=120, tasks=4, ways=10, shots=1, queries=3),
     "cifar-fs": Loop(steps=500, tasks=8, ways=5, shots=5, queries=6),
 }
-"""The training loops by data set."""
+"""The training loops by data set, with what distinguishes loops on the same data."""
 
 
 def train(head: ClassificationHead, optimizer: str, images: ImageSet, loop: Loop, seed: int) -> tuple[nn.Module, float]:
@@ -149,7 +150,8 @@ def _load(name: str, data_root: Path | None, device: str) -> dict[str, ImageSet]
 
 def measure(run: Run) -> dict[str, Any]:
     """Train through a head, and evaluate it and prototypes on unseen classes."""
-    data, loop, head = _load(run.data, run.data_root, run.device), run.loop, (HEADS | VARIANTS)[run.head]()
+    name, _, _ = run.data.partition(",")
+    data, loop, head = _load(name, run.data_root, run.device), run.loop, (HEADS | VARIANTS)[run.head]()
     begin = time.perf_counter()
     backbone, accuracy = train(head.to(run.device), run.optimizer, data["train"], loop, run.seed)
     row: dict[str, Any] = {"data": run.data, "optimizer": run.optimizer, "head": run.head, "seed": run.seed}
@@ -225,10 +227,10 @@ def main() -> None:
     note = (
         f"Mean over {seeds} seeds ± standard error, each over {chosen.episodes:,} episodes, 10-way for glyphs and "
         "5-way for the others. A Conv-4 is trained by a plain loop, with a learning rate that follows one cosine, from "
-        "0.001 for Adam and AdamW and from 0.1 for SGD with momentum 0.9: 300 steps of one 5-shot episode on digits, "
-        "120 of four 1-shot episodes on glyphs, 500 of eight 5-shot episodes on CIFAR-FS. `prototypes` are those of "
-        "Snell et al., `prototypes, scaled` is `protonet()`, and `SVM` is `unit_scale_svm()`. Trained on: "
-        f"{'; '.join(dict.fromkeys(frame['machine']))}. Made by `python -m benchmarks.swap`."
+        "0.001 for Adam and AdamW and from 0.1 for SGD with momentum 0.9: 300 steps of one 5-shot episode on digits "
+        "(or one 1-shot episode), 120 of four 1-shot episodes on glyphs, 500 of eight 5-shot episodes on CIFAR-FS. "
+        "`prototypes` are those of Snell et al., `prototypes, scaled` is `protonet()`, and `SVM` is `unit_scale_svm()`."
+        f" Trained on: {'; '.join(dict.fromkeys(frame['machine']))}. Made by `python -m benchmarks.swap`."
     )
     record = {"episodes": chosen.episodes, "results": rows, **origin}
     experiment.write(chosen.output, "swap", summarize(frame), note, record=record, rows=frame, width=160)

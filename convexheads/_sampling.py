@@ -132,9 +132,9 @@ def sample_episodes(
 
 
 def track(batches: Sequence[T], title: str, progress: bool) -> Iterable[T]:
-    """Iterate over batches with a progress bar; there is none if `progress` is False or tqdm is missing."""
+    """Iterate over batches with a progress bar, unless `progress` is False, tqdm is missing or no terminal shows it."""
     try:
         from tqdm.auto import tqdm
     except ImportError:
         return batches
-    return tqdm(batches, title, leave=False, disable=not progress, unit="batch")
+    return tqdm(batches, title, leave=False, disable=None if progress else True, unit="batch")

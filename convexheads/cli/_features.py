@@ -56,9 +56,7 @@ def load_feature_extractor(features: str | Path, *, allow_import: bool = True) -
     """Load the feature extractor of that name or path; with `allow_import=False`, only what the package contains."""
     found = find_features(features)
     if not (found.is_trusted or allow_import):
-        expected = (
-            f"features={str(features)!r} (--features), to allow loading the code or model that the classifier names"
-        )
+        expected = f"features={str(features)!r} again (--features {features}), to allow loading that code or model"
         raise InputError("features", expected, "nothing")
     return found.load()
 

@@ -216,7 +216,8 @@ def choose_features(folder: str | Path) -> str:
 def _list_classes(folder: Path) -> dict[str, tuple[list[Path], list[Path]]]:
     """The files and the stray files of each class."""
     if not folder.is_dir():
-        raise InputError("folder", "a folder that contains one folder per class", folder)
+        got = f"{folder}, which is a file" if folder.exists() else f"{folder}, which does not exist"
+        raise InputError("folder", "a folder that contains one folder per class", got)
     subfolders = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
     classes = {path.name: _files.list_files(path) for path in subfolders}
     if len(classes) < 2:

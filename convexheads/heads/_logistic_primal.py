@@ -24,8 +24,8 @@ _MAX_BACKTRACKS = 30
 _PATIENCE = 3
 # Up to this number of weights, d k, the Hessian is factorized.
 _MAX_UNKNOWNS = 256
-_PRECISE = 1e-14
-_MAX_CONJUGATE_GRADIENTS = 2000
+# Conjugate gradients in a step of Newton's method, and for a gradient, which has to be precise.
+_MAX_INNER, _MAX_PRECISE, _PRECISE = 300, 2000, 1e-14
 _SOLVE = (
     "(Tensor features, Tensor targets, Tensor sample_weight, Tensor penalty, *, float tolerance, int max_steps)"
     " -> (Tensor, Tensor, Tensor)"
@@ -101,11 +101,11 @@ def _factorize(features: Tensor, p: Tensor, sample_weight: Tensor, penalty: Tens
 
 
 def _conjugate_gradients(
-    features: Tensor, p: Tensor, sample_weight: Tensor, penalty: Tensor, right: Tensor, tolerance: Tensor
+    features: Tensor, p: Tensor, sample_weight: Tensor, penalty: Tensor, right: Tensor, tolerance: Tensor, limit: int
 ) -> Tensor:
     """The inverse of the Hessian applied to `right`, whose mean over the classes is zero.
 
-    Each residual falls by the factor `tolerance`, `(tasks,)`.
+    Each residual falls by the factor `tolerance`, `(tasks,)`, if `limit` iterations suffice.
     """
     scale = per_task(penalty, right)
     curvature = sample_weight.unsqueeze(-1) * (p * (1 - p))
@@ -118,7 +118,7 @@ def _conjugate_gradients(
     direction = preconditioned = _centered(remainder / diagonal)
     size = inner(remainder, preconditioned)
     aim = per_task(tolerance.square(), size) * size
-    for _ in range(_MAX_CONJUGATE_GRADIENTS):
+    for _ in range(limit):
         active = size > aim
         if not active.any():
             break
@@ -168,7 +168,7 @@ def solve(
             change = -_factorize(*system)(point.gradient)
         else:
             forcing = gap.clamp(0, 1).pow(0.25).clamp(1e-4, 0.3)
-            change = _conjugate_gradients(*system, -_centered(point.gradient), forcing)
+            change = _conjugate_gradients(*system, -_centered(point.gradient), forcing, _MAX_INNER)
         length, next_point = torch.ones_like(point.value), point
         for _ in range(_MAX_BACKTRACKS):
             next_point = _evaluate(*problem, point.weight + per_task(length, change) * change)
@@ -203,7 +203,7 @@ def _solve_hessian(features: Tensor, p: Tensor, sample_weight: Tensor, penalty: 
     basis = _rotation(features)
     inside = basis.mT @ right
     precise = torch.full_like(penalty, _PRECISE)
-    found = basis @ _conjugate_gradients(features @ basis, p, sample_weight, penalty, inside, precise)
+    found = basis @ _conjugate_gradients(features @ basis, p, sample_weight, penalty, inside, precise, _MAX_PRECISE)
     if n < d:  # outside of the space of the features, the Hessian is the penalty
         found = found + (right - basis @ inside) / per_task(penalty, right)
     return found.reshape(shape)

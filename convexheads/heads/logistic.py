@@ -14,7 +14,7 @@ from convexheads.heads import _logistic_newton, _logistic_primal
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
-from convexheads.kernels import KernelLike, Linear
+from convexheads.kernels import KernelLike
 from convexheads.solvers import OnFailure, Solution, Status
 from convexheads.solvers.failures import handle_failures
 
@@ -81,9 +81,9 @@ class LogisticHead(ClassificationHead):
         self.regularization, self.steps, self.on_failure = regularization, steps, on_failure
 
     def solve(self, support: SupportSet) -> KernelExpansion:
-        kernel, (*_, n, d) = support.linear_kernel, support.features.shape
-        if kernel is not None and self.steps is None and n > min(d, _MAX_EXAMPLES):
-            return self._solve_for_weights(support, kernel)
+        factor, (*_, n, d) = support.linear_factor, support.features.shape
+        if factor is not None and self.steps is None and n > min(d, _MAX_EXAMPLES):
+            return self._solve_for_weights(support, factor)
         penalty = as_tensor(self.regularization, support.targets)
         *batch, n, k = support.targets.shape
         gram, targets = (support.gram / penalty).reshape(-1, n, n), support.labeled_targets.reshape(-1, n, k)
@@ -100,10 +100,10 @@ class LogisticHead(ClassificationHead):
         solution = self._certified(coef, gap, None if taken is None else taken.reshape(batch))
         return KernelExpansion(solution.coef, solution=solution)
 
-    def _solve_for_weights(self, support: SupportSet, kernel: Linear) -> KernelExpansion:
+    def _solve_for_weights(self, support: SupportSet, factor: float | Tensor) -> KernelExpansion:
         """Solve the primal."""
         penalty, targets = as_tensor(self.regularization, support.targets), support.targets
-        features = kernel.feature_map(support.features)
+        features = factor * support.features
         batch = targets.shape[:-2]
         used = targets.new_ones(targets.shape[:-1]) if support.mask is None else support.mask.to(targets.dtype)
         problem = features, targets, used, penalty.expand(batch)
@@ -113,7 +113,7 @@ class LogisticHead(ClassificationHead):
         error = _logistic_primal.residual(targets, (features @ weight).softmax(-1))
         solution = self._certified(-used.unsqueeze(-1) * error / penalty, gap, taken)
         weight = torch.where(torch.isfinite(gap)[..., None, None], weight, torch.nan)
-        return KernelExpansion(solution.coef, weight=kernel.feature_map(weight.mT), solution=solution)
+        return KernelExpansion(solution.coef, weight=factor * weight.mT, solution=solution)
 
     def _certified(self, coef: Tensor, gap: Tensor, iterations: Tensor | None) -> Solution:
         """The solution with its status; failures are handled."""

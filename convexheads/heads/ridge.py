@@ -14,19 +14,19 @@ from convexheads.kernels import KernelLike
 
 def _solve_ridge(support: SupportSet, regularization: Hyperparameter, head: str) -> KernelExpansion:
     """The dual coefficients `(gram + regularization * I)^-1 targets`; `head` is named in the error."""
-    penalty, targets, kernel = as_tensor(regularization, support.targets), support.targets, support.linear_kernel
+    penalty, targets, factor = as_tensor(regularization, support.targets), support.targets, support.linear_factor
     name, validate = f"{head}: the Gram matrix plus the regularization on its diagonal", support.validate
     *_, n, d = support.features.shape
-    if kernel is None or n <= d:
-        factor = shifted_cholesky(support.gram, penalty, name=name, validate=validate)
-        return KernelExpansion(torch.cholesky_solve(targets, factor))
+    if factor is None or n <= d:
+        cholesky = shifted_cholesky(support.gram, penalty, name=name, validate=validate)
+        return KernelExpansion(torch.cholesky_solve(targets, cholesky))
     # The d x d system of the primal is smaller.
-    features = kernel.feature_map(support.features)
-    factor = shifted_cholesky(features.mT @ features, penalty, name=name, validate=validate)
-    weight = torch.cholesky_solve(features.mT @ targets, factor)
+    features = factor * support.features
+    cholesky = shifted_cholesky(features.mT @ features, penalty, name=name, validate=validate)
+    weight = torch.cholesky_solve(features.mT @ targets, cholesky)
     # The difference loses digits if the penalty is small. The scores do not: they are computed from the weight.
     coef = (targets - features @ weight) / penalty
-    return KernelExpansion(coef, weight=kernel.feature_map(weight.mT))
+    return KernelExpansion(coef, weight=factor * weight.mT)
 
 
 class RidgeHead(ClassificationHead):

@@ -40,10 +40,6 @@ class Linear(Kernel):
         gram = x @ y.mT
         return gram / x.shape[-1] if self.normalize else gram
 
-    def feature_map(self, x: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n d"]:
-        """The features `(*batch, n, d)` whose dot product is the kernel of `x`."""
-        return x / x.shape[-1] ** 0.5 if self.normalize else x
-
 
 class Cosine(Kernel):
     r"""The cosine similarity \(\langle x, y \rangle / (|x| |y|)\).

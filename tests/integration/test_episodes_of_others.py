@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import learn2learn as l2l
 import pytest
 import torch
@@ -64,8 +66,11 @@ def test_calibration_error_is_torchmetrics():
     assert evaluate(SVMHead(), features, labels, shots=1, episodes=9, progress=False).converged.all()
 
 
-def test_progress_bar(capfd):
+def test_progress_bar(capfd, monkeypatch):
     features, labels = clusters()
+    evaluate(RidgeHead(), features, labels, shots=1, episodes=10, progress=True)
+    assert capfd.readouterr().err == ""  # no terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     evaluate(RidgeHead(), features, labels, shots=1, episodes=10, progress=True)
     assert "RidgeHead, 5-way 1-shot" in capfd.readouterr().err
     calibrate(RidgeHead(), features, labels, shots=1, episodes=10, progress=True)

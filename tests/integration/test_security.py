@@ -313,7 +313,7 @@ def _own_modules(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_classifier_imports_nothing_that_only_its_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = foreign_classifier(tmp_path, "theirs:f")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(InputError, match=r"features: expected features='theirs:f' \(--features\).*, got nothing"):
+    with pytest.raises(InputError, match=r"features: expected features='theirs:f' again .*, got nothing"):
         FolderClassifier.load(path)
     with pytest.raises(InputError, match=r"features: expected 'theirs:f', as in.*, got 'os:system'"):
         FolderClassifier.load(path, features="os:system")

@@ -9,8 +9,9 @@ from sklearn.linear_model import LogisticRegression
 from tasks import close, task
 from torch.nn import functional
 
-from convexheads import Learnable, LogisticHead
+from convexheads import Learnable, LogisticHead, RidgeHead
 from convexheads.heads import _logistic_primal
+from convexheads.kernels import Kernel, Linear, UnitScale, condition
 
 FEW, MANY = {"shots": (9, 7, 8), "d": 4}, {"shots": (12, 9, 11, 10, 8, 12), "d": 50}
 """Up to 256 weights, and more: the Hessian is factorized, or conjugate gradients are used."""
@@ -166,3 +167,36 @@ def test_the_gap_bounds_the_distance_to_the_optimum(sizes):
     for steps in range(1, 8):
         (weight,), (gap,), _ = _logistic_primal.solve(*problem, tolerance=1e-20, max_steps=steps)
         assert objective(weight) - optimum <= 1.001 * gap * objective(weight) + 1e-13
+
+
+class Unknown(Kernel):
+    """The same kernel, of which a head does not know whether it is linear."""
+
+    def __init__(self, kernel):
+        super().__init__()
+        self.kernel = kernel
+
+    def condition_on(self, features, mask):
+        conditioned = condition(self.kernel, features, mask)
+        return lambda x, y: conditioned(x, y)
+
+
+@pytest.mark.parametrize("head", [RidgeHead, LogisticHead])
+@pytest.mark.parametrize(
+    "kernel", [UnitScale(), Linear(normalize=True), 0.3 * Linear(), UnitScale(2.0 * Linear())], ids=repr
+)
+def test_multiples_of_the_dot_product_have_a_primal(kernel, head):
+    support, labels, query, ways = task(2, **FEW)
+    mask = torch.ones_like(labels, dtype=torch.bool)
+    mask[1, :2] = False
+    found = []
+    for each in (kernel, Unknown(kernel)):
+        x = support.clone().requires_grad_()
+        fitted = head(0.5, kernel=each).fit(x, labels, ways=ways, mask=mask)
+        assert (fitted.expansion.weight is None) == (each is not kernel)
+        loss = fitted(query).softmax(-1).square().sum()
+        found.append([fitted(query), *torch.autograd.grad(loss, x)])
+    for primal, dual in zip(*found, strict=True):
+        assert close(primal, dual) < 1e-6
+    fitted = head(0.5, kernel=kernel).fit(support, labels, ways=ways)
+    assert close(query @ fitted.weight.mT + fitted.bias.unsqueeze(-2), fitted(query)) < 1e-12

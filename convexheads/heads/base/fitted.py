@@ -13,12 +13,12 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from convexheads._compiler import traced_if
-from convexheads._gram import constant, scaled
 from convexheads._validation import ArrayLike
 from convexheads.errors import ConvexHeadsError
 from convexheads.heads.base.inputs import check_query
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
-from convexheads.kernels import KernelLike, Linear, Product, Sum, compute_gram, gram_diagonal
+from convexheads.kernels import Product, Sum, compute_gram, gram_diagonal
+from convexheads.kernels.affine import affine_form
 from convexheads.precision import full_precision
 from convexheads.solvers import Solution
 
@@ -148,7 +148,10 @@ class Fitted:
         weight = self.expansion.self_similarity_weight
         if self.expansion.quadratic is not None or isinstance(weight, Tensor) or weight != 0:
             raise _not_linear("scores that are quadratic in the features")
-        return _affine_form(self.support.kernel, self.support.features.shape[-1])
+        form = affine_form(self.support.kernel, self.support.features.shape[-1])
+        if form is None:
+            raise _not_linear("another kernel")
+        return form
 
     def to(self: _F, device: torch.device | str) -> _F:
         """The same fit on another `device`."""
@@ -263,24 +266,3 @@ def _per_task(value: float | Tensor, like: Tensor) -> Tensor:
 def _not_linear(got: str) -> ConvexHeadsError:
     remedy = "to_module() works for any fit"
     return ConvexHeadsError(f"weight, bias: expected scores that are linear in the features, got {got}; {remedy}")
-
-
-def _affine_form(kernel: KernelLike, features: int) -> tuple[Any, Any]:
-    r"""The a and c of a kernel that is \(a \langle x, y \rangle + c\)."""
-    if isinstance(kernel, Linear) and type(kernel) is Linear:  # a subclass may be another kernel
-        return (1 / features if kernel.normalize else 1.0), 0.0
-    if isinstance(kernel, partial) and kernel.func is constant:
-        return 0.0, kernel.keywords["value"]
-    if isinstance(kernel, partial) and kernel.func is scaled:
-        return tuple(part / kernel.keywords["unit"] for part in _affine_form(kernel.keywords["kernel"], features))
-    if not isinstance(kernel, Sum | Product):
-        raise _not_linear("another kernel")
-    (slope, intercept), *others = (_affine_form(part, features) for part in kernel.kernels)
-    for a, c in others:
-        if isinstance(kernel, Sum):
-            slope, intercept = slope + a, intercept + c
-        elif slope != 0 and a != 0:
-            raise _not_linear("another kernel")
-        else:
-            slope, intercept = slope * c + intercept * a, intercept * c
-    return slope, intercept

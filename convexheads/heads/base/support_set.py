@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from convexheads._validation import out_of_range
 from convexheads.kernels import KernelLike, Linear, compute_gram
+from convexheads.kernels.affine import affine_form
 from convexheads.solvers.problem import Solution, TensorRecord
 
 
@@ -50,9 +51,13 @@ class SupportSet:
         return known["_gram"]
 
     @property
-    def linear_kernel(self) -> Linear | None:
-        """The kernel if it is `Linear`, whose primal has weights; None for others, also for subclasses of `Linear`."""
-        return self.kernel if isinstance(self.kernel, Linear) and type(self.kernel) is Linear else None
+    def linear_factor(self) -> float | Float[Tensor, "*#batch 1 1"] | None:
+        """The r of a kernel that is the dot product of `r * x` and `r * y`; None for all other kernels."""
+        form = affine_form(self.kernel, self.features.shape[-1])
+        if form is None or isinstance(form[1], Tensor) or form[1] != 0:
+            return None
+        slope = form[0]
+        return slope.sqrt()[..., None, None] if isinstance(slope, Tensor) else slope**0.5
 
     @property
     def labeled_targets(self) -> Float[Tensor, "*batch n k"]:
