@@ -114,7 +114,9 @@ def _logistic(task: HardTask) -> Answer:
     head = ch.LogisticHead(1 / task.C)
     fitted = head.fit(task.support, task.labels, ways=task.ways, allow_missing_classes=True)
     assert fitted.solution is not None
-    gap = judges.logistic(*_arrays(task), 1 / task.C, _numpy(fitted.expansion.coef))
+    weight = fitted.expansion.weight
+    weights = None if weight is None else _numpy(weight).T
+    gap = judges.logistic(*_arrays(task), 1 / task.C, _numpy(fitted.expansion.coef), weights)
     error = _gradient_error_of(head, task) if _can_be_differenced(task) else None
     return Answer(gap, bool(fitted.solution.converged), error)
 

@@ -118,11 +118,17 @@ def ridge(x: Array, targets: Array, weight: float, coef: Array) -> float:
     return _gap(primal, weight * ((y * a).sum() - quadratic / 2), weights)
 
 
-def logistic(x: Array, labels: Array, ways: int, weight: float, coef: Array) -> float:
-    """Of `LogisticHead`."""
+def logistic(
+    x: Array, labels: Array, ways: int, weight: float, coef: Array, from_weights: Array | None = None
+) -> float:
+    """Of `LogisticHead`, from the weights `(d, k)` if it computes scores from them."""
     x, a = _extended(x, coef)
     own = _one_hot(labels, ways)
-    share = np.maximum(own - weight * a, 0)  # the probabilities that the coefficients stand for
+    if from_weights is None:
+        share = np.maximum(own - weight * a, 0)  # the probabilities that the coefficients stand for
+    else:
+        scores = x @ _extended(from_weights)[0]
+        share = np.exp(scores - scores.max(1, keepdims=True))
     share /= share.sum(1, keepdims=True)
     a = (own - share) / weight
     weights = x.T @ a
@@ -134,7 +140,8 @@ def logistic(x: Array, labels: Array, ways: int, weight: float, coef: Array) -> 
         return weight * (w**2).sum() / 2 + (normalizer - (scores * own).sum(1)).sum()
 
     entropy = -(share * np.log(np.where(share > 0, share, 1))).sum()
-    return _gap(primal, entropy - weight * (weights**2).sum() / 2, weights)
+    dual = entropy - weight * (weights**2).sum() / 2
+    return _gap(primal, dual, weights if from_weights is None else _extended(from_weights)[0])
 
 
 def gaussian_classes(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from convexheads._functorch import compute_without_grad
+from convexheads.heads import _logistic_newton
 from convexheads.heads._logistic_newton import margins_and_losses
 from convexheads.solvers.best_iterate import BestIterate
 from convexheads.solvers.kkt import cholesky
@@ -26,6 +27,8 @@ _PATIENCE = 3
 _MAX_UNKNOWNS = 256
 # Conjugate gradients in a step of Newton's method, and for a gradient, which has to be precise.
 _MAX_INNER, _MAX_PRECISE, _PRECISE = 300, 2000, 1e-14
+# Tasks on which conjugate gradients stall above this gap are solved in the dual if they have at most so many examples.
+_STALLED, _MAX_EXAMPLES_IN_DUAL, _AIM_OF_DUAL = 1e-8, 2000, 1e-15
 _SOLVE = (
     "(Tensor features, Tensor targets, Tensor sample_weight, Tensor penalty, *, float tolerance, int max_steps)"
     " -> (Tensor, Tensor, Tensor)"
@@ -178,8 +181,30 @@ def solve(
             length = torch.where(worse, length / 2, length)
         point = next_point
         best.update(step, gap := _relative_gap(point, penalty), gap <= tolerance, point.weight)
-    weight = best.tensors[0] if basis is None else basis @ best.tensors[0]
-    return weight.reshape(*batch, d, k), best.gap.reshape(batch), best.iterations.reshape(batch)
+    weight, gap = best.tensors[0], best.gap
+    stalled = gap > _STALLED
+    if not few and n <= _MAX_EXAMPLES_IN_DUAL and stalled.any():
+        parts = used[stalled], targets[stalled], sample_weight[stalled], penalty[stalled]
+        weight[stalled], gap[stalled] = _solve_in_dual(parts, weight[stalled], gap[stalled], max_steps)
+    weight = weight if basis is None else basis @ weight
+    return weight.reshape(*batch, d, k), gap.reshape(batch), best.iterations.reshape(batch)
+
+
+def _solve_in_dual(
+    problem: tuple[Tensor, Tensor, Tensor, Tensor], weight: Tensor, gap: Tensor, max_steps: int
+) -> tuple[Tensor, Tensor]:
+    """Better weights and their gap, or the given ones. The weights of examples must be 1, or 0 to leave them out."""
+    features, targets, used, penalty = problem
+    some_class = torch.zeros_like(targets)
+    some_class[..., 0] = 1 - used
+    kept = features * used.unsqueeze(-1)
+    gram = kept @ kept.mT / per_task(penalty, kept)
+    labeled = targets * used.unsqueeze(-1) + some_class
+    coef, *_ = _logistic_newton.solve(gram, labeled, tolerance=_AIM_OF_DUAL, max_steps=max_steps)
+    found = _evaluate(*problem, kept.mT @ coef / per_task(penalty, kept))
+    found_gap = _relative_gap(found, penalty)
+    better = found_gap < gap
+    return torch.where(per_task(better, weight), found.weight, weight), torch.where(better, found_gap, gap)
 
 
 @solve.register_fake
