@@ -255,8 +255,8 @@ MUTATIONS = [
     Mutation(
         "ridge-primal",
         "heads/ridge.py",
-        "weight = torch.cholesky_solve(features.mT @ targets, factor)",
-        "weight = torch.cholesky_solve(features.mT @ targets, factor) / penalty",
+        "weight = torch.cholesky_solve(features.mT @ targets, cholesky)",
+        "weight = torch.cholesky_solve(features.mT @ targets, cholesky) / penalty",
         "test_references.py::test_ridge_equals_scikit_learn",
     ),
     Mutation(

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from convexheads._functorch import compute_without_grad
-from convexheads.heads import _logistic_newton
-from convexheads.heads._logistic_newton import margins_and_losses
+from convexheads.heads._logistic_newton import SoftmaxKKT, margins_and_losses
 from convexheads.solvers.best_iterate import BestIterate
 from convexheads.solvers.kkt import cholesky
 from convexheads.solvers.problem import per_task
@@ -27,8 +26,8 @@ _PATIENCE = 3
 _MAX_UNKNOWNS = 256
 # Conjugate gradients in a step of Newton's method, and for a gradient, which has to be precise.
 _MAX_INNER, _MAX_PRECISE, _PRECISE = 300, 2000, 1e-14
-# Tasks on which conjugate gradients stall above this gap are solved in the dual if they have at most so many examples.
-_STALLED, _MAX_EXAMPLES_IN_DUAL, _AIM_OF_DUAL = 1e-8, 2000, 1e-15
+# Where conjugate gradients stall above this gap, n x n matrices are factorized if all of them have so few entries.
+_STALLED, _MAX_ENTRIES = 1e-8, 2**26
 _SOLVE = (
     "(Tensor features, Tensor targets, Tensor sample_weight, Tensor penalty, *, float tolerance, int max_steps)"
     " -> (Tensor, Tensor, Tensor)"
@@ -143,6 +142,48 @@ def _rotation(features: Tensor) -> Tensor:
     return basis @ torch.linalg.eigh(triangle @ triangle.mT).eigenvectors
 
 
+def _factorize_in_dual(
+    features: Tensor, p: Tensor, sample_weight: Tensor, penalty: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """The inverse of the Hessian, from k + 1 factorizations of n x n matrices (the matrix inversion lemma)."""
+    scaled = sample_weight.sqrt().unsqueeze(-1) * features
+    inner = SoftmaxKKT.factorize(scaled @ scaled.mT / per_task(penalty, scaled), p)
+
+    def solve(right: Tensor) -> Tensor:
+        right = right / per_task(penalty, right)
+        return right - scaled.mT @ inner.solve(scaled @ right) / per_task(penalty, right)
+
+    return solve
+
+
+def _minimize(
+    problem: tuple[Tensor, Tensor, Tensor, Tensor],
+    weight: Tensor,
+    find_change: Callable[[_Point, Tensor], Tensor],
+    tolerance: float,
+    max_steps: int,
+) -> BestIterate:
+    """Take damped Newton steps, which `find_change` computes from a point and its gap."""
+    penalty = problem[-1]
+    point = _evaluate(*problem, weight)
+    best = BestIterate(point.weight, patience=_PATIENCE)
+    best.update(0, gap := _relative_gap(point, penalty), gap <= tolerance, point.weight)
+    for step in range(1, max_steps + 1):
+        if best.done.all():
+            break
+        change = find_change(point, gap)
+        length, next_point = torch.ones_like(point.value), point
+        for _ in range(_MAX_BACKTRACKS):
+            next_point = _evaluate(*problem, point.weight + per_task(length, change) * change)
+            worse = next_point.value > point.value + 1e-12 * point.value.abs()
+            if not worse.any():
+                break
+            length = torch.where(worse, length / 2, length)
+        point = next_point
+        best.update(step, gap := _relative_gap(point, penalty), gap <= tolerance, point.weight)
+    return best
+
+
 @torch.library.custom_op("convexheads::solve_logistic_primal", mutates_args=(), schema=_SOLVE)
 def solve(
     features: Tensor, targets: Tensor, sample_weight: Tensor, penalty: Tensor, *, tolerance: float, max_steps: int
@@ -156,55 +197,37 @@ def solve(
     batch, (n, d), k = features.shape[:-2], features.shape[-2:], targets.shape[-1]
     features, targets = features.reshape(-1, n, d), targets.reshape(-1, n, k)
     sample_weight, penalty = sample_weight.reshape(-1, n), penalty.reshape(-1)
-    few = d * k <= _MAX_UNKNOWNS
-    basis = None if few else _rotation(features)
-    used = features if basis is None else features @ basis
-    problem = used, targets, sample_weight, penalty
-    point = _evaluate(*problem, used.new_zeros((len(used), used.shape[-1], k)))
-    best = BestIterate(point.weight, patience=_PATIENCE)
-    best.update(0, gap := _relative_gap(point, penalty), gap <= tolerance, point.weight)
-    for step in range(1, max_steps + 1):
-        if best.done.all():
-            break
-        system = used, point.p, sample_weight, penalty
-        if few:
-            change = -_factorize(*system)(point.gradient)
-        else:
-            forcing = gap.clamp(0, 1).pow(0.25).clamp(1e-4, 0.3)
-            change = _conjugate_gradients(*system, -_centered(point.gradient), forcing, _MAX_INNER)
-        length, next_point = torch.ones_like(point.value), point
-        for _ in range(_MAX_BACKTRACKS):
-            next_point = _evaluate(*problem, point.weight + per_task(length, change) * change)
-            worse = next_point.value > point.value + 1e-12 * point.value.abs()
-            if not worse.any():
-                break
-            length = torch.where(worse, length / 2, length)
-        point = next_point
-        best.update(step, gap := _relative_gap(point, penalty), gap <= tolerance, point.weight)
-    weight, gap = best.tensors[0], best.gap
+    problem = features, targets, sample_weight, penalty
+
+    def factorized(point: _Point, _: Tensor) -> Tensor:
+        return -_factorize(features, point.p, sample_weight, penalty)(point.gradient)
+
+    if d * k <= _MAX_UNKNOWNS:
+        best = _minimize(problem, features.new_zeros((len(features), d, k)), factorized, tolerance, max_steps)
+        return best.tensors[0].reshape(*batch, d, k), best.gap.reshape(batch), best.iterations.reshape(batch)
+
+    basis = _rotation(features)
+    rotated = features @ basis
+
+    def by_conjugate_gradients(point: _Point, gap: Tensor) -> Tensor:
+        forcing, right = gap.clamp(0, 1).pow(0.25).clamp(1e-4, 0.3), -_centered(point.gradient)
+        return _conjugate_gradients(rotated, point.p, sample_weight, penalty, right, forcing, _MAX_INNER)
+
+    start = features.new_zeros((len(features), rotated.shape[-1], k))
+    best = _minimize((rotated, *problem[1:]), start, by_conjugate_gradients, tolerance, max_steps)
+    weight = basis @ best.tensors[0]
+    # The rotation rounds the features, which matters where weights are huge.
+    gap = _relative_gap(_evaluate(*problem, weight), penalty)
     stalled = gap > _STALLED
-    if not few and n <= _MAX_EXAMPLES_IN_DUAL and stalled.any():
-        parts = used[stalled], targets[stalled], sample_weight[stalled], penalty[stalled]
-        weight[stalled], gap[stalled] = _solve_in_dual(parts, weight[stalled], gap[stalled], max_steps)
-    weight = weight if basis is None else basis @ weight
+    if k * n * n <= _MAX_ENTRIES and stalled.any():
+        x, y, used, own_penalty = (part[stalled] for part in problem)
+
+        def factorized_in_dual(point: _Point, _: Tensor) -> Tensor:
+            return -_factorize_in_dual(x, point.p, used, own_penalty)(_centered(point.gradient))
+
+        again = _minimize((x, y, used, own_penalty), weight[stalled], factorized_in_dual, tolerance, max_steps)
+        weight[stalled], gap[stalled] = again.tensors[0], again.gap
     return weight.reshape(*batch, d, k), gap.reshape(batch), best.iterations.reshape(batch)
-
-
-def _solve_in_dual(
-    problem: tuple[Tensor, Tensor, Tensor, Tensor], weight: Tensor, gap: Tensor, max_steps: int
-) -> tuple[Tensor, Tensor]:
-    """Better weights and their gap, or the given ones. The weights of examples must be 1, or 0 to leave them out."""
-    features, targets, used, penalty = problem
-    some_class = torch.zeros_like(targets)
-    some_class[..., 0] = 1 - used
-    kept = features * used.unsqueeze(-1)
-    gram = kept @ kept.mT / per_task(penalty, kept)
-    labeled = targets * used.unsqueeze(-1) + some_class
-    coef, *_ = _logistic_newton.solve(gram, labeled, tolerance=_AIM_OF_DUAL, max_steps=max_steps)
-    found = _evaluate(*problem, kept.mT @ coef / per_task(penalty, kept))
-    found_gap = _relative_gap(found, penalty)
-    better = found_gap < gap
-    return torch.where(per_task(better, weight), found.weight, weight), torch.where(better, found_gap, gap)
 
 
 @solve.register_fake

@@ -202,7 +202,7 @@ def test_multiples_of_the_dot_product_have_a_primal(kernel, head):
     assert close(query @ fitted.weight.mT + fitted.bias.unsqueeze(-2), fitted(query)) < 1e-12
 
 
-def test_what_conjugate_gradients_do_not_solve_is_solved_in_the_dual(monkeypatch):
+def test_what_conjugate_gradients_do_not_solve_is_factorized(monkeypatch):
     support, labels, query, ways = task(2, **MANY)
     mask = torch.ones_like(labels, dtype=torch.bool)
     mask[0, :5] = False
@@ -211,6 +211,6 @@ def test_what_conjugate_gradients_do_not_solve_is_solved_in_the_dual(monkeypatch
     fitted = LogisticHead(1e-2).fit(support, labels, ways=ways, mask=mask)
     assert (fitted.solution.gap < 1e-8).all()
     assert close(fitted(query), expected) < 1e-3
-    monkeypatch.setattr(_logistic_primal, "_MAX_EXAMPLES_IN_DUAL", 10)
+    monkeypatch.setattr(_logistic_primal, "_MAX_ENTRIES", 10)
     without = LogisticHead(1e-2, on_failure="return").fit(support, labels, ways=ways, mask=mask)
     assert without.solution.gap.max() > 1e-8
