@@ -166,7 +166,8 @@ def check_killed(server: Any, undisturbed: Path, folder: Path, *moments: int) ->
         assert found[name] == value, name
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_killed_at_a_random_moment_it_ends_as_if_nothing_had_been(server, undisturbed, tmp_path, seed) -> None:
     moment = random.Random(seed).randrange(len(happened(undisturbed)))
     check_killed(server, undisturbed, tmp_path / "run", moment)

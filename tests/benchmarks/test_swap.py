@@ -72,6 +72,7 @@ def test_unknown_names_are_refused(command: Callable[..., list[dict[str, Any]]],
         command(**{option: ["none-such"]})
 
 
+@pytest.mark.slow
 def test_several_runs_at_a_time_give_the_same_results() -> None:
     loop = Loop(steps=2, tasks=1, ways=4, shots=1, queries=1)
     runs = [swap.Run("digits", loop, "SGD", head, 0, 5, None, "cpu") for head in ("prototypes", "ridge")]
