@@ -127,7 +127,8 @@ def logistic(
     if from_weights is None:
         share = np.maximum(own - weight * a, 0)  # the probabilities that the coefficients stand for
     else:
-        scores = x @ _extended(from_weights)[0]
+        (from_weights,) = _extended(from_weights)
+        scores = x @ from_weights
         share = np.exp(scores - scores.max(1, keepdims=True))
     share /= share.sum(1, keepdims=True)
     a = (own - share) / weight
@@ -141,7 +142,7 @@ def logistic(
 
     entropy = -(share * np.log(np.where(share > 0, share, 1))).sum()
     dual = entropy - weight * (weights**2).sum() / 2
-    return _gap(primal, dual, weights if from_weights is None else _extended(from_weights)[0])
+    return _gap(primal, dual, weights if from_weights is None else from_weights)
 
 
 def gaussian_classes(

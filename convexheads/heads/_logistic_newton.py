@@ -17,8 +17,8 @@ from torch import Tensor
 from convexheads.solvers.best_iterate import BestIterate
 from convexheads.solvers.kkt import cholesky
 
-_MAX_BACKTRACKS = 30
-_PATIENCE = 3
+MAX_BACKTRACKS = 30
+PATIENCE = 3
 _SCHEMA = "(Tensor gram, Tensor targets, *, float tolerance, int max_steps) -> (Tensor, Tensor, Tensor)"
 
 
@@ -57,8 +57,7 @@ def newton_step(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
     margins, loss = margins_and_losses(targets, gram @ coef)
     p = (margins - loss.unsqueeze(-1)).exp()
     # `W scores + targets - p`, computed from the entries of the wrong classes, because its rows sum to zero.
-    wrong = (p * (margins - (p * margins).sum(-1, keepdim=True) - 1)).masked_fill(targets > 0, 0)
-    right = wrong - targets * wrong.sum(-1, keepdim=True)
+    right = balance(targets, p * (margins - (p * margins).sum(-1, keepdim=True) - 1))
     return right - SoftmaxKKT.factorize(gram, p).solve(gram @ right)
 
 
@@ -74,11 +73,11 @@ def solve(gram: Tensor, targets: Tensor, *, tolerance: float, max_steps: int) ->
     gram, targets = gram.reshape(-1, n, n), targets.reshape(-1, n, k)
     coef = torch.zeros_like(targets)
     value = _objective(gram, targets, coef)
-    best = BestIterate(_feasible(targets, coef), patience=_PATIENCE)
+    best = BestIterate(_feasible(targets, coef), patience=PATIENCE)
     for step in range(1, max_steps + 1):
         change = newton_step(gram, targets, coef) - coef
         length, next_value = torch.ones_like(value), value
-        for _ in range(_MAX_BACKTRACKS):
+        for _ in range(MAX_BACKTRACKS):
             next_value = _objective(gram, targets, coef + length[:, None, None] * change)
             worse = next_value > value + 1e-12 * value.abs()
             if not worse.any():
@@ -113,6 +112,12 @@ def margins_and_losses(targets: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]
     margins = scores - (targets * scores).sum(-1, keepdim=True)
     log_wrong = margins.masked_fill(targets > 0, -torch.inf).logsumexp(-1)
     return margins, torch.logaddexp(torch.zeros_like(log_wrong), log_wrong)
+
+
+def balance(targets: Tensor, values: Tensor) -> Tensor:
+    """The values of the wrong classes, and for the right class minus their sum, as in `p - targets`."""
+    wrong = values.masked_fill(targets > 0, 0)
+    return wrong - targets * wrong.sum(-1, keepdim=True)
 
 
 def _objective(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:

@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from convexheads._functorch import compute_without_grad
-from convexheads.heads._logistic_newton import SoftmaxKKT, margins_and_losses
+from convexheads.heads._logistic_newton import MAX_BACKTRACKS, PATIENCE, SoftmaxKKT, balance, margins_and_losses
 from convexheads.solvers.best_iterate import BestIterate
 from convexheads.solvers.kkt import cholesky
 from convexheads.solvers.problem import per_task
 
-_MAX_BACKTRACKS = 30
-_PATIENCE = 3
 # Up to this number of weights, d k, the Hessian is factorized.
 _MAX_UNKNOWNS = 256
 # Conjugate gradients in a step of Newton's method, and for a gradient, which has to be precise.
@@ -49,14 +47,8 @@ def _evaluate(features: Tensor, targets: Tensor, sample_weight: Tensor, penalty:
     margins, loss = margins_and_losses(targets, features @ weight)
     value = (scaled * weight).sum((-2, -1)) / 2 + (sample_weight * loss).sum(-1)
     p = (margins - loss.unsqueeze(-1)).exp()
-    gradient = scaled + features.mT @ (sample_weight.unsqueeze(-1) * residual(targets, p))
+    gradient = scaled + features.mT @ (sample_weight.unsqueeze(-1) * balance(targets, p))
     return _Point(weight, value, p, gradient)
-
-
-def residual(targets: Tensor, p: Tensor) -> Tensor:
-    """`p - targets`, computed from the entries of the wrong classes, which keep full precision."""
-    wrong = p.masked_fill(targets > 0, 0)
-    return wrong - targets * wrong.sum(-1, keepdim=True)
 
 
 def _centered(weight: Tensor) -> Tensor:
@@ -166,14 +158,14 @@ def _minimize(
     """Take damped Newton steps, which `find_change` computes from a point and its gap."""
     penalty = problem[-1]
     point = _evaluate(*problem, weight)
-    best = BestIterate(point.weight, patience=_PATIENCE)
+    best = BestIterate(point.weight, patience=PATIENCE)
     best.update(0, gap := _relative_gap(point, penalty), gap <= tolerance, point.weight)
     for step in range(1, max_steps + 1):
         if best.done.all():
             break
         change = find_change(point, gap)
         length, next_point = torch.ones_like(point.value), point
-        for _ in range(_MAX_BACKTRACKS):
+        for _ in range(MAX_BACKTRACKS):
             next_point = _evaluate(*problem, point.weight + per_task(length, change) * change)
             worse = next_point.value > point.value + 1e-12 * point.value.abs()
             if not worse.any():
@@ -285,7 +277,7 @@ class ImplicitWeights(torch.autograd.Function):
         p = (features @ weight).softmax(-1)
         v = _ImplicitSystemSolve.apply(features, p, sample_weight, penalty, gradient)
         scores = features @ v
-        error = residual(targets, p)
+        error = balance(targets, p)
         per_example = sample_weight.unsqueeze(-1)
         to_features = -(per_example * error) @ v.mT - _curve(p, sample_weight, scores) @ weight.mT
         to_weights, to_penalty = -(error * scores).sum(-1), -(v * weight).sum((-2, -1))

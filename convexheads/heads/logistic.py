@@ -110,7 +110,7 @@ class LogisticHead(ClassificationHead):
         solve = partial(_logistic_primal.solve, tolerance=_AIM_OF_PRIMAL, max_steps=_MAX_NEWTON_STEPS)
         weight, gap, taken = compute_without_grad(solve, *problem)
         weight = _logistic_primal.ImplicitWeights.apply(*problem, weight)
-        error = _logistic_primal.residual(targets, (features @ weight).softmax(-1))
+        error = _logistic_newton.balance(targets, (features @ weight).softmax(-1))
         solution = self._certified(-used.unsqueeze(-1) * error / penalty, gap, taken)
         weight = torch.where(torch.isfinite(gap)[..., None, None], weight, torch.nan)
         return KernelExpansion(solution.coef, weight=factor * weight.mT, solution=solution)
