@@ -23,6 +23,7 @@ from convexheads.heads import (
     KernelExpansion,
     LinearDiscriminantHead,
     LogisticHead,
+    LossHead,
     MahalanobisHead,
     OneVsRestSVMHead,
     PrototypeHead,
@@ -44,7 +45,7 @@ __version__ = "0.1.0"
 __all__ = ["OneVsRestSVMHead", "SVMHead", "SimplifiedSVMHead", "WestonWatkinsSVMHead"]
 __all__ += ["CvxpyHead", "LinearDiscriminantHead", "LogisticHead", "MahalanobisHead", "PrototypeHead", "RidgeHead"]
 __all__ += ["GaussianProcessHead", "RidgeRegressionHead", "SupportVectorRegressionHead"]
-__all__ += ["ClassificationHead", "Head", "KernelExpansion", "RegressionHead", "SupportSet"]
+__all__ += ["ClassificationHead", "Head", "KernelExpansion", "LossHead", "RegressionHead", "SupportSet"]
 __all__ += ["Learnable", "parameter_groups"]
 __all__ += ["EpisodeLoader", "calibrate", "embed", "evaluate", "list_pretrained", "load_pretrained", "split_task"]
 __all__ += ["ConvexHeadsError", "InputError", "MissingDependencyError", "SolverError", "SolverWarning"]

@@ -70,17 +70,33 @@ Hyperparameter = float | Learnable
 """A constant, or a learned parameter."""
 
 
+class PerTask:
+    """A value for each task, which `tune` puts in place of a hyperparameter to solve a grid in one batch.
+
+    Args:
+        values: positive, with dimensions that broadcast with those of the tasks.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+
 def check_positive(name: str, value: Any, *, allow_zero: bool = False) -> Hyperparameter:
     """Return the `value` of the argument `name` if it is positive (zero with `allow_zero`), or raise `InputError`."""
-    if isinstance(value, Learnable):
-        return value
+    if isinstance(value, Learnable | PerTask):
+        return value  # pyright: ignore[reportReturnType]  # only `tune` passes a value per task
     return check_real(name, value, positive=True, allow_zero=allow_zero, alternative=" or Learnable(...)")
 
 
 def as_tensor(hyperparameter: Hyperparameter, like: Tensor) -> Tensor:
-    """The `hyperparameter` as a 0-d tensor with the dtype and device of `like`; gradients reach a `Learnable`."""
+    """The `hyperparameter` as a 0-d tensor with the dtype and device of `like`; gradients reach a `Learnable`.
+
+    While `tune` solves a grid, it has one entry per task instead, `(*#batch,)`.
+    """
     if isinstance(hyperparameter, Learnable):
         return hyperparameter.value.to(like)
+    if isinstance(hyperparameter, PerTask):
+        return hyperparameter.values.to(like)
     return torch.full((), hyperparameter, dtype=like.dtype, device=like.device)  # created on the device, without a copy
 
 

@@ -227,8 +227,8 @@ MUTATIONS = [
     Mutation(
         "svm-bound",
         "heads/svm.py",
-        "upper = torch.where(own, self.upper_bound(targets), 0)",
-        "upper = self.upper_bound(targets).expand_as(targets)",
+        "upper = torch.where(own, self.upper_bound(support), 0)",
+        "upper = self.upper_bound(support).expand_as(targets)",
         "test_references.py",
     ),
     Mutation(
@@ -268,14 +268,14 @@ MUTATIONS = [
     ),
     Mutation(
         "logistic-primal-features",
-        "heads/_logistic_primal.py",
+        "heads/_primal.py",
         "to_features = -(per_example * error) @ v.mT - _curve(p, sample_weight, scores) @ weight.mT",
         "to_features = -_curve(p, sample_weight, scores) @ weight.mT",
         "test_logistic.py::test_gradients_agree_with_central_differences",
     ),
     Mutation(
         "logistic-primal-gap",
-        "heads/_logistic_primal.py",
+        "heads/_primal.py",
         "gap = point.gradient.square().sum((-2, -1)) / (2 * penalty)",
         "gap = point.gradient.square().sum((-2, -1)) / 2",
         "test_logistic.py::test_the_gap_bounds_the_distance_to_the_optimum",

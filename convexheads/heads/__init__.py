@@ -4,6 +4,7 @@ from convexheads.heads._linear_algebra import shifted_cholesky
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.fitted import Fitted, FittedClassifier, FittedRegressor
 from convexheads.heads.base.head import Head
+from convexheads.heads.base.loss import LossHead
 from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.heads.cvxpy import CvxpyHead, CvxpyTask
@@ -25,5 +26,13 @@ __all__ = ["MulticlassSVM", "OneVsRestSVMHead", "SVMHead", "SimplifiedSVMHead", 
 __all__ += ["LinearDiscriminantHead", "LogisticHead", "MahalanobisHead", "PrototypeHead", "RidgeHead"]
 __all__ += ["CvxpyHead", "CvxpyTask"]
 __all__ += ["GaussianProcessHead", "RidgeRegressionHead", "SupportVectorRegressionHead"]
-__all__ += ["ClassificationHead", "Head", "KernelExpansion", "RegressionHead", "SupportSet", "shifted_cholesky"]
+__all__ += [
+    "ClassificationHead",
+    "Head",
+    "KernelExpansion",
+    "LossHead",
+    "RegressionHead",
+    "SupportSet",
+    "shifted_cholesky",
+]
 __all__ += ["Fitted", "FittedClassifier", "FittedGaussianProcess", "FittedRegressor"]

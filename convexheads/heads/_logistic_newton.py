@@ -1,25 +1,29 @@
 """Multinomial logistic regression: a structured Newton method, its certificate, and derivatives of any order.
 
-In terms of `a`, n x k with rows that sum to zero, the optimum of `1/2 tr(a' K a) + sum_n cross-entropy(K a)` solves
-`a = targets - softmax(K a)`. The Newton system couples the classes through `W = diag(p) - p p'`, one k x k matrix for
-each example. The structure of W reduces it to k + 1 Cholesky factorizations of n x n matrices (Rasmussen & Williams
-2006, Algorithm 3.3).
+In terms of `a`, n x k with rows that sum to zero, the optimum of `1/2 tr(a' K a) + sum_n s_n cross-entropy(scores_n)`,
+where the scores are `K a` plus offsets, solves `a = s (targets - softmax(scores))`. The Newton system couples the
+classes through `W = s (diag(p) - p p')`, one k x k matrix for each example. The structure of W reduces it to k + 1
+Cholesky factorizations of n x n matrices (Rasmussen & Williams 2006, Algorithm 3.3). An intercept adds a bias to the
+scores of each class, and the constraint that the columns of `a` sum to zero.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from convexheads.heads._losses import margins_and_losses, rebalance, slope_of_cross_entropy
 from convexheads.solvers.best_iterate import BestIterate
 from convexheads.solvers.kkt import cholesky
 
 MAX_BACKTRACKS = 30
 PATIENCE = 3
-_SCHEMA = "(Tensor gram, Tensor targets, *, float tolerance, int max_steps) -> (Tensor, Tensor, Tensor)"
+_DATA = "Tensor gram, Tensor targets, Tensor sample_weight, Tensor offset"
+_SCHEMA = f"({_DATA}, *, bool intercept, float tolerance, int max_steps) -> (Tensor, Tensor, Tensor, Tensor)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,21 +33,47 @@ class SoftmaxKKT:
     W is the Hessian of the loss. It is written `(K + W^-1)^-1`, although W has no inverse.
     """
 
-    blocks: Float[Tensor, "tasks k n n"]  # `(D^-1 + K)^-1` of each class, with D = diag(p)
-    total: Float[Tensor, "tasks n n"]  # the Cholesky factor of their sum
+    blocks: Float[Tensor, "*tasks k n n"]  # `(D^-1 + K)^-1` of each class, with D the diagonal part of W
+    total: Float[Tensor, "*tasks n n"]  # the Cholesky factor of their sum
+    border: Float[Tensor, "*tasks k k"] | None  # with an intercept, the Cholesky factor of the system of the biases
 
     @classmethod
-    def factorize(cls, gram: Float[Tensor, "tasks n n"], probabilities: Float[Tensor, "tasks n k"]) -> SoftmaxKKT:
-        """Factorize the system of a Gram matrix and the probabilities p."""
-        root = probabilities.mT.sqrt().unsqueeze(-1)  # (tasks, k, n, 1)
+    def factorize(
+        cls, gram: Float[Tensor, "*tasks n n"], curvature: Float[Tensor, "*tasks n k"], *, intercept: bool
+    ) -> SoftmaxKKT:
+        """Factorize the system of a Gram matrix and the probabilities p times the weights of the examples."""
+        positive = curvature > 0  # masked examples have none
+        root = torch.where(positive, curvature.where(positive, 1).sqrt(), 0).mT.unsqueeze(-1)  # (tasks, k, n, 1)
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        factor = cholesky(eye + root * gram.unsqueeze(1) * root.mT)
+        factor = cholesky(eye + root * gram.unsqueeze(-3) * root.mT)
         half = torch.linalg.solve_triangular(factor, torch.diag_embed(root.squeeze(-1)), upper=False)
         blocks = half.mT @ half
-        return cls(blocks, cholesky(blocks.sum(1)))
+        # An example without weight has zero rows.
+        ignored = (curvature.sum(-1) <= 0).to(gram.dtype)
+        kkt = cls(blocks, cholesky(blocks.sum(-3) + torch.diag_embed(ignored)), None)
+        if not intercept:
+            return kkt
+        sums = blocks.sum(-1)  # (tasks, k, n)
+        border = torch.diag_embed(sums.sum(-1)) - sums @ torch.cholesky_solve(sums.mT, kkt.total)
+        # The same bias for all classes has no effect. Without this term, the system would be singular.
+        return replace(kkt, border=cholesky(border + border.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]))
 
-    def solve(self, right: Float[Tensor, "tasks n k"]) -> Float[Tensor, "tasks n k"]:
-        """Apply the operator."""
+    def solve(
+        self, right: Float[Tensor, "*tasks n k"], sums: Float[Tensor, "*tasks k"] | None = None
+    ) -> tuple[Float[Tensor, "*tasks n k"], Float[Tensor, "*tasks k"] | None]:
+        """Apply the operator to `right - 1 b'`, where b makes the columns of the result add up to `sums`.
+
+        Returns the result and b. Without an intercept, b is zero and returned as None.
+        """
+        part = self._apply(right)
+        if self.border is None:
+            return part, None
+        excess = part.sum(-2) if sums is None else part.sum(-2) - sums
+        bias = torch.cholesky_solve(excess.unsqueeze(-1), self.border).squeeze(-1)
+        bias = bias - bias.mean(-1, keepdim=True)
+        return part - self._apply(bias.unsqueeze(-2).expand_as(right)), bias
+
+    def _apply(self, right: Tensor) -> Tensor:
         part = self._blockwise(right)
         row_multipliers = torch.cholesky_solve(part.sum(-1, keepdim=True), self.total)
         return part - self._blockwise(row_multipliers.expand_as(right))
@@ -52,142 +82,194 @@ class SoftmaxKKT:
         return (self.blocks @ value.mT.unsqueeze(-1)).squeeze(-1).mT
 
 
-def newton_step(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
-    """One undamped Newton step from `coef`, `(tasks, n, k)`; differentiable."""
-    margins, loss = margins_and_losses(targets, gram @ coef)
+class Task(NamedTuple):
+    """The data of tasks: Gram matrices divided by the penalty, one-hot targets, weights of examples, and offsets."""
+
+    gram: Float[Tensor, "*tasks n n"]
+    targets: Float[Tensor, "*tasks n k"]
+    sample_weight: Float[Tensor, "*tasks n"]
+    offset: Float[Tensor, "*tasks n k"]
+
+
+def newton_step(task: Task, coef: Tensor, bias: Tensor, *, intercept: bool) -> tuple[Tensor, Tensor]:
+    """One undamped Newton step from `coef`, `(tasks, n, k)`, and `bias`, `(tasks, k)`; differentiable."""
+    gram, targets, weight, offset = task
+    scores = gram @ coef + bias.unsqueeze(-2)
+    margins, loss = margins_and_losses(targets, scores + offset)
     p = (margins - loss.unsqueeze(-1)).exp()
-    # `W scores + targets - p`, computed from the entries of the wrong classes, because its rows sum to zero.
-    right = balance(targets, p * (margins - (p * margins).sum(-1, keepdim=True) - 1))
-    return right - SoftmaxKKT.factorize(gram, p).solve(gram @ right)
+    # `W scores + s (targets - p)`, computed from the entries of the wrong classes, because its rows sum to zero.
+    margins = scores - (targets * scores).sum(-1, keepdim=True)
+    weight = weight.unsqueeze(-1)
+    right = weight * slope_of_cross_entropy(targets, p * (margins - (p * margins).sum(-1, keepdim=True) - 1))
+    kkt = SoftmaxKKT.factorize(gram, weight * p, intercept=intercept)
+    change, negative_bias = kkt.solve(gram @ right, right.sum(-2))
+    return right - change, bias if negative_bias is None else -negative_bias
 
 
 @torch.library.custom_op("convexheads::solve_logistic", mutates_args=(), schema=_SCHEMA)
-def solve(gram: Tensor, targets: Tensor, *, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def solve(
+    gram: Tensor,
+    targets: Tensor,
+    sample_weight: Tensor,
+    offset: Tensor,
+    *,
+    intercept: bool,
+    tolerance: float,
+    max_steps: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solve tasks `(*batch, n, k)` by damped Newton steps until each gap is below `tolerance` or stops falling.
 
     It is an operator, because compilers cannot trace a loop whose length depends on values.
 
-    Returns coefficients that are feasible for the dual, their certified relative duality gap, and the number of steps.
+    Returns coefficients that are feasible for the dual, the bias, their certified relative duality gap, and the number
+    of steps.
     """
     batch, (n, k) = targets.shape[:-2], targets.shape[-2:]
-    gram, targets = gram.reshape(-1, n, n), targets.reshape(-1, n, k)
-    coef = torch.zeros_like(targets)
-    value = _objective(gram, targets, coef)
-    best = BestIterate(_feasible(targets, coef), patience=PATIENCE)
+    task = Task(
+        gram.reshape(-1, n, n), targets.reshape(-1, n, k), sample_weight.reshape(-1, n), offset.reshape(-1, n, k)
+    )
+    coef, bias = torch.zeros_like(task.targets), torch.zeros_like(task.targets[:, 0])
+    value = _objective(task, coef, bias)
+    best = BestIterate(_feasible(task, coef, intercept=intercept), bias.unsqueeze(-1), patience=PATIENCE)
     for step in range(1, max_steps + 1):
-        change = newton_step(gram, targets, coef) - coef
+        aim, aim_bias = newton_step(task, coef, bias, intercept=intercept)
+        change, bias_change = aim - coef, aim_bias - bias
         length, next_value = torch.ones_like(value), value
         for _ in range(MAX_BACKTRACKS):
-            next_value = _objective(gram, targets, coef + length[:, None, None] * change)
+            next_value = _objective(task, coef + length[:, None, None] * change, bias + length[:, None] * bias_change)
             worse = next_value > value + 1e-12 * value.abs()
             if not worse.any():
                 break
             length = torch.where(worse, length / 2, length)
-        coef, value = coef + length[:, None, None] * change, next_value
-        candidate = _feasible(targets, coef)
-        gap = _gap(gram, targets, candidate)
-        best.update(step, gap, gap <= tolerance, candidate)
+        coef, bias, value = coef + length[:, None, None] * change, bias + length[:, None] * bias_change, next_value
+        candidate = _feasible(task, coef, intercept=intercept)
+        gap = _gap(task, candidate, bias)
+        best.update(step, gap, gap <= tolerance, candidate, bias.unsqueeze(-1))
         if best.done.all():
             break
-    return best.tensors[0].reshape(*batch, n, k), best.gap.reshape(batch), best.iterations.reshape(batch)
+    coef, bias = best.tensors[0].reshape(*batch, n, k), best.tensors[1].reshape(*batch, k)
+    return coef, bias, best.gap.reshape(batch), best.iterations.reshape(batch)
 
 
 @solve.register_fake
-def _(gram: Tensor, targets: Tensor, *, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(gram: Tensor, targets: Tensor, *_: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tasks = targets.new_empty(targets.shape[:-2])
-    return torch.empty_like(targets), tasks, torch.empty_like(tasks, dtype=torch.long)
+    bias = targets.new_empty((*targets.shape[:-2], targets.shape[-1]))
+    return torch.empty_like(targets), bias, tasks, torch.empty_like(tasks, dtype=torch.long)
 
 
-def certified_gap(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
+def certified_gap(task: Task, coef: Tensor, bias: Tensor, *, intercept: bool) -> Tensor:
     """The relative duality gap of feasible coefficients close to `coef`."""
-    return _gap(gram, targets, _feasible(targets, coef))
+    return _gap(task, _feasible(task, coef, intercept=intercept), bias)
 
 
-# Where examples are fitted almost perfectly, losses are tiny. The functions below therefore work with the probabilities
-# of the wrong classes, which keep full precision.
+def _objective(task: Task, coef: Tensor, bias: Tensor) -> Tensor:
+    image = task.gram @ coef
+    loss = margins_and_losses(task.targets, image + bias.unsqueeze(-2) + task.offset)[1]
+    return (coef * image).sum((-2, -1)) / 2 + (task.sample_weight * loss).sum(-1)
 
 
-def margins_and_losses(targets: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The difference between each class's score and that of the right class, and the loss of each row."""
-    margins = scores - (targets * scores).sum(-1, keepdim=True)
-    log_wrong = margins.masked_fill(targets > 0, -torch.inf).logsumexp(-1)
-    return margins, torch.logaddexp(torch.zeros_like(log_wrong), log_wrong)
-
-
-def balance(targets: Tensor, values: Tensor) -> Tensor:
-    """The values of the wrong classes, and for the right class minus their sum, as in `p - targets`."""
-    wrong = values.masked_fill(targets > 0, 0)
-    return wrong - targets * wrong.sum(-1, keepdim=True)
-
-
-def _objective(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
-    scores = gram @ coef
-    return (coef * scores).sum((-2, -1)) / 2 + margins_and_losses(targets, scores)[1].sum(-1)
-
-
-def _feasible(targets: Tensor, coef: Tensor) -> Tensor:
-    """Coefficients close to `coef`, for which each row of `targets - coef` is a distribution."""
-    wrong = (-coef).clamp_min(0).masked_fill(targets > 0, 0)
+def _feasible(task: Task, coef: Tensor, *, intercept: bool) -> Tensor:
+    """Coefficients close to `coef`, for which each row of `targets - coef / s` is a distribution."""
+    weight = task.sample_weight.unsqueeze(-1)
+    wrong = (-coef / weight.where(weight > 0, 1)).clamp_min(0).masked_fill(task.targets > 0, 0)
     wrong = wrong / wrong.sum(-1, keepdim=True).clamp_min(1)
-    return targets * wrong.sum(-1, keepdim=True) - wrong
+    if intercept:
+        p = wrong + task.targets * (1 - wrong.sum(-1, keepdim=True))
+        change = rebalance(p, (weight * slope_of_cross_entropy(task.targets, wrong)).sum(-2, keepdim=True), weight)
+        wrong = wrong + change.masked_fill(task.targets > 0, 0)
+    return -weight * slope_of_cross_entropy(task.targets, wrong)
 
 
-def _gap(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
-    """The relative gap of feasible coefficients: the divergence of `targets - coef` from the softmax of the scores."""
-    scores = gram @ coef
-    margins, loss = margins_and_losses(targets, scores)
-    p = (-coef).masked_fill(targets > 0, 0)
+def _gap(task: Task, coef: Tensor, bias: Tensor) -> Tensor:
+    """The relative gap of feasible coefficients: the divergence of `targets - coef / s` from the softmax of scores."""
+    targets, weight = task.targets, task.sample_weight
+    image = task.gram @ coef
+    margins, loss = margins_and_losses(targets, image + bias.unsqueeze(-2) + task.offset)
+    p = (-coef / weight.where(weight > 0, 1).unsqueeze(-1)).masked_fill(targets > 0, 0)
     logs = margins - loss.unsqueeze(-1)
     wrong_divergence = torch.special.xlogy(p, p) - p * logs - p + logs.exp().masked_fill(targets > 0, 0)
     s, t = p.sum(-1).clamp_max(1), -torch.expm1(-loss)  # rounding may make a sum of 1 larger
     right_divergence = torch.special.xlog1py(1 - s, -s) + (1 - s) * loss + s - t
-    value = (coef * scores).sum((-2, -1)) / 2 + loss.sum(-1)
-    gap = (wrong_divergence.sum(-1) + right_divergence).clamp_min(0).sum(-1)
+    value = (coef * image).sum((-2, -1)) / 2 + (weight * loss).sum(-1)
+    gap = (weight * (wrong_divergence.sum(-1) + right_divergence).clamp_min(0)).sum(-1)
     return gap / value.clamp_min(torch.finfo(value.dtype).tiny)
 
 
 class ImplicitSolution(torch.autograd.Function):
-    """The solution `coef` of `coef = targets - softmax(gram @ coef)`, as a function of `gram` and `targets`."""
+    """The `coef` and `bias` for which `coef = s (targets - softmax(scores))`, as a function of the data of `solve`."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(gram: Tensor, targets: Tensor, coef: Tensor) -> Tensor:
-        return coef.clone()
+    def forward(
+        gram: Tensor,
+        targets: Tensor,
+        sample_weight: Tensor,
+        offset: Tensor,
+        coef: Tensor,
+        bias: Tensor,
+        intercept: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return coef.clone(), bias.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(inputs[0], output)
+        ctx.save_for_backward(*inputs[:4], *output)
+        ctx.intercept = inputs[6]
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
-        gram, coef = ctx.saved_tensors
-        p = (gram @ coef).softmax(-1)
-        kkt = SoftmaxKKT.factorize(gram.detach(), p.detach())
-        v = _ImplicitSystemSolve.apply(gram, p, gradient, kkt.blocks, kkt.total)
+    def backward(ctx, gradient: Tensor, bias_gradient: Tensor):
+        gram, targets, sample_weight, offset, coef, bias = ctx.saved_tensors
+        p = (gram @ coef + bias.unsqueeze(-2) + offset).softmax(-1)
+        weight = sample_weight.unsqueeze(-1)
+        kkt = SoftmaxKKT.factorize(gram.detach(), (weight * p).detach(), intercept=ctx.intercept)
+        right = gradient, bias_gradient if ctx.intercept else None
+        v, row = _ImplicitSystemSolve.apply(gram, p, sample_weight, *right, kkt.blocks, kkt.total, kkt.border)
         outer = v @ coef.mT
-        return -(outer + outer.mT) / 2, gradient - gram @ v, None
+        u = gradient - gram @ v
+        if ctx.intercept:
+            u = u - row.unsqueeze(-2)
+        to_weight = -(u * slope_of_cross_entropy(targets, p)).sum(-1)
+        return -(outer + outer.mT) / 2, weight * u, to_weight, -v, None, None, None
 
 
 class _ImplicitSystemSolve(torch.autograd.Function):
-    """`(gram + W^-1)^-1 right`, computed with the factors of a `SoftmaxKKT`; differentiable any number of times."""
+    """The result of `SoftmaxKKT.solve`, computed with its factors; differentiable any number of times."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(gram: Tensor, p: Tensor, right: Tensor, blocks: Tensor, total: Tensor) -> Tensor:
-        return SoftmaxKKT(blocks, total).solve(right)
+    def forward(
+        gram: Tensor,
+        p: Tensor,
+        sample_weight: Tensor,
+        right: Tensor,
+        sums: Tensor | None,
+        blocks: Tensor,
+        total: Tensor,
+        border: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        solved, bias = SoftmaxKKT(blocks, total, border).solve(right, sums)
+        return solved, torch.zeros_like(solved[..., 0, :]) if bias is None else bias
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs, output)
+        gram, p, sample_weight, right, _, blocks, total, border = inputs
+        ctx.save_for_backward(gram, p, sample_weight, right, blocks, total, border, *output)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
-        gram, p, right, blocks, total, solved = ctx.saved_tensors
-        adjoint = _ImplicitSystemSolve.apply(gram, p, gradient, blocks, total)
+    def backward(ctx, gradient: Tensor, bias_gradient: Tensor):
+        gram, p, sample_weight, right, blocks, total, border, solved, bias = ctx.saved_tensors
+        sums = None if border is None else bias_gradient
+        adjoint, row = _ImplicitSystemSolve.apply(gram, p, sample_weight, gradient, sums, blocks, total, border)
         # W maps z to `solved`, and q to `adjoint`. A constant that is added to a row of z or q has no effect.
         z, q = right - gram @ solved, gradient - gram @ adjoint
+        if border is not None:
+            z, q = z - bias.unsqueeze(-2), q - row.unsqueeze(-2)
         outer = adjoint @ solved.mT
         inner = (p * z).sum(-1, keepdim=True), (p * q).sum(-1, keepdim=True)
-        return -(outer + outer.mT) / 2, q * z - q * inner[0] - z * inner[1], adjoint, None, None
+        to_p = sample_weight.unsqueeze(-1) * (q * z - q * inner[0] - z * inner[1])
+        to_weight = (p * q * z).sum(-1) - (inner[0] * inner[1]).squeeze(-1)
+        to_sums = None if border is None else row
+        return -(outer + outer.mT) / 2, to_p, to_weight, adjoint, to_sums, None, None, None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from convexheads._functorch import compute_without_grad
 from convexheads._validation import check_choice, check_positive_int, optional
-from convexheads.heads import _logistic_newton, _logistic_primal
-from convexheads.heads.base.classification import ClassificationHead
+from convexheads.heads import _logistic_newton, _primal
+from convexheads.heads._losses import slope_of_cross_entropy
+from convexheads.heads.base.loss import LossHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
@@ -27,7 +28,7 @@ _AIM, _AIM_OF_PRIMAL = 1e-15, 1e-20
 _MAX_EXAMPLES = 100
 
 
-class LogisticHead(ClassificationHead):
+class LogisticHead(LossHead):
     r"""Multinomial logistic regression: softmax cross-entropy with an L2 regularizer.
 
     Use it when you need probabilities: its loss is their cross-entropy, and it needs the least calibration.
@@ -38,8 +39,7 @@ class LogisticHead(ClassificationHead):
     n x n matrices per step (Rasmussen & Williams 2006, Algorithm 3.3), and differentiated implicitly, to any order.
     With the linear kernel and more examples than features, or more than 100 examples, Newton's method solves the
     primal, by conjugate gradients if there are more than 256 weights. Lee et al. 2019 name logistic regression as an
-    alternative (Section 3.3). There is no bias; a kernel with a constant, such as `Linear() + Constant(1.0)`, adds one,
-    which is regularized like the weights.
+    alternative (Section 3.3).
 
     Differences from Algorithm 3.3: steps that do not decrease the objective are halved, and there is no Laplace
     approximation around the optimum.
@@ -53,13 +53,13 @@ class LogisticHead(ClassificationHead):
             duality gap of 1e-6. Defaults to None (until converged).
         on_failure: what happens if a task is not solved to that gap, as for a `Solver`: "raise" (default), "warn" or
             "return".
-        kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.
+        class_weight: see `LossHead`, also for `intercept`, `kernel`, `scale`, `validate` and the errors.
 
     Example:
         `probabilities = LogisticHead().fit(support, labels).probabilities(query)`
     """
 
-    checks = ClassificationHead.checks | {
+    checks = LossHead.checks | {
         "regularization": check_positive,
         "steps": optional(check_positive_int),
         "on_failure": partial(check_choice, choices=get_args(OnFailure)),
@@ -73,47 +73,60 @@ class LogisticHead(ClassificationHead):
         *,
         steps: int | None = None,
         on_failure: OnFailure = "raise",
+        class_weight: Any = None,
+        intercept: bool = False,
         kernel: KernelLike | None = None,
         scale: Hyperparameter = 1.0,
         validate: bool = True,
     ) -> None:
-        super().__init__(kernel=kernel, scale=scale, validate=validate)
+        super().__init__(class_weight=class_weight, intercept=intercept, kernel=kernel, scale=scale, validate=validate)
         self.regularization, self.steps, self.on_failure = regularization, steps, on_failure
 
     def solve(self, support: SupportSet) -> KernelExpansion:
         factor, (*_, n, d) = support.linear_factor, support.features.shape
         if factor is not None and self.steps is None and n > min(d, _MAX_EXAMPLES):
             return self._solve_for_weights(support, factor)
-        penalty = as_tensor(self.regularization, support.targets)
-        *batch, n, k = support.targets.shape
-        gram, targets = (support.gram / penalty).reshape(-1, n, n), support.labeled_targets.reshape(-1, n, k)
+        penalty = as_tensor(self.regularization, support.targets)[..., None, None]
+        gram, *others = support.gram / penalty, support.targets, support.factors, support.offset
+        batch, (n, k) = gram.shape[:-2], support.targets.shape[-2:]
+        task = gram, *(part.expand(*batch, *part.shape[len(batch) :]) for part in others)
         if self.steps is not None:
-            coef = torch.zeros_like(targets)
+            flat = _logistic_newton.Task(*(part.flatten(0, len(batch) - 1) if batch else part[None] for part in task))
+            coef, bias = torch.zeros_like(flat.targets), torch.zeros_like(flat.targets[:, 0])
             for _ in range(self.steps):
-                coef = _logistic_newton.newton_step(gram, targets, coef)
-            taken, gap = None, _logistic_newton.certified_gap(gram.detach(), targets, coef.detach())
+                coef, bias = _logistic_newton.newton_step(flat, coef, bias, intercept=self.intercept)
+            found = (coef.detach(), bias.detach())
+            fixed = _logistic_newton.Task(*(part.detach() for part in flat))
+            taken, gap = None, _logistic_newton.certified_gap(fixed, *found, intercept=self.intercept)
+            coef, bias, gap = coef.reshape(*batch, n, k), bias.reshape(*batch, k), gap.reshape(batch)
         else:
-            solve = partial(_logistic_newton.solve, tolerance=_AIM, max_steps=_MAX_NEWTON_STEPS)
-            coef, gap, taken = compute_without_grad(solve, gram, targets)
-            coef = _logistic_newton.ImplicitSolution.apply(gram, targets, coef)
-        coef, gap = (coef / penalty).reshape(*batch, n, k), gap.reshape(batch)
-        solution = self._certified(coef, gap, None if taken is None else taken.reshape(batch))
-        return KernelExpansion(solution.coef, solution=solution)
+            options = {"intercept": self.intercept, "tolerance": _AIM, "max_steps": _MAX_NEWTON_STEPS}
+            solve = partial(_logistic_newton.solve, **options)
+            coef, bias, gap, taken = compute_without_grad(solve, *task)
+            coef, bias = _logistic_newton.ImplicitSolution.apply(*task, coef, bias, self.intercept)
+        solution = self._certified(coef / penalty, gap, taken)
+        return KernelExpansion(solution.coef, bias=bias if self.intercept else None, solution=solution)
 
     def _solve_for_weights(self, support: SupportSet, factor: float | Tensor) -> KernelExpansion:
         """Solve the primal."""
         penalty, targets = as_tensor(self.regularization, support.targets), support.targets
         features = factor * support.features
-        batch = targets.shape[:-2]
-        used = targets.new_ones(targets.shape[:-1]) if support.mask is None else support.mask.to(targets.dtype)
-        problem = features, targets, used, penalty.expand(batch)
-        solve = partial(_logistic_primal.solve, tolerance=_AIM_OF_PRIMAL, max_steps=_MAX_NEWTON_STEPS)
+        if self.intercept:
+            features = torch.cat([features, torch.ones_like(features[..., :1])], -1)
+        used, offset = support.factors, support.offset
+        batch = torch.broadcast_shapes(penalty.shape, targets.shape[:-2])
+        data = (part.expand(*batch, *part.shape[targets.ndim - 2 :]) for part in (features, targets, used, offset))
+        problem = (*data, penalty.expand(batch))
+        options = {"loss": "cross-entropy", "intercept": self.intercept}
+        solve = partial(_primal.solve, **options, tolerance=_AIM_OF_PRIMAL, max_steps=_MAX_NEWTON_STEPS)
         weight, gap, taken = compute_without_grad(solve, *problem)
-        weight = _logistic_primal.ImplicitWeights.apply(*problem, weight)
-        error = _logistic_newton.balance(targets, (features @ weight).softmax(-1))
-        solution = self._certified(-used.unsqueeze(-1) * error / penalty, gap, taken)
-        weight = torch.where(torch.isfinite(gap)[..., None, None], weight, torch.nan)
-        return KernelExpansion(solution.coef, weight=factor * weight.mT, solution=solution)
+        weight = _primal.ImplicitWeights.apply(*problem, weight, *options.values())
+        slope = slope_of_cross_entropy(targets, (features @ weight + offset).softmax(-1))
+        solution = self._certified(-used.unsqueeze(-1) * slope / penalty[..., None, None], gap, taken)
+        weight, bias = torch.where(torch.isfinite(gap)[..., None, None], weight, torch.nan), None
+        if self.intercept:
+            weight, bias = weight[..., :-1, :], weight[..., -1, :]
+        return KernelExpansion(solution.coef, weight=factor * weight.mT, bias=bias, solution=solution)
 
     def _certified(self, coef: Tensor, gap: Tensor, iterations: Tensor | None) -> Solution:
         """The solution with its status; failures are handled."""

@@ -2,34 +2,76 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from convexheads.heads._linear_algebra import shifted_cholesky
-from convexheads.heads.base.classification import ClassificationHead
+from convexheads.heads.base.loss import LossHead
 from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
 
 
-def _solve_ridge(support: SupportSet, regularization: Hyperparameter, head: str) -> KernelExpansion:
-    """The dual coefficients `(gram + regularization * I)^-1 targets`; `head` is named in the error."""
-    penalty, targets, factor = as_tensor(regularization, support.targets), support.targets, support.linear_factor
+def _solve_ridge(
+    support: SupportSet, regularization: Hyperparameter, head: str, *, intercept: bool = False
+) -> KernelExpansion:
+    """The dual coefficients `(gram + regularization * S^-1)^-1 targets` with the weights S of the examples.
+
+    The `head` is named in the error.
+    """
+    penalty, factor = as_tensor(regularization, support.targets), support.linear_factor
+    targets = support.targets if support.prior is None else support.targets - support.offset
+    if support.mask is not None:  # the prior has scores for masked examples too
+        targets = targets.masked_fill(~support.mask.unsqueeze(-1), 0)
     name, validate = f"{head}: the Gram matrix plus the regularization on its diagonal", support.validate
+    root = _roots(support, intercept=intercept)
     *_, n, d = support.features.shape
     if factor is None or n <= d:
-        cholesky = shifted_cholesky(support.gram, penalty, name=name, validate=validate)
-        return KernelExpansion(torch.cholesky_solve(targets, cholesky))
+        gram = support.gram if root is None else root * support.gram * root.mT
+        cholesky = shifted_cholesky(gram, penalty, name=name, validate=validate)
+        coef = torch.cholesky_solve(targets if root is None else root * targets, cholesky)
+        if root is None:
+            return KernelExpansion(coef)
+        bias = None
+        if intercept:  # the coefficients of each class have to sum to zero
+            direction = torch.cholesky_solve(root, cholesky)
+            bias = (root.mT @ coef) / (root.mT @ direction)
+            coef, bias = coef - direction @ bias, bias.squeeze(-2)
+        return KernelExpansion(root * coef, bias=bias)
     # The d x d system of the primal is smaller.
-    features = factor * support.features
-    cholesky = shifted_cholesky(features.mT @ features, penalty, name=name, validate=validate)
-    weight = torch.cholesky_solve(features.mT @ targets, cholesky)
+    features, center, mean = factor * support.features, None, None
+    rows, values = features, targets
+    if root is not None:
+        if intercept:
+            share = root.square() / root.square().sum(-2, keepdim=True)
+            center, mean = share.mT @ features, share.mT @ targets
+            rows, values = rows - center, values - mean
+        rows, values = root * rows, root * values
+    cholesky = shifted_cholesky(rows.mT @ rows, penalty, name=name, validate=validate)
+    weight = torch.cholesky_solve(rows.mT @ values, cholesky)
+    bias = None if center is None or mean is None else mean - center @ weight
     # The difference loses digits if the penalty is small. The scores do not: they are computed from the weight.
-    coef = (targets - features @ weight) / penalty
-    return KernelExpansion(coef, weight=factor * weight.mT)
+    error = targets - features @ weight
+    if bias is not None:
+        error = error - bias
+    coef = (error if root is None else root.square() * error) / penalty[..., None, None]
+    return KernelExpansion(coef, weight=factor * weight.mT, bias=None if bias is None else bias.squeeze(-2))
 
 
-class RidgeHead(ClassificationHead):
+def _roots(support: SupportSet, *, intercept: bool) -> Float[Tensor, "*batch n 1"] | None:
+    """The square roots of the factors of the examples; None if all used examples count the same."""
+    weight, mask = support.sample_weight, support.mask
+    if weight is None and not intercept:
+        return None
+    root = torch.ones_like(support.targets[..., 0]) if weight is None else weight.sqrt()
+    return (root if mask is None else root * mask).unsqueeze(-1)
+
+
+class RidgeHead(LossHead):
     r"""Ridge regression on one-hot targets, Eq. 11 of Lee et al. 2019; R2D2 of Bertinetto et al. 2019.
 
     Use it as a first choice: it has one hyperparameter, and a closed form that is among the fastest.
@@ -42,27 +84,29 @@ class RidgeHead(ClassificationHead):
 
     Args:
         regularization: lambda, positive; a float or `Learnable`. Defaults to 50, as in Lee et al. 2019.
-        kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.
+        class_weight: see `LossHead`, also for `intercept`, `kernel`, `scale`, `validate` and the errors.
 
     Example:
         `logits = RidgeHead(10.0)(support, labels, query)`
     """
 
-    checks = ClassificationHead.checks | {"regularization": check_positive}
+    checks = LossHead.checks | {"regularization": check_positive}
 
     def __init__(
         self,
         regularization: Hyperparameter = 50.0,
         *,
+        class_weight: Any = None,
+        intercept: bool = False,
         kernel: KernelLike | None = None,
         scale: Hyperparameter = 1.0,
         validate: bool = True,
     ) -> None:
-        super().__init__(kernel=kernel, scale=scale, validate=validate)
+        super().__init__(class_weight=class_weight, intercept=intercept, kernel=kernel, scale=scale, validate=validate)
         self.regularization = regularization
 
     def solve(self, support: SupportSet) -> KernelExpansion:
-        return _solve_ridge(support, self.regularization, "RidgeHead")
+        return _solve_ridge(support, self.regularization, "RidgeHead", intercept=self.intercept)
 
 
 class RidgeRegressionHead(RegressionHead):

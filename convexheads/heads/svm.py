@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from convexheads._validation import Check, check_bool
-from convexheads.heads.base.classification import ClassificationHead
+from convexheads.heads.base.loss import LossHead
 from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, Learnable, as_tensor, check_positive
 from convexheads.kernels import KernelLike
 from convexheads.solvers import DualProblem, Solver, get_solver
+from convexheads.solvers.intercept import solve_with_intercept
 
 _SVM_CHECKS: dict[str, Check] = {"C": check_positive, "solver": lambda _, solver: get_solver(solver)}
 
 
-class MulticlassSVM(ClassificationHead):
+class MulticlassSVM(LossHead):
     r"""Base class of SVMs whose dual is a `DualProblem`, such as Eq. 10 of Lee et al. 2019.
 
-    Use it to write an SVM of your own: in `solve`, build the dual with `upper_bound`, and pass it to `solve_dual`. SVMs
-    have no bias; a kernel with a constant (`Linear() + Constant(1.0)`) adds one, which is regularized like the weights.
+    Use it to write an SVM of your own: in `solve`, build the dual with `upper_bound`, and pass it to `solve_dual`.
 
     Args:
         C: weight of the slacks, positive; a float or `Learnable`. Defaults to 0.1, as in Lee et al. 2019.
@@ -36,14 +36,14 @@ class MulticlassSVM(ClassificationHead):
             non-negative; a float or `Learnable`. Defaults to 0. The code published by Lee et al. 2019 uses 1, unlike
             the paper.
         solver: a `Solver`, or a name from `SOLVERS`. Defaults to "native".
-        kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.
+        class_weight: see `LossHead`, also for `intercept`, `kernel`, `scale`, `validate` and the errors.
 
     Raises:
         MissingDependencyError: the named solver's package is not installed.
     """
 
     checks = (
-        ClassificationHead.checks
+        LossHead.checks
         | _SVM_CHECKS
         | {"squared_hinge": check_bool, "smoothing": partial(check_positive, allow_zero=True)}
     )
@@ -55,40 +55,65 @@ class MulticlassSVM(ClassificationHead):
         squared_hinge: bool = False,
         smoothing: Hyperparameter = 0.0,
         solver: Solver | str = "native",
+        class_weight: Any = None,
+        intercept: bool = False,
         kernel: KernelLike | None = None,
         scale: Hyperparameter = 1.0,
         validate: bool = True,
     ) -> None:
-        super().__init__(kernel=kernel, scale=scale, validate=validate)
+        super().__init__(class_weight=class_weight, intercept=intercept, kernel=kernel, scale=scale, validate=validate)
         self.C, self.squared_hinge, self.smoothing, self.solver = C, squared_hinge, smoothing, get_solver(solver)
 
     @property
     def is_traceable(self) -> bool:
         return not self.validate and self.solver.is_traceable  # compilers get `super().is_traceable` wrong
 
-    def upper_bound(self, like: Tensor) -> Float[Tensor, ""]:
-        """The upper bound of the slacks' multipliers, C or infinity, a 0-d tensor in the dtype and device of `like`."""
-        return as_tensor(math.inf if self.squared_hinge else self.C, like)
+    def upper_bound(self, support: SupportSet) -> Float[Tensor, "*batch n 1"]:
+        """The upper bound of the multipliers of each example's slacks in a `support` set, `(*batch, n, 1)`.
 
-    def solve_dual(self, problem: DualProblem, slacks: Bool[Tensor, "*batch n m"]) -> KernelExpansion:
-        """Solve a dual, with the head's smoothing added.
+        It is C times the weight of the example, or infinity for the squared hinge; zero for masked examples.
+        """
+        if not self.squared_hinge:
+            return (as_tensor(self.C, support.targets)[..., None] * support.factors).unsqueeze(-1)
+        bound = torch.full_like(support.targets[..., :1], torch.inf)
+        return bound if support.mask is None else bound.masked_fill(~support.mask.unsqueeze(-1), 0)
+
+    def solve_dual(
+        self,
+        problem: DualProblem,
+        slacks: Bool[Tensor, "*batch n m"],
+        support: SupportSet,
+        *,
+        code: Float[Tensor, "*batch n k"] | None = None,
+    ) -> KernelExpansion:
+        """Solve a dual, with the head's smoothing and the scores of the prior added.
 
         Args:
             problem: the dual without any smoothing, in variables `(*batch, n, m)`.
             slacks: which variables are multipliers of slacks, `(*batch, n, m)`.
+            support: the support set of the dual.
+            code: for a dual with one variable per example, m = 1: the factors by which it counts for each class,
+                `(*batch, n, k)`. Defaults to None: variables are coefficients, m = k.
 
         Returns:
-            The variables as coefficients, and the solution.
+            The coefficients, the biases with `intercept`, and the solution.
 
         Raises:
             SolverError: a task could not be solved (see the solver's `on_failure`).
         """
         if self.squared_hinge or isinstance(self.smoothing, Learnable) or self.smoothing > 0:
             like = problem.linear
-            hinge = slacks / (2 * as_tensor(self.C, like)) if self.squared_hinge else torch.zeros_like(like)
-            problem = replace(problem, smoothing=hinge + as_tensor(self.smoothing, like))
-        solution = self.solver.solve(problem)
-        return KernelExpansion(solution.coef, solution=solution)
+            hinge = torch.zeros_like(like)
+            if self.squared_hinge:
+                bound = as_tensor(self.C, like)[..., None] * support.factors
+                hinge = slacks / (2 * bound.where(bound > 0, 1).unsqueeze(-1))
+            problem = replace(problem, smoothing=hinge + as_tensor(self.smoothing, like)[..., None, None])
+        problem, bias = problem.broadcast(), None
+        if self.intercept:
+            solution, bias = solve_with_intercept(self.solver, problem, code)
+        else:
+            solution = self.solver.solve(problem)
+        return KernelExpansion(solution.coef if code is None else code * solution.coef, bias=bias, solution=solution)
 
 
 class SVMHead(MulticlassSVM):
@@ -105,7 +130,8 @@ class SVMHead(MulticlassSVM):
     iterations (`solver=QpthSolver(max_iterations=3)`). Their published code, like learn2learn, runs 15 iterations, adds
     1 to the dual's diagonal (`smoothing=1`), and does not constrain the scale.
 
-    See `MulticlassSVM` for its arguments: `C`, `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale`, `validate`.
+    See `MulticlassSVM` for its arguments: `C`, `squared_hinge`, `smoothing`, `solver`, `class_weight`,
+    `intercept`, `kernel`, `scale`, `validate`.
 
     Example:
         `logits = SVMHead(C=0.1)(support, labels, query)`
@@ -114,8 +140,8 @@ class SVMHead(MulticlassSVM):
     def solve(self, support: SupportSet) -> KernelExpansion:
         targets = support.labeled_targets
         own = targets > 0
-        upper = torch.where(own, self.upper_bound(targets), 0)
-        return self.solve_dual(DualProblem(support.gram, linear=targets, upper=upper), own)
+        upper = torch.where(own, self.upper_bound(support), 0)
+        return self.solve_dual(DualProblem(support.gram, linear=targets - support.offset, upper=upper), own, support)
 
 
 class WestonWatkinsSVMHead(MulticlassSVM):
@@ -129,10 +155,12 @@ class WestonWatkinsSVMHead(MulticlassSVM):
     \(-C \le \alpha_n^k \le 0\) for \(k \ne y_n\) and \(\sum_k \alpha_n^k = 0\), where
     \(w_k = \sum_n \alpha_n^k x_n\).
 
-    Difference from the original: there is no bias. Lee et al. 2019 name this SVM as an alternative (Section 3.3) but
-    report no results for it; their published code has it with the kernel `Linear() + Constant(1.0)` and C = 1e-5.
+    Difference from the original: there is no bias without `intercept=True`. Lee et al. 2019 name this SVM as an
+    alternative (Section 3.3) but report no results for it; their published code has it with the kernel
+    `Linear() + Constant(1.0)` and C = 1e-5.
 
-    See `MulticlassSVM` for its arguments: `C`, `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale`, `validate`.
+    See `MulticlassSVM` for its arguments: `C`, `squared_hinge`, `smoothing`, `solver`, `class_weight`,
+    `intercept`, `kernel`, `scale`, `validate`.
 
     Example:
         `logits = WestonWatkinsSVMHead(C=0.05)(support, labels, query)`
@@ -140,9 +168,10 @@ class WestonWatkinsSVMHead(MulticlassSVM):
 
     def solve(self, support: SupportSet) -> KernelExpansion:
         targets = support.labeled_targets
-        own, bound = targets > 0, self.upper_bound(targets)
+        own, bound = targets > 0, self.upper_bound(support)
         lower, upper = torch.where(own, -torch.inf, -bound), torch.where(own, torch.inf, 0.0).to(targets)
-        return self.solve_dual(DualProblem(support.gram, linear=2 * targets, lower=lower, upper=upper), ~own)
+        dual = DualProblem(support.gram, linear=2 * targets - support.offset, lower=lower, upper=upper)
+        return self.solve_dual(dual, ~own, support)
 
 
 class OneVsRestSVMHead(MulticlassSVM):
@@ -155,9 +184,10 @@ class OneVsRestSVMHead(MulticlassSVM):
     Dual: \(\max_\alpha -\frac12 \sum_k |w_k|^2 + \sum_{n,k} t_n^k \alpha_n^k\) subject to
     \(0 \le t_n^k \alpha_n^k \le C\), where \(w_k = \sum_n \alpha_n^k x_n\).
 
-    Difference from the original: there is no bias.
+    Difference from the original: there is no bias without `intercept=True`.
 
-    See `MulticlassSVM` for its arguments: `C`, `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale`, `validate`.
+    See `MulticlassSVM` for its arguments: `C`, `squared_hinge`, `smoothing`, `solver`, `class_weight`,
+    `intercept`, `kernel`, `scale`, `validate`.
 
     Example:
         `logits = OneVsRestSVMHead(C=0.5)(support, labels, query)`
@@ -165,10 +195,11 @@ class OneVsRestSVMHead(MulticlassSVM):
 
     def solve(self, support: SupportSet) -> KernelExpansion:
         targets = support.labeled_targets
-        own, bound = targets > 0, self.upper_bound(targets)
+        own, bound = targets > 0, self.upper_bound(support)
         lower, upper = torch.where(own, 0, -bound), torch.where(own, bound, 0)
-        dual = DualProblem(support.gram, linear=2 * targets - 1, lower=lower, upper=upper, rows_sum_to_zero=False)
-        return self.solve_dual(dual, torch.ones_like(own))
+        linear = 2 * targets - 1 - support.offset
+        dual = DualProblem(support.gram, linear, lower=lower, upper=upper, rows_sum_to_zero=False)
+        return self.solve_dual(dual, torch.ones_like(own), support)
 
 
 class SimplifiedSVMHead(MulticlassSVM):
@@ -186,7 +217,8 @@ class SimplifiedSVMHead(MulticlassSVM):
     The code published by Lee et al. 2019 has this head with C = 0.01, and scores a class by its own examples alone,
     without the \(-\frac{1}{k-1}\). Neither that code nor this head has a bias.
 
-    See `MulticlassSVM` for its arguments: `C`, `squared_hinge`, `smoothing`, `solver`, `kernel`, `scale`, `validate`.
+    See `MulticlassSVM` for its arguments: `C`, `squared_hinge`, `smoothing`, `solver`, `class_weight`,
+    `intercept`, `kernel`, `scale`, `validate`.
     The coefficients in a fitted head's `solution` are \(a\), `(*batch, n, 1)`.
 
     Example:
@@ -197,11 +229,10 @@ class SimplifiedSVMHead(MulticlassSVM):
         targets = support.labeled_targets
         code = targets - (1 - targets) / max(targets.shape[-1] - 1, 1)
         one = torch.ones_like(targets[..., :1])
-        upper = self.upper_bound(targets).expand_as(one)
+        linear = one - (code * support.offset).sum(-1, keepdim=True)
         gram = support.gram * (code @ code.mT)
-        dual = DualProblem(gram, linear=one, lower=0 * one, upper=upper, rows_sum_to_zero=False)
-        expansion = self.solve_dual(dual, one > 0)
-        return replace(expansion, coef=expansion.coef * code)
+        dual = DualProblem(gram, linear, lower=0 * one, upper=self.upper_bound(support), rows_sum_to_zero=False)
+        return self.solve_dual(dual, one > 0, support, code=code)
 
 
 class SupportVectorRegressionHead(RegressionHead):

@@ -30,9 +30,9 @@ _ENOUGH_HELD_OUT = 500
 class HeadClassifier(ClassifierMixin, BaseEstimator):
     """A head with scikit-learn's interface, for pipelines, grid searches and cross-validation.
 
-    Labels may be strings or integers. There is no intercept unless the kernel has one:
-    `SVMHead(C=1.0, kernel=Linear() + Constant(1.0))`. Arguments of the head and of its kernel (but not of parts of a
-    sum or product) are parameters too, such as `head__C` and `head__kernel__length_scale`, so a search can vary them.
+    Labels may be strings or integers. There is no intercept unless the head has one: `SVMHead(C=1.0, intercept=True)`.
+    Arguments of the head and of its kernel (but not of parts of a sum or product) are parameters too, such as `head__C`
+    and `head__kernel__length_scale`, so a search can vary them.
 
     Use it when you compare a head with scikit-learn's classifiers on up to a few thousand samples.
 

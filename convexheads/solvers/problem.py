@@ -117,6 +117,14 @@ class DualProblem(TensorRecord):
         batch = self.linear.ndim - 2
         return self if batch == 1 else self.map(lambda _, value: value.reshape(-1, *value.shape[batch:]))
 
+    def broadcast(self) -> DualProblem:
+        """A copy in which all tensors have the same leading dimensions, those of some being expanded."""
+        tensors = self.tensors().values()
+        batch = torch.broadcast_shapes(*(value.shape[:-2] for value in tensors))
+        if all(value.shape[:-2] == batch for value in tensors):
+            return self
+        return self.map(lambda _, value: value.expand(*batch, *value.shape[-2:]))
+
     def curvature(self) -> Float[Tensor, "*batch"]:
         """The mean diagonal of the Hessian, `(*batch,)`."""
         mean = self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)

@@ -76,7 +76,7 @@ def test_a_number_takes_the_place_of_a_learnable_and_back():
 def test_parameters_are_those_of_scikit_learn():
     head = SVMHead(C=0.3, kernel=Polynomial(3))
     assert head.get_params(deep=False).keys() == {
-        *("C", "squared_hinge", "smoothing", "solver", "kernel", "scale", "validate")
+        *("C", "squared_hinge", "smoothing", "solver", "class_weight", "intercept", "kernel", "scale", "validate")
     }
     params = head.get_params()
     assert params["kernel__degree"] == 3

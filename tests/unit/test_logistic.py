@@ -10,7 +10,7 @@ from tasks import close, task
 from torch.nn import functional
 
 from convexheads import Learnable, LogisticHead, RidgeHead
-from convexheads.heads import _logistic_primal
+from convexheads.heads import _primal
 from convexheads.kernels import Kernel, Linear, UnitScale, condition
 
 FEW, MANY = {"shots": (9, 7, 8), "d": 4}, {"shots": (12, 9, 11, 10, 8, 12), "d": 50}
@@ -105,8 +105,8 @@ def test_second_derivatives():
 
     arguments = [value.requires_grad_() for value in (support, query, parameter.detach().clone())]
     with pytest.MonkeyPatch.context() as patch:
-        for limit in (_logistic_primal._MAX_UNKNOWNS, 0):
-            patch.setattr(_logistic_primal, "_MAX_UNKNOWNS", limit)
+        for limit in (_primal._MAX_UNKNOWNS, 0):
+            patch.setattr(_primal, "_MAX_UNKNOWNS", limit)
             assert torch.autograd.gradgradcheck(loss, arguments, atol=1e-6)
 
 
@@ -162,10 +162,11 @@ def test_the_gap_bounds_the_distance_to_the_optimum(sizes):
     def objective(weight):
         return penalty / 2 * weight.square().sum() + functional.cross_entropy(support @ weight, labels, reduction="sum")
 
-    problem = support[None], targets[None], used, penalty
-    optimum = objective(_logistic_primal.solve(*problem, tolerance=1e-20, max_steps=100)[0][0])
+    problem = support[None], targets[None], used, torch.zeros_like(targets[None]), penalty
+    options = {"loss": "cross-entropy", "intercept": False, "tolerance": 1e-20}
+    optimum = objective(_primal.solve(*problem, **options, max_steps=100)[0][0])
     for steps in range(1, 8):
-        (weight,), (gap,), _ = _logistic_primal.solve(*problem, tolerance=1e-20, max_steps=steps)
+        (weight,), (gap,), _ = _primal.solve(*problem, **options, max_steps=steps)
         assert objective(weight) - optimum <= 1.001 * gap * objective(weight) + 1e-13
 
 
@@ -207,10 +208,10 @@ def test_what_conjugate_gradients_do_not_solve_is_factorized(monkeypatch):
     mask = torch.ones_like(labels, dtype=torch.bool)
     mask[0, :5] = False
     expected = LogisticHead(1e-2)(support, labels, query, ways=ways, mask=mask)
-    monkeypatch.setattr(_logistic_primal, "_MAX_INNER", 1)
+    monkeypatch.setattr(_primal, "_MAX_INNER", 1)
     fitted = LogisticHead(1e-2).fit(support, labels, ways=ways, mask=mask)
     assert (fitted.solution.gap < 1e-8).all()
     assert close(fitted(query), expected) < 1e-3
-    monkeypatch.setattr(_logistic_primal, "_MAX_ENTRIES", 10)
+    monkeypatch.setattr(_primal, "_MAX_ENTRIES", 10)
     without = LogisticHead(1e-2, on_failure="return").fit(support, labels, ways=ways, mask=mask)
     assert without.solution.gap.max() > 1e-8

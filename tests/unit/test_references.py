@@ -193,7 +193,9 @@ def test_gap_of_coefficients_that_leave_the_right_class_nothing():
     targets[..., 0] = 1
     coef = torch.cat([wrong.sum(-1, keepdim=True), -wrong], -1)
     assert ((wrong / wrong.sum(-1, keepdim=True)).sum(-1) > 1).any()
-    gap = _logistic_newton.certified_gap(torch.eye(4, dtype=torch.float64).expand(500, 4, 4), targets, coef)
+    gram, one = torch.eye(4, dtype=torch.float64).expand(500, 4, 4), torch.ones_like(targets[..., 0])
+    task = _logistic_newton.Task(gram, targets, one, torch.zeros_like(targets))
+    gap = _logistic_newton.certified_gap(task, coef, torch.zeros_like(targets[:, 0]), intercept=False)
     assert (gap > 1e-3).all()
     assert torch.isfinite(gap).all()
 

@@ -12,7 +12,7 @@ from convexheads._validation import ArrayLike
 from convexheads.errors import ConvexHeadsError, InputError, SolverError
 from convexheads.heads.base.fitted import FittedClassifier
 from convexheads.heads.base.head import Head
-from convexheads.heads.base.inputs import check_classification
+from convexheads.heads.base.inputs import check_classification, check_prior, check_sample_weight
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet, merge_groups, one_hot
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
@@ -39,6 +39,8 @@ class ClassificationHead(Head):
     checks = Head.checks | {"scale": check_positive}
     requires_all_classes: ClassVar[bool] = False
     """Whether a class without support examples is an error even with `allow_missing_classes=True`."""
+    accepts_weights: ClassVar[bool] = False
+    """Whether `solve` uses `SupportSet.sample_weight` and leaves `SupportSet.prior` to the scores."""
 
     def __init__(self, *, kernel: KernelLike | None = None, scale: Hyperparameter = 1.0, validate: bool = True) -> None:
         super().__init__(kernel=kernel, validate=validate)
@@ -54,6 +56,8 @@ class ClassificationHead(Head):
         ways: int | Integer[Tensor, "*#batch"] | ArrayLike | None = None,
         mask: Bool[Tensor, "*#batch n"] | ArrayLike | None = None,
         allow_missing_classes: bool = False,
+        sample_weight: Float[Tensor, "*#batch n"] | ArrayLike | None = None,
+        prior: Float[Tensor, "*#batch k d"] | ArrayLike | None = None,
     ) -> Float[Tensor, "*batch q k"]:
         """Fit on the support and score the query: `head.fit(support, labels, ...)(query)`.
 
@@ -74,6 +78,12 @@ class ClassificationHead(Head):
             allow_missing_classes: whether a class may lack examples that are not masked. Defaults to False: each of the
                 k classes needs one or, if `ways` is a tensor or a list, each class up to the largest label of its task.
                 Heads with `requires_all_classes` need examples of every class in any case.
+            sample_weight: `(*batch, n)`, or `(n,)` for all tasks: factor of the loss of each example, non-negative. An
+                example with weight zero counts as masked, and its weight has no gradient. Defaults to None (all one).
+                Only heads that derive from `LossHead` accept it.
+            prior: weights W0 `(*batch, k, d)`, or `(k, d)` for all tasks, such as the text embeddings of the classes: a
+                score is `q @ W0.mT` plus what the head learns, and its regularizer is `|W - W0|^2` in place of `|W|^2`.
+                Defaults to None (zero). Only heads that derive from `LossHead` accept it.
 
         Returns:
             Logits, `(*batch, q, k)`, in the support's dtype. Gradients reach support, query and `Learnable`s.
@@ -86,7 +96,15 @@ class ClassificationHead(Head):
             SolverError: a task could not be solved, and the solver's `on_failure` is "raise".
             ConvexHeadsError: in the backward pass, for a second derivative that the solver does not support.
         """
-        fitted = self.fit(support, labels, ways=ways, mask=mask, allow_missing_classes=allow_missing_classes)
+        fitted = self.fit(
+            support,
+            labels,
+            ways=ways,
+            mask=mask,
+            allow_missing_classes=allow_missing_classes,
+            sample_weight=sample_weight,
+            prior=prior,
+        )
         return fitted(query)
 
     @_traced
@@ -98,11 +116,13 @@ class ClassificationHead(Head):
         ways: int | Integer[Tensor, "*#batch"] | ArrayLike | None = None,
         mask: Bool[Tensor, "*#batch n"] | ArrayLike | None = None,
         allow_missing_classes: bool = False,
+        sample_weight: Float[Tensor, "*#batch n"] | ArrayLike | None = None,
+        prior: Float[Tensor, "*#batch k d"] | ArrayLike | None = None,
     ) -> FittedClassifier:
         """Fit on the support sets of a batch of tasks.
 
-        The arguments `support`, `labels`, `ways`, `mask` and `allow_missing_classes`, and the errors, are those of
-        `forward`.
+        The arguments `support`, `labels`, `ways`, `mask`, `allow_missing_classes`, `sample_weight` and `prior`, and the
+        errors, are those of `forward`.
 
         Returns:
             The fitted head, to be called on queries `(*batch, q, d)`. Its `solution` has the certificate.
@@ -116,10 +136,14 @@ class ClassificationHead(Head):
             allow_missing_classes=allow_missing_classes,
             validate=self.validate,
         )
+        name = None if self.accepts_weights else type(self).__name__
+        sample_weight = check_sample_weight(sample_weight, support, mask, refused_by=name, validate=self.validate)
+        prior = check_prior(prior, support, max_ways, refused_by=name, validate=self.validate)
         with full_precision(support.device):
             dtype = working_dtype(support.device)
+            sample_weight = None if sample_weight is None else sample_weight.to(dtype)
             targets = one_hot(labels, max_ways, ways_per_task, dtype, validated=self.validate)
-            examples = self._support_set(support, targets, mask)
+            examples = self._support_set(support, targets, mask, self._weigh(targets, mask, sample_weight), prior)
             if ways_per_task is None or not ways_per_task.numel():
                 expansion = self._solve_checked(examples)
             else:
@@ -127,13 +151,20 @@ class ClassificationHead(Head):
             scale = as_tensor(self.scale, examples.features)
             return FittedClassifier(expansion, examples, support.dtype, scale, ways_per_task)
 
+    def _weigh(self, targets: Tensor, mask: Tensor | None, sample_weight: Tensor | None) -> Tensor | None:
+        """The factor of the loss of each example, `(*batch, n)`; None for one."""
+        return sample_weight
+
     def _solve_grouped_by_ways(self, support: SupportSet, ways: Integer[Tensor, "*batch"]) -> KernelExpansion:
         """Solve the tasks with the same number of classes together; absent classes get coefficients of zero."""
         groups, cause = [], None
         for k in ways.unique().tolist():
             rows = ways == k
-            mask = None if support.mask is None else support.mask[rows]
-            group = self._support_set(support.features[rows], support.targets[rows][..., :k], mask)
+            masks = support.mask, support.sample_weight
+            mask, sample_weight = (None if part is None else part[rows] for part in masks)
+            prior = None if support.prior is None else support.prior[rows][..., :k, :]
+            targets = support.targets[rows][..., :k]
+            group = self._support_set(support.features[rows], targets, mask, sample_weight, prior)
             try:
                 groups.append(self._solve_checked(group))
             except ConvexHeadsError as error:

@@ -68,6 +68,8 @@ class Fitted:
                 if expansion.quadratic is not None:
                     image = cross_gram.unsqueeze(-3) @ expansion.quadratic
                     scores = scores + (image * cross_gram.unsqueeze(-3)).sum(-1).mT
+            if self.support.prior is not None:
+                scores = scores + query @ self.support.prior.mT
             if expansion.bias is not None:
                 scores = scores + expansion.bias.unsqueeze(-2)
             weight = expansion.self_similarity_weight
@@ -101,6 +103,8 @@ class Fitted:
         weight = self.expansion.weight
         if weight is None:
             weight = _per_task(slope, self.expansion.coef) * (self.expansion.coef.mT @ self.support.features)
+        if self.support.prior is not None:
+            weight = weight + self.support.prior
         return self._to_output(weight)
 
     @property

@@ -64,13 +64,29 @@ class Head(Configurable, ABC):
                 positive semi-definite.
         """
 
-    def _support_set(self, features: Tensor, targets: Tensor, mask: Tensor | None) -> SupportSet:
-        """The support set in working precision. Masked examples, which may contain NaN, are replaced with zeros."""
+    def _support_set(
+        self,
+        features: Tensor,
+        targets: Tensor,
+        mask: Tensor | None,
+        sample_weight: Tensor | None = None,
+        prior: Tensor | None = None,
+    ) -> SupportSet:
+        """The support set in working precision. Masked examples, which may contain NaN, are replaced with zeros.
+
+        Examples with a weight of zero are masked.
+        """
         features = features.to(working_dtype(features.device))
         targets = targets.to(features.dtype)
+        if sample_weight is not None:
+            sample_weight = sample_weight.to(features.dtype)
+            mask = sample_weight > 0 if mask is None else mask & (sample_weight > 0)
+            sample_weight = sample_weight.masked_fill(~mask, 1)
         if mask is not None:
             features, targets = (value.masked_fill(~mask.unsqueeze(-1), 0) for value in (features, targets))
-        return SupportSet(features, targets, mask, condition(self.kernel, features, mask), self.validate)
+        kernel = condition(self.kernel, features, mask)
+        prior = None if prior is None else prior.to(features.dtype)
+        return SupportSet(features, targets, mask, kernel, self.validate, sample_weight, prior)
 
     def _solve_checked(self, support: SupportSet) -> KernelExpansion:
         """Solve, and check the result."""

@@ -19,6 +19,7 @@ from convexheads._validation import (
     describe_shape,
     describe_task,
     is_bool_tensor,
+    is_dense,
     is_float_tensor,
     is_integer_tensor,
     out_of_range,
@@ -150,6 +151,50 @@ def _raise_missing(labels: Tensor, missing: Tensor, mask: Tensor | None, needed_
     else:
         expected += f", which {needed_by} needs"
     raise InputError("labels", expected, f"no example of class {absent} in {describe_task(task)}; {remedy}")
+
+
+def _check_accepted(name: str, refused_by: str | None) -> None:
+    if refused_by is not None:
+        raise InputError(name, f"None for {refused_by}, which minimizes no weighted loss", "a value")
+
+
+def check_sample_weight(
+    value: object, support: Tensor, mask: Tensor | None, *, refused_by: str | None, validate: bool
+) -> Tensor | None:
+    """Return the weights of the examples of all tasks; `refused_by` is the name of a head that cannot use them."""
+    if value is None:
+        return None
+    _check_accepted("sample_weight", refused_by)
+    value = check_tensor("sample_weight", value, "a tensor of numbers, one per support example", is_dense, like=support)
+    value = _check_per_example("sample_weight", value, support, "one number per support example")
+    if validate:
+        inspect_values(_check_sample_weight, value, mask)
+    return value
+
+
+def _check_sample_weight(value: Tensor, mask: Tensor | None) -> None:
+    if mask is not None:
+        value = value.masked_fill(~mask, 1)
+    if (wrong := ~((value >= 0) & value.isfinite())).any():
+        got = f"{value[wrong][0].item():g} in {describe_first_task(wrong.any(-1))}"
+        raise InputError("sample_weight", "finite numbers, at least 0", got)
+    if (empty := ~(value > 0).any(-1)).any():
+        raise InputError("sample_weight", "a positive weight in every task", f"none in {describe_first_task(empty)}")
+
+
+def check_prior(value: object, support: Tensor, ways: int, *, refused_by: str | None, validate: bool) -> Tensor | None:
+    """Return the prior weights of all tasks, `(*batch, ways, d)`."""
+    if value is None:
+        return None
+    _check_accepted("prior", refused_by)
+    value = _check_features("prior", value, like=support)
+    *batch, _, d = support.shape
+    if value.shape == (ways, d):
+        value = value.expand(*batch, ways, d)
+    _check_match("prior", value, support, (*batch, ways, d), "one row of weights per class")
+    if validate:
+        check_finite("prior", value)
+    return value
 
 
 def check_regression(

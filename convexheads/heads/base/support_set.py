@@ -27,6 +27,9 @@ class SupportSet:
         mask: `(*batch, n)`, False at examples to ignore. Defaults to None (no mask).
         kernel: the head's kernel, with its parameters fixed for these support sets. Defaults to `Linear()`.
         validate: whether to check values. Defaults to True.
+        sample_weight: factors of the losses of the examples, `(*batch, n)`, positive where there is no mask. Defaults
+            to None (all one).
+        prior: weights `(*batch, k, d)` from which the regularizer measures. Defaults to None (zero).
 
     Example:
         `RidgeHead().solve(SupportSet(features, targets)).coef`
@@ -37,6 +40,8 @@ class SupportSet:
     mask: Bool[Tensor, "*batch n"] | None = None
     kernel: KernelLike = field(default_factory=Linear)
     validate: bool = True
+    sample_weight: Float[Tensor, "*batch n"] | None = None
+    prior: Float[Tensor, "*batch k d"] | None = None
 
     @property
     def gram(self) -> Float[Tensor, "*batch n n"]:
@@ -58,6 +63,17 @@ class SupportSet:
             return None
         slope = form[0]
         return slope.sqrt()[..., None, None] if isinstance(slope, Tensor) else slope**0.5
+
+    @property
+    def factors(self) -> Float[Tensor, "*batch n"]:
+        """The factor of each example's loss, `(*batch, n)`: its weight, or zero if it is masked."""
+        weight = torch.ones_like(self.targets[..., 0]) if self.sample_weight is None else self.sample_weight
+        return weight if self.mask is None else weight * self.mask
+
+    @property
+    def offset(self) -> Float[Tensor, "*batch n k"]:
+        """The scores of the examples by the prior, `(*batch, n, k)`; zero without one."""
+        return torch.zeros_like(self.targets) if self.prior is None else self.features @ self.prior.mT
 
     @property
     def labeled_targets(self) -> Float[Tensor, "*batch n k"]:

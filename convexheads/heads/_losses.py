@@ -1,0 +1,172 @@
+"""The losses of heads that are solved in their weights, as functions of the scores.
+
+The Hessian of each loss with respect to the scores of an example is `diag(h)`, or `diag(h) - h h'` if the loss couples
+the classes. It is kept as h, which is called the curvature.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+
+class Loss(ABC):
+    """A convex loss of scores `(tasks, n, k)` for targets of the same shape; all methods are differentiable."""
+
+    is_coupled: ClassVar[bool]
+    """Whether the loss couples the classes, and depends only on the differences between their scores."""
+
+    @abstractmethod
+    def value(self, targets: Tensor, scores: Tensor) -> Float[Tensor, "*tasks n"]:
+        """The loss of each example."""
+
+    @abstractmethod
+    def curvature(self, targets: Tensor, scores: Tensor) -> Float[Tensor, "*tasks n k"]:
+        """The h of the Hessian."""
+
+    @abstractmethod
+    def slope(self, targets: Tensor, scores: Tensor) -> Float[Tensor, "*tasks n k"]:
+        """The gradient with respect to the scores, without cancellation where an example is fitted well."""
+
+    def apply_hessian(self, curvature: Tensor, scores: Tensor) -> Float[Tensor, "*tasks n k"]:
+        """The Hessian times `scores`."""
+        image = curvature * scores
+        return image - curvature * image.sum(-1, keepdim=True) if self.is_coupled else image
+
+    @abstractmethod
+    def balance(
+        self, targets: Tensor, scores: Tensor, sample_weight: Tensor
+    ) -> tuple[Float[Tensor, "*tasks n k"], Float[Tensor, "*tasks"]]:
+        """Change the slopes so that their weighted sum over the examples is zero, as a dual with an intercept requires.
+
+        Returns the change, and how much it adds to the duality gap.
+        """
+
+
+class CrossEntropy(Loss):
+    """The cross-entropy of a softmax. The curvature is the vector of probabilities."""
+
+    is_coupled = True
+
+    def value(self, targets: Tensor, scores: Tensor) -> Tensor:
+        return margins_and_losses(targets, scores)[1]
+
+    def curvature(self, targets: Tensor, scores: Tensor) -> Tensor:
+        return scores.softmax(-1)
+
+    def slope(self, targets: Tensor, scores: Tensor) -> Tensor:
+        return slope_of_cross_entropy(targets, scores.softmax(-1))
+
+    def balance(self, targets: Tensor, scores: Tensor, sample_weight: Tensor) -> tuple[Tensor, Tensor]:
+        p, weight = scores.softmax(-1), sample_weight.unsqueeze(-1)
+        change = rebalance(p, (weight * slope_of_cross_entropy(targets, p)).sum(-2, keepdim=True), weight)
+        return change, (weight * divergence(p, change)).sum((-2, -1))
+
+
+class OneVsRestLoss(Loss):
+    """A loss of each class against all others, which depends on the score of that class alone."""
+
+    is_coupled = False
+
+    @staticmethod
+    def signs(targets: Tensor) -> Tensor:
+        """1 for the examples of a class, and -1 for the others."""
+        return 2 * targets - 1
+
+
+class SigmoidLoss(OneVsRestLoss):
+    """The cross-entropy of a sigmoid for each class."""
+
+    def value(self, targets: Tensor, scores: Tensor) -> Tensor:
+        return functional.softplus(-self.signs(targets) * scores).sum(-1)
+
+    def curvature(self, targets: Tensor, scores: Tensor) -> Tensor:
+        return scores.sigmoid() * (-scores).sigmoid()
+
+    def slope(self, targets: Tensor, scores: Tensor) -> Tensor:
+        signs = self.signs(targets)
+        return -signs * (-signs * scores).sigmoid()
+
+    def balance(self, targets: Tensor, scores: Tensor, sample_weight: Tensor) -> tuple[Tensor, Tensor]:
+        p, other, weight = scores.sigmoid(), (-scores).sigmoid(), sample_weight.unsqueeze(-1)
+        excess = (weight * self.slope(targets, scores)).sum(-2, keepdim=True)
+        lost = _divide(excess.clamp_min(0), (weight * p).sum(-2, keepdim=True)) * p
+        received = _divide(-excess.clamp_max(0), (weight * other).sum(-2, keepdim=True)) * other
+        change = received - lost
+        return change, (weight * (divergence(p, change) + divergence(other, -change))).sum((-2, -1))
+
+
+class SquaredHingeLoss(OneVsRestLoss):
+    """The squared hinge `max(0, 1 - sign * score)^2` of each class. Its second derivative has a jump at zero slack."""
+
+    def value(self, targets: Tensor, scores: Tensor) -> Tensor:
+        return self._slack(targets, scores).square().sum(-1)
+
+    def curvature(self, targets: Tensor, scores: Tensor) -> Tensor:
+        return 2 * (self._slack(targets, scores) > 0).to(scores.dtype)
+
+    def slope(self, targets: Tensor, scores: Tensor) -> Tensor:
+        return -2 * self.signs(targets) * self._slack(targets, scores)
+
+    def balance(self, targets: Tensor, scores: Tensor, sample_weight: Tensor) -> tuple[Tensor, Tensor]:
+        # On the side with the larger sum, all multipliers lose the same fraction.
+        slope, weight = self.slope(targets, scores), sample_weight.unsqueeze(-1)
+        excess = (weight * slope).sum(-2, keepdim=True)
+        side = slope * (slope * excess > 0)
+        change = -_divide(excess, (weight * side).sum(-2, keepdim=True)) * side
+        return change, (weight * change.square() / 4).sum((-2, -1))
+
+    def _slack(self, targets: Tensor, scores: Tensor) -> Tensor:
+        return (1 - self.signs(targets) * scores).clamp_min(0)
+
+
+LOSSES: dict[str, Loss] = {
+    "cross-entropy": CrossEntropy(),
+    "sigmoid": SigmoidLoss(),
+    "squared hinge": SquaredHingeLoss(),
+}
+"""The losses by the names that operators receive."""
+
+
+# Where examples are fitted almost perfectly, losses are tiny. The functions below therefore work with the probabilities
+# of the wrong classes, which keep full precision.
+
+
+def margins_and_losses(targets: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The difference between each class's score and that of the right class, and the cross-entropy of each row."""
+    margins = scores - (targets * scores).sum(-1, keepdim=True)
+    log_wrong = margins.masked_fill(targets > 0, -torch.inf).logsumexp(-1)
+    return margins, torch.logaddexp(torch.zeros_like(log_wrong), log_wrong)
+
+
+def slope_of_cross_entropy(targets: Tensor, values: Tensor) -> Tensor:
+    """`values - targets` for values whose rows sum to one, from the values of the wrong classes alone."""
+    wrong = values.masked_fill(targets > 0, 0)
+    return wrong - targets * wrong.sum(-1, keepdim=True)
+
+
+def rebalance(p: Tensor, excess: Tensor, weight: Tensor) -> Tensor:
+    """The change of the distributions p, `(tasks, n, k)`, that subtracts the `excess` from their weighted sums.
+
+    Classes with too much probability lose the same fraction of it in each example, and the others receive it.
+    """
+    too_much = excess.clamp_min(0)
+    fraction = _divide(too_much, (weight * p).sum(-2, keepdim=True))
+    received = (fraction * p).sum(-1, keepdim=True) * _divide(-excess.clamp_max(0), too_much.sum(-1, keepdim=True))
+    return received - fraction * p
+
+
+def _divide(part: Tensor, whole: Tensor) -> Tensor:
+    """The quotient; where the whole is zero, the part is a rounding error."""
+    return part / whole.where(whole != 0, 1)
+
+
+def divergence(p: Tensor, change: Tensor) -> Tensor:
+    """`q log(q / p) - q + p` for `q = p + change`, entry by entry, without cancellation."""
+    p = p.clamp_min(torch.finfo(p.dtype).tiny)
+    return ((p + change) * torch.log1p((change / p).clamp_min(-1)) - change).where(p + change > 0, -change)

@@ -1,0 +1,232 @@
+"""Weights of examples and classes, intercepts and priors, compared with scikit-learn and CVXPY."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import cvxpy as cp
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.utils.class_weight import compute_class_weight
+from tasks import close, task
+
+from convexheads import (
+    InputError,
+    Learnable,
+    LogisticHead,
+    OneVsRestSVMHead,
+    PrototypeHead,
+    RidgeHead,
+    SimplifiedSVMHead,
+    SVMHead,
+    WestonWatkinsSVMHead,
+)
+from convexheads.kernels import RBF
+
+SIZES = {
+    "dual": {"shots": (4, 9, 5), "d": 30},
+    "few weights": {"shots": (9, 17, 8), "d": 4},
+    "many weights": {"shots": (12, 9, 11, 30, 8, 12), "d": 50},
+    "many features": {"shots": (30, 50, 40), "d": 150},
+}
+HEADS = [RidgeHead, LogisticHead, SVMHead, WestonWatkinsSVMHead, OneVsRestSVMHead, SimplifiedSVMHead]
+
+
+def through_the_dual(x, y):
+    """The linear kernel, as a function that a head does not know."""
+    return x @ y.mT
+
+
+def weights_of(labels: torch.Tensor, seed: int = 1) -> torch.Tensor:
+    return 0.2 + torch.rand(labels.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kernel", [None, through_the_dual], ids=["linear", "unknown"])
+@pytest.mark.parametrize("intercept", [False, True], ids=["through the origin", "intercept"])
+@pytest.mark.parametrize("class_weight", [None, "balanced", "numbers"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_logistic_regression_agrees_with_scikit_learn(sizes, class_weight, intercept, kernel):
+    support, labels, query, ways = task(**sizes)
+    sample_weight = weights_of(labels)
+    if class_weight == "numbers":
+        class_weight = {label: 0.5 + label for label in range(ways)}
+    reference = LogisticRegression(
+        C=0.5, class_weight=class_weight, fit_intercept=intercept, tol=1e-10, max_iter=100_000
+    ).fit(support, labels, sample_weight)
+    head = LogisticHead(2.0, class_weight=class_weight, intercept=intercept, kernel=kernel)
+    fitted = head.fit(support, labels, sample_weight=sample_weight)
+    assert fitted.solution.gap < 1e-12
+    scores = torch.from_numpy(reference.decision_function(query.numpy()))
+    scores = scores - scores.mean(-1, keepdim=True)
+    found = fitted(query)
+    assert close(found - found.mean(-1, keepdim=True), scores) < 1e-5
+    if kernel is None:
+        assert close(fitted.bias.sum(), torch.zeros((), dtype=torch.float64), scale=1.0) < 1e-9
+        assert close(query @ fitted.weight.mT + fitted.bias, found) < 1e-12
+
+
+@pytest.mark.parametrize("kernel", [None, through_the_dual], ids=["linear", "unknown"])
+@pytest.mark.parametrize("intercept", [False, True], ids=["through the origin", "intercept"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_ridge_regression_agrees_with_scikit_learn(sizes, intercept, kernel):
+    support, labels, query, ways = task(**sizes)
+    targets, sample_weight = torch.nn.functional.one_hot(labels, ways).double(), weights_of(labels)
+    balanced = compute_class_weight(
+        "balanced", classes=np.arange(ways), y=labels.numpy(), sample_weight=sample_weight.numpy()
+    )
+    for class_weight, weight in (
+        (None, sample_weight),
+        ("balanced", sample_weight * torch.from_numpy(balanced)[labels]),
+    ):
+        reference = Ridge(2.0, fit_intercept=intercept, tol=1e-12).fit(support, targets, weight)
+        head = RidgeHead(2.0, class_weight=class_weight, intercept=intercept, kernel=kernel)
+        fitted = head.fit(support, labels, sample_weight=sample_weight)
+        assert close(fitted(query), torch.from_numpy(reference.predict(query.numpy()))) < 1e-9
+        assert close(query @ fitted.weight.mT + fitted.bias, fitted(query)) < 1e-9 if kernel is None else True
+
+
+def value_of(head, support, labels, weight, prior, C, W, b):
+    """The objective of the primal problem."""
+    y = torch.nn.functional.one_hot(labels).to(W.dtype)
+    scores = support @ W.mT + b
+    own = (y * scores).sum(-1, keepdim=True)
+    losses = {
+        SVMHead: (1 - y + scores - own).amax(-1),
+        WestonWatkinsSVMHead: ((1 - y) * (2 - own + scores).clamp_min(0)).sum(-1),
+        OneVsRestSVMHead: (1 - (2 * y - 1) * scores).clamp_min(0).sum(-1),
+        SimplifiedSVMHead: (1 - ((y - (1 - y) / (y.shape[-1] - 1)) * scores).sum(-1)).clamp_min(0),
+    }
+    return (W - prior).square().sum() / 2 + C * weight @ losses[head]
+
+
+def primal_of(head, x, labels, weight, prior, C, intercept):
+    """The weights and biases of the primal problem, by CVXPY."""
+    n, d = x.shape
+    k = int(labels.max()) + 1
+    W, b = cp.Variable((k, d)), cp.Variable((1, k))
+    y = np.eye(k)[labels]
+    scores = x @ W.T + np.ones((n, 1)) @ b if intercept else x @ W.T
+    own = cp.sum(cp.multiply(y, scores), axis=1, keepdims=True) @ np.ones((1, k))
+    if head is SVMHead:
+        losses = cp.max(1 - y + scores - own, axis=1)
+    elif head is WestonWatkinsSVMHead:
+        losses = cp.sum(cp.multiply(1 - y, cp.pos(2 - own + scores)), axis=1)
+    elif head is OneVsRestSVMHead:
+        losses = cp.sum(cp.pos(1 - cp.multiply(2 * y - 1, scores)), axis=1)
+    else:
+        code = y - (1 - y) / (k - 1)
+        losses = cp.pos(1 - cp.sum(cp.multiply(code, scores), axis=1))
+    objective = cp.sum_squares(W - prior) / 2 + C * weight @ losses
+    cp.Problem(cp.Minimize(objective)).solve(solver="CLARABEL", tol_gap_abs=1e-12, tol_gap_rel=1e-12, tol_feas=1e-12)
+    return W.value, (b.value[0] if intercept else np.zeros(k))
+
+
+@pytest.mark.parametrize("head", [SVMHead, WestonWatkinsSVMHead, OneVsRestSVMHead, SimplifiedSVMHead])
+@pytest.mark.parametrize("squared", [False, True], ids=["hinge", "squared hinge"])
+def test_weights_and_priors_agree_with_cvxpy(head, squared):
+    support, labels, query, ways = task(shots=(4, 6, 3), d=5)
+    weight, prior = weights_of(labels), torch.randn(ways, 5, generator=torch.Generator().manual_seed(2)).double()
+    if squared:
+        # The squared hinge of weight w is the same problem as the squared hinge of weight one at a larger C.
+        double = head(0.7, squared_hinge=True).fit(support, labels, sample_weight=torch.full_like(weight, 2.0))
+        assert close(double(query), head(1.4, squared_hinge=True)(support, labels, query)) < 1e-6
+        return
+    for intercept in (False, True):
+        for C in (0.7, 1e-3, 20.0):
+            W, b = primal_of(head, support.numpy(), labels.numpy(), weight.numpy(), prior.numpy(), C, intercept)
+            fitted = head(C, intercept=intercept).fit(support, labels, sample_weight=weight, prior=prior)
+            assert close(fitted.weight, torch.from_numpy(W)) < 1e-5
+            # Biases are not unique where no coefficient is free.
+            objective = partial(value_of, head, support, labels, weight, prior, C)
+            assert objective(fitted.weight, fitted.bias) <= objective(*map(torch.from_numpy, (W, b))) * (1 + 1e-7)
+
+
+def test_priors_of_logistic_and_ridge_regression():
+    for sizes in SIZES.values():
+        support, labels, query, ways = task(**sizes)
+        prior = torch.randn(ways, support.shape[-1], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        assert close(RidgeHead(1e9)(support, labels, query, prior=prior), query @ prior.mT) < 1e-5
+        ridge = RidgeHead(0.5).fit(support, labels, prior=prior)
+        targets = torch.nn.functional.one_hot(labels, ways).double()
+        gradient = 0.5 * (ridge.weight - prior) + (support @ ridge.weight.mT - targets).mT @ support
+        assert gradient.abs().max() < 1e-9
+        logistic = LogisticHead(0.5).fit(support, labels, prior=prior)
+        error = (support @ logistic.weight.mT).softmax(-1) - targets
+        assert (0.5 * (logistic.weight - prior) + error.mT @ support).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("intercept", [False, True], ids=["through the origin", "intercept"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("sizes", [SIZES["dual"], SIZES["few weights"]], ids=["dual", "few weights"])
+def test_gradients_agree_with_central_differences(sizes, head, intercept):
+    support, labels, query, ways = task(2, **sizes)
+    generator = torch.Generator().manual_seed(5)
+    prior = torch.randn(ways, support.shape[-1], generator=generator, dtype=torch.float64)
+    mask = torch.ones_like(labels, dtype=torch.bool)
+    mask[1, 2:4] = False
+    values = [support, query, weights_of(labels), prior]
+    directions = [torch.randn(value.shape, generator=generator, dtype=value.dtype) for value in values]
+    module = head(Learnable(0.6), intercept=intercept).double()
+
+    def loss(*parts):
+        x, q, sample_weight, prior = parts
+        logits = module(x, labels, q, ways=ways, mask=mask, sample_weight=sample_weight, prior=prior)
+        return logits.softmax(-1).square().sum()
+
+    for value in values:
+        value.requires_grad_()
+    gradients = torch.autograd.grad(loss(*values), values)
+    step = 1e-6
+    with torch.no_grad():
+        for number, (gradient, direction) in enumerate(zip(gradients, directions, strict=True)):
+            moved = [[*values[:number], values[number] + h * direction, *values[number + 1 :]] for h in (step, -step)]
+            expected = (loss(*moved[0]) - loss(*moved[1])) / (2 * step)
+            assert close((gradient * direction).sum(), expected, scale=1e-3) < 1e-5
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_weight_of_zero_is_a_mask_and_a_weight_of_two_a_copy(head):
+    support, labels, query, ways = task(shots=(4, 6, 3), d=20)
+    weight = torch.ones_like(labels)
+    weight[[0, 5]], weight[7] = 0, 2
+    kept = torch.arange(len(labels)).repeat_interleave(weight)
+    for kernel in (None, RBF(3.0)):
+        expected = head(0.5, kernel=kernel)(support[kept], labels[kept], query)
+        assert close(head(0.5, kernel=kernel)(support, labels, query, sample_weight=weight), expected) < 1e-6
+    balanced = torch.tensor([len(labels) / (ways * count) for count in (4, 6, 3)], dtype=torch.float64)
+    found = head(0.5, class_weight="balanced")(support, labels, query)
+    assert close(found, head(0.5)(support, labels, query, sample_weight=balanced[labels])) < 1e-9
+
+
+def test_tasks_with_different_numbers_of_classes_have_their_own_weights():
+    support, labels, query, _ = task(2, shots=(4, 6, 3), d=6)
+    labels[1] = labels[1] % 2
+    weight, prior = weights_of(labels), torch.randn(3, 6, dtype=torch.float64)
+    head = SVMHead(0.5, class_weight="balanced")
+    found = head(support, labels, query, ways=[3, 2], sample_weight=weight, prior=prior)
+    for number, ways in enumerate((3, 2)):
+        one = head(support[number], labels[number], query[number], sample_weight=weight[number], prior=prior[:ways])
+        assert close(found[number, :, :ways], one) < 1e-6
+
+
+def test_unusable_weights_are_named():
+    support, labels, query, _ = task()
+    for name, value in (
+        ("sample_weight", -torch.ones_like(labels)),
+        ("sample_weight", torch.full(labels.shape, torch.nan)),
+        ("sample_weight", torch.zeros_like(labels)),
+        ("sample_weight", torch.ones(3)),
+        ("prior", torch.ones(2, support.shape[-1])),
+        ("prior", torch.full((3, support.shape[-1]), torch.inf)),
+    ):
+        with pytest.raises(InputError, match=name):
+            SVMHead()(support, labels, query, **{name: value})
+    with pytest.raises(InputError, match="sample_weight"):
+        PrototypeHead()(support, labels, query, sample_weight=torch.ones_like(labels))
+    with pytest.raises(InputError, match="class_weight"):
+        SVMHead(class_weight=[1.0, 2.0])(support, labels, query)
+    for value in ("other", [1.0, -1.0], {1: 2.0}, 3.0):
+        with pytest.raises(InputError, match="class_weight"):
+            SVMHead(class_weight=value)
