@@ -4,12 +4,16 @@ With a linear kernel and the weights `W`, d x k, a head minimizes `penalty/2 |W|
 with the weight s and the offset o of each example. Few unknowns are solved for by a Cholesky factorization of the
 Hessian, and many by conjugate gradients. No digits are lost if the penalty is small.
 
+Tasks come in groups that share their features, such as those of a grid of penalties: the tensors here begin with the
+dimensions of groups and of their members. A group is one matrix product, which is faster than a product per task.
+
 With an intercept, the last feature is a constant one, and its weights are not in `|W|^2`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +25,6 @@ from convexheads.heads._logistic_newton import MAX_BACKTRACKS, PATIENCE, Softmax
 from convexheads.heads._losses import LOSSES, CrossEntropy, Loss
 from convexheads.solvers.best_iterate import BestIterate
 from convexheads.solvers.kkt import cholesky
-from convexheads.solvers.problem import per_task
 
 # Up to this number of weights, d k, the Hessian is factorized.
 _MAX_UNKNOWNS = 256
@@ -29,8 +32,11 @@ _MAX_UNKNOWNS = 256
 _MAX_INNER, _MAX_PRECISE, _PRECISE = 300, 2000, 1e-14
 # Where conjugate gradients stall above this gap, n x n matrices are factorized if all of them have so few entries.
 _STALLED, _MAX_ENTRIES = 1e-8, 2**26
-# Conjugate gradients continue with the unfinished tasks alone once they are at most this fraction.
-_FRACTION_TO_CONTINUE = 0.6
+# An iteration goes on without the finished tasks once the others are at most this fraction.
+_FRACTION_TO_CONTINUE = 0.75
+# Of a grid of penalties, every n-th one is solved first. The others start between the solutions of their neighbors, of
+# which these many determine a polynomial.
+_FIRST, _NEIGHBORS = 8, 4
 _DATA = "Tensor features, Tensor targets, Tensor sample_weight, Tensor offset, Tensor penalty"
 _OPTIONS = "str loss, bool intercept"
 _SOLVE = f"({_DATA}, *, {_OPTIONS}, float tolerance, int max_steps) -> (Tensor, Tensor, Tensor)"
@@ -41,41 +47,37 @@ _APPLY = (
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Problem:
-    """The data of tasks `(tasks, ...)`. Data that all tasks share have a first dimension of one."""
+    """The data of groups of tasks. What all members share has one member."""
 
-    features: Float[Tensor, "#tasks n d"]
-    targets: Float[Tensor, "#tasks n k"]
-    sample_weight: Float[Tensor, "#tasks n"]
-    offset: Float[Tensor, "#tasks n k"]
-    penalty: Float[Tensor, " tasks"]
+    features: Float[Tensor, "groups 1 n d"]
+    targets: Float[Tensor, "groups _ n k"]
+    sample_weight: Float[Tensor, "groups _ n"]
+    offset: Float[Tensor, "groups _ n k"]
+    penalty: Float[Tensor, "groups members"]
     loss: Loss
     intercept: bool
 
-    def scores(self, weight: Tensor) -> Float[Tensor, "tasks n k"]:
-        return multiply(self.features, weight) + self.offset
+    def scores(self, weight: Tensor) -> Float[Tensor, "groups members n k"]:
+        return _multiply(self.features, weight) + self.offset
 
-    def moments(self, values: Tensor) -> Float[Tensor, "tasks d k"]:
-        """The sums over the examples of their features times `values`, `(tasks, n, k)`, weighted by `sample_weight`."""
-        return multiply(self.features.mT, self.sample_weight.unsqueeze(-1) * values)
+    def moments(self, values: Tensor) -> Float[Tensor, "groups members d k"]:
+        """The sums over the examples of their features times `values`, weighted by `sample_weight`."""
+        return _multiply(self.features.mT, self.sample_weight.unsqueeze(-1) * values)
 
-    def penalties(self) -> Float[Tensor, "tasks d 1"]:
+    def penalties(self) -> Float[Tensor, "groups members d 1"]:
         """The penalty of each row of the weights: zero for the intercept."""
-        return penalty_per_row(self.penalty, self.features.shape[-1], self.intercept)
+        d = self.features.shape[-1]
+        rows = self.penalty[..., None, None].expand(*self.penalty.shape, d, 1)
+        return torch.cat([rows[..., :-1, :], torch.zeros_like(rows[..., :1, :])], -2) if self.intercept else rows
 
-    def select(self, tasks: Tensor) -> _Problem:
-        """The problem of some tasks, chosen by a boolean mask or by their indices."""
-        count = len(self.penalty)
-        chosen = {
-            name: value if len(value) == 1 < count else value[tasks]
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
-        return replace(self, **chosen)
+    def map(self, change: Callable[[Tensor], Tensor]) -> _Problem:
+        changed = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Point:
-    """Weights `(tasks, d, k)`, and the objective, the curvature of the loss, the gradient and the gap there."""
+    """Weights `(groups, members, d, k)`, and the objective, the curvature of the loss, the gradient and the gap."""
 
     weight: Tensor
     value: Tensor
@@ -83,26 +85,45 @@ class _Point:
     gradient: Tensor
     gap: Tensor
 
-
-def multiply(left: Float[Tensor, "#tasks m n"], right: Float[Tensor, "tasks n k"]) -> Float[Tensor, "tasks m k"]:
-    """The matrix product of each task; where all tasks share `left`, as one product."""
-    tasks, n, k = right.shape
-    if len(left) == 1 < tasks:
-        stacked = right.transpose(0, 1).reshape(n, tasks * k)
-        return (left[0] @ stacked).view(-1, tasks, k).transpose(0, 1)
-    return left @ right
+    def map(self, change: Callable[[Tensor], Tensor]) -> _Point:
+        return _Point(*map(change, vars(self).values()))
 
 
-def penalty_per_row(penalty: Float[Tensor, "*batch"], d: int, intercept: bool) -> Float[Tensor, "*batch d 1"]:
-    """The penalty of each row of weights `(*batch, d, k)`: zero for the last one if it is an intercept."""
-    rows = penalty[..., None, None].expand(*penalty.shape, d, 1)
-    if not intercept:
-        return rows
-    return torch.cat([rows[..., :-1, :], torch.zeros_like(rows[..., :1, :])], -2)
+class _Remaining:
+    """Which tasks an iteration goes on with. Without members, groups are selected, and otherwise members."""
+
+    def __init__(self, shape: Sequence[int], device: torch.device) -> None:
+        self._dim = int(shape[1] > 1)
+        self.places = torch.arange(shape[self._dim], device=device)
+
+    def needed(self, active: Tensor) -> Tensor | None:
+        """The indices to go on with, given which tasks are `active`; None if it is not worth while to select."""
+        kept = active.any(1 - self._dim).nonzero().squeeze(-1)
+        return kept if len(kept) <= _FRACTION_TO_CONTINUE * len(self.places) else None
+
+    def choose(self, kept: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function that selects of a tensor what is to be `kept`."""
+        count = len(self.places)
+
+        def change(value: Tensor) -> Tensor:
+            return value.index_select(self._dim, kept) if value.shape[self._dim] == count else value
+
+        return change
+
+    def store(self, value: Tensor, target: Tensor) -> None:
+        """Write the results of the current tasks to their places."""
+        target.index_copy_(self._dim, self.places, value)
+
+
+def _multiply(left: Float[Tensor, "groups 1 m n"], right: Float[Tensor, "groups members n k"]) -> Tensor:
+    """The matrix product of each task, as one product per group."""
+    groups, members, n, k = right.shape
+    stacked = right.transpose(1, 2).reshape(groups, n, members * k)
+    return (left[:, 0] @ stacked).view(groups, -1, members, k).transpose(1, 2)
 
 
 def _centered(weight: Tensor, loss: Loss) -> Tensor:
-    """Weights `(*batch, d, k)` without their mean over the classes, on which coupled losses do not depend."""
+    """Weights `(..., d, k)` without their mean over the classes, on which coupled losses do not depend."""
     return weight - weight.mean(-1, keepdim=True) if loss.is_coupled else weight
 
 
@@ -119,7 +140,7 @@ def _evaluate(problem: _Problem, weight: Tensor) -> _Point:
     if problem.intercept:
         change, lost = loss.balance(targets, scores, problem.sample_weight)
         balanced = gradient + problem.moments(change)
-        gap = lost + balanced[:, :-1].square().sum((-2, -1)) / (2 * penalty)
+        gap = lost + balanced[..., :-1, :].square().sum((-2, -1)) / (2 * penalty)
     else:
         gap = gradient.square().sum((-2, -1)) / (2 * penalty)
     gap = gap / value.clamp_min(torch.finfo(gap.dtype).tiny)
@@ -131,24 +152,24 @@ def _factorize(problem: _Problem, curvature: Tensor) -> Callable[[Tensor], Tenso
     features, (d, k) = problem.features, (problem.features.shape[-1], curvature.shape[-1])
     used = problem.sample_weight.unsqueeze(-1)
     weighted = curvature * used
-    blocks = features.mT.unsqueeze(-3) @ (weighted.mT.unsqueeze(-1) * features.unsqueeze(-3))  # (tasks, k, d, d)
+    blocks = features.mT.unsqueeze(-3) @ (weighted.mT.unsqueeze(-1) * features.unsqueeze(-3))  # (..., k, d, d)
     eye = torch.eye(d, dtype=curvature.dtype, device=curvature.device)
-    penalties = problem.penalties().unsqueeze(-3) * eye
+    blocks = blocks + problem.penalties().unsqueeze(-3) * eye
     if not problem.loss.is_coupled:
-        factor = cholesky(blocks + penalties)
+        factor = cholesky(blocks)
         return lambda right: torch.cholesky_solve(right.mT.unsqueeze(-1), factor).squeeze(-1).mT
-    rows = (curvature.unsqueeze(-1) * features.unsqueeze(-2)).flatten(-2)  # (tasks, n, k d)
+    rows = (curvature.unsqueeze(-1) * features.unsqueeze(-2)).flatten(-2)  # (..., n, k d)
     hessian = -rows.mT @ (rows * used)
-    blocks = blocks + penalties
-    hessian = hessian + torch.diag_embed(blocks.permute(0, 2, 3, 1)).permute(0, 3, 1, 4, 2).reshape(hessian.shape)
+    diagonal = torch.diag_embed(blocks.movedim(-3, -1)).movedim((-4, -3, -2, -1), (-3, -1, -4, -2))  # (..., k, d, k, d)
+    hessian = hessian + diagonal.reshape(hessian.shape)
     # Without this term, which is zero on such directions, rounding would matter if the penalty is tiny.
     size = torch.diagonal(hessian, dim1=-2, dim2=-1).mean(-1)
     mean = torch.full((k, k), 1 / k, dtype=eye.dtype, device=eye.device)
-    factor = cholesky(hessian + per_task(size, hessian) * torch.kron(mean, eye))
+    factor = cholesky(hessian + size[..., None, None] * torch.kron(mean, eye))
 
     def solve(right: Tensor) -> Tensor:
-        stacked = right.mT.reshape(-1, k * d, 1)
-        return torch.cholesky_solve(stacked, factor).reshape(-1, k, d).mT
+        stacked = right.mT.flatten(-2).unsqueeze(-1)
+        return torch.cholesky_solve(stacked, factor).unflatten(-2, (k, d)).squeeze(-1).mT
 
     return solve
 
@@ -156,57 +177,58 @@ def _factorize(problem: _Problem, curvature: Tensor) -> Callable[[Tensor], Tenso
 def _conjugate_gradients(problem: _Problem, curvature: Tensor, right: Tensor, tolerance: Tensor, limit: int) -> Tensor:
     """The inverse of the Hessian applied to `right`, whose mean over the classes is zero if the loss is coupled.
 
-    Each residual falls by the factor `tolerance`, `(tasks,)`, if `limit` iterations suffice.
+    Each residual falls by the factor `tolerance`, `(groups, members)`, if `limit` iterations suffice.
     """
-    loss = problem.loss
-
-    def prepare(problem: _Problem, curvature: Tensor) -> tuple[Tensor, Tensor]:
-        penalties = problem.penalties()
-        diagonal = curvature - curvature.square() if loss.is_coupled else curvature
-        diagonal = multiply(problem.features.square().mT, problem.sample_weight.unsqueeze(-1) * diagonal)
-        # Where an example is fitted perfectly, a loss has no curvature.
-        return penalties, (penalties + diagonal).clamp_min(torch.finfo(diagonal.dtype).tiny)
-
+    loss, features = problem.loss, problem.features
     # Without coupling, each class is a system of its own.
     dims = (-2, -1) if loss.is_coupled else (-2,)
 
     def inner(left: Tensor, right: Tensor) -> Tensor:
         return (left * right).sum(dims, keepdim=True)
 
-    penalties, diagonal = prepare(problem, curvature)
-    solution, remainder = torch.zeros_like(right), right
-    found, places = torch.zeros_like(right), torch.arange(len(right), device=right.device)
-    direction = preconditioned = _centered(remainder / diagonal, loss)
-    size = inner(remainder, preconditioned)
-    aim = per_task(tolerance.square(), size) * size
+    used = problem.sample_weight.unsqueeze(-1)
+    weighted, share = used * curvature, used.where(used == 0, 1 / used)
+    penalties = problem.penalties()
+    diagonal = weighted - weighted * curvature if loss.is_coupled else weighted
+    diagonal = penalties + _multiply(features.square().mT, diagonal)
+    # Where an example is fitted perfectly, a loss has no curvature.
+    inverse = 1 / diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny)
+    solution, remainder = torch.zeros_like(right), right.clone()
+    found, remaining = torch.zeros_like(right), _Remaining(right.shape, right.device)
+    direction = _centered(remainder * inverse, loss)
+    size = inner(remainder, direction)
+    aim = tolerance.square()[..., None, None] * size
     for _ in range(limit):
-        active = (size > aim).flatten(1).any(-1)
-        count = int(active.sum())
-        if not count:
-            break
-        if count <= _FRACTION_TO_CONTINUE * len(active):
-            found[places[~active]] = solution[~active]
-            problem, places = problem.select(active), places[active]
-            parts = curvature, solution, remainder, direction, size, aim
-            curvature, solution, remainder, direction, size, aim = (part[active] for part in parts)
-            penalties, diagonal = penalties[active], diagonal[active]
         moved = size > aim
-        image = problem.moments(loss.apply_hessian(curvature, multiply(problem.features, direction)))
-        image = image + penalties * direction
+        active = moved.flatten(2).any(-1)
+        if not active.any():
+            break
+        if (kept := remaining.needed(active)) is not None:
+            remaining.store(solution, found)
+            choose = remaining.choose(kept)
+            features, weighted, share, penalties, inverse = map(choose, (features, weighted, share, penalties, inverse))
+            state = solution, remainder, direction, size, aim, moved
+            solution, remainder, direction, size, aim, moved = map(choose, state)
+            remaining.places = remaining.places[kept]
+        image = _multiply(features, direction).mul_(weighted)
+        if loss.is_coupled:
+            image.addcmul_(weighted, image.sum(-1, keepdim=True) * share, value=-1)
+        image = _multiply(features.mT, image).addcmul_(penalties, direction)
         step = torch.where(moved, size / inner(direction, image), 0)
-        solution, remainder = solution + step * direction, remainder - step * image
-        preconditioned = _centered(remainder / diagonal, loss)
+        solution.addcmul_(step, direction)
+        remainder.addcmul_(step, image, value=-1)
+        preconditioned = _centered(remainder * inverse, loss)
         previous, size = size, torch.where(moved, inner(remainder, preconditioned), 0)
-        direction = preconditioned + torch.where(moved, size / previous, 0) * direction
-    found[places] = solution
+        direction = torch.addcmul(preconditioned, torch.where(moved, size / previous, 0), direction)
+    remaining.store(solution, found)
     return found
 
 
 def _basis(features: Tensor, intercept: bool) -> tuple[Tensor, Tensor | None]:
-    """A basis `(tasks, d, r)` in which the second moments of the features are diagonal, and the means with intercept.
+    """A basis `(..., d, r)` in which the second moments of the features are diagonal, and the means with intercept.
 
     Without an intercept, the basis is orthonormal. With one, features are centered first: the last column of the basis
-    is the intercept, and the last entries of the others make up for the means, `(tasks, d - 1, 1)`.
+    is the intercept, and the last entries of the others make up for the means, `(..., d - 1, 1)`.
     """
     mean = None
     if intercept:
@@ -221,24 +243,23 @@ def _basis(features: Tensor, intercept: bool) -> tuple[Tensor, Tensor | None]:
         basis = basis @ torch.linalg.eigh(triangle @ triangle.mT).eigenvectors
     if mean is None:
         return basis, None
-    zero, one = torch.zeros_like(mean), torch.ones_like(mean[:, :1])
+    zero, one = torch.zeros_like(mean), torch.ones_like(mean[..., :1, :])
     return torch.cat([torch.cat([basis, zero], -1), torch.cat([-mean.mT @ basis, one], -1)], -2), mean
 
 
 def _factorize_in_dual(problem: _Problem, curvature: Tensor) -> Callable[[Tensor], Tensor]:
     """The inverse of the Hessian, from k + 1 factorizations of n x n matrices (the matrix inversion lemma)."""
-    features, penalty = problem.features, problem.penalty
+    features, penalty = problem.features, problem.penalty[..., None, None]
     if problem.intercept:
         features = features[..., :-1]
-    used = problem.sample_weight.unsqueeze(-1)
-    gram = features @ features.mT / per_task(penalty, features)
-    inner = SoftmaxKKT.factorize(gram, used * curvature, intercept=problem.intercept)
+    gram = features @ features.mT / penalty
+    inner = SoftmaxKKT.factorize(gram, problem.sample_weight.unsqueeze(-1) * curvature, intercept=problem.intercept)
 
     def solve(right: Tensor) -> Tensor:
-        outer, sums = (right[:, :-1], right[:, -1]) if problem.intercept else (right, None)
-        outer = outer / per_task(penalty, outer)
+        outer, sums = (right[..., :-1, :], right[..., -1, :]) if problem.intercept else (right, None)
+        outer = outer / penalty
         coef, bias = inner.solve(features @ outer, sums)
-        change = outer - features.mT @ coef / per_task(penalty, outer)
+        change = outer - features.mT @ coef / penalty
         return change if bias is None else torch.cat([change, -bias.unsqueeze(-2)], -2)
 
     return solve
@@ -250,25 +271,42 @@ def _minimize(
     find_change: Callable[[_Problem, _Point], Tensor],
     tolerance: float,
     max_steps: int,
-) -> BestIterate:
-    """Take damped Newton steps, which `find_change` computes from a point."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take damped Newton steps, which `find_change` computes from a point.
+
+    Returns the weights of the smallest gap, that gap, and the number of steps, of each task.
+    """
+    found = weight.clone(), torch.zeros_like(problem.penalty), torch.zeros_like(problem.penalty, dtype=torch.long)
+    remaining = _Remaining(weight.shape, weight.device)
     point = _evaluate(problem, weight)
     best = BestIterate(point.weight, patience=PATIENCE)
     best.update(0, point.gap, point.gap <= tolerance, point.weight)
     for step in range(1, max_steps + 1):
         if best.done.all():
             break
+        if (kept := remaining.needed(~best.done)) is not None:
+            _store(remaining, best, found)
+            choose = remaining.choose(kept)
+            problem, point = problem.map(choose), point.map(choose)
+            best.select(choose)
+            remaining.places = remaining.places[kept]
         change = find_change(problem, point)
         length, next_point = torch.ones_like(point.value), point
         for _ in range(MAX_BACKTRACKS):
-            next_point = _evaluate(problem, point.weight + per_task(length, change) * change)
+            next_point = _evaluate(problem, torch.addcmul(point.weight, length[..., None, None], change))
             worse = next_point.value > point.value + 1e-12 * point.value.abs()
             if not worse.any():
                 break
             length = torch.where(worse, length / 2, length)
         point = next_point
         best.update(step, point.gap, point.gap <= tolerance, point.weight)
-    return best
+    _store(remaining, best, found)
+    return found
+
+
+def _store(remaining: _Remaining, best: BestIterate, found: tuple[Tensor, Tensor, Tensor]) -> None:
+    for value, target in zip((best.tensors[0], best.gap, best.iterations), found, strict=True):
+        remaining.store(value, target)
 
 
 def _newton(problem: _Problem, point: _Point) -> Tensor:
@@ -284,24 +322,80 @@ def _newton_in_dual(problem: _Problem, point: _Point) -> Tensor:
     return -_factorize_in_dual(problem, point.curvature)(_centered(point.gradient, problem.loss))
 
 
-def minimize(problem: _Problem, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The optimal weights of tasks, `(tasks, d, k)`, their certified relative duality gaps, and the number of steps."""
-    tasks, (n, d), k = len(problem.penalty), problem.features.shape[-2:], problem.targets.shape[-1]
+def _minimize_grid(
+    problem: _Problem, start: Tensor, size: int, tolerance: float, max_steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve a grid of `size` penalties, from coarse to fine; members are grids, one after the other.
+
+    Where grids are smooth, the solutions of neighbors determine where the others start.
+    """
+    grids = len(problem.penalty[0]) // size
+    logs = problem.penalty[0, :size].log()
+    order = logs.argsort().tolist()
+    found = start.clone(), torch.zeros_like(problem.penalty), torch.zeros_like(problem.penalty, dtype=torch.long)
+    known: list[int] = []
+    step = _FIRST
+    while len(known) < size:
+        new = [place for place in (*range(0, size, step), size - 1) if place not in known]
+        step //= 2
+        new = list(dict.fromkeys(new))
+        if not new:
+            continue
+        members = torch.tensor([grid * size + order[place] for grid in range(grids) for place in new])
+        members = members.to(start.device)
+        if known:
+            for place in new:
+                neighbors = sorted(known, key=lambda other, place=place: abs(other - place))[:_NEIGHBORS]
+                weights = _polynomial([logs[order[other]].item() for other in neighbors], logs[order[place]].item())
+                for grid in range(grids):
+                    values = (found[0][:, grid * size + order[other]] for other in neighbors)
+                    start[:, grid * size + order[place]] = sum(
+                        weight * value for weight, value in zip(weights, values, strict=True)
+                    )
+
+        def choose(value: Tensor, members: Tensor = members) -> Tensor:
+            return value.index_select(1, members) if value.shape[1] > 1 else value
+
+        part = _minimize(problem.map(choose), choose(start), _inexact_newton, tolerance, max_steps)
+        for value, target in zip(part, found, strict=True):
+            target.index_copy_(1, members, value)
+        known += new
+    return found
+
+
+def _polynomial(known: Sequence[float], place: float) -> list[float]:
+    """The weights of the values at the `known` places in the polynomial through them, at another place (Lagrange)."""
+    weights = []
+    for own in known:
+        factors = ((place - other) / (own - other) for other in known if other != own)
+        weights.append(math.prod(factors))
+    return weights
+
+
+def _minimize_all(problem: _Problem, grid: int, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The optimal weights, their certified relative duality gaps, and the number of steps."""
+    (groups, members), (n, d), k = problem.penalty.shape, problem.features.shape[-2:], problem.targets.shape[-1]
     if d * (k if problem.loss.is_coupled else 1) <= _MAX_UNKNOWNS:
-        best = _minimize(problem, problem.features.new_zeros((tasks, d, k)), _newton, tolerance, max_steps)
-        return best.tensors[0], best.gap, best.iterations
+        start = problem.features.new_zeros((groups, members, d, k))
+        return _minimize(problem, start, _newton, tolerance, max_steps)
     basis, _ = _basis(problem.features, problem.intercept)
     rotated = replace(problem, features=problem.features @ basis)
-    start = basis.new_zeros((tasks, basis.shape[-1], k))
-    best = _minimize(rotated, start, _inexact_newton, tolerance, max_steps)
-    weight = multiply(basis, best.tensors[0])
+    # The memory has the order in which a group is multiplied.
+    start = basis.new_zeros((groups, basis.shape[-1], members, k)).transpose(1, 2)
+    if grid > 2:
+        found = _minimize_grid(rotated, start, grid, tolerance, max_steps)
+    else:
+        found = _minimize(rotated, start, _inexact_newton, tolerance, max_steps)
+    weight, steps = _multiply(basis, found[0]), found[2]
     # The rotation rounds the features, which matters where weights are huge.
     gap = _evaluate(problem, weight).gap
     stalled = gap > _STALLED
     if isinstance(problem.loss, CrossEntropy) and k * n * n <= _MAX_ENTRIES and stalled.any():
-        again = _minimize(problem.select(stalled), weight[stalled], _newton_in_dual, tolerance, max_steps)
-        weight[stalled], gap[stalled] = again.tensors[0], again.gap
-    return weight, gap, best.iterations
+        # Each of these tasks becomes a group of its own.
+        alone = problem.map(lambda value: value.expand(groups, members, *value.shape[2:])[stalled].unsqueeze(1))
+        again = _minimize(alone, weight[stalled].unsqueeze(1), _newton_in_dual, tolerance, max_steps)
+        weight[stalled], gap[stalled] = again[0].squeeze(1), again[1].squeeze(1)
+    return weight, gap, steps
 
 
 @torch.library.custom_op("convexheads::solve_primal", mutates_args=(), schema=_SOLVE)
@@ -323,18 +417,28 @@ def solve(
 
     Returns the weights, `(*batch, d, k)`, their certified relative duality gap, and the number of steps.
     """
-    batch, (n, d), k = features.shape[:-2], features.shape[-2:], targets.shape[-1]
-    problem = _Problem(
-        features.reshape(-1, n, d),
-        targets.reshape(-1, n, k),
-        sample_weight.reshape(-1, n),
-        offset.reshape(-1, n, k),
-        penalty.reshape(-1),
-        LOSSES[loss],
-        intercept,
-    )
-    weight, gap, steps = minimize(problem, tolerance, max_steps)
+    batch, (_, d), k = features.shape[:-2], features.shape[-2:], targets.shape[-1]
+    groups = next((dim for dim in range(len(batch)) if _is_shared(features, range(dim, len(batch)))), len(batch))
+    data = (features, targets, sample_weight, offset, penalty)
+    grouped = [_group(part, groups, len(batch)) for part in data]
+    problem = _Problem(*grouped, LOSSES[loss], intercept)
+    last = len(batch) - 1
+    is_grid = groups <= last and _is_shared(sample_weight, [last]) and (penalty == penalty[(0,) * last]).all()
+    weight, gap, steps = _minimize_all(problem, batch[-1] if is_grid else 1, tolerance, max_steps)
     return weight.reshape(*batch, d, k), gap.reshape(batch), steps.reshape(batch)
+
+
+def _is_shared(value: Tensor, dims: Sequence[int]) -> bool:
+    """Whether a tensor is expanded along some of its dimensions, or these have a size of one."""
+    return all(value.stride(dim) == 0 or value.shape[dim] == 1 for dim in dims)
+
+
+def _group(value: Tensor, groups: int, dims: int) -> Tensor:
+    """Turn the first dimensions, of which `groups` index groups of tasks, into two, of groups and of their members."""
+    if groups < dims and _is_shared(value, range(groups, dims)):
+        value = value[(slice(None),) * groups + (slice(1),) * (dims - groups)]
+    shape = value.shape
+    return value.reshape(math.prod(shape[:groups]), math.prod(shape[groups:dims]), *shape[dims:])
 
 
 @solve.register_fake
@@ -356,18 +460,11 @@ def _solve_hessian(
     intercept: bool,
 ) -> Tensor:
     """Apply the inverse of the Hessian to `right`, `(*batch, d, k)`; up to class means if the loss is coupled."""
-    shape, (n, d), k = right.shape, features.shape[-2:], curvature.shape[-1]
-    curvature, right = curvature.reshape(-1, n, k), right.reshape(-1, d, k)
+    shape, d, k, dims = right.shape, features.shape[-1], curvature.shape[-1], penalty.ndim
+    parts = (_group(part, dims, dims) for part in (features, curvature, sample_weight, penalty, right))
+    features, curvature, sample_weight, penalty, right = parts
     nothing = torch.zeros_like(curvature)
-    problem = _Problem(
-        features.reshape(-1, n, d),
-        nothing,
-        sample_weight.reshape(-1, n),
-        nothing,
-        penalty.reshape(-1),
-        LOSSES[loss],
-        intercept,
-    )
+    problem = _Problem(features, nothing, sample_weight, nothing, penalty, LOSSES[loss], intercept)
     right = _centered(right, problem.loss)
     if d * (k if problem.loss.is_coupled else 1) <= _MAX_UNKNOWNS:
         return _factorize(problem, curvature)(right).reshape(shape)
@@ -379,10 +476,10 @@ def _solve_hessian(
         if mean is None:
             outside = right - basis @ inside
         else:
-            outside = right[:, :-1] - mean * right[:, -1:]
-            outside = outside - basis[:, :-1, :-1] @ (basis[:, :-1, :-1].mT @ outside)
+            outside = right[..., :-1, :] - mean * right[..., -1:, :]
+            outside = outside - basis[..., :-1, :-1] @ (basis[..., :-1, :-1].mT @ outside)
             outside = torch.cat([outside, -mean.mT @ outside], -2)
-        found = found + outside / per_task(problem.penalty, outside)
+        found = found + outside / problem.penalty[..., None, None]
     return found.reshape(shape)
 
 
