@@ -38,3 +38,24 @@ def traced_if(condition: Callable[..., bool], expected: str) -> Callable[[_C], _
         return call  # pyright: ignore[reportReturnType]
 
     return decorate
+
+
+def operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[_C], _C]:
+    """Decorate a function that compilers cannot trace, such as a loop whose length depends on values.
+
+    Where a graph is traced, it becomes an operator with this `schema`, whose results have the shapes of those of
+    `fake`. Elsewhere it is called as it is, because the first call of an operator loads the compiler, which takes a
+    second.
+    """
+
+    def decorate(function: _C) -> _C:
+        in_graph = torch.library.custom_op(f"convexheads::{name}", function, mutates_args=(), schema=schema)
+        in_graph.register_fake(fake)
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return (in_graph if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+        return call  # pyright: ignore[reportReturnType]
+
+    return decorate

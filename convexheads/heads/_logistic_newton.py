@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from convexheads._compiler import operator
 from convexheads.heads._losses import margins_and_losses, rebalance, slope_of_cross_entropy
 from convexheads.solvers.best_iterate import BestIterate
 from convexheads.solvers.kkt import cholesky
@@ -106,7 +107,15 @@ def newton_step(task: Task, coef: Tensor, bias: Tensor, *, intercept: bool) -> t
     return right - change, bias if negative_bias is None else -negative_bias
 
 
-@torch.library.custom_op("convexheads::solve_logistic", mutates_args=(), schema=_SCHEMA)
+def _without_values(
+    gram: Tensor, targets: Tensor, *_: Tensor, **options: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tasks = targets.new_empty(targets.shape[:-2])
+    bias = targets.new_empty((*targets.shape[:-2], targets.shape[-1]))
+    return torch.empty_like(targets), bias, tasks, torch.empty_like(tasks, dtype=torch.long)
+
+
+@operator("solve_logistic", _SCHEMA, _without_values)
 def solve(
     gram: Tensor,
     targets: Tensor,
@@ -118,8 +127,6 @@ def solve(
     max_steps: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solve tasks `(*batch, n, k)` by damped Newton steps until each gap is below `tolerance` or stops falling.
-
-    It is an operator, because compilers cannot trace a loop whose length depends on values.
 
     Returns coefficients that are feasible for the dual, the bias, their certified relative duality gap, and the number
     of steps.
@@ -149,13 +156,6 @@ def solve(
             break
     coef, bias = best.tensors[0].reshape(*batch, n, k), best.tensors[1].reshape(*batch, k)
     return coef, bias, best.gap.reshape(batch), best.iterations.reshape(batch)
-
-
-@solve.register_fake
-def _(gram: Tensor, targets: Tensor, *_: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tasks = targets.new_empty(targets.shape[:-2])
-    bias = targets.new_empty((*targets.shape[:-2], targets.shape[-1]))
-    return torch.empty_like(targets), bias, tasks, torch.empty_like(tasks, dtype=torch.long)
 
 
 def certified_gap(task: Task, coef: Tensor, bias: Tensor, *, intercept: bool) -> Tensor:

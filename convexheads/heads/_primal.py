@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from convexheads._compiler import operator
 from convexheads._functorch import compute_without_grad
 from convexheads.heads._logistic_newton import MAX_BACKTRACKS, PATIENCE, SoftmaxKKT
 from convexheads.heads._losses import LOSSES, CrossEntropy, Loss
@@ -398,7 +399,13 @@ def _minimize_all(problem: _Problem, grid: int, tolerance: float, max_steps: int
     return weight, gap, steps
 
 
-@torch.library.custom_op("convexheads::solve_primal", mutates_args=(), schema=_SOLVE)
+def _without_values(features: Tensor, targets: Tensor, *_: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor]:
+    weight = features.new_empty((*features.shape[:-2], features.shape[-1], targets.shape[-1]))
+    tasks = features.new_empty(features.shape[:-2])
+    return weight, tasks, torch.empty_like(tasks, dtype=torch.long)
+
+
+@operator("solve_primal", _SOLVE, _without_values)
 def solve(
     features: Tensor,
     targets: Tensor,
@@ -412,8 +419,6 @@ def solve(
     max_steps: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Solve tasks `(*batch, n, d)` by damped Newton steps until each gap is below `tolerance` or stops falling.
-
-    It is an operator, because compilers cannot trace a loop whose length depends on values.
 
     Returns the weights, `(*batch, d, k)`, their certified relative duality gap, and the number of steps.
     """
@@ -441,14 +446,7 @@ def _group(value: Tensor, groups: int, dims: int) -> Tensor:
     return value.reshape(math.prod(shape[:groups]), math.prod(shape[groups:dims]), *shape[dims:])
 
 
-@solve.register_fake
-def _(features: Tensor, targets: Tensor, *_: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor]:
-    weight = features.new_empty((*features.shape[:-2], features.shape[-1], targets.shape[-1]))
-    tasks = features.new_empty(features.shape[:-2])
-    return weight, tasks, torch.empty_like(tasks, dtype=torch.long)
-
-
-@torch.library.custom_op("convexheads::solve_primal_hessian", mutates_args=(), schema=_APPLY)
+@operator("solve_primal_hessian", _APPLY, lambda *arguments, **_: torch.empty_like(arguments[4]))
 def _solve_hessian(
     features: Tensor,
     curvature: Tensor,
@@ -481,13 +479,6 @@ def _solve_hessian(
             outside = torch.cat([outside, -mean.mT @ outside], -2)
         found = found + outside / problem.penalty[..., None, None]
     return found.reshape(shape)
-
-
-@_solve_hessian.register_fake
-def _(
-    features: Tensor, curvature: Tensor, sample_weight: Tensor, penalty: Tensor, right: Tensor, **_: object
-) -> Tensor:
-    return torch.empty_like(right)
 
 
 class ImplicitWeights(torch.autograd.Function):
