@@ -36,9 +36,10 @@ from convexheads.heads import (
     SVMHead,
     WestonWatkinsSVMHead,
 )
-from convexheads.hyperparameters import Learnable, parameter_groups
+from convexheads.hyperparameters import Learnable, PerTask, parameter_groups
 from convexheads.loader import EpisodeLoader
 from convexheads.models import list_pretrained, load_pretrained
+from convexheads.tuning import Tuned, TunedHead, tune
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ __all__ = ["OneVsRestSVMHead", "SVMHead", "SimplifiedSVMHead", "WestonWatkinsSVM
 __all__ += ["CvxpyHead", "LinearDiscriminantHead", "LogisticHead", "MahalanobisHead", "PrototypeHead", "RidgeHead"]
 __all__ += ["GaussianProcessHead", "RidgeRegressionHead", "SupportVectorRegressionHead"]
 __all__ += ["ClassificationHead", "Head", "KernelExpansion", "LossHead", "RegressionHead", "SupportSet"]
-__all__ += ["Learnable", "parameter_groups"]
+__all__ += ["Learnable", "PerTask", "parameter_groups"]
 __all__ += ["EpisodeLoader", "calibrate", "embed", "evaluate", "list_pretrained", "load_pretrained", "split_task"]
+__all__ += ["Tuned", "TunedHead", "tune"]
 __all__ += ["ConvexHeadsError", "InputError", "MissingDependencyError", "SolverError", "SolverWarning"]

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from convexheads._validation import Check, check_real
+from convexheads._validation import Check, check_real, check_tensor, is_float_tensor
 from convexheads.errors import InputError
 
 _C = TypeVar("_C", bound="Configurable")
@@ -66,32 +66,44 @@ class Learnable(nn.Module):
         return f"Learnable({float(f'{self.value.item():.6g}')!r})"
 
 
-Hyperparameter = float | Learnable
-"""A constant, or a learned parameter."""
-
-
 class PerTask:
-    """A value for each task, which `tune` puts in place of a hyperparameter to solve a grid in one batch.
+    """A hyperparameter with one value for each task of a batch.
+
+    Use it to solve tasks with different values of C or lambda in one batch, as `tune` does, in SVMs, ridge and logistic
+    regression. The tasks of a call then need the same number of classes.
 
     Args:
-        values: positive, with dimensions that broadcast with those of the tasks.
+        values: positive numbers, `(*batch,)` as the leading dimensions of the support.
+
+    Raises:
+        InputError: `values` is not a tensor of floating-point numbers.
+
+    Example:
+        `SVMHead(C=PerTask(torch.tensor([0.1, 1.0])))(support, labels, query)`
     """
 
     def __init__(self, values: Tensor) -> None:
-        self.values = values
+        self.values = check_tensor("PerTask(values)", values, "a tensor of positive numbers", is_float_tensor)
+
+    def __repr__(self) -> str:
+        return f"PerTask({tuple(self.values.shape)})"
+
+
+Hyperparameter = float | Learnable | PerTask
+"""A constant, a learned parameter, or a value per task."""
 
 
 def check_positive(name: str, value: Any, *, allow_zero: bool = False) -> Hyperparameter:
     """Return the `value` of the argument `name` if it is positive (zero with `allow_zero`), or raise `InputError`."""
     if isinstance(value, Learnable | PerTask):
-        return value  # pyright: ignore[reportReturnType]  # only `tune` passes a value per task
+        return value
     return check_real(name, value, positive=True, allow_zero=allow_zero, alternative=" or Learnable(...)")
 
 
 def as_tensor(hyperparameter: Hyperparameter, like: Tensor) -> Tensor:
-    """The `hyperparameter` as a 0-d tensor with the dtype and device of `like`; gradients reach a `Learnable`.
+    """The `hyperparameter` with the dtype and device of `like`: a 0-d tensor, or `(*#batch,)` if it is `PerTask`.
 
-    While `tune` solves a grid, it has one entry per task instead, `(*#batch,)`.
+    Gradients reach a `Learnable`.
     """
     if isinstance(hyperparameter, Learnable):
         return hyperparameter.value.to(like)

@@ -24,6 +24,7 @@ from convexheads._compiler import operator
 from convexheads._functorch import compute_without_grad
 from convexheads.heads._logistic_newton import MAX_BACKTRACKS, PATIENCE, SoftmaxKKT
 from convexheads.heads._losses import LOSSES, CrossEntropy, Loss
+from convexheads.heads._sharing import is_shared, multiply
 from convexheads.solvers.best_iterate import BestIterate
 from convexheads.solvers.kkt import cholesky
 
@@ -59,11 +60,11 @@ class _Problem:
     intercept: bool
 
     def scores(self, weight: Tensor) -> Float[Tensor, "groups members n k"]:
-        return _multiply(self.features, weight) + self.offset
+        return multiply(self.features, weight) + self.offset
 
     def moments(self, values: Tensor) -> Float[Tensor, "groups members d k"]:
         """The sums over the examples of their features times `values`, weighted by `sample_weight`."""
-        return _multiply(self.features.mT, self.sample_weight.unsqueeze(-1) * values)
+        return multiply(self.features.mT, self.sample_weight.unsqueeze(-1) * values)
 
     def penalties(self) -> Float[Tensor, "groups members d 1"]:
         """The penalty of each row of the weights: zero for the intercept."""
@@ -114,13 +115,6 @@ class _Remaining:
     def store(self, value: Tensor, target: Tensor) -> None:
         """Write the results of the current tasks to their places."""
         target.index_copy_(self._dim, self.places, value)
-
-
-def _multiply(left: Float[Tensor, "groups 1 m n"], right: Float[Tensor, "groups members n k"]) -> Tensor:
-    """The matrix product of each task, as one product per group."""
-    groups, members, n, k = right.shape
-    stacked = right.transpose(1, 2).reshape(groups, n, members * k)
-    return (left[:, 0] @ stacked).view(groups, -1, members, k).transpose(1, 2)
 
 
 def _centered(weight: Tensor, loss: Loss) -> Tensor:
@@ -191,7 +185,7 @@ def _conjugate_gradients(problem: _Problem, curvature: Tensor, right: Tensor, to
     weighted, share = used * curvature, used.where(used == 0, 1 / used)
     penalties = problem.penalties()
     diagonal = weighted - weighted * curvature if loss.is_coupled else weighted
-    diagonal = penalties + _multiply(features.square().mT, diagonal)
+    diagonal = penalties + multiply(features.square().mT, diagonal)
     # Where an example is fitted perfectly, a loss has no curvature.
     inverse = 1 / diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny)
     solution, remainder = torch.zeros_like(right), right.clone()
@@ -211,10 +205,10 @@ def _conjugate_gradients(problem: _Problem, curvature: Tensor, right: Tensor, to
             state = solution, remainder, direction, size, aim, moved
             solution, remainder, direction, size, aim, moved = map(choose, state)
             remaining.places = remaining.places[kept]
-        image = _multiply(features, direction).mul_(weighted)
+        image = multiply(features, direction).mul_(weighted)
         if loss.is_coupled:
             image.addcmul_(weighted, image.sum(-1, keepdim=True) * share, value=-1)
-        image = _multiply(features.mT, image).addcmul_(penalties, direction)
+        image = multiply(features.mT, image).addcmul_(penalties, direction)
         step = torch.where(moved, size / inner(direction, image), 0)
         solution.addcmul_(step, direction)
         remainder.addcmul_(step, image, value=-1)
@@ -387,7 +381,7 @@ def _minimize_all(problem: _Problem, grid: int, tolerance: float, max_steps: int
         found = _minimize_grid(rotated, start, grid, tolerance, max_steps)
     else:
         found = _minimize(rotated, start, _inexact_newton, tolerance, max_steps)
-    weight, steps = _multiply(basis, found[0]), found[2]
+    weight, steps = multiply(basis, found[0]), found[2]
     # The rotation rounds the features, which matters where weights are huge.
     gap = _evaluate(problem, weight).gap
     stalled = gap > _STALLED
@@ -423,24 +417,19 @@ def solve(
     Returns the weights, `(*batch, d, k)`, their certified relative duality gap, and the number of steps.
     """
     batch, (_, d), k = features.shape[:-2], features.shape[-2:], targets.shape[-1]
-    groups = next((dim for dim in range(len(batch)) if _is_shared(features, range(dim, len(batch)))), len(batch))
+    groups = next((dim for dim in range(len(batch)) if is_shared(features, range(dim, len(batch)))), len(batch))
     data = (features, targets, sample_weight, offset, penalty)
     grouped = [_group(part, groups, len(batch)) for part in data]
-    problem = _Problem(*grouped, LOSSES[loss], intercept)
+    problem = _Problem(*grouped, loss=LOSSES[loss], intercept=intercept)
     last = len(batch) - 1
-    is_grid = groups <= last and _is_shared(sample_weight, [last]) and (penalty == penalty[(0,) * last]).all()
+    is_grid = groups <= last and is_shared(sample_weight, [last]) and (penalty == penalty[(0,) * last]).all()
     weight, gap, steps = _minimize_all(problem, batch[-1] if is_grid else 1, tolerance, max_steps)
     return weight.reshape(*batch, d, k), gap.reshape(batch), steps.reshape(batch)
 
 
-def _is_shared(value: Tensor, dims: Sequence[int]) -> bool:
-    """Whether a tensor is expanded along some of its dimensions, or these have a size of one."""
-    return all(value.stride(dim) == 0 or value.shape[dim] == 1 for dim in dims)
-
-
 def _group(value: Tensor, groups: int, dims: int) -> Tensor:
     """Turn the first dimensions, of which `groups` index groups of tasks, into two, of groups and of their members."""
-    if groups < dims and _is_shared(value, range(groups, dims)):
+    if groups < dims and is_shared(value, range(groups, dims)):
         value = value[(slice(None),) * groups + (slice(1),) * (dims - groups)]
     shape = value.shape
     return value.reshape(math.prod(shape[:groups]), math.prod(shape[groups:dims]), *shape[dims:])

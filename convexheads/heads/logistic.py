@@ -12,9 +12,10 @@ from convexheads._functorch import compute_without_grad
 from convexheads._validation import check_choice, check_positive_int, optional
 from convexheads.heads import _logistic_newton, _primal
 from convexheads.heads._losses import slope_of_cross_entropy
+from convexheads.heads._sharing import apply_once, multiply
 from convexheads.heads.base.loss import LossHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
-from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
+from convexheads.hyperparameters import Hyperparameter, PerTask, as_tensor, check_positive
 from convexheads.kernels import KernelLike
 from convexheads.solvers import OnFailure, Solution, Status
 from convexheads.solvers.failures import handle_failures
@@ -24,6 +25,8 @@ _TOLERANCE = 1e-6
 # Newton's method continues until rounding stops it, because the implicit gradient is that of the exact optimum.
 # In the primal, the gap is computed without cancellation.
 _AIM, _AIM_OF_PRIMAL = 1e-15, 1e-20
+# For the scores of a grid, which are not differentiated.
+_AIM_OF_GRID = 1e-12
 # With more examples, the primal is solved even if there are more features than examples.
 _MAX_EXAMPLES = 100
 
@@ -82,6 +85,10 @@ class LogisticHead(LossHead):
         super().__init__(class_weight=class_weight, intercept=intercept, kernel=kernel, scale=scale, validate=validate)
         self.regularization, self.steps, self.on_failure = regularization, steps, on_failure
 
+    def entries_per_task(self, n: int, d: int, k: int) -> int:
+        weights = 12 * (n + d) * k
+        return weights if n > min(d, _MAX_EXAMPLES) else weights + (k + 3) * n * n
+
     def solve(self, support: SupportSet) -> KernelExpansion:
         factor, (*_, n, d) = support.linear_factor, support.features.shape
         if factor is not None and self.steps is None and n > min(d, _MAX_EXAMPLES):
@@ -110,18 +117,19 @@ class LogisticHead(LossHead):
     def _solve_for_weights(self, support: SupportSet, factor: float | Tensor) -> KernelExpansion:
         """Solve the primal."""
         penalty, targets = as_tensor(self.regularization, support.targets), support.targets
-        features = factor * support.features
+        features = support.features if isinstance(factor, float) and factor == 1 else factor * support.features
         if self.intercept:
-            features = torch.cat([features, torch.ones_like(features[..., :1])], -1)
+            features = apply_once(lambda x: torch.cat([x, torch.ones_like(x[..., :1])], -1), features)
         used, offset = support.factors, support.offset
         batch = torch.broadcast_shapes(penalty.shape, targets.shape[:-2])
         data = (part.expand(*batch, *part.shape[targets.ndim - 2 :]) for part in (features, targets, used, offset))
         problem = (*data, penalty.expand(batch))
         options = {"loss": "cross-entropy", "intercept": self.intercept}
-        solve = partial(_primal.solve, **options, tolerance=_AIM_OF_PRIMAL, max_steps=_MAX_NEWTON_STEPS)
+        aim = _AIM_OF_GRID if isinstance(self.regularization, PerTask) else _AIM_OF_PRIMAL
+        solve = partial(_primal.solve, **options, tolerance=aim, max_steps=_MAX_NEWTON_STEPS)
         weight, gap, taken = compute_without_grad(solve, *problem)
         weight = _primal.ImplicitWeights.apply(*problem, weight, *options.values())
-        slope = slope_of_cross_entropy(targets, (features @ weight + offset).softmax(-1))
+        slope = slope_of_cross_entropy(targets, (multiply(features, weight) + offset).softmax(-1))
         solution = self._certified(-used.unsqueeze(-1) * slope / penalty[..., None, None], gap, taken)
         weight, bias = torch.where(torch.isfinite(gap)[..., None, None], weight, torch.nan), None
         if self.intercept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexheads.heads._linear_algebra import shifted_cholesky
+from convexheads.heads._sharing import apply_once, multiply
 from convexheads.heads.base.loss import LossHead
 from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
@@ -28,22 +30,25 @@ def _solve_ridge(
     if support.mask is not None:  # the prior has scores for masked examples too
         targets = targets.masked_fill(~support.mask.unsqueeze(-1), 0)
     name, validate = f"{head}: the Gram matrix plus the regularization on its diagonal", support.validate
-    root = _roots(support, intercept=intercept)
     *_, n, d = support.features.shape
+    # Masked examples are orthogonal to the others in the Gram matrix.
+    is_masked = support.mask is not None and not (factor is None or n <= d)
+    root = _roots(support) if intercept or support.sample_weight is not None or is_masked else None
     if factor is None or n <= d:
         gram = support.gram if root is None else root * support.gram * root.mT
-        cholesky = shifted_cholesky(gram, penalty, name=name, validate=validate)
-        coef = torch.cholesky_solve(targets if root is None else root * targets, cholesky)
+        solve = _shifted_solve(gram, penalty, name=name, validate=validate)
+        coef = solve(targets if root is None else root * targets)
         if root is None:
             return KernelExpansion(coef)
         bias = None
         if intercept:  # the coefficients of each class have to sum to zero
-            direction = torch.cholesky_solve(root, cholesky)
+            direction = solve(root)
             bias = (root.mT @ coef) / (root.mT @ direction)
             coef, bias = coef - direction @ bias, bias.squeeze(-2)
         return KernelExpansion(root * coef, bias=bias)
     # The d x d system of the primal is smaller.
-    features, center, mean = factor * support.features, None, None
+    features = support.features if isinstance(factor, float) and factor == 1 else factor * support.features
+    center = mean = None
     rows, values = features, targets
     if root is not None:
         if intercept:
@@ -51,22 +56,33 @@ def _solve_ridge(
             center, mean = share.mT @ features, share.mT @ targets
             rows, values = rows - center, values - mean
         rows, values = root * rows, root * values
-    cholesky = shifted_cholesky(rows.mT @ rows, penalty, name=name, validate=validate)
-    weight = torch.cholesky_solve(rows.mT @ values, cholesky)
+    solve = _shifted_solve(apply_once(lambda x: x.mT @ x, rows), penalty, name=name, validate=validate)
+    weight = solve(rows.mT @ values)
     bias = None if center is None or mean is None else mean - center @ weight
     # The difference loses digits if the penalty is small. The scores do not: they are computed from the weight.
-    error = targets - features @ weight
+    error = targets - multiply(features, weight)
     if bias is not None:
         error = error - bias
     coef = (error if root is None else root.square() * error) / penalty[..., None, None]
     return KernelExpansion(coef, weight=factor * weight.mT, bias=None if bias is None else bias.squeeze(-2))
 
 
-def _roots(support: SupportSet, *, intercept: bool) -> Float[Tensor, "*batch n 1"] | None:
-    """The square roots of the factors of the examples; None if all used examples count the same."""
+def _shifted_solve(
+    matrix: Float[Tensor, "*batch m m"], shift: Float[Tensor, "*grid"], *, name: str, validate: bool
+) -> Callable[[Tensor], Tensor]:
+    """The inverses of matrices plus each shift on their diagonals; a grid of shifts needs one factorization."""
+    batch = matrix.shape[:-2]
+    if not shift.ndim or torch.broadcast_shapes(shift.shape, batch).numel() == batch.numel():
+        cholesky = shifted_cholesky(matrix, shift.expand(batch), name=name, validate=validate)
+        return lambda right: torch.cholesky_solve(right, cholesky)
+    values, vectors = torch.linalg.eigh(matrix)
+    factors = 1 / (values.clamp_min(0) + shift.unsqueeze(-1)).unsqueeze(-1)
+    return lambda right: multiply(vectors, factors * (vectors.mT @ right))
+
+
+def _roots(support: SupportSet) -> Float[Tensor, "*batch n 1"]:
+    """The square roots of the factors of the examples."""
     weight, mask = support.sample_weight, support.mask
-    if weight is None and not intercept:
-        return None
     root = torch.ones_like(support.targets[..., 0]) if weight is None else weight.sqrt()
     return (root if mask is None else root * mask).unsqueeze(-1)
 
@@ -104,6 +120,9 @@ class RidgeHead(LossHead):
     ) -> None:
         super().__init__(class_weight=class_weight, intercept=intercept, kernel=kernel, scale=scale, validate=validate)
         self.regularization = regularization
+
+    def entries_per_task(self, n: int, d: int, k: int) -> int:
+        return 4 * (n + d) * k
 
     def solve(self, support: SupportSet) -> KernelExpansion:
         return _solve_ridge(support, self.regularization, "RidgeHead", intercept=self.intercept)

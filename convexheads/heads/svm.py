@@ -14,7 +14,7 @@ from convexheads._validation import Check, check_bool
 from convexheads.heads.base.loss import LossHead
 from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
-from convexheads.hyperparameters import Hyperparameter, Learnable, as_tensor, check_positive
+from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
 from convexheads.solvers import DualProblem, Solver, get_solver
 from convexheads.solvers.intercept import solve_with_intercept
@@ -101,7 +101,7 @@ class MulticlassSVM(LossHead):
         Raises:
             SolverError: a task could not be solved (see the solver's `on_failure`).
         """
-        if self.squared_hinge or isinstance(self.smoothing, Learnable) or self.smoothing > 0:
+        if self.squared_hinge or not isinstance(self.smoothing, float) or self.smoothing > 0:
             like = problem.linear
             hinge = torch.zeros_like(like)
             if self.squared_hinge:

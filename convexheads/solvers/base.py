@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, ClassVar, NamedTuple, get_args
@@ -120,6 +121,13 @@ class Solver(compiled.GraphSolver, Settings):
         if name in vars(self):  # a change would reach every head that shares the solver
             raise AttributeError(f"{type(self).__name__}.{name}: expected a new solver, because solvers do not change")
         super().__setattr__(name, value)
+
+    def with_on_failure(self, on_failure: OnFailure) -> Solver:
+        """The same solver with another policy for tasks that it does not certify, `on_failure`."""
+        check_choice(f"{type(self).__name__}(on_failure)", on_failure, get_args(OnFailure))
+        changed = copy.copy(self)
+        vars(changed)["on_failure"] = on_failure
+        return changed
 
     def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"] | SolverResult:
         """Solve a flat, rescaled batch of problems. This is the one method that a subclass has to implement.

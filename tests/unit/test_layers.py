@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("solvers",),
     ("heads",),
     ("episodes", "_sampling"),
-    ("calibration",),
+    ("calibration", "tuning"),
     ("loader", "evaluation", "training"),
     ("models",),
     ("",),  # the package itself, whose `__init__` exports the public names

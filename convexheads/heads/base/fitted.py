@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from convexheads._compiler import traced_if
 from convexheads._validation import ArrayLike
 from convexheads.errors import ConvexHeadsError
+from convexheads.heads._sharing import multiply
 from convexheads.heads.base.inputs import check_query
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.kernels import Product, Sum, compute_gram, gram_diagonal
@@ -58,24 +59,29 @@ class Fitted:
         Raises:
             InputError: the shape, dtype or device is not as described, or, with `validate`, a feature is not finite.
         """
-        expansion, query = self.expansion, self._prepare(query)
+        query = self._prepare(query)
         with full_precision(query.device):
-            if expansion.weight is not None:
-                scores = query @ expansion.weight.mT
-            else:
-                cross_gram = self._cross_gram(query)
-                scores = cross_gram @ expansion.coef
-                if expansion.quadratic is not None:
-                    image = cross_gram.unsqueeze(-3) @ expansion.quadratic
-                    scores = scores + (image * cross_gram.unsqueeze(-3)).sum(-1).mT
-            if self.support.prior is not None:
-                scores = scores + query @ self.support.prior.mT
-            if expansion.bias is not None:
-                scores = scores + expansion.bias.unsqueeze(-2)
-            weight = expansion.self_similarity_weight
-            if not isinstance(weight, float) or weight != 0:
-                scores = scores + weight * gram_diagonal(self.support.kernel, query).unsqueeze(-1)
-            return self._to_output(scores)
+            return self._to_output(self._scores(query))
+
+    def _scores(self, query: Float[Tensor, "*#batch q d"]) -> Float[Tensor, "*batch q k"]:
+        """The scores of a prepared `query`, in working precision."""
+        expansion, prior = self.expansion, self.support.prior
+        if expansion.weight is not None:
+            scores = multiply(query, expansion.weight.mT)
+        else:
+            cross_gram = self._cross_gram(query)
+            scores = multiply(cross_gram, expansion.coef)
+            if expansion.quadratic is not None:
+                image = cross_gram.unsqueeze(-3) @ expansion.quadratic
+                scores = scores + (image * cross_gram.unsqueeze(-3)).sum(-1).mT
+        if prior is not None:
+            scores = scores + multiply(query, prior.mT)
+        if expansion.bias is not None:
+            scores = scores + expansion.bias.unsqueeze(-2)
+        weight = expansion.self_similarity_weight
+        if not isinstance(weight, float) or weight != 0:
+            scores = scores + weight * gram_diagonal(self.support.kernel, query).unsqueeze(-1)
+        return scores
 
     def _prepare(self, query: Float[Tensor, "*batch q d"] | ArrayLike) -> Float[Tensor, "*batch q d"]:
         """The `query` in working precision, after all checks."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from convexheads._validation import out_of_range
+from convexheads.heads._sharing import apply_once
 from convexheads.kernels import KernelLike, Linear, compute_gram
 from convexheads.kernels.affine import affine_form
 from convexheads.solvers.problem import Solution, TensorRecord
@@ -51,9 +52,21 @@ class SupportSet:
         """
         known = vars(self)  # the lock of a `cached_property` cannot be traced by `torch.compile`
         if "_gram" not in known:
-            gram = compute_gram(self.kernel, self.features, self.features, validate=self.validate)
+            gram = self._linear_gram()
+            if gram is None:
+                gram = compute_gram(self.kernel, self.features, self.features, validate=self.validate)
             known["_gram"] = gram if self.mask is None else _mask_gram(gram, self.mask)
         return known["_gram"]
+
+    def _linear_gram(self) -> Tensor | None:
+        """The Gram matrix of an affine kernel where tasks share their features; None for others."""
+        if all(stride for stride in self.features.stride()[:-2]):
+            return None
+        form = affine_form(self.kernel, self.features.shape[-1])
+        if form is None:
+            return None
+        slope, constant = (part[..., None, None] if isinstance(part, Tensor) else part for part in form)
+        return slope * apply_once(lambda features: features @ features.mT, self.features) + constant
 
     @property
     def linear_factor(self) -> float | Float[Tensor, "*#batch 1 1"] | None:
