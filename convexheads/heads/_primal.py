@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -24,10 +26,16 @@ from convexheads._compiler import operator
 from convexheads._functorch import compute_without_grad
 from convexheads.heads._logistic_newton import MAX_BACKTRACKS, PATIENCE, SoftmaxKKT
 from convexheads.heads._losses import LOSSES, CrossEntropy, Loss
-from convexheads.heads._sharing import is_shared, multiply
+from convexheads.heads._sharing import apply_once, is_shared, multiply
+from convexheads.heads.base.support_set import SupportSet
 from convexheads.solvers.best_iterate import BestIterate
 from convexheads.solvers.kkt import cholesky
 
+# With more examples, the primal is solved even if there are more features than examples.
+_MAX_EXAMPLES = 100
+# Newton's method continues until rounding stops it, because the implicit gradient is that of the exact optimum. The
+# scores of a grid are not differentiated.
+_AIM, _AIM_OF_GRID, _MAX_STEPS = 1e-20, 1e-12, 100
 # Up to this number of weights, d k, the Hessian is factorized.
 _MAX_UNKNOWNS = 256
 # Conjugate gradients in a step of Newton's method, and for a gradient, which has to be precise.
@@ -45,6 +53,54 @@ _SOLVE = f"({_DATA}, *, {_OPTIONS}, float tolerance, int max_steps) -> (Tensor, 
 _APPLY = (
     f"(Tensor features, Tensor curvature, Tensor sample_weight, Tensor penalty, Tensor right, *, {_OPTIONS}) -> Tensor"
 )
+
+
+class PrimalFit(NamedTuple):
+    """What `fit` returns."""
+
+    weight: Float[Tensor, "*batch k d"]
+    bias: Float[Tensor, "*batch k"] | None
+    coef: Float[Tensor, "*batch n k"]
+    gap: Float[Tensor, "*batch"]
+    steps: Float[Tensor, "*batch"]
+
+
+def is_worth_while(n: int, d: int) -> bool:
+    """Whether the primal of n examples with d features is solved rather than the dual."""
+    return n > min(d, _MAX_EXAMPLES)
+
+
+def fit(
+    support: SupportSet,
+    factor: float | Tensor,
+    *,
+    loss: str,
+    penalty: Float[Tensor, "*#batch"],
+    intercept: bool,
+    is_grid: bool,
+) -> PrimalFit:
+    """Fit the weights of a support set with the kernel `<factor x, factor y>`, with gradients.
+
+    The dimensions of the penalty broadcast with those of the support set; a grid of penalties is solved less precisely.
+    """
+    targets = support.targets
+    features = support.features if isinstance(factor, float) and factor == 1 else factor * support.features
+    if intercept:
+        features = apply_once(lambda x: torch.cat([x, torch.ones_like(x[..., :1])], -1), features)
+    used, offset = support.factors, support.offset
+    batch = torch.broadcast_shapes(penalty.shape, targets.shape[:-2])
+    data = (part.expand(*batch, *part.shape[targets.ndim - 2 :]) for part in (features, targets, used, offset))
+    problem = (*data, penalty.expand(batch))
+    aim = _AIM_OF_GRID if is_grid else _AIM
+    run = partial(solve, loss=loss, intercept=intercept, tolerance=aim, max_steps=_MAX_STEPS)
+    weight, gap, steps = compute_without_grad(run, *problem)
+    weight = ImplicitWeights.apply(*problem, weight, loss, intercept)
+    slope = LOSSES[loss].slope(targets, multiply(features, weight) + offset)
+    coef = -used.unsqueeze(-1) * slope / penalty[..., None, None]
+    weight, bias = torch.where(torch.isfinite(gap)[..., None, None], weight, torch.nan), None
+    if intercept:
+        weight, bias = weight[..., :-1, :], weight[..., -1, :]
+    return PrimalFit(factor * weight.mT, bias, coef, gap, steps)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
@@ -11,24 +12,17 @@ from torch import Tensor
 from convexheads._functorch import compute_without_grad
 from convexheads._validation import check_choice, check_positive_int, optional
 from convexheads.heads import _logistic_newton, _primal
-from convexheads.heads._losses import slope_of_cross_entropy
-from convexheads.heads._sharing import apply_once, multiply
 from convexheads.heads.base.loss import LossHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, PerTask, as_tensor, check_positive
 from convexheads.kernels import KernelLike
 from convexheads.solvers import OnFailure, Solution, Status
-from convexheads.solvers.failures import handle_failures
+from convexheads.solvers.failures import certified, handle_failures
 
 _MAX_NEWTON_STEPS = 100
 _TOLERANCE = 1e-6
 # Newton's method continues until rounding stops it, because the implicit gradient is that of the exact optimum.
-# In the primal, the gap is computed without cancellation.
-_AIM, _AIM_OF_PRIMAL = 1e-15, 1e-20
-# For the scores of a grid, which are not differentiated.
-_AIM_OF_GRID = 1e-12
-# With more examples, the primal is solved even if there are more features than examples.
-_MAX_EXAMPLES = 100
+_AIM = 1e-15
 
 
 class LogisticHead(LossHead):
@@ -68,6 +62,7 @@ class LogisticHead(LossHead):
         "on_failure": partial(check_choice, choices=get_args(OnFailure)),
     }
 
+    accepts_multilabel = True
     on_failure: OnFailure
 
     def __init__(
@@ -87,16 +82,43 @@ class LogisticHead(LossHead):
 
     def entries_per_task(self, n: int, d: int, k: int) -> int:
         weights = 12 * (n + d) * k
-        return weights if n > min(d, _MAX_EXAMPLES) else weights + (k + 3) * n * n
+        return weights if _primal.is_worth_while(n, d) else weights + (k + 3) * n * n
 
     def solve(self, support: SupportSet) -> KernelExpansion:
         factor, (*_, n, d) = support.linear_factor, support.features.shape
-        if factor is not None and self.steps is None and n > min(d, _MAX_EXAMPLES):
+        if factor is not None and self.steps is None and _primal.is_worth_while(n, d):
             return self._solve_for_weights(support, factor)
         penalty = as_tensor(self.regularization, support.targets)[..., None, None]
-        gram, *others = support.gram / penalty, support.targets, support.factors, support.offset
-        batch, (n, k) = gram.shape[:-2], support.targets.shape[-2:]
-        task = gram, *(part.expand(*batch, *part.shape[len(batch) :]) for part in others)
+        if not support.is_multilabel:
+            return self._solve_dual(support.gram / penalty, support.targets, support.factors, support.offset, penalty)
+        # Each class is a task of its own, with one score for "no" and one for "yes", of which one would suffice.
+        targets, offset = (part.mT.unsqueeze(-1) for part in (support.targets, support.offset))
+        pairs = torch.cat([1 - targets, targets], -1), torch.cat([torch.zeros_like(offset), offset], -1)
+        gram, used = (support.gram / (2 * penalty)).unsqueeze(-3), support.factors.unsqueeze(-2)
+        found = self._solve_dual(gram, pairs[0], used, pairs[1], (2 * penalty).unsqueeze(-3))
+        coef = (found.coef[..., 1] - found.coef[..., 0]).mT
+        bias = None if found.bias is None else found.bias[..., 1] - found.bias[..., 0]
+        assert found.solution is not None
+        each = found.solution
+        # The gaps are relative to the objectives of the classes, so that the largest one bounds that of the whole.
+        solution = replace(
+            each,
+            coef=coef,
+            status=each.status.amax(-1),
+            gap=each.gap.amax(-1),
+            residual=each.residual.amax(-1),
+            iterations=None if each.iterations is None else each.iterations.amax(-1),
+        )
+        return KernelExpansion(coef, bias=bias, solution=solution)
+
+    def _solve_dual(
+        self, gram: Tensor, targets: Tensor, used: Tensor, offset: Tensor, penalty: Tensor
+    ) -> KernelExpansion:
+        """Solve the dual; the Gram matrix is divided by the penalty, and its dimensions broadcast with the others."""
+        (n, k), dims = targets.shape[-2:], targets.ndim - 2
+        batch = torch.broadcast_shapes(gram.shape[:-2], targets.shape[:-2])
+        task = [part.expand(*batch, *part.shape[dims:]) for part in (targets, used, offset)]
+        task = [gram.expand(*batch, n, n), *task]
         if self.steps is not None:
             flat = _logistic_newton.Task(*(part.flatten(0, len(batch) - 1) if batch else part[None] for part in task))
             coef, bias = torch.zeros_like(flat.targets), torch.zeros_like(flat.targets[:, 0])
@@ -116,31 +138,19 @@ class LogisticHead(LossHead):
 
     def _solve_for_weights(self, support: SupportSet, factor: float | Tensor) -> KernelExpansion:
         """Solve the primal."""
-        penalty, targets = as_tensor(self.regularization, support.targets), support.targets
-        features = support.features if isinstance(factor, float) and factor == 1 else factor * support.features
-        if self.intercept:
-            features = apply_once(lambda x: torch.cat([x, torch.ones_like(x[..., :1])], -1), features)
-        used, offset = support.factors, support.offset
-        batch = torch.broadcast_shapes(penalty.shape, targets.shape[:-2])
-        data = (part.expand(*batch, *part.shape[targets.ndim - 2 :]) for part in (features, targets, used, offset))
-        problem = (*data, penalty.expand(batch))
-        options = {"loss": "cross-entropy", "intercept": self.intercept}
-        aim = _AIM_OF_GRID if isinstance(self.regularization, PerTask) else _AIM_OF_PRIMAL
-        solve = partial(_primal.solve, **options, tolerance=aim, max_steps=_MAX_NEWTON_STEPS)
-        weight, gap, taken = compute_without_grad(solve, *problem)
-        weight = _primal.ImplicitWeights.apply(*problem, weight, *options.values())
-        slope = slope_of_cross_entropy(targets, (multiply(features, weight) + offset).softmax(-1))
-        solution = self._certified(-used.unsqueeze(-1) * slope / penalty[..., None, None], gap, taken)
-        weight, bias = torch.where(torch.isfinite(gap)[..., None, None], weight, torch.nan), None
-        if self.intercept:
-            weight, bias = weight[..., :-1, :], weight[..., -1, :]
-        return KernelExpansion(solution.coef, weight=factor * weight.mT, bias=bias, solution=solution)
+        found = _primal.fit(
+            support,
+            factor,
+            loss="sigmoid" if support.is_multilabel else "cross-entropy",
+            penalty=as_tensor(self.regularization, support.targets),
+            intercept=self.intercept,
+            is_grid=isinstance(self.regularization, PerTask) and not torch.is_grad_enabled(),
+        )
+        solution = self._certified(found.coef, found.gap, found.steps)
+        return KernelExpansion(solution.coef, weight=found.weight, bias=found.bias, solution=solution)
 
     def _certified(self, coef: Tensor, gap: Tensor, iterations: Tensor | None) -> Solution:
         """The solution with its status; failures are handled."""
         otherwise = Status.FAILED if self.steps is None else Status.STOPPED
-        status = torch.where(gap <= _TOLERANCE, Status.CONVERGED, otherwise)
-        status = torch.where(torch.isfinite(gap), status, Status.FAILED)
-        residual = torch.zeros_like(gap)
-        solution = Solution(coef, None, None, status=status, gap=gap, residual=residual, iterations=iterations)
+        solution = certified(coef, gap, _TOLERANCE, otherwise, iterations)
         return handle_failures("LogisticHead", solution, _TOLERANCE, self.on_failure)

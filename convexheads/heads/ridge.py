@@ -26,7 +26,9 @@ def _solve_ridge(
     The `head` is named in the error.
     """
     penalty, factor = as_tensor(regularization, support.targets), support.linear_factor
-    targets = support.targets if support.prior is None else support.targets - support.offset
+    targets = 2 * support.targets - 1 if support.is_multilabel else support.targets
+    if support.prior is not None:
+        targets = targets - support.offset
     if support.mask is not None:  # the prior has scores for masked examples too
         targets = targets.masked_fill(~support.mask.unsqueeze(-1), 0)
     name, validate = f"{head}: the Gram matrix plus the regularization on its diagonal", support.validate
@@ -95,6 +97,8 @@ class RidgeHead(LossHead):
     Primal: \(\min_W \frac12 |XW - Y|^2 + \frac{\lambda}{2} |W|^2\). Dual: \(\alpha = (K + \lambda I)^{-1} Y\), one
     n x n Cholesky factorization for all classes. With fewer features than examples and the linear kernel, it is d x d.
 
+    With several labels per example, targets are 1 and -1 instead of 1 and 0, as in scikit-learn's `RidgeClassifier`.
+
     This is Eq. 11 without its misprinted constants. The ridge code published by Lee et al. returns twice these
     coefficients, which its learnable scale absorbs. `convexheads.models.r2d2()` has the settings of R2D2.
 
@@ -107,6 +111,7 @@ class RidgeHead(LossHead):
     """
 
     checks = LossHead.checks | {"regularization": check_positive}
+    accepts_multilabel = True
 
     def __init__(
         self,

@@ -11,12 +11,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from convexheads._validation import Check, check_bool
+from convexheads.heads import _primal
 from convexheads.heads.base.loss import LossHead
 from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
-from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
+from convexheads.hyperparameters import Hyperparameter, PerTask, as_tensor, check_positive
 from convexheads.kernels import KernelLike
-from convexheads.solvers import DualProblem, Solver, get_solver
+from convexheads.solvers import DualProblem, NativeSolver, Solver, Status, get_solver
+from convexheads.solvers.failures import certified, handle_failures
 from convexheads.solvers.intercept import solve_with_intercept
 
 _SVM_CHECKS: dict[str, Check] = {"C": check_positive, "solver": lambda _, solver: get_solver(solver)}
@@ -184,7 +186,9 @@ class OneVsRestSVMHead(MulticlassSVM):
     Dual: \(\max_\alpha -\frac12 \sum_k |w_k|^2 + \sum_{n,k} t_n^k \alpha_n^k\) subject to
     \(0 \le t_n^k \alpha_n^k \le C\), where \(w_k = \sum_n \alpha_n^k x_n\).
 
-    Difference from the original: there is no bias without `intercept=True`.
+    Difference from the original: there is no bias without `intercept=True`. With the squared hinge, the linear kernel,
+    the native solver and more examples than features, or more than 100 examples, the primal is solved by Newton's
+    method, as in LIBLINEAR (Fan et al. 2008), so that there may be tens of thousands of examples.
 
     See `MulticlassSVM` for its arguments: `C`, `squared_hinge`, `smoothing`, `solver`, `class_weight`,
     `intercept`, `kernel`, `scale`, `validate`.
@@ -193,13 +197,38 @@ class OneVsRestSVMHead(MulticlassSVM):
         `logits = OneVsRestSVMHead(C=0.5)(support, labels, query)`
     """
 
+    accepts_multilabel = True
+
+    def entries_per_task(self, n: int, d: int, k: int) -> int:
+        return 12 * (n + d) * k if self._has_primal(n, d) else super().entries_per_task(n, d, k)
+
+    def _has_primal(self, n: int, d: int) -> bool:
+        """Whether a linear kernel is solved in its weights."""
+        is_smooth = self.squared_hinge and isinstance(self.smoothing, float) and self.smoothing == 0
+        is_native = isinstance(self.solver, NativeSolver) and self.solver.max_iterations is None
+        return is_smooth and is_native and _primal.is_worth_while(n, d)
+
     def solve(self, support: SupportSet) -> KernelExpansion:
-        targets = support.labeled_targets
+        factor, (*_, n, d) = support.linear_factor, support.features.shape
+        if factor is not None and self._has_primal(n, d):
+            return self._solve_for_weights(support, factor)
+        targets = support.labeled_targets if not support.is_multilabel else support.targets
         own, bound = targets > 0, self.upper_bound(support)
         lower, upper = torch.where(own, 0, -bound), torch.where(own, bound, 0)
         linear = 2 * targets - 1 - support.offset
         dual = DualProblem(support.gram, linear, lower=lower, upper=upper, rows_sum_to_zero=False)
         return self.solve_dual(dual, torch.ones_like(own), support)
+
+    def _solve_for_weights(self, support: SupportSet, factor: float | Tensor) -> KernelExpansion:
+        """Solve the primal, which has a gradient with the squared hinge."""
+        penalty = 1 / as_tensor(self.C, support.targets)
+        is_grid = isinstance(self.C, PerTask) and not torch.is_grad_enabled()
+        found = _primal.fit(
+            support, factor, loss="squared hinge", penalty=penalty, intercept=self.intercept, is_grid=is_grid
+        )
+        solution = certified(found.coef, found.gap, self.solver.tolerance, Status.FAILED, found.steps)
+        solution = handle_failures(type(self).__name__, solution, self.solver.tolerance, self.solver.on_failure)
+        return KernelExpansion(solution.coef, weight=found.weight, bias=found.bias, solution=solution)
 
 
 class SimplifiedSVMHead(MulticlassSVM):

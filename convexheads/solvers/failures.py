@@ -30,6 +30,14 @@ def handle_failures(name: str, solution: Solution, tolerance: float, on_failure:
     return solution
 
 
+def certified(coef: Tensor, gap: Tensor, tolerance: float, otherwise: Status, iterations: Tensor | None) -> Solution:
+    """The solution of a head that computes its own gap; tasks with a larger one have the status `otherwise`."""
+    status = torch.where(gap <= tolerance, Status.CONVERGED, otherwise)
+    status = torch.where(torch.isfinite(gap), status, Status.FAILED)
+    residual = torch.zeros_like(gap)
+    return Solution(coef, None, None, status=status, gap=gap, residual=residual, iterations=iterations)
+
+
 def _report(failures: str, name: str, solution: Solution, tolerance: float, on_failure: OnFailure) -> None:
     message = f"{name}: {failures}, to the tolerance {tolerance:g}. "
     if on_failure == "raise":

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.svm import LinearSVC
 from sklearn.utils.class_weight import compute_class_weight
 from tasks import close, task
 
@@ -230,3 +231,83 @@ def test_unusable_weights_are_named():
     for value in ("other", [1.0, -1.0], {1: 2.0}, 3.0):
         with pytest.raises(InputError, match="class_weight"):
             SVMHead(class_weight=value)
+
+
+def several_labels(n: int, k: int, seed: int = 3) -> torch.Tensor:
+    return torch.rand(n, k, generator=torch.Generator().manual_seed(seed)) < 0.4
+
+
+@pytest.mark.parametrize("intercept", [False, True], ids=["through the origin", "intercept"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_several_labels_per_example_agree_with_scikit_learn(sizes, intercept):
+    support, labels, query, _ = task(**sizes)
+    y, weight = several_labels(len(labels), 4), weights_of(labels)
+    logistic = LogisticHead(2.0, intercept=intercept).fit(support, y, sample_weight=weight)
+    ridge = RidgeHead(2.0, intercept=intercept).fit(support, y, sample_weight=weight)
+    for kernel in (None, RBF(3.0)):
+        svm = OneVsRestSVMHead(0.5, squared_hinge=True, intercept=intercept, kernel=kernel)
+        both = svm.fit(support, y, sample_weight=weight)(query)
+        for label in range(4):
+            alone = svm.fit(support, y[:, label].long(), ways=2, sample_weight=weight)(query)
+            assert close(both[:, label], alone[:, 1]) < 1e-6
+    for label in range(4):
+        reference = LogisticRegression(C=0.5, fit_intercept=intercept, tol=1e-10, max_iter=100_000)
+        reference.fit(support, y[:, label], weight)
+        expected = torch.from_numpy(reference.decision_function(query.numpy()))
+        assert close(logistic(query)[:, label], expected) < 1e-5
+        probability = torch.from_numpy(reference.predict_proba(query.numpy())[:, 1])
+        assert close(logistic.probabilities(query)[:, label], probability) < 1e-5
+        classifier = Ridge(2.0, fit_intercept=intercept).fit(support, 2.0 * y[:, label] - 1, weight)
+        assert close(ridge(query)[:, label], torch.from_numpy(classifier.predict(query.numpy()))) < 1e-8
+
+
+@pytest.mark.parametrize("head", [RidgeHead, LogisticHead, OneVsRestSVMHead])
+def test_gradients_with_several_labels(head):
+    for sizes in ({"shots": (4, 5), "d": 12}, {"shots": (60, 55), "d": 4}):
+        support, labels, query, _ = task(2, **sizes)
+        y = torch.stack([several_labels(labels.shape[1], 3, seed) for seed in range(2)])
+        options = {"squared_hinge": True} if head is OneVsRestSVMHead else {}
+        module = head(0.5, intercept=True, **options)
+        direction = torch.randn(support.shape, generator=torch.Generator().manual_seed(1), dtype=support.dtype)
+
+        def loss(x, module=module, y=y, query=query):
+            return module(x, y, query).sigmoid().square().sum()
+
+        support.requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(support), support)
+        with torch.no_grad():
+            expected = (loss(support + 1e-6 * direction) - loss(support - 1e-6 * direction)) / 2e-6
+        assert close((gradient * direction).sum(), expected, scale=1e-3) < 1e-5
+
+
+def test_unusable_matrices_of_labels_are_named():
+    support, labels, query, _ = task()
+    y = several_labels(len(labels), 4)
+    with pytest.raises(InputError, match="labels"):
+        SVMHead()(support, y, query)
+    with pytest.raises(InputError, match="labels"):
+        RidgeHead()(support, y[:-1], query)
+    with pytest.raises(InputError, match="ways"):
+        RidgeHead()(support, y, query, ways=3)
+    with pytest.raises(InputError, match="class_weight"):
+        RidgeHead(class_weight="balanced")(support, y, query)
+
+
+@pytest.mark.parametrize("intercept", [False, True], ids=["through the origin", "intercept"])
+def test_many_examples_of_a_squared_hinge_agree_with_scikit_learn(intercept):
+    support, labels, query, ways = task(shots=(700, 600, 500, 400), d=60)
+    weight = weights_of(labels)
+    found = OneVsRestSVMHead(0.3, squared_hinge=True, intercept=intercept).fit(support, labels, sample_weight=weight)
+    assert found.expansion.weight is not None
+    assert found.solution.gap < 1e-12
+    reference = LinearSVC(C=0.3, fit_intercept=False, dual=False, tol=1e-10, max_iter=100_000)
+    if not intercept:
+        reference.fit(support, labels, weight)
+        assert close(found(query), torch.from_numpy(reference.decision_function(query.numpy()))) < 1e-5
+        return
+    # LIBLINEAR regularizes the intercept, so the optimality conditions are checked instead.
+    signs = 2 * torch.nn.functional.one_hot(labels, ways) - 1
+    slack = (1 - signs * found(support)).clamp_min(0)
+    slope = -2 * 0.3 * weight.unsqueeze(-1) * signs * slack
+    assert slope.sum(0).abs().max() < 1e-7
+    assert (found.weight + slope.mT @ support).abs().max() < 1e-7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from jaxtyping import Bool, Float, Integer
@@ -12,7 +13,13 @@ from convexheads._validation import ArrayLike
 from convexheads.errors import ConvexHeadsError, InputError, SolverError
 from convexheads.heads.base.fitted import FittedClassifier
 from convexheads.heads.base.head import Head
-from convexheads.heads.base.inputs import check_classification, check_prior, check_sample_weight
+from convexheads.heads.base.inputs import (
+    check_classification,
+    check_multilabel,
+    check_prior,
+    check_sample_weight,
+    is_multilabel,
+)
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet, merge_groups, one_hot
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
@@ -40,7 +47,9 @@ class ClassificationHead(Head):
     requires_all_classes: ClassVar[bool] = False
     """Whether a class without support examples is an error even with `allow_missing_classes=True`."""
     accepts_weights: ClassVar[bool] = False
-    """Whether `solve` uses `SupportSet.sample_weight` and leaves `SupportSet.prior` to the scores."""
+    """Whether `solve` uses `SupportSet.sample_weight` and `SupportSet.offset`."""
+    accepts_multilabel: ClassVar[bool] = False
+    """Whether `solve` supports `SupportSet.is_multilabel`."""
 
     def __init__(self, *, kernel: KernelLike | None = None, scale: Hyperparameter = 1.0, validate: bool = True) -> None:
         super().__init__(kernel=kernel, validate=validate)
@@ -50,7 +59,7 @@ class ClassificationHead(Head):
     def forward(
         self,
         support: Float[Tensor, "*batch n d"] | ArrayLike,
-        labels: Integer[Tensor, "*#batch n"] | ArrayLike,
+        labels: Integer[Tensor, "*#batch n"] | Bool[Tensor, "*batch n k"] | ArrayLike,
         query: Float[Tensor, "*batch q d"] | ArrayLike,
         *,
         ways: int | Integer[Tensor, "*#batch"] | ArrayLike | None = None,
@@ -68,6 +77,8 @@ class ClassificationHead(Head):
             support: features, `(*batch, n, d)`; the leading dimensions are tasks, any number of them.
             labels: `(*batch, n)`, or `(n,)` if all tasks have the same; any integer dtype, values 0..k-1 in any order
                 (renumber others first: `labels.unique(return_inverse=True)[1]`); shots may differ between classes.
+                Where an example may have any number of labels, `(*batch, n, k)` of bool, in heads with
+                `accepts_multilabel`: each class is then a problem of its own, against all others.
             query: features, `(*batch, q, d)`.
             ways: number of classes k. Defaults to None, the largest label plus one (reading it waits for a GPU). A
                 tensor or list of integers, `(*batch,)`, is the number of classes of each task; k is then the largest of
@@ -111,7 +122,7 @@ class ClassificationHead(Head):
     def fit(
         self,
         support: Float[Tensor, "*batch n d"] | ArrayLike,
-        labels: Integer[Tensor, "*#batch n"] | ArrayLike,
+        labels: Integer[Tensor, "*#batch n"] | Bool[Tensor, "*batch n k"] | ArrayLike,
         *,
         ways: int | Integer[Tensor, "*#batch"] | ArrayLike | None = None,
         mask: Bool[Tensor, "*#batch n"] | ArrayLike | None = None,
@@ -127,23 +138,38 @@ class ClassificationHead(Head):
         Returns:
             The fitted head, to be called on queries `(*batch, q, d)`. Its `solution` has the certificate.
         """
-        support, labels, ways_per_task, mask, max_ways = check_classification(
-            support,
-            labels,
-            ways,
-            mask,
-            needed_by=type(self).__name__ if self.requires_all_classes else None,
-            allow_missing_classes=allow_missing_classes,
-            validate=self.validate,
-        )
+        multilabel = single = None
+        if is_multilabel(labels):
+            name = None if self.accepts_multilabel else type(self).__name__
+            support, multilabel, mask = check_multilabel(
+                support, labels, ways, mask, refused_by=name, validate=self.validate
+            )
+            if getattr(self, "class_weight", None) is not None:
+                raise InputError("class_weight", "None where an example may have any number of labels", "a value")
+            ways_per_task, max_ways = None, multilabel.shape[-1]
+        else:
+            support, single, ways_per_task, mask, max_ways = check_classification(
+                support,
+                labels,
+                ways,
+                mask,
+                needed_by=type(self).__name__ if self.requires_all_classes else None,
+                allow_missing_classes=allow_missing_classes,
+                validate=self.validate,
+            )
         name = None if self.accepts_weights else type(self).__name__
         sample_weight = check_sample_weight(sample_weight, support, mask, refused_by=name, validate=self.validate)
         prior = check_prior(prior, support, max_ways, refused_by=name, validate=self.validate)
         with full_precision(support.device):
             dtype = working_dtype(support.device)
             sample_weight = None if sample_weight is None else sample_weight.to(dtype)
-            targets = one_hot(labels, max_ways, ways_per_task, dtype, validated=self.validate)
+            if multilabel is not None:
+                targets = multilabel.to(dtype)
+            else:
+                assert single is not None
+                targets = one_hot(single, max_ways, ways_per_task, dtype, validated=self.validate)
             examples = self._support_set(support, targets, mask, self._weigh(targets, mask, sample_weight), prior)
+            examples = replace(examples, is_multilabel=multilabel is not None)
             if ways_per_task is None or not ways_per_task.numel():
                 expansion = self._solve_checked(examples)
             else:

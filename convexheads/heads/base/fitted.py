@@ -198,8 +198,12 @@ class FittedClassifier(Fitted):
         return logits if self.ways is None else logits.masked_fill(self._absent.unsqueeze(-2), -torch.inf)
 
     def probabilities(self, query: Float[Tensor, "*batch q d"] | ArrayLike) -> Float[Tensor, "*batch q k"]:
-        """The softmax of the logits of `query`, `(*batch, q, k)`; see `calibrate`. The errors are those of a call."""
-        return self(query).softmax(-1)
+        """The softmax of the logits of `query`, `(*batch, q, k)`; see `calibrate`. The errors are those of a call.
+
+        If an example may have any number of labels, it is the sigmoid of each logit.
+        """
+        logits = self(query)
+        return logits.sigmoid() if self.support.is_multilabel else logits.softmax(-1)
 
     @property
     def bias(self) -> Float[Tensor, "*batch k"]:

@@ -92,6 +92,32 @@ def check_classification(
     return support, labels, per_task, mask, max_ways
 
 
+def is_multilabel(labels: object) -> bool:
+    """Whether labels are a matrix of bool, in which an example may have any number of labels."""
+    while isinstance(labels, list | tuple) and labels:
+        labels = labels[0]
+    return isinstance(labels, bool) or str(getattr(labels, "dtype", "")) in ("torch.bool", "bool")
+
+
+def check_multilabel(
+    support: object, labels: object, ways: object, mask: object, *, refused_by: str | None, validate: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Check the arguments of a fit with labels `(*batch, n, k)` of bool; return support, labels and mask."""
+    if refused_by is not None:
+        raise InputError("labels", f"integers for {refused_by}, which needs one label per example", "bool")
+    support, mask = _check_examples(support, mask)
+    labels = check_tensor("labels", labels, "a tensor of bool, (*batch, n, k)", is_bool_tensor, like=support)
+    k = labels.shape[-1] if labels.ndim > 1 else 0
+    if labels.shape == (support.shape[-2], k):
+        labels = labels.expand(*support.shape[:-1], k)
+    _check_match("labels", labels, support, (*support.shape[:-1], max(1, k)), "one row of labels per support example")
+    if ways is not None and check_positive_int("ways", ways, alternative=", or None") != k:
+        raise InputError("ways", f"the {k} columns of the labels, or None", ways)
+    if validate:
+        inspect_values(_check_values, mask, support)
+    return support, labels, mask
+
+
 def _check_labels(
     support: Tensor,
     labels: Tensor,

@@ -30,6 +30,8 @@ class SupportSet:
         validate: whether to check values. Defaults to True.
         sample_weight: factors of the losses of the examples, `(*batch, n)`, positive where there is no mask. Defaults
             to None (all one).
+        is_multilabel: whether an example may have any number of labels, each of which is a problem of its own. Defaults
+            to False.
         prior: weights `(*batch, k, d)` from which the regularizer measures. Defaults to None (zero).
 
     Example:
@@ -43,6 +45,7 @@ class SupportSet:
     validate: bool = True
     sample_weight: Float[Tensor, "*batch n"] | None = None
     prior: Float[Tensor, "*batch k d"] | None = None
+    is_multilabel: bool = False
 
     @property
     def gram(self) -> Float[Tensor, "*batch n n"]:
