@@ -139,11 +139,8 @@ class ClassificationHead(Head):
             The fitted head, to be called on queries `(*batch, q, d)`. Its `solution` has the certificate.
         """
         multilabel = single = None
-        if is_multilabel(labels):
-            name = None if self.accepts_multilabel else type(self).__name__
-            support, multilabel, mask = check_multilabel(
-                support, labels, ways, mask, refused_by=name, validate=self.validate
-            )
+        if self.accepts_multilabel and is_multilabel(labels):
+            support, multilabel, mask = check_multilabel(support, labels, ways, mask, validate=self.validate)
             if getattr(self, "class_weight", None) is not None:
                 raise InputError("class_weight", "None where an example may have any number of labels", "a value")
             ways_per_task, max_ways = None, multilabel.shape[-1]

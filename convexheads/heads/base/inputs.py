@@ -100,17 +100,18 @@ def is_multilabel(labels: object) -> bool:
 
 
 def check_multilabel(
-    support: object, labels: object, ways: object, mask: object, *, refused_by: str | None, validate: bool
+    support: object, labels: object, ways: object, mask: object, *, validate: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Check the arguments of a fit with labels `(*batch, n, k)` of bool; return support, labels and mask."""
-    if refused_by is not None:
-        raise InputError("labels", f"integers for {refused_by}, which needs one label per example", "bool")
     support, mask = _check_examples(support, mask)
     labels = check_tensor("labels", labels, "a tensor of bool, (*batch, n, k)", is_bool_tensor, like=support)
-    k = labels.shape[-1] if labels.ndim > 1 else 0
+    k = max(1, labels.shape[-1] if labels.ndim else 0)
     if labels.shape == (support.shape[-2], k):
         labels = labels.expand(*support.shape[:-1], k)
-    _check_match("labels", labels, support, (*support.shape[:-1], max(1, k)), "one row of labels per support example")
+    if labels.shape != (*support.shape[:-1], k):
+        expected = f"integers, or a matrix of bool with one column per class, {(*support.shape[:-1], 'k')}"
+        raise InputError("labels", expected.replace("'", ""), f"a tensor of torch.bool, {describe_shape(labels)}")
+    _check_match("labels", labels, support, labels.shape, "one row per support example")
     if ways is not None and check_positive_int("ways", ways, alternative=", or None") != k:
         raise InputError("ways", f"the {k} columns of the labels, or None", ways)
     if validate:
