@@ -19,18 +19,16 @@ from convexheads._sampling import track
 from convexheads._validation import ArrayLike, Check
 from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError, SolverWarning
 from convexheads.heads import ClassificationHead, FittedClassifier, KernelExpansion, LossHead, SupportSet
+from convexheads.heads.base import held_out
 from convexheads.heads.base.classification import check_head
+from convexheads.heads.base.held_out import Examples, has_closed_form, lenient, refit
 from convexheads.heads.base.inputs import check_classification, check_prior, check_sample_weight
 from convexheads.hyperparameters import PerTask, as_tensor
-from convexheads.kernels import condition
 from convexheads.precision import full_precision, working_dtype
-from convexheads.solvers import Solver
 
 Folds = int | Literal["loo"] | tuple[Any, Any]
 """The type of `cv`: a number of folds, "loo", or features and labels of a validation set."""
 Scoring = Literal["accuracy", "log_loss"]
-# The number of entries of the largest tensors of one batch, half a gigabyte in float64.
-_MAX_ENTRIES = 2**26
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -170,12 +168,14 @@ def tune(
     values = _check_grid(head, grid)
     points = [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
     task = _prepare(head, support, labels, ways, mask, sample_weight, prior)
-    split = _split(cv, task, _validation.check_seed(seed))
     groups = _group(head, points)
+    variants = (copy.deepcopy(head).set_params(**group.settings) for group in groups)
+    is_closed = all(has_closed_form(variant, task.examples) for variant in variants)
+    split = _split(cv, task, _validation.check_seed(seed), is_closed=is_closed)
     parts = [part for group in groups for part in _divide(head, task, split, group)]
-    scores = _Scores.empty(len(task.labels), split.train.shape[1], len(points), task.features.device)
+    scores = _Scores.empty(len(task.labels), split.train.shape[1], len(points), task.examples.features.device)
     for part in track(parts, f"tuning {type(head).__name__}, {len(points)} points", progress):
-        with torch.no_grad(), full_precision(task.features.device):
+        with torch.no_grad(), full_precision(task.examples.features.device):
             scores.put(part, *_score(head, task, split, part))
     accuracy, log_loss = scores.accuracy.mean(1), scores.log_loss.mean(1)
     gap, converged = scores.gap.amax(1), scores.converged.all(1)
@@ -245,12 +245,8 @@ class _Task(NamedTuple):
     arguments: tuple[Any, Any]
     options: dict[str, Any]
     batch: torch.Size
-    features: Float[Tensor, "tasks n d"]
+    examples: Examples
     labels: Integer[Tensor, "tasks n"]
-    mask: Bool[Tensor, "tasks n"]
-    sample_weight: Float[Tensor, "tasks n"] | None
-    prior: Float[Tensor, "tasks k d"] | None
-    ways: int
 
 
 class _Split(NamedTuple):
@@ -375,7 +371,7 @@ def _prepare(
     name = None if head.accepts_weights else type(head).__name__
     sample_weight = check_sample_weight(sample_weight, support, mask, refused_by=name, validate=head.validate)
     prior = check_prior(prior, support, k, refused_by=name, validate=head.validate)
-    options = {"ways": k, "mask": mask, "sample_weight": sample_weight, "prior": prior}
+    options = {"labels": labels, "ways": k, "mask": mask, "sample_weight": sample_weight, "prior": prior}
     options = {name: value for name, value in options.items() if value is not None}
     dtype, (*batch, n, d) = working_dtype(support.device), support.shape
     features = support.detach().to(dtype).reshape(-1, n, d)
@@ -383,64 +379,67 @@ def _prepare(
     if sample_weight is not None:
         used = used & (sample_weight > 0)
     used = used.reshape(-1, n)
-    return _Task(
-        (support, labels),
-        options,
-        torch.Size(batch),
+    labels = labels.long().reshape(-1, n)
+    examples = Examples(
         features.masked_fill(~used.unsqueeze(-1), 0),
-        labels.long().reshape(-1, n),
+        torch.nn.functional.one_hot(labels, k).to(dtype) * used.unsqueeze(-1),
         used,
         None if sample_weight is None else sample_weight.detach().to(dtype).reshape(-1, n),
         None if prior is None else prior.detach().to(dtype).reshape(-1, k, d),
-        k,
+        is_multilabel=False,
     )
+    return _Task((support, options.pop("labels")), options, torch.Size(batch), examples, labels)
 
 
-def _split(cv: object, task: _Task, seed: int) -> _Split:
+def _split(cv: object, task: _Task, seed: int, *, is_closed: bool) -> _Split:
     tasks, n = task.labels.shape
     device = task.labels.device
     if isinstance(cv, tuple | list) and len(cv) == 2:
         return _validation_set(cv, task)
+    used, ways = task.examples.used, task.examples.targets.shape[-1]
     if cv == "loo":
         count = n
-        folds = torch.where(task.mask, torch.arange(n, device=device), -1)
+        folds = torch.where(used, torch.arange(n, device=device), -1)
+        if is_closed:
+            return _Split(used[:, None], None, None, task.labels[:, None], used[:, None], folds)
     else:
         expected = "a number of folds from 2 on, 'loo', or a pair of validation features and labels"
         if isinstance(cv, bool) or not isinstance(cv, int) or cv < 2:
             raise InputError("cv", expected, _validation.describe(cv))
         count = cv
-        counts = (torch.nn.functional.one_hot(task.labels, task.ways) * task.mask.unsqueeze(-1)).sum(1)
+        counts = task.examples.targets.sum(1).long()
         if (counts < count).any():
             row, label = (counts < count).nonzero()[0].tolist()
             got = f"{counts[row, label].item()} of class {label}; pass fewer folds, cv='loo' or a validation set"
             raise InputError("cv", f"at least {count} examples of every class for {count} folds", got)
         # The examples of a class, in random order, go to one fold after the other; the next class continues there.
         generator = torch.Generator().manual_seed(seed)
-        keys = task.labels.where(task.mask, task.ways).cpu() + torch.rand(tasks, n, generator=generator).double()
+        keys = task.labels.where(used, ways).cpu() + torch.rand(tasks, n, generator=generator).double()
         folds = torch.empty_like(task.labels)
         folds.scatter_(1, keys.argsort(dim=1).to(device), (torch.arange(n, device=device) % count).expand(tasks, n))
-        folds = folds.where(task.mask, -1)
-    held_out = folds.unsqueeze(1) == torch.arange(count, device=device).unsqueeze(-1)  # (tasks, folds, n)
-    size = int(held_out.sum(-1).amax())
-    index = held_out.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :size]
+        folds = folds.where(used, -1)
+    left_out = folds.unsqueeze(1) == torch.arange(count, device=device).unsqueeze(-1)  # (tasks, folds, n)
+    size = int(left_out.sum(-1).amax())
+    index = left_out.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :size]
     labels = task.labels.unsqueeze(1).expand(-1, count, -1).gather(-1, index)
-    return _Split(task.mask.unsqueeze(1) & ~held_out, None, index, labels, held_out.gather(-1, index), folds)
+    return _Split(used.unsqueeze(1) & ~left_out, None, index, labels, left_out.gather(-1, index), folds)
 
 
 def _validation_set(pair: Sequence[Any], task: _Task) -> _Split:
-    tasks, (_, d) = len(task.labels), task.features.shape[1:]
+    examples = task.examples
+    tasks, d, ways = len(task.labels), examples.features.shape[-1], examples.targets.shape[-1]
     query = _validation.check_tensor("cv", pair[0], "features of a validation set", _validation.is_float_tensor)
     labels = _validation.check_tensor("cv", pair[1], "labels of a validation set", _validation.is_integer_tensor)
-    query, labels = query.detach().to(task.features), labels.to(task.labels)
+    query, labels = query.detach().to(examples.features), labels.to(task.labels)
     q = query.shape[-2] if query.ndim > 1 else 0
     for shape, expand in (((*task.batch, q, d), False), ((q, d), True)):
         if query.shape == shape and labels.shape == shape[:-1] and q:
             query, labels = query.reshape(-1, q, d), labels.reshape(-1, q)
             query, labels = (part.expand(tasks, *part.shape[1:]) if expand else part for part in (query, labels))
             _validation.check_finite("cv", query)
-            _validation.check_range("cv", labels, task.ways, task.ways - 1)
+            _validation.check_range("cv", labels, ways, ways - 1)
             used = torch.ones_like(labels, dtype=torch.bool)
-            return _Split(task.mask.unsqueeze(1), query.unsqueeze(1), None, labels[:, None], used[:, None], None)
+            return _Split(examples.used[:, None], query.unsqueeze(1), None, labels[:, None], used[:, None], None)
     got = f"shapes {tuple(query.shape)} and {tuple(labels.shape)}"
     raise InputError("cv", f"features {(*task.batch, 'q', d)} and labels {(*task.batch, 'q')}".replace("'", ""), got)
 
@@ -448,13 +447,13 @@ def _validation_set(pair: Sequence[Any], task: _Task) -> _Split:
 def _divide(head: ClassificationHead, task: _Task, split: _Split, group: _Group) -> Iterator[_Part]:
     """Divide the work of a group so that each part fits into memory."""
     tasks, folds, n = split.train.shape
-    m, d, points = split.labels.shape[-1], task.features.shape[-1], len(group.indices)
-    per_point = head.entries_per_task(n, d, task.ways) if isinstance(head, LossHead) else n * (n + d) * task.ways
+    m, d, k = split.labels.shape[-1], task.examples.features.shape[-1], task.examples.targets.shape[-1]
+    points, per_point = len(group.indices), head.entries_per_task(n, d, k) + 2 * m * k
     per_fold = n * (n + d) + m * (n + d)
-    points_at_once = max(1, min(points, (_MAX_ENTRIES - per_fold) // (per_point + 2 * m * task.ways)))
-    each = per_fold + points_at_once * (per_point + 2 * m * task.ways)
-    folds_at_once = max(1, min(folds, _MAX_ENTRIES // each))
-    tasks_at_once = max(1, min(tasks, _MAX_ENTRIES // (each * folds_at_once))) if folds_at_once == folds else 1
+    points_at_once = max(1, min(points, (held_out.MAX_ENTRIES - per_fold) // per_point))
+    each = per_fold + points_at_once * per_point
+    folds_at_once = max(1, min(folds, held_out.MAX_ENTRIES // each))
+    tasks_at_once = max(1, min(tasks, held_out.MAX_ENTRIES // (each * folds_at_once))) if folds_at_once == folds else 1
     for task_start in range(0, tasks, tasks_at_once):
         for fold_start in range(0, folds, folds_at_once):
             for start in range(0, points, points_at_once):
@@ -473,61 +472,34 @@ def _divide(head: ClassificationHead, task: _Task, split: _Split, group: _Group)
 def _score(head: ClassificationHead, task: _Task, split: _Split, part: _Part) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Accuracy, log-loss, gap and status of each task, fold and point of a part, `(tasks, folds, points)`."""
     tasks, folds, group = part
-    train = split.train[tasks, folds].unsqueeze(2)  # (tasks, folds, 1, n)
-    shared = task.features[tasks, None, None]
-    features = shared.expand(*train.shape[:3], *shared.shape[-2:])
-    batched = {name: PerTask(torch.tensor(values, dtype=features.dtype)) for name, values in group.batched.items()}
-    configured = _lenient(copy.deepcopy(head).set_params(**group.settings, **batched))
-    labels = task.labels[tasks, None, None].expand(train.shape)
-    targets = torch.nn.functional.one_hot(labels, task.ways).to(features.dtype) * train.unsqueeze(-1)
-    if not isinstance(head, LossHead):  # only these heads ignore the features of masked examples
-        features = features.masked_fill(~train.unsqueeze(-1), 0)
-    weight = None
-    if task.sample_weight is not None:
-        weight = task.sample_weight[tasks, None, None].expand(train.shape)
-    weight = configured._weigh(targets, train, weight)
-    if weight is not None:
-        weight = weight.masked_fill(~train, 1)
-    prior = None
-    if task.prior is not None:
-        prior = task.prior[tasks, None, None].expand(*train.shape[:3], *task.prior.shape[1:])
-    kernel = condition(configured.kernel, features, train)
-    examples = SupportSet(features, targets, train, kernel, False, weight, prior)
-    expansion = configured.solve(examples)
-    scale = as_tensor(configured.scale, features)
-    fitted = FittedClassifier(expansion, examples, features.dtype, scale)
-    if split.features is None:
-        assert split.index is not None
-        index = split.index[tasks, folds]
-        query = task.features[tasks, None].expand(*index.shape[:2], *task.features.shape[1:])
-        query = query.gather(2, index.unsqueeze(-1).expand(*index.shape, query.shape[-1]))
-    else:
-        query = split.features[tasks, folds]
-    logits = scale * fitted._scores(query.unsqueeze(2))
-    logits = logits.where(logits.isnan().logical_not(), -torch.inf)  # a class without examples
+    examples, train = task.examples.select(tasks), split.train[tasks, folds]
+    dtype = examples.features.dtype
+    batched = {name: PerTask(torch.tensor(values, dtype=dtype)) for name, values in group.batched.items()}
+    configured = lenient(copy.deepcopy(head).set_params(**group.settings, **batched))
     truth, used = split.labels[tasks, folds].unsqueeze(2), split.used[tasks, folds].unsqueeze(2)
+    solution = None
+    if split.features is not None:
+        logits, expansion = refit(configured, examples, train, split.features[tasks, folds])
+        solution = expansion.solution
+    elif split.index is not None:
+        index = split.index[tasks, folds]
+        query = examples.features.unsqueeze(1).expand(*index.shape[:2], *examples.features.shape[1:])
+        query = query.gather(2, index.unsqueeze(-1).expand(*index.shape, query.shape[-1]))
+        logits, expansion = refit(configured, examples, train, query)
+        solution = expansion.solution
+    else:
+        scores = configured.leave_one_out_scores(examples)
+        logits = as_tensor(configured.scale, scores) * scores
     count = used.sum(-1).clamp_min(1).double()
     correct = (logits.argmax(-1) == truth) & used
     log_loss = logits.logsumexp(-1) - logits.gather(-1, truth.expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1)
     log_loss = log_loss.masked_fill(~used, 0).sum(-1) / count
     shape = torch.Size((*train.shape[:2], len(group.indices)))
-    solution = expansion.solution
     if solution is None:
         gap, converged = logits.new_full(shape, torch.nan), torch.ones(shape, dtype=torch.bool, device=logits.device)
     else:
         gap, converged = solution.gap.expand(shape), solution.converged.expand(shape)
     return (correct.sum(-1) / count).expand(shape), log_loss.expand(shape), gap, converged
-
-
-def _lenient(head: ClassificationHead) -> ClassificationHead:
-    """The head, which returns what it cannot solve."""
-    solver = getattr(head, "solver", None)
-    if isinstance(solver, Solver):
-        head.solver = solver.with_on_failure("return")  # pyright: ignore[reportAttributeAccessIssue]
-    if hasattr(head, "on_failure"):
-        head.on_failure = "return"  # pyright: ignore[reportAttributeAccessIssue]
-    head.validate = False
-    return head
 
 
 def _choose(score: Tensor, converged: Tensor, groups: list[_Group]) -> Integer[Tensor, " tasks"]:

@@ -90,7 +90,7 @@ def fit(
     used, offset = support.factors, support.offset
     batch = torch.broadcast_shapes(penalty.shape, targets.shape[:-2])
     data = (part.expand(*batch, *part.shape[targets.ndim - 2 :]) for part in (features, targets, used, offset))
-    problem = (*data, penalty.expand(batch))
+    problem = (*data, penalty.expand(batch).contiguous())
     aim = _AIM_OF_GRID if is_grid else _AIM
     run = partial(solve, loss=loss, intercept=intercept, tolerance=aim, max_steps=_MAX_STEPS)
     weight, gap, steps = compute_without_grad(run, *problem)

@@ -54,6 +54,22 @@ class FittedGaussianProcess(FittedRegressor):
             variance = gram_diagonal(self.support.kernel, query) - explained.square().sum(-2)
             return variance.clamp_min(0).to(self.dtype)
 
+    def leave_one_out(
+        self,
+    ) -> tuple[Float[Tensor, "*batch n"] | Float[Tensor, "*batch n k"], Float[Tensor, "*batch n"]]:
+        """Mean and variance of the observation of each support example, predicted from the others.
+
+        Eq. 5.12 of Rasmussen & Williams (2006). Parameters of the kernel that depend on the support set stay the same.
+
+        Returns:
+            The means, shaped like the targets, and the variances, `(*batch, n)`, in squared units of the targets;
+            differentiable like the predictions.
+        """
+        precision = torch.cholesky_inverse(self.expansion.factor).diagonal(dim1=-2, dim2=-1)
+        mean = self.support.targets - self.expansion.coef / precision.unsqueeze(-1)
+        mean = mean.squeeze(-1) if self.single_output else mean
+        return mean.to(self.dtype), (1 / precision).to(self.dtype)
+
     def log_marginal_likelihood(self) -> Float[Tensor, "*batch"]:
         """Log marginal likelihood of the support's targets, summed over outputs, in nats.
 

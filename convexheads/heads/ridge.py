@@ -11,11 +11,12 @@ from torch import Tensor
 
 from convexheads.heads._linear_algebra import shifted_cholesky
 from convexheads.heads._sharing import apply_once, multiply
+from convexheads.heads.base.held_out import Examples
 from convexheads.heads.base.loss import LossHead
 from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
-from convexheads.kernels import KernelLike
+from convexheads.kernels import KernelLike, condition
 
 
 def _solve_ridge(
@@ -82,6 +83,47 @@ def _shifted_solve(
     return lambda right: multiply(vectors, factors * (vectors.mT @ right))
 
 
+def _leave_one_out(
+    support: SupportSet, penalty: Float[Tensor, "*grid"], *, intercept: bool
+) -> Float[Tensor, "tasks 1 points n k"]:
+    """The scores of each example without it: `y - alpha / diagonal` of the inverse of the (bordered) system.
+
+    In terms of `hat`, the matrix that maps targets to scores, that is `(score - hat_nn y) / (1 - hat_nn)`.
+    """
+    targets = 2 * support.targets - 1 if support.is_multilabel else support.targets
+    targets = targets - support.offset
+    root = _roots(support)
+    total = root.square().sum(-2, keepdim=True)
+    share = root.square() / total
+    factor, (*_, n, d) = support.linear_factor, support.features.shape
+    # Columns of `basis` are orthogonal to the roots with an intercept, because of centered rows.
+    if factor is None or n <= d:
+        gram = support.gram
+        if intercept:
+            column = gram @ share
+            gram = gram - column - column.mT + share.mT @ column
+        values, basis = torch.linalg.eigh(root * gram * root.mT)
+    else:
+        rows = factor * support.features
+        rows = root * (rows - share.mT @ rows if intercept else rows)
+        squared, vectors = torch.linalg.eigh(rows.mT @ rows)
+        values = squared.clamp_min(0)
+        basis = (rows @ vectors) / values.sqrt().clamp_min(torch.finfo(values.dtype).tiny).unsqueeze(-2)
+        basis = torch.where(values.unsqueeze(-2) > 1e-13 * values.amax(-1)[..., None, None], basis, 0)
+    center = share.mT @ targets if intercept else torch.zeros_like(targets[..., :1, :])
+    rotated = basis.mT @ (root * (targets - center))
+    shrinkage = values.clamp_min(0)
+    shrinkage = (shrinkage[:, None, None] / (shrinkage[:, None, None] + penalty.unsqueeze(-1))).unsqueeze(-1)
+    part, root = basis[:, None, None], root[:, None, None]
+    fitted = multiply(part, shrinkage * rotated[:, None, None])  # (tasks, 1, points, n, k), times the roots
+    hat = multiply(part.square(), shrinkage)
+    if intercept:
+        fitted, hat = fitted + root * center[:, None, None], hat + (root.square() / total[:, None, None])
+    own = root * targets[:, None, None]
+    scores = (fitted - hat * own) / ((1 - hat) * root.where(root > 0, 1))
+    return scores + support.offset[:, None, None]
+
+
 def _roots(support: SupportSet) -> Float[Tensor, "*batch n 1"]:
     """The square roots of the factors of the examples."""
     weight, mask = support.sample_weight, support.mask
@@ -131,6 +173,25 @@ class RidgeHead(LossHead):
 
     def solve(self, support: SupportSet) -> KernelExpansion:
         return _solve_ridge(support, self.regularization, "RidgeHead", intercept=self.intercept)
+
+    @property
+    def has_leave_one_out(self) -> bool:
+        return self.class_weight != "balanced"  # these weights depend on the number of examples
+
+    def leave_one_out_scores(self, examples: Examples) -> Float[Tensor, "tasks 1 points n k"]:
+        weight = self._weigh(examples.targets, examples.used, examples.sample_weight)
+        kernel = condition(self.kernel, examples.features, examples.used)
+        support = SupportSet(
+            examples.features,
+            examples.targets,
+            examples.used,
+            kernel,
+            False,
+            weight,
+            examples.prior,
+            examples.is_multilabel,
+        )
+        return _leave_one_out(support, as_tensor(self.regularization, examples.features), intercept=self.intercept)
 
 
 class RidgeRegressionHead(RegressionHead):

@@ -70,6 +70,15 @@ class MulticlassSVM(LossHead):
     def is_traceable(self) -> bool:
         return not self.validate and self.solver.is_traceable  # compilers get `super().is_traceable` wrong
 
+    def entries_per_task(self, n: int, d: int, k: int) -> int:
+        return 2 * n * n + 12 * (n + d) * k
+
+    def needed_examples(self, expansion: KernelExpansion) -> Bool[Tensor, "*batch n"]:
+        if self.class_weight == "balanced":  # these weights depend on the number of examples
+            return super().needed_examples(expansion)
+        size = expansion.coef.abs().amax(-1)
+        return size > 1e-9 * size.amax(-1, keepdim=True)
+
     def upper_bound(self, support: SupportSet) -> Float[Tensor, "*batch n 1"]:
         """The upper bound of the multipliers of each example's slacks in a `support` set, `(*batch, n, 1)`.
 

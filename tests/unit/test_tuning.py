@@ -21,8 +21,8 @@ from convexheads import (
     TunedHead,
     evaluate,
     tune,
-    tuning,
 )
+from convexheads.heads.base import held_out
 from convexheads.kernels import RBF, Linear
 
 PENALTIES = 10.0 ** torch.linspace(-4, 3, 8, dtype=torch.float64)
@@ -136,7 +136,7 @@ def test_parts_give_the_same_scores(monkeypatch):
     grid = {"regularization": PENALTIES}
     expected = tune(LogisticHead(), grid, support, labels, cv=4, progress=False)
     for limit in (2000, 20_000):
-        monkeypatch.setattr(tuning, "_MAX_ENTRIES", limit)
+        monkeypatch.setattr(held_out, "MAX_ENTRIES", limit)
         found = tune(LogisticHead(), grid, support, labels, cv=4, progress=False)
         assert close(found.log_loss, expected.log_loss) < 1e-6
         assert torch.equal(found.accuracy, expected.accuracy)
@@ -201,3 +201,16 @@ def test_unusable_arguments_are_named(argument, change):
     arguments = {"grid": {"C": [0.1, 1.0]}} | change
     with pytest.raises(InputError, match=argument):
         tune(SVMHead(), arguments.pop("grid"), support, labels, progress=False, **arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("head", "name", "options"), list(HEADS.values())[:6], ids=list(HEADS)[:6])
+@pytest.mark.parametrize("cv", [3, "loo"])
+def test_cuda_equals_cpu(head, name, options, cv, cuda):
+    support, labels, query, _ = task(2, shots=(9, 8, 7), d=10)
+    here = tune(head(**options), {name: PENALTIES}, support, labels, cv=cv, progress=False)
+    there = tune(head(**options), {name: PENALTIES}, support.to(cuda), labels.to(cuda), cv=cv, progress=False)
+    assert there.accuracy.is_cuda
+    torch.testing.assert_close(there.accuracy.cpu(), here.accuracy)
+    torch.testing.assert_close(there.log_loss.cpu(), here.log_loss, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(there.fitted(query.to(cuda)).cpu(), here.fitted(query), rtol=1e-5, atol=1e-6)

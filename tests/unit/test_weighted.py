@@ -311,3 +311,22 @@ def test_many_examples_of_a_squared_hinge_agree_with_scikit_learn(intercept):
     slope = -2 * 0.3 * weight.unsqueeze(-1) * signs * slack
     assert slope.sum(0).abs().max() < 1e-7
     assert (found.weight + slope.mT @ support).abs().max() < 1e-7
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_cuda_equals_cpu(head, sizes, cuda):
+    support, labels, query, ways = task(2, **sizes)
+    generator = torch.Generator().manual_seed(5)
+    prior = torch.randn(ways, support.shape[-1], generator=generator, dtype=torch.float64)
+    module = head(0.6, intercept=True, class_weight="balanced")
+    found = []
+    for device in ("cpu", cuda):
+        values = [part.to(device).detach().requires_grad_() for part in (support, weights_of(labels), prior)]
+        x, weight, W = values
+        logits = module(x, labels.to(device), query.to(device), sample_weight=weight, prior=W)
+        gradients = torch.autograd.grad(logits.softmax(-1).square().sum(), values)
+        found.append([part.cpu() for part in (logits, *gradients)])
+    for here, there in zip(*found, strict=True):
+        assert close(there, here, scale=1e-3) < 1e-5

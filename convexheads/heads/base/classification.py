@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from convexheads._compiler import traced_if
-from convexheads._validation import ArrayLike
+from convexheads._validation import ArrayLike, check_choice
 from convexheads.errors import ConvexHeadsError, InputError, SolverError
 from convexheads.heads.base.fitted import FittedClassifier
 from convexheads.heads.base.head import Head
+from convexheads.heads.base.held_out import Examples, leave_one_out
 from convexheads.heads.base.inputs import (
     check_classification,
     check_multilabel,
@@ -129,11 +131,16 @@ class ClassificationHead(Head):
         allow_missing_classes: bool = False,
         sample_weight: Float[Tensor, "*#batch n"] | ArrayLike | None = None,
         prior: Float[Tensor, "*#batch k d"] | ArrayLike | None = None,
+        calibrate: str | None = None,
     ) -> FittedClassifier:
         """Fit on the support sets of a batch of tasks.
 
         The arguments `support`, `labels`, `ways`, `mask`, `allow_missing_classes`, `sample_weight` and `prior`, and the
         errors, are those of `forward`.
+
+        With `calibrate="loo"`, the logits of each task are multiplied by the factor for which the probabilities of its
+        own examples are best, each predicted without it (temperature scaling without a validation set). It needs at
+        least two examples of most classes, and the fit then has `prediction_sets`. The default is None.
 
         Returns:
             The fitted head, to be called on queries `(*batch, q, d)`. Its `solution` has the certificate.
@@ -172,7 +179,83 @@ class ClassificationHead(Head):
             else:
                 expansion = self._solve_grouped_by_ways(examples, ways_per_task)
             scale = as_tensor(self.scale, examples.features)
-            return FittedClassifier(expansion, examples, support.dtype, scale, ways_per_task)
+            fitted = FittedClassifier(expansion, examples, support.dtype, scale, ways_per_task)
+        if calibrate is None:
+            return fitted
+        if check_choice("calibrate", calibrate, ("loo",)) and ways_per_task is not None:
+            raise InputError("calibrate", "None where the number of classes differs between tasks", repr(calibrate))
+        return fitted.calibrated(self._leave_one_out(examples, sample_weight), targets, examples.used)
+
+    def leave_one_out(
+        self,
+        support: Float[Tensor, "*batch n d"] | ArrayLike,
+        labels: Integer[Tensor, "*#batch n"] | Bool[Tensor, "*batch n k"] | ArrayLike,
+        **options: Any,
+    ) -> Float[Tensor, "*batch n k"]:
+        """Predict each support example by the head fitted on all others of its task.
+
+        Use it for an honest estimate of accuracy or calibration where there are too few examples to hold some out.
+        Ridge regression and prototypes have a closed form; other heads are fitted without each example, in batches.
+        Examples that are not support vectors of an SVM need no fit.
+
+        Args:
+            support: features, `(*batch, n, d)`.
+            labels: see `forward`.
+            options: further arguments of `fit`, which are `ways`, `mask`, `sample_weight` and `prior`.
+
+        Returns:
+            Logits, `(*batch, n, k)`, in the support's dtype, without gradients; zero at masked examples, and minus
+            infinity for a class whose only example is left out, in heads that need one.
+
+        Example:
+            `accuracy = (head.leave_one_out(support, labels).argmax(-1) == labels).float().mean()`
+        """
+        fitted = self.fit(support, labels, **options)
+        if fitted.ways is not None:
+            raise InputError("ways", "a number or None", "a number per task")
+        return self._leave_one_out(fitted.support, options.get("sample_weight")).to(fitted.dtype)
+
+    @torch.no_grad()
+    def _leave_one_out(self, support: SupportSet, sample_weight: Any) -> Float[Tensor, "*batch n k"]:
+        """The logits of each example of a support set without it; `sample_weight` is that of the caller."""
+        *batch, n, d = support.features.shape
+        k = support.targets.shape[-1]
+        if sample_weight is not None:
+            weight = check_sample_weight(sample_weight, support.features, support.mask, refused_by=None, validate=False)
+            sample_weight = None if weight is None else weight.to(support.features.dtype)
+        parts = support.features, support.targets, support.used, sample_weight, support.prior
+        shapes = (n, d), (n, k), (n,), (n,), (k, d)
+        flat: Any = (
+            None if part is None else part.detach().reshape(-1, *shape)
+            for part, shape in zip(parts, shapes, strict=True)
+        )
+        with full_precision(support.features.device):
+            examples = Examples(*flat, is_multilabel=support.is_multilabel)
+            logits = leave_one_out(self, examples)
+        return logits.reshape(*batch, n, k)
+
+    def entries_per_task(self, n: int, d: int, k: int) -> int:
+        """The number of entries of the tensors of one task while it is solved, which `tune` needs to bound its memory.
+
+        Args:
+            n: number of examples.
+            d: number of features.
+            k: number of classes.
+        """
+        return n * (n + d) * k
+
+    @property
+    def has_leave_one_out(self) -> bool:
+        """Whether the head has a closed form of the scores without one example."""
+        return False
+
+    def leave_one_out_scores(self, examples: Examples) -> Float[Tensor, "tasks 1 points n k"]:
+        """The scores of each of the `examples` without it, for heads with `has_leave_one_out`, before the scale."""
+        raise NotImplementedError(f"{type(self).__name__} has no closed form for leaving one example out")
+
+    def needed_examples(self, expansion: KernelExpansion) -> Bool[Tensor, "*batch n"]:
+        """Which examples change a solution, given as its `expansion`, if they are left out; by default, all."""
+        return torch.ones_like(expansion.coef[..., 0], dtype=torch.bool)
 
     def _weigh(self, targets: Tensor, mask: Tensor | None, sample_weight: Tensor | None) -> Tensor | None:
         """The factor of the loss of each example, `(*batch, n)`; None for one."""

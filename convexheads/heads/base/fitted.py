@@ -9,15 +9,17 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from convexheads._compiler import traced_if
-from convexheads._validation import ArrayLike
-from convexheads.errors import ConvexHeadsError
+from convexheads._functorch import inspect_values
+from convexheads._validation import ArrayLike, check_range, check_tensor, is_integer_tensor
+from convexheads.errors import ConvexHeadsError, InputError
 from convexheads.heads._sharing import multiply
 from convexheads.heads.base.inputs import check_query
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
+from convexheads.heads.base.temperature import best_factor, conformal_threshold, nonconformity
 from convexheads.kernels import Product, Sum, compute_gram, gram_diagonal
 from convexheads.kernels.affine import affine_form
 from convexheads.precision import full_precision
@@ -182,15 +184,19 @@ class FittedClassifier(Fitted):
     """A classification head fitted on the support sets of a batch of tasks, as `ClassificationHead.fit` returns it.
 
     Attributes:
-        scale: the head's scale at the time of the fit, a scalar, `()`.
+        scale: the factor of the scores: the head's scale at the time of the fit, a scalar, `()`, or one per task,
+            `(*batch,)`, after calibration.
         ways: the number of classes of each task, `(*batch,)`. Defaults to None (all have k).
+        held_out: one minus the probability of the right label of each held-out example, `(*batch, m)`, and infinity at
+            masked ones. `calibrated` sets it. Defaults to None.
 
     Example:
         `logits = SVMHead().fit(support, labels)(query)`
     """
 
-    scale: Float[Tensor, ""]
+    scale: Float[Tensor, "*#batch"]
     ways: Integer[Tensor, "*batch"] | None = None
+    held_out: Float[Tensor, "*batch m"] | None = None
 
     def __call__(self, query: Float[Tensor, "*batch q d"] | ArrayLike) -> Float[Tensor, "*batch q k"]:
         """The logits of `query`, `(*batch, q, k)`, as in `Fitted`; minus infinity for classes that a task lacks."""
@@ -205,13 +211,98 @@ class FittedClassifier(Fitted):
         logits = self(query)
         return logits.sigmoid() if self.support.is_multilabel else logits.softmax(-1)
 
+    def calibrate(
+        self, features: Float[Tensor, "*batch m d"] | ArrayLike, labels: Integer[Tensor, "..."] | ArrayLike
+    ) -> FittedClassifier:
+        """Calibrate the probabilities of each task on held-out examples, and prepare `prediction_sets`.
+
+        Use it if you can spare examples; `fit(..., calibrate="loo")` needs none. The errors are those of a call.
+
+        Args:
+            features: held-out features, `(*batch, m, d)`.
+            labels: their labels, `(*batch, m)`, 0..k-1.
+
+        Returns:
+            The same fit with another scale per task.
+
+        Example:
+            `probabilities = head.fit(support, labels).calibrate(held_out, held_out_labels).probabilities(query)`
+        """
+        logits = self(features)
+        labels = check_tensor("labels", labels, "a tensor of integers 0..k-1", is_integer_tensor, like=logits).long()
+        if labels.shape != logits.shape[:-1]:
+            raise InputError("labels", f"one label per example, {tuple(logits.shape[:-1])}", tuple(labels.shape))
+        if self.support.validate:
+            inspect_values(check_range, "labels", labels, logits.shape[-1], logits.shape[-1] - 1)
+        targets = (labels.unsqueeze(-1) == torch.arange(logits.shape[-1], device=labels.device)).double()
+        return self.calibrated(logits.detach().double(), targets.to(logits.device), torch.ones_like(labels) > 0)
+
+    def calibrated(
+        self, logits: Float[Tensor, "*batch m k"], targets: Float[Tensor, "*batch m k"], used: Bool[Tensor, "*batch m"]
+    ) -> FittedClassifier:
+        """The same fit, calibrated by `logits` of held-out examples with their one-hot `targets`, where `used` is True.
+
+        If an example may have any number of labels, each label counts as an example, and there are no prediction sets.
+        """
+        if self.support.is_multilabel:
+            # The logit of a label is the difference between those of "yes" and "no".
+            pairs = torch.stack([torch.zeros_like(logits), logits], -1).flatten(-3, -2)
+            truth = torch.stack([1 - targets, targets], -1).flatten(-3, -2)
+            factor = best_factor(pairs, truth, used.repeat_interleave(logits.shape[-1], -1))
+            return replace(self, scale=self.scale * factor)
+        factor = best_factor(logits, targets, used)
+        probabilities = (factor[..., None, None] * logits).softmax(-1)
+        held_out = nonconformity(probabilities, targets).nan_to_num(nan=1.0).masked_fill(~used, torch.inf)
+        return replace(self, scale=self.scale * factor, held_out=held_out)
+
+    def prediction_sets(
+        self, query: Float[Tensor, "*batch q d"] | ArrayLike, coverage: float = 0.9
+    ) -> Bool[Tensor, "*batch q k"]:
+        """Sets of classes that contain the right one with a given probability (conformal prediction).
+
+        Use it where "one of these two" is a better answer than a guess. A set contains the classes whose probability is
+        at least that of the labels of most held-out examples, and always the most probable one.
+
+        If the fit was calibrated by `calibrate` on examples of the same distribution as the queries, sets contain the
+        right class with at least this probability, on average over draws of these examples (split conformal
+        prediction, Vovk et al. 2005; scores of Sadinle et al. 2019). After `fit(..., calibrate="loo")` (cross-conformal
+        prediction), this holds approximately, and at least with the probability `2 * coverage - 1` where the scores of
+        a query hardly depend on one example (Barber et al. 2021).
+
+        Args:
+            query: features, `(*batch, q, d)`.
+            coverage: the probability, above 0 and below 1. With m held-out examples, sets contain all classes if it
+                is above m / (m + 1).
+
+        Returns:
+            Which classes are in the set of each query, `(*batch, q, k)`.
+
+        Raises:
+            ConvexHeadsError: the fit was not calibrated, or examples may have several labels.
+
+        Example:
+            `sets = head.fit(support, labels, calibrate="loo").prediction_sets(query, coverage=0.9)`
+        """
+        if self.held_out is None:
+            remedy = "fit(..., calibrate='loo') or calibrate(features, labels)"
+            raise ConvexHeadsError(
+                f"prediction_sets: expected a calibrated fit with one label per example, by {remedy}"
+            )
+        threshold = conformal_threshold(self.held_out, self.held_out.isfinite(), coverage)
+        probabilities = self.probabilities(query).double()
+        is_best = probabilities == probabilities.amax(-1, keepdim=True)
+        return (1 - probabilities <= threshold[..., None, None]) | is_best
+
     @property
     def bias(self) -> Float[Tensor, "*batch k"]:
         bias = super().bias
         return bias if self.ways is None else bias.masked_fill(self._absent, -torch.inf)
 
     def _to_output(self, scores: Tensor) -> Tensor:
-        return super()._to_output(self.scale * scores)
+        scale = self.scale  # of scores and weights, `(*batch, m, n)`, or of biases, `(*batch, k)`
+        if scale.ndim:
+            scale = scale.reshape(*scale.shape, *[1] * (scores.ndim - scale.ndim))
+        return super()._to_output(scale * scores)
 
     @property
     def _absent(self) -> Tensor:

@@ -68,16 +68,6 @@ class LossHead(ClassificationHead):
         super().__init__(kernel=kernel, scale=scale, validate=validate)
         self.class_weight, self.intercept = class_weight, intercept
 
-    def entries_per_task(self, n: int, d: int, k: int) -> int:
-        """The number of entries of the tensors of one task while it is solved, which `tune` needs to bound its memory.
-
-        Args:
-            n: number of examples.
-            d: number of features.
-            k: number of classes.
-        """
-        return 2 * n * n + 12 * (n + d) * k
-
     def _weigh(
         self,
         targets: Float[Tensor, "*batch n k"],

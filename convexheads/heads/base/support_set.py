@@ -81,6 +81,11 @@ class SupportSet:
         return slope.sqrt()[..., None, None] if isinstance(slope, Tensor) else slope**0.5
 
     @property
+    def used(self) -> Bool[Tensor, "*batch n"]:
+        """Which examples are not masked, `(*batch, n)`."""
+        return torch.ones_like(self.targets[..., 0], dtype=torch.bool) if self.mask is None else self.mask
+
+    @property
     def factors(self) -> Float[Tensor, "*batch n"]:
         """The factor of each example's loss, `(*batch, n)`: its weight, or zero if it is masked."""
         weight = torch.ones_like(self.targets[..., 0]) if self.sample_weight is None else self.sample_weight
