@@ -175,12 +175,12 @@ def methods(*, intelex: bool) -> Methods:
         "logistic, 5 folds": {
             "LogisticRegressionCV()": search(
                 lambda: LogisticRegressionCV(
-                    Cs=C.numpy(),
+                    Cs=cast("Any", C.numpy()),
                     cv=5,
                     max_iter=1000,
                     scoring="accuracy",
-                    l1_ratios=(0,),
-                    use_legacy_attributes=False,
+                    l1_ratios=cast("Any", (0,)),
+                    use_legacy_attributes=cast("Any", False),
                 )
             )
         },
@@ -242,7 +242,7 @@ def compare(data: dict[str, tuple[Tensor, Tensor]], options: Any, generator: tor
                 on = options.device if method in (OURS, "torch L-BFGS") else "cpu"
                 moved = Split(*(part.to(on) for part in split))
                 repeats = options.repeats if method == OURS else 1
-                seconds = []
+                seconds, found = [], Found(0.0)
                 for _ in range(repeats):
                     start = report.now(moved.support)
                     found = run(moved)
@@ -259,44 +259,51 @@ def compare(data: dict[str, tuple[Tensor, Tensor]], options: Any, generator: tor
 
 def show(rows: pandas.DataFrame) -> Table:
     """Seconds by shots, and how many times as long as ours a method takes."""
-    shots = sorted(rows["shots"].unique())
+    records = rows.to_dict("records")
+    shots = sorted({row["shots"] for row in records})
     columns = ("data", "protocol", "method", *(f"{count} shots" for count in shots), "accuracy, %", "objective excess")
     table = report.new_table("Linear probes", columns, left=["data", "protocol", "method"], no_wrap=True)
-    for case, own in rows.groupby(["data", "protocol", "method"], sort=False):
-        name, protocol, method = cast("tuple", case)
+    base = {(row["data"], row["protocol"], row["shots"]): row["seconds"] for row in records if row["method"] == OURS}
+    for case in dict.fromkeys((row["data"], row["protocol"], row["method"]) for row in records):
+        own = [row for row in records if (row["data"], row["protocol"], row["method"]) == case]
+        seconds = {row["shots"]: row["seconds"] for row in own}
         cells = []
         for count in shots:
-            cell = own[own["shots"] == count]
-            base = rows[(rows["data"] == name) & (rows["protocol"] == protocol) & (rows["shots"] == count)]
-            base = base[base["method"] == OURS]
-            if not len(cell):
-                cells.append("")
-                continue
-            seconds = float(cell["seconds"].iloc[0])
-            ratio = seconds / float(base["seconds"].iloc[0])
-            cells.append(f"{seconds:.2f} s" if method == OURS else f"{seconds:.2f} s ({ratio:.1f} x)")
-        excess = own["certified gap"].max() if method == OURS else own["excess"].max()
-        accuracy = f"{100 * own['accuracy'].mean():.2f}"
-        table.add_row(name, protocol, method, *cells, accuracy, "" if pandas.isna(excess) else f"{excess:.0e}")
+            cell = f"{seconds[count]:.2f} s" if count in seconds else ""
+            if cell and case[2] != OURS:
+                cell += f" ({seconds[count] / base[case[0], case[1], count]:.1f} x)"
+            cells.append(cell)
+        key = "certified gap" if case[2] == OURS else "excess"
+        excess = [
+            row[key] for row in own if row.get(key) is not None and row[key] == row[key]
+        ]  # neither missing nor NaN
+        accuracy = f"{100 * float(np.mean([row['accuracy'] for row in own])):.2f}"
+        table.add_row(*map(str, case), *cells, accuracy, f"{max(excess):.0e}" if excess else "")
     return table
 
 
 def draw_times(rows: pandas.DataFrame, path: Path) -> None:
     """Seconds by shots with a validation set, one panel per data set."""
-    own = rows[rows["protocol"] == "logistic, validation set"]
-    names = list(dict.fromkeys(own["data"]))
-    figure, panels = report.panels(len(names), width=2.2 + 2.4 * len(names), height=3.4, sharey=True)
+    own = [row for row in rows.to_dict("records") if row["protocol"] == "logistic, validation set"]
+    names, shots = list(dict.fromkeys(row["data"] for row in own)), sorted({row["shots"] for row in own})
+    figure, panels = report.panels(len(names), width=2.2 + 2.4 * len(names), height=3.6, sharey=True)
     for axes, name in zip(panels, names, strict=True):
-        for method, line in own[own["data"] == name].groupby("method", sort=False):
+        for method in dict.fromkeys(row["method"] for row in own):
+            line = [row for row in own if (row["data"], row["method"]) == (name, method)]
+            width = 2.5 if method == OURS else 1.2
             axes.plot(
-                line["shots"], line["seconds"], marker="o", label=str(method), linewidth=2.5 if method == OURS else 1.2
+                [row["shots"] for row in line],
+                [row["seconds"] for row in line],
+                marker="o",
+                label=str(method),
+                linewidth=width,
             )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xticks(sorted(own["shots"].unique()), [str(count) for count in sorted(own["shots"].unique())])
+        axes.set_xticks(shots, [str(count) for count in shots])
         axes.set_xlabel("shots")
-        axes.set_title(name, fontsize=10, loc="left")
-    panels[0].set_ylabel("seconds for 45 values of C and all tries")
+        axes.set_title(str(name), fontsize=10, loc="left")
+    panels[0].set_ylabel("seconds, 45 values of C, all tries")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
