@@ -28,6 +28,7 @@ from convexheads.heads._logistic_newton import MAX_BACKTRACKS, PATIENCE, Softmax
 from convexheads.heads._losses import LOSSES, CrossEntropy, Loss
 from convexheads.heads._sharing import apply_once, is_shared, multiply
 from convexheads.heads.base.support_set import SupportSet
+from convexheads.hyperparameters import Hyperparameter, PerTask
 from convexheads.solvers.best_iterate import BestIterate
 from convexheads.solvers.kkt import cholesky
 
@@ -42,6 +43,8 @@ _MAX_UNKNOWNS = 256
 _MAX_INNER, _MAX_PRECISE, _PRECISE = 300, 2000, 1e-14
 # Where conjugate gradients stall above this gap, n x n matrices are factorized if all of them have so few entries.
 _STALLED, _MAX_ENTRIES = 1e-8, 2**26
+# Steps by conjugate gradients, after which a task of a single class is solved by factorizations.
+_MAX_INEXACT = 12
 # An iteration goes on without the finished tasks once the others are at most this fraction.
 _FRACTION_TO_CONTINUE = 0.75
 # Of a grid of penalties, every n-th one is solved first. The others start between the solutions of their neighbors, of
@@ -65,9 +68,17 @@ class PrimalFit(NamedTuple):
     steps: Float[Tensor, "*batch"]
 
 
-def is_worth_while(n: int, d: int) -> bool:
-    """Whether the primal of n examples with d features is solved rather than the dual."""
-    return n > min(d, _MAX_EXAMPLES)
+def is_worth_while(n: int, d: int, parameter: Hyperparameter) -> bool:
+    """Whether the primal of n examples with d features is solved rather than the dual.
+
+    It is always solved for a grid, which has a hyperparameter per point, because tasks then share their features.
+    """
+    return n > min(d, _MAX_EXAMPLES) or is_grid(parameter)
+
+
+def is_grid(parameter: Hyperparameter) -> bool:
+    """Whether a hyperparameter has the values of a grid, for scores that are not differentiated."""
+    return isinstance(parameter, PerTask) and not torch.is_grad_enabled()
 
 
 def fit(
@@ -77,11 +88,11 @@ def fit(
     loss: str,
     penalty: Float[Tensor, "*#batch"],
     intercept: bool,
-    is_grid: bool,
+    is_precise: bool,
 ) -> PrimalFit:
-    """Fit the weights of a support set with the kernel `<factor x, factor y>`, with gradients.
+    """Fit the weights of a support set with the kernel `<factor x, factor y>`, with gradients if `is_precise`.
 
-    The dimensions of the penalty broadcast with those of the support set; a grid of penalties is solved less precisely.
+    The dimensions of the penalty broadcast with those of the support set.
     """
     targets = support.targets
     features = support.features if isinstance(factor, float) and factor == 1 else factor * support.features
@@ -91,7 +102,7 @@ def fit(
     batch = torch.broadcast_shapes(penalty.shape, targets.shape[:-2])
     data = (part.expand(*batch, *part.shape[targets.ndim - 2 :]) for part in (features, targets, used, offset))
     problem = (*data, penalty.expand(batch).contiguous())
-    aim = _AIM_OF_GRID if is_grid else _AIM
+    aim = _AIM if is_precise else _AIM_OF_GRID
     run = partial(solve, loss=loss, intercept=intercept, tolerance=aim, max_steps=_MAX_STEPS)
     weight, gap, steps = compute_without_grad(run, *problem)
     weight = ImplicitWeights.apply(*problem, weight, loss, intercept)
@@ -425,28 +436,69 @@ def _polynomial(known: Sequence[float], place: float) -> list[float]:
 
 def _minimize_all(problem: _Problem, grid: int, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """The optimal weights, their certified relative duality gaps, and the number of steps."""
-    (groups, members), (n, d), k = problem.penalty.shape, problem.features.shape[-2:], problem.targets.shape[-1]
-    if d * (k if problem.loss.is_coupled else 1) <= _MAX_UNKNOWNS:
+    k = problem.targets.shape[-1]
+    if not problem.loss.is_coupled and k > 1:
+        each = _minimize_all(_split_classes(problem, grid), grid, tolerance, max_steps)
+        weight, gap, steps = (_join_classes(part, k, grid) for part in each)
+        # Relative to the objective of all classes, the gap is at most the largest one of a class.
+        return weight.squeeze(-2), gap.amax(-1), steps.amax(-1)
+    (groups, members), (n, d) = problem.penalty.shape, problem.features.shape[-2:]
+    if d * k <= _MAX_UNKNOWNS:
         start = problem.features.new_zeros((groups, members, d, k))
         return _minimize(problem, start, _newton, tolerance, max_steps)
     basis, _ = _basis(problem.features, problem.intercept)
     rotated = replace(problem, features=problem.features @ basis)
     # The memory has the order in which a group is multiplied.
     start = basis.new_zeros((groups, basis.shape[-1], members, k)).transpose(1, 2)
+    # Near a kink of the squared hinge, inexact steps find the active examples slowly.
+    most = max_steps if problem.loss.is_coupled else min(max_steps, _MAX_INEXACT)
     if grid > 2:
-        found = _minimize_grid(rotated, start, grid, tolerance, max_steps)
+        found = _minimize_grid(rotated, start, grid, tolerance, most)
     else:
-        found = _minimize(rotated, start, _inexact_newton, tolerance, max_steps)
+        found = _minimize(rotated, start, _inexact_newton, tolerance, most)
     weight, steps = multiply(basis, found[0]), found[2]
     # The rotation rounds the features, which matters where weights are huge.
     gap = _evaluate(problem, weight).gap
     stalled = gap > _STALLED
-    if isinstance(problem.loss, CrossEntropy) and k * n * n <= _MAX_ENTRIES and stalled.any():
+    if max(k, 1) * n * n <= _MAX_ENTRIES and stalled.any():
+        is_softmax = isinstance(problem.loss, CrossEntropy)
+        precise, inside = (problem, weight) if is_softmax else (rotated, found[0])
         # Each of these tasks becomes a group of its own.
-        alone = problem.map(lambda value: value.expand(groups, members, *value.shape[2:])[stalled].unsqueeze(1))
-        again = _minimize(alone, weight[stalled].unsqueeze(1), _newton_in_dual, tolerance, max_steps)
-        weight[stalled], gap[stalled] = again[0].squeeze(1), again[1].squeeze(1)
+        alone = precise.map(lambda value: value.expand(groups, members, *value.shape[2:])[stalled].unsqueeze(1))
+        find_change = _newton_in_dual if is_softmax else _newton
+        again = _minimize(alone, inside[stalled].unsqueeze(1), find_change, tolerance, max_steps)
+        better = again[0].squeeze(1)
+        weight[stalled] = better if is_softmax else (basis.expand(groups, members, *basis.shape[2:])[stalled] @ better)
+        gap[stalled] = again[1].squeeze(1)
     return weight, gap, steps
+
+
+def _split_classes(problem: _Problem, grid: int) -> _Problem:
+    """The problem with a member for each class, whose loss does not depend on the others. Grids stay together."""
+    groups, members = problem.penalty.shape
+    k = problem.targets.shape[-1]
+
+    def split(value: Tensor, *, has_classes: bool) -> Tensor:
+        value = value.expand(groups, members, *value.shape[2:]).unflatten(1, (-1, grid))
+        if has_classes:
+            value = value.movedim(-1, 2).unsqueeze(-1)
+        else:
+            value = value.unsqueeze(2).expand(groups, value.shape[1], k, *value.shape[2:])
+        return value.flatten(1, 3)
+
+    return replace(
+        problem,
+        targets=split(problem.targets, has_classes=True),
+        offset=split(problem.offset, has_classes=True),
+        sample_weight=weight if (weight := problem.sample_weight).shape[1] == 1 else split(weight, has_classes=False),
+        penalty=split(problem.penalty, has_classes=False),
+    )
+
+
+def _join_classes(value: Tensor, k: int, grid: int) -> Tensor:
+    """The members of `_split_classes` as members with a last dimension of classes; weights lose their own one."""
+    value = value.unflatten(1, (-1, k, grid)).movedim(2, 3)
+    return value.flatten(1, 2) if value.ndim == 4 else value.flatten(1, 2).movedim(2, -1)
 
 
 def _without_values(features: Tensor, targets: Tensor, *_: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor]:

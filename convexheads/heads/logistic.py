@@ -14,7 +14,7 @@ from convexheads._validation import check_choice, check_positive_int, optional
 from convexheads.heads import _logistic_newton, _primal
 from convexheads.heads.base.loss import LossHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
-from convexheads.hyperparameters import Hyperparameter, PerTask, as_tensor, check_positive
+from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
 from convexheads.solvers import OnFailure, Solution, Status
 from convexheads.solvers.failures import certified, handle_failures
@@ -82,11 +82,11 @@ class LogisticHead(LossHead):
 
     def entries_per_task(self, n: int, d: int, k: int) -> int:
         weights = 12 * (n + d) * k
-        return weights if _primal.is_worth_while(n, d) else weights + (k + 3) * n * n
+        return weights if _primal.is_worth_while(n, d, self.regularization) else weights + (k + 3) * n * n
 
     def solve(self, support: SupportSet) -> KernelExpansion:
         factor, (*_, n, d) = support.linear_factor, support.features.shape
-        if factor is not None and self.steps is None and _primal.is_worth_while(n, d):
+        if factor is not None and self.steps is None and _primal.is_worth_while(n, d, self.regularization):
             return self._solve_for_weights(support, factor)
         penalty = as_tensor(self.regularization, support.targets)[..., None, None]
         if not support.is_multilabel:
@@ -144,7 +144,7 @@ class LogisticHead(LossHead):
             loss="sigmoid" if support.is_multilabel else "cross-entropy",
             penalty=as_tensor(self.regularization, support.targets),
             intercept=self.intercept,
-            is_grid=isinstance(self.regularization, PerTask) and not torch.is_grad_enabled(),
+            is_precise=not _primal.is_grid(self.regularization),
         )
         solution = self._certified(found.coef, found.gap, found.steps)
         return KernelExpansion(solution.coef, weight=found.weight, bias=found.bias, solution=solution)

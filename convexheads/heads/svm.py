@@ -15,7 +15,7 @@ from convexheads.heads import _primal
 from convexheads.heads.base.loss import LossHead
 from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
-from convexheads.hyperparameters import Hyperparameter, PerTask, as_tensor, check_positive
+from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
 from convexheads.solvers import DualProblem, NativeSolver, Solver, Status, get_solver
 from convexheads.solvers.failures import certified, handle_failures
@@ -215,7 +215,7 @@ class OneVsRestSVMHead(MulticlassSVM):
         """Whether a linear kernel is solved in its weights."""
         is_smooth = self.squared_hinge and isinstance(self.smoothing, float) and self.smoothing == 0
         is_native = isinstance(self.solver, NativeSolver) and self.solver.max_iterations is None
-        return is_smooth and is_native and _primal.is_worth_while(n, d)
+        return is_smooth and is_native and _primal.is_worth_while(n, d, self.C)
 
     def solve(self, support: SupportSet) -> KernelExpansion:
         factor, (*_, n, d) = support.linear_factor, support.features.shape
@@ -231,9 +231,9 @@ class OneVsRestSVMHead(MulticlassSVM):
     def _solve_for_weights(self, support: SupportSet, factor: float | Tensor) -> KernelExpansion:
         """Solve the primal, which has a gradient with the squared hinge."""
         penalty = 1 / as_tensor(self.C, support.targets)
-        is_grid = isinstance(self.C, PerTask) and not torch.is_grad_enabled()
+        is_precise = not _primal.is_grid(self.C)
         found = _primal.fit(
-            support, factor, loss="squared hinge", penalty=penalty, intercept=self.intercept, is_grid=is_grid
+            support, factor, loss="squared hinge", penalty=penalty, intercept=self.intercept, is_precise=is_precise
         )
         solution = certified(found.coef, found.gap, self.solver.tolerance, Status.FAILED, found.steps)
         solution = handle_failures(type(self).__name__, solution, self.solver.tolerance, self.solver.on_failure)
