@@ -235,7 +235,7 @@ def compare(data: dict[str, tuple[Tensor, Tensor]], options: Any, generator: tor
         split = draw(features, labels, options.ways, shots, options.tries, generator)
         best = optimum(split)
         for protocol, entries in table.items():
-            if "folds" in protocol and shots < 5:
+            if protocol not in options.protocols or ("folds" in protocol and shots < 5):
                 continue
             for method, run in entries.items():
                 bar.set_description(f"{name}, {shots} shots, {method}")
@@ -318,6 +318,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=[*SYNTHETIC, *REAL], help="names of data sets")
     parser.add_argument("--repeats", type=int, default=3, help="runs of tune, of which the median counts")
     parser.add_argument("--intelex", action="store_true", help="also time scikit-learn-intelex, if it is installed")
+    parser.add_argument("--protocols", nargs="+", default=list(our_methods()), help="names of protocols")
     parser.add_argument("--ours", action="store_true", help="time only our own methods")
     parser.add_argument("--cache", type=Path | None, help="folder that keeps the features of images, for a second run")
     options = parser.parse_args()
