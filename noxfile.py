@@ -65,6 +65,13 @@ def models(session: nox.Session) -> None:
     check(session, "tests/integration/test_feature_models.py", "tests/integration/test_command.py", *EXTRAS)
 
 
+@nox.session(name="drop-ins", python=PYTHON)
+def drop_ins(session: nox.Session) -> None:
+    """The examples with heads in the place of other libraries' classifiers."""
+    install(session, ".[sklearn,open-clip]", "mteb>=2", "setfit>=1.2")
+    check(session, "tests/integration/test_drop_ins.py")
+
+
 @nox.session(python=PYTHON, venv_backend="venv", default=False)
 @nox.parametrize("name", ["", *nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]])
 def pip(session: nox.Session, name: str) -> None:

@@ -166,7 +166,7 @@ def measure(run: Run) -> dict[str, Any]:
         row |= {f"squared length, {split}": features.square().sum(-1).mean().item()}
         for shots in (1, 5):
             heads = {"itself": head, "prototypes": ch.PrototypeHead()}
-            sizes = {"ways": loop.ways, "shots": shots, "episodes": run.episodes}
+            sizes: dict[str, Any] = {"ways": loop.ways, "shots": shots, "episodes": run.episodes}
             for tested, found in evaluate(heads, features, labels, **sizes, progress=False).items():
                 row[f"{split}, {tested}, {shots}-shot"] = 100 * found.accuracy
     return row

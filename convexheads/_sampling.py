@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Integer
@@ -30,11 +30,13 @@ def fit_episodes(
     progress: bool,
     *,
     title: str = "",
+    calibrate: str | None = None,
 ) -> Generator[tuple[int, FittedClassifier, Tensor, Tensor], None, None]:
     """Yield, for each batch of episodes and each head: its number, the head fitted on it, its logits, the query labels.
 
     There are no gradients. The arguments are those of `evaluate`, with `features` and `labels` as `check_features`
     returns them. Those that determine the episodes are in `options`, by name. The progress bar begins with `title`.
+    Fits are calibrated as `ClassificationHead.fit` does.
     Close the generator if it is left early: it changes the number of threads.
     """
     sizes = {name: options[name] for name in ("ways", "shots", "queries", "episodes")}
@@ -60,7 +62,8 @@ def fit_episodes(
             support, query = chosen[:, :, :shots].flatten(1, 2), chosen[:, :, shots:].flatten(1, 2)
             for number, head in enumerate(heads):
                 with torch.no_grad():
-                    fitted = head.fit(support, support_labels.expand(len(batch), -1), ways=ways)
+                    extra: dict[str, Any] = {} if calibrate is None else {"calibrate": calibrate}
+                    fitted = head.fit(support, support_labels.expand(len(batch), -1), ways=ways, **extra)
                     logits = fitted(query)
                 yield number, fitted, logits, query_labels.expand(len(batch), -1)
 

@@ -49,6 +49,9 @@ class Evaluation:
             over all queries with finite logits (Guo et al. 2017). `calibrate` reduces it.
         gaps: Certified relative duality gap of each episode's fit, `(episodes,)`; None if its `solution` is None.
         converged: Whether each fit is certified to the solver's tolerance, `(episodes,)`; None as for `gaps`.
+        coverage: Fraction of the queries whose prediction set contains the right class, in [0, 1]; None without
+            `calibrate`.
+        set_size: Mean number of classes in the prediction sets; None without `calibrate`.
         sampling: The arguments of `evaluate` that determine the episodes, and a hash of the labels, by name.
     """
 
@@ -57,6 +60,8 @@ class Evaluation:
     gaps: Float[Tensor, " episodes"] | None
     converged: Bool[Tensor, " episodes"] | None
     sampling: dict[str, int]
+    coverage: float | None = None
+    set_size: float | None = None
 
     @property
     def episodes(self) -> int:
@@ -93,7 +98,11 @@ class Evaluation:
         return f"Evaluation({self})"
 
     def __str__(self) -> str:
-        return f"{100 * self.accuracy:.2f} ± {100 * self.confidence_interval:.2f}% ({self.episodes} episodes)"
+        text = f"{100 * self.accuracy:.2f} ± {100 * self.confidence_interval:.2f}% ({self.episodes} episodes)"
+        if self.coverage is None:
+            return text
+        sets = f"prediction sets of {self.set_size:.2f} classes contain the right one in {100 * self.coverage:.1f}%"
+        return f"{text}, {sets}"
 
 
 class Evaluations(dict[str, Evaluation]):
@@ -153,6 +162,8 @@ def evaluate(
     seed: int = ...,
     rank: int = ...,
     world_size: int = ...,
+    calibrate: str | None = ...,
+    coverage: float = ...,
     progress: bool = ...,
 ) -> Evaluation: ...
 @overload
@@ -169,6 +180,8 @@ def evaluate(
     seed: int = ...,
     rank: int = ...,
     world_size: int = ...,
+    calibrate: str | None = ...,
+    coverage: float = ...,
     progress: bool = ...,
 ) -> Evaluations: ...
 def evaluate(
@@ -184,6 +197,8 @@ def evaluate(
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    calibrate: str | None = None,
+    coverage: float = 0.9,
     progress: bool = True,
 ) -> Evaluation | Evaluations:
     """Measure the accuracy of one or several heads over random episodes of cached features.
@@ -205,6 +220,9 @@ def evaluate(
         seed: Random seed.
         rank: Rank of this process, if several share the work; it evaluates every `world_size`-th episode.
         world_size: Number of processes.
+        calibrate: "loo" to calibrate the probabilities of each episode on its own support set, without a validation
+            set, and to report prediction sets (see `ClassificationHead.fit`). Defaults to None.
+        coverage: With `calibrate`, the probability with which prediction sets should contain the right class.
         progress: Whether to show a progress bar, which needs tqdm.
 
     Returns:
@@ -221,8 +239,9 @@ def evaluate(
     sampling |= {"rank": rank, "world_size": world_size}
     features, labels = check_features(features, labels)
     heads = _by_name(head)
-    found = [_Predictions([], [], [], []) for _ in heads]
-    with closing(fit_episodes(list(heads.values()), features, labels, sampling, batch_size, progress)) as fits:
+    found = [_Predictions(coverage if calibrate else None, [], [], [], [], []) for _ in heads]
+    fits = fit_episodes(list(heads.values()), features, labels, sampling, batch_size, progress, calibrate=calibrate)
+    with closing(fits):
         for number, fitted, logits, truth in fits:
             found[number].add(fitted, logits, truth)
     sampling["labels"] = hash(tuple(labels.tolist()))
@@ -246,6 +265,8 @@ def _by_name(head: Any) -> dict[str, Any]:
 class _Predictions(NamedTuple):
     """What is kept of the fits of one head, batch by batch."""
 
+    coverage: float | None
+    sets: list[Tensor]
     confidences: list[Tensor]
     correct: list[Tensor]
     gaps: list[Tensor]
@@ -254,6 +275,10 @@ class _Predictions(NamedTuple):
     def add(self, fitted: FittedClassifier, logits: Tensor, truth: Tensor) -> None:
         self.confidences.append(logits.double().softmax(-1).amax(-1))
         self.correct.append(logits.argmax(-1).where(self.confidences[-1].isfinite(), 0) == truth)
+        if self.coverage is not None:
+            sets = fitted.sets_of(logits, self.coverage)
+            covered = sets.gather(-1, truth.unsqueeze(-1)).squeeze(-1)
+            self.sets.append(torch.stack([covered.double(), sets.sum(-1).double()]).flatten(1))
         if fitted.solution is not None:
             self.gaps.append(fitted.solution.gap)
             self.converged.append(fitted.solution.converged)
@@ -267,6 +292,7 @@ class _Predictions(NamedTuple):
             torch.cat(self.gaps).cpu() if self.gaps else None,
             torch.cat(self.converged).cpu() if self.converged else None,
             sampling,
+            *(torch.cat(self.sets, 1).mean(1).tolist() if self.sets else (None, None)),
         )
 
 

@@ -231,7 +231,7 @@ class TunedHead(ClassificationHead):
         _check_grid(head, grid)
 
     def fit(self, support: Any, labels: Any, **options: Any) -> FittedClassifier:
-        """Tune and fit on the support sets of a batch of tasks; the arguments and the errors are those of `tune`."""
+        """Tune and fit on a batch of tasks; `support`, `labels`, the `options` and the errors are those of `tune`."""
         settings = {"cv": self.cv, "scoring": self.scoring, "progress": False}
         return tune(self.head, self.grid, support, labels, **settings, **options).fitted
 

@@ -188,6 +188,28 @@ def speed() -> Figure:
     return figure
 
 
+def probe_times() -> Figure:
+    """The time of a grid of 45 values by the number of shots, from the committed result of `benchmarks.probe`."""
+    rows = [row for row in _result("probe/cpu")["results"] if row["protocol"] == "logistic, validation set"]
+    data = list(dict.fromkeys(row["data"] for row in rows))
+    shots = sorted({row["shots"] for row in rows})
+    figure, axes = new(len(data), width=3.0 * len(data) + 0.5, height=3.8)
+    panels = numpy.atleast_1d(axes)
+    for panel, name in zip(panels, data, strict=True):
+        for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+            own = [row for row in rows if (row["data"], row["method"]) == (name, method)]
+            strong = {"linewidth": 2.5, "zorder": 3} if method == "tune" else {"linewidth": 1.2}
+            places, seconds = [shots.index(row["shots"]) for row in own], [row["seconds"] for row in own]
+            panel.semilogy(places, seconds, marker="o", color=COLORS[number], label=method, **strong)
+        panel.set_xticks(range(len(shots)), [str(count) for count in shots])
+        panel.set_ylim(*(limit(row["seconds"] for row in rows) * factor for limit, factor in ((min, 0.7), (max, 1.4))))
+        panel.set(title=name, xlabel="shots")
+        panel.grid(axis="y", linewidth=0.3)
+    panels[0].set_ylabel("seconds, all tries and values")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
 def speed_table(of: str = "solvers/cpu") -> str:
     """The speedup of the native solver over the others, as Markdown, from a result of `benchmarks.solvers`."""
     times = {(row["contender"], row["size"]): row["both"] for row in _result(of)["results"]}

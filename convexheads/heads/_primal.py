@@ -32,8 +32,8 @@ from convexheads.hyperparameters import Hyperparameter, PerTask
 from convexheads.solvers.best_iterate import BestIterate
 from convexheads.solvers.kkt import cholesky
 
-# With more examples, the primal is solved even if there are more features than examples.
-_MAX_EXAMPLES = 100
+# With more examples or dual coefficients, the primal is solved even if there are more features than examples.
+_MAX_EXAMPLES, _MAX_COEFFICIENTS = 100, 1000
 # Newton's method continues until rounding stops it, because the implicit gradient is that of the exact optimum. The
 # scores of a grid are not differentiated.
 _AIM, _AIM_OF_GRID, _MAX_STEPS = 1e-20, 1e-12, 100
@@ -68,12 +68,12 @@ class PrimalFit(NamedTuple):
     steps: Float[Tensor, "*batch"]
 
 
-def is_worth_while(n: int, d: int, parameter: Hyperparameter) -> bool:
-    """Whether the primal of n examples with d features is solved rather than the dual.
+def is_worth_while(n: int, d: int, k: int, parameter: Hyperparameter) -> bool:
+    """Whether the primal of n examples with d features and k classes is solved rather than the dual.
 
     It is always solved for a grid, which has a hyperparameter per point, because tasks then share their features.
     """
-    return n > min(d, _MAX_EXAMPLES) or is_grid(parameter)
+    return n > min(d, _MAX_EXAMPLES) or n * k > _MAX_COEFFICIENTS or is_grid(parameter)
 
 
 def is_grid(parameter: Hyperparameter) -> bool:

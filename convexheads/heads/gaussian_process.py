@@ -36,7 +36,7 @@ class FittedGaussianProcess(FittedRegressor):
 
     expansion: _Posterior
 
-    def variance(self, query: Float[Tensor, "*batch q d"] | ArrayLike) -> Float[Tensor, "*batch q"]:
+    def variance(self, query: Float[Tensor, "*#batch q d"] | ArrayLike) -> Float[Tensor, "..."]:
         """Posterior variance of the noise-free function, the same for all outputs.
 
         Eq. 2.26 of Rasmussen & Williams (2006). For the variance of an observation, add the head's `noise_variance`.

@@ -34,9 +34,9 @@ class LogisticHead(LossHead):
     x_n\right)\). Optimality: \(\lambda \alpha = Y - \operatorname{softmax}(K \alpha)\), where
     \(w_k = \sum_n \alpha_n^k x_n\). It is solved by Newton's method with k + 1 Cholesky factorizations of
     n x n matrices per step (Rasmussen & Williams 2006, Algorithm 3.3), and differentiated implicitly, to any order.
-    With the linear kernel and more examples than features, or more than 100 examples, Newton's method solves the
-    primal, by conjugate gradients if there are more than 256 weights. Lee et al. 2019 name logistic regression as an
-    alternative (Section 3.3).
+    With the linear kernel and more examples than features, more than 100 examples, or more than 1,000 coefficients,
+    Newton's method solves the primal, by conjugate gradients if there are more than 256 weights. Lee et al. 2019 name
+    logistic regression as an alternative (Section 3.3).
 
     Differences from Algorithm 3.3: steps that do not decrease the objective are halved, and there is no Laplace
     approximation around the optimum.
@@ -82,11 +82,11 @@ class LogisticHead(LossHead):
 
     def entries_per_task(self, n: int, d: int, k: int) -> int:
         weights = 12 * (n + d) * k
-        return weights if _primal.is_worth_while(n, d, self.regularization) else weights + (k + 3) * n * n
+        return weights if _primal.is_worth_while(n, d, k, self.regularization) else weights + (k + 3) * n * n
 
     def solve(self, support: SupportSet) -> KernelExpansion:
-        factor, (*_, n, d) = support.linear_factor, support.features.shape
-        if factor is not None and self.steps is None and _primal.is_worth_while(n, d, self.regularization):
+        factor, (*_, n, d), k = support.linear_factor, support.features.shape, support.targets.shape[-1]
+        if factor is not None and self.steps is None and _primal.is_worth_while(n, d, k, self.regularization):
             return self._solve_for_weights(support, factor)
         penalty = as_tensor(self.regularization, support.targets)[..., None, None]
         if not support.is_multilabel:

@@ -215,7 +215,7 @@ class OneVsRestSVMHead(MulticlassSVM):
         """Whether a linear kernel is solved in its weights."""
         is_smooth = self.squared_hinge and isinstance(self.smoothing, float) and self.smoothing == 0
         is_native = isinstance(self.solver, NativeSolver) and self.solver.max_iterations is None
-        return is_smooth and is_native and _primal.is_worth_while(n, d, self.C)
+        return is_smooth and is_native and _primal.is_worth_while(n, d, 1, self.C)
 
     def solve(self, support: SupportSet) -> KernelExpansion:
         factor, (*_, n, d) = support.linear_factor, support.features.shape

@@ -6,10 +6,11 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from convexheads._validation import check_bool
 from convexheads.calibration import best_scale
+from convexheads.errors import ConvexHeadsError
 from convexheads.heads import ClassificationHead, FittedClassifier, SVMHead
 from convexheads.heads.base.classification import check_head
 from convexheads.integrations import require_version
@@ -34,7 +35,8 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     Arguments of the head and of its kernel (but not of parts of a sum or product) are parameters too, such as `head__C`
     and `head__kernel__length_scale`, so a search can vary them.
 
-    Use it when you compare a head with scikit-learn's classifiers on up to a few thousand samples.
+    Use it when you compare a head with scikit-learn's classifiers: with `RidgeHead`, `LogisticHead` and
+    `OneVsRestSVMHead(squared_hinge=True)` on up to 50,000 samples, and with others on up to a few thousand.
 
     Args:
         head: A classification head; None stands for `SVMHead(C=1.0)`, the Crammer-Singer SVM, and has the parameters
@@ -111,6 +113,35 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         """
         logits = self._logits(X)
         return (self.scale_ * logits).softmax(-1).numpy()
+
+    @property
+    def coef_(self) -> np.ndarray:
+        """The weights of `decision_function`, `(k, d)`, or `(1, d)` for two classes, if the kernel is linear."""
+        return self._difference(self._linear().weight)
+
+    @property
+    def intercept_(self) -> np.ndarray:
+        """The biases of `decision_function`, `(k,)`, or `(1,)` for two classes, if the kernel is linear."""
+        return self._difference(self._linear().bias)
+
+    def to_linear(self) -> nn.Linear:
+        """Make an `nn.Linear` whose softmax is `predict_proba`, if the kernel is linear; `scale_` is part of it."""
+        layer = self._linear()
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.mul_(self.scale_)
+        return layer
+
+    def _linear(self) -> nn.Linear:
+        check_is_fitted(self, "fitted_")
+        try:
+            return self.fitted_.to_linear()
+        except ConvexHeadsError as error:  # as for all attributes that an object may lack
+            raise AttributeError(f"coef_, intercept_, to_linear: {error}") from error
+
+    def _difference(self, parameter: Tensor) -> np.ndarray:
+        value = parameter.detach()
+        return (value[1:] - value[:1] if len(self.classes_) == 2 else value).numpy()
 
     @torch.no_grad()
     def _logits(self, X: Any) -> Tensor:

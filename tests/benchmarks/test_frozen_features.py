@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.datasets import load_iris
 
-from benchmarks import estimators, image_models
+from benchmarks import estimators, image_models, probe
 from benchmarks.data import ImageSet
 
 
@@ -57,3 +57,22 @@ def test_calibration_and_times_of_estimators(tmp_path: Path, monkeypatch: pytest
     times = json.loads((tmp_path / "times.json").read_text())["results"]
     assert [row["classifier"] for row in times] == [*estimators.WHOLE]
     assert all(row["seconds"] > 0 for row in times)
+
+
+def test_times_of_linear_probes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "C", torch.tensor([1e-2, 1.0, 1e2], dtype=torch.float64))
+    monkeypatch.setitem(probe.SYNTHETIC, "small", 12)
+    sizes = ["--ways", "3", "--tries", "2", "--shots", "1", "6", "--repeats", "1", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["probe", "--data", "small", *sizes, "--output", str(tmp_path)])
+    probe.main()
+    rows = json.loads((tmp_path / "probe.json").read_text())["results"]
+    assert [row["shots"] for row in rows if row["protocol"] == "logistic, 5 folds"] == [6, 6]
+    validated = [row for row in rows if row["protocol"] == "logistic, validation set"]
+    assert [row["method"] for row in validated[:4]] == [*probe.methods(intelex=False)["logistic, validation set"]]
+    for row in validated:
+        if row["method"] == probe.OURS:
+            assert row["certified gap"] < 1e-9
+        elif "tol=1e-12" in row["method"]:
+            assert -1e-9 < row["below"] <= row["excess"] < 1e-3
+    assert (tmp_path / "probe.png").stat().st_size > 5000
+    assert "| small | ridge, leave one out" in (tmp_path / "probe.md").read_text()

@@ -19,7 +19,7 @@ from learn2learn.nn import PrototypicalClassifier, SVClassifier
 from scipy.special import softmax
 from scipy.stats import loguniform
 from sklearn.base import clone
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_iris
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, cross_val_score
@@ -411,3 +411,16 @@ def test_versions_that_are_not_supported_are_named(monkeypatch: pytest.MonkeyPat
 def test_what_is_no_head_is_refused(adapter) -> None:
     with pytest.raises(InputError, match=r"expected a classification head of convexheads, such as SVMHead\(C=0\.1\)"):
         adapter(SVMHead)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_linear_classifier_has_the_attributes_of_scikit_learn(classes):
+    X, y = load_iris(return_X_y=True)
+    X, y = X[y < classes], y[y < classes]
+    model = sklearn.HeadClassifier(LogisticHead(0.1, intercept=True)).fit(X, y)
+    scores = X @ model.coef_.T + model.intercept_
+    assert model.coef_.shape == ((1, 4) if classes == 2 else (3, 4))
+    np.testing.assert_allclose(scores[:, 0] if classes == 2 else scores, model.decision_function(X), rtol=1e-6)
+    probabilities = model.to_linear()(torch.tensor(X)).softmax(-1).detach().numpy()
+    np.testing.assert_allclose(probabilities, model.predict_proba(X), rtol=1e-6)
+    assert not hasattr(sklearn.HeadClassifier(SVMHead(kernel=RBF())).fit(X, y), "coef_")

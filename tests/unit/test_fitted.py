@@ -159,6 +159,8 @@ def test_every_method_takes_queries_of_the_input_dtype():
     support, labels, query, _ = task(2, dtype=torch.float32)
     for fitted in (RidgeHead().fit(support, labels), GaussianProcessHead().fit(support, labels.float())):
         for name, method in inspect.getmembers(type(fitted), inspect.isfunction):
+            if name == "prediction_sets":  # returns bool, after calibration only
+                continue
             if "query" in inspect.signature(method).parameters and (name == "__call__" or name[0] != "_"):
                 assert method(fitted, query).dtype == torch.float32, name
 

@@ -17,6 +17,7 @@ from convexheads import (
     PrototypeHead,
     RidgeHead,
     SVMHead,
+    evaluate,
 )
 from convexheads.heads.base import held_out
 from convexheads.kernels import RBF, Cosine, UnitScale
@@ -150,6 +151,25 @@ def test_prediction_sets_cover_the_right_class(way):
         assert coverage - 0.02 < covered < coverage + 0.08
         assert sets.any(-1).all()
     assert fitted.prediction_sets(query, 0.99).all()  # 30 examples do not prove that
+
+
+def test_evaluate_reports_prediction_sets():
+    labels = torch.arange(240) % 8
+    generator = torch.Generator().manual_seed(0)
+    features = torch.eye(8)[labels] + 0.7 * torch.randn(240, 8, generator=generator)
+    plain = evaluate(RidgeHead(0.1), features, labels, shots=8, episodes=200, progress=False)
+    found = evaluate(RidgeHead(0.1), features, labels, shots=8, episodes=200, calibrate="loo", progress=False)
+    assert torch.equal(found.accuracies, plain.accuracies)
+    assert found.expected_calibration_error < plain.expected_calibration_error
+    assert plain.coverage is None
+    assert 0.87 < found.coverage < 0.95
+    assert 1 < found.set_size < 5
+    assert "prediction sets" in str(found)
+    wider = evaluate(
+        RidgeHead(0.1), features, labels, shots=8, episodes=200, calibrate="loo", coverage=0.95, progress=False
+    )
+    assert wider.coverage > found.coverage
+    assert wider.set_size > found.set_size
 
 
 def test_several_labels_are_calibrated():

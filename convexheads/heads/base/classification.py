@@ -62,7 +62,7 @@ class ClassificationHead(Head):
         self,
         support: Float[Tensor, "*batch n d"] | ArrayLike,
         labels: Integer[Tensor, "*#batch n"] | Bool[Tensor, "*batch n k"] | ArrayLike,
-        query: Float[Tensor, "*batch q d"] | ArrayLike,
+        query: Float[Tensor, "*#batch q d"] | ArrayLike,
         *,
         ways: int | Integer[Tensor, "*#batch"] | ArrayLike | None = None,
         mask: Bool[Tensor, "*#batch n"] | ArrayLike | None = None,
@@ -81,7 +81,7 @@ class ClassificationHead(Head):
                 (renumber others first: `labels.unique(return_inverse=True)[1]`); shots may differ between classes.
                 Where an example may have any number of labels, `(*batch, n, k)` of bool, in heads with
                 `accepts_multilabel`: each class is then a problem of its own, against all others.
-            query: features, `(*batch, q, d)`.
+            query: features, `(*batch, q, d)`, or `(q, d)` for all tasks.
             ways: number of classes k. Defaults to None, the largest label plus one (reading it waits for a GPU). A
                 tensor or list of integers, `(*batch,)`, is the number of classes of each task; k is then the largest of
                 them, and the logits of classes that a task does not have are minus infinity. Tasks with the same number
@@ -138,7 +138,7 @@ class ClassificationHead(Head):
         The arguments `support`, `labels`, `ways`, `mask`, `allow_missing_classes`, `sample_weight` and `prior`, and the
         errors, are those of `forward`.
 
-        With `calibrate="loo"`, the logits of each task are multiplied by the factor for which the probabilities of its
+        If `calibrate` is "loo", the logits of each task are multiplied by the factor for which the probabilities of its
         own examples are best, each predicted without it (temperature scaling without a validation set). It needs at
         least two examples of most classes, and the fit then has `prediction_sets`. The default is None.
 

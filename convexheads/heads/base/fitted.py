@@ -48,12 +48,12 @@ class Fitted:
         return self.expansion.solution
 
     @traced_if(lambda fitted, **_: not fitted.support.validate, "a head with validate=False")
-    def __call__(self, query: Float[Tensor, "*batch q d"] | ArrayLike) -> Float[Tensor, "..."]:
+    def __call__(self, query: Float[Tensor, "*#batch q d"] | ArrayLike) -> Float[Tensor, "..."]:
         """Score queries, or predict their values.
 
         Args:
-            query: features, `(*batch, q, d)`, of any floating-point dtype, on the device of the support, with its
-                leading dimensions and feature size; a tensor, a NumPy array or nested lists.
+            query: features, `(*batch, q, d)`, or `(q, d)` for all tasks, of any floating-point dtype, on the device of
+                the support, with its leading dimensions and feature size; a tensor, a NumPy array or nested lists.
 
         Returns:
             Scores of all outputs, `(*batch, q, k)`, in the dtype of the support.
@@ -85,7 +85,7 @@ class Fitted:
             scores = scores + weight * gram_diagonal(self.support.kernel, query).unsqueeze(-1)
         return scores
 
-    def _prepare(self, query: Float[Tensor, "*batch q d"] | ArrayLike) -> Float[Tensor, "*batch q d"]:
+    def _prepare(self, query: Float[Tensor, "*#batch q d"] | ArrayLike) -> Float[Tensor, "..."]:
         """The `query` in working precision, after all checks."""
         query = check_query(query, self.support.features, validate=self.support.validate)
         return query.to(self.support.features.dtype)
@@ -198,12 +198,12 @@ class FittedClassifier(Fitted):
     ways: Integer[Tensor, "*batch"] | None = None
     held_out: Float[Tensor, "*batch m"] | None = None
 
-    def __call__(self, query: Float[Tensor, "*batch q d"] | ArrayLike) -> Float[Tensor, "*batch q k"]:
+    def __call__(self, query: Float[Tensor, "*#batch q d"] | ArrayLike) -> Float[Tensor, "..."]:
         """The logits of `query`, `(*batch, q, k)`, as in `Fitted`; minus infinity for classes that a task lacks."""
         logits = super().__call__(query)
         return logits if self.ways is None else logits.masked_fill(self._absent.unsqueeze(-2), -torch.inf)
 
-    def probabilities(self, query: Float[Tensor, "*batch q d"] | ArrayLike) -> Float[Tensor, "*batch q k"]:
+    def probabilities(self, query: Float[Tensor, "*#batch q d"] | ArrayLike) -> Float[Tensor, "..."]:
         """The softmax of the logits of `query`, `(*batch, q, k)`; see `calibrate`. The errors are those of a call.
 
         If an example may have any number of labels, it is the sigmoid of each logit.
@@ -256,8 +256,8 @@ class FittedClassifier(Fitted):
         return replace(self, scale=self.scale * factor, held_out=held_out)
 
     def prediction_sets(
-        self, query: Float[Tensor, "*batch q d"] | ArrayLike, coverage: float = 0.9
-    ) -> Bool[Tensor, "*batch q k"]:
+        self, query: Float[Tensor, "*#batch q d"] | ArrayLike, coverage: float = 0.9
+    ) -> Bool[Tensor, "..."]:
         """Sets of classes that contain the right one with a given probability (conformal prediction).
 
         Use it where "one of these two" is a better answer than a guess. A set contains the classes whose probability is
@@ -283,13 +283,17 @@ class FittedClassifier(Fitted):
         Example:
             `sets = head.fit(support, labels, calibrate="loo").prediction_sets(query, coverage=0.9)`
         """
+        return self.sets_of(self(query), coverage)
+
+    def sets_of(self, logits: Float[Tensor, "*batch q k"], coverage: float = 0.9) -> Bool[Tensor, "*batch q k"]:
+        """The `prediction_sets` of queries with these `logits`; the argument `coverage` and the errors are the same."""
         if self.held_out is None:
             remedy = "fit(..., calibrate='loo') or calibrate(features, labels)"
             raise ConvexHeadsError(
                 f"prediction_sets: expected a calibrated fit with one label per example, by {remedy}"
             )
         threshold = conformal_threshold(self.held_out, self.held_out.isfinite(), coverage)
-        probabilities = self.probabilities(query).double()
+        probabilities = logits.double().softmax(-1)
         is_best = probabilities == probabilities.amax(-1, keepdim=True)
         return (1 - probabilities <= threshold[..., None, None]) | is_best
 
@@ -323,7 +327,7 @@ class FittedRegressor(Fitted):
 
     single_output: bool = False
 
-    def __call__(self, query: Float[Tensor, "*batch q d"] | ArrayLike) -> Float[Tensor, "..."]:
+    def __call__(self, query: Float[Tensor, "*#batch q d"] | ArrayLike) -> Float[Tensor, "..."]:
         """The values of `query`, `(*batch, q)` or `(*batch, q, outputs)`, as in `Fitted`; in units of the targets."""
         values = super().__call__(query)
         return values.squeeze(-1) if self.single_output else values

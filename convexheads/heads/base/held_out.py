@@ -1,10 +1,13 @@
-"""Fits without some of the examples, all solved in one batch: cross-validation and leaving one out."""
+"""Fits without some of the examples, all solved in one batch: cross-validation and leaving one out.
+
+The heads here are `ClassificationHead`s, whose module imports this one.
+"""
 
 from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,9 +18,6 @@ from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import PerTask, as_tensor
 from convexheads.kernels import Product, Sum, condition
 from convexheads.solvers import Solver
-
-if TYPE_CHECKING:
-    from convexheads.heads.base.classification import ClassificationHead
 
 MAX_ENTRIES = 2**26
 """The number of entries of the largest tensors of one batch, half a gigabyte in float64."""
@@ -43,7 +43,7 @@ class Examples(NamedTuple):
 
 
 def refit(
-    head: ClassificationHead,
+    head: Any,
     examples: Examples,
     train: Bool[Tensor, "tasks folds n"],
     query: Float[Tensor, "tasks folds m d"],
@@ -75,7 +75,7 @@ def refit(
     return logits.where(~logits.isnan(), -torch.inf), expansion
 
 
-def has_closed_form(head: ClassificationHead, examples: Examples) -> bool:
+def has_closed_form(head: Any, examples: Examples) -> bool:
     """Whether the scores without one example have a closed form: not if they change the kernel of the others."""
     if not head.has_leave_one_out:
         return False
@@ -96,7 +96,7 @@ def _has_parameters_per_task(part: Any) -> bool:
     return False
 
 
-def leave_one_out(head: ClassificationHead, examples: Examples) -> Float[Tensor, "tasks n k"]:
+def leave_one_out(head: Any, examples: Examples) -> Float[Tensor, "tasks n k"]:
     """The logits of each example by a head that is fitted on the other ones; zero where examples are not used."""
     tasks, n, k = examples.targets.shape
     d = examples.features.shape[-1]
@@ -121,7 +121,7 @@ def leave_one_out(head: ClassificationHead, examples: Examples) -> Float[Tensor,
     return logits.masked_fill(~examples.used.unsqueeze(-1), 0)
 
 
-def lenient(head: ClassificationHead) -> ClassificationHead:
+def lenient(head: Any) -> Any:
     """A copy of a head that returns what it cannot solve, and checks nothing."""
     head = copy.deepcopy(head)
     solver = getattr(head, "solver", None)
@@ -135,7 +135,7 @@ def lenient(head: ClassificationHead) -> ClassificationHead:
     return head
 
 
-def _select(head: ClassificationHead, chosen: slice, tasks: int) -> ClassificationHead:
+def _select(head: Any, chosen: slice, tasks: int) -> Any:
     """A copy of a head for some of the tasks of a flat batch, whose hyperparameters have dimensions for folds too."""
     head = copy.deepcopy(head)
     for name, value in head.get_params(deep=False).items():

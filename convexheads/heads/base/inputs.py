@@ -263,6 +263,8 @@ def check_query(query: object, support: Tensor, *, validate: bool) -> Tensor:
     """Return the `query` as a tensor, or raise `InputError`."""
     query = _check_features("query", query, like=support)
     *batch, _, d = support.shape
+    if query.ndim == 2 < support.ndim:  # the same queries for all tasks
+        query = query.expand(*batch, *query.shape)
     what = "feature size" if query.shape[:-2] == support.shape[:-2] else "task dimensions"
     _check_match("query", query, support, (*batch, query.shape[-2], d), f"the {what} of the support")
     if validate:

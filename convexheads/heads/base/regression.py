@@ -33,7 +33,7 @@ class RegressionHead(Head):
         self,
         support: Float[Tensor, "*batch n d"] | ArrayLike,
         targets: Float[Tensor, "..."] | ArrayLike,
-        query: Float[Tensor, "*batch q d"] | ArrayLike,
+        query: Float[Tensor, "*#batch q d"] | ArrayLike,
         *,
         mask: Bool[Tensor, "*#batch n"] | ArrayLike | None = None,
     ) -> Float[Tensor, "..."]:
