@@ -290,8 +290,8 @@ MUTATIONS = [
     Mutation(
         "intercept-step",
         "solvers/intercept.py",
-        "linear=self.dual.linear - self.shift(bias))\n",
-        "linear=self.dual.linear)\n",
+        "bias + constant[..., None] * excess",
+        "bias - constant[..., None] * excess",
         "test_weighted.py::test_weights_and_priors_agree_with_cvxpy",
     ),
     Mutation(
