@@ -65,7 +65,7 @@ class CrossEntropy(Loss):
     def balance(self, targets: Tensor, scores: Tensor, sample_weight: Tensor) -> tuple[Tensor, Tensor]:
         p, weight = scores.softmax(-1), sample_weight.unsqueeze(-1)
         change = rebalance(p, (weight * slope_of_cross_entropy(targets, p)).sum(-2, keepdim=True), weight)
-        return change, (weight * divergence(p, change)).sum((-2, -1))
+        return change, (weight * divergence(p, scores.log_softmax(-1), change)).sum((-2, -1))
 
 
 class OneVsRestLoss(Loss):
@@ -98,7 +98,9 @@ class SigmoidLoss(OneVsRestLoss):
         lost = _divide(excess.clamp_min(0), (weight * p).sum(-2, keepdim=True)) * p
         received = _divide(-excess.clamp_max(0), (weight * other).sum(-2, keepdim=True)) * other
         change = received - lost
-        return change, (weight * (divergence(p, change) + divergence(other, -change))).sum((-2, -1))
+        logs = functional.logsigmoid(scores), functional.logsigmoid(-scores)
+        lost_terms = divergence(p, logs[0], change) + divergence(other, logs[1], -change)
+        return change, (weight * lost_terms).sum((-2, -1))
 
 
 class SquaredHingeLoss(OneVsRestLoss):
@@ -166,7 +168,12 @@ def _divide(part: Tensor, whole: Tensor) -> Tensor:
     return part / whole.where(whole != 0, 1)
 
 
-def divergence(p: Tensor, change: Tensor) -> Tensor:
-    """`q log(q / p) - q + p` for `q = p + change`, entry by entry, without cancellation."""
-    p = p.clamp_min(torch.finfo(p.dtype).tiny)
-    return ((p + change) * torch.log1p((change / p).clamp_min(-1)) - change).where(p + change > 0, -change)
+def divergence(p: Tensor, log_p: Tensor, change: Tensor) -> Tensor:
+    """The quantity `q log(q / p) - q + p` for `q = p + change`, entry by entry, without cancellation.
+
+    The logarithm is an argument, because p may be too small for a number.
+    """
+    q, is_tiny = p + change, p < 1e-290
+    ratio = (change / p.masked_fill(is_tiny, 1)).clamp_min(-1)
+    value = torch.where(is_tiny, torch.special.xlogy(q, q) - q * log_p, q * torch.log1p(ratio)) - change
+    return value.where(q > 0, -change)

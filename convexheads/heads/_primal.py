@@ -43,6 +43,8 @@ _MAX_UNKNOWNS = 256
 _MAX_INNER, _MAX_PRECISE, _PRECISE = 300, 2000, 1e-14
 # Where conjugate gradients stall above this gap, n x n matrices are factorized if all of them have so few entries.
 _STALLED, _MAX_ENTRIES = 1e-8, 2**26
+# The damping of the intercept, relative to the weights of the examples times the gap.
+_DAMPING = 1e-8
 # Steps by conjugate gradients, after which a task of a single class is solved by factorizations.
 _MAX_INEXACT = 12
 # An iteration goes on without the finished tasks once the others are at most this fraction.
@@ -125,6 +127,8 @@ class _Problem:
     penalty: Float[Tensor, "groups members"]
     loss: Loss
     intercept: bool
+    damping: Float[Tensor, "groups members"] | None = None
+    """What a step of Newton's method adds to the curvature of the intercept, which is none where all is saturated."""
 
     def scores(self, weight: Tensor) -> Float[Tensor, "groups members n k"]:
         return multiply(self.features, weight) + self.offset
@@ -137,7 +141,17 @@ class _Problem:
         """The penalty of each row of the weights: zero for the intercept."""
         d = self.features.shape[-1]
         rows = self.penalty[..., None, None].expand(*self.penalty.shape, d, 1)
-        return torch.cat([rows[..., :-1, :], torch.zeros_like(rows[..., :1, :])], -2) if self.intercept else rows
+        if not self.intercept:
+            return rows
+        last = torch.zeros_like(rows[..., :1, :]) if self.damping is None else self.damping[..., None, None]
+        return torch.cat([rows[..., :-1, :], last], -2)
+
+    def damped(self, gap: Tensor) -> _Problem:
+        """The problem of a step from a point with this gap. The damping vanishes with the gap."""
+        if not self.intercept:
+            return self
+        total = self.sample_weight.sum(-1).expand(gap.shape)
+        return replace(self, damping=_DAMPING * gap.clamp(0, 1) * total)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> _Problem:
         changed = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -354,12 +368,16 @@ def _minimize(
             remaining.places = remaining.places[kept]
         change = find_change(problem, point)
         length, next_point = torch.ones_like(point.value), point
+        worse = torch.zeros_like(best.done)
         for _ in range(MAX_BACKTRACKS):
             next_point = _evaluate(problem, torch.addcmul(point.weight, length[..., None, None], change))
             worse = next_point.value > point.value + 1e-12 * point.value.abs()
             if not worse.any():
                 break
             length = torch.where(worse, length / 2, length)
+        else:  # a step that never got better is not taken
+            length = torch.where(worse, 0, length)
+            next_point = _evaluate(problem, torch.addcmul(point.weight, length[..., None, None], change))
         point = next_point
         best.update(step, point.gap, point.gap <= tolerance, point.weight)
     _store(remaining, best, found)
@@ -372,12 +390,12 @@ def _store(remaining: _Remaining, best: BestIterate, found: tuple[Tensor, Tensor
 
 
 def _newton(problem: _Problem, point: _Point) -> Tensor:
-    return -_factorize(problem, point.curvature)(point.gradient)
+    return -_factorize(problem.damped(point.gap), point.curvature)(point.gradient)
 
 
 def _inexact_newton(problem: _Problem, point: _Point) -> Tensor:
     forcing, right = point.gap.clamp(0, 1).pow(0.25).clamp(1e-4, 0.3), -_centered(point.gradient, problem.loss)
-    return _conjugate_gradients(problem, point.curvature, right, forcing, _MAX_INNER)
+    return _conjugate_gradients(problem.damped(point.gap), point.curvature, right, forcing, _MAX_INNER)
 
 
 def _newton_in_dual(problem: _Problem, point: _Point) -> Tensor:
@@ -450,8 +468,9 @@ def _minimize_all(problem: _Problem, grid: int, tolerance: float, max_steps: int
     rotated = replace(problem, features=problem.features @ basis)
     # The memory has the order in which a group is multiplied.
     start = basis.new_zeros((groups, basis.shape[-1], members, k)).transpose(1, 2)
-    # Near a kink of the squared hinge, inexact steps find the active examples slowly.
-    most = max_steps if problem.loss.is_coupled else min(max_steps, _MAX_INEXACT)
+    # If most examples can be fitted, inexact steps find the active ones of the squared hinge slowly.
+    is_slow = not problem.loss.is_coupled and n < 2 * d
+    most = min(max_steps, _MAX_INEXACT) if is_slow else max_steps
     if grid > 2:
         found = _minimize_grid(rotated, start, grid, tolerance, most)
     else:
@@ -460,16 +479,20 @@ def _minimize_all(problem: _Problem, grid: int, tolerance: float, max_steps: int
     # The rotation rounds the features, which matters where weights are huge.
     gap = _evaluate(problem, weight).gap
     stalled = gap > _STALLED
-    if max(k, 1) * n * n <= _MAX_ENTRIES and stalled.any():
+    if stalled.any() and (k * n * n <= _MAX_ENTRIES or not problem.loss.is_coupled):
         is_softmax = isinstance(problem.loss, CrossEntropy)
         precise, inside = (problem, weight) if is_softmax else (rotated, found[0])
-        # Each of these tasks becomes a group of its own.
-        alone = precise.map(lambda value: value.expand(groups, members, *value.shape[2:])[stalled].unsqueeze(1))
         find_change = _newton_in_dual if is_softmax else _newton
-        again = _minimize(alone, inside[stalled].unsqueeze(1), find_change, tolerance, max_steps)
-        better = again[0].squeeze(1)
-        weight[stalled] = better if is_softmax else (basis.expand(groups, members, *basis.shape[2:])[stalled] @ better)
-        gap[stalled] = again[1].squeeze(1)
+        # Each of these tasks becomes a group of its own, as many at once as fit into memory.
+        for places in stalled.nonzero().split(max(1, _MAX_ENTRIES // (k * n * max(n, d)))):
+            chosen = tuple(places.unbind(-1))
+
+            def choose(value: Tensor, chosen: tuple[Tensor, ...] = chosen) -> Tensor:
+                return value.expand(groups, members, *value.shape[2:])[chosen].unsqueeze(1)
+
+            better, gaps, _ = _minimize(precise.map(choose), choose(inside), find_change, tolerance, max_steps)
+            weight[chosen] = (better if is_softmax else choose(basis) @ better).squeeze(1)
+            gap[chosen] = gaps.squeeze(1)
     return weight, gap, steps
 
 

@@ -24,6 +24,7 @@ from convexheads import (
     SVMHead,
     WestonWatkinsSVMHead,
 )
+from convexheads.heads._losses import LOSSES
 from convexheads.kernels import RBF
 
 SIZES = {
@@ -199,6 +200,44 @@ def test_a_weight_of_zero_is_a_mask_and_a_weight_of_two_a_copy(head):
     balanced = torch.tensor([len(labels) / (ways * count) for count in (4, 6, 3)], dtype=torch.float64)
     found = head(0.5, class_weight="balanced")(support, labels, query)
     assert close(found, head(0.5)(support, labels, query, sample_weight=balanced[labels])) < 1e-9
+
+
+@pytest.mark.parametrize("kernel", [None, through_the_dual], ids=["linear", "unknown"])
+@pytest.mark.parametrize("size", [1.0, 30.0, 3000.0])
+@pytest.mark.parametrize("sizes", [SIZES["few weights"], SIZES["many features"]], ids=["few weights", "many features"])
+def test_priors_that_are_far_off_are_corrected_or_refused(sizes, size, kernel):
+    """A huge prior saturates all probabilities, so that the intercept has no curvature at the start."""
+    support, labels, _, ways = task(**sizes)
+    prior = size * torch.randn(ways, support.shape[-1], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    head = LogisticHead(1.0, intercept=True, on_failure="return", kernel=kernel)
+    fitted = head.fit(support, labels, prior=prior)
+    targets = torch.nn.functional.one_hot(labels, ways).double()
+    if fitted.solution.converged:
+        error = fitted(support).softmax(-1) - targets
+        assert error.sum(0).abs().max() < 1e-4
+        if kernel is None:
+            assert (fitted.weight - prior + error.mT @ support).abs().max() < 1e-3
+    else:
+        assert size == 3000
+
+
+def test_slopes_are_balanced():
+    """What a dual with an intercept needs, and what it costs, by definition."""
+    generator = torch.Generator().manual_seed(0)
+    scores = 3 * torch.randn(4, 30, 5, generator=generator, dtype=torch.float64)
+    targets = torch.nn.functional.one_hot(torch.arange(30) % 5, 5).double().expand(4, -1, -1)
+    weight = torch.rand(4, 30, generator=generator, dtype=torch.float64)
+    for name, loss in LOSSES.items():
+        change, cost = loss.balance(targets, scores, weight)
+        slopes = loss.slope(targets, scores) + change
+        assert (weight.unsqueeze(-1) * slopes).sum(-2).abs().max() < 1e-9
+        assert (cost > 0).all()
+        if name == "cross-entropy":
+            assert change.sum(-1).abs().max() < 1e-12
+            p = scores.softmax(-1)
+            expected = (weight.unsqueeze(-1) * (p + change) * ((p + change) / p).log()).sum((-2, -1))
+            assert close(cost, expected) < 1e-9
+            assert (p + change >= 0).all()
 
 
 def test_tasks_with_different_numbers_of_classes_have_their_own_weights():
