@@ -22,7 +22,7 @@ from convexheads.heads import ClassificationHead, FittedClassifier, KernelExpans
 from convexheads.heads.base import held_out
 from convexheads.heads.base.classification import check_head
 from convexheads.heads.base.held_out import Examples, has_closed_form, lenient, refit
-from convexheads.heads.base.inputs import check_classification, check_prior, check_sample_weight
+from convexheads.heads.base.inputs import check_classification, check_prior, check_sample_weight, is_multilabel
 from convexheads.hyperparameters import PerTask, as_tensor
 from convexheads.precision import full_precision, working_dtype
 
@@ -364,6 +364,8 @@ def _prepare(
 ) -> _Task:
     if not isinstance(ways, int | None):
         raise InputError("ways", "an integer or None; tune tasks with other numbers of classes apart", repr(ways))
+    if is_multilabel(labels):
+        raise InputError("labels", "one label per example, because tune does not support several", "a matrix of bool")
     needed = type(head).__name__ if head.requires_all_classes else None
     support, labels, _, mask, k = check_classification(
         support, labels, ways, mask, needed_by=needed, allow_missing_classes=False, validate=head.validate
