@@ -89,7 +89,7 @@ class _Extended:
             excess = self.sums(coef)
             size, total = excess.abs().amax(-1), coef.abs().sum((-2, -1))
             stalled = size > smallest / 2
-            # A task that is done keeps its biases, so that it does not depend on its neighbors.
+            # Tasks that are done keep their biases, so that they do not depend on their neighbors.
             active = (size > _ZERO * total) & ~(stalled & (growths >= _MAX_GROWTHS))
             if not active.any():
                 break
