@@ -552,7 +552,7 @@ def _draw(tuned: Tuned, path: Any) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingDependencyError("matplotlib", extra="quickstart", needed_by="Tuned.plot") from error
+        raise MissingDependencyError("matplotlib", extra="", needed_by="Tuned.plot") from error
     names = list(tuned.points[0])
     if len(names) > 2:
         raise ConvexHeadsError(f"Tuned.plot: expected a grid with one or two names, got {len(names)}")
