@@ -232,6 +232,9 @@ class TunedHead(ClassificationHead):
 
     def fit(self, support: Any, labels: Any, **options: Any) -> FittedClassifier:
         """Tune and fit on a batch of tasks; `support`, `labels`, the `options` and the errors are those of `tune`."""
+        for name, default in (("allow_missing_classes", False), ("calibrate", None)):
+            if (value := options.pop(name, default)) != default:
+                raise InputError(name, f"{default} for TunedHead", repr(value))
         settings = {"cv": self.cv, "scoring": self.scoring, "progress": False}
         return tune(self.head, self.grid, support, labels, **settings, **options).fitted
 
@@ -312,8 +315,9 @@ def _check_grid(head: ClassificationHead, grid: object) -> dict[str, list[Any]]:
             values = values.tolist()
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise InputError("grid", expected, f"{name}: {values!r}")
+        trial = copy.deepcopy(head)
         for value in values:
-            copy.deepcopy(head).set_params(**{name: value})  # raises an `InputError` for an unusable value
+            trial.set_params(**{name: value})  # raises an `InputError` for an unusable value
         found[name] = list(values)
     return found
 

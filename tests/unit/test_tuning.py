@@ -165,6 +165,11 @@ def test_tuned_in_every_episode():
     found = evaluate(head, features, labels, ways=4, shots=4, queries=5, episodes=20, progress=False)
     assert found.accuracy > 0.7
     one = TunedHead(RidgeHead(), {"regularization": [1.0]}, cv=2)
+    support, query = features[:48], features[48:60]
+    assert torch.equal(one(support, labels[:48], query), RidgeHead(1.0)(support, labels[:48], query))
+    for name, value in (("calibrate", "loo"), ("allow_missing_classes", True)):
+        with pytest.raises(InputError, match=name):
+            one.fit(support, labels[:48], **{name: value})
     expected = evaluate(RidgeHead(1.0), features, labels, ways=4, shots=4, queries=5, episodes=20, progress=False)
     found = evaluate(one, features, labels, ways=4, shots=4, queries=5, episodes=20, progress=False)
     assert torch.equal(found.accuracies, expected.accuracies)
