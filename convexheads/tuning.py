@@ -21,10 +21,9 @@ from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyEr
 from convexheads.heads import ClassificationHead, FittedClassifier, KernelExpansion, LossHead, SupportSet
 from convexheads.heads.base import held_out
 from convexheads.heads.base.classification import check_head
-from convexheads.heads.base.held_out import Examples, has_closed_form, lenient, refit
-from convexheads.heads.base.inputs import check_classification, check_prior, check_sample_weight, is_multilabel
-from convexheads.hyperparameters import PerTask, as_tensor
-from convexheads.precision import full_precision, working_dtype
+from convexheads.heads.base.held_out import Examples, closed_form, has_closed_form, lenient, refit
+from convexheads.hyperparameters import PerTask
+from convexheads.precision import full_precision
 
 Folds = int | Literal["loo"] | tuple[Any, Any]
 """The type of `cv`: a number of folds, "loo", or features and labels of a validation set."""
@@ -167,7 +166,7 @@ def tune(
     _validation.check_choice("scoring", scoring, choices=get_args(Scoring))
     values = _check_grid(head, grid)
     points = [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
-    task = _prepare(head, support, labels, ways, mask, sample_weight, prior)
+    task = _prepare(head, support, labels, ways, mask=mask, sample_weight=sample_weight, prior=prior)
     groups = _group(head, points)
     variants = (copy.deepcopy(head).set_params(**group.settings) for group in groups)
     is_closed = all(has_closed_form(variant, task.examples) for variant in variants)
@@ -363,38 +362,16 @@ def _group(head: ClassificationHead, points: list[dict[str, Any]]) -> list[_Grou
     return groups
 
 
-def _prepare(
-    head: ClassificationHead, support: object, labels: object, ways: Any, mask: Any, sample_weight: Any, prior: Any
-) -> _Task:
+def _prepare(head: ClassificationHead, support: Any, labels: Any, ways: Any, **options: Any) -> _Task:
     if not isinstance(ways, int | None):
         raise InputError("ways", "an integer or None; tune tasks with other numbers of classes apart", repr(ways))
-    if is_multilabel(labels):
+    found = head._check(support, labels, ways=ways, **options)
+    targets = found.examples.targets
+    if found.examples.is_multilabel:
         raise InputError("labels", "one label per example, because tune does not support several", "a matrix of bool")
-    needed = type(head).__name__ if head.requires_all_classes else None
-    support, labels, _, mask, k = check_classification(
-        support, labels, ways, mask, needed_by=needed, allow_missing_classes=False, validate=head.validate
-    )
-    name = None if head.accepts_weights else type(head).__name__
-    sample_weight = check_sample_weight(sample_weight, support, mask, refused_by=name, validate=head.validate)
-    prior = check_prior(prior, support, k, refused_by=name, validate=head.validate)
-    options = {"labels": labels, "ways": k, "mask": mask, "sample_weight": sample_weight, "prior": prior}
-    options = {name: value for name, value in options.items() if value is not None}
-    dtype, (*batch, n, d) = working_dtype(support.device), support.shape
-    features = support.detach().to(dtype).reshape(-1, n, d)
-    used = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
-    if sample_weight is not None:
-        used = used & (sample_weight > 0)
-    used = used.reshape(-1, n)
-    labels = labels.long().reshape(-1, n)
-    examples = Examples(
-        features.masked_fill(~used.unsqueeze(-1), 0),
-        torch.nn.functional.one_hot(labels, k).to(dtype) * used.unsqueeze(-1),
-        used,
-        None if sample_weight is None else sample_weight.detach().to(dtype).reshape(-1, n),
-        None if prior is None else prior.detach().to(dtype).reshape(-1, k, d),
-        is_multilabel=False,
-    )
-    return _Task((support, options.pop("labels")), options, torch.Size(batch), examples, labels)
+    examples = Examples.of(found.examples, found.sample_weight)
+    options["ways"] = targets.shape[-1]
+    return _Task((support, labels), options, targets.shape[:-2], examples, examples.targets.argmax(-1))
 
 
 def _split(cv: object, task: _Task, seed: int, *, is_closed: bool) -> _Split:
@@ -494,8 +471,7 @@ def _score(head: ClassificationHead, task: _Task, split: _Split, part: _Part) ->
         logits, expansion = refit(configured, examples, train, query)
         solution = expansion.solution
     else:
-        scores = configured.leave_one_out_scores(examples)
-        logits = as_tensor(configured.scale, scores) * scores
+        logits = closed_form(configured, examples)
     count = used.sum(-1).clamp_min(1).double()
     correct = (logits.argmax(-1) == truth) & used
     log_loss = logits.logsumexp(-1) - logits.gather(-1, truth.expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1)

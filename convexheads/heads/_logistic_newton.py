@@ -9,8 +9,9 @@ scores of each class, and the constraint that the columns of `a` sum to zero.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -21,8 +22,9 @@ from convexheads.heads._losses import margins_and_losses, rebalance, slope_of_cr
 from convexheads.solvers.best_iterate import BestIterate
 from convexheads.solvers.kkt import cholesky
 
-MAX_BACKTRACKS = 30
+_MAX_BACKTRACKS = 30
 PATIENCE = 3
+_T = TypeVar("_T")
 _DATA = "Tensor gram, Tensor targets, Tensor sample_weight, Tensor offset"
 _SCHEMA = f"({_DATA}, *, bool intercept, float tolerance, int max_steps) -> (Tensor, Tensor, Tensor, Tensor)"
 
@@ -141,14 +143,14 @@ def solve(
     for step in range(1, max_steps + 1):
         aim, aim_bias = newton_step(task, coef, bias, intercept=intercept)
         change, bias_change = aim - coef, aim_bias - bias
-        length, next_value = torch.ones_like(value), value
-        for _ in range(MAX_BACKTRACKS):
-            next_value = _objective(task, coef + length[:, None, None] * change, bias + length[:, None] * bias_change)
-            worse = next_value > value + 1e-12 * value.abs()
-            if not worse.any():
-                break
-            length = torch.where(worse, length / 2, length)
-        coef, bias, value = coef + length[:, None, None] * change, bias + length[:, None] * bias_change, next_value
+
+        def step_to(
+            length: Tensor, start=(coef, bias), change=(change, bias_change)
+        ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            point = start[0] + length[:, None, None] * change[0], start[1] + length[:, None] * change[1]
+            return _objective(task, *point), point
+
+        value, (coef, bias) = take_step(value, step_to)
         candidate = _feasible(task, coef, intercept=intercept)
         gap = _gap(task, candidate, bias)
         best.update(step, gap, gap <= tolerance, candidate, bias.unsqueeze(-1))
@@ -156,6 +158,21 @@ def solve(
             break
     coef, bias = best.tensors[0].reshape(*batch, n, k), best.tensors[1].reshape(*batch, k)
     return coef, bias, best.gap.reshape(batch), best.iterations.reshape(batch)
+
+
+def take_step(value: Tensor, step_to: Callable[[Tensor], tuple[Tensor, _T]]) -> tuple[Tensor, _T]:
+    """Halve the length of the step of each task until its objective, so far `value`, is not worse.
+
+    `step_to` returns the objectives and the point for lengths of the steps. A step that never gets better is not taken.
+    """
+    length, worse = torch.ones_like(value), torch.zeros_like(value, dtype=torch.bool)
+    for _ in range(_MAX_BACKTRACKS):
+        length = torch.where(worse, length / 2, length)
+        next_value, point = step_to(length)
+        worse = next_value > value + 1e-12 * value.abs()
+        if not worse.any():
+            return next_value, point
+    return step_to(torch.where(worse, 0, length))
 
 
 def certified_gap(task: Task, coef: Tensor, bias: Tensor, *, intercept: bool) -> Tensor:

@@ -75,7 +75,7 @@ class OneVsRestLoss(Loss):
 
     @staticmethod
     def signs(targets: Tensor) -> Tensor:
-        """1 for the examples of a class, and -1 for the others."""
+        """1 for the examples of each class, and -1 for the others."""
         return 2 * targets - 1
 
 

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from convexheads._compiler import operator
 from convexheads._functorch import compute_without_grad
-from convexheads.heads._logistic_newton import MAX_BACKTRACKS, PATIENCE, SoftmaxKKT
+from convexheads.heads._logistic_newton import PATIENCE, SoftmaxKKT, take_step
 from convexheads.heads._losses import LOSSES, CrossEntropy, Loss
-from convexheads.heads._sharing import apply_once, is_shared, multiply
+from convexheads.heads._sharing import apply_once, is_shared, multiply, scale_once, shared_from
 from convexheads.heads.base.support_set import SupportSet
 from convexheads.hyperparameters import Hyperparameter, PerTask
 from convexheads.solvers.best_iterate import BestIterate
@@ -41,7 +41,7 @@ _AIM, _AIM_OF_GRID, _MAX_STEPS = 1e-20, 1e-12, 100
 _MAX_UNKNOWNS = 256
 # Conjugate gradients in a step of Newton's method, and for a gradient, which has to be precise.
 _MAX_INNER, _MAX_PRECISE, _PRECISE = 300, 2000, 1e-14
-# Where conjugate gradients stall above this gap, n x n matrices are factorized if all of them have so few entries.
+# Where conjugate gradients stall above this gap, matrices are factorized, as many at once as have so few entries.
 _STALLED, _MAX_ENTRIES = 1e-8, 2**26
 # The damping of the intercept, relative to the weights of the examples times the gap.
 _DAMPING = 1e-8
@@ -97,7 +97,7 @@ def fit(
     The dimensions of the penalty broadcast with those of the support set.
     """
     targets = support.targets
-    features = support.features if isinstance(factor, float) and factor == 1 else factor * support.features
+    features = scale_once(support.features, factor)
     if intercept:
         features = apply_once(lambda x: torch.cat([x, torch.ones_like(x[..., :1])], -1), features)
     used, offset = support.factors, support.offset
@@ -128,7 +128,7 @@ class _Problem:
     loss: Loss
     intercept: bool
     damping: Float[Tensor, "groups members"] | None = None
-    """What a step of Newton's method adds to the curvature of the intercept, which is none where all is saturated."""
+    """What a step of Newton's method adds to the curvature of the intercept, which is zero if all losses are flat."""
 
     def scores(self, weight: Tensor) -> Float[Tensor, "groups members n k"]:
         return multiply(self.features, weight) + self.offset
@@ -147,7 +147,7 @@ class _Problem:
         return torch.cat([rows[..., :-1, :], last], -2)
 
     def damped(self, gap: Tensor) -> _Problem:
-        """The problem of a step from a point with this gap. The damping vanishes with the gap."""
+        """The problem of a step from a point with this gap. Its damping is proportional to the gap."""
         if not self.intercept:
             return self
         total = self.sample_weight.sum(-1).expand(gap.shape)
@@ -367,18 +367,12 @@ def _minimize(
             best.select(choose)
             remaining.places = remaining.places[kept]
         change = find_change(problem, point)
-        length, next_point = torch.ones_like(point.value), point
-        worse = torch.zeros_like(best.done)
-        for _ in range(MAX_BACKTRACKS):
-            next_point = _evaluate(problem, torch.addcmul(point.weight, length[..., None, None], change))
-            worse = next_point.value > point.value + 1e-12 * point.value.abs()
-            if not worse.any():
-                break
-            length = torch.where(worse, length / 2, length)
-        else:  # a step that never got better is not taken
-            length = torch.where(worse, 0, length)
-            next_point = _evaluate(problem, torch.addcmul(point.weight, length[..., None, None], change))
-        point = next_point
+
+        def step_to(length: Tensor, problem=problem, start=point, change=change) -> tuple[Tensor, _Point]:
+            reached = _evaluate(problem, torch.addcmul(start.weight, length[..., None, None], change))
+            return reached.value, reached
+
+        _, point = take_step(point.value, step_to)
         best.update(step, point.gap, point.gap <= tolerance, point.weight)
     _store(remaining, best, found)
     return found
@@ -548,7 +542,7 @@ def solve(
     Returns the weights, `(*batch, d, k)`, their certified relative duality gap, and the number of steps.
     """
     batch, (_, d), k = features.shape[:-2], features.shape[-2:], targets.shape[-1]
-    groups = next((dim for dim in range(len(batch)) if is_shared(features, range(dim, len(batch)))), len(batch))
+    groups = shared_from(features, len(batch))
     data = (features, targets, sample_weight, offset, penalty)
     grouped = [_group(part, groups, len(batch)) for part in data]
     problem = _Problem(*grouped, loss=LOSSES[loss], intercept=intercept)

@@ -12,6 +12,16 @@ def is_shared(value: Tensor, dims: Sequence[int]) -> bool:
     return all(value.stride(dim) == 0 or value.shape[dim] == 1 for dim in dims)
 
 
+def shared_from(value: Tensor, dims: int) -> int:
+    """The first of `dims` leading dimensions from which on a tensor is shared; `dims` if there is none."""
+    return next((dim for dim in range(dims) if is_shared(value, range(dim, dims))), dims)
+
+
+def scale_once(value: Tensor, factor: float | Tensor) -> Tensor:
+    """The tensor times a factor; it stays expanded if the factor is one."""
+    return value if isinstance(factor, float) and factor == 1 else factor * value
+
+
 def apply_once(function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
     """Apply a function of matrices `(*batch, n, d)` without repeating its work where they are expanded."""
     dims = [dim for dim in range(value.ndim - 2) if value.stride(dim) == 0 and value.shape[dim] > 1]
@@ -25,7 +35,7 @@ def apply_once(function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
 def multiply(left: Tensor, right: Tensor) -> Tensor:
     """The product of matrices `(*batch, m, n)` and `(*batch, n, k)`, which is one for all tasks that share `left`."""
     dims = right.ndim - 2
-    groups = next((dim for dim in range(dims) if is_shared(left, range(dim, dims))), dims)
+    groups = shared_from(left, dims)
     if groups == dims or right.shape[groups:dims].numel() == 1:
         return left @ right
     members, k = right.shape[groups:dims], right.shape[-1]
@@ -33,4 +43,4 @@ def multiply(left: Tensor, right: Tensor) -> Tensor:
     stacked = merged.transpose(-3, -2).flatten(-2)
     shared = left[(slice(None),) * groups + (0,) * (dims - groups)]
     product = (shared @ stacked).unflatten(-1, (members.numel(), k)).transpose(-3, -2)
-    return product.unflatten(groups, tuple(members)) if groups < dims else product
+    return product.unflatten(groups, tuple(members))

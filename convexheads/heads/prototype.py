@@ -7,9 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexheads.heads.base.classification import ClassificationHead
-from convexheads.heads.base.held_out import Examples
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
-from convexheads.kernels import condition, gram_diagonal
+from convexheads.kernels import gram_diagonal
 
 
 class PrototypeHead(ClassificationHead):
@@ -41,14 +40,12 @@ class PrototypeHead(ClassificationHead):
     def has_leave_one_out(self) -> bool:
         return True
 
-    def leave_one_out_scores(self, examples: Examples) -> Float[Tensor, "tasks 1 points n k"]:
+    def leave_one_out_scores(self, support: SupportSet) -> Float[Tensor, "tasks 1 points n k"]:
         # Without an example, the mean of its class moves away from it by the factor N / (N - 1).
-        kernel = condition(self.kernel, examples.features, examples.used)
-        support = SupportSet(examples.features, examples.targets, examples.used, kernel, False)
-        counts = examples.targets.sum(-2, keepdim=True)
-        mean = examples.targets / counts
-        squared = gram_diagonal(kernel, examples.features).unsqueeze(-1)
+        counts = support.targets.sum(-2, keepdim=True)
+        mean = support.targets / counts
+        squared = gram_diagonal(support.kernel, support.features).unsqueeze(-1)
         similarity = support.gram @ mean
         scores = 2 * similarity - (mean * similarity).sum(-2, keepdim=True) - squared
         moved = torch.where(counts > 1, (counts / (counts - 1)).square() * scores, -torch.inf)
-        return torch.where(examples.targets > 0, moved, scores)[:, None, None]
+        return torch.where(support.targets > 0, moved, scores)[:, None, None]

@@ -10,13 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexheads.heads._linear_algebra import shifted_cholesky
-from convexheads.heads._sharing import apply_once, multiply
-from convexheads.heads.base.held_out import Examples
+from convexheads.heads._sharing import apply_once, multiply, scale_once
 from convexheads.heads.base.loss import LossHead
 from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
-from convexheads.kernels import KernelLike, condition
+from convexheads.kernels import KernelLike
 
 
 def _solve_ridge(
@@ -50,7 +49,7 @@ def _solve_ridge(
             coef, bias = coef - direction @ bias, bias.squeeze(-2)
         return KernelExpansion(root * coef, bias=bias)
     # The d x d system of the primal is smaller.
-    features = support.features if isinstance(factor, float) and factor == 1 else factor * support.features
+    features = scale_once(support.features, factor)
     center = mean = None
     rows, values = features, targets
     if root is not None:
@@ -178,20 +177,8 @@ class RidgeHead(LossHead):
     def has_leave_one_out(self) -> bool:
         return self.class_weight != "balanced"  # these weights depend on the number of examples
 
-    def leave_one_out_scores(self, examples: Examples) -> Float[Tensor, "tasks 1 points n k"]:
-        weight = self._weigh(examples.targets, examples.used, examples.sample_weight)
-        kernel = condition(self.kernel, examples.features, examples.used)
-        support = SupportSet(
-            examples.features,
-            examples.targets,
-            examples.used,
-            kernel,
-            False,
-            weight,
-            examples.prior,
-            examples.is_multilabel,
-        )
-        return _leave_one_out(support, as_tensor(self.regularization, examples.features), intercept=self.intercept)
+    def leave_one_out_scores(self, support: SupportSet) -> Float[Tensor, "tasks 1 points n k"]:
+        return _leave_one_out(support, as_tensor(self.regularization, support.features), intercept=self.intercept)
 
 
 class RidgeRegressionHead(RegressionHead):

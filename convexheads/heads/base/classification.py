@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -32,6 +32,15 @@ _traced = traced_if(
     lambda head, ways=None, **_: head.is_traceable and isinstance(ways, int),
     "validate=False, a solver that can be traced, and ways= as a number",
 )
+
+
+class Checked(NamedTuple):
+    """The arguments of a fit, after all checks."""
+
+    examples: SupportSet
+    ways: Integer[Tensor, "*batch"] | None
+    sample_weight: Float[Tensor, "*batch n"] | None  # that of the caller, without weights of classes
+    dtype: torch.dtype
 
 
 class ClassificationHead(Head):
@@ -145,12 +154,45 @@ class ClassificationHead(Head):
         Returns:
             The fitted head, to be called on queries `(*batch, q, d)`. Its `solution` has the certificate.
         """
-        multilabel = single = None
+        found = self._check(
+            support,
+            labels,
+            ways=ways,
+            mask=mask,
+            allow_missing_classes=allow_missing_classes,
+            sample_weight=sample_weight,
+            prior=prior,
+        )
+        examples = found.examples
+        with full_precision(examples.features.device):
+            if found.ways is None or not found.ways.numel():
+                expansion = self._solve_checked(examples)
+            else:
+                expansion = self._solve_grouped_by_ways(examples, found.ways)
+            scale = as_tensor(self.scale, examples.features)
+            fitted = FittedClassifier(expansion, examples, found.dtype, scale, found.ways)
+        if calibrate is None:
+            return fitted
+        if check_choice("calibrate", calibrate, ("loo",)) and found.ways is not None:
+            raise InputError("calibrate", "None where the number of classes differs between tasks", repr(calibrate))
+        return fitted.calibrated(self._leave_one_out(found), examples.targets, examples.used)
+
+    def _check(
+        self,
+        support: Any,
+        labels: Any,
+        *,
+        ways: Any = None,
+        mask: Any = None,
+        allow_missing_classes: Any = False,
+        sample_weight: Any = None,
+        prior: Any = None,
+    ) -> Checked:
+        """Check the arguments of `fit`."""
+        multilabel = single = ways_per_task = None
         if self.accepts_multilabel and is_multilabel(labels):
             support, multilabel, mask = check_multilabel(support, labels, ways, mask, validate=self.validate)
-            if getattr(self, "class_weight", None) is not None:
-                raise InputError("class_weight", "None where an example may have any number of labels", "a value")
-            ways_per_task, max_ways = None, multilabel.shape[-1]
+            max_ways = multilabel.shape[-1]
         else:
             support, single, ways_per_task, mask, max_ways = check_classification(
                 support,
@@ -172,19 +214,10 @@ class ClassificationHead(Head):
             else:
                 assert single is not None
                 targets = one_hot(single, max_ways, ways_per_task, dtype, validated=self.validate)
-            examples = self._support_set(support, targets, mask, self._weigh(targets, mask, sample_weight), prior)
+            weight = self._weigh(targets, mask, sample_weight, is_multilabel=multilabel is not None)
+            examples = self._support_set(support, targets, mask, weight, prior)
             examples = replace(examples, is_multilabel=multilabel is not None)
-            if ways_per_task is None or not ways_per_task.numel():
-                expansion = self._solve_checked(examples)
-            else:
-                expansion = self._solve_grouped_by_ways(examples, ways_per_task)
-            scale = as_tensor(self.scale, examples.features)
-            fitted = FittedClassifier(expansion, examples, support.dtype, scale, ways_per_task)
-        if calibrate is None:
-            return fitted
-        if check_choice("calibrate", calibrate, ("loo",)) and ways_per_task is not None:
-            raise InputError("calibrate", "None where the number of classes differs between tasks", repr(calibrate))
-        return fitted.calibrated(self._leave_one_out(examples, sample_weight), targets, examples.used)
+        return Checked(examples, ways_per_task, sample_weight, support.dtype)
 
     def leave_one_out(
         self,
@@ -210,29 +243,18 @@ class ClassificationHead(Head):
         Example:
             `accuracy = (head.leave_one_out(support, labels).argmax(-1) == labels).float().mean()`
         """
-        fitted = self.fit(support, labels, **options)
-        if fitted.ways is not None:
+        found = self._check(support, labels, **options)
+        if found.ways is not None:
             raise InputError("ways", "a number or None", "a number per task")
-        return self._leave_one_out(fitted.support, options.get("sample_weight")).to(fitted.dtype)
+        return self._leave_one_out(found).to(found.dtype)
 
     @torch.no_grad()
-    def _leave_one_out(self, support: SupportSet, sample_weight: Any) -> Float[Tensor, "*batch n k"]:
-        """The logits of each example of a support set without it; `sample_weight` is that of the caller."""
-        *batch, n, d = support.features.shape
-        k = support.targets.shape[-1]
-        if sample_weight is not None:
-            weight = check_sample_weight(sample_weight, support.features, support.mask, refused_by=None, validate=False)
-            sample_weight = None if weight is None else weight.to(support.features.dtype)
-        parts = support.features, support.targets, support.used, sample_weight, support.prior
-        shapes = (n, d), (n, k), (n,), (n,), (k, d)
-        flat: Any = (
-            None if part is None else part.detach().reshape(-1, *shape)
-            for part, shape in zip(parts, shapes, strict=True)
-        )
+    def _leave_one_out(self, found: Checked) -> Float[Tensor, "*batch n k"]:
+        """The logits of each example without it."""
+        support = found.examples
         with full_precision(support.features.device):
-            examples = Examples(*flat, is_multilabel=support.is_multilabel)
-            logits = leave_one_out(self, examples)
-        return logits.reshape(*batch, n, k)
+            logits = leave_one_out(self, Examples.of(support, found.sample_weight))
+        return logits.reshape(support.targets.shape)
 
     def entries_per_task(self, n: int, d: int, k: int) -> int:
         """The number of entries of the tensors of one task while it is solved, which `tune` needs to bound its memory.
@@ -249,15 +271,17 @@ class ClassificationHead(Head):
         """Whether the head has a closed form of the scores without one example."""
         return False
 
-    def leave_one_out_scores(self, examples: Examples) -> Float[Tensor, "tasks 1 points n k"]:
-        """The scores of each of the `examples` without it, for heads with `has_leave_one_out`, before the scale."""
+    def leave_one_out_scores(self, support: SupportSet) -> Float[Tensor, "tasks 1 points n k"]:
+        """The scores of each example of a `support` set without it, in heads with `has_leave_one_out`, unscaled."""
         raise NotImplementedError(f"{type(self).__name__} has no closed form for leaving one example out")
 
     def needed_examples(self, expansion: KernelExpansion) -> Bool[Tensor, "*batch n"]:
         """Which examples change a solution, given as its `expansion`, if they are left out; by default, all."""
         return torch.ones_like(expansion.coef[..., 0], dtype=torch.bool)
 
-    def _weigh(self, targets: Tensor, mask: Tensor | None, sample_weight: Tensor | None) -> Tensor | None:
+    def _weigh(
+        self, targets: Tensor, mask: Tensor | None, sample_weight: Tensor | None, *, is_multilabel: bool
+    ) -> Tensor | None:
         """The factor of the loss of each example, `(*batch, n)`; None for one."""
         return sample_weight
 

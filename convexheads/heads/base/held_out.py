@@ -36,6 +36,14 @@ class Examples(NamedTuple):
     prior: Float[Tensor, "tasks k d"] | None
     is_multilabel: bool
 
+    @classmethod
+    def of(cls, support: SupportSet, sample_weight: Tensor | None) -> Examples:
+        """The examples of a support set, whose own weights may include those of classes."""
+        dims = support.targets.ndim - 2
+        parts = support.features, support.targets, support.used, sample_weight, support.prior
+        flat: Any = (None if part is None else part.detach().reshape(-1, *part.shape[dims:]) for part in parts)
+        return cls(*flat, is_multilabel=support.is_multilabel)
+
     def select(self, tasks: slice) -> Examples:
         """Some of the tasks."""
         parts: Any = (part[tasks] if isinstance(part, Tensor) else part for part in self)
@@ -63,7 +71,7 @@ def refit(
     if not head.accepts_weights:  # only heads with weights ignore the features of masked examples
         features = features.masked_fill(~train.unsqueeze(-1), 0)
     weight = None if examples.sample_weight is None else expand(examples.sample_weight)
-    weight = head._weigh(targets, train, weight)
+    weight = head._weigh(targets, train, weight, is_multilabel=examples.is_multilabel)
     if weight is not None:
         weight = weight.masked_fill(~train, 1)
     prior = None if examples.prior is None else expand(examples.prior)
@@ -82,6 +90,15 @@ def has_closed_form(head: Any, examples: Examples) -> bool:
     one = examples.select(slice(1))
     conditioned = condition(head.kernel, one.features, one.used)
     return conditioned is head.kernel or not _has_parameters_per_task(conditioned)
+
+
+def closed_form(head: Any, examples: Examples) -> Float[Tensor, "tasks 1 points n k"]:
+    """The logits of each example without it, by a head that has a closed form of them."""
+    weight = head._weigh(examples.targets, examples.used, examples.sample_weight, is_multilabel=examples.is_multilabel)
+    kernel = condition(head.kernel, examples.features, examples.used)
+    parts = examples.features, examples.targets, examples.used, kernel
+    support = SupportSet(*parts, False, weight, examples.prior, examples.is_multilabel)
+    return as_tensor(head.scale, examples.features) * head.leave_one_out_scores(support)
 
 
 def _has_parameters_per_task(part: Any) -> bool:
@@ -108,7 +125,7 @@ def leave_one_out(head: Any, examples: Examples) -> Float[Tensor, "tasks n k"]:
         part = examples.select(chosen)
         local = lenient(_select(head, chosen, tasks))
         if has_closed_form(local, part):
-            logits[chosen] = as_tensor(local.scale, logits) * local.leave_one_out_scores(part)[:, 0, 0]
+            logits[chosen] = closed_form(local, part)[:, 0, 0]
             continue
         everything, others = part.used.unsqueeze(1), torch.arange(n, device=logits.device)
         found, expansion = refit(local, part, everything, part.features.unsqueeze(1))

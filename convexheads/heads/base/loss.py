@@ -73,9 +73,13 @@ class LossHead(ClassificationHead):
         targets: Float[Tensor, "*batch n k"],
         mask: Bool[Tensor, "*batch n"] | None,
         sample_weight: Float[Tensor, "*batch n"] | None,
+        *,
+        is_multilabel: bool,
     ) -> Float[Tensor, "*batch n"] | None:
         if self.class_weight is None:
             return sample_weight
+        if is_multilabel:
+            raise InputError("class_weight", "None where an example may have any number of labels", "a value")
         weight = torch.ones_like(targets[..., 0]) if sample_weight is None else sample_weight.to(targets.dtype)
         if mask is not None:
             weight = weight * mask
