@@ -14,6 +14,7 @@ from convexheads._sampling import check_features, fit_episodes
 from convexheads._validation import ArrayLike
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead
+from convexheads.heads.base.temperature import best_factor
 from convexheads.hyperparameters import Learnable, as_tensor
 
 _SCALE_BOUNDS = (1e-30, 1e30)  # well within what a `Learnable` can represent
@@ -63,7 +64,6 @@ def calibrate(
     return calibrated
 
 
-@torch.inference_mode(False)  # for the gradient of the cross-entropy
 def best_scale(
     logits: Float[Tensor, "examples k"], labels: Integer[Tensor, " examples"], scale: float | Tensor = 1.0
 ) -> float:
@@ -83,27 +83,11 @@ def best_scale(
     Example:
         `head.scale *= best_scale(head.fit(support, labels)(query), query_labels)`
     """
-    logits, labels = logits.clone(), labels.clone()  # inference tensors cannot take part in autograd
     usable = logits.isfinite().all(-1)
     if not usable.any():
         raise InputError("logits", "a row of finite values", f"none in {len(logits)} rows")
-    logits, labels = logits[usable], labels[usable]
-    # The cross-entropy is convex in the factor. For logits divided by their spread, the best factor is around one.
-    logits = logits - logits.mean(-1, keepdim=True)
-    unit = logits.std(correction=0)
-    unit = unit.where(unit > torch.finfo(unit.dtype).tiny, 1)  # equal logits leave the scale as it is
-    factor = torch.ones((), dtype=logits.dtype, device=logits.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([factor], max_iter=100, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = functional.cross_entropy(factor * logits / unit, labels, label_smoothing=1 / (len(labels) + 2))
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    # If the factor is negative, the head predicts worse than chance, and every tiny scale is as good as any other.
-    return (scale * (factor / unit)).clamp(*_SCALE_BOUNDS).item()
+    targets = functional.one_hot(labels.long(), logits.shape[-1]).to(logits.dtype)
+    return (scale * best_factor(logits, targets, usable)).clamp(*_SCALE_BOUNDS).item()
 
 
 def expected_calibration_error(

@@ -12,7 +12,7 @@ from convexheads._validation import check_real
 from convexheads.errors import InputError
 
 # Factors of logits, in units of their standard deviation, and the number of times that this interval is halved.
-_FACTORS, _HALVINGS = (1e-15, 1e15), 110
+_FACTORS, _HALVINGS = (1e-15, 1e15), 60
 
 
 def best_factor(
