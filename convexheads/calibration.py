@@ -20,7 +20,7 @@ from convexheads.hyperparameters import Learnable, as_tensor
 _SCALE_BOUNDS = (1e-30, 1e30)  # well within what a `Learnable` can represent
 
 
-@torch.inference_mode(False)  # for the gradient of the cross-entropy
+@torch.inference_mode(False)  # so that the new scale is an ordinary parameter
 def calibrate(
     head: ClassificationHead,
     features: Float[Tensor, "examples d"] | ArrayLike,

@@ -299,7 +299,7 @@ MUTATIONS = [
         "heads/_losses.py",
         "return received - fraction * p",
         "return -fraction * p",
-        "test_weighted.py::test_logistic_regression_agrees_with_scikit_learn",
+        "test_weighted.py::test_slopes_are_balanced",
     ),
     Mutation(
         "leave-one-out-ridge",
