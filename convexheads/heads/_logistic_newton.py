@@ -18,12 +18,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexheads._compiler import operator
-from convexheads.heads._losses import margins_and_losses, rebalance, slope_of_cross_entropy
+from convexheads.heads._losses import CrossEntropy
 from convexheads.solvers.best_iterate import BestIterate
 from convexheads.solvers.kkt import cholesky
 
 _MAX_BACKTRACKS = 30
 PATIENCE = 3
+_LOSS = CrossEntropy()
 _T = TypeVar("_T")
 _DATA = "Tensor gram, Tensor targets, Tensor sample_weight, Tensor offset"
 _SCHEMA = f"({_DATA}, *, bool intercept, float tolerance, int max_steps) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -94,19 +95,51 @@ class Task(NamedTuple):
     offset: Float[Tensor, "*tasks n k"]
 
 
-def newton_step(task: Task, coef: Tensor, bias: Tensor, *, intercept: bool) -> tuple[Tensor, Tensor]:
-    """One undamped Newton step from `coef`, `(tasks, n, k)`, and `bias`, `(tasks, k)`; differentiable."""
-    gram, targets, weight, offset = task
-    scores = gram @ coef + bias.unsqueeze(-2)
-    margins, loss = margins_and_losses(targets, scores + offset)
-    p = (margins - loss.unsqueeze(-1)).exp()
-    # `W scores + s (targets - p)`, computed from the entries of the wrong classes, because its rows sum to zero.
-    margins = scores - (targets * scores).sum(-1, keepdim=True)
-    weight = weight.unsqueeze(-1)
-    right = weight * slope_of_cross_entropy(targets, p * (margins - (p * margins).sum(-1, keepdim=True) - 1))
-    kkt = SoftmaxKKT.factorize(gram, weight * p, intercept=intercept)
-    change, negative_bias = kkt.solve(gram @ right, right.sum(-2))
-    return right - change, bias if negative_bias is None else -negative_bias
+class Point(NamedTuple):
+    """Coefficients and biases, the objective and its derivatives there, and a certificate."""
+
+    coef: Float[Tensor, "*tasks n k"]
+    bias: Float[Tensor, "*tasks k"]
+    value: Float[Tensor, "*tasks"]
+    p: Float[Tensor, "*tasks n k"]
+    """The probabilities."""
+    residual: Float[Tensor, "*tasks n k"]
+    """`coef - s (targets - p)`."""
+    image: Float[Tensor, "*tasks n k"]
+    """The Gram matrix times the residual."""
+    gap: Float[Tensor, "*tasks"]
+    """The relative duality gap."""
+
+
+def evaluate(task: Task, coef: Tensor, bias: Tensor, *, intercept: bool) -> Point:
+    """The objective at these coefficients and biases, with the certificate; differentiable.
+
+    The slopes of the losses are dual coefficients. With them, the losses and their conjugates add up without a gap, and
+    what remains is half of `residual' K residual`. With an intercept, the slopes have to be balanced first.
+    """
+    gram, targets, sample_weight, offset = task
+    image, weight = gram @ coef, sample_weight.unsqueeze(-1)
+    scores = image + (offset + bias.unsqueeze(-2))
+    found = _LOSS.evaluate(targets, scores)
+    value = (coef * image).sum((-2, -1)) / 2 + (sample_weight * found.value).sum(-1)
+    residual = coef + weight * found.slope
+    image = gram @ residual
+    if intercept:
+        change, lost = _LOSS.balance(scores, found, sample_weight)
+        balanced = residual + weight * change
+        gap = lost + (balanced * (gram @ balanced)).sum((-2, -1)) / 2
+    else:
+        gap = (residual * image).sum((-2, -1)) / 2
+    # Rounding may make the product negative.
+    gap = gap.clamp_min(0) / value.clamp_min(torch.finfo(value.dtype).tiny)
+    return Point(coef, bias, value, found.curvature, residual, image, gap)
+
+
+def newton_step(task: Task, point: Point, *, intercept: bool) -> tuple[Tensor, Tensor]:
+    """The changes of `coef` and `bias` in an undamped step of Newton's method; differentiable."""
+    kkt = SoftmaxKKT.factorize(task.gram, task.sample_weight.unsqueeze(-1) * point.p, intercept=intercept)
+    change, bias = kkt.solve(point.image, (point.residual - point.coef).sum(-2))
+    return change - point.residual, torch.zeros_like(point.bias) if bias is None else bias
 
 
 def _without_values(
@@ -130,32 +163,29 @@ def solve(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solve tasks `(*batch, n, k)` by damped Newton steps until each gap is below `tolerance` or stops falling.
 
-    Returns coefficients that are feasible for the dual, the bias, their certified relative duality gap, and the number
-    of steps.
+    Returns the coefficients, the biases, their certified relative duality gap, and the number of steps.
     """
     batch, (n, k) = targets.shape[:-2], targets.shape[-2:]
     task = Task(
         gram.reshape(-1, n, n), targets.reshape(-1, n, k), sample_weight.reshape(-1, n), offset.reshape(-1, n, k)
     )
     coef, bias = torch.zeros_like(task.targets), torch.zeros_like(task.targets[:, 0])
-    value = _objective(task, coef, bias)
-    best = BestIterate(_feasible(task, coef, intercept=intercept), bias.unsqueeze(-1), patience=PATIENCE)
+    point = evaluate(task, coef, bias, intercept=intercept)
+    best = BestIterate(coef, bias.unsqueeze(-1), patience=PATIENCE)
+    best.update(0, point.gap, point.gap <= tolerance, coef, bias.unsqueeze(-1))
     for step in range(1, max_steps + 1):
-        aim, aim_bias = newton_step(task, coef, bias, intercept=intercept)
-        change, bias_change = aim - coef, aim_bias - bias
-
-        def step_to(
-            length: Tensor, start=(coef, bias), change=(change, bias_change)
-        ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            point = start[0] + length[:, None, None] * change[0], start[1] + length[:, None] * change[1]
-            return _objective(task, *point), point
-
-        value, (coef, bias) = take_step(value, step_to)
-        candidate = _feasible(task, coef, intercept=intercept)
-        gap = _gap(task, candidate, bias)
-        best.update(step, gap, gap <= tolerance, candidate, bias.unsqueeze(-1))
         if best.done.all():
             break
+        change, bias_change = newton_step(task, point, intercept=intercept)
+
+        def step_to(length: Tensor, start=point, change=change, bias_change=bias_change) -> tuple[Tensor, Point]:
+            length = length[:, None]
+            changed = start.coef + length.unsqueeze(-1) * change, start.bias + length * bias_change
+            reached = evaluate(task, *changed, intercept=intercept)
+            return reached.value, reached
+
+        _, point = take_step(point.value, step_to)
+        best.update(step, point.gap, point.gap <= tolerance, point.coef, point.bias.unsqueeze(-1))
     coef, bias = best.tensors[0].reshape(*batch, n, k), best.tensors[1].reshape(*batch, k)
     return coef, bias, best.gap.reshape(batch), best.iterations.reshape(batch)
 
@@ -173,44 +203,6 @@ def take_step(value: Tensor, step_to: Callable[[Tensor], tuple[Tensor, _T]]) -> 
         if not worse.any():
             return next_value, point
     return step_to(torch.where(worse, 0, length))
-
-
-def certified_gap(task: Task, coef: Tensor, bias: Tensor, *, intercept: bool) -> Tensor:
-    """The relative duality gap of feasible coefficients close to `coef`."""
-    return _gap(task, _feasible(task, coef, intercept=intercept), bias)
-
-
-def _objective(task: Task, coef: Tensor, bias: Tensor) -> Tensor:
-    image = task.gram @ coef
-    loss = margins_and_losses(task.targets, image + bias.unsqueeze(-2) + task.offset)[1]
-    return (coef * image).sum((-2, -1)) / 2 + (task.sample_weight * loss).sum(-1)
-
-
-def _feasible(task: Task, coef: Tensor, *, intercept: bool) -> Tensor:
-    """Coefficients close to `coef`, for which each row of `targets - coef / s` is a distribution."""
-    weight = task.sample_weight.unsqueeze(-1)
-    wrong = (-coef / weight.where(weight > 0, 1)).clamp_min(0).masked_fill(task.targets > 0, 0)
-    wrong = wrong / wrong.sum(-1, keepdim=True).clamp_min(1)
-    if intercept:
-        p = wrong + task.targets * (1 - wrong.sum(-1, keepdim=True))
-        change = rebalance(p, (weight * slope_of_cross_entropy(task.targets, wrong)).sum(-2, keepdim=True), weight)
-        wrong = wrong + change.masked_fill(task.targets > 0, 0)
-    return -weight * slope_of_cross_entropy(task.targets, wrong)
-
-
-def _gap(task: Task, coef: Tensor, bias: Tensor) -> Tensor:
-    """The relative gap of feasible coefficients: the divergence of `targets - coef / s` from the softmax of scores."""
-    targets, weight = task.targets, task.sample_weight
-    image = task.gram @ coef
-    margins, loss = margins_and_losses(targets, image + bias.unsqueeze(-2) + task.offset)
-    p = (-coef / weight.where(weight > 0, 1).unsqueeze(-1)).masked_fill(targets > 0, 0)
-    logs = margins - loss.unsqueeze(-1)
-    wrong_divergence = torch.special.xlogy(p, p) - p * logs - p + logs.exp().masked_fill(targets > 0, 0)
-    s, t = p.sum(-1).clamp_max(1), -torch.expm1(-loss)  # rounding may make a sum of 1 larger
-    right_divergence = torch.special.xlog1py(1 - s, -s) + (1 - s) * loss + s - t
-    value = (coef * image).sum((-2, -1)) / 2 + (weight * loss).sum(-1)
-    gap = (weight * (wrong_divergence.sum(-1) + right_divergence).clamp_min(0)).sum(-1)
-    return gap / value.clamp_min(torch.finfo(value.dtype).tiny)
 
 
 class ImplicitSolution(torch.autograd.Function):
@@ -238,7 +230,7 @@ class ImplicitSolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor, bias_gradient: Tensor):
         gram, targets, sample_weight, offset, coef, bias = ctx.saved_tensors
-        p = (gram @ coef + bias.unsqueeze(-2) + offset).softmax(-1)
+        _, slope, p = _LOSS.evaluate(targets, gram @ coef + bias.unsqueeze(-2) + offset)
         weight = sample_weight.unsqueeze(-1)
         kkt = SoftmaxKKT.factorize(gram.detach(), (weight * p).detach(), intercept=ctx.intercept)
         right = gradient, bias_gradient if ctx.intercept else None
@@ -247,7 +239,7 @@ class ImplicitSolution(torch.autograd.Function):
         u = gradient - gram @ v
         if ctx.intercept:
             u = u - row.unsqueeze(-2)
-        to_weight = -(u * slope_of_cross_entropy(targets, p)).sum(-1)
+        to_weight = -(u * slope).sum(-1)
         return -(outer + outer.mT) / 2, weight * u, to_weight, -v, None, None, None
 
 

@@ -7,7 +7,7 @@ the classes. It is kept as h, which is called the curvature.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,23 +15,27 @@ from torch import Tensor
 from torch.nn import functional
 
 
+class LossValues(NamedTuple):
+    """The losses of examples, and their derivatives with respect to the scores."""
+
+    value: Float[Tensor, "*tasks n"]
+    slope: Float[Tensor, "*tasks n k"]
+    """The gradient, without cancellation where an example is fitted well."""
+    curvature: Float[Tensor, "*tasks n k"]
+    """The h of the Hessian."""
+
+
 class Loss(ABC):
     """A convex loss of scores `(tasks, n, k)` for targets of the same shape; all methods are differentiable."""
 
     is_coupled: ClassVar[bool]
     """Whether the loss couples the classes, and depends only on the differences between their scores."""
+    has_active_set: ClassVar[bool] = False
+    """Whether only some examples, the active ones, have a curvature, and it is the same for all of them."""
 
     @abstractmethod
-    def value(self, targets: Tensor, scores: Tensor) -> Float[Tensor, "*tasks n"]:
-        """The loss of each example."""
-
-    @abstractmethod
-    def curvature(self, targets: Tensor, scores: Tensor) -> Float[Tensor, "*tasks n k"]:
-        """The h of the Hessian."""
-
-    @abstractmethod
-    def slope(self, targets: Tensor, scores: Tensor) -> Float[Tensor, "*tasks n k"]:
-        """The gradient with respect to the scores, without cancellation where an example is fitted well."""
+    def evaluate(self, targets: Tensor, scores: Tensor) -> LossValues:
+        """The losses and their derivatives."""
 
     def apply_hessian(self, curvature: Tensor, scores: Tensor) -> Float[Tensor, "*tasks n k"]:
         """The Hessian times `scores`."""
@@ -40,7 +44,7 @@ class Loss(ABC):
 
     @abstractmethod
     def balance(
-        self, targets: Tensor, scores: Tensor, sample_weight: Tensor
+        self, scores: Tensor, found: LossValues, sample_weight: Tensor
     ) -> tuple[Float[Tensor, "*tasks n k"], Float[Tensor, "*tasks"]]:
         """Change the slopes so that their weighted sum over the examples is zero, as a dual with an intercept requires.
 
@@ -53,18 +57,24 @@ class CrossEntropy(Loss):
 
     is_coupled = True
 
-    def value(self, targets: Tensor, scores: Tensor) -> Tensor:
-        return margins_and_losses(targets, scores)[1]
+    def evaluate(self, targets: Tensor, scores: Tensor) -> LossValues:
+        # Where examples are fitted almost perfectly, losses are tiny. The probabilities of the wrong classes, from
+        # which all of this is computed, keep full precision.
+        p = scores.softmax(-1)
+        wrong = p.masked_fill(targets > 0, 0)
+        slope = wrong - targets * wrong.sum(-1, keepdim=True)
+        margins = scores - (targets * scores).sum(-1, keepdim=True)
+        log_wrong = margins.masked_fill(targets > 0, -torch.inf).logsumexp(-1)
+        return LossValues(-functional.logsigmoid(-log_wrong), slope, p)
 
-    def curvature(self, targets: Tensor, scores: Tensor) -> Tensor:
-        return scores.softmax(-1)
-
-    def slope(self, targets: Tensor, scores: Tensor) -> Tensor:
-        return slope_of_cross_entropy(targets, scores.softmax(-1))
-
-    def balance(self, targets: Tensor, scores: Tensor, sample_weight: Tensor) -> tuple[Tensor, Tensor]:
-        p, weight = scores.softmax(-1), sample_weight.unsqueeze(-1)
-        change = rebalance(p, (weight * slope_of_cross_entropy(targets, p)).sum(-2, keepdim=True), weight)
+    def balance(self, scores: Tensor, found: LossValues, sample_weight: Tensor) -> tuple[Tensor, Tensor]:
+        # Classes with too much probability lose the same fraction of it in each example, and the others receive it.
+        p, weight = found.curvature, sample_weight.unsqueeze(-1)
+        excess = (weight * found.slope).sum(-2, keepdim=True)
+        too_much = excess.clamp_min(0)
+        fraction = _divide(too_much, (weight * p).sum(-2, keepdim=True))
+        received = (fraction * p).sum(-1, keepdim=True) * _divide(-excess.clamp_max(0), too_much.sum(-1, keepdim=True))
+        change = received - fraction * p
         return change, (weight * divergence(p, scores.log_softmax(-1), change)).sum((-2, -1))
 
 
@@ -82,19 +92,14 @@ class OneVsRestLoss(Loss):
 class SigmoidLoss(OneVsRestLoss):
     """The cross-entropy of a sigmoid for each class."""
 
-    def value(self, targets: Tensor, scores: Tensor) -> Tensor:
-        return functional.softplus(-self.signs(targets) * scores).sum(-1)
-
-    def curvature(self, targets: Tensor, scores: Tensor) -> Tensor:
-        return scores.sigmoid() * (-scores).sigmoid()
-
-    def slope(self, targets: Tensor, scores: Tensor) -> Tensor:
+    def evaluate(self, targets: Tensor, scores: Tensor) -> LossValues:
         signs = self.signs(targets)
-        return -signs * (-signs * scores).sigmoid()
+        wrong, right = (-signs * scores).sigmoid(), (signs * scores).sigmoid()
+        return LossValues(-functional.logsigmoid(signs * scores).sum(-1), -signs * wrong, wrong * right)
 
-    def balance(self, targets: Tensor, scores: Tensor, sample_weight: Tensor) -> tuple[Tensor, Tensor]:
+    def balance(self, scores: Tensor, found: LossValues, sample_weight: Tensor) -> tuple[Tensor, Tensor]:
         p, other, weight = scores.sigmoid(), (-scores).sigmoid(), sample_weight.unsqueeze(-1)
-        excess = (weight * self.slope(targets, scores)).sum(-2, keepdim=True)
+        excess = (weight * found.slope).sum(-2, keepdim=True)
         lost = _divide(excess.clamp_min(0), (weight * p).sum(-2, keepdim=True)) * p
         received = _divide(-excess.clamp_max(0), (weight * other).sum(-2, keepdim=True)) * other
         change = received - lost
@@ -106,25 +111,20 @@ class SigmoidLoss(OneVsRestLoss):
 class SquaredHingeLoss(OneVsRestLoss):
     """The squared hinge `max(0, 1 - sign * score)^2` of each class. Its second derivative has a jump at zero slack."""
 
-    def value(self, targets: Tensor, scores: Tensor) -> Tensor:
-        return self._slack(targets, scores).square().sum(-1)
+    has_active_set = True
 
-    def curvature(self, targets: Tensor, scores: Tensor) -> Tensor:
-        return 2 * (self._slack(targets, scores) > 0).to(scores.dtype)
+    def evaluate(self, targets: Tensor, scores: Tensor) -> LossValues:
+        signs = self.signs(targets)
+        slack = (1 - signs * scores).clamp_min(0)
+        return LossValues(slack.square().sum(-1), -2 * signs * slack, 2 * (slack > 0).to(scores.dtype))
 
-    def slope(self, targets: Tensor, scores: Tensor) -> Tensor:
-        return -2 * self.signs(targets) * self._slack(targets, scores)
-
-    def balance(self, targets: Tensor, scores: Tensor, sample_weight: Tensor) -> tuple[Tensor, Tensor]:
+    def balance(self, scores: Tensor, found: LossValues, sample_weight: Tensor) -> tuple[Tensor, Tensor]:
         # On the side with the larger sum, all multipliers lose the same fraction.
-        slope, weight = self.slope(targets, scores), sample_weight.unsqueeze(-1)
+        slope, weight = found.slope, sample_weight.unsqueeze(-1)
         excess = (weight * slope).sum(-2, keepdim=True)
         side = slope * (slope * excess > 0)
         change = -_divide(excess, (weight * side).sum(-2, keepdim=True)) * side
         return change, (weight * change.square() / 4).sum((-2, -1))
-
-    def _slack(self, targets: Tensor, scores: Tensor) -> Tensor:
-        return (1 - self.signs(targets) * scores).clamp_min(0)
 
 
 LOSSES: dict[str, Loss] = {
@@ -133,34 +133,6 @@ LOSSES: dict[str, Loss] = {
     "squared hinge": SquaredHingeLoss(),
 }
 """The losses by the names that operators receive."""
-
-
-# Where examples are fitted almost perfectly, losses are tiny. The functions below therefore work with the probabilities
-# of the wrong classes, which keep full precision.
-
-
-def margins_and_losses(targets: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The difference between each class's score and that of the right class, and the cross-entropy of each row."""
-    margins = scores - (targets * scores).sum(-1, keepdim=True)
-    log_wrong = margins.masked_fill(targets > 0, -torch.inf).logsumexp(-1)
-    return margins, torch.logaddexp(torch.zeros_like(log_wrong), log_wrong)
-
-
-def slope_of_cross_entropy(targets: Tensor, values: Tensor) -> Tensor:
-    """`values - targets` for values whose rows sum to one, from the values of the wrong classes alone."""
-    wrong = values.masked_fill(targets > 0, 0)
-    return wrong - targets * wrong.sum(-1, keepdim=True)
-
-
-def rebalance(p: Tensor, excess: Tensor, weight: Tensor) -> Tensor:
-    """The change of the distributions p, `(tasks, n, k)`, that subtracts the `excess` from their weighted sums.
-
-    Classes with too much probability lose the same fraction of it in each example, and the others receive it.
-    """
-    too_much = excess.clamp_min(0)
-    fraction = _divide(too_much, (weight * p).sum(-2, keepdim=True))
-    received = (fraction * p).sum(-1, keepdim=True) * _divide(-excess.clamp_max(0), too_much.sum(-1, keepdim=True))
-    return received - fraction * p
 
 
 def _divide(part: Tensor, whole: Tensor) -> Tensor:

@@ -43,6 +43,9 @@ _MAX_UNKNOWNS = 256
 _MAX_INNER, _MAX_PRECISE, _PRECISE = 300, 2000, 1e-14
 # Where conjugate gradients stall above this gap, matrices are factorized, as many at once as have so few entries.
 _STALLED, _MAX_ENTRIES = 1e-8, 2**26
+# Up to this number of examples, and of features, matrices of the active examples are factorized; as many at once as
+# have so few entries.
+_MAX_ACTIVE, _MAX_ACTIVE_ENTRIES = 1000, 2**22
 # The damping of the intercept, relative to the weights of the examples times the gap.
 _DAMPING = 1e-8
 # Steps by conjugate gradients, after which a task of a single class is solved by factorizations.
@@ -108,7 +111,7 @@ def fit(
     run = partial(solve, loss=loss, intercept=intercept, tolerance=aim, max_steps=_MAX_STEPS)
     weight, gap, steps = compute_without_grad(run, *problem)
     weight = ImplicitWeights.apply(*problem, weight, loss, intercept)
-    slope = LOSSES[loss].slope(targets, multiply(features, weight) + offset)
+    slope = LOSSES[loss].evaluate(targets, multiply(features, weight) + offset).slope
     coef = -used.unsqueeze(-1) * slope / penalty[..., None, None]
     weight, bias = torch.where(torch.isfinite(gap)[..., None, None], weight, torch.nan), None
     if intercept:
@@ -211,16 +214,17 @@ def _evaluate(problem: _Problem, weight: Tensor) -> _Point:
     """
     loss, targets, penalty = problem.loss, problem.targets, problem.penalty
     scores, penalized = problem.scores(weight), problem.penalties() * weight
-    value = (penalized * weight).sum((-2, -1)) / 2 + (problem.sample_weight * loss.value(targets, scores)).sum(-1)
-    gradient = penalized + problem.moments(loss.slope(targets, scores))
+    found = loss.evaluate(targets, scores)
+    value = (penalized * weight).sum((-2, -1)) / 2 + (problem.sample_weight * found.value).sum(-1)
+    gradient = penalized + problem.moments(found.slope)
     if problem.intercept:
-        change, lost = loss.balance(targets, scores, problem.sample_weight)
+        change, lost = loss.balance(scores, found, problem.sample_weight)
         balanced = gradient + problem.moments(change)
         gap = lost + balanced[..., :-1, :].square().sum((-2, -1)) / (2 * penalty)
     else:
         gap = gradient.square().sum((-2, -1)) / (2 * penalty)
     gap = gap / value.clamp_min(torch.finfo(gap.dtype).tiny)
-    return _Point(weight, value, loss.curvature(targets, scores), gradient, gap)
+    return _Point(weight, value, found.curvature, gradient, gap)
 
 
 def _factorize(problem: _Problem, curvature: Tensor) -> Callable[[Tensor], Tensor]:
@@ -396,8 +400,49 @@ def _newton_in_dual(problem: _Problem, point: _Point) -> Tensor:
     return -_factorize_in_dual(problem, point.curvature)(_centered(point.gradient, problem.loss))
 
 
+def _newton_of_active(problem: _Problem, point: _Point) -> Tensor:
+    """The Newton step of a loss of one class, by the matrix inversion lemma for the active examples alone.
+
+    Tasks with similar numbers of active examples are factorized together.
+    """
+    problem = problem.damped(point.gap)
+    groups, members = problem.penalty.shape
+    penalty, features = problem.penalty[..., None, None], problem.features
+    used = (problem.sample_weight.unsqueeze(-1) * point.curvature).reshape(groups * members, -1)
+    right, sums = -point.gradient, None
+    if problem.damping is not None:
+        features, right, sums = features[..., :-1], right[..., :-1, :], right[..., -1, 0].flatten()
+    right = right / penalty
+    gram = (features @ features.mT).squeeze(1)
+    values = multiply(features, right).reshape(groups * members, -1)
+    coef, bias = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    counts = (used > 0).sum(-1)
+    order = counts.argsort(descending=True)
+    for chosen in order.split(max(1, _MAX_ACTIVE_ENTRIES // gram.shape[-1] ** 2)):
+        most = max(1, int(counts[chosen[0]]))
+        index = (used[chosen] > 0).to(torch.int8).argsort(-1, descending=True)[:, :most]
+        root, group = used[chosen].gather(-1, index).sqrt(), chosen // members
+        matrix = gram[group[:, None, None], index.unsqueeze(-1), index.unsqueeze(-2)]
+        matrix *= (root / problem.penalty.flatten()[chosen].unsqueeze(-1)).unsqueeze(-1) * root.unsqueeze(-2)
+        matrix.diagonal(dim1=-2, dim2=-1).add_(1)
+        sides = root * values[chosen].gather(-1, index), root
+        solved = root.unsqueeze(-1) * torch.cholesky_solve(torch.stack(sides, -1), cholesky(matrix))
+        part, ones = solved.unbind(-1)
+        if problem.damping is not None and sums is not None:
+            shift = (part.sum(-1) - sums[chosen]) / (ones.sum(-1) + problem.damping.flatten()[chosen])
+            part, bias[chosen] = part - ones * shift.unsqueeze(-1), -shift
+        coef[chosen] = coef[chosen].scatter(-1, index, part)
+    change = right - multiply(features.mT, coef.reshape(groups, members, -1, 1)) / penalty
+    return change if sums is None else torch.cat([change, bias.reshape(groups, members, 1, 1)], -2)
+
+
 def _minimize_grid(
-    problem: _Problem, start: Tensor, size: int, tolerance: float, max_steps: int
+    problem: _Problem,
+    start: Tensor,
+    size: int,
+    find_change: Callable[[_Problem, _Point], Tensor],
+    tolerance: float,
+    max_steps: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Solve a grid of `size` penalties, from coarse to fine; members are grids, one after the other.
 
@@ -430,7 +475,7 @@ def _minimize_grid(
         def choose(value: Tensor, members: Tensor = members) -> Tensor:
             return value.index_select(1, members) if value.shape[1] > 1 else value
 
-        part = _minimize(problem.map(choose), choose(start), _inexact_newton, tolerance, max_steps)
+        part = _minimize(problem.map(choose), choose(start), find_change, tolerance, max_steps)
         for value, target in zip(part, found, strict=True):
             target.index_copy_(1, members, value)
         known += new
@@ -462,13 +507,16 @@ def _minimize_all(problem: _Problem, grid: int, tolerance: float, max_steps: int
     rotated = replace(problem, features=problem.features @ basis)
     # The memory has the order in which a group is multiplied.
     start = basis.new_zeros((groups, basis.shape[-1], members, k)).transpose(1, 2)
-    # If most examples can be fitted, inexact steps find the active ones of the squared hinge slowly.
-    is_slow = not problem.loss.is_coupled and n < 2 * d
-    most = min(max_steps, _MAX_INEXACT) if is_slow else max_steps
+    most, find_change = max_steps, _inexact_newton
+    # If most examples can be fitted, inexact steps find the active ones slowly.
+    if problem.loss.has_active_set and n <= min(d, _MAX_ACTIVE):
+        find_change = _newton_of_active
+    elif problem.loss.has_active_set and n < 2 * d:
+        most = min(max_steps, _MAX_INEXACT)
     if grid > 2:
-        found = _minimize_grid(rotated, start, grid, tolerance, most)
+        found = _minimize_grid(rotated, start, grid, find_change, tolerance, most)
     else:
-        found = _minimize(rotated, start, _inexact_newton, tolerance, most)
+        found = _minimize(rotated, start, find_change, tolerance, most)
     weight, steps = multiply(basis, found[0]), found[2]
     # The rotation rounds the features, which matters where weights are huge.
     gap = _evaluate(problem, weight).gap
@@ -623,7 +671,7 @@ class ImplicitWeights(torch.autograd.Function):
         features, targets, sample_weight, offset, penalty, weight = ctx.saved_tensors
         name, intercept = ctx.options
         loss, scores = LOSSES[name], features @ weight + offset
-        curvature, slope = loss.curvature(targets, scores), loss.slope(targets, scores)
+        _, slope, curvature = loss.evaluate(targets, scores)
         v = _ImplicitSystemSolve.apply(features, curvature, sample_weight, penalty, gradient, name, intercept)
         along = features @ v
         used = sample_weight.unsqueeze(-1)

@@ -121,12 +121,13 @@ class LogisticHead(LossHead):
         task = [gram.expand(*batch, n, n), *task]
         if self.steps is not None:
             flat = _logistic_newton.Task(*(part.flatten(0, len(batch) - 1) if batch else part[None] for part in task))
+            evaluate = partial(_logistic_newton.evaluate, intercept=self.intercept)
             coef, bias = torch.zeros_like(flat.targets), torch.zeros_like(flat.targets[:, 0])
             for _ in range(self.steps):
-                coef, bias = _logistic_newton.newton_step(flat, coef, bias, intercept=self.intercept)
-            found = (coef.detach(), bias.detach())
+                change = _logistic_newton.newton_step(flat, evaluate(flat, coef, bias), intercept=self.intercept)
+                coef, bias = coef + change[0], bias + change[1]
             fixed = _logistic_newton.Task(*(part.detach() for part in flat))
-            taken, gap = None, _logistic_newton.certified_gap(fixed, *found, intercept=self.intercept)
+            taken, gap = None, evaluate(fixed, coef.detach(), bias.detach()).gap
             coef, bias, gap = coef.reshape(*batch, n, k), bias.reshape(*batch, k), gap.reshape(batch)
         else:
             options = {"intercept": self.intercept, "tolerance": _AIM, "max_steps": _MAX_NEWTON_STEPS}

@@ -170,6 +170,30 @@ def test_the_gap_bounds_the_distance_to_the_optimum(sizes):
         assert objective(weight) - optimum <= 1.001 * gap * objective(weight) + 1e-13
 
 
+@pytest.mark.parametrize("intercept", [False, True], ids=["through the origin", "intercept"])
+@pytest.mark.parametrize("penalty", [1e-3, 300.0])
+def test_the_gap_in_the_dual_bounds_the_distance_to_the_optimum(penalty, intercept):
+    support, labels, _, ways = task(**MANY)
+    seen = []
+    weight = torch.linspace(0.5, 2, len(labels), dtype=support.dtype)
+
+    def objective(fitted):
+        losses = functional.cross_entropy(fitted(support), labels, reduction="none")
+        return penalty / 2 * fitted.weight.square().sum() + weight @ losses
+
+    for steps in (1, 2, 3, 4, 5, 6, 30):
+        head = LogisticHead(penalty, steps=steps, intercept=intercept, on_failure="return")
+        fitted = head.fit(support, labels, ways=ways, sample_weight=weight)
+        seen.append((objective(fitted), fitted.solution.gap))
+    optimum, last = seen[-1]
+    assert last < 1e-14
+    for value, gap in seen[:-1]:
+        assert (value - optimum) / value <= 1.001 * gap + 1e-13
+    if penalty > 1:  # where the bound is tight
+        value, gap = seen[0]
+        assert (value - optimum) / value > 0.3 * gap
+
+
 class Unknown(Kernel):
     """The same kernel, of which a head does not know whether it is linear."""
 
