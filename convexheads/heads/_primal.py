@@ -43,13 +43,15 @@ _MAX_UNKNOWNS = 256
 _MAX_INNER, _MAX_PRECISE, _PRECISE = 300, 2000, 1e-14
 # Where conjugate gradients stall above this gap, matrices are factorized, as many at once as have so few entries.
 _STALLED, _MAX_ENTRIES = 1e-8, 2**26
-# Up to this number of examples, and of features, matrices of the active examples are factorized; as many at once as
-# have so few entries.
-_MAX_ACTIVE, _MAX_ACTIVE_ENTRIES = 1000, 2**22
+# The ratio of successive penalties, and the gap for all but the last one.
+_EASIER, _AIM_OF_EASIER = 10, 0.1
+# With fewer examples than this, and less than four times as many as features, matrices of the active ones are
+# factorized, as many at once as have so few entries.
+_MAX_ACTIVE, _MAX_ACTIVE_ENTRIES = 4000, 2**22
+# Steps by conjugate gradients, after which a problem with active examples is solved by factorizations.
+_MAX_INEXACT = 20
 # The damping of the intercept, relative to the weights of the examples times the gap.
 _DAMPING = 1e-8
-# Steps by conjugate gradients, after which a task of a single class is solved by factorizations.
-_MAX_INEXACT = 12
 # An iteration goes on without the finished tasks once the others are at most this fraction.
 _FRACTION_TO_CONTINUE = 0.75
 # Of a grid of penalties, every n-th one is solved first. The others start between the solutions of their neighbors, of
@@ -436,6 +438,29 @@ def _newton_of_active(problem: _Problem, point: _Point) -> Tensor:
     return change if sums is None else torch.cat([change, bias.reshape(groups, members, 1, 1)], -2)
 
 
+def _minimize_from_zero(
+    problem: _Problem,
+    start: Tensor,
+    find_change: Callable[[_Problem, _Point], Tensor],
+    tolerance: float,
+    max_steps: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Like `_minimize`, but it begins with larger penalties if only some examples are going to be active.
+
+    Each penalty changes the state of few examples. Otherwise, it is that of most examples, a few in each step.
+    """
+    steps = 0
+    if problem.loss.has_active_set:
+        size = (problem.sample_weight * problem.features.square().sum(-1)).sum(-1) / problem.features.shape[-1]
+        penalty = size.expand_as(problem.penalty)
+        while (penalty > problem.penalty).any():
+            easier = replace(problem, penalty=penalty.maximum(problem.penalty))
+            start, _, taken = _minimize(easier, start, find_change, _AIM_OF_EASIER, max_steps)
+            penalty, steps = penalty / _EASIER, steps + taken
+    weight, gap, taken = _minimize(problem, start, find_change, tolerance, max_steps)
+    return weight, gap, steps + taken
+
+
 def _minimize_grid(
     problem: _Problem,
     start: Tensor,
@@ -475,7 +500,8 @@ def _minimize_grid(
         def choose(value: Tensor, members: Tensor = members) -> Tensor:
             return value.index_select(1, members) if value.shape[1] > 1 else value
 
-        part = _minimize(problem.map(choose), choose(start), find_change, tolerance, max_steps)
+        minimize = _minimize if known else _minimize_from_zero
+        part = minimize(problem.map(choose), choose(start), find_change, tolerance, max_steps)
         for value, target in zip(part, found, strict=True):
             target.index_copy_(1, members, value)
         known += new
@@ -502,40 +528,50 @@ def _minimize_all(problem: _Problem, grid: int, tolerance: float, max_steps: int
     (groups, members), (n, d) = problem.penalty.shape, problem.features.shape[-2:]
     if d * k <= _MAX_UNKNOWNS:
         start = problem.features.new_zeros((groups, members, d, k))
-        return _minimize(problem, start, _newton, tolerance, max_steps)
+        return _minimize_from_zero(problem, start, _newton, tolerance, max_steps)
     basis, _ = _basis(problem.features, problem.intercept)
     rotated = replace(problem, features=problem.features @ basis)
     # The memory has the order in which a group is multiplied.
     start = basis.new_zeros((groups, basis.shape[-1], members, k)).transpose(1, 2)
-    most, find_change = max_steps, _inexact_newton
-    # If most examples can be fitted, inexact steps find the active ones slowly.
-    if problem.loss.has_active_set and n <= min(d, _MAX_ACTIVE):
-        find_change = _newton_of_active
-    elif problem.loss.has_active_set and n < 2 * d:
-        most = min(max_steps, _MAX_INEXACT)
+    find_change, most = _inexact_newton, max_steps
+    if problem.loss.has_active_set:  # which inexact steps find slowly
+        if n < min(4 * d, _MAX_ACTIVE):
+            find_change = _newton_of_active
+        else:
+            most = min(max_steps, _MAX_INEXACT)
     if grid > 2:
         found = _minimize_grid(rotated, start, grid, find_change, tolerance, most)
     else:
-        found = _minimize(rotated, start, find_change, tolerance, most)
+        found = _minimize_from_zero(rotated, start, find_change, tolerance, most)
     weight, steps = multiply(basis, found[0]), found[2]
     # The rotation rounds the features, which matters where weights are huge.
     gap = _evaluate(problem, weight).gap
-    stalled = gap > _STALLED
-    if stalled.any() and (k * n * n <= _MAX_ENTRIES or not problem.loss.is_coupled):
-        is_softmax = isinstance(problem.loss, CrossEntropy)
-        precise, inside = (problem, weight) if is_softmax else (rotated, found[0])
-        find_change = _newton_in_dual if is_softmax else _newton
+    stalled = (gap > _STALLED).nonzero()
+    if len(stalled) and (k * n * n <= _MAX_ENTRIES or not problem.loss.is_coupled):
         # Each of these tasks becomes a group of its own, as many at once as fit into memory.
-        for places in stalled.nonzero().split(max(1, _MAX_ENTRIES // (k * n * max(n, d)))):
+        for places in stalled.split(max(1, _MAX_ENTRIES // (k * n * max(n, d)))):
             chosen = tuple(places.unbind(-1))
 
             def choose(value: Tensor, chosen: tuple[Tensor, ...] = chosen) -> Tensor:
                 return value.expand(groups, members, *value.shape[2:])[chosen].unsqueeze(1)
 
-            better, gaps, _ = _minimize(precise.map(choose), choose(inside), find_change, tolerance, max_steps)
-            weight[chosen] = (better if is_softmax else choose(basis) @ better).squeeze(1)
-            gap[chosen] = gaps.squeeze(1)
+            parts = choose(found[0]), choose(basis)
+            better, better_gap = _factorize_all(problem.map(choose), rotated.map(choose), *parts, tolerance, max_steps)
+            weight[chosen], gap[chosen] = better.squeeze(1), better_gap.squeeze(1)
     return weight, gap, steps
+
+
+def _factorize_all(
+    problem: _Problem, rotated: _Problem, inside: Tensor, basis: Tensor, tolerance: float, max_steps: int
+) -> tuple[Tensor, Tensor]:
+    """The weights and gaps of problems with one member, by factorizations in every step.
+
+    They begin at the weights `inside` of the problems in terms of the basis.
+    """
+    if isinstance(problem.loss, CrossEntropy):
+        return _minimize(problem, basis @ inside, _newton_in_dual, tolerance, max_steps)[:2]
+    weight, gap, _ = _minimize_from_zero(rotated, inside, _newton, tolerance, max_steps)
+    return basis @ weight, gap
 
 
 def _split_classes(problem: _Problem, grid: int) -> _Problem:

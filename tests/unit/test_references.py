@@ -27,7 +27,6 @@ from convexheads import (
     SupportVectorRegressionHead,
     SVMHead,
 )
-from convexheads.heads import _logistic_newton
 from convexheads.kernels import RBF, Polynomial
 
 # Whether it gets to a tolerance of 1e-12 is a matter of the last bit, and no matter here: the tests ask how near it is.
