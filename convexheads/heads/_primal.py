@@ -570,8 +570,8 @@ def _factorize_all(
     """
     if isinstance(problem.loss, CrossEntropy):
         return _minimize(problem, basis @ inside, _newton_in_dual, tolerance, max_steps)[:2]
-    weight, gap, _ = _minimize_from_zero(rotated, inside, _newton, tolerance, max_steps)
-    return basis @ weight, gap
+    weight = basis @ _minimize_from_zero(rotated, inside, _newton, tolerance, max_steps)[0]
+    return weight, _evaluate(problem, weight).gap
 
 
 def _split_classes(problem: _Problem, grid: int) -> _Problem:
