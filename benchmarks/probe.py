@@ -4,11 +4,14 @@ python -m benchmarks.probe --data-root DIR
 
 The protocol is the few-shot evaluation of DINOv2 and DINOv3: 1, 2, 4, 8 and 16 shots, several tries, and logistic
 regression with 45 values of C, of which the validation accuracy chooses one for each try. Other rows choose by
-cross-validation, or tune ridge regression and linear SVMs.
+cross-validation, tune ridge regression and linear SVMs, or fit logistic regression once.
+
+A run takes about ten minutes per data set. With --append, data sets and protocols can be run one after the other.
 """
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +37,9 @@ HELD_OUT = 15
 """Validation examples per class, and as many test examples."""
 SYNTHETIC = {f"synthetic, {d} features": d for d in (384, 768, 1024)}
 REAL = {"CIFAR-FS": "cifar-fs", "FC100": "fc100", "miniImageNet": "miniimagenet"}
-OURS = "tune"
+OURS, HEAD = "tune", "LogisticHead"
+"""The names of our methods: with a grid, and of one fit."""
+ONE_FIT = "logistic, one fit"
 
 
 class Split(NamedTuple):
@@ -115,6 +120,35 @@ def loop(make: Callable[[float], Any]) -> Callable[[Split], Found]:
     return run
 
 
+def single(fit: Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]) -> Callable[[Split], Found]:
+    """One fit with C = 1 for each try, by a function of examples and labels that returns one of queries."""
+
+    def run(split: Split) -> Found:
+        tests = zip(split.support, split.test, strict=True)
+        right = [fit(x, split.labels)(queries) == split.held_out_labels for x, queries in tests]
+        return Found(torch.stack(right).double().mean().item())
+
+    return run
+
+
+def fit_ours(support: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """A fit for `single`."""
+    with torch.no_grad():
+        fitted = ch.LogisticHead(1.0, intercept=True).fit(support, labels)
+    return lambda queries: fitted(queries).argmax(-1)
+
+
+def fit_by_scikit_learn(tolerance: float) -> Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]:
+    """A fit for `single`."""
+    from sklearn.linear_model import LogisticRegression
+
+    def fit(support: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
+        model = LogisticRegression(tol=tolerance, max_iter=10_000).fit(support.numpy(), labels.numpy())
+        return lambda queries: torch.from_numpy(model.predict(queries.numpy()))
+
+    return fit
+
+
 def search(make: Callable[[], Any]) -> Callable[[Split], Found]:
     """One search of scikit-learn for each try."""
 
@@ -186,6 +220,10 @@ def methods(*, intelex: bool) -> Methods:
         },
         "ridge, leave one out": {"RidgeClassifierCV()": search(lambda: RidgeClassifierCV(alphas=1 / C.numpy()))},
         "SVM, validation set": {"LinearSVC()": loop(lambda value: LinearSVC(C=value, max_iter=10_000))},
+        ONE_FIT: {
+            "LogisticRegression()": single(fit_by_scikit_learn(1e-4)),
+            "LogisticRegression(tol=1e-8)": single(fit_by_scikit_learn(1e-8)),
+        },
     }
     return {protocol: own | others[protocol] for protocol, own in our_methods().items()}
 
@@ -199,6 +237,7 @@ def our_methods() -> Methods:
         "logistic, 5 folds": {OURS: ours(logistic, penalties, cv=5)},
         "ridge, leave one out": {OURS: ours(ch.RidgeHead(intercept=True), penalties, cv="loo")},
         "SVM, validation set": {OURS: ours(svm, {"C": C})},
+        ONE_FIT: {HEAD: single(fit_ours)},
     }
 
 
@@ -239,9 +278,9 @@ def compare(data: dict[str, tuple[Tensor, Tensor]], options: Any, generator: tor
                 continue
             for method, run in entries.items():
                 bar.set_description(f"{name}, {shots} shots, {method}")
-                on = options.device if method in (OURS, "torch L-BFGS") else "cpu"
+                on = options.device if method in (OURS, HEAD, "torch L-BFGS") else "cpu"
                 moved = Split(*(part.to(on) for part in split))
-                repeats = options.repeats if method == OURS else 1
+                repeats = options.repeats if method == OURS or protocol == ONE_FIT else 1
                 seconds, found = [], Found(0.0)
                 for _ in range(repeats):
                     start = report.now(moved.support)
@@ -257,29 +296,45 @@ def compare(data: dict[str, tuple[Tensor, Tensor]], options: Any, generator: tor
     return pandas.DataFrame(rows)
 
 
+def format_seconds(seconds: float) -> str:
+    """Seconds or milliseconds, rounded."""
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.0f} ms"
+
+
 def show(rows: pandas.DataFrame) -> Table:
     """Seconds by shots, and how many times as long as ours a method takes."""
     records = rows.to_dict("records")
     shots = sorted({row["shots"] for row in records})
     columns = ("data", "protocol", "method", *(f"{count} shots" for count in shots), "accuracy, %", "objective excess")
     table = report.new_table("Linear probes", columns, left=["data", "protocol", "method"], no_wrap=True)
-    base = {(row["data"], row["protocol"], row["shots"]): row["seconds"] for row in records if row["method"] == OURS}
+    first = [row for row in records if row["method"] in (OURS, HEAD)]
+    base = {(row["data"], row["protocol"], row["shots"]): row["seconds"] for row in first}
     for case in dict.fromkeys((row["data"], row["protocol"], row["method"]) for row in records):
         own = [row for row in records if (row["data"], row["protocol"], row["method"]) == case]
         seconds = {row["shots"]: row["seconds"] for row in own}
         cells = []
         for count in shots:
-            cell = f"{seconds[count]:.2f} s" if count in seconds else ""
-            if cell and case[2] != OURS:
+            cell = format_seconds(seconds[count]) if count in seconds else ""
+            if cell and case[2] not in (OURS, HEAD):
                 cell += f" ({seconds[count] / base[case[0], case[1], count]:.1f} x)"
             cells.append(cell)
-        key = "certified gap" if case[2] == OURS else "excess"
+        key = "certified gap" if case[2] in (OURS, HEAD) else "excess"
         excess = [
             row[key] for row in own if row.get(key) is not None and row[key] == row[key]
         ]  # neither missing nor NaN
         accuracy = f"{100 * float(np.mean([row['accuracy'] for row in own])):.2f}"
         table.add_row(*map(str, case), *cells, accuracy, f"{max(excess):.0e}" if excess else "")
     return table
+
+
+def join(old: pandas.DataFrame, new: pandas.DataFrame) -> pandas.DataFrame:
+    """The rows of both tables in the usual order; new protocols of a data set replace old ones."""
+    replaced = set(zip(new["data"], new["protocol"], strict=True))
+    kept = [case not in replaced for case in zip(old["data"], old["protocol"], strict=True)]
+    order = [*SYNTHETIC, *REAL], list(our_methods())
+    rows = pandas.concat([old[kept], new]).to_dict("records")
+    rows.sort(key=lambda row: (order[0].index(row["data"]), row["shots"], order[1].index(row["protocol"])))
+    return pandas.DataFrame(rows)
 
 
 def draw_times(rows: pandas.DataFrame, path: Path) -> None:
@@ -319,10 +374,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs of tune, of which the median counts")
     parser.add_argument("--intelex", action="store_true", help="also time scikit-learn-intelex, if it is installed")
     parser.add_argument("--protocols", nargs="+", default=list(our_methods()), help="names of protocols")
+    parser.add_argument("--append", action="store_true", help="keep the other rows of probe.json in the output folder")
     parser.add_argument("--ours", action="store_true", help="time only our own methods")
     parser.add_argument("--cache", type=Path | None, help="folder that keeps the features of images, for a second run")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    settings, earlier = {"ways": options.ways, "tries": options.tries, "seed": options.seed}, None
+    if options.append and (path := options.output / "probe.json").exists():
+        earlier = json.loads(path.read_text())
+        if earlier["settings"] != settings:
+            parser.error(f"expected the settings of {path}, {earlier['settings']}, got {settings}")
     generator = torch.Generator().manual_seed(options.seed)
     with experiment.input_errors_end_the_script():
         data: dict[str, tuple[Tensor, Tensor]] = {}
@@ -334,17 +395,18 @@ def main() -> None:
                 data[name] = image_models.features("images", REAL[name], images, options.cache), images.labels
     warnings.simplefilter("ignore")  # of fits that do not converge
     rows = compare(data, options, generator)
+    if earlier is not None:
+        rows = join(pandas.DataFrame(earlier["results"]), rows)
     origin = report.provenance()
     note = (
         f"Seconds for {len(C)} values of C from 1e-6 to 1e5 and {options.tries} tries with up to {options.ways} "
-        "classes, in one run; in parentheses, as a multiple of ours. Accuracies are means over tries and shots of the "
-        "values that the protocol chose. The objective excess is the largest one over all tries, values and shots, "
-        "relative to an optimum that is certified to 1e-12; for ours, it is the certified gap of the fits on the grid. "
-        "LIBLINEAR regularizes the intercept, so its objective is another one. "
-        f"{experiment.place(origin, options.device)}. Made by `python -m benchmarks.probe`."
+        "classes, or for one fit with C = 1 in each try; in parentheses, as a multiple of ours in the same run. "
+        "Accuracies are means over tries and shots of the values that the protocol chose. The objective excess is the "
+        "largest one over all tries, values and shots, relative to an optimum that is certified to 1e-12; for ours, it "
+        "is the certified gap of the fits on the grid. LIBLINEAR regularizes the intercept, so its objective is "
+        f"another one. {experiment.place(origin, options.device)}. Made by `python -m benchmarks.probe`."
     )
-    record = {"settings": {"ways": options.ways, "tries": options.tries, "seed": options.seed}, **origin}
-    record["results"] = report.records(rows)
+    record = {"settings": settings, **origin, "results": report.records(rows)}
     experiment.write(options.output, "probe", show(rows), note, record=record, rows=rows, width=250)
     draw_times(rows, options.output / "probe.png")
 

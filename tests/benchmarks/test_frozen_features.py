@@ -76,3 +76,15 @@ def test_times_of_linear_probes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             assert -1e-9 < row["below"] <= row["excess"] < 1e-3
     assert (tmp_path / "probe.png").stat().st_size > 5000
     assert "| small | ridge, leave one out" in (tmp_path / "probe.md").read_text()
+    # A second run replaces the rows of its own protocol only.
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--append", "--protocols", probe.ONE_FIT])
+    probe.main()
+    again = json.loads((tmp_path / "probe.json").read_text())["results"]
+    assert len(again) == len(rows)
+    assert [row for row in again if row["protocol"] != probe.ONE_FIT] == [
+        row for row in rows if row["protocol"] != probe.ONE_FIT
+    ]
+    assert len({row["method"] for row in again if row["protocol"] == probe.ONE_FIT}) == 3
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--tries", "1"])
+    with pytest.raises(SystemExit):
+        probe.main()
