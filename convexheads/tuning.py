@@ -129,9 +129,10 @@ def tune(
     Use it when a head should be tuned on its own support set, as a linear probe is on frozen features: instead of a
     loop over tasks, values and folds, everything is solved at once, on the device of the features, without gradients.
 
-    Positive numbers such as C are one batch for SVMs, ridge and logistic regression; logistic regression also starts
-    each value from the solutions of its neighbors. Other settings and heads are solved value by value. Memory is
-    bounded, because large batches are solved in parts. The final fit has gradients as usual.
+    Positive numbers such as C are one batch for SVMs, ridge and logistic regression. With a linear kernel, logistic
+    regression and the squared hinge of `OneVsRestSVMHead` also start each value from the solutions of its neighbors.
+    Other settings and heads are solved value by value. Memory is bounded, because large batches are solved in parts.
+    The final fit has gradients as usual.
 
     Args:
         head: a classification head.

@@ -50,11 +50,11 @@ rcParams.update(
 )
 
 
-def new(columns: int = 1, *, width: float = 8.0, height: float = 3.2) -> tuple[Figure, Any]:
+def new(columns: int = 1, rows: int = 1, *, width: float = 8.0, height: float = 3.2) -> tuple[Figure, Any]:
     """A figure in the style of the pages, and its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns)
-    for each in numpy.atleast_1d(axes):
+    axes = figure.subplots(rows, columns)
+    for each in numpy.ravel(axes):
         each.spines[["top", "right"]].set_visible(False)
         each.set_facecolor("none")
     return figure, axes
@@ -193,9 +193,10 @@ def probe_times() -> Figure:
     rows = [row for row in _result("probe/cpu")["results"] if row["protocol"] == "logistic, validation set"]
     data = list(dict.fromkeys(row["data"] for row in rows))
     shots = sorted({row["shots"] for row in rows})
-    figure, axes = new(len(data), width=3.0 * len(data) + 0.5, height=3.8)
-    panels = numpy.atleast_1d(axes)
-    for panel, name in zip(panels, data, strict=True):
+    columns = min(3, len(data))
+    figure, axes = new(columns, -(-len(data) // columns), width=9.5, height=6.4)
+    panels = numpy.ravel(axes)
+    for panel, name in zip(panels, data, strict=False):
         for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
             own = [row for row in rows if (row["data"], row["method"]) == (name, method)]
             strong = {"linewidth": 2.5, "zorder": 3} if method == "tune" else {"linewidth": 1.2}
@@ -205,7 +206,8 @@ def probe_times() -> Figure:
         panel.set_ylim(*(limit(row["seconds"] for row in rows) * factor for limit, factor in ((min, 0.7), (max, 1.4))))
         panel.set(title=name, xlabel="shots")
         panel.grid(axis="y", linewidth=0.3)
-    panels[0].set_ylabel("seconds, all tries and values")
+    for panel in panels[::columns]:
+        panel.set_ylabel("seconds, all tries and values")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 

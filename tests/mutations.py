@@ -281,6 +281,27 @@ MUTATIONS = [
         "test_logistic.py::test_the_gap_bounds_the_distance_to_the_optimum",
     ),
     Mutation(
+        "logistic-dual-gap",
+        "heads/_logistic_newton.py",
+        "gap = (residual * image).sum((-2, -1)) / 2",
+        "gap = (residual * image).sum((-2, -1)) / 20",
+        "test_logistic.py::test_the_gap_in_the_dual_bounds_the_distance_to_the_optimum",
+    ),
+    Mutation(
+        "logistic-kernel",
+        "heads/_logistic_numba.py",
+        "residual[i, c] = coef[i, c] + sample_weight[i] * slope[i, c]",
+        "residual[i, c] = coef[i, c] + slope[i, c]",
+        "test_logistic_numba.py::test_kernels_equal_their_twins",
+    ),
+    Mutation(
+        "active-examples",
+        "heads/_primal.py",
+        "(ones.sum(-1) + problem.damping.flatten()[chosen])",
+        "(2 * ones.sum(-1) + problem.damping.flatten()[chosen])",
+        "test_weighted.py::test_many_examples_of_a_squared_hinge_agree_with_scikit_learn",
+    ),
+    Mutation(
         "balanced-classes",
         "heads/base/loss.py",
         "present.sum(-1, keepdim=True) * totals",

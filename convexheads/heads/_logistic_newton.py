@@ -20,9 +20,13 @@ from torch import Tensor
 from convexheads._compiler import operator
 from convexheads.heads._losses import CrossEntropy
 from convexheads.solvers.best_iterate import BestIterate
+from convexheads.solvers.certificate import INDEFINITENESS
 from convexheads.solvers.kkt import cholesky
+from convexheads.solvers.native.active_set import numba_is_installed
 
-_MAX_BACKTRACKS = 30
+MAX_BACKTRACKS = 30
+# Up to this number of examples, tasks are solved one by one, by compiled kernels.
+_MAX_COMPILED = 100
 PATIENCE = 3
 _LOSS = CrossEntropy()
 _T = TypeVar("_T")
@@ -121,17 +125,21 @@ def evaluate(task: Task, coef: Tensor, bias: Tensor, *, intercept: bool) -> Poin
     image, weight = gram @ coef, sample_weight.unsqueeze(-1)
     scores = image + (offset + bias.unsqueeze(-2))
     found = _LOSS.evaluate(targets, scores)
-    value = (coef * image).sum((-2, -1)) / 2 + (sample_weight * found.value).sum(-1)
+    quadratic = (coef * image).sum((-2, -1))
+    value = quadratic / 2 + (sample_weight * found.value).sum(-1)
     residual = coef + weight * found.slope
     image = gram @ residual
+    lost, change = 0, residual
     if intercept:
-        change, lost = _LOSS.balance(scores, found, sample_weight)
-        balanced = residual + weight * change
-        gap = lost + (balanced * (gram @ balanced)).sum((-2, -1)) / 2
-    else:
-        gap = (residual * image).sum((-2, -1)) / 2
-    # Rounding may make the product negative.
-    gap = gap.clamp_min(0) / value.clamp_min(torch.finfo(value.dtype).tiny)
+        moved, lost = _LOSS.balance(scores, found, sample_weight)
+        change = residual + weight * moved
+    distance = (change * (gram @ change if intercept else image)).sum((-2, -1))
+    gap = (lost + distance.clamp_min(0) / 2) / value.clamp_min(torch.finfo(value.dtype).tiny)
+    # Weak duality rests on a positive semi-definite Gram matrix; negative curvature beyond rounding disproves that.
+    negative = -INDEFINITENESS * gram.diagonal(dim1=-2, dim2=-1).abs().sum(-1)
+    pairs = (quadratic, coef), (distance, change)
+    proofs = [curvature < negative * part.square().sum((-2, -1)) for curvature, part in pairs]
+    gap = torch.where(proofs[0] | proofs[1], torch.inf, gap)
     return Point(coef, bias, value, found.curvature, residual, image, gap)
 
 
@@ -169,6 +177,12 @@ def solve(
     task = Task(
         gram.reshape(-1, n, n), targets.reshape(-1, n, k), sample_weight.reshape(-1, n), offset.reshape(-1, n, k)
     )
+    if _fits_numba(task.targets):
+        from convexheads.heads import _logistic_numba
+
+        settings = tolerance, max_steps, MAX_BACKTRACKS, PATIENCE
+        coef, bias, gap, steps = _logistic_numba.solve(*task, intercept=intercept, settings=settings)
+        return coef.reshape(*batch, n, k), bias.reshape(*batch, k), gap.reshape(batch), steps.reshape(batch)
     coef, bias = torch.zeros_like(task.targets), torch.zeros_like(task.targets[:, 0])
     point = evaluate(task, coef, bias, intercept=intercept)
     best = BestIterate(coef, bias.unsqueeze(-1), patience=PATIENCE)
@@ -190,13 +204,20 @@ def solve(
     return coef, bias, best.gap.reshape(batch), best.iterations.reshape(batch)
 
 
+def _fits_numba(targets: Tensor) -> bool:
+    """Whether kernels that Numba compiles are faster."""
+    tasks, n, _ = targets.shape
+    is_double = targets.dtype == torch.float64 and targets.is_cpu
+    return tasks > 0 and n <= _MAX_COMPILED and is_double and numba_is_installed()
+
+
 def take_step(value: Tensor, step_to: Callable[[Tensor], tuple[Tensor, _T]]) -> tuple[Tensor, _T]:
     """Halve the length of the step of each task until its objective, so far `value`, is not worse.
 
     `step_to` returns the objectives and the point for lengths of the steps. A step that never gets better is not taken.
     """
     length, worse = torch.ones_like(value), torch.zeros_like(value, dtype=torch.bool)
-    for _ in range(_MAX_BACKTRACKS):
+    for _ in range(MAX_BACKTRACKS):
         length = torch.where(worse, length / 2, length)
         next_value, point = step_to(length)
         worse = next_value > value + 1e-12 * value.abs()

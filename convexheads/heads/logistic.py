@@ -116,24 +116,25 @@ class LogisticHead(LossHead):
     ) -> KernelExpansion:
         """Solve the dual; the Gram matrix is divided by the penalty, and its dimensions broadcast with the others."""
         (n, k), dims = targets.shape[-2:], targets.ndim - 2
+        intercept = self.intercept and k > 1  # the bias of a single class has no effect
         batch = torch.broadcast_shapes(gram.shape[:-2], targets.shape[:-2])
         task = [part.expand(*batch, *part.shape[dims:]) for part in (targets, used, offset)]
         task = [gram.expand(*batch, n, n), *task]
         if self.steps is not None:
             flat = _logistic_newton.Task(*(part.flatten(0, len(batch) - 1) if batch else part[None] for part in task))
-            evaluate = partial(_logistic_newton.evaluate, intercept=self.intercept)
+            evaluate = partial(_logistic_newton.evaluate, intercept=intercept)
             coef, bias = torch.zeros_like(flat.targets), torch.zeros_like(flat.targets[:, 0])
             for _ in range(self.steps):
-                change = _logistic_newton.newton_step(flat, evaluate(flat, coef, bias), intercept=self.intercept)
+                change = _logistic_newton.newton_step(flat, evaluate(flat, coef, bias), intercept=intercept)
                 coef, bias = coef + change[0], bias + change[1]
             fixed = _logistic_newton.Task(*(part.detach() for part in flat))
             taken, gap = None, evaluate(fixed, coef.detach(), bias.detach()).gap
             coef, bias, gap = coef.reshape(*batch, n, k), bias.reshape(*batch, k), gap.reshape(batch)
         else:
-            options = {"intercept": self.intercept, "tolerance": _AIM, "max_steps": _MAX_NEWTON_STEPS}
+            options = {"intercept": intercept, "tolerance": _AIM, "max_steps": _MAX_NEWTON_STEPS}
             solve = partial(_logistic_newton.solve, **options)
             coef, bias, gap, taken = compute_without_grad(solve, *task)
-            coef, bias = _logistic_newton.ImplicitSolution.apply(*task, coef, bias, self.intercept)
+            coef, bias = _logistic_newton.ImplicitSolution.apply(*task, coef, bias, intercept)
         solution = self._certified(coef / penalty, gap, taken)
         return KernelExpansion(solution.coef, bias=bias if self.intercept else None, solution=solution)
 

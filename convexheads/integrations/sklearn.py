@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from convexheads._validation import check_bool
 from convexheads.calibration import best_scale
-from convexheads.errors import ConvexHeadsError
+from convexheads.errors import ConvexHeadsError, InputError
 from convexheads.heads import ClassificationHead, FittedClassifier, SVMHead
 from convexheads.heads.base.classification import check_head
 from convexheads.integrations import require_version
@@ -82,17 +82,24 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
             params = {"head": _default_head()} | {name: value for name, value in params.items() if name != "head"}
         return super().set_params(**params)
 
-    def fit(self, X: Any, y: Any) -> HeadClassifier:
-        """Fit the head to samples `X` `(n, d)` and labels `y` `(n,)` of at least two classes; return the classifier."""
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> HeadClassifier:
+        """Fit the head to samples `X` `(n, d)` and labels `y` `(n,)` of at least two classes; return the classifier.
+
+        The `sample_weight`, `(n,)`, has a factor of the loss of each sample, in heads that derive from `LossHead`. For
+        the calibration, held-out samples count the same.
+        """
         X, y = validate_data(self, X, y, dtype=[np.float64, np.float32], order="C")  # torch has no negative strides
         check_classification_targets(y)
+        weight = None if sample_weight is None else _check_sample_weight(sample_weight, y)
+        if weight is not None:  # without the samples that do not count, they are in no fold either
+            X, y, weight = (part[weight != 0] for part in (X, y, weight))
         calibrate = check_bool("calibrate", self.calibrate)
         classes, labels = np.unique(y, return_inverse=True)
         if len(classes) < 2:
             raise ValueError(f"HeadClassifier needs at least two classes; y has one class only: {classes[0]!r}")
         head = _default_head() if self.head is None else check_head(self.head)
-        fitted = _fit(head, X, labels)
-        scale = _best_scale(head, X, labels) if calibrate else 1.0
+        fitted = _fit(head, X, labels, weight)
+        scale = _best_scale(head, X, labels, weight) if calibrate else 1.0
         self.fitted_, self.scale_, self.classes_ = fitted, scale, classes
         return self
 
@@ -150,25 +157,35 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         return self.fitted_(torch.tensor(X, dtype=self.fitted_.dtype))
 
 
+def _check_sample_weight(sample_weight: Any, y: np.ndarray) -> np.ndarray:
+    weight = np.asarray(sample_weight, dtype=np.float64)
+    if weight.shape != y.shape:
+        raise InputError("sample_weight", f"shape {y.shape}", weight.shape)
+    return weight
+
+
 def _default_head() -> SVMHead:
     return SVMHead(C=1.0)
 
 
 @torch.no_grad()
-def _fit(head: ClassificationHead, X: np.ndarray, labels: np.ndarray) -> FittedClassifier:
+def _fit(head: ClassificationHead, X: np.ndarray, labels: np.ndarray, weight: np.ndarray | None) -> FittedClassifier:
     """Fit a copy of a head."""
-    return deepcopy(head).fit(torch.tensor(X), torch.tensor(labels), ways=int(labels.max()) + 1)
+    sample_weight = None if weight is None else torch.tensor(weight)
+    ways = int(labels.max()) + 1
+    return deepcopy(head).fit(torch.tensor(X), torch.tensor(labels), ways=ways, sample_weight=sample_weight)
 
 
-def _best_scale(head: ClassificationHead, X: np.ndarray, labels: np.ndarray) -> float:
+def _best_scale(head: ClassificationHead, X: np.ndarray, labels: np.ndarray, weight: np.ndarray | None) -> float:
     """The best scale of logits of samples that were held out from the fit; 1.0 if any class has only one sample."""
     folds = min(_FOLDS, int(np.bincount(labels).min()))
     if folds < 2:
         return 1.0
     logits, truth = [], []
     for rest, held_out in StratifiedKFold(folds, shuffle=True, random_state=0).split(X, labels):
+        own = None if weight is None else weight[rest]
         with torch.no_grad():
-            logits.append(_fit(head, X[rest], labels[rest])(torch.tensor(X[held_out])).double())
+            logits.append(_fit(head, X[rest], labels[rest], own)(torch.tensor(X[held_out])).double())
         truth.append(torch.tensor(labels[held_out]))
         if sum(map(len, truth)) >= _ENOUGH_HELD_OUT:
             break

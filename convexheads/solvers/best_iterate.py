@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Above this gap, tasks do not count as stalled.
-_SMALL_GAP = 1e-4
+SMALL_GAP = 1e-4
+"""Above this gap, tasks do not count as stalled."""
 
 
 class BestIterate:
@@ -30,7 +30,7 @@ class BestIterate:
         """Take the iterate with this number and these tensors, `(*tasks, ...)`, into account."""
         halved = gap < self._last_progress / 2
         self._last_progress = torch.where(halved, gap, self._last_progress)
-        self._without_progress = torch.where(halved | (self.gap > _SMALL_GAP), 0, self._without_progress + 1)
+        self._without_progress = torch.where(halved | (self.gap > SMALL_GAP), 0, self._without_progress + 1)
         better = (gap < self.gap) & ~self.done
         pairs = zip(tensors, self.tensors, strict=True)
         self.tensors = tuple(

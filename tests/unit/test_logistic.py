@@ -9,8 +9,8 @@ from sklearn.linear_model import LogisticRegression
 from tasks import close, task
 from torch.nn import functional
 
-from convexheads import Learnable, LogisticHead, RidgeHead
-from convexheads.heads import _primal
+from convexheads import InputError, Learnable, LogisticHead, RidgeHead
+from convexheads.heads import _logistic_newton, _primal
 from convexheads.kernels import Kernel, Linear, UnitScale, condition
 
 FEW, MANY = {"shots": (9, 7, 8), "d": 4}, {"shots": (12, 9, 11, 10, 8, 12), "d": 50}
@@ -239,3 +239,24 @@ def test_what_conjugate_gradients_do_not_solve_is_factorized(monkeypatch):
     monkeypatch.setattr(_primal, "_MAX_ENTRIES", 10)
     without = LogisticHead(1e-2, on_failure="return").fit(support, labels, ways=ways, mask=mask)
     assert without.solution.gap.max() > 1e-8
+
+
+@pytest.mark.parametrize("intercept", [False, True], ids=["through the origin", "intercept"])
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["torch", "compiled"])
+def test_kernels_that_are_not_positive_semi_definite_are_refused(is_compiled, intercept, monkeypatch):
+    if not is_compiled:
+        monkeypatch.setattr(_logistic_newton, "_MAX_COMPILED", 0)
+    support, labels, query, _ = task(shots=(3, 3, 3))
+    for kernel in (lambda x, y: -0.1 * x @ y.mT, lambda x, y: -3 * x @ y.mT, lambda x, y: (x @ y.mT - 4).tanh()):
+        with pytest.raises(InputError, match="semi-definite"):
+            LogisticHead(0.1, intercept=intercept, kernel=kernel)(support, labels, query)
+
+
+def test_a_single_class_needs_no_bias():
+    support, _, query, _ = task(shots=(5,))
+    head = LogisticHead(0.1, intercept=True, kernel=through_the_dual)
+    fitted = head.fit(support, torch.zeros(5, dtype=torch.long))
+    assert torch.equal(fitted(query), torch.zeros_like(fitted(query)))
+    assert torch.equal(
+        fitted.bias if fitted.expansion.weight is not None else fitted.expansion.bias, torch.zeros(1).double()
+    )

@@ -56,7 +56,7 @@ def solve(problem: DualProblem, tolerance: float, *, max_rounds: int, refinement
     settings = admm_steps.PENALTY, _ADMM_SETTINGS, (REGULARIZATION, refinements, max_rounds)
     tolerances = (certificate.aim(tolerance, torch.float64), *_TOLERANCES)
     arguments = (data, problem.rows_sum_to_zero, settings, tolerances, results, system, factors)
-    _run(numba_kernels.solve_tasks, tasks, tasks * k * n**3, *arguments)
+    run_tasks(numba_kernels.solve_tasks, tasks, tasks * k * n**3, *arguments)
     coef = torch.from_numpy(coef)
     _account_for_rounding(problem, coef, gaps, proven, tolerance)
     if not proven.all():
@@ -108,11 +108,11 @@ class NumbaKKT(KKT):
         factors = tuple(value.numpy() for value in (self.blocks, self.index, self.count, self.schur))
         system = self.gram.contiguous().numpy(), self.smoothing.contiguous().numpy()
         arguments = (system, given, total, self.rows_sum_to_zero, refinements, x, row_multipliers, factors)
-        _run(numba_kkt.solve_systems, len(x), 10 * x.size * x.shape[1], *arguments)
+        run_tasks(numba_kkt.solve_systems, len(x), 10 * x.size * x.shape[1], *arguments)
         return torch.from_numpy(x).mT, torch.from_numpy(row_multipliers)
 
 
-def _run(loop: Any, tasks: int, operations: int, *arguments: Any) -> None:
+def run_tasks(loop: Any, tasks: int, operations: int, *arguments: Any) -> None:
     """Run a kernel over all tasks, in as many threads as PyTorch has, if the work exceeds `_MIN_FLOPS_FOR_THREADS`.
 
     The threads are not those of Numba, because OpenMP threads cannot be used from a forked process, such as the worker

@@ -1,0 +1,278 @@
+"""Logistic regression on the CPU, by kernels that Numba compiles: the twin of `_logistic_newton.solve` for small tasks.
+
+For small tasks, PyTorch spends more time on calls than on arithmetic. Here a task is one compiled loop.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import no_type_check
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convexheads.solvers import best_iterate, certificate
+from convexheads.solvers.native.numba_backend import run_tasks
+from convexheads.solvers.native.numba_kkt import cholesky, cholesky_solve, invert, kernel
+
+_STEPS = 5
+"""The typical number of steps."""
+LIMITS = certificate.INDEFINITENESS, torch.finfo(torch.float64).tiny
+
+
+@kernel
+@no_type_check
+def evaluate_loss(targets, scores, p, slope):
+    """`CrossEntropy.evaluate` of one example; returns the loss."""
+    k = len(scores)
+    largest, own = -np.inf, 0.0
+    for c in range(k):
+        largest = max(largest, scores[c])
+        own += targets[c] * scores[c]
+    total, wrong, largest_wrong = 0.0, 0.0, -np.inf
+    for c in range(k):
+        p[c] = math.exp(scores[c] - largest)
+        total += p[c]
+        if not targets[c] > 0:
+            wrong += p[c]
+            largest_wrong = max(largest_wrong, scores[c] - own)
+    wrong /= total
+    log_wrong = 0.0
+    for c in range(k):
+        p[c] /= total
+        slope[c] = (0.0 if targets[c] > 0 else p[c]) - targets[c] * wrong
+        if not targets[c] > 0:
+            log_wrong += math.exp(scores[c] - own - largest_wrong)
+    if largest_wrong == -np.inf:  # there is one class only
+        return 0.0
+    log_wrong = largest_wrong + math.log(log_wrong)
+    return max(log_wrong, 0.0) + math.log1p(math.exp(-abs(log_wrong)))
+
+
+@kernel
+@no_type_check
+def balance(scores, p, slope, sample_weight, change):
+    """`CrossEntropy.balance`; returns what it adds to the gap."""
+    n, k = p.shape
+    fraction, share = np.empty(k), np.empty(k)
+    total = 0.0
+    for c in range(k):
+        excess, mass = 0.0, 0.0
+        for i in range(n):
+            excess += sample_weight[i] * slope[i, c]
+            mass += sample_weight[i] * p[i, c]
+        total += max(excess, 0.0)
+        fraction[c] = max(excess, 0.0) / (mass if mass != 0 else 1.0)
+        share[c] = max(-excess, 0.0)
+    lost = 0.0
+    for i in range(n):
+        received, largest, log_total = 0.0, -np.inf, 0.0
+        for c in range(k):
+            received += fraction[c] * p[i, c]
+            largest = max(largest, scores[i, c])
+        for c in range(k):
+            log_total += math.exp(scores[i, c] - largest)
+        log_total = largest + math.log(log_total)
+        for c in range(k):
+            change[i, c] = received * (share[c] / (total if total != 0 else 1.0)) - fraction[c] * p[i, c]
+            lost += sample_weight[i] * divergence(p[i, c], scores[i, c] - log_total, change[i, c])
+    return lost
+
+
+@kernel
+@no_type_check
+def divergence(p, log_p, change):
+    """`_losses.divergence`."""
+    q = p + change
+    if not q > 0:
+        return -change
+    if p < 1e-290:
+        return q * math.log(q) - q * log_p - change
+    return q * math.log1p(max(change / p, -1.0)) - change
+
+
+@kernel
+@no_type_check
+def evaluate(task, intercept, coef, bias, point, limits):
+    """`_logistic_newton.evaluate`, written to `point`; returns the objective and the relative gap."""
+    indefiniteness, tiny = limits
+    gram, targets, sample_weight, offset = task
+    p, residual, image = point
+    n, k = coef.shape
+    scores, slope, change = np.empty((n, k)), np.empty((n, k)), np.zeros((n, k))
+    first = np.dot(gram, coef)
+    loss, lost, quadratic, distance, diagonal, squares, other_squares = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    for i in range(n):
+        diagonal += abs(gram[i, i])
+        for c in range(k):
+            scores[i, c] = first[i, c] + (offset[i, c] + bias[c])
+            quadratic += coef[i, c] * first[i, c]
+            squares += coef[i, c] * coef[i, c]
+        loss += sample_weight[i] * evaluate_loss(targets[i], scores[i], p[i], slope[i])
+        for c in range(k):
+            residual[i, c] = coef[i, c] + sample_weight[i] * slope[i, c]
+    image[:] = np.dot(gram, residual)
+    if intercept:
+        lost = balance(scores, p, slope, sample_weight, change)
+    for i in range(n):
+        for c in range(k):
+            change[i, c] = residual[i, c] + sample_weight[i] * change[i, c]
+            other_squares += change[i, c] * change[i, c]
+    second = np.dot(gram, change) if intercept else image
+    for i in range(n):
+        for c in range(k):
+            distance += change[i, c] * second[i, c]
+    value = quadratic / 2 + loss
+    gap = (lost + max(distance, 0.0) / 2) / max(value, tiny)
+    negative = -indefiniteness * diagonal
+    if quadratic < negative * squares or distance < negative * other_squares:
+        gap = np.inf
+    return value, gap
+
+
+@kernel
+@no_type_check
+def apply_operator(blocks, total, right, result):
+    """`SoftmaxKKT._apply`."""
+    k, n = right.shape
+    row = np.zeros(n)
+    for c in range(k):
+        for i in range(n):
+            result[c, i] = 0.0
+            for j in range(n):
+                result[c, i] += blocks[c, i, j] * right[c, j]
+            row[i] += result[c, i]
+    cholesky_solve(total, row, n)
+    for c in range(k):
+        for i in range(n):
+            for j in range(n):
+                result[c, i] -= blocks[c, i, j] * row[j]
+
+
+@kernel
+@no_type_check
+def factorize(gram, sample_weight, p, blocks, total):
+    """`SoftmaxKKT.factorize`, without the border."""
+    n, k = p.shape
+    root = np.empty(n)
+    total[:] = 0.0
+    for c in range(k):
+        block = blocks[c]
+        for i in range(n):
+            curvature = sample_weight[i] * p[i, c]
+            root[i] = math.sqrt(curvature) if curvature > 0 else 0.0
+            for j in range(i + 1):
+                block[i, j] = root[i] * gram[i, j] * root[j]
+            block[i, i] += 1.0
+        invert(block.reshape(n * n), n)
+        for i in range(n):
+            for j in range(n):
+                block[i, j] *= root[i] * root[j]
+                total[i, j] += block[i, j]
+    for i in range(n):
+        if not sample_weight[i] > 0:
+            total[i, i] += 1.0
+    cholesky(total, n)
+
+
+@kernel
+@no_type_check
+def newton_step(task, intercept, coef, point, memory, change, bias_change):
+    """`_logistic_newton.newton_step`."""
+    p, residual, image = point
+    blocks, total, right, solved, border = memory
+    n, k = coef.shape
+    factorize(task[0], task[2], p, blocks, total)
+    right[:] = image.T
+    apply_operator(blocks, total, right, solved)
+    bias_change[:] = 0.0
+    if intercept:
+        sums, row, mean = np.empty((k, n)), np.empty(n), 0.0
+        for c in range(k):
+            for i in range(n):
+                bias_change[c] += solved[c, i] - residual[i, c] + coef[i, c]
+                sums[c, i] = blocks[c, i].sum()
+        for c in range(k):
+            row[:] = sums[c]
+            cholesky_solve(total, row, n)
+            for other in range(k):
+                border[c, other] = -np.dot(sums[other], row)
+            border[c, c] += sums[c].sum()
+            mean += border[c, c] / k
+        border += mean
+        cholesky(border, k)
+        cholesky_solve(border, bias_change, k)
+        bias_change -= bias_change.mean()
+        for c in range(k):
+            right[c] = image[:, c] - bias_change[c]
+        apply_operator(blocks, total, right, solved)
+    for i in range(n):
+        for c in range(k):
+            change[i, c] = solved[c, i] - residual[i, c]
+
+
+@kernel
+@no_type_check
+def solve_tasks(start, stop, data, intercept, settings, results):
+    """Solve tasks `start` to `stop`, with the steps and the end of `_logistic_newton.solve`."""
+    gram, targets, sample_weight, offset = data
+    tolerance, max_steps, max_backtracks, patience, small_gap, limits = settings
+    coefs, biases, gaps, steps = results
+    n, k = targets.shape[1:]
+    memory = np.empty((k, n, n)), np.empty((n, n)), np.empty((k, n)), np.empty((k, n)), np.empty((k, k))
+    point = np.empty((n, k)), np.empty((n, k)), np.empty((n, k))
+    change, bias_change = np.empty((n, k)), np.empty(k)
+    for t in range(start, stop):
+        task = (gram[t], targets[t], sample_weight[t], offset[t])
+        coef, bias = np.zeros((n, k)), np.zeros(k)
+        value, gap = evaluate(task, intercept, coef, bias, point, limits)
+        best, last_progress, without_progress = np.inf, np.inf, 0
+        coefs[t], biases[t], steps[t] = coef, bias, 0
+        for step in range(max_steps + 1):
+            if step > 0:
+                newton_step(task, intercept, coef, point, memory, change, bias_change)
+                length, before = 1.0, value
+                for attempt in range(max_backtracks + 1):
+                    if attempt == max_backtracks:
+                        length = 0.0
+                    moved, moved_bias = coef + length * change, bias + length * bias_change
+                    value, gap = evaluate(task, intercept, moved, moved_bias, point, limits)
+                    if not value > before + 1e-12 * abs(before):
+                        break
+                    length /= 2
+                coef, bias = moved, moved_bias
+            halved = gap < last_progress / 2
+            if halved:
+                last_progress = gap
+            without_progress = 0 if halved or best > small_gap else without_progress + 1
+            if gap < best:
+                best = gap
+                coefs[t], biases[t] = coef, bias
+            steps[t] = step
+            if gap <= tolerance or without_progress >= patience or np.isnan(gap):
+                break
+        gaps[t] = best
+
+
+def solve(
+    gram: Tensor,
+    targets: Tensor,
+    sample_weight: Tensor,
+    offset: Tensor,
+    *,
+    intercept: bool,
+    settings: tuple[float, int, int, int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Solve a flat batch of tasks in float64 on the CPU; see `_logistic_newton.solve`.
+
+    The settings are the tolerance, and the largest numbers of steps, of halvings of a step, and of steps without
+    progress.
+    """
+    tasks, n, k = targets.shape
+    data = tuple(part.detach().contiguous().numpy() for part in (gram, targets, sample_weight, offset))
+    results = np.empty((tasks, n, k)), np.empty((tasks, k)), np.empty(tasks), np.empty(tasks, np.int64)
+    arguments = (data, intercept, (*settings, best_iterate.SMALL_GAP, LIMITS), results)
+    run_tasks(solve_tasks, tasks, tasks * _STEPS * k * n**3, *arguments)
+    coef, bias, gap, taken = map(torch.from_numpy, results)
+    return coef, bias, gap, taken
