@@ -332,7 +332,7 @@ def join(old: pandas.DataFrame, new: pandas.DataFrame) -> pandas.DataFrame:
     replaced = set(zip(new["data"], new["protocol"], strict=True))
     kept = [case not in replaced for case in zip(old["data"], old["protocol"], strict=True)]
     order = [*SYNTHETIC, *REAL], list(our_methods())
-    rows = pandas.concat([old[kept], new]).to_dict("records")
+    rows = [*old[kept].to_dict("records"), *new.to_dict("records")]
     rows.sort(key=lambda row: (order[0].index(row["data"]), row["shots"], order[1].index(row["protocol"])))
     return pandas.DataFrame(rows)
 
