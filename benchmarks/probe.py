@@ -330,9 +330,9 @@ def show(rows: pandas.DataFrame) -> Table:
 def join(old: pandas.DataFrame, new: pandas.DataFrame) -> pandas.DataFrame:
     """The rows of both tables in the usual order; new protocols of a data set replace old ones."""
     replaced = set(zip(new["data"], new["protocol"], strict=True))
-    kept = [case not in replaced for case in zip(old["data"], old["protocol"], strict=True)]
+    kept = [row for row in old.to_dict("records") if (row["data"], row["protocol"]) not in replaced]
     order = [*SYNTHETIC, *REAL], list(our_methods())
-    rows = [*old[kept].to_dict("records"), *new.to_dict("records")]
+    rows = [*kept, *new.to_dict("records")]
     rows.sort(key=lambda row: (order[0].index(row["data"]), row["shots"], order[1].index(row["protocol"])))
     return pandas.DataFrame(rows)
 
