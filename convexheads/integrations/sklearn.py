@@ -161,6 +161,8 @@ def _check_sample_weight(sample_weight: Any, y: np.ndarray) -> np.ndarray:
     weight = np.asarray(sample_weight, dtype=np.float64)
     if weight.shape != y.shape:
         raise InputError("sample_weight", f"shape {y.shape}", weight.shape)
+    if not weight.any():
+        raise InputError("sample_weight", "a positive weight", "only zeros")
     return weight
 
 
