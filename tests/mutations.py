@@ -295,13 +295,6 @@ MUTATIONS = [
         "test_logistic_numba.py::test_kernels_equal_their_twins",
     ),
     Mutation(
-        "active-examples",
-        "heads/_primal.py",
-        "(ones.sum(-1) + problem.damping.flatten()[chosen])",
-        "(2 * ones.sum(-1) + problem.damping.flatten()[chosen])",
-        "test_weighted.py::test_many_examples_of_a_squared_hinge_agree_with_scikit_learn",
-    ),
-    Mutation(
         "balanced-classes",
         "heads/base/loss.py",
         "present.sum(-1, keepdim=True) * totals",

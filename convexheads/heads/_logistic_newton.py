@@ -28,6 +28,7 @@ MAX_BACKTRACKS = 30
 # Up to this number of examples, tasks are solved one by one, by compiled kernels.
 _MAX_COMPILED = 100
 PATIENCE = 3
+MIN_STEPS = 3
 _LOSS = CrossEntropy()
 _T = TypeVar("_T")
 _DATA = "Tensor gram, Tensor targets, Tensor sample_weight, Tensor offset"
@@ -180,13 +181,12 @@ def solve(
     if _fits_numba(task.targets):
         from convexheads.heads import _logistic_numba
 
-        settings = tolerance, max_steps, MAX_BACKTRACKS, PATIENCE
+        settings = tolerance, max_steps, MAX_BACKTRACKS, PATIENCE, MIN_STEPS
         coef, bias, gap, steps = _logistic_numba.solve(*task, intercept=intercept, settings=settings)
         return coef.reshape(*batch, n, k), bias.reshape(*batch, k), gap.reshape(batch), steps.reshape(batch)
     coef, bias = torch.zeros_like(task.targets), torch.zeros_like(task.targets[:, 0])
     point = evaluate(task, coef, bias, intercept=intercept)
     best = BestIterate(coef, bias.unsqueeze(-1), patience=PATIENCE)
-    best.update(0, point.gap, point.gap <= tolerance, coef, bias.unsqueeze(-1))
     for step in range(1, max_steps + 1):
         if best.done.all():
             break
@@ -199,7 +199,9 @@ def solve(
             return reached.value, reached
 
         _, point = take_step(point.value, step_to)
-        best.update(step, point.gap, point.gap <= tolerance, point.coef, point.bias.unsqueeze(-1))
+        # Where the kernel is tiny, so is the gap of wrong coefficients; but then the first steps are precise.
+        is_solved = (point.gap <= tolerance) & (step >= MIN_STEPS)
+        best.update(step, point.gap, is_solved, point.coef, point.bias.unsqueeze(-1))
     coef, bias = best.tensors[0].reshape(*batch, n, k), best.tensors[1].reshape(*batch, k)
     return coef, bias, best.gap.reshape(batch), best.iterations.reshape(batch)
 

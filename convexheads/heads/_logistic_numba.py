@@ -215,9 +215,9 @@ def newton_step(task, intercept, coef, point, memory, change, bias_change):
 @kernel
 @no_type_check
 def solve_tasks(start, stop, data, intercept, settings, results):
-    """Solve tasks `start` to `stop`, with the steps and the end of `_logistic_newton.solve`."""
+    """The loop of `_logistic_newton.solve`, for tasks `start` to `stop`."""
     gram, targets, sample_weight, offset = data
-    tolerance, max_steps, max_backtracks, patience, small_gap, limits = settings
+    tolerance, max_steps, max_backtracks, patience, min_steps, small_gap, limits = settings
     coefs, biases, gaps, steps = results
     n, k = targets.shape[1:]
     memory = np.empty((k, n, n)), np.empty((n, n)), np.empty((k, n)), np.empty((k, n)), np.empty((k, k))
@@ -229,19 +229,18 @@ def solve_tasks(start, stop, data, intercept, settings, results):
         value, gap = evaluate(task, intercept, coef, bias, point, limits)
         best, last_progress, without_progress = np.inf, np.inf, 0
         coefs[t], biases[t], steps[t] = coef, bias, 0
-        for step in range(max_steps + 1):
-            if step > 0:
-                newton_step(task, intercept, coef, point, memory, change, bias_change)
-                length, before = 1.0, value
-                for attempt in range(max_backtracks + 1):
-                    if attempt == max_backtracks:
-                        length = 0.0
-                    moved, moved_bias = coef + length * change, bias + length * bias_change
-                    value, gap = evaluate(task, intercept, moved, moved_bias, point, limits)
-                    if not value > before + 1e-12 * abs(before):
-                        break
-                    length /= 2
-                coef, bias = moved, moved_bias
+        for step in range(1, max_steps + 1):
+            newton_step(task, intercept, coef, point, memory, change, bias_change)
+            length, before = 1.0, value
+            for attempt in range(max_backtracks + 1):
+                if attempt == max_backtracks:
+                    length = 0.0
+                moved, moved_bias = coef + length * change, bias + length * bias_change
+                value, gap = evaluate(task, intercept, moved, moved_bias, point, limits)
+                if not value > before + 1e-12 * abs(before):
+                    break
+                length /= 2
+            coef, bias = moved, moved_bias
             halved = gap < last_progress / 2
             if halved:
                 last_progress = gap
@@ -250,7 +249,7 @@ def solve_tasks(start, stop, data, intercept, settings, results):
                 best = gap
                 coefs[t], biases[t] = coef, bias
             steps[t] = step
-            if gap <= tolerance or without_progress >= patience or np.isnan(gap):
+            if (gap <= tolerance and step >= min_steps) or without_progress >= patience or np.isnan(gap):
                 break
         gaps[t] = best
 
@@ -262,12 +261,12 @@ def solve(
     offset: Tensor,
     *,
     intercept: bool,
-    settings: tuple[float, int, int, int],
+    settings: tuple[float, int, int, int, int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solve a flat batch of tasks in float64 on the CPU; see `_logistic_newton.solve`.
 
-    The settings are the tolerance, and the largest numbers of steps, of halvings of a step, and of steps without
-    progress.
+    The settings are the tolerance, the largest numbers of steps, of halvings of a step and of steps without progress,
+    and the smallest number of steps.
     """
     tasks, n, k = targets.shape
     data = tuple(part.detach().contiguous().numpy() for part in (gram, targets, sample_weight, offset))

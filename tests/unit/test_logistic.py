@@ -260,3 +260,16 @@ def test_a_single_class_needs_no_bias():
     assert torch.equal(
         fitted.bias if fitted.expansion.weight is not None else fitted.expansion.bias, torch.zeros(1).double()
     )
+
+
+@pytest.mark.parametrize("penalty", [1e6, 1e12, 1e18])
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["torch", "compiled"])
+def test_a_huge_penalty_has_precise_weights(is_compiled, penalty, monkeypatch):
+    """Their part of the objective is tiny, so a small gap alone does not prove them."""
+    if not is_compiled:
+        monkeypatch.setattr(_logistic_newton, "_MAX_COMPILED", 0)
+    support, labels, _, ways = task(shots=(3, 4, 5))
+    expected = (functional.one_hot(labels, ways).double() - 1 / ways).mT @ support / penalty  # up to second order
+    assert (
+        close(LogisticHead(penalty).fit(support, labels).weight, expected, scale=1e-30) < 1e-3 * (1e6 / penalty) + 1e-9
+    )
