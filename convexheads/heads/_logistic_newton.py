@@ -20,7 +20,7 @@ from torch import Tensor
 from convexheads._compiler import operator
 from convexheads.heads._losses import CrossEntropy
 from convexheads.solvers.best_iterate import BestIterate
-from convexheads.solvers.certificate import INDEFINITENESS
+from convexheads.solvers.certificate import is_indefinite
 from convexheads.solvers.kkt import cholesky
 from convexheads.solvers.native.active_set import numba_is_installed
 
@@ -136,11 +136,8 @@ def evaluate(task: Task, coef: Tensor, bias: Tensor, *, intercept: bool) -> Poin
         change = residual + weight * moved
     distance = (change * (gram @ change if intercept else image)).sum((-2, -1))
     gap = (lost + distance.clamp_min(0) / 2) / value.clamp_min(torch.finfo(value.dtype).tiny)
-    # Weak duality rests on a positive semi-definite Gram matrix; negative curvature beyond rounding disproves that.
-    negative = -INDEFINITENESS * gram.diagonal(dim1=-2, dim2=-1).abs().sum(-1)
-    pairs = (quadratic, coef), (distance, change)
-    proofs = [curvature < negative * part.square().sum((-2, -1)) for curvature, part in pairs]
-    gap = torch.where(proofs[0] | proofs[1], torch.inf, gap)
+    indefinite = is_indefinite(gram, coef, quadratic) | is_indefinite(gram, change, distance)
+    gap = torch.where(indefinite, torch.inf, gap)
     return Point(coef, bias, value, found.curvature, residual, image, gap)
 
 
@@ -182,8 +179,14 @@ def solve(
         from convexheads.heads import _logistic_numba
 
         settings = tolerance, max_steps, MAX_BACKTRACKS, PATIENCE, MIN_STEPS
-        coef, bias, gap, steps = _logistic_numba.solve(*task, intercept=intercept, settings=settings)
-        return coef.reshape(*batch, n, k), bias.reshape(*batch, k), gap.reshape(batch), steps.reshape(batch)
+        coef, bias, gap, steps = _logistic_numba.solve(task, intercept=intercept, settings=settings)
+    else:
+        coef, bias, gap, steps = _iterate(task, intercept=intercept, tolerance=tolerance, max_steps=max_steps)
+    return coef.reshape(*batch, n, k), bias.reshape(*batch, k), gap.reshape(batch), steps.reshape(batch)
+
+
+def _iterate(task: Task, *, intercept: bool, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The results of `solve`, for a flat batch of tasks at once."""
     coef, bias = torch.zeros_like(task.targets), torch.zeros_like(task.targets[:, 0])
     point = evaluate(task, coef, bias, intercept=intercept)
     best = BestIterate(coef, bias.unsqueeze(-1), patience=PATIENCE)
@@ -202,8 +205,8 @@ def solve(
         # Where the kernel is tiny, so is the gap of wrong coefficients; but then the first steps are precise.
         is_solved = (point.gap <= tolerance) & (step >= MIN_STEPS)
         best.update(step, point.gap, is_solved, point.coef, point.bias.unsqueeze(-1))
-    coef, bias = best.tensors[0].reshape(*batch, n, k), best.tensors[1].reshape(*batch, k)
-    return coef, bias, best.gap.reshape(batch), best.iterations.reshape(batch)
+    coef, bias = best.tensors
+    return coef, bias.squeeze(-1), best.gap, best.iterations
 
 
 def _fits_numba(targets: Tensor) -> bool:

@@ -255,21 +255,15 @@ def solve_tasks(start, stop, data, intercept, settings, results):
 
 
 def solve(
-    gram: Tensor,
-    targets: Tensor,
-    sample_weight: Tensor,
-    offset: Tensor,
-    *,
-    intercept: bool,
-    settings: tuple[float, int, int, int, int],
+    task: tuple[Tensor, Tensor, Tensor, Tensor], *, intercept: bool, settings: tuple[float, int, int, int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Solve a flat batch of tasks in float64 on the CPU; see `_logistic_newton.solve`.
+    """Solve a flat batch of tasks, a `_logistic_newton.Task` in float64 on the CPU.
 
     The settings are the tolerance, the largest numbers of steps, of halvings of a step and of steps without progress,
     and the smallest number of steps.
     """
-    tasks, n, k = targets.shape
-    data = tuple(part.detach().contiguous().numpy() for part in (gram, targets, sample_weight, offset))
+    data = tuple(part.detach().contiguous().numpy() for part in task)
+    tasks, n, k = data[1].shape
     results = np.empty((tasks, n, k)), np.empty((tasks, k)), np.empty(tasks), np.empty(tasks, np.int64)
     arguments = (data, intercept, (*settings, best_iterate.SMALL_GAP, LIMITS), results)
     run_tasks(solve_tasks, tasks, tasks * _STEPS * k * n**3, *arguments)

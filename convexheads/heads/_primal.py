@@ -133,7 +133,7 @@ class _Problem:
     loss: Loss
     intercept: bool
     damping: Float[Tensor, "groups members"] | None = None
-    """What a step of Newton's method adds to the curvature of the intercept, which is zero if all losses are flat."""
+    """The number that is added to the curvature of the intercept, which is zero where all losses are flat."""
 
     def scores(self, weight: Tensor) -> Float[Tensor, "groups members n k"]:
         return multiply(self.features, weight) + self.offset
@@ -152,7 +152,7 @@ class _Problem:
         return torch.cat([rows[..., :-1, :], last], -2)
 
     def damped(self, gap: Tensor) -> _Problem:
-        """The problem of a step from a point with this gap. Its damping is proportional to the gap."""
+        """The problem with the damping of a Newton step, which is proportional to the gap."""
         if not self.intercept:
             return self
         total = self.sample_weight.sum(-1).expand(gap.shape)
@@ -438,7 +438,7 @@ def _newton_of_active(problem: _Problem, point: _Point) -> Tensor:
     return change if sums is None else torch.cat([change, bias.reshape(groups, members, 1, 1)], -2)
 
 
-def _minimize_from_zero(
+def _minimize_gradually(
     problem: _Problem,
     start: Tensor,
     find_change: Callable[[_Problem, _Point], Tensor],
@@ -500,7 +500,7 @@ def _minimize_grid(
         def choose(value: Tensor, members: Tensor = members) -> Tensor:
             return value.index_select(1, members) if value.shape[1] > 1 else value
 
-        minimize = _minimize if known else _minimize_from_zero
+        minimize = _minimize if known else _minimize_gradually
         part = minimize(problem.map(choose), choose(start), find_change, tolerance, max_steps)
         for value, target in zip(part, found, strict=True):
             target.index_copy_(1, members, value)
@@ -528,7 +528,7 @@ def _minimize_all(problem: _Problem, grid: int, tolerance: float, max_steps: int
     (groups, members), (n, d) = problem.penalty.shape, problem.features.shape[-2:]
     if d * k <= _MAX_UNKNOWNS:
         start = problem.features.new_zeros((groups, members, d, k))
-        return _minimize_from_zero(problem, start, _newton, tolerance, max_steps)
+        return _minimize_gradually(problem, start, _newton, tolerance, max_steps)
     basis, _ = _basis(problem.features, problem.intercept)
     rotated = replace(problem, features=problem.features @ basis)
     # The memory has the order in which a group is multiplied.
@@ -542,7 +542,7 @@ def _minimize_all(problem: _Problem, grid: int, tolerance: float, max_steps: int
     if grid > 2:
         found = _minimize_grid(rotated, start, grid, find_change, tolerance, most)
     else:
-        found = _minimize_from_zero(rotated, start, find_change, tolerance, most)
+        found = _minimize_gradually(rotated, start, find_change, tolerance, most)
     weight, steps = multiply(basis, found[0]), found[2]
     # The rotation rounds the features, which matters where weights are huge.
     gap = _evaluate(problem, weight).gap
@@ -570,7 +570,7 @@ def _factorize_all(
     """
     if isinstance(problem.loss, CrossEntropy):
         return _minimize(problem, basis @ inside, _newton_in_dual, tolerance, max_steps)[:2]
-    weight = basis @ _minimize_from_zero(rotated, inside, _newton, tolerance, max_steps)[0]
+    weight = basis @ _minimize_gradually(rotated, inside, _newton, tolerance, max_steps)[0]
     return weight, _evaluate(problem, weight).gap
 
 

@@ -86,6 +86,15 @@ def aim(tolerance: float, dtype: torch.dtype) -> float:
     return max(_AIM_RATIO * tolerance, _AIM_FLOOR * torch.finfo(dtype).eps)
 
 
+def is_indefinite(gram: Tensor, coef: Tensor, quadratic: Tensor) -> Bool[Tensor, "*batch"]:
+    """Whether `quadratic`, the product `coef' K coef`, is negative beyond rounding.
+
+    Weak duality rests on a positive semi-definite Gram matrix K, and such a product disproves that.
+    """
+    squares = gram.diagonal(dim1=-2, dim2=-1).abs().sum(-1) * coef.square().sum((-2, -1))
+    return quadratic < -INDEFINITENESS * squares
+
+
 def certify(problem: DualProblem, coef: Float[Tensor, "*batch n k"]) -> Certificate:
     """Bound the distance of coefficients from the optimum by weak duality (Boyd & Vandenberghe 2004, Section 5.5.1).
 
@@ -102,9 +111,7 @@ def certify(problem: DualProblem, coef: Float[Tensor, "*batch n k"]) -> Certific
     feasible = problem.project(coef)
     scores = problem.gram @ feasible
     quadratic = (feasible * scores).sum((-2, -1))
-    # Weak duality rests on a positive semi-definite Gram matrix; negative curvature beyond rounding disproves that.
-    squares = problem.gram.diagonal(dim1=-2, dim2=-1).abs().sum(-1) * feasible.square().sum((-2, -1))
-    indefinite = quadratic < -INDEFINITENESS * squares
+    indefinite = is_indefinite(problem.gram, feasible, quadratic)
     quadratic = quadratic.clamp_min(0)
 
     gap, primal, row_multipliers = _smallest_gap(problem, feasible, scores, quadratic)
