@@ -21,7 +21,7 @@ from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyEr
 from convexheads.heads import ClassificationHead, FittedClassifier, KernelExpansion, LossHead, SupportSet
 from convexheads.heads.base import held_out
 from convexheads.heads.base.classification import check_head
-from convexheads.heads.base.held_out import Examples, closed_form, has_closed_form, lenient, refit
+from convexheads.heads.base.held_out import Examples, closed_form, has_closed_form, lenient, refit, without_left_out
 from convexheads.hyperparameters import PerTask
 from convexheads.precision import full_precision
 
@@ -129,10 +129,10 @@ def tune(
     Use it when a head should be tuned on its own support set, as a linear probe is on frozen features: instead of a
     loop over tasks, values and folds, everything is solved at once, on the device of the features, without gradients.
 
-    Positive numbers such as C are one batch for SVMs, ridge and logistic regression. With a linear kernel, logistic
-    regression and the squared hinge of `OneVsRestSVMHead` also start each value from the solutions of its neighbors.
-    Other settings and heads are solved value by value. Memory is bounded, because large batches are solved in parts.
-    The final fit has gradients as usual.
+    Positive numbers such as C are one batch for SVMs, ridge and logistic regression, in which each value begins at the
+    solutions of its neighbors. Fits without one example begin at the fit on all examples. Other settings and heads are
+    solved value by value. Memory is bounded, because large batches are solved in parts. The final fit has gradients as
+    usual.
 
     Args:
         head: a classification head.
@@ -261,6 +261,7 @@ class _Split(NamedTuple):
     labels: Integer[Tensor, "tasks folds m"]
     used: Bool[Tensor, "tasks folds m"]
     folds: Integer[Tensor, "tasks n"] | None
+    leaves_one_out: bool = False
 
 
 class _Group(NamedTuple):
@@ -360,7 +361,16 @@ def _group(head: ClassificationHead, points: list[dict[str, Any]]) -> list[_Grou
         group.indices.append(number)
         for name in batched:
             group.batched[name].append(float(point[name]))
-    return groups
+    return [_in_order(group) for group in groups]
+
+
+def _in_order(group: _Group) -> _Group:
+    """The group from the largest C to the smallest one, because SVMs begin each point at the solution of the last."""
+    names = sorted(group.batched, key=lambda name: name == "C")
+    columns = [group.batched[name] for name in names]
+    order = sorted(range(len(group.indices)), key=lambda place: [column[place] for column in columns], reverse=True)
+    batched = {name: [values[place] for place in order] for name, values in group.batched.items()}
+    return group._replace(indices=[group.indices[place] for place in order], batched=batched)
 
 
 def _prepare(head: ClassificationHead, support: Any, labels: Any, ways: Any, **options: Any) -> _Task:
@@ -406,7 +416,8 @@ def _split(cv: object, task: _Task, seed: int, *, is_closed: bool) -> _Split:
     size = int(left_out.sum(-1).amax())
     index = left_out.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :size]
     labels = task.labels.unsqueeze(1).expand(-1, count, -1).gather(-1, index)
-    return _Split(used.unsqueeze(1) & ~left_out, None, index, labels, left_out.gather(-1, index), folds)
+    used_in_folds = left_out.gather(-1, index)
+    return _Split(used.unsqueeze(1) & ~left_out, None, index, labels, used_in_folds, folds, leaves_one_out=cv == "loo")
 
 
 def _validation_set(pair: Sequence[Any], task: _Task) -> _Split:
@@ -461,7 +472,7 @@ def _score(head: ClassificationHead, task: _Task, split: _Split, part: _Part) ->
     batched = {name: PerTask(torch.tensor(values, dtype=dtype)) for name, values in group.batched.items()}
     configured = lenient(copy.deepcopy(head).set_params(**group.settings, **batched))
     truth, used = split.labels[tasks, folds].unsqueeze(2), split.used[tasks, folds].unsqueeze(2)
-    solution = None
+    solution = init = None
     if split.features is not None:
         logits, expansion = refit(configured, examples, train, split.features[tasks, folds])
         solution = expansion.solution
@@ -469,7 +480,10 @@ def _score(head: ClassificationHead, task: _Task, split: _Split, part: _Part) ->
         index = split.index[tasks, folds]
         query = examples.features.unsqueeze(1).expand(*index.shape[:2], *examples.features.shape[1:])
         query = query.gather(2, index.unsqueeze(-1).expand(*index.shape, query.shape[-1]))
-        logits, expansion = refit(configured, examples, train, query)
+        if split.leaves_one_out:
+            _, expansion = refit(configured, examples, examples.used.unsqueeze(1), examples.features[:, None, :1])
+            init = without_left_out(expansion, train)
+        logits, expansion = refit(configured, examples, train, query, init)
         solution = expansion.solution
     else:
         logits = closed_form(configured, examples)

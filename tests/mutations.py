@@ -262,8 +262,8 @@ MUTATIONS = [
     Mutation(
         "logistic-rescaling",
         "heads/logistic.py",
-        "solution = self._certified(coef / penalty, gap, taken)",
-        "solution = self._certified(coef, gap, taken)",
+        "solution = self._certified(coef / penalty, gap, error, taken)",
+        "solution = self._certified(coef, gap, error, taken)",
         "test_references.py::test_logistic_regression_equals_scikit_learn",
     ),
     Mutation(
@@ -283,9 +283,37 @@ MUTATIONS = [
     Mutation(
         "logistic-dual-gap",
         "heads/_logistic_newton.py",
-        "gap = (lost + distance.clamp_min(0) / 2)",
-        "gap = (lost + distance.clamp_min(0) / 20)",
+        "gap, tiny = lost + distance.clamp_min(0) / 2,",
+        "gap, tiny = lost + distance.clamp_min(0) / 20,",
         "test_logistic.py::test_the_gap_in_the_dual_bounds_the_distance_to_the_optimum",
+    ),
+    Mutation(
+        "logistic-error-of-weights",
+        "heads/_primal.py",
+        "2 * gap / quadratic.clamp_min(tiny)",
+        "gap / quadratic.clamp_min(tiny) / 2",
+        "test_logistic.py::test_the_gap_bounds_the_distance_to_the_optimum",
+    ),
+    Mutation(
+        "warm-start-of-kernel",
+        "solvers/native/numba_kernels.py",
+        "elif multiplier < 0 and lower[i, c] > -np.inf:",
+        "elif multiplier < 0 and lower[i, c] > np.inf:",
+        "test_numba.py::test_kernel_equals_its_twin",
+    ),
+    Mutation(
+        "warm-start-from-scratch",
+        "solvers/native/active_set.py",
+        "start = _first_guess(replace(problem, start=None)).where(~unsolved, solved)",
+        "start = solved",
+        "test_warm_start.py::test_any_start_leads_to_the_solution",
+    ),
+    Mutation(
+        "warm-start-in-a-basis",
+        "heads/_primal.py",
+        "inside.copy_(_to_basis(zero, basis, mean))",
+        "inside.copy_(_to_basis(zero, -basis, mean))",
+        "test_warm_start.py::test_a_start_in_the_primal_takes_fewer_steps",
     ),
     Mutation(
         "logistic-kernel",

@@ -28,11 +28,14 @@ MAX_BACKTRACKS = 30
 # Up to this number of examples, tasks are solved one by one, by compiled kernels.
 _MAX_COMPILED = 100
 PATIENCE = 3
-MIN_STEPS = 3
+# If the optimal weights are zero, their relative error is never small. Then a gap of this size is enough.
+ZERO_GAP = 1e-30
 _LOSS = CrossEntropy()
 _T = TypeVar("_T")
 _DATA = "Tensor gram, Tensor targets, Tensor sample_weight, Tensor offset"
-_SCHEMA = f"({_DATA}, *, bool intercept, float tolerance, int max_steps) -> (Tensor, Tensor, Tensor, Tensor)"
+_SCHEMA = f"({_DATA}, Tensor? start=None, *, bool intercept, float tolerance, int max_steps, "
+_SCHEMA += "int path_length=1) -> "
+_SCHEMA += f"({', '.join(['Tensor'] * 5)})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +117,8 @@ class Point(NamedTuple):
     """The Gram matrix times the residual."""
     gap: Float[Tensor, "*tasks"]
     """The relative duality gap."""
+    error: Float[Tensor, "*tasks"]
+    """An upper bound of the gap and of the squared relative error of the weights."""
 
 
 def evaluate(task: Task, coef: Tensor, bias: Tensor, *, intercept: bool) -> Point:
@@ -135,10 +140,11 @@ def evaluate(task: Task, coef: Tensor, bias: Tensor, *, intercept: bool) -> Poin
         moved, lost = _LOSS.balance(scores, found, sample_weight)
         change = residual + weight * moved
     distance = (change * (gram @ change if intercept else image)).sum((-2, -1))
-    gap = (lost + distance.clamp_min(0) / 2) / value.clamp_min(torch.finfo(value.dtype).tiny)
+    gap, tiny = lost + distance.clamp_min(0) / 2, torch.finfo(value.dtype).tiny
     indefinite = is_indefinite(gram, coef, quadratic) | is_indefinite(gram, change, distance)
     gap = torch.where(indefinite, torch.inf, gap)
-    return Point(coef, bias, value, found.curvature, residual, image, gap)
+    bounds = gap / value.clamp_min(tiny), 2 * gap / quadratic.clamp_min(tiny)
+    return Point(coef, bias, value, found.curvature, residual, image, *bounds)
 
 
 def newton_step(task: Task, point: Point, *, intercept: bool) -> tuple[Tensor, Tensor]:
@@ -150,10 +156,10 @@ def newton_step(task: Task, point: Point, *, intercept: bool) -> tuple[Tensor, T
 
 def _without_values(
     gram: Tensor, targets: Tensor, *_: Tensor, **options: object
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tasks = targets.new_empty(targets.shape[:-2])
     bias = targets.new_empty((*targets.shape[:-2], targets.shape[-1]))
-    return torch.empty_like(targets), bias, tasks, torch.empty_like(tasks, dtype=torch.long)
+    return torch.empty_like(targets), bias, tasks, tasks.clone(), torch.empty_like(tasks, dtype=torch.long)
 
 
 @operator("solve_logistic", _SCHEMA, _without_values)
@@ -162,34 +168,52 @@ def solve(
     targets: Tensor,
     sample_weight: Tensor,
     offset: Tensor,
+    start: Tensor | None = None,
     *,
     intercept: bool,
     tolerance: float,
     max_steps: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Solve tasks `(*batch, n, k)` by damped Newton steps until each gap is below `tolerance` or stops falling.
+    path_length: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Solve tasks `(*batch, n, k)` by damped Newton steps until each error is below `tolerance` or stops falling.
 
-    Returns the coefficients, the biases, their certified relative duality gap, and the number of steps.
+    The steps begin at zero, or at the coefficients `start` if the objective is smaller there. Compiled kernels begin at
+    the solution of the task before if it is in the same path, as many tasks in a row as `path_length` says.
+
+    Returns the coefficients, the biases, their certified relative duality gap and error (as in `Point`), and the number
+    of steps.
     """
     batch, (n, k) = targets.shape[:-2], targets.shape[-2:]
     task = Task(
         gram.reshape(-1, n, n), targets.reshape(-1, n, k), sample_weight.reshape(-1, n), offset.reshape(-1, n, k)
     )
+    start = torch.zeros_like(task.targets) if start is None else _better_start(task, start.reshape(-1, n, k))
     if _fits_numba(task.targets):
         from convexheads.heads import _logistic_numba
 
-        settings = tolerance, max_steps, MAX_BACKTRACKS, PATIENCE, MIN_STEPS
-        coef, bias, gap, steps = _logistic_numba.solve(task, intercept=intercept, settings=settings)
+        settings = tolerance, max_steps, MAX_BACKTRACKS, PATIENCE, ZERO_GAP
+        options = {"intercept": intercept, "settings": settings, "path_length": path_length}
+        coef, bias, *found = _logistic_numba.solve(task, start, **options)
     else:
-        coef, bias, gap, steps = _iterate(task, intercept=intercept, tolerance=tolerance, max_steps=max_steps)
-    return coef.reshape(*batch, n, k), bias.reshape(*batch, k), gap.reshape(batch), steps.reshape(batch)
+        coef, bias, *found = _iterate(task, start, intercept=intercept, tolerance=tolerance, max_steps=max_steps)
+    gap, error, steps = (part.reshape(batch) for part in found)
+    return coef.reshape(*batch, n, k), bias.reshape(*batch, k), gap, error, steps
 
 
-def _iterate(task: Task, *, intercept: bool, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The results of `solve`, for a flat batch of tasks at once."""
-    coef, bias = torch.zeros_like(task.targets), torch.zeros_like(task.targets[:, 0])
+def _better_start(task: Task, start: Tensor) -> Tensor:
+    """The coefficients `start`, or zero in tasks in which the objective is smaller at zero."""
+    bias = torch.zeros_like(start[:, 0])
+    values = (evaluate(task, coef, bias, intercept=False).value for coef in (start, torch.zeros_like(start)))
+    return start.where((next(values) < next(values))[:, None, None], 0)
+
+
+def _iterate(
+    task: Task, coef: Tensor, *, intercept: bool, tolerance: float, max_steps: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The results of `solve`, for a flat batch of tasks at once, whose steps begin at `coef`."""
+    bias = torch.zeros_like(task.targets[:, 0])
     point = evaluate(task, coef, bias, intercept=intercept)
-    best = BestIterate(coef, bias.unsqueeze(-1), patience=PATIENCE)
+    best = BestIterate(coef, bias.unsqueeze(-1), point.gap, patience=PATIENCE)
     for step in range(1, max_steps + 1):
         if best.done.all():
             break
@@ -202,11 +226,10 @@ def _iterate(task: Task, *, intercept: bool, tolerance: float, max_steps: int) -
             return reached.value, reached
 
         _, point = take_step(point.value, step_to)
-        # Where the kernel is tiny, so is the gap of wrong coefficients; but then the first steps are precise.
-        is_solved = (point.gap <= tolerance) & (step >= MIN_STEPS)
-        best.update(step, point.gap, is_solved, point.coef, point.bias.unsqueeze(-1))
-    coef, bias = best.tensors
-    return coef, bias.squeeze(-1), best.gap, best.iterations
+        is_solved = (point.error <= tolerance) | (point.gap <= ZERO_GAP)
+        best.update(step, point.error, is_solved, point.coef, point.bias.unsqueeze(-1), point.gap)
+    coef, bias, gap = best.tensors
+    return coef, bias.squeeze(-1), gap, best.gap, best.iterations
 
 
 def _fits_numba(targets: Tensor) -> bool:

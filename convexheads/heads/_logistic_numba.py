@@ -95,7 +95,7 @@ def divergence(p, log_p, change):
 @kernel
 @no_type_check
 def evaluate(task, intercept, coef, bias, point, limits):
-    """`_logistic_newton.evaluate`, written to `point`; returns the objective and the relative gap."""
+    """`_logistic_newton.evaluate`, written to `point`; returns the objective, the relative gap and the error."""
     indefiniteness, tiny = limits
     gram, targets, sample_weight, offset = task
     p, residual, image = point
@@ -124,11 +124,11 @@ def evaluate(task, intercept, coef, bias, point, limits):
         for c in range(k):
             distance += change[i, c] * second[i, c]
     value = quadratic / 2 + loss
-    gap = (lost + max(distance, 0.0) / 2) / max(value, tiny)
+    gap = lost + max(distance, 0.0) / 2
     negative = -indefiniteness * diagonal
     if quadratic < negative * squares or distance < negative * other_squares:
         gap = np.inf
-    return value, gap
+    return value, gap / max(value, tiny), 2 * gap / max(quadratic, tiny)
 
 
 @kernel
@@ -214,21 +214,31 @@ def newton_step(task, intercept, coef, point, memory, change, bias_change):
 
 @kernel
 @no_type_check
-def solve_tasks(start, stop, data, intercept, settings, results):
-    """The loop of `_logistic_newton.solve`, for tasks `start` to `stop`."""
+def solve_tasks(start, stop, data, intercept, path_length, settings, results):
+    """The loop of `_logistic_newton.solve`, for tasks `start` to `stop`, from the coefficients in the `results`.
+
+    A task begins at the solution of the task before if they are in the same path and its objective is smaller there.
+    """
     gram, targets, sample_weight, offset = data
-    tolerance, max_steps, max_backtracks, patience, min_steps, small_gap, limits = settings
-    coefs, biases, gaps, steps = results
+    tolerance, max_steps, max_backtracks, patience, zero_gap, small_gap, limits = settings
+    coefs, biases, gaps, errors, steps = results
     n, k = targets.shape[1:]
     memory = np.empty((k, n, n)), np.empty((n, n)), np.empty((k, n)), np.empty((k, n)), np.empty((k, k))
     point = np.empty((n, k)), np.empty((n, k)), np.empty((n, k))
     change, bias_change = np.empty((n, k)), np.empty(k)
     for t in range(start, stop):
         task = (gram[t], targets[t], sample_weight[t], offset[t])
-        coef, bias = np.zeros((n, k)), np.zeros(k)
-        value, gap = evaluate(task, intercept, coef, bias, point, limits)
+        coef, bias = coefs[t].copy(), np.zeros(k)
+        value, gap, error = evaluate(task, intercept, coef, bias, point, limits)
+        if t % path_length > 0:
+            at_start, coef, bias = value, coefs[t - 1].copy(), biases[t - 1].copy()
+            value, gap, error = evaluate(task, intercept, coef, bias, point, limits)
+            if not value < at_start:
+                coef, bias = coefs[t].copy(), np.zeros(k)
+                value, gap, error = evaluate(task, intercept, coef, bias, point, limits)
+            coefs[t] = coef
         best, last_progress, without_progress = np.inf, np.inf, 0
-        coefs[t], biases[t], steps[t] = coef, bias, 0
+        biases[t], gaps[t], steps[t] = bias, gap, 0
         for step in range(1, max_steps + 1):
             newton_step(task, intercept, coef, point, memory, change, bias_change)
             length, before = 1.0, value
@@ -236,36 +246,43 @@ def solve_tasks(start, stop, data, intercept, settings, results):
                 if attempt == max_backtracks:
                     length = 0.0
                 moved, moved_bias = coef + length * change, bias + length * bias_change
-                value, gap = evaluate(task, intercept, moved, moved_bias, point, limits)
+                value, gap, error = evaluate(task, intercept, moved, moved_bias, point, limits)
                 if not value > before + 1e-12 * abs(before):
                     break
                 length /= 2
             coef, bias = moved, moved_bias
-            halved = gap < last_progress / 2
+            halved = error < last_progress / 2
             if halved:
-                last_progress = gap
+                last_progress = error
             without_progress = 0 if halved or best > small_gap else without_progress + 1
-            if gap < best:
-                best = gap
-                coefs[t], biases[t] = coef, bias
+            if error < best:
+                best = error
+                coefs[t], biases[t], gaps[t] = coef, bias, gap
             steps[t] = step
-            if (gap <= tolerance and step >= min_steps) or without_progress >= patience or np.isnan(gap):
+            if error <= tolerance or gap <= zero_gap or without_progress >= patience or np.isnan(error):
                 break
-        gaps[t] = best
+        errors[t] = best
 
 
 def solve(
-    task: tuple[Tensor, Tensor, Tensor, Tensor], *, intercept: bool, settings: tuple[float, int, int, int, int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Solve a flat batch of tasks, a `_logistic_newton.Task` in float64 on the CPU.
+    task: tuple[Tensor, Tensor, Tensor, Tensor],
+    start: Tensor,
+    *,
+    intercept: bool,
+    path_length: int,
+    settings: tuple[float, int, int, int, float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Solve a flat batch of tasks, a `_logistic_newton.Task` in float64 on the CPU, from the coefficients `start`.
 
     The settings are the tolerance, the largest numbers of steps, of halvings of a step and of steps without progress,
-    and the smallest number of steps.
+    and the gap at which weights count as zero.
     """
     data = tuple(part.detach().contiguous().numpy() for part in task)
     tasks, n, k = data[1].shape
-    results = np.empty((tasks, n, k)), np.empty((tasks, k)), np.empty(tasks), np.empty(tasks, np.int64)
-    arguments = (data, intercept, (*settings, best_iterate.SMALL_GAP, LIMITS), results)
-    run_tasks(solve_tasks, tasks, tasks * _STEPS * k * n**3, *arguments)
-    coef, bias, gap, taken = map(torch.from_numpy, results)
-    return coef, bias, gap, taken
+    coef = start.detach().clone(memory_format=torch.contiguous_format).numpy()
+    results = coef, np.empty((tasks, k)), np.empty(tasks), np.empty(tasks), np.empty(tasks, np.int64)
+    path_length = path_length if path_length * torch.get_num_threads() <= tasks else 1
+    arguments = (data, intercept, path_length, (*settings, best_iterate.SMALL_GAP, LIMITS), results)
+    run_tasks(solve_tasks, tasks, tasks * _STEPS * k * n**3, *arguments, at_once=path_length)
+    found, bias, gap, error, taken = map(torch.from_numpy, results)
+    return found, bias, gap, error, taken

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from convexheads._compiler import operator
 from convexheads._functorch import compute_without_grad
-from convexheads.heads._logistic_newton import PATIENCE, SoftmaxKKT, take_step
+from convexheads.heads._logistic_newton import PATIENCE, ZERO_GAP, SoftmaxKKT, take_step
 from convexheads.heads._losses import LOSSES, CrossEntropy, Loss
 from convexheads.heads._sharing import apply_once, is_shared, multiply, scale_once, shared_from
 from convexheads.heads.base.support_set import SupportSet
@@ -59,7 +59,8 @@ _FRACTION_TO_CONTINUE = 0.75
 _FIRST, _NEIGHBORS = 8, 4
 _DATA = "Tensor features, Tensor targets, Tensor sample_weight, Tensor offset, Tensor penalty"
 _OPTIONS = "str loss, bool intercept"
-_SOLVE = f"({_DATA}, *, {_OPTIONS}, float tolerance, int max_steps) -> (Tensor, Tensor, Tensor)"
+_SOLVE = f"({_DATA}, Tensor? start=None, *, {_OPTIONS}, float tolerance, int max_steps) -> "
+_SOLVE += "(Tensor, Tensor, Tensor, Tensor)"
 _APPLY = (
     f"(Tensor features, Tensor curvature, Tensor sample_weight, Tensor penalty, Tensor right, *, {_OPTIONS}) -> Tensor"
 )
@@ -72,6 +73,8 @@ class PrimalFit(NamedTuple):
     bias: Float[Tensor, "*batch k"] | None
     coef: Float[Tensor, "*batch n k"]
     gap: Float[Tensor, "*batch"]
+    error: Float[Tensor, "*batch"]
+    """An upper bound of the gap and of the squared relative error of the weights."""
     steps: Float[Tensor, "*batch"]
 
 
@@ -109,16 +112,22 @@ def fit(
     batch = torch.broadcast_shapes(penalty.shape, targets.shape[:-2])
     data = (part.expand(*batch, *part.shape[targets.ndim - 2 :]) for part in (features, targets, used, offset))
     problem = (*data, penalty.expand(batch).contiguous())
+    start = support.start_coef((*batch, *targets.shape[-2:]))
+    if start is not None:
+        start = (features.mT @ start).detach()
+        if intercept:  # a solution has no biases
+            start = torch.cat([start[..., :-1, :], torch.zeros_like(start[..., -1:, :])], -2)
     aim = _AIM if is_precise else _AIM_OF_GRID
     run = partial(solve, loss=loss, intercept=intercept, tolerance=aim, max_steps=_MAX_STEPS)
-    weight, gap, steps = compute_without_grad(run, *problem)
+    inputs = problem if start is None else (*problem, start)
+    weight, gap, error, steps = compute_without_grad(run, *inputs)
     weight = ImplicitWeights.apply(*problem, weight, loss, intercept)
     slope = LOSSES[loss].evaluate(targets, multiply(features, weight) + offset).slope
     coef = -used.unsqueeze(-1) * slope / penalty[..., None, None]
     weight, bias = torch.where(torch.isfinite(gap)[..., None, None], weight, torch.nan), None
     if intercept:
         weight, bias = weight[..., :-1, :], weight[..., -1, :]
-    return PrimalFit(factor * weight.mT, bias, coef, gap, steps)
+    return PrimalFit(factor * weight.mT, bias, coef, gap, error, steps)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -165,13 +174,22 @@ class _Problem:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Point:
-    """Weights `(groups, members, d, k)`, and the objective, the curvature of the loss, the gradient and the gap."""
+    """Weights `(groups, members, d, k)`; the objective, its derivatives and the certificate there.
+
+    The certificate is the relative duality gap, and a bound of this gap and of the squared relative error of the
+    weights.
+    """
 
     weight: Tensor
     value: Tensor
     curvature: Tensor
     gradient: Tensor
     gap: Tensor
+    error: Tensor
+
+    def is_solved(self, tolerance: float) -> Tensor:
+        """Whether the error is at most `tolerance`, or the weights are zero."""
+        return (self.error <= tolerance) | (self.gap <= ZERO_GAP)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> _Point:
         return _Point(*map(change, vars(self).values()))
@@ -217,7 +235,8 @@ def _evaluate(problem: _Problem, weight: Tensor) -> _Point:
     loss, targets, penalty = problem.loss, problem.targets, problem.penalty
     scores, penalized = problem.scores(weight), problem.penalties() * weight
     found = loss.evaluate(targets, scores)
-    value = (penalized * weight).sum((-2, -1)) / 2 + (problem.sample_weight * found.value).sum(-1)
+    quadratic = (penalized * weight).sum((-2, -1))
+    value = quadratic / 2 + (problem.sample_weight * found.value).sum(-1)
     gradient = penalized + problem.moments(found.slope)
     if problem.intercept:
         change, lost = loss.balance(scores, found, problem.sample_weight)
@@ -225,8 +244,9 @@ def _evaluate(problem: _Problem, weight: Tensor) -> _Point:
         gap = lost + balanced[..., :-1, :].square().sum((-2, -1)) / (2 * penalty)
     else:
         gap = gradient.square().sum((-2, -1)) / (2 * penalty)
-    gap = gap / value.clamp_min(torch.finfo(gap.dtype).tiny)
-    return _Point(weight, value, found.curvature, gradient, gap)
+    tiny = torch.finfo(gap.dtype).tiny
+    bounds = gap / value.clamp_min(tiny), 2 * gap / quadratic.clamp_min(tiny)
+    return _Point(weight, value, found.curvature, gradient, *bounds)
 
 
 def _factorize(problem: _Problem, curvature: Tensor) -> Callable[[Tensor], Tensor]:
@@ -329,6 +349,14 @@ def _basis(features: Tensor, intercept: bool) -> tuple[Tensor, Tensor | None]:
     return torch.cat([torch.cat([basis, zero], -1), torch.cat([-mean.mT @ basis, one], -1)], -2), mean
 
 
+def _to_basis(weight: Tensor, basis: Tensor, mean: Tensor | None) -> Tensor:
+    """The weights `(..., r, k)` that `_basis` maps to `weight`, `(..., d, k)`, in the space of the features."""
+    if mean is None:
+        return multiply(basis.mT, weight)
+    inside = multiply(basis[..., :-1, :-1].mT, weight[..., :-1, :])
+    return torch.cat([inside, weight[..., -1:, :] + multiply(mean.mT, weight[..., :-1, :])], -2)
+
+
 def _factorize_in_dual(problem: _Problem, curvature: Tensor) -> Callable[[Tensor], Tensor]:
     """The inverse of the Hessian, from k + 1 factorizations of n x n matrices (the matrix inversion lemma)."""
     features, penalty = problem.features, problem.penalty[..., None, None]
@@ -353,16 +381,16 @@ def _minimize(
     find_change: Callable[[_Problem, _Point], Tensor],
     tolerance: float,
     max_steps: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Take damped Newton steps, which `find_change` computes from a point.
 
-    Returns the weights of the smallest gap, that gap, and the number of steps, of each task.
+    Returns the weights of the smallest error, and the number of steps, of each task.
     """
-    found = weight.clone(), torch.zeros_like(problem.penalty), torch.zeros_like(problem.penalty, dtype=torch.long)
+    found = weight.clone(), torch.zeros_like(problem.penalty, dtype=torch.long)
     remaining = _Remaining(weight.shape, weight.device)
     point = _evaluate(problem, weight)
     best = BestIterate(point.weight, patience=PATIENCE)
-    best.update(0, point.gap, point.gap <= tolerance, point.weight)
+    best.update(0, point.error, point.is_solved(tolerance), point.weight)
     for step in range(1, max_steps + 1):
         if best.done.all():
             break
@@ -379,13 +407,13 @@ def _minimize(
             return reached.value, reached
 
         _, point = take_step(point.value, step_to)
-        best.update(step, point.gap, point.gap <= tolerance, point.weight)
+        best.update(step, point.error, point.is_solved(tolerance), point.weight)
     _store(remaining, best, found)
     return found
 
 
-def _store(remaining: _Remaining, best: BestIterate, found: tuple[Tensor, Tensor, Tensor]) -> None:
-    for value, target in zip((best.tensors[0], best.gap, best.iterations), found, strict=True):
+def _store(remaining: _Remaining, best: BestIterate, found: tuple[Tensor, Tensor]) -> None:
+    for value, target in zip((best.tensors[0], best.iterations), found, strict=True):
         remaining.store(value, target)
 
 
@@ -444,7 +472,7 @@ def _minimize_gradually(
     find_change: Callable[[_Problem, _Point], Tensor],
     tolerance: float,
     max_steps: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Like `_minimize`, but it begins with larger penalties if only some examples are going to be active.
 
     Each penalty changes the state of few examples. Otherwise, it is that of most examples, a few in each step.
@@ -455,10 +483,10 @@ def _minimize_gradually(
         penalty = size.expand_as(problem.penalty)
         while (penalty > problem.penalty).any():
             easier = replace(problem, penalty=penalty.maximum(problem.penalty))
-            start, _, taken = _minimize(easier, start, find_change, _AIM_OF_EASIER, max_steps)
+            start, taken = _minimize(easier, start, find_change, _AIM_OF_EASIER, max_steps)
             penalty, steps = penalty / _EASIER, steps + taken
-    weight, gap, taken = _minimize(problem, start, find_change, tolerance, max_steps)
-    return weight, gap, steps + taken
+    weight, taken = _minimize(problem, start, find_change, tolerance, max_steps)
+    return weight, steps + taken
 
 
 def _minimize_grid(
@@ -468,7 +496,7 @@ def _minimize_grid(
     find_change: Callable[[_Problem, _Point], Tensor],
     tolerance: float,
     max_steps: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Solve a grid of `size` penalties, from coarse to fine; members are grids, one after the other.
 
     Where grids are smooth, the solutions of neighbors determine where the others start.
@@ -476,7 +504,7 @@ def _minimize_grid(
     grids = len(problem.penalty[0]) // size
     logs = problem.penalty[0, :size].log()
     order = logs.argsort().tolist()
-    found = start.clone(), torch.zeros_like(problem.penalty), torch.zeros_like(problem.penalty, dtype=torch.long)
+    found = start.clone(), torch.zeros_like(problem.penalty, dtype=torch.long)
     known: list[int] = []
     step = _FIRST
     while len(known) < size:
@@ -517,22 +545,33 @@ def _polynomial(known: Sequence[float], place: float) -> list[float]:
     return weights
 
 
-def _minimize_all(problem: _Problem, grid: int, tolerance: float, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The optimal weights, their certified relative duality gaps, and the number of steps."""
+def _minimize_all(
+    problem: _Problem, start: Tensor | None, grid: int, tolerance: float, max_steps: int
+) -> tuple[Tensor, Tensor]:
+    """The optimal weights and the number of steps.
+
+    A warm start is used where it is better than zero.
+    """
     k = problem.targets.shape[-1]
     if not problem.loss.is_coupled and k > 1:
-        each = _minimize_all(_split_classes(problem, grid), grid, tolerance, max_steps)
-        weight, gap, steps = (_join_classes(part, k, grid) for part in each)
-        # Relative to the objective of all classes, the gap is at most the largest one of a class.
-        return weight.squeeze(-2), gap.amax(-1), steps.amax(-1)
+        each = _minimize_all(*_split_classes(problem, start, grid), grid, tolerance, max_steps)
+        weight, steps = (_join_classes(part, k, grid) for part in each)
+        return weight.squeeze(-2), steps.amax(-1)
     (groups, members), (n, d) = problem.penalty.shape, problem.features.shape[-2:]
+    # The memory has the order in which a group is multiplied.
+    zero = problem.features.new_zeros((groups, d, members, k)).transpose(1, 2)
+    minimize = _minimize_gradually
+    if start is not None:
+        is_better = _evaluate(problem, start).value < _evaluate(problem, zero).value
+        zero, minimize = start.where(is_better[..., None, None], 0), _minimize
     if d * k <= _MAX_UNKNOWNS:
-        start = problem.features.new_zeros((groups, members, d, k))
-        return _minimize_gradually(problem, start, _newton, tolerance, max_steps)
-    basis, _ = _basis(problem.features, problem.intercept)
+        return minimize(problem, zero, _newton, tolerance, max_steps)
+    basis, mean = _basis(problem.features, problem.intercept)
     rotated = replace(problem, features=problem.features @ basis)
     # The memory has the order in which a group is multiplied.
-    start = basis.new_zeros((groups, basis.shape[-1], members, k)).transpose(1, 2)
+    inside = basis.new_zeros((groups, basis.shape[-1], members, k)).transpose(1, 2)
+    if start is not None:
+        inside.copy_(_to_basis(zero, basis, mean))
     find_change, most = _inexact_newton, max_steps
     if problem.loss.has_active_set:  # which inexact steps find slowly
         if n < min(4 * d, _MAX_ACTIVE):
@@ -540,13 +579,12 @@ def _minimize_all(problem: _Problem, grid: int, tolerance: float, max_steps: int
         else:
             most = min(max_steps, _MAX_INEXACT)
     if grid > 2:
-        found = _minimize_grid(rotated, start, grid, find_change, tolerance, most)
+        found = _minimize_grid(rotated, inside, grid, find_change, tolerance, most)
     else:
-        found = _minimize_gradually(rotated, start, find_change, tolerance, most)
-    weight, steps = multiply(basis, found[0]), found[2]
+        found = minimize(rotated, inside, find_change, tolerance, most)
+    weight, steps = multiply(basis, found[0]), found[1]
     # The rotation rounds the features, which matters where weights are huge.
-    gap = _evaluate(problem, weight).gap
-    stalled = (gap > _STALLED).nonzero()
+    stalled = (_evaluate(problem, weight).error > _STALLED).nonzero()
     if len(stalled) and (k * n * n <= _MAX_ENTRIES or not problem.loss.is_coupled):
         # Each of these tasks becomes a group of its own, as many at once as fit into memory.
         for places in stalled.split(max(1, _MAX_ENTRIES // (k * n * max(n, d)))):
@@ -556,26 +594,28 @@ def _minimize_all(problem: _Problem, grid: int, tolerance: float, max_steps: int
                 return value.expand(groups, members, *value.shape[2:])[chosen].unsqueeze(1)
 
             parts = choose(found[0]), choose(basis)
-            better, better_gap = _factorize_all(problem.map(choose), rotated.map(choose), *parts, tolerance, max_steps)
-            weight[chosen], gap[chosen] = better.squeeze(1), better_gap.squeeze(1)
-    return weight, gap, steps
+            better = _factorize_all(problem.map(choose), rotated.map(choose), *parts, tolerance, max_steps)
+            weight[chosen] = better.squeeze(1)
+    return weight, steps
 
 
 def _factorize_all(
     problem: _Problem, rotated: _Problem, inside: Tensor, basis: Tensor, tolerance: float, max_steps: int
-) -> tuple[Tensor, Tensor]:
-    """The weights and gaps of problems with one member, by factorizations in every step.
+) -> Tensor:
+    """The weights of problems with one member, by factorizations in every step.
 
     They begin at the weights `inside` of the problems in terms of the basis.
     """
     if isinstance(problem.loss, CrossEntropy):
-        return _minimize(problem, basis @ inside, _newton_in_dual, tolerance, max_steps)[:2]
-    weight = basis @ _minimize_gradually(rotated, inside, _newton, tolerance, max_steps)[0]
-    return weight, _evaluate(problem, weight).gap
+        return _minimize(problem, basis @ inside, _newton_in_dual, tolerance, max_steps)[0]
+    return basis @ _minimize_gradually(rotated, inside, _newton, tolerance, max_steps)[0]
 
 
-def _split_classes(problem: _Problem, grid: int) -> _Problem:
-    """The problem with a member for each class, whose loss does not depend on the others. Grids stay together."""
+def _split_classes(problem: _Problem, start: Tensor | None, grid: int) -> tuple[_Problem, Tensor | None]:
+    """The problem and its start, with a member for each class, whose loss does not depend on the others.
+
+    Grids stay together.
+    """
     groups, members = problem.penalty.shape
     k = problem.targets.shape[-1]
 
@@ -587,13 +627,14 @@ def _split_classes(problem: _Problem, grid: int) -> _Problem:
             value = value.unsqueeze(2).expand(groups, value.shape[1], k, *value.shape[2:])
         return value.flatten(1, 3)
 
-    return replace(
+    changed = replace(
         problem,
         targets=split(problem.targets, has_classes=True),
         offset=split(problem.offset, has_classes=True),
         sample_weight=weight if (weight := problem.sample_weight).shape[1] == 1 else split(weight, has_classes=False),
         penalty=split(problem.penalty, has_classes=False),
     )
+    return changed, None if start is None else split(start, has_classes=True)
 
 
 def _join_classes(value: Tensor, k: int, grid: int) -> Tensor:
@@ -602,10 +643,12 @@ def _join_classes(value: Tensor, k: int, grid: int) -> Tensor:
     return value.flatten(1, 2) if value.ndim == 4 else value.flatten(1, 2).movedim(2, -1)
 
 
-def _without_values(features: Tensor, targets: Tensor, *_: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor]:
+def _without_values(
+    features: Tensor, targets: Tensor, *_: Tensor, **options: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weight = features.new_empty((*features.shape[:-2], features.shape[-1], targets.shape[-1]))
     tasks = features.new_empty(features.shape[:-2])
-    return weight, tasks, torch.empty_like(tasks, dtype=torch.long)
+    return weight, tasks, tasks.clone(), torch.empty_like(tasks, dtype=torch.long)
 
 
 @operator("solve_primal", _SOLVE, _without_values)
@@ -615,15 +658,17 @@ def solve(
     sample_weight: Tensor,
     offset: Tensor,
     penalty: Tensor,
+    start: Tensor | None = None,
     *,
     loss: str,
     intercept: bool,
     tolerance: float,
     max_steps: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Solve tasks `(*batch, n, d)` by damped Newton steps until each gap is below `tolerance` or stops falling.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Solve tasks `(*batch, n, d)` by damped Newton steps until each error is below `tolerance` or stops falling.
 
-    Returns the weights, `(*batch, d, k)`, their certified relative duality gap, and the number of steps.
+    The steps begin at zero or at the weights `start`, `(*batch, d, k)`. Returns the weights, `(*batch, d, k)`, their
+    certified relative duality gap and error (as in `PrimalFit`), and the number of steps.
     """
     batch, (_, d), k = features.shape[:-2], features.shape[-2:], targets.shape[-1]
     groups = shared_from(features, len(batch))
@@ -632,8 +677,12 @@ def solve(
     problem = _Problem(*grouped, loss=LOSSES[loss], intercept=intercept)
     last = len(batch) - 1
     is_grid = groups <= last and is_shared(sample_weight, [last]) and (penalty == penalty[(0,) * last]).all()
-    weight, gap, steps = _minimize_all(problem, batch[-1] if is_grid else 1, tolerance, max_steps)
-    return weight.reshape(*batch, d, k), gap.reshape(batch), steps.reshape(batch)
+    if start is not None:
+        start = start.reshape(*problem.penalty.shape, d, k)
+    weight, steps = _minimize_all(problem, start, batch[-1] if is_grid else 1, tolerance, max_steps)
+    point = _evaluate(problem, weight)
+    gap, error, steps = (part.reshape(batch) for part in (point.gap, point.error, steps))
+    return weight.reshape(*batch, d, k), gap, error, steps
 
 
 def _group(value: Tensor, groups: int, dims: int) -> Tensor:

@@ -22,7 +22,7 @@ from convexheads.solvers.failures import certified, handle_failures
 _MAX_NEWTON_STEPS = 100
 _TOLERANCE = 1e-6
 # Newton's method continues until rounding stops it, because the implicit gradient is that of the exact optimum.
-_AIM = 1e-15
+_AIM = 1e-20
 
 
 class LogisticHead(LossHead):
@@ -89,13 +89,17 @@ class LogisticHead(LossHead):
         if factor is not None and self.steps is None and _primal.is_worth_while(n, d, k, self.regularization):
             return self._solve_for_weights(support, factor)
         penalty = as_tensor(self.regularization, support.targets)[..., None, None]
+        start = support.start_coef(support.targets.shape)
         if not support.is_multilabel:
-            return self._solve_dual(support.gram / penalty, support.targets, support.factors, support.offset, penalty)
+            parts = support.gram / penalty, support.targets, support.factors, support.offset
+            return self._solve_dual(*parts, start, penalty)
         # Each class is a task of its own, with one score for "no" and one for "yes", of which one would suffice.
         targets, offset = (part.mT.unsqueeze(-1) for part in (support.targets, support.offset))
         pairs = torch.cat([1 - targets, targets], -1), torch.cat([torch.zeros_like(offset), offset], -1)
         gram, used = (support.gram / (2 * penalty)).unsqueeze(-3), support.factors.unsqueeze(-2)
-        found = self._solve_dual(gram, pairs[0], used, pairs[1], (2 * penalty).unsqueeze(-3))
+        if start is not None:
+            start = start.mT.unsqueeze(-1) * start.new_tensor([-0.5, 0.5])
+        found = self._solve_dual(gram, pairs[0], used, pairs[1], start, (2 * penalty).unsqueeze(-3))
         coef = (found.coef[..., 1] - found.coef[..., 0]).mT
         bias = None if found.bias is None else found.bias[..., 1] - found.bias[..., 0]
         assert found.solution is not None
@@ -112,7 +116,7 @@ class LogisticHead(LossHead):
         return KernelExpansion(coef, bias=bias, solution=solution)
 
     def _solve_dual(
-        self, gram: Tensor, targets: Tensor, used: Tensor, offset: Tensor, penalty: Tensor
+        self, gram: Tensor, targets: Tensor, used: Tensor, offset: Tensor, start: Tensor | None, penalty: Tensor
     ) -> KernelExpansion:
         """Solve the dual; the Gram matrix is divided by the penalty, and its dimensions broadcast with the others."""
         (n, k), dims = targets.shape[-2:], targets.ndim - 2
@@ -128,14 +132,18 @@ class LogisticHead(LossHead):
                 change = _logistic_newton.newton_step(flat, evaluate(flat, coef, bias), intercept=intercept)
                 coef, bias = coef + change[0], bias + change[1]
             fixed = _logistic_newton.Task(*(part.detach() for part in flat))
-            taken, gap = None, evaluate(fixed, coef.detach(), bias.detach()).gap
-            coef, bias, gap = coef.reshape(*batch, n, k), bias.reshape(*batch, k), gap.reshape(batch)
+            taken, last = None, evaluate(fixed, coef.detach(), bias.detach())
+            gap, error = last.gap.reshape(batch), last.error.reshape(batch)
+            coef, bias = coef.reshape(*batch, n, k), bias.reshape(*batch, k)
         else:
+            path_length = batch[-1] if batch and _primal.is_grid(self.regularization) else 1
             options = {"intercept": intercept, "tolerance": _AIM, "max_steps": _MAX_NEWTON_STEPS}
+            options["path_length"] = path_length
             solve = partial(_logistic_newton.solve, **options)
-            coef, bias, gap, taken = compute_without_grad(solve, *task)
+            inputs = task if start is None else [*task, (start * penalty.detach()).expand(*batch, n, k)]
+            coef, bias, gap, error, taken = compute_without_grad(solve, *inputs)
             coef, bias = _logistic_newton.ImplicitSolution.apply(*task, coef, bias, intercept)
-        solution = self._certified(coef / penalty, gap, taken)
+        solution = self._certified(coef / penalty, gap, error, taken)
         return KernelExpansion(solution.coef, bias=bias if self.intercept else None, solution=solution)
 
     def _solve_for_weights(self, support: SupportSet, factor: float | Tensor) -> KernelExpansion:
@@ -148,11 +156,11 @@ class LogisticHead(LossHead):
             intercept=self.intercept,
             is_precise=not _primal.is_grid(self.regularization),
         )
-        solution = self._certified(found.coef, found.gap, found.steps)
+        solution = self._certified(found.coef, found.gap, found.error, found.steps)
         return KernelExpansion(solution.coef, weight=found.weight, bias=found.bias, solution=solution)
 
-    def _certified(self, coef: Tensor, gap: Tensor, iterations: Tensor | None) -> Solution:
+    def _certified(self, coef: Tensor, gap: Tensor, error: Tensor, iterations: Tensor | None) -> Solution:
         """The solution with its status; failures are handled."""
         otherwise = Status.FAILED if self.steps is None else Status.STOPPED
-        solution = certified(coef, gap, _TOLERANCE, otherwise, iterations)
+        solution = certified(coef, gap, error, _TOLERANCE, otherwise, iterations)
         return handle_failures("LogisticHead", solution, _TOLERANCE, self.on_failure)

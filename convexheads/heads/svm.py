@@ -17,9 +17,18 @@ from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
-from convexheads.solvers import DualProblem, NativeSolver, Solver, Status, get_solver
+from convexheads.solvers import DualProblem, NativeSolver, Solver, Status, WarmStart, get_solver
 from convexheads.solvers.failures import certified, handle_failures
 from convexheads.solvers.intercept import solve_with_intercept
+
+
+def _with_start(problem: DualProblem, support: SupportSet) -> DualProblem:
+    """The dual of a support set, to be solved from its `init`."""
+    if support.init is None:
+        return problem
+    support.start_coef(problem.linear.shape)
+    return replace(problem, start=WarmStart.of(support.init))
+
 
 _SVM_CHECKS: dict[str, Check] = {"C": check_positive, "solver": lambda _, solver: get_solver(solver)}
 
@@ -119,7 +128,9 @@ class MulticlassSVM(LossHead):
                 bound = as_tensor(self.C, like)[..., None] * support.factors
                 hinge = slacks / (2 * bound.where(bound > 0, 1).unsqueeze(-1))
             problem = replace(problem, smoothing=hinge + as_tensor(self.smoothing, like)[..., None, None])
-        problem, bias = problem.broadcast(), None
+        problem, bias = _with_start(problem.broadcast(), support), None
+        if _primal.is_grid(self.C) and problem.linear.ndim > 2:
+            problem = replace(problem, path_length=problem.linear.shape[-3])
         if self.intercept:
             solution, bias = solve_with_intercept(self.solver, problem, code)
         else:
@@ -235,7 +246,7 @@ class OneVsRestSVMHead(MulticlassSVM):
         found = _primal.fit(
             support, factor, loss="squared hinge", penalty=penalty, intercept=self.intercept, is_precise=is_precise
         )
-        solution = certified(found.coef, found.gap, self.solver.tolerance, Status.FAILED, found.steps)
+        solution = certified(found.coef, found.gap, found.error, self.solver.tolerance, Status.FAILED, found.steps)
         solution = handle_failures(type(self).__name__, solution, self.solver.tolerance, self.solver.on_failure)
         return KernelExpansion(solution.coef, weight=found.weight, bias=found.bias, solution=solution)
 
@@ -319,6 +330,6 @@ class SupportVectorRegressionHead(RegressionHead):
         both = torch.cat([torch.cat([gram, -gram], -1), torch.cat([-gram, gram], -1)], -2)
         upper = as_tensor(self.C, gram).expand(linear.shape)
         dual = DualProblem(both, linear, lower=torch.zeros_like(linear), upper=upper, rows_sum_to_zero=False)
-        solution = self.solver.solve(dual)
+        solution = self.solver.solve(_with_start(dual, support))
         above, below = solution.coef.chunk(2, -2)
         return KernelExpansion(above - below, solution=solution)

@@ -14,7 +14,7 @@ from convexheads.solvers.native.active_set import ActiveSetSolver
 from convexheads.solvers.native.admm import ADMMSolver
 from convexheads.solvers.native.default import NativeSolver
 from convexheads.solvers.native.interior_point import InteriorPointSolver
-from convexheads.solvers.problem import DualProblem, Solution, Status
+from convexheads.solvers.problem import DualProblem, Solution, Status, WarmStart
 
 SOLVERS: dict[str, type[Solver]] = {
     "native": NativeSolver,
@@ -30,7 +30,7 @@ SOLVERS: dict[str, type[Solver]] = {
 __all__ = ["ADMMSolver", "ActiveSetSolver", "Fallback", "InteriorPointSolver", "NativeSolver"]
 __all__ += ["CvxpylayersSolver", "MoreauSolver", "QpthSolver"]
 __all__ += ["SOLVERS", "OnFailure", "Plan", "Solver", "SolverResult", "get_solver"]
-__all__ += ["DualProblem", "Solution", "Status", "to_dense"]
+__all__ += ["DualProblem", "Solution", "Status", "WarmStart", "to_dense"]
 
 
 def get_solver(solver: Solver | str) -> Solver:

@@ -58,7 +58,8 @@ class Plan(NamedTuple):
 
     Attributes:
         problem: the problem, which may have been moved to another device.
-        solvers: the first solver solves all tasks. Each of the others solves the tasks that have not converged.
+        solvers: the first solver solves all tasks. Each of the others solves the tasks that have not converged, without
+            their `start`.
         max_tasks: largest number of tasks that are solved at once. Default None (no limit).
     """
 
@@ -167,6 +168,8 @@ class Solver(compiled.GraphSolver, Settings):
         with full_precision(device):
             dtype = working_dtype(device)
             flat = problem.flatten()
+            if flat.start is not None:
+                flat = replace(flat, start=flat.start.map(lambda _, value: value.detach().nan_to_num(0, 0, 0)))
             if any(value.dtype != dtype for value in flat.tensors().values()):
                 flat = flat.map(lambda _, value: value.to(dtype))
             solution = compiled.solve(self, flat) if torch.compiler.is_compiling() else self._solve_flat(flat)
@@ -202,7 +205,8 @@ class Solver(compiled.GraphSolver, Settings):
             unsolved = ~solution.converged
             if not (unsolved.any() if selects else inspect_values(lambda unsolved: bool(unsolved.any()), unsolved)):
                 break
-            other = self._solve_by(solver, problem.select(unsolved) if selects else problem, attach)
+            rest = replace(problem.select(unsolved) if selects else problem, start=None, path_length=1)
+            other = self._solve_by(solver, rest, attach)
             if solution.iterations is None or other.iterations is None:
                 solution, other = replace(solution, iterations=None), replace(other, iterations=None)
             solution = solution.replace_tasks(unsolved, other) if selects else solution.where(unsolved, other)

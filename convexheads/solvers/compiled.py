@@ -20,7 +20,7 @@ from convexheads._compiler import is_exporting
 from convexheads.errors import ConvexHeadsError
 from convexheads.solvers.implicit import ActiveSet, factorize_free
 from convexheads.solvers.kkt import KKT
-from convexheads.solvers.problem import DualProblem, Solution, check_problem
+from convexheads.solvers.problem import DualProblem, Solution, WarmStart, check_problem
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -64,7 +64,8 @@ def solve(solver: GraphSolver, problem: DualProblem) -> Solution:
         advice = "export its fit, through `to_linear()` or `to_module()`"
         raise ConvexHeadsError(f"torch.export: expected a head with a closed form, got {solver!r}; {advice}")
     data = problem.detach()
-    tensors = data.gram, data.linear, data.lower, data.upper, data.smoothing, data.gram_factor
+    start = (None,) * 3 if data.start is None else vars(data.start).values()
+    tensors = data.gram, data.linear, data.lower, data.upper, data.smoothing, data.gram_factor, *start
     coef, *values, at_upper, at_lower, hessian_scale = _solve_dual(
         vars(solver)["_number"], data.rows_sum_to_zero, *tensors
     )
@@ -78,12 +79,14 @@ def solve(solver: GraphSolver, problem: DualProblem) -> Solution:
 
 
 _DUAL = "(int solver, bool rows_sum_to_zero, Tensor gram, Tensor linear, Tensor? lower, Tensor? upper, "
-_DUAL += f"Tensor? smoothing, Tensor? gram_factor) -> ({', '.join(['Tensor'] * 9)})"
+_DUAL += "Tensor? smoothing, Tensor? gram_factor, Tensor? coef, Tensor? bound_multipliers, Tensor? row_multipliers) "
+_DUAL += f"-> ({', '.join(['Tensor'] * 9)})"
 
 
 @torch.library.custom_op("convexheads::solve_dual", mutates_args=(), schema=_DUAL)
-def _solve_dual(solver, rows_sum_to_zero, gram, linear, lower, upper, smoothing, gram_factor):
-    problem = DualProblem(gram, linear, lower, upper, smoothing, rows_sum_to_zero, gram_factor)
+def _solve_dual(solver, rows_sum_to_zero, gram, linear, lower, upper, smoothing, gram_factor, *start):
+    begin = None if start[0] is None else WarmStart(*start)
+    problem = DualProblem(gram, linear, lower, upper, smoothing, rows_sum_to_zero, gram_factor, begin)
     check_problem(problem)
     with torch.no_grad():
         found = GraphSolver._by_number[solver].solve_unattached(problem)
@@ -93,7 +96,7 @@ def _solve_dual(solver, rows_sum_to_zero, gram, linear, lower, upper, smoothing,
 
 
 @_solve_dual.register_fake
-def _(solver, rows_sum_to_zero, gram, linear, lower, upper, smoothing, gram_factor):
+def _(solver, rows_sum_to_zero, gram, linear, *_):
     one = linear.new_empty(linear.shape[:1])
     values = torch.empty_like(linear), torch.empty_like(linear), torch.empty_like(linear[..., 0])
     masks = (torch.empty_like(linear, dtype=torch.bool) for _ in range(2))

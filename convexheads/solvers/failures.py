@@ -13,6 +13,7 @@ from torch import Tensor
 from convexheads._functorch import inspect_values
 from convexheads._validation import describe_task
 from convexheads.errors import SolverError, SolverWarning
+from convexheads.solvers.certificate import ZERO_GAP
 from convexheads.solvers.problem import Solution, Status
 
 OnFailure = Literal["raise", "warn", "return"]
@@ -30,9 +31,16 @@ def handle_failures(name: str, solution: Solution, tolerance: float, on_failure:
     return solution
 
 
-def certified(coef: Tensor, gap: Tensor, tolerance: float, otherwise: Status, iterations: Tensor | None) -> Solution:
-    """The solution of a head that computes its own gap; tasks with a larger one have the status `otherwise`."""
-    status = torch.where(gap <= tolerance, Status.CONVERGED, otherwise)
+def certified(
+    coef: Tensor, gap: Tensor, error: Tensor, tolerance: float, otherwise: Status, iterations: Tensor | None
+) -> Solution:
+    """The solution of a head that computes its own gap, with the status `otherwise` where it is not solved.
+
+    A task is solved if the gap and the squared relative error of the weights, of which `error` is an upper bound, are
+    at most the tolerance. For weights of zero, a tiny gap is enough.
+    """
+    solved = (gap <= tolerance) & ((error <= tolerance) | (gap <= ZERO_GAP))
+    status = torch.where(solved, Status.CONVERGED, otherwise)
     status = torch.where(torch.isfinite(gap), status, Status.FAILED)
     residual = torch.zeros_like(gap)
     return Solution(coef, None, None, status=status, gap=gap, residual=residual, iterations=iterations)

@@ -19,7 +19,7 @@ from convexheads.precision import full_precision
 from convexheads.solvers.base import Solver
 from convexheads.solvers.certificate import FEASIBILITY_TOLERANCE, certify
 from convexheads.solvers.failures import handle_failures
-from convexheads.solvers.problem import DualProblem, Solution, Status
+from convexheads.solvers.problem import DualProblem, Solution, Status, WarmStart
 from convexheads.solvers.rescaling import rescale
 
 # The constant, in units of the mean diagonal of the Gram matrix, and for tiny bounds in margins per coefficient.
@@ -80,12 +80,14 @@ class _Extended:
         constant = _CONSTANT * diagonal.where(diagonal > 0, 1)
         like = self.dual.linear if self.code is None else self.code
         bias = torch.zeros_like(like[..., 0, :])
-        coef = solver.solve(self.problem(bias, constant)).coef
+        solution = solver.solve(self.problem(bias, constant))
+        coef = solution.coef
         total = coef.abs().sum((-2, -1))
         constant = constant + _MARGINS / total.where(total > 0, 1)
         smallest, growths = torch.full_like(total, torch.inf), torch.zeros_like(total)
         for _ in range(_MAX_STEPS):
-            coef = solver.solve(self.problem(bias, constant)).coef
+            solution = solver.solve(replace(self.problem(bias, constant), start=WarmStart.of(solution)))
+            coef = solution.coef
             excess = self.sums(coef)
             size, total = excess.abs().amax(-1), coef.abs().sum((-2, -1))
             stalled = size > smallest / 2

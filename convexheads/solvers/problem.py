@@ -12,11 +12,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
-from convexheads._validation import check_bool, describe_type, is_float_tensor
+from convexheads._validation import check_bool, check_positive_int, describe_type, is_float_tensor
 from convexheads.errors import InputError
 from convexheads.solvers.feasible_rows import FeasibleRows
 
 _R = TypeVar("_R", bound="TensorRecord")
+ZERO_MULTIPLIER = 1e-9
+"""Multipliers of a warm start are zero up to this size, relative to the largest linear term."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -79,6 +81,47 @@ class TensorRecord:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class WarmStart(TensorRecord):
+    """Where a solver begins: coefficients, and the multipliers that show which of them are at a bound.
+
+    It has no gradient, and no effect on the solution. A task whose values are not finite begins at zero.
+
+    Attributes:
+        coef: coefficients, `(*batch, n, k)`.
+        bound_multipliers: positive at an upper bound, negative at a lower bound, `(*batch, n, k)`.
+        row_multipliers: multipliers of the zero row sums, `(*batch, n)`.
+
+    Example:
+        `replace(problem, start=WarmStart.of(solution))`
+    """
+
+    coef: Float[Tensor, "*batch n k"]
+    bound_multipliers: Float[Tensor, "*batch n k"]
+    row_multipliers: Float[Tensor, "*batch n"]
+
+    @classmethod
+    def of(cls, solution: Solution) -> WarmStart:
+        """The start at the `solution` of a similar problem, such as one with another C."""
+        coef, bounds, rows = solution.coef.detach(), solution.bound_multipliers, solution.row_multipliers
+        bounds = torch.zeros_like(coef) if bounds is None else bounds.detach()
+        return cls(coef, bounds, torch.zeros_like(coef[..., 0]) if rows is None else rows.detach())
+
+    def at_bounds(self, problem: DualProblem) -> WarmStart:
+        """The start for a flat batch, with the bounds of `problem` where multipliers differ from zero."""
+        size = problem.linear.abs().amax((-2, -1))
+        multipliers = self.bound_multipliers
+        multipliers = multipliers.where(multipliers.abs() > ZERO_MULTIPLIER * per_task(size, multipliers), 0)
+        coef = self.coef
+        for sign, bound in ((1, problem.upper), (-1, problem.lower)):
+            is_active = sign * multipliers > 0
+            if bound is not None:
+                coef = torch.where(is_active & torch.isfinite(bound), bound, coef)
+                is_active = is_active & ~torch.isfinite(bound)
+            multipliers = multipliers.masked_fill(is_active, 0)
+        return WarmStart(coef, multipliers, self.row_multipliers)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class DualProblem(TensorRecord):
     """The data of `min 1/2 tr(a'Ka) + <smoothing, a^2>/2 - <linear, a>` subject to `lower <= a <= upper` and `a 1 = 0`.
 
@@ -99,6 +142,9 @@ class DualProblem(TensorRecord):
         gram_factor: a matrix with `gram_factor @ gram_factor.mT == gram`, `(*batch, n, r)`. If r is much smaller than
             n, the interior-point solver and ADMM are faster with it. Default None (the native solvers look for one in
             large problems).
+        start: where the native solvers begin. Default None (each solver has a start of its own).
+        path_length: this many tasks in a row are similar, such as those of a grid of C. The compiled solver begins each
+            of them, except for the first one, at the solution of the one before. Default 1 (no similar tasks).
 
     Example:
         `DualProblem(support @ support.mT, linear=targets, upper=C * targets)`
@@ -111,6 +157,8 @@ class DualProblem(TensorRecord):
     smoothing: Float[Tensor, "*batch n k"] | None = None
     rows_sum_to_zero: bool = True
     gram_factor: Float[Tensor, "*batch n r"] | None = None
+    start: WarmStart | None = None
+    path_length: int = 1
 
     def flatten(self) -> DualProblem:
         """A copy with all leading dimensions merged into one: `(tasks, n, k)`."""
@@ -227,15 +275,18 @@ def check_problem(problem: object) -> None:
     if not isinstance(problem, DualProblem):
         raise InputError("problem", "a DualProblem", type(problem).__name__)
     check_bool("DualProblem(rows_sum_to_zero)", problem.rows_sum_to_zero)
+    check_positive_int("DualProblem(path_length)", problem.path_length)
     for name, value in vars(problem).items():
         is_missing = value is None and name not in ("gram", "linear")
-        if not (is_missing or name == "rows_sum_to_zero" or is_float_tensor(value)):
+        is_no_tensor = name in ("rows_sum_to_zero", "path_length") or isinstance(value, WarmStart)
+        if not (is_missing or is_no_tensor or is_float_tensor(value)):
             raise InputError(f"DualProblem({name})", "a tensor of floating-point values", describe_type(value))
     linear, factor = problem.linear, problem.gram_factor
     if linear.ndim < 2 or not all(linear.shape[-2:]):
         raise InputError("DualProblem(linear)", "(*batch, n, k), n and k at least 1", f"shape {tuple(linear.shape)}")
     *batch, n, _ = linear.shape
     expected = {"gram": (*batch, n, n)} | ({} if factor is None else {"gram_factor": (*batch, n, *factor.shape[-1:])})
+    expected["start.row_multipliers"] = (*batch, n)
     if factor is not None and not factor.shape[-1:].numel():
         raise InputError("DualProblem(gram_factor)", "(*batch, n, r), r at least 1", f"shape {tuple(factor.shape)}")
     for name, value in problem.tensors().items():

@@ -35,6 +35,9 @@ def rescale(problem: DualProblem) -> tuple[DualProblem, Float[Tensor, "*batch"],
             "linear": 1 / multiplier_scale,
             "lower": 1 / coef_scale,
             "upper": 1 / coef_scale,
+            "start.coef": 1 / coef_scale,
+            "start.bound_multipliers": 1 / multiplier_scale,
+            "start.row_multipliers": 1 / multiplier_scale,
         }
     rescaled = problem.map(lambda name, value: value * factor[name][(...,) + (None,) * (value.ndim - coef_scale.ndim)])
     return rescaled, coef_scale, multiplier_scale
@@ -48,7 +51,7 @@ def largest_bounds(problem: DualProblem) -> Float[Tensor, "*batch n"]:
 
 def replace_non_finite_tasks(problem: DualProblem) -> tuple[DualProblem, Bool[Tensor, " tasks"]]:
     """Replace every task that has non-finite data by a trivial problem, and also return a mask of those tasks."""
-    tensors = problem.tensors()
+    tensors = {name: value for name, value in problem.tensors().items() if not name.startswith("start.")}
     # Fast path: finite sums imply finite entries.
     if torch.isfinite(torch.stack([value.sum() for value in tensors.values()]).sum()):
         return problem, torch.zeros_like(problem.linear[:, 0, 0], dtype=torch.bool)
@@ -57,5 +60,5 @@ def replace_non_finite_tasks(problem: DualProblem) -> tuple[DualProblem, Bool[Te
     non_finite = torch.stack([entries.flatten(1).any(1) for entries in bad]).any(0)
     eye = torch.eye(problem.gram.shape[-1]).to(problem.gram)
     placeholder = {"gram": eye, "gram_factor": 0.0, "linear": 0.0, "lower": -1.0, "upper": 1.0, "smoothing": 1.0}
-    finite = problem.map(lambda name, value: torch.where(per_task(non_finite, value), placeholder[name], value))
+    finite = problem.map(lambda name, value: torch.where(per_task(non_finite, value), placeholder.get(name, 0), value))
     return finite, non_finite

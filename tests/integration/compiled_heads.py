@@ -163,6 +163,14 @@ def test_a_whole_graph_of_checks_is_refused_with_a_reason():
         torch.compile(lambda s: head(s, labels, query, ways=ways), fullgraph=True, backend="eager")(support)
 
 
+@pytest.mark.parametrize("head", [ch.SVMHead(0.3, validate=False), ch.LogisticHead(kernel=RBF(), validate=False)])
+def test_a_fit_from_an_earlier_solution_is_one_graph(head):
+    support, labels, query, ways = task(3, shots=(3, 4, 2), d=10)
+    init = head.fit(support + 0.01, labels, ways=ways).solution.detach()
+    options = {"fullgraph": True, "backend": "aot_eager"}
+    assert_same(lambda s, q: head.fit(s, labels, ways=ways, init=init)(q), head, support, query, **options)
+
+
 @pytest.mark.parametrize("make", [ch.SVMHead, ch.LogisticHead])
 def test_failures_are_reported_when_the_graph_runs(make):
     support, labels, query, ways = task(3)

@@ -385,12 +385,12 @@ def test_logistic_regression_goes_on_while_the_gap_falls(monkeypatch):
     evaluate = _logistic_newton.evaluate
 
     def stub(*arguments, **options):
-        return evaluate(*arguments, **options)._replace(gap=next(gaps)[None])
+        return evaluate(*arguments, **options)._replace(error=next(gaps)[None])
 
     monkeypatch.setattr(_logistic_newton, "evaluate", stub)
     data = support @ support.mT, targets, torch.ones_like(support[:, 0]), torch.zeros_like(targets)
-    _, _, gap, _ = _logistic_newton.solve(*data, intercept=False, tolerance=1e-10, max_steps=50)
-    assert gap <= 1e-10
+    *_, error, _ = _logistic_newton.solve(*data, intercept=False, tolerance=1e-10, max_steps=50)
+    assert error <= 1e-10
 
 
 def test_what_is_used_of_torch_s_internals(monkeypatch):

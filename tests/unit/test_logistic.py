@@ -164,10 +164,11 @@ def test_the_gap_bounds_the_distance_to_the_optimum(sizes):
 
     problem = support[None], targets[None], used, torch.zeros_like(targets[None]), penalty
     options = {"loss": "cross-entropy", "intercept": False, "tolerance": 1e-20}
-    optimum = objective(_primal.solve(*problem, **options, max_steps=100)[0][0])
+    best = _primal.solve(*problem, **options, max_steps=100)[0][0]
     for steps in range(1, 8):
-        (weight,), (gap,), _ = _primal.solve(*problem, **options, max_steps=steps)
-        assert objective(weight) - optimum <= 1.001 * gap * objective(weight) + 1e-13
+        (weight,), (gap,), (error,), _ = _primal.solve(*problem, **options, max_steps=steps)
+        assert objective(weight) - objective(best) <= 1.001 * gap * objective(weight) + 1e-13
+        assert (weight - best).square().sum() <= 1.001 * error * weight.square().sum() + 1e-20
 
 
 @pytest.mark.parametrize("intercept", [False, True], ids=["through the origin", "intercept"])

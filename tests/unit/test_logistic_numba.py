@@ -53,9 +53,11 @@ def test_kernels_equal_their_twins(problem):
     n, k = coef.shape[1:]
     expected = _logistic_newton.evaluate(data, coef, bias, intercept=intercept)
     point = np.empty((n, k)), np.empty((n, k)), np.empty((n, k))
-    value, gap = _logistic_numba.evaluate(arrays(data), intercept, *arrays((coef, bias)), point, _logistic_numba.LIMITS)
+    given = arrays(data), intercept, *arrays((coef, bias)), point, _logistic_numba.LIMITS
+    value, gap, error = _logistic_numba.evaluate(*given)
     assert abs(value - expected.value[0]) < 1e-9 * value
     assert abs(gap - expected.gap[0]) < 1e-6 * gap + 1e-15
+    assert abs(error * gap - expected.error[0] * expected.gap[0]) < 1e-6 * error * gap + 1e-15
     for found, twin in zip(point, (expected.p, expected.residual, expected.image), strict=True):
         assert close(torch.from_numpy(found), twin[0], 1e-3) < 1e-9
     memory = np.empty((k, n, n)), np.empty((n, n)), np.empty((k, n)), np.empty((k, n)), np.empty((k, k))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
@@ -19,13 +20,15 @@ from convexheads import InputError, MissingDependencyError
 from convexheads.solvers import ActiveSetSolver, NativeSolver, certificate, feasible_rows
 from convexheads.solvers.implicit import REGULARIZATION, active_entries, factorize_free
 from convexheads.solvers.native import active_set, admm_steps, numba_backend, numba_kernels, numba_kkt
+from convexheads.solvers.problem import ZERO_MULTIPLIER, WarmStart
 from convexheads.solvers.rescaling import rescale
 
 TOLERANCE = 1e-6
 
 
 def solve(qp, max_rounds=active_set.MAX_ROUNDS):
-    return numba_backend.solve(qp, TOLERANCE, max_rounds=max_rounds, refinements=active_set.REFINEMENTS)
+    limits = {"max_rounds": max_rounds, "warm_rounds": active_set.WARM_ROUNDS}
+    return numba_backend.solve(qp, TOLERANCE, **limits, refinements=active_set.REFINEMENTS)
 
 
 # Pairs of a kernel and its twin ---------------------------------------------------------------------------------------
@@ -49,7 +52,7 @@ def near_solution(qp, seed):
     """Coefficients and row multipliers close to the optimum, some of them outside their bounds."""
     start = next(admm_steps.admm(qp, [30]))
     noise = 1e-3 * torch.randn(qp.linear.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return start._replace(coef=start.coef + noise)
+    return replace(start, coef=start.coef + noise)
 
 
 def rescaling(qp, seed):
@@ -112,6 +115,21 @@ def admm_step(qp, seed):
     yield coef, expected.coef[0]
 
 
+def warm_start(qp, seed):
+    shape = 2, *qp.linear.shape
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    start = WarmStart(values[0], values[1].where(values[1].abs() > 0.3, 0), values[0, ..., 0])
+    problem, *scales = rescale(replace(qp, start=start))
+    expected = problem.start.at_bounds(problem)
+    coef, bound_multipliers, row_multipliers = (value[0].clone().numpy() for value in vars(start).values())
+    side, factors = np.empty(qp.linear.shape[1:], np.int8), tuple(scale.item() for scale in scales)
+    numba_kernels.begin_at(coef, bound_multipliers, row_multipliers, arrays(problem), factors, ZERO_MULTIPLIER, side)
+    found = sides(*active_entries(problem, expected.coef, expected.bound_multipliers))
+    yield side, found
+    yield coef * (found == 0), expected.coef[0] * torch.from_numpy(found == 0)
+    yield row_multipliers, expected.row_multipliers[0]
+
+
 def active_set_round(qp, seed):
     qp, *_ = rescale(qp)
     start = near_solution(qp, seed)
@@ -172,6 +190,7 @@ TWINS = {
     "certificate": certification,
     "projection": projection,
     "ADMM step": admm_step,
+    "warm start": warm_start,
     "active-set round": active_set_round,
     "factorization": factorization,
     "adjoint": adjoint,

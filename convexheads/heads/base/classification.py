@@ -17,6 +17,7 @@ from convexheads.heads.base.head import Head
 from convexheads.heads.base.held_out import Examples, leave_one_out
 from convexheads.heads.base.inputs import (
     check_classification,
+    check_init,
     check_multilabel,
     check_prior,
     check_sample_weight,
@@ -27,6 +28,7 @@ from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positiv
 from convexheads.kernels import KernelLike
 from convexheads.precision import full_precision, working_dtype
 from convexheads.solvers.failures import describe_failures
+from convexheads.solvers.problem import Solution
 
 _traced = traced_if(
     lambda head, ways=None, **_: head.is_traceable and isinstance(ways, int),
@@ -141,6 +143,7 @@ class ClassificationHead(Head):
         sample_weight: Float[Tensor, "*#batch n"] | ArrayLike | None = None,
         prior: Float[Tensor, "*#batch k d"] | ArrayLike | None = None,
         calibrate: str | None = None,
+        init: Solution | None = None,
     ) -> FittedClassifier:
         """Fit on the support sets of a batch of tasks.
 
@@ -150,6 +153,10 @@ class ClassificationHead(Head):
         If `calibrate` is "loo", the logits of each task are multiplied by the factor for which the probabilities of its
         own examples are best, each predicted without it (temperature scaling without a validation set). It needs at
         least two examples of most classes, and the fit then has `prediction_sets`. The default is None.
+
+        If `init` is the `solution` of a previous fit, such as one with another C, or of the same episode in an earlier
+        step of training, native solvers and logistic regression begin there, which saves time if it is close. It does
+        not change the solution. Other heads and solvers ignore it. The default is None.
 
         Returns:
             The fitted head, to be called on queries `(*batch, q, d)`. Its `solution` has the certificate.
@@ -163,7 +170,7 @@ class ClassificationHead(Head):
             sample_weight=sample_weight,
             prior=prior,
         )
-        examples = found.examples
+        examples = replace(found.examples, init=check_init(init))
         with full_precision(examples.features.device):
             if found.ways is None or not found.ways.numel():
                 expansion = self._solve_checked(examples)
@@ -295,6 +302,7 @@ class ClassificationHead(Head):
             prior = None if support.prior is None else support.prior[rows][..., :k, :]
             targets = support.targets[rows][..., :k]
             group = self._support_set(support.features[rows], targets, mask, sample_weight, prior)
+            group = replace(group, init=_init_of_group(support.init, rows, k))
             try:
                 groups.append(self._solve_checked(group))
             except ConvexHeadsError as error:
@@ -311,6 +319,14 @@ class ClassificationHead(Head):
             raise cause
         message = f"{type(self).__name__}: {describe_failures(expansion.solution)}"
         raise SolverError(message, expansion.solution) from cause
+
+
+def _init_of_group(init: Solution | None, rows: Bool[Tensor, "*batch"], k: int) -> Solution | None:
+    """The part of `init` for some of the tasks, which have k classes."""
+    if init is None:
+        return None
+    per_class = "coef", "bound_multipliers"
+    return init.map(lambda name, value: value[rows][..., :k] if name in per_class else value[rows])
 
 
 def check_head(head: object) -> ClassificationHead:

@@ -6,6 +6,7 @@ The heads here are `ClassificationHead`s, whose module imports this one.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from convexheads.heads.base.fitted import FittedClassifier
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import PerTask, as_tensor
 from convexheads.kernels import Product, Sum, condition
-from convexheads.solvers import Solver
+from convexheads.solvers import Solution, Solver
 
 MAX_ENTRIES = 2**26
 """The number of entries of the largest tensors of one batch, half a gigabyte in float64."""
@@ -55,11 +56,12 @@ def refit(
     examples: Examples,
     train: Bool[Tensor, "tasks folds n"],
     query: Float[Tensor, "tasks folds m d"],
+    init: Solution | None = None,
 ) -> tuple[Float[Tensor, "tasks folds points m k"], KernelExpansion]:
     """Fit a lenient head on the examples of each fold that are for training, and compute the logits of its queries.
 
     Hyperparameters that are `PerTask` have dimensions that broadcast with `(tasks, folds, points)`. Logits of classes
-    that have no example, in heads that need one, are minus infinity.
+    that have no example, in heads that need one, are minus infinity. Solvers begin at `init`.
     """
     train = train.unsqueeze(2)
 
@@ -76,11 +78,21 @@ def refit(
         weight = weight.masked_fill(~train, 1)
     prior = None if examples.prior is None else expand(examples.prior)
     kernel = condition(head.kernel, features, train)
-    support = SupportSet(features, targets, train, kernel, False, weight, prior, examples.is_multilabel)
+    support = SupportSet(features, targets, train, kernel, False, weight, prior, examples.is_multilabel, init)
     expansion = head.solve(support)
     fitted = FittedClassifier(expansion, support, features.dtype, as_tensor(head.scale, features))
     logits = fitted._to_output(fitted._scores(query.unsqueeze(2)))
     return logits.where(~logits.isnan(), -torch.inf), expansion
+
+
+def without_left_out(expansion: KernelExpansion, train: Bool[Tensor, "tasks folds n"]) -> Solution | None:
+    """Where fits without a few examples begin: at the solution on all examples of one fold, without these examples."""
+    solution, (tasks, folds, n) = expansion.solution, train.shape
+    if solution is None or solution.coef.shape[-2] != n:
+        return None
+    solution = solution.map(lambda _, value: value.expand(tasks, folds, *value.shape[2:]))
+    coef = solution.coef * train[:, :, None, :, None]
+    return replace(solution, coef=coef, iterations=None)
 
 
 def has_closed_form(head: Any, examples: Examples) -> bool:
@@ -133,7 +145,8 @@ def leave_one_out(head: Any, examples: Examples) -> Float[Tensor, "tasks n k"]:
         needed = (local.needed_examples(expansion)[:, 0, 0] & part.used).any(0).nonzero().squeeze(-1)
         for out in needed.split(at_once):
             train = part.used.unsqueeze(1) & (others != out.unsqueeze(-1))
-            found, _ = refit(local, part, train, part.features[:, out].unsqueeze(2))
+            init = without_left_out(expansion, train)
+            found, _ = refit(local, part, train, part.features[:, out].unsqueeze(2), init)
             logits[chosen, out] = found[:, :, 0, 0]
     return logits.masked_fill(~examples.used.unsqueeze(-1), 0)
 

@@ -18,6 +18,7 @@ from convexheads._validation import (
     describe_first_task,
     describe_shape,
     describe_task,
+    describe_type,
     is_bool_tensor,
     is_dense,
     is_float_tensor,
@@ -25,6 +26,7 @@ from convexheads._validation import (
     out_of_range,
 )
 from convexheads.errors import InputError
+from convexheads.solvers.problem import Solution
 
 # With more classes than this, labels are almost certainly raw class ids, and the one-hot matrix would exhaust memory.
 _MAX_WAYS = 2**20
@@ -222,6 +224,15 @@ def check_prior(value: object, support: Tensor, ways: int, *, refused_by: str | 
     if validate:
         check_finite("prior", value)
     return value
+
+
+def check_init(value: object) -> Solution | None:
+    """Return the solution at which a solver begins, without gradient."""
+    if value is None:
+        return None
+    if not isinstance(value, Solution):
+        raise InputError("init", "the `solution` of a previous fit, or None", describe_type(value))
+    return value.detach()
 
 
 def check_regression(

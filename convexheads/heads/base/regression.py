@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from jaxtyping import Bool, Float
@@ -11,8 +12,9 @@ from convexheads._compiler import traced_if
 from convexheads._validation import ArrayLike
 from convexheads.heads.base.fitted import FittedRegressor
 from convexheads.heads.base.head import Head
-from convexheads.heads.base.inputs import check_regression
+from convexheads.heads.base.inputs import check_init, check_regression
 from convexheads.precision import full_precision
+from convexheads.solvers.problem import Solution
 
 _traced = traced_if(lambda head, **_: head.is_traceable, "validate=False and a solver that can be traced")
 
@@ -61,10 +63,12 @@ class RegressionHead(Head):
         targets: Float[Tensor, "..."] | ArrayLike,
         *,
         mask: Bool[Tensor, "*#batch n"] | ArrayLike | None = None,
+        init: Solution | None = None,
     ) -> FittedRegressor:
         """Fit on the support sets of a batch of tasks.
 
-        The arguments `support`, `targets` and `mask`, and the errors, are those of `forward`.
+        The arguments `support`, `targets` and `mask`, and the errors, are those of `forward`; for `init`, see
+        `ClassificationHead.fit`.
 
         Returns:
             The fitted head, to be called on queries `(*batch, q, d)`.
@@ -72,5 +76,6 @@ class RegressionHead(Head):
         support, targets, mask, single = check_regression(support, targets, mask, validate=self.validate)
         with full_precision(support.device):
             examples = self._support_set(support, targets.unsqueeze(-1) if single else targets, mask)
+            examples = replace(examples, init=check_init(init))
             expansion = self._solve_checked(examples)
         return self._fitted_class(expansion, examples, support.dtype, single)

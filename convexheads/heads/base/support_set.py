@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from convexheads._validation import out_of_range
+from convexheads.errors import InputError
 from convexheads.heads._sharing import apply_once
 from convexheads.kernels import KernelLike, Linear, compute_gram
 from convexheads.kernels.affine import affine_form
@@ -33,6 +34,7 @@ class SupportSet:
         is_multilabel: whether an example may have any number of labels, each of which is a problem of its own. Defaults
             to False.
         prior: weights `(*batch, k, d)` from which the regularizer measures. Defaults to None (zero).
+        init: the solution of a similar problem, where an iterative solver begins. Defaults to None.
 
     Example:
         `RidgeHead().solve(SupportSet(features, targets)).coef`
@@ -46,6 +48,20 @@ class SupportSet:
     sample_weight: Float[Tensor, "*batch n"] | None = None
     prior: Float[Tensor, "*batch k d"] | None = None
     is_multilabel: bool = False
+    init: Solution | None = None
+
+    def start_coef(self, shape: Sequence[int]) -> Tensor | None:
+        """The coefficients of `init`, `shape`, without gradient and with zeros in failed tasks; None without `init`.
+
+        Raises:
+            InputError: their shape is another one.
+        """
+        if self.init is None:
+            return None
+        if self.init.coef.shape != torch.Size(shape):
+            got = f"coefficients of shape {tuple(self.init.coef.shape)}"
+            raise InputError("init", f"a solution with coefficients of shape {tuple(shape)}", got)
+        return self.init.coef.detach().to(self.targets).nan_to_num(0, 0, 0)
 
     @property
     def gram(self) -> Float[Tensor, "*batch n n"]:

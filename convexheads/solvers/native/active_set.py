@@ -17,13 +17,15 @@ from convexheads.solvers.base import LinearizedSolution, Plan, Solver, SolverRes
 from convexheads.solvers.certificate import Certificate, aim, certify
 from convexheads.solvers.failures import OnFailure
 from convexheads.solvers.implicit import ActiveSet, active_entries, factorize_free
-from convexheads.solvers.native.admm_steps import WarmStart, admm, ridge_step
-from convexheads.solvers.problem import DualProblem
+from convexheads.solvers.native.admm_steps import admm, ridge_step
+from convexheads.solvers.problem import DualProblem, WarmStart
 
 Backend = Literal["auto", "torch", "numba"]
 """The implementation: PyTorch, kernels that Numba compiles for the CPU, or the faster of the two."""
 MAX_ROUNDS = 12
 REFINEMENTS = 2
+# If a search from a warm start needs more rounds than this, another one from scratch is faster.
+WARM_ROUNDS = 2
 # Problems with at least this number of coefficients start from ADMM, and smaller ones from a ridge regression.
 _MIN_SIZE_FOR_ADMM = 500
 _ADMM_STEPS = 10
@@ -71,9 +73,25 @@ class ActiveSetSolver(Solver):
         self.max_rounds = check_positive_int(f"{type(self).__name__}(max_rounds)", max_rounds)
 
     def solve_batch(self, problem: DualProblem) -> SolverResult:
-        _, n, k = problem.linear.shape
-        start = ridge_step(problem) if n * k < _MIN_SIZE_FOR_ADMM else next(admm(problem, (_ADMM_STEPS,)))
-        coef, active_set, rounds = search(problem, start, max_rounds=self.max_rounds)
+        if problem.start is None:
+            return self._search(problem, _first_guess(problem), self.max_rounds)
+        found = self._search(problem, problem.start.at_bounds(problem), min(WARM_ROUNDS, self.max_rounds))
+        certificate, rounds = found.certificate, found.iterations
+        assert certificate is not None
+        assert rounds is not None
+        unsolved = certificate.gap.isnan()
+        if not unsolved.any():
+            return found
+        # The solved tasks begin at their solutions.
+        solved = WarmStart(found.coef, certificate.bound_multipliers, certificate.row_multipliers)
+        start = _first_guess(replace(problem, start=None)).where(~unsolved, solved)
+        again = self._search(problem, start, self.max_rounds)
+        assert again.iterations is not None
+        return again._replace(iterations=rounds + torch.where(unsolved, again.iterations, 0))
+
+    def _search(self, problem: DualProblem, start: WarmStart, max_rounds: int) -> SolverResult:
+        """The result of a search, with NaN in tasks whose active set is not proven."""
+        coef, active_set, rounds = search(problem, start, max_rounds=max_rounds)
         certificate = certify(problem, coef)
         unsolved = ~is_proven(certificate, aim(self.tolerance, coef.dtype))
         certificate = of_projection(certificate, gap=certificate.gap.masked_fill(unsolved, torch.nan))
@@ -96,7 +114,14 @@ class ActiveSetSolver(Solver):
             return super()._solve_numerically(problem)
         from convexheads.solvers.native import numba_backend
 
-        return numba_backend.solve(problem, self.tolerance, max_rounds=self.max_rounds, refinements=REFINEMENTS)
+        limits = {"max_rounds": self.max_rounds, "warm_rounds": min(WARM_ROUNDS, self.max_rounds)}
+        return numba_backend.solve(problem, self.tolerance, **limits, refinements=REFINEMENTS)
+
+
+def _first_guess(problem: DualProblem) -> WarmStart:
+    """Where a search begins without a warm start."""
+    _, n, k = problem.linear.shape
+    return ridge_step(problem) if n * k < _MIN_SIZE_FOR_ADMM else next(admm(problem, (_ADMM_STEPS,)))
 
 
 def search(problem: DualProblem, start: WarmStart, *, max_rounds: int) -> tuple[Tensor, ActiveSet, Tensor]:
@@ -105,7 +130,7 @@ def search(problem: DualProblem, start: WarmStart, *, max_rounds: int) -> tuple[
     Returns the exact solution for the last active set (feasible up to rounding, if the active set is right), the active
     set, and the number of rounds.
     """
-    coef, bound_multipliers, row_multipliers = start
+    coef, bound_multipliers, row_multipliers = start.coef, start.bound_multipliers, start.row_multipliers
     at_upper, at_lower = active_entries(problem, coef, bound_multipliers)
     rounds = torch.ones_like(coef[:, 0, 0], dtype=torch.long)
     this_round = 1

@@ -8,26 +8,17 @@ over-relaxed as in Eckstein & Bertsekas 1992; see Boyd et al. 2011.)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from convexheads.solvers.kkt import cholesky
-from convexheads.solvers.problem import DualProblem
+from convexheads.solvers.problem import DualProblem, WarmStart
 
 OVER_RELAXATION = 1.8
 PENALTY = 0.7
 """The penalty parameter rho, relative to the mean diagonal of the Hessian."""
-
-
-class WarmStart(NamedTuple):
-    """Coefficients, and the multipliers that show which of them are expected at a bound."""
-
-    coef: Float[Tensor, "tasks n k"]
-    bound_multipliers: Float[Tensor, "tasks n k"]
-    row_multipliers: Float[Tensor, "tasks n"]
 
 
 def ridge_step(problem: DualProblem) -> WarmStart:
@@ -42,8 +33,16 @@ def admm(problem: DualProblem, blocks: Iterable[int]) -> Iterator[WarmStart]:
     """After each block of steps, yield feasible coefficients of a flat, rescaled batch, and multipliers."""
     penalty = _penalty(problem)
     solve = _regularized_inverse(problem, penalty)
-    coef, dual, relaxation = torch.zeros_like(problem.linear), torch.zeros_like(problem.linear), 1.0
-    row_multipliers = None
+    if problem.start is None:
+        coef, dual, relaxation = torch.zeros_like(problem.linear), torch.zeros_like(problem.linear), 1.0
+        row_multipliers = None
+    else:
+        start, relaxation = problem.start.at_bounds(problem), OVER_RELAXATION
+        coef, row_multipliers = start.coef, start.row_multipliers.unsqueeze(-1)
+        dual = start.bound_multipliers + row_multipliers
+        if problem.smoothing is not None:
+            dual = dual + problem.smoothing * coef
+        dual = dual / penalty
     for steps in blocks:
         for _ in range(steps):
             moved = solve(_project_row_sums(problem.linear + penalty * (coef - dual), problem.rows_sum_to_zero))

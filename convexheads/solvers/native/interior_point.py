@@ -23,6 +23,8 @@ Gradient = Literal["exact", "relaxed", "last_iterate"]
 """The gradient that `InteriorPointSolver` returns."""
 _MAX_ITERATIONS = 100
 _FRACTION_TO_BOUNDARY = 0.99
+# The smallest values at a warm start, from which steps can be long.
+_SMALLEST_SLACK, _SMALLEST_MULTIPLIER = 1e-2, 1e-2
 _REGULARIZATION = 1e-12
 # The factor by which a step along the central path reduces slack times multiplier.
 _CENTERING = 0.1
@@ -162,10 +164,16 @@ class _Barrier:
         self.sign, self.limit = (torch.stack([part.mT for part in parts]) for parts in (signs, limits))
 
     def start(self) -> _Point:
-        """Zero coefficients, with positive slacks and multipliers."""
-        slack = torch.where(self.limit > 0, self.limit, 1.0)
-        zero = torch.zeros_like(self.linear)
-        return _Point(zero, torch.zeros_like(self.linear[:, :1]), slack, torch.ones_like(slack))
+        """Zero coefficients or those of a warm start, with positive slacks and multipliers."""
+        if self.problem.start is None:
+            slack = torch.where(self.limit > 0, self.limit, 1.0)
+            zero = torch.zeros_like(self.linear)
+            return _Point(zero, torch.zeros_like(self.linear[:, :1]), slack, torch.ones_like(slack))
+        start = self.problem.start.at_bounds(self.problem)
+        coef, multiplier = start.coef.mT.contiguous(), start.bound_multipliers.mT
+        slack = (self.limit - self.sign * coef).clamp_min(_SMALLEST_SLACK)
+        multiplier = (self.sign * multiplier).clamp_min(_SMALLEST_MULTIPLIER)
+        return _Point(coef, start.row_multipliers.unsqueeze(1), slack, multiplier)
 
     def step(self, point: _Point, min_complementarity: float = 0.0) -> tuple[_Point, Tensor, tuple[Tensor, ...]]:
         """One predictor-corrector step.

@@ -24,7 +24,7 @@ from convexheads.solvers.base import LinearizedSolution
 from convexheads.solvers.implicit import REGULARIZATION, ActiveSet
 from convexheads.solvers.kkt import KKT
 from convexheads.solvers.native import admm_steps, numba_kernels, numba_kkt
-from convexheads.solvers.problem import DualProblem, Solution, Status
+from convexheads.solvers.problem import ZERO_MULTIPLIER, DualProblem, Solution, Status
 from convexheads.solvers.rescaling import rescale
 
 _MAX_STEPS = 40
@@ -40,23 +40,32 @@ _LIMITS = (certificate.INDEFINITENESS, _FLOAT64.eps, _FLOAT64.tiny)
 _TOLERANCES = (certificate.ZERO_GAP, certificate.FEASIBILITY_TOLERANCE, feasible_rows.ROW_SUM_TOLERANCE, _LIMITS)
 
 
-def solve(problem: DualProblem, tolerance: float, *, max_rounds: int, refinements: int) -> LinearizedSolution:
+def solve(
+    problem: DualProblem, tolerance: float, *, max_rounds: int, warm_rounds: int, refinements: int
+) -> LinearizedSolution:
     """Solve a flat batch of problems in float64 on the CPU, in their original units.
 
     Tasks that are not certified to the tolerance have the status `FAILED`, and their coefficients are NaN.
     """
     data = _arrays(problem)
     tasks, n, k = shape = data[1].shape
-    coef, bound_multipliers, row_multipliers = np.empty(shape), np.empty(shape), np.empty((tasks, n))
+    if problem.start is None:
+        coef, bound_multipliers, row_multipliers = np.empty(shape), np.empty(shape), np.empty((tasks, n))
+    else:
+        begin = problem.start.map(lambda _, value: value.clone(memory_format=torch.contiguous_format))
+        coef, bound_multipliers, row_multipliers = (value.numpy() for value in vars(begin).values())
     side, gaps, rounds = np.empty(shape, np.int8), np.empty((tasks, 3)), np.empty(tasks, np.int64)
     scales, proven = np.empty(tasks), np.empty(tasks, np.bool_)
     results = (coef, bound_multipliers, row_multipliers, side, gaps, rounds, scales, proven)
     system = np.empty((tasks, n, n)), np.empty(shape)
     factors = _allocate_factors(tasks, n, k)
-    settings = admm_steps.PENALTY, _ADMM_SETTINGS, (REGULARIZATION, refinements, max_rounds)
+    search_settings = REGULARIZATION, refinements, max_rounds, warm_rounds
+    settings = admm_steps.PENALTY, _ADMM_SETTINGS, search_settings, ZERO_MULTIPLIER
     tolerances = (certificate.aim(tolerance, torch.float64), *_TOLERANCES)
-    arguments = (data, problem.rows_sum_to_zero, settings, tolerances, results, system, factors)
-    run_tasks(numba_kernels.solve_tasks, tasks, tasks * k * n**3, *arguments)
+    path_length = problem.path_length if problem.path_length * torch.get_num_threads() <= tasks else 1
+    starts = problem.rows_sum_to_zero, problem.start is not None, path_length
+    arguments = (data, *starts, settings, tolerances, results, system, factors)
+    run_tasks(numba_kernels.solve_tasks, tasks, tasks * k * n**3, *arguments, at_once=path_length)
     coef = torch.from_numpy(coef)
     _account_for_rounding(problem, coef, gaps, proven, tolerance)
     if not proven.all():
@@ -112,11 +121,11 @@ class NumbaKKT(KKT):
         return torch.from_numpy(x).mT, torch.from_numpy(row_multipliers)
 
 
-def run_tasks(loop: Any, tasks: int, operations: int, *arguments: Any) -> None:
+def run_tasks(loop: Any, tasks: int, operations: int, *arguments: Any, at_once: int = 1) -> None:
     """Run a kernel over all tasks, in as many threads as PyTorch has, if the work exceeds `_MIN_FLOPS_FOR_THREADS`.
 
     The threads are not those of Numba, because OpenMP threads cannot be used from a forked process, such as the worker
-    of a data loader. Each thread takes the next task when it has finished one.
+    of a data loader. Each thread takes the next task when it has finished one, or the next `at_once` tasks.
     """
     threads = min(torch.get_num_threads(), tasks)
     if threads < 2 or operations < _MIN_FLOPS_FOR_THREADS:
@@ -124,8 +133,8 @@ def run_tasks(loop: Any, tasks: int, operations: int, *arguments: Any) -> None:
     remaining = count()
 
     def work() -> None:
-        while (task := next(remaining)) < tasks:
-            loop(task, task + 1, *arguments)
+        while (first := next(remaining) * at_once) < tasks:
+            loop(first, min(first + at_once, tasks), *arguments)
 
     others = [_pool().submit(work) for _ in range(threads - 1)]
     work()

@@ -255,33 +255,85 @@ def rescale(task, inner):
 
 @kernel
 @no_type_check
-def solve_tasks(start, stop, problem, rows_sum_to_zero, settings, tolerances, results, system, factors):
-    """Rescale, solve and certify tasks `start` to `stop`."""
+def begin_at(coef, bound_multipliers, row_multipliers, task, scales, zero_multiplier, side):
+    """Rescale a warm start in place, and write the active set that `WarmStart.at_bounds` implies to `side`."""
+    _, linear, lower, upper, _ = task
+    coef_scale, multiplier_scale = scales
+    n, k = linear.shape
+    largest = 0.0
+    for i in range(n):
+        row_multipliers[i] /= multiplier_scale
+        for c in range(k):
+            largest = max(largest, abs(linear[i, c]))
+    for i in range(n):
+        for c in range(k):
+            coef[i, c] /= coef_scale
+            multiplier = bound_multipliers[i, c] / multiplier_scale
+            if abs(multiplier) <= zero_multiplier * largest:
+                multiplier = 0.0
+            s = 1 if coef[i, c] > upper[i, c] else (-1 if coef[i, c] < lower[i, c] else 0)
+            if multiplier > 0 and upper[i, c] < np.inf:
+                s = 1
+            elif multiplier < 0 and lower[i, c] > -np.inf:
+                s = -1
+            side[i, c] = 1 if lower[i, c] == upper[i, c] else s
+
+
+@kernel
+@no_type_check
+def solve_tasks(
+    start, stop, problem, rows_sum_to_zero, has_start, path_length, settings, tolerances, results, system, factors
+):
+    """Rescale, solve and certify tasks `start` to `stop`.
+
+    With `has_start`, each begins at the coefficients and multipliers in the `results`. Otherwise, it begins at the
+    solution of the task before, if both are in the same path. If such a search fails, another one begins from scratch.
+    """
     gram, linear, lower, upper, smoothing = problem
-    penalty_ratio, admm_settings, search_settings = settings
+    penalty_ratio, admm_settings, search_settings, zero_multiplier = settings
     tolerance, zero_gap, feasibility, row_sum_tolerance, limits = tolerances
     coef, bound_multipliers, row_multipliers, side, gaps, rounds, scales, proven = results
     scaled_gram, scaled_smoothing = system
     blocks, index, count, schur = factors
     n, k = linear.shape[1:]
     inner_linear, inner_lower, inner_upper = np.empty((n, k)), np.empty((n, k)), np.empty((n, k))
+    regularization, refinements, max_rounds, warm_rounds = search_settings
     for t in range(start, stop):
         inner = (scaled_gram[t], inner_linear, inner_lower, inner_upper, scaled_smoothing[t])
         coef_scale, multiplier_scale, curvature = rescale((gram[t], linear[t], lower[t], upper[t], smoothing[t]), inner)
-        penalty = penalty_ratio * (curvature if curvature > 0 else 1.0)
-        admm(inner, rows_sum_to_zero, penalty, admm_settings, coef[t], side[t])
-        row_multipliers[t] = 0.0
+        is_warm = has_start
+        if not has_start and t % path_length > 0 and proven[t - 1]:
+            is_warm = True
+            coef[t], bound_multipliers[t], row_multipliers[t] = (
+                coef[t - 1],
+                bound_multipliers[t - 1],
+                row_multipliers[t - 1],
+            )
+        proven[t], rounds[t], searches = False, 0, 2 if is_warm else 1
         task_factors = (blocks[t], index[t], count[t], schur[t])
-        rounds[t] = search(inner, rows_sum_to_zero, search_settings, coef[t], row_multipliers[t], side[t], task_factors)
-        gap, squared_error, moved, violation, rounding = certify(
-            inner, rows_sum_to_zero, coef[t], row_multipliers[t], bound_multipliers[t], limits
-        )
-        proven[t] = (
-            gap <= tolerance
-            and (squared_error <= tolerance or gap <= zero_gap)
-            and moved <= feasibility
-            and violation <= row_sum_tolerance
-        )
+        while searches > 0 and not proven[t]:
+            searches -= 1
+            if searches > 0:
+                task_scales, limit = (coef_scale, multiplier_scale), warm_rounds
+                begin_at(
+                    coef[t], bound_multipliers[t], row_multipliers[t], inner, task_scales, zero_multiplier, side[t]
+                )
+            else:
+                limit = max_rounds
+                penalty = penalty_ratio * (curvature if curvature > 0 else 1.0)
+                admm(inner, rows_sum_to_zero, penalty, admm_settings, coef[t], side[t])
+                row_multipliers[t] = 0.0
+            settings = regularization, refinements, limit
+            rounds[t] += search(inner, rows_sum_to_zero, settings, coef[t], row_multipliers[t], side[t], task_factors)
+            gap, squared_error, moved, violation, rounding = certify(
+                inner, rows_sum_to_zero, coef[t], row_multipliers[t], bound_multipliers[t], limits
+            )
+            proven[t] = (
+                gap <= tolerance
+                and (squared_error <= tolerance or gap <= zero_gap)
+                and moved <= feasibility
+                and violation <= row_sum_tolerance
+            )
         gaps[t, 0], gaps[t, 1], gaps[t, 2], scales[t] = gap, violation, rounding, coef_scale / multiplier_scale
         for i in range(n):
             row_multipliers[t, i] *= multiplier_scale
