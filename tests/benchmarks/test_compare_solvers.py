@@ -10,7 +10,7 @@ import pandas
 import pytest
 import torch
 
-from benchmarks import many_classes, overhead, report, solvers
+from benchmarks import many_classes, overhead, report, solvers, warm_start
 from convexheads import SVMHead
 from convexheads.solvers import base
 
@@ -185,3 +185,11 @@ def test_what_takes_very_long_runs_once(monkeypatch: pytest.MonkeyPatch):
     assert rows["repeats"].item() == 1
     assert pandas.isna(rows["memory"].item())
     assert rows["gradient_error"].item() < 1e-8
+
+
+def test_starts_change_no_result():
+    found = warm_start.measure(tasks=2, points=3, repeats=1, seed=0, sizes=["5-way 5-shot"])
+    assert len(found) == 2 * len(warm_start.SOLVERS)
+    assert all(each[kind]["certified"] == 1 for each in found for kind in ("cold", "warm"))
+    assert all(each["warm"]["iterations"] <= each["cold"]["iterations"] + 1 for each in found)
+    assert warm_start.show(found).row_count == len(warm_start.SOLVERS)

@@ -231,7 +231,7 @@ def check_init(value: object) -> Solution | None:
     if value is None:
         return None
     if not isinstance(value, Solution):
-        raise InputError("init", "the `solution` of a previous fit, or None", describe_type(value))
+        raise InputError("init", "the solution of a previous fit or None", describe_type(value))
     return value.detach()
 
 
