@@ -125,8 +125,8 @@ def main() -> None:
     settings = {name: options[name] for name in names}
     found, origin = measure(**settings), report.provenance()
     note = (
-        f"Batches of {options.tasks} tasks of features of unit length. Grid of C: {options.points} values from 1,000 to "
-        f"0.001, one after the other. Training steps: ten steps, between which the features change by {STEP:.1%} of "
+        f"Batches of {options.tasks} tasks of features of unit length. Grid of C: {options.points} values from 1,000 "
+        f"to 0.001, one after the other. Training steps: ten steps, between which the features change by {STEP:.1%} of "
         f"their length, with C = 1. Logistic regression has the kernel `RBF()` and the penalty 1/C. Medians over "
         f"{options.repeats} repeats, in which fits without and with `init=` alternate; the time is that of the whole "
         f"call of `fit`. {experiment.place(origin, 'cpu')}, torch {origin['versions']['torch']}. Made by "

@@ -187,7 +187,7 @@ def solve(
     task = Task(
         gram.reshape(-1, n, n), targets.reshape(-1, n, k), sample_weight.reshape(-1, n), offset.reshape(-1, n, k)
     )
-    start = torch.zeros_like(task.targets) if start is None else _better_start(task, start.reshape(-1, n, k))
+    start = None if start is None else start.reshape(-1, n, k)
     if _fits_numba(task.targets):
         from convexheads.heads import _logistic_numba
 
@@ -195,6 +195,7 @@ def solve(
         options = {"intercept": intercept, "settings": settings, "path_length": path_length}
         coef, bias, *found = _logistic_numba.solve(task, start, **options)
     else:
+        start = torch.zeros_like(task.targets) if start is None else _better_start(task, start)
         coef, bias, *found = _iterate(task, start, intercept=intercept, tolerance=tolerance, max_steps=max_steps)
     gap, error, steps = (part.reshape(batch) for part in found)
     return coef.reshape(*batch, n, k), bias.reshape(*batch, k), gap, error, steps

@@ -214,10 +214,11 @@ def newton_step(task, intercept, coef, point, memory, change, bias_change):
 
 @kernel
 @no_type_check
-def solve_tasks(start, stop, data, intercept, path_length, settings, results):
-    """The loop of `_logistic_newton.solve`, for tasks `start` to `stop`, from the coefficients in the `results`.
+def solve_tasks(first, stop, data, intercept, has_start, path_length, settings, results):
+    """The loop of `_logistic_newton.solve`, for tasks `first` to `stop`.
 
-    A task begins at the solution of the task before if they are in the same path and its objective is smaller there.
+    With `has_start`, a task begins at the coefficients in the `results`. Otherwise, it begins at the solution of the
+    task before, if both are in the same path. In any case, it begins at zero if the objective is smaller there.
     """
     gram, targets, sample_weight, offset = data
     tolerance, max_steps, max_backtracks, patience, zero_gap, small_gap, limits = settings
@@ -226,17 +227,21 @@ def solve_tasks(start, stop, data, intercept, path_length, settings, results):
     memory = np.empty((k, n, n)), np.empty((n, n)), np.empty((k, n)), np.empty((k, n)), np.empty((k, k))
     point = np.empty((n, k)), np.empty((n, k)), np.empty((n, k))
     change, bias_change = np.empty((n, k)), np.empty(k)
-    for t in range(start, stop):
+    for t in range(first, stop):
         task = (gram[t], targets[t], sample_weight[t], offset[t])
-        coef, bias = coefs[t].copy(), np.zeros(k)
+        coef, bias = np.zeros((n, k)), np.zeros(k)
         value, gap, error = evaluate(task, intercept, coef, bias, point, limits)
-        if t % path_length > 0:
-            at_start, coef, bias = value, coefs[t - 1].copy(), biases[t - 1].copy()
-            value, gap, error = evaluate(task, intercept, coef, bias, point, limits)
-            if not value < at_start:
-                coef, bias = coefs[t].copy(), np.zeros(k)
+        if has_start or t % path_length > 0:
+            start, start_bias = coefs[t if has_start else t - 1].copy(), np.zeros(k)
+            if not has_start:
+                start_bias[:] = biases[t - 1]
+            at_zero = value
+            value, gap, error = evaluate(task, intercept, start, start_bias, point, limits)
+            if value < at_zero:
+                coef, bias = start, start_bias
+            else:
                 value, gap, error = evaluate(task, intercept, coef, bias, point, limits)
-            coefs[t] = coef
+        coefs[t] = coef
         best, last_progress, without_progress = np.inf, np.inf, 0
         biases[t], gaps[t], steps[t] = bias, gap, 0
         for step in range(1, max_steps + 1):
@@ -266,23 +271,25 @@ def solve_tasks(start, stop, data, intercept, path_length, settings, results):
 
 def solve(
     task: tuple[Tensor, Tensor, Tensor, Tensor],
-    start: Tensor,
+    start: Tensor | None,
     *,
     intercept: bool,
     path_length: int,
     settings: tuple[float, int, int, int, float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Solve a flat batch of tasks, a `_logistic_newton.Task` in float64 on the CPU, from the coefficients `start`.
+    """Solve a flat batch of tasks, a `_logistic_newton.Task` in float64 on the CPU, from zero or from `start`.
 
     The settings are the tolerance, the largest numbers of steps, of halvings of a step and of steps without progress,
     and the gap at which weights count as zero.
     """
     data = tuple(part.detach().contiguous().numpy() for part in task)
     tasks, n, k = data[1].shape
-    coef = start.detach().clone(memory_format=torch.contiguous_format).numpy()
+    given = task[1] if start is None else start
+    coef = given.detach().clone(memory_format=torch.contiguous_format).numpy()
     results = coef, np.empty((tasks, k)), np.empty(tasks), np.empty(tasks), np.empty(tasks, np.int64)
     path_length = path_length if path_length * torch.get_num_threads() <= tasks else 1
-    arguments = (data, intercept, path_length, (*settings, best_iterate.SMALL_GAP, LIMITS), results)
+    starts = start is not None, path_length
+    arguments = (data, intercept, *starts, (*settings, best_iterate.SMALL_GAP, LIMITS), results)
     run_tasks(solve_tasks, tasks, tasks * _STEPS * k * n**3, *arguments, at_once=path_length)
     found, bias, gap, error, taken = map(torch.from_numpy, results)
     return found, bias, gap, error, taken
