@@ -36,10 +36,10 @@ def certified(
 ) -> Solution:
     """The solution of a head that computes its own gap, with the status `otherwise` where it is not solved.
 
-    A task is solved if the gap and the squared relative error of the weights, of which `error` is an upper bound, are
-    at most the tolerance. For weights of zero, a tiny gap is enough.
+    A task is solved if the gap is at most the tolerance, and the squared relative error of the weights, of which
+    `error` is an upper bound, at most its square root. For weights of zero, a tiny gap is enough.
     """
-    solved = (gap <= tolerance) & ((error <= tolerance) | (gap <= ZERO_GAP))
+    solved = (gap <= tolerance) & ((error <= tolerance**0.5) | (gap <= ZERO_GAP))
     status = torch.where(solved, Status.CONVERGED, otherwise)
     status = torch.where(torch.isfinite(gap), status, Status.FAILED)
     residual = torch.zeros_like(gap)

@@ -12,6 +12,8 @@ from torch.nn import functional
 from convexheads import InputError, Learnable, LogisticHead, RidgeHead
 from convexheads.heads import _logistic_newton, _primal
 from convexheads.kernels import Kernel, Linear, UnitScale, condition
+from convexheads.solvers import Status
+from convexheads.solvers.failures import certified
 
 FEW, MANY = {"shots": (9, 7, 8), "d": 4}, {"shots": (12, 9, 11, 10, 8, 12), "d": 50}
 """Up to 256 weights, and more: the Hessian is factorized, or conjugate gradients are used."""
@@ -274,3 +276,9 @@ def test_a_huge_penalty_has_precise_weights(is_compiled, penalty, monkeypatch):
     assert (
         close(LogisticHead(penalty).fit(support, labels).weight, expected, scale=1e-30) < 1e-3 * (1e6 / penalty) + 1e-9
     )
+
+
+def test_a_small_gap_is_not_enough_if_the_weights_may_be_wrong():
+    gap, error = (torch.tensor(values, dtype=torch.float64) for values in ([1e-9, 1e-9, 1e-4, 0.0], [1e-9, 1, 1e-9, 1]))
+    found = certified(torch.zeros(4, 2, 3), gap, error, 1e-6, Status.STOPPED, None)
+    assert found.status.tolist() == [Status.CONVERGED, Status.STOPPED, Status.STOPPED, Status.CONVERGED]
