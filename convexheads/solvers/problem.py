@@ -84,7 +84,7 @@ class TensorRecord:
 class WarmStart(TensorRecord):
     """Where a solver begins: coefficients, and the multipliers that show which of them are at a bound.
 
-    It has no gradient, and no effect on the solution. A task whose values are not finite begins at zero.
+    It has no gradient, and no effect on the solution. Values that are not finite count as zero.
 
     Attributes:
         coef: coefficients, `(*batch, n, k)`.

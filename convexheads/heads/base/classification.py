@@ -156,7 +156,7 @@ class ClassificationHead(Head):
 
         If `init` is the `solution` of a previous fit, such as one with another C, or of the same episode in an earlier
         step of training, native solvers and logistic regression begin there, which saves time if it is close. It does
-        not change the solution. Other heads and solvers ignore it. The default is None.
+        not change the solution, unless the solver stops early. Other heads and solvers ignore it. The default is None.
 
         Returns:
             The fitted head, to be called on queries `(*batch, q, d)`. Its `solution` has the certificate.
