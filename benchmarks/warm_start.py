@@ -65,7 +65,7 @@ def run(problems: list[tuple[ch.ClassificationHead, Tensor, Tensor]], *, warm: b
 
 
 def measure(*, tasks: int, points: int, repeats: int, seed: int, sizes: list[str]) -> list[dict[str, Any]]:
-    """For each solver and size: the time with a start divided by the time without one, and the iterations."""
+    """For each solver and size: the time without a start divided by the time with one, and the iterations."""
     found = []
     grid = (10.0 ** torch.linspace(3, -3, points, dtype=torch.float64)).tolist()
     for size, solver in tqdm([(size, solver) for size in sizes for solver in SOLVERS], leave=False):

@@ -29,7 +29,7 @@ MAX_BACKTRACKS = 30
 _MAX_COMPILED = 100
 PATIENCE = 3
 # If the optimal weights are zero, their relative error is never small. Then a gap of this size is enough.
-ZERO_GAP = 1e-30
+TINY_GAP = 1e-30
 _LOSS = CrossEntropy()
 _T = TypeVar("_T")
 _DATA = "Tensor gram, Tensor targets, Tensor sample_weight, Tensor offset"
@@ -191,7 +191,7 @@ def solve(
     if _fits_numba(task.targets):
         from convexheads.heads import _logistic_numba
 
-        settings = tolerance, max_steps, MAX_BACKTRACKS, PATIENCE, ZERO_GAP
+        settings = tolerance, max_steps, MAX_BACKTRACKS, PATIENCE, TINY_GAP
         options = {"intercept": intercept, "settings": settings, "path_length": path_length}
         coef, bias, *found = _logistic_numba.solve(task, start, **options)
     else:
@@ -227,7 +227,7 @@ def _iterate(
             return reached.value, reached
 
         _, point = take_step(point.value, step_to)
-        is_solved = (point.error <= tolerance) | (point.gap <= ZERO_GAP)
+        is_solved = (point.error <= tolerance) | (point.gap <= TINY_GAP)
         best.update(step, point.error, is_solved, point.coef, point.bias.unsqueeze(-1), point.gap)
     coef, bias, gap = best.tensors
     return coef, bias.squeeze(-1), gap, best.gap, best.iterations

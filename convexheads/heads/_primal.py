@@ -24,7 +24,7 @@ from torch import Tensor
 
 from convexheads._compiler import operator
 from convexheads._functorch import compute_without_grad
-from convexheads.heads._logistic_newton import PATIENCE, ZERO_GAP, SoftmaxKKT, take_step
+from convexheads.heads._logistic_newton import PATIENCE, TINY_GAP, SoftmaxKKT, take_step
 from convexheads.heads._losses import LOSSES, CrossEntropy, Loss
 from convexheads.heads._sharing import apply_once, is_shared, multiply, scale_once, shared_from
 from convexheads.heads.base.support_set import SupportSet
@@ -189,7 +189,7 @@ class _Point:
 
     def is_solved(self, tolerance: float) -> Tensor:
         """Whether the error is at most `tolerance`, or the weights are zero."""
-        return (self.error <= tolerance) | (self.gap <= ZERO_GAP)
+        return (self.error <= tolerance) | (self.gap <= TINY_GAP)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> _Point:
         return _Point(*map(change, vars(self).values()))
@@ -568,7 +568,6 @@ def _minimize_all(
         return minimize(problem, zero, _newton, tolerance, max_steps)
     basis, mean = _basis(problem.features, problem.intercept)
     rotated = replace(problem, features=problem.features @ basis)
-    # The memory has the order in which a group is multiplied.
     inside = basis.new_zeros((groups, basis.shape[-1], members, k)).transpose(1, 2)
     if start is not None:
         inside.copy_(_to_basis(zero, basis, mean))
