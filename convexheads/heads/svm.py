@@ -24,10 +24,8 @@ from convexheads.solvers.intercept import solve_with_intercept
 
 def _with_start(problem: DualProblem, support: SupportSet) -> DualProblem:
     """The dual of a support set, to be solved from its `init`."""
-    if support.init is None:
-        return problem
-    support.start_coef(problem.linear.shape)
-    return replace(problem, start=WarmStart.of(support.init))
+    init = support.checked_init(problem.linear.shape)
+    return problem if init is None else replace(problem, start=WarmStart.of(init))
 
 
 _SVM_CHECKS: dict[str, Check] = {"C": check_positive, "solver": lambda _, solver: get_solver(solver)}

@@ -50,18 +50,17 @@ class SupportSet:
     is_multilabel: bool = False
     init: Solution | None = None
 
-    def start_coef(self, shape: Sequence[int]) -> Tensor | None:
-        """The coefficients of `init`, `shape`, without gradient and with zeros in failed tasks; None without `init`.
-
-        Raises:
-            InputError: their shape is another one.
-        """
-        if self.init is None:
-            return None
-        if self.init.coef.shape != torch.Size(shape):
+    def checked_init(self, shape: Sequence[int]) -> Solution | None:
+        """The `init`, whose coefficients must have this `shape`; otherwise an `InputError` is raised."""
+        if self.init is not None and self.init.coef.shape != torch.Size(shape):
             got = f"coefficients of shape {tuple(self.init.coef.shape)}"
             raise InputError("init", f"a solution with coefficients of shape {tuple(shape)}", got)
-        return self.init.coef.detach().to(self.targets).nan_to_num(0, 0, 0)
+        return self.init
+
+    def start_coef(self, shape: Sequence[int]) -> Tensor | None:
+        """The coefficients of `init`, of this `shape`, without gradient, and zero in failed tasks; None without it."""
+        init = self.checked_init(shape)
+        return None if init is None else init.coef.detach().to(self.targets).nan_to_num(0, 0, 0)
 
     @property
     def gram(self) -> Float[Tensor, "*batch n n"]:
