@@ -268,14 +268,14 @@ MUTATIONS = [
     ),
     Mutation(
         "logistic-primal-features",
-        "heads/_primal.py",
+        "heads/_primal/gradient.py",
         "to_features = -(used * slope) @ v.mT - curved @ weight.mT",
         "to_features = -curved @ weight.mT",
         "test_logistic.py::test_gradients_agree_with_central_differences",
     ),
     Mutation(
         "logistic-primal-gap",
-        "heads/_primal.py",
+        "heads/_primal/problem.py",
         "gap = gradient.square().sum((-2, -1)) / (2 * penalty)",
         "gap = gradient.square().sum((-2, -1)) / 2",
         "test_logistic.py::test_the_gap_bounds_the_distance_to_the_optimum",
@@ -289,7 +289,7 @@ MUTATIONS = [
     ),
     Mutation(
         "logistic-error-of-weights",
-        "heads/_primal.py",
+        "heads/_primal/problem.py",
         "2 * gap / quadratic.clamp_min(tiny)",
         "gap / quadratic.clamp_min(tiny) / 2",
         "test_logistic.py::test_the_gap_bounds_the_distance_to_the_optimum",
@@ -310,9 +310,9 @@ MUTATIONS = [
     ),
     Mutation(
         "warm-start-in-a-basis",
-        "heads/_primal.py",
-        "inside.copy_(_to_basis(zero, basis, mean))",
-        "inside.copy_(_to_basis(zero, -basis, mean))",
+        "heads/_primal/strategy.py",
+        "inside.copy_(basis.enter(zero))",
+        "inside.copy_(-basis.enter(zero))",
         "test_warm_start.py::test_a_start_in_the_primal_takes_fewer_steps",
     ),
     Mutation(
@@ -321,6 +321,20 @@ MUTATIONS = [
         "residual[i, c] = coef[i, c] + sample_weight[i] * slope[i, c]",
         "residual[i, c] = coef[i, c] + slope[i, c]",
         "test_logistic_numba.py::test_kernels_equal_their_twins",
+    ),
+    Mutation(
+        "primal-kernel",
+        "heads/_primal/compiled.py",
+        "image[i, c] = sample_weight[i] * p[i, c] * (image[i, c] - mean)",
+        "image[i, c] = p[i, c] * (image[i, c] - mean)",
+        "test_primal_numba.py::test_kernels_equal_their_twins",
+    ),
+    Mutation(
+        "basis-outside",
+        "heads/_primal/basis.py",
+        "(outer - self._leave_columns(inside)) / penalty[..., None, None]",
+        "outer / penalty[..., None, None]",
+        "test_logistic.py::test_gradients_agree_with_central_differences",
     ),
     Mutation(
         "balanced-classes",

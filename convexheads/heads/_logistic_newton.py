@@ -19,7 +19,7 @@ from torch import Tensor
 
 from convexheads._compiler import operator
 from convexheads.heads._losses import CrossEntropy
-from convexheads.solvers.best_iterate import BestIterate
+from convexheads.solvers.best_iterate import SMALL_GAP, BestIterate
 from convexheads.solvers.certificate import is_indefinite
 from convexheads.solvers.kkt import cholesky
 from convexheads.solvers.native.active_set import numba_is_installed
@@ -191,7 +191,7 @@ def solve(
     if _fits_numba(task.targets):
         from convexheads.heads import _logistic_numba
 
-        settings = tolerance, max_steps, MAX_BACKTRACKS, PATIENCE, TINY_GAP
+        settings = max_steps, MAX_BACKTRACKS, (tolerance, PATIENCE, TINY_GAP, SMALL_GAP)
         options = {"intercept": intercept, "settings": settings, "path_length": path_length}
         coef, bias, *found = _logistic_numba.solve(task, start, **options)
     else:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convexheads.solvers import best_iterate, certificate
+from convexheads.solvers import certificate
 from convexheads.solvers.native.numba_backend import run_tasks
 from convexheads.solvers.native.numba_kkt import cholesky, cholesky_solve, invert, kernel
 
@@ -214,6 +214,26 @@ def newton_step(task, intercept, coef, point, memory, change, bias_change):
 
 @kernel
 @no_type_check
+def judge(error, gap, progress, limits):
+    """`BestIterate.update`; returns the progress, whether this iterate is the best one, and whether the task is done.
+
+    The progress consists of the smallest error, the reference value and the number of iterates without progress.
+    """
+    tolerance, patience, zero_gap, small_gap = limits
+    best, last_progress, without_progress = progress
+    halved = error < last_progress / 2
+    if halved:
+        last_progress = error
+    without_progress = 0 if halved or best > small_gap else without_progress + 1
+    is_better = error < best
+    if is_better:
+        best = error
+    is_done = error <= tolerance or gap <= zero_gap or without_progress >= patience or np.isnan(error)
+    return (best, last_progress, without_progress), is_better, is_done
+
+
+@kernel
+@no_type_check
 def solve_tasks(first, stop, data, intercept, has_start, path_length, settings, results):
     """The loop of `_logistic_newton.solve`, for tasks `first` to `stop`.
 
@@ -221,7 +241,7 @@ def solve_tasks(first, stop, data, intercept, has_start, path_length, settings, 
     task before, if both are in the same path. In any case, it begins at zero if the objective is smaller there.
     """
     gram, targets, sample_weight, offset = data
-    tolerance, max_steps, max_backtracks, patience, zero_gap, small_gap, limits = settings
+    max_steps, max_backtracks, limits, rounding = settings
     coefs, biases, gaps, errors, steps = results
     n, k = targets.shape[1:]
     memory = np.empty((k, n, n)), np.empty((n, n)), np.empty((k, n)), np.empty((k, n)), np.empty((k, k))
@@ -230,19 +250,19 @@ def solve_tasks(first, stop, data, intercept, has_start, path_length, settings, 
     for t in range(first, stop):
         task = (gram[t], targets[t], sample_weight[t], offset[t])
         coef, bias = np.zeros((n, k)), np.zeros(k)
-        value, gap, error = evaluate(task, intercept, coef, bias, point, limits)
+        value, gap, error = evaluate(task, intercept, coef, bias, point, rounding)
         if has_start or t % path_length > 0:
             start, start_bias = coefs[t if has_start else t - 1].copy(), np.zeros(k)
             if not has_start:
                 start_bias[:] = biases[t - 1]
             at_zero = value
-            value, gap, error = evaluate(task, intercept, start, start_bias, point, limits)
+            value, gap, error = evaluate(task, intercept, start, start_bias, point, rounding)
             if value < at_zero:
                 coef, bias = start, start_bias
             else:
-                value, gap, error = evaluate(task, intercept, coef, bias, point, limits)
+                value, gap, error = evaluate(task, intercept, coef, bias, point, rounding)
         coefs[t] = coef
-        best, last_progress, without_progress = np.inf, np.inf, 0
+        progress = np.inf, np.inf, 0
         biases[t], gaps[t], steps[t] = bias, gap, 0
         for step in range(1, max_steps + 1):
             newton_step(task, intercept, coef, point, memory, change, bias_change)
@@ -251,22 +271,18 @@ def solve_tasks(first, stop, data, intercept, has_start, path_length, settings, 
                 if attempt == max_backtracks:
                     length = 0.0
                 moved, moved_bias = coef + length * change, bias + length * bias_change
-                value, gap, error = evaluate(task, intercept, moved, moved_bias, point, limits)
+                value, gap, error = evaluate(task, intercept, moved, moved_bias, point, rounding)
                 if not value > before + 1e-12 * abs(before):
                     break
                 length /= 2
             coef, bias = moved, moved_bias
-            halved = error < last_progress / 2
-            if halved:
-                last_progress = error
-            without_progress = 0 if halved or best > small_gap else without_progress + 1
-            if error < best:
-                best = error
+            progress, is_better, is_done = judge(error, gap, progress, limits)
+            if is_better:
                 coefs[t], biases[t], gaps[t] = coef, bias, gap
             steps[t] = step
-            if error <= tolerance or gap <= zero_gap or without_progress >= patience or np.isnan(error):
+            if is_done:
                 break
-        errors[t] = best
+        errors[t] = progress[0]
 
 
 def solve(
@@ -275,12 +291,13 @@ def solve(
     *,
     intercept: bool,
     path_length: int,
-    settings: tuple[float, int, int, int, float],
+    settings: tuple[int, int, tuple[float, int, float, float]],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Solve a flat batch of tasks, a `_logistic_newton.Task` in float64 on the CPU, from zero or from `start`.
 
-    The settings are the tolerance, the largest numbers of steps, of halvings of a step and of steps without progress,
-    and the gap at which weights count as zero.
+    The settings are the largest numbers of steps and of halvings of a step, and the limits of `judge`: the tolerance,
+    the number of steps without progress, the gap at which weights count as zero, and the gap above which no task
+    counts as stalled.
     """
     data = tuple(part.detach().contiguous().numpy() for part in task)
     tasks, n, k = data[1].shape
@@ -289,7 +306,7 @@ def solve(
     results = coef, np.empty((tasks, k)), np.empty(tasks), np.empty(tasks), np.empty(tasks, np.int64)
     path_length = path_length if path_length * torch.get_num_threads() <= tasks else 1
     starts = start is not None, path_length
-    arguments = (data, intercept, *starts, (*settings, best_iterate.SMALL_GAP, LIMITS), results)
+    arguments = (data, intercept, *starts, (*settings, LIMITS), results)
     run_tasks(solve_tasks, tasks, tasks * _STEPS * k * n**3, *arguments, at_once=path_length)
     found, bias, gap, error, taken = map(torch.from_numpy, results)
     return found, bias, gap, error, taken

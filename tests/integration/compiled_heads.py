@@ -16,7 +16,7 @@ from tasks import close, task
 from torch.nn.functional import cross_entropy
 
 import convexheads as ch
-from convexheads.heads import _primal
+from convexheads.heads._primal import strategy
 from convexheads.kernels import RBF, UnitScale
 from convexheads.solvers import ActiveSetSolver, Fallback, InteriorPointSolver, NativeSolver
 
@@ -111,7 +111,7 @@ def test_the_backward_pass_is_compiled_too(name):
 
 @pytest.mark.parametrize("limit", [256, 0], ids=["factorized", "conjugate gradients"])
 def test_logistic_regression_in_its_weights_is_one_graph(limit, monkeypatch):
-    monkeypatch.setattr(_primal, "_MAX_UNKNOWNS", limit)
+    monkeypatch.setattr(strategy, "MAX_UNKNOWNS", limit)
     support, labels, query, ways = task(2, shots=(4, 3, 4), d=4)
     head = ch.LogisticHead(ch.Learnable(0.5), validate=False)
     assert_same(lambda s, q: head(s, labels, q, ways=ways), head, support, query, fullgraph=True, backend="aot_eager")

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from convexheads import InputError, Learnable, LogisticHead, RidgeHead
 from convexheads.heads import _logistic_newton, _primal
+from convexheads.heads._primal import minimize, steps, strategy
 from convexheads.kernels import Kernel, Linear, UnitScale, condition
 from convexheads.solvers import Status
 from convexheads.solvers.failures import certified
@@ -107,8 +108,8 @@ def test_second_derivatives():
 
     arguments = [value.requires_grad_() for value in (support, query, parameter.detach().clone())]
     with pytest.MonkeyPatch.context() as patch:
-        for limit in (_primal._MAX_UNKNOWNS, 0):
-            patch.setattr(_primal, "_MAX_UNKNOWNS", limit)
+        for limit in (strategy.MAX_UNKNOWNS, 0):
+            patch.setattr(strategy, "MAX_UNKNOWNS", limit)
             assert torch.autograd.gradgradcheck(loss, arguments, atol=1e-6)
 
 
@@ -168,8 +169,8 @@ def test_the_gap_bounds_the_distance_to_the_optimum(sizes, size):
     problem = support[None], targets[None], used, torch.zeros_like(targets[None]), penalty
     options = {"loss": "cross-entropy", "intercept": False, "tolerance": 1e-20}
     best = _primal.solve(*problem, **options, max_steps=100)[0][0]
-    for steps in range(1, 8):
-        (weight,), (gap,), (error,), _ = _primal.solve(*problem, **options, max_steps=steps)
+    for most in range(1, 8):
+        (weight,), (gap,), (error,), _ = _primal.solve(*problem, **options, max_steps=most)
         assert objective(weight) - objective(best) <= 1.001 * gap * objective(weight) + 1e-13
         assert (weight - best).square().sum() <= 1.001 * error * weight.square().sum() + 1e-20
 
@@ -185,8 +186,8 @@ def test_the_gap_in_the_dual_bounds_the_distance_to_the_optimum(penalty, interce
         losses = functional.cross_entropy(fitted(support), labels, reduction="none")
         return penalty / 2 * fitted.weight.square().sum() + weight @ losses
 
-    for steps in (1, 2, 3, 4, 5, 6, 30):
-        head = LogisticHead(penalty, steps=steps, intercept=intercept, on_failure="return")
+    for count in (1, 2, 3, 4, 5, 6, 30):
+        head = LogisticHead(penalty, steps=count, intercept=intercept, on_failure="return")
         fitted = head.fit(support, labels, ways=ways, sample_weight=weight)
         seen.append((objective(fitted), fitted.solution.gap))
     optimum, last = seen[-1]
@@ -231,16 +232,19 @@ def test_multiples_of_the_dot_product_have_a_primal(kernel, head):
     assert close(query @ fitted.weight.mT + fitted.bias.unsqueeze(-2), fitted(query)) < 1e-12
 
 
-def test_what_conjugate_gradients_do_not_solve_is_factorized(monkeypatch):
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["torch", "compiled"])
+def test_what_conjugate_gradients_do_not_solve_is_factorized(is_compiled, monkeypatch):
+    if not is_compiled:
+        monkeypatch.setattr(minimize, "numba_is_installed", lambda: False)
     support, labels, query, ways = task(2, **MANY)
     mask = torch.ones_like(labels, dtype=torch.bool)
     mask[0, :5] = False
     expected = LogisticHead(1e-2)(support, labels, query, ways=ways, mask=mask)
-    monkeypatch.setattr(_primal, "_MAX_INNER", 1)
+    monkeypatch.setattr(steps, "MAX_INNER", 1)
     fitted = LogisticHead(1e-2).fit(support, labels, ways=ways, mask=mask)
     assert (fitted.solution.gap < 1e-8).all()
     assert close(fitted(query), expected) < 1e-3
-    monkeypatch.setattr(_primal, "_MAX_ENTRIES", 10)
+    monkeypatch.setattr(strategy, "_MAX_ENTRIES", 10)
     without = LogisticHead(1e-2, on_failure="return").fit(support, labels, ways=ways, mask=mask)
     assert without.solution.gap.max() > 1e-8
 
