@@ -18,6 +18,8 @@ from convexheads.solvers.native.numba_kkt import cholesky, cholesky_solve, inver
 
 _STEPS = 5
 """The typical number of steps."""
+_SMALL_P = 1e-290
+"""Below this probability, a ratio of probabilities may overflow."""
 LIMITS = certificate.INDEFINITENESS, torch.finfo(torch.float64).tiny
 
 
@@ -30,23 +32,18 @@ def evaluate_loss(targets, scores, p, slope):
     for c in range(k):
         largest = max(largest, scores[c])
         own += targets[c] * scores[c]
-    total, wrong, largest_wrong = 0.0, 0.0, -np.inf
+    total, wrong = 0.0, 0.0
     for c in range(k):
         p[c] = math.exp(scores[c] - largest)
         total += p[c]
         if not targets[c] > 0:
             wrong += p[c]
-            largest_wrong = max(largest_wrong, scores[c] - own)
+    # Without wrong classes, or if they are too improbable for a number, this is minus infinity, and there is no loss.
+    log_wrong = math.log(wrong) + (largest - own)
     wrong /= total
-    log_wrong = 0.0
     for c in range(k):
         p[c] /= total
         slope[c] = (0.0 if targets[c] > 0 else p[c]) - targets[c] * wrong
-        if not targets[c] > 0:
-            log_wrong += math.exp(scores[c] - own - largest_wrong)
-    if largest_wrong == -np.inf:  # there is one class only
-        return 0.0
-    log_wrong = largest_wrong + math.log(log_wrong)
     return max(log_wrong, 0.0) + math.log1p(math.exp(-abs(log_wrong)))
 
 
@@ -67,13 +64,12 @@ def balance(scores, p, slope, sample_weight, change):
         share[c] = max(-excess, 0.0)
     lost = 0.0
     for i in range(n):
-        received, largest, log_total = 0.0, -np.inf, 0.0
+        received, smallest, log_total = 0.0, 1.0, 0.0
         for c in range(k):
             received += fraction[c] * p[i, c]
-            largest = max(largest, scores[i, c])
-        for c in range(k):
-            log_total += math.exp(scores[i, c] - largest)
-        log_total = largest + math.log(log_total)
+            smallest = min(smallest, p[i, c])
+        if smallest < _SMALL_P:
+            log_total = log_sum_exp(scores[i])
         for c in range(k):
             change[i, c] = received * (share[c] / (total if total != 0 else 1.0)) - fraction[c] * p[i, c]
             lost += sample_weight[i] * divergence(p[i, c], scores[i, c] - log_total, change[i, c])
@@ -82,12 +78,22 @@ def balance(scores, p, slope, sample_weight, change):
 
 @kernel
 @no_type_check
+def log_sum_exp(scores):
+    """The logarithm of the sum of exponentials, without overflow."""
+    largest, total = scores.max(), 0.0
+    for c in range(len(scores)):
+        total += math.exp(scores[c] - largest)
+    return largest + math.log(total)
+
+
+@kernel
+@no_type_check
 def divergence(p, log_p, change):
-    """`_losses.divergence`."""
+    """`_losses.divergence`; the logarithm is used only for small p."""
     q = p + change
     if not q > 0:
         return -change
-    if p < 1e-290:
+    if p < _SMALL_P:
         return q * math.log(q) - q * log_p - change
     return q * math.log1p(max(change / p, -1.0)) - change
 

@@ -12,7 +12,7 @@ from convexheads.heads._losses import LOSSES, CrossEntropy
 from convexheads.heads._primal import steps
 from convexheads.heads._primal.basis import Basis
 from convexheads.heads._primal.minimize import minimize, minimize_gradually, minimize_grid
-from convexheads.heads._primal.problem import Problem, evaluate, group_members
+from convexheads.heads._primal.problem import Point, Problem, evaluate, group_members
 from convexheads.heads._sharing import is_shared, shared_from
 
 # Up to this number of weights, d k, the Hessian is factorized.
@@ -62,24 +62,23 @@ def solve(
     is_grid = groups <= last and is_shared(sample_weight, [last]) and (penalty == penalty[(0,) * last]).all()
     if start is not None:
         start = start.reshape(*problem.penalty.shape, d, k)
-    weight, steps = _minimize_all(problem, start, batch[-1] if is_grid else 1, tolerance, max_steps)
-    point = evaluate(problem, weight)
-    gap, error, steps = (part.reshape(batch) for part in (point.gap, point.error, steps))
-    return weight.reshape(*batch, d, k), gap, error, steps
+    point, taken = _minimize_all(problem, start, batch[-1] if is_grid else 1, tolerance, max_steps)
+    gap, error, taken = (part.reshape(batch) for part in (point.gap, point.error, taken))
+    return point.weight.reshape(*batch, d, k), gap, error, taken
 
 
 def _minimize_all(
     problem: Problem, start: Tensor | None, grid: int, tolerance: float, max_steps: int
-) -> tuple[Tensor, Tensor]:
-    """The optimal weights and the number of steps.
+) -> tuple[Point, Tensor]:
+    """The point of the optimal weights and the number of steps.
 
     A warm start is used where it is better than zero.
     """
     k = problem.targets.shape[-1]
     if not problem.loss.is_coupled and k > 1:
-        each = _minimize_all(*_split_classes(problem, start, grid), grid, tolerance, max_steps)
-        weight, taken = (_join_classes(part, k, grid) for part in each)
-        return weight.squeeze(-2), taken.amax(-1)
+        each, taken = _minimize_all(*_split_classes(problem, start, grid), grid, tolerance, max_steps)
+        weight = _join_classes(each.weight, k, grid).squeeze(-2)
+        return evaluate(problem, weight), _join_classes(taken, k, grid).amax(-1)
     (groups, members), (n, d) = problem.penalty.shape, problem.features.shape[-2:]
     # The memory has the order in which a group is multiplied.
     zero = problem.features.new_zeros((groups, d, members, k)).transpose(1, 2)
@@ -88,7 +87,8 @@ def _minimize_all(
         is_better = evaluate(problem, start).value < evaluate(problem, zero).value
         zero, run = start.where(is_better[..., None, None], 0), minimize
     if d * k <= MAX_UNKNOWNS:
-        return run(problem, zero, steps.by_cholesky, tolerance, max_steps)
+        weight, taken = run(problem, zero, steps.by_cholesky, tolerance, max_steps)
+        return evaluate(problem, weight), taken
     basis = Basis.of(problem)
     rotated = replace(problem, features=basis.change(problem.features))
     inside = zero.new_zeros((groups, rotated.features.shape[-1], members, k)).transpose(1, 2)
@@ -104,10 +104,11 @@ def _minimize_all(
         found = minimize_grid(rotated, inside, grid, find_change, tolerance, most)
     else:
         found = run(rotated, inside, find_change, tolerance, most)
-    weight, taken = basis.leave(found[0]), found[1]
+    point, taken = evaluate(problem, basis.leave(found[0])), found[1]
     # The rotation rounds the features, which matters where weights are huge.
-    stalled = (evaluate(problem, weight).error > _STALLED).nonzero()
+    stalled = (point.error > _STALLED).nonzero()
     if len(stalled) and (k * n * n <= _MAX_ENTRIES or not problem.loss.is_coupled):
+        weight = point.weight.clone()
         # Each of these tasks becomes a group of its own, as many at once as fit into memory.
         for places in stalled.split(max(1, _MAX_ENTRIES // (k * n * max(n, d)))):
             chosen = tuple(places.unbind(-1))
@@ -118,7 +119,8 @@ def _minimize_all(
             own, begin = basis.map(choose), choose(found[0])
             better = _factorize_all(problem.map(choose), rotated.map(choose), begin, own, tolerance, max_steps)
             weight[chosen] = better.squeeze(1)
-    return weight, taken
+        point = evaluate(problem, weight)
+    return point, taken
 
 
 def _factorize_all(
