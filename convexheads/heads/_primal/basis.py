@@ -11,8 +11,9 @@ from torch import Tensor
 from convexheads.heads._primal.problem import Problem
 from convexheads.heads._sharing import multiply
 
-# Up to this ratio of the largest eigenvalue of the second moments to the penalty, a basis takes longer than it saves.
-_WELL_CONDITIONED = 30
+# Up to this ratio of the largest eigenvalue of the second moments to the penalty, columns take longer to find than they
+# save, unless there are so many features per example.
+_WELL_CONDITIONED, _MANY_FEATURES = 30, 4
 # Multiplications by the second moments, after which the estimate of the largest eigenvalue is good enough.
 _POWER_ITERATIONS = 4
 
@@ -28,16 +29,17 @@ class Basis(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem) -> Basis:
-        """The basis that suits a problem: with columns unless all penalties make the problem well conditioned."""
+        """The basis that suits a problem: without columns if all penalties make the problem well conditioned."""
         features, mean = problem.features, None
         if problem.intercept:
             features = features[..., :-1]
             mean = features.mean(-2).unsqueeze(-1)
             features = features - mean.mT
-        size = _largest_eigenvalue(features) * problem.sample_weight.amax((-2, -1))
-        if (size <= _WELL_CONDITIONED * problem.penalty.amin(-1)).all():
-            return cls(None, mean)
         n, d = features.shape[-2:]
+        if d <= _MANY_FEATURES * n:
+            size = _largest_eigenvalue(features) * problem.sample_weight.amax((-2, -1))
+            if (size <= _WELL_CONDITIONED * problem.penalty.amin(-1)).all():
+                return cls(None, mean)
         if n >= d:
             columns = torch.linalg.eigh(features.mT @ features).eigenvectors
         else:
