@@ -330,6 +330,13 @@ MUTATIONS = [
         "test_primal_numba.py::test_kernels_equal_their_twins",
     ),
     Mutation(
+        "bias-of-active-examples",
+        "heads/_primal/steps.py",
+        "part, bias[chosen] = part - ones * shift.unsqueeze(-1), -shift",
+        "part, bias[chosen] = part - ones * shift.unsqueeze(-1), shift",
+        "test_primal.py::test_steps_of_the_squared_hinge",
+    ),
+    Mutation(
         "basis-outside",
         "heads/_primal/basis.py",
         "(outer - self._leave_columns(inside)) / penalty[..., None, None]",
