@@ -12,7 +12,7 @@ from convexheads.heads._primal.problem import Problem
 from convexheads.heads._sharing import multiply
 
 # Up to this ratio of the largest eigenvalue of the second moments to the penalty, columns take longer to find than they
-# save, unless there are so many features per example.
+# save, unless the number of features per example is above the second value.
 _WELL_CONDITIONED, _MANY_FEATURES = 30, 4
 # Multiplications by the second moments, after which the estimate of the largest eigenvalue is good enough.
 _POWER_ITERATIONS = 4
