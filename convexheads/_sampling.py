@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import islice
+import math
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Integer
 from torch import Tensor
+from torch.nn import functional
 
 from convexheads import _validation
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
 from convexheads.heads.base.classification import check_head
+from convexheads.precision import working_dtype
 
+S = TypeVar("S")
 T = TypeVar("T")
-# The largest number of support examples and queries of an episode up to which one thread evaluates a batch.
+# The largest number of support examples and queries of an episode up to which a batch is evaluated by one thread.
 _MAX_EXAMPLES_FOR_ONE_THREAD = 128
+# Up to this number of entries, features are converted to working precision once, and not for each episode.
+_MAX_ENTRIES = 2**26
+# Episodes are drawn in parts of this size, so that the first ones do not depend on the number of episodes.
+_EPISODES_AT_ONCE = 1000
 
 
 def fit_episodes(
@@ -37,7 +47,8 @@ def fit_episodes(
     There are no gradients. The arguments are those of `evaluate`, with `features` and `labels` as `check_features`
     returns them. Those that determine the episodes are in `options`, by name. The progress bar begins with `title`.
     Fits are calibrated as `ClassificationHead.fit` does.
-    Close the generator if it is left early: it changes the number of threads.
+    On the CPU, batches of small episodes are fitted in several threads, ahead of the generator. Close it if it is left
+    early.
     """
     sizes = {name: options[name] for name in ("ways", "shots", "queries", "episodes")}
     ways, shots, queries, episodes, batch_size = _validation.check_positive_ints(**sizes, batch_size=batch_size)
@@ -48,42 +59,60 @@ def fit_episodes(
         raise InputError("world_size", f"at most the number of episodes, {episodes}", world_size)
     for head in heads:
         check_head(head)
-    draws = islice(sample_episodes(labels, ways, shots + queries, episodes, seed), rank, None, world_size)
+    parts = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
+    batches = sample_episodes(labels, ways, shots + queries, episodes, seed, **parts)
+    dtype = features.dtype
+    if features.numel() <= _MAX_ENTRIES:
+        features = features.to(working_dtype(features.device))
     support_labels, query_labels = (
         torch.arange(ways, device=features.device).repeat_interleave(count) for count in (shots, queries)
     )
-    title = title or (type(heads[0]).__name__ if len(heads) == 1 else f"{len(heads)} heads")
-    count = len(range(rank, episodes, world_size))
-    size = min(batch_size, count)
-    with _threads(features.device, examples=ways * (shots + queries)):
-        for _ in track(range(0, count, size), f"{title}, {ways}-way {shots}-shot", progress):
-            batch = torch.stack(list(islice(draws, size)))
-            chosen = features[batch.to(features.device)]
-            support, query = chosen[:, :, :shots].flatten(1, 2), chosen[:, :, shots:].flatten(1, 2)
+
+    def fit(batch: Tensor) -> list[tuple[int, FittedClassifier, Tensor, Tensor]]:
+        batch = batch.to(features.device)
+        support, query = (
+            functional.embedding(part.flatten(1), features) for part in (batch[..., :shots], batch[..., shots:])
+        )
+        extra: dict[str, Any] = {} if calibrate is None else {"calibrate": calibrate}
+        found = []
+        with torch.no_grad():
             for number, head in enumerate(heads):
-                with torch.no_grad():
-                    extra: dict[str, Any] = {} if calibrate is None else {"calibrate": calibrate}
-                    fitted = head.fit(support, support_labels.expand(len(batch), -1), ways=ways, **extra)
-                    logits = fitted(query)
-                yield number, fitted, logits, query_labels.expand(len(batch), -1)
+                fitted = head.fit(support, support_labels.expand(len(batch), -1), ways=ways, **extra)
+                fitted = replace(fitted, dtype=dtype)
+                found.append((number, fitted, fitted(query), query_labels.expand(len(batch), -1)))
+        return found
+
+    title = title or (type(heads[0]).__name__ if len(heads) == 1 else f"{len(heads)} heads")
+    count = math.ceil(len(range(rank, episodes, world_size)) / batch_size)
+    is_small = features.is_cpu and ways * (shots + queries) <= _MAX_EXAMPLES_FOR_ONE_THREAD
+    with closing(_map_in_threads(fit, batches) if is_small else (fit(batch) for batch in batches)) as results:
+        for found in track(results, f"{title}, {ways}-way {shots}-shot", progress, total=count):
+            yield from found
 
 
-@contextmanager
-def _threads(device: torch.device, *, examples: int) -> Iterator[None]:
-    """Use one thread of PyTorch for batches of small tasks on the CPU; afterward, as many as before.
+def _map_in_threads(function: Callable[[S], T], values: Iterable[S]) -> Generator[T, None, None]:
+    """Map a function over values in as many threads as PyTorch has, each of which uses one thread of PyTorch.
 
-    Such a batch consists of many short operations, in which further threads save little time if the processors are
-    idle. If they are busy, these threads take more than twice as much processor time, because they wait for each other.
+    A batch of small tasks consists of many short operations, in which several threads of PyTorch would mostly wait for
+    each other, the more so if the processors are busy.
     """
-    before = torch.get_num_threads()
-    if device.type != "cpu" or examples > _MAX_EXAMPLES_FOR_ONE_THREAD or before == 1:
-        yield
+    threads = torch.get_num_threads()
+    pending: deque[Future[T]] = deque()
+    if threads == 1:
+        yield from map(function, values)
         return
-    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(threads, "convexheads", initializer=torch.set_num_threads, initargs=(1,))
+    torch.set_num_threads(1)  # the caller's operations, too: its threads would wait busily
     try:
-        yield
+        for value in values:
+            pending.append(pool.submit(function, value))
+            if len(pending) > threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
-        torch.set_num_threads(before)
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def check_features(features: object, labels: object) -> tuple[Tensor, Tensor]:
@@ -117,27 +146,63 @@ def group_by_class(labels: Tensor, ways: int, per_class: int) -> list[Integer[Te
 
 
 def sample_episodes(
-    labels: Tensor, ways: int, per_class: int, episodes: int, seed: int
-) -> Iterator[Integer[Tensor, "ways per_class"]]:
-    """Sample the indices of the examples of each episode; classes and examples are drawn without replacement.
+    labels: Tensor,
+    ways: int,
+    per_class: int,
+    episodes: int,
+    seed: int,
+    *,
+    batch_size: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Integer[Tensor, "batch ways per_class"]]:
+    """Sample the indices of the examples of episodes; classes and examples are drawn without replacement.
 
-    Labels that do not suffice are an error of the call, not of the first episode.
+    Of all episodes, those from number `rank` on in steps of `world_size` are returned, in batches. Labels that do not
+    suffice are an error of the call, not of the first batch.
     """
     members = group_by_class(labels, ways, per_class)
-    generator = torch.Generator().manual_seed(seed)
+    counts = torch.tensor([len(each) for each in members])
+    firsts, indices = counts.cumsum(0) - counts, torch.cat(members)
 
-    def draw() -> Tensor:
-        classes = torch.randperm(len(members), generator=generator)[:ways].tolist()
-        orders = [torch.randperm(len(members[label]), generator=generator) for label in classes]
-        return torch.stack([members[label][order[:per_class]] for label, order in zip(classes, orders, strict=True)])
+    def draw() -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        waiting = indices.new_empty(0, ways, per_class)
+        for start in range(0, episodes, _EPISODES_AT_ONCE):
+            many = torch.tensor(len(members)).expand(_EPISODES_AT_ONCE)
+            classes = _draw_different(many, ways, generator)
+            chosen = indices[firsts[classes].unsqueeze(-1) + _draw_different(counts[classes], per_class, generator)]
+            waiting = torch.cat([waiting, chosen[: episodes - start][(rank - start) % world_size :: world_size]])
+            while len(waiting) >= batch_size:
+                yield waiting[:batch_size]
+                waiting = waiting[batch_size:]
+        if len(waiting):
+            yield waiting
 
-    return (draw() for _ in range(episodes))
+    return draw()
 
 
-def track(batches: Sequence[T], title: str, progress: bool) -> Iterable[T]:
+def _draw_different(counts: Integer[Tensor, "*shape"], size: int, generator: torch.Generator) -> Tensor:
+    """Draw `size` different numbers below each count, in random order, `(*shape, size)`."""
+    chosen: list[Tensor] = []
+    ascending: list[Tensor] = []
+    for number in range(size):
+        # The place among the numbers that are left, and then the number itself.
+        drawn = (torch.rand(counts.shape, generator=generator, dtype=torch.float64) * (counts - number)).long()
+        for smaller in ascending:
+            drawn = drawn + (drawn >= smaller)
+        chosen.append(drawn)
+        moved = drawn
+        for place, smaller in enumerate(ascending):
+            ascending[place], moved = torch.minimum(smaller, moved), torch.maximum(smaller, moved)
+        ascending.append(moved)
+    return torch.stack(chosen, -1)
+
+
+def track(batches: Iterable[T], title: str, progress: bool, *, total: int | None = None) -> Iterable[T]:
     """Iterate over batches with a progress bar, unless `progress` is False, tqdm is missing or no terminal shows it."""
     try:
         from tqdm.auto import tqdm
     except ImportError:
         return batches
-    return tqdm(batches, title, leave=False, disable=None if progress else True, unit="batch")
+    return tqdm(batches, title, leave=False, total=total, disable=None if progress else True, unit="batch")

@@ -76,7 +76,7 @@ MUTATIONS = [
     ),
     Mutation(
         "kernel-per-task",
-        "kernels/base.py",
+        "kernels/linear.py",
         "itself = features.movedim(-2, 0).unsqueeze(-2)",
         "itself = features.unsqueeze(-2)",
         "test_kernels.py::test_parameters_per_task_apply_to_the_queries_of_that_task",
@@ -431,16 +431,16 @@ MUTATIONS = [
     Mutation(
         "evaluation-ranks",
         "_sampling.py",
-        "sample_episodes(labels, ways, shots + queries, episodes, seed), rank, None, world_size)",
-        "sample_episodes(labels, ways, shots + queries, episodes, seed), 0, None, world_size)",
+        "[(rank - start) % world_size :: world_size]",
+        "[(0 - start) % world_size :: world_size]",
         "test_episodes.py::test_processes_share_an_evaluation",
     ),
     Mutation(
         "evaluation-threads",
         "_sampling.py",
-        "        torch.set_num_threads(before)",
+        "        torch.set_num_threads(threads)",
         "        pass",
-        "test_episodes.py::test_small_episodes_use_one_thread",
+        "test_episodes.py::test_small_episodes_use_one_thread_each",
     ),
     Mutation(
         "loader-new-epoch",

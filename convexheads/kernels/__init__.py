@@ -16,10 +16,10 @@ from convexheads.kernels.base import (
     check_kernel,
     compute_gram,
     condition,
-    gram_diagonal,
     is_kernel,
 )
-from convexheads.kernels.standard import RBF, Cosine, Linear, Polynomial, UnitScale
+from convexheads.kernels.linear import Linear, gram_diagonal
+from convexheads.kernels.standard import RBF, Cosine, Polynomial, UnitScale
 
 __all__ = ["RBF", "Constant", "Cosine", "Linear", "Polynomial", "Product", "Sum", "UnitScale"]
 __all__ += ["Kernel", "KernelLike", "check_kernel", "compute_gram", "condition", "gram_diagonal", "is_kernel"]

@@ -62,12 +62,6 @@ def compute_gram(kernel: KernelLike, x: Tensor, y: Tensor, *, validate: bool) ->
     return gram
 
 
-def gram_diagonal(kernel: KernelLike, features: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n"]:
-    """The values `(*batch, n)` of a `kernel` between each row of `features` `(*batch, n, d)` and itself."""
-    itself = features.movedim(-2, 0).unsqueeze(-2)  # (n, *batch, 1, d), so that parameters per task broadcast
-    return kernel(itself, itself)[..., 0, 0].movedim(0, -1)
-
-
 class Kernel(Configurable):
     """Base class of kernels, which can be added to and multiplied by kernels, positive numbers and `Learnable`s.
 

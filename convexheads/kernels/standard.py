@@ -1,4 +1,4 @@
-"""The kernels of the library."""
+"""The other kernels of the library."""
 
 from __future__ import annotations
 
@@ -10,35 +10,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from convexheads._gram import gaussian, median_distance, normalize, polynomial, scaled
-from convexheads._validation import Check, check_bool, check_positive_int, optional
+from convexheads._validation import Check, check_positive_int, optional
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
-from convexheads.kernels.base import Kernel, KernelLike, check_kernel, condition, gram_diagonal
-
-
-class Linear(Kernel):
-    r"""The dot product \(\langle x, y \rangle\), or its mean over features, \(\langle x, y \rangle / d\).
-
-    Use it when features come from a backbone that is trained through the head, or when speed matters. See
-    Rasmussen & Williams (2006), Table 4.1.
-
-    Args:
-        normalize: whether to divide by the feature dimension d. With `PrototypeHead` this is the "squared Euclidean
-            distance normalized with respect to the feature dimension" of Lee et al. 2019 (Section 4.1). Defaults to
-            False.
-
-    Example:
-        `PrototypeHead(kernel=Linear(normalize=True))`
-    """
-
-    checks: ClassVar[dict[str, Check]] = {"normalize": check_bool}
-
-    def __init__(self, *, normalize: bool = False) -> None:
-        super().__init__()
-        self.normalize = normalize
-
-    def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
-        gram = x @ y.mT
-        return gram / x.shape[-1] if self.normalize else gram
+from convexheads.kernels.base import Kernel, KernelLike, check_kernel, condition
+from convexheads.kernels.linear import Linear, gram_diagonal
 
 
 class Cosine(Kernel):

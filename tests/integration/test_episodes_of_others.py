@@ -56,7 +56,7 @@ def test_calibration_error_is_torchmetrics():
     result = evaluate(head, features, labels, shots=2, queries=5, episodes=30, progress=False)
     reference = MulticlassCalibrationError(num_classes=5, n_bins=15, norm="l1")
     split = []
-    for index in sample_episodes(labels, 5, 7, 30, seed=0):
+    for (index,) in sample_episodes(labels, 5, 7, 30, seed=0):
         support, query = features[index[:, :2]].flatten(0, 1), features[index[:, 2:]].flatten(0, 1)
         fitted = head.fit(support, torch.arange(5).repeat_interleave(2))
         split.append((fitted.probabilities(query), torch.arange(5).repeat_interleave(5)))

@@ -21,7 +21,7 @@ from convexheads.heads.base.inputs import check_query
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.heads.base.temperature import best_factor, conformal_threshold, nonconformity
 from convexheads.kernels import Product, Sum, compute_gram, gram_diagonal
-from convexheads.kernels.affine import affine_form
+from convexheads.kernels.linear import affine_form
 from convexheads.precision import full_precision
 from convexheads.solvers import Solution
 
@@ -68,8 +68,12 @@ class Fitted:
     def _scores(self, query: Float[Tensor, "*#batch q d"]) -> Float[Tensor, "*batch q k"]:
         """The scores of a prepared `query`, in working precision."""
         expansion, prior = self.expansion, self.support.prior
+        form = self._cheap_affine_form(query)
         if expansion.weight is not None:
             scores = multiply(query, expansion.weight.mT)
+        elif form is not None:
+            weight, constant = self._through_features(form)
+            scores = multiply(query, weight.mT) + constant.unsqueeze(-2)
         else:
             cross_gram = self._cross_gram(query)
             scores = multiply(cross_gram, expansion.coef)
@@ -84,6 +88,22 @@ class Fitted:
         if not isinstance(weight, float) or weight != 0:
             scores = scores + weight * gram_diagonal(self.support.kernel, query).unsqueeze(-1)
         return scores
+
+    def _cheap_affine_form(self, query: Tensor) -> tuple[Any, Any] | None:
+        """The affine form of the kernel if scores are cheaper by weights than by kernel values; otherwise None."""
+        (n, d), k, q = self.support.features.shape[-2:], self.expansion.coef.shape[-1], query.shape[-2]
+        # A graph holds for any number of queries.
+        is_cheap = 2 * k <= n if torch.compiler.is_compiling() else k * (n + q) < n * q
+        return affine_form(self.support.kernel, d) if is_cheap and self.expansion.quadratic is None else None
+
+    def _through_features(self, form: tuple[Any, Any]) -> tuple[Float[Tensor, "*batch k d"], Float[Tensor, "*batch k"]]:
+        """The weights, and the part of the bias, that the coefficients are for a kernel with this affine form."""
+        slope, constant = form
+        coef, mask = self.expansion.coef, self.support.mask
+        if mask is not None:
+            coef = coef.masked_fill(~mask.unsqueeze(-1), 0)
+        weight = multiply(self.support.features.mT, _per_task(slope, coef) * coef).mT
+        return weight, (_per_task(constant, coef) * coef).sum(-2)
 
     def _prepare(self, query: Float[Tensor, "*#batch q d"] | ArrayLike) -> Float[Tensor, "..."]:
         """The `query` in working precision, after all checks."""
@@ -107,10 +127,9 @@ class Fitted:
         Raises:
             ConvexHeadsError: the scores are not linear in the features, or not known to be, for a kernel of your own.
         """
-        slope, _ = self._affine_form()
-        weight = self.expansion.weight
+        form, weight = self._affine_form(), self.expansion.weight
         if weight is None:
-            weight = _per_task(slope, self.expansion.coef) * (self.expansion.coef.mT @ self.support.features)
+            weight, _ = self._through_features(form)
         if self.support.prior is not None:
             weight = weight + self.support.prior
         return self._to_output(weight)
@@ -118,10 +137,7 @@ class Fitted:
     @property
     def bias(self) -> Float[Tensor, "*batch k"]:
         """The bias `(*batch, k)` of scores that are `query @ weight.mT + bias`; see `weight`, also for errors."""
-        _, intercept = self._affine_form()
-        coef, mask, bias = self.expansion.coef, self.support.mask, self.expansion.bias
-        used = coef if mask is None else coef * mask.unsqueeze(-1)
-        total = (_per_task(intercept, coef) * used).sum(-2)
+        (_, total), bias = self._through_features(self._affine_form()), self.expansion.bias
         return self._to_output(total if bias is None else total + bias)
 
     def to_linear(self) -> nn.Linear:

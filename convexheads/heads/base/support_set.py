@@ -15,7 +15,7 @@ from convexheads._validation import out_of_range
 from convexheads.errors import InputError
 from convexheads.heads._sharing import apply_once
 from convexheads.kernels import KernelLike, Linear, compute_gram
-from convexheads.kernels.affine import affine_form
+from convexheads.kernels.linear import affine_form
 from convexheads.solvers.problem import Solution, TensorRecord
 
 
