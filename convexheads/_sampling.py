@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -19,14 +18,11 @@ from convexheads import _validation
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
 from convexheads.heads.base.classification import check_head
-from convexheads.precision import working_dtype
 
 S = TypeVar("S")
 T = TypeVar("T")
 # The largest number of support examples and queries of an episode up to which a batch is evaluated by one thread.
 _MAX_EXAMPLES_FOR_ONE_THREAD = 128
-# Up to this number of entries, features are converted to working precision once, and not for each episode.
-_MAX_ENTRIES = 2**26
 # Episodes are drawn in parts of this size, so that the first ones do not depend on the number of episodes.
 _EPISODES_AT_ONCE = 1000
 
@@ -61,9 +57,6 @@ def fit_episodes(
         check_head(head)
     parts = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
     batches = sample_episodes(labels, ways, shots + queries, episodes, seed, **parts)
-    dtype = features.dtype
-    if features.numel() <= _MAX_ENTRIES:
-        features = features.to(working_dtype(features.device))
     support_labels, query_labels = (
         torch.arange(ways, device=features.device).repeat_interleave(count) for count in (shots, queries)
     )
@@ -78,7 +71,6 @@ def fit_episodes(
         with torch.no_grad():
             for number, head in enumerate(heads):
                 fitted = head.fit(support, support_labels.expand(len(batch), -1), ways=ways, **extra)
-                fitted = replace(fitted, dtype=dtype)
                 found.append((number, fitted, fitted(query), query_labels.expand(len(batch), -1)))
         return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -83,4 +84,10 @@ def gram_diagonal(kernel: KernelLike, features: Float[Tensor, "*batch n d"]) -> 
         itself = features.movedim(-2, 0).unsqueeze(-2)  # (n, *batch, 1, d), so that parameters per task broadcast
         return kernel(itself, itself)[..., 0, 0].movedim(0, -1)
     slope, intercept = (part.unsqueeze(-1) if isinstance(part, Tensor) else part for part in form)
-    return slope * features.square().sum(-1) + intercept
+    return slope * _squared_length(features) + intercept
+
+
+def _squared_length(features: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and features.requires_grad:  # the gradient of a length is not defined at zero
+        return torch.linalg.vecdot(features, features)
+    return torch.linalg.vector_norm(features, dim=-1).square()  # in one pass, without memory for the squares
