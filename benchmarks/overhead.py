@@ -13,8 +13,10 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from rich.table import Table
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
@@ -26,10 +28,12 @@ from benchmarks.loop import Training
 from benchmarks.options import Options
 from benchmarks.processes import Processes
 from benchmarks.train import episodes as make_episodes
+from convexheads._sampling import sample_episodes
 from convexheads.models import BACKBONES, Backbone, build_backbone, build_head
 from convexheads.training import episode_loss
 
 HEADS = ("prototypes", "ridge", "svm")
+SCIKIT_LEARN = "LogisticRegression of scikit-learn in a loop"
 WAYS, SHOTS = 5, 5
 BLOCK = 20
 """Consecutive steps of a loop that are timed, a multiple of the steps after which `Training` reads its metrics."""
@@ -79,20 +83,33 @@ def training(*, backbone: str, device: str, episodes: int, queries: int, repeats
 
 
 def evaluation(*, device: str, episodes: int, queries: int, features: int) -> dict[str, float]:
-    """Seconds of `convexheads.evaluate` for each head, over the same episodes of random clustered features."""
+    """Seconds over the same episodes of random clustered features.
+
+    They are those of `convexheads.evaluate` for each head and, on the CPU, of the usual loop over episodes with
+    scikit-learn's logistic regression, as in Tian et al. 2020.
+    """
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(20).repeat_interleave(600)
     centers = torch.randn(20, features, generator=generator)
     cached = (centers[labels] + 2 * torch.randn(len(labels), features, generator=generator)).to(device)
     labels = labels.to(device)
     settings: dict[str, Any] = {"ways": WAYS, "shots": SHOTS, "queries": queries}
+    heads = {name: build_head(name) for name in HEADS} | {"logistic": ch.LogisticHead()}
     found = {}
-    for name in HEADS:
-        head = build_head(name)
+    for name, head in heads.items():
         ch.evaluate(head, cached, labels, episodes=100, progress=False, **settings)  # warms up
         begin = time.perf_counter()
         ch.evaluate(head, cached, labels, episodes=episodes, **settings)
         found[name] = time.perf_counter() - begin
+    if device == "cpu":
+        drawn = list(sample_episodes(labels, WAYS, SHOTS + queries, episodes, seed=0))
+        arrays, known = cached.numpy(), np.arange(WAYS)
+        begin = time.perf_counter()
+        for (chosen,) in tqdm(drawn, SCIKIT_LEARN, leave=False):
+            support, query = (part.flatten().numpy() for part in (chosen[:, :SHOTS], chosen[:, SHOTS:]))
+            model = LogisticRegression(max_iter=1000).fit(arrays[support], known.repeat(SHOTS))
+            _ = (model.predict(arrays[query]) == known.repeat(queries)).mean()
+        found[SCIKIT_LEARN] = time.perf_counter() - begin
     return found
 
 
@@ -228,8 +245,8 @@ def show_loops(seconds: dict[str, float], title: str) -> Table:
 def show(steps: dict[str, float], evaluations: dict[str, float], title: str) -> Table:
     """A line for each head."""
     table = report.new_table(title, ("head", "training step, ms", "evaluation, s"), left=["head"])
-    for name in HEADS:
-        table.add_row(name, f"{1e3 * steps[name]:.1f}", f"{evaluations[name]:.1f}")
+    for name in evaluations:
+        table.add_row(name, f"{1e3 * steps[name]:.1f}" if name in steps else "", f"{evaluations[name]:.1f}")
     return table
 
 
@@ -246,7 +263,7 @@ def main() -> None:
     )
     parser.add_argument("--episodes", type=int, default=10_000, help="episodes of the evaluation, 5-way 5-shot")
     parser.add_argument("--queries", type=int, default=15, help="query examples per class in the evaluation")
-    parser.add_argument("--features", type=int, default=256, help="feature dimension in the evaluation")
+    parser.add_argument("--features", type=int, default=640, help="feature dimension in the evaluation")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     where = {"device": options.device}
@@ -264,7 +281,7 @@ def main() -> None:
         f"with the SVM takes {steps['svm / prototypes']:.3f} times as long as that with prototypes and "
         f"{steps['svm / ridge']:.3f} times as long as that with ridge regression (medians). Evaluation: "
         f"`convexheads.evaluate` over {options.episodes:,} episodes of {options.features} cached features, "
-        f"{options.queries} queries per class. "
+        f"{options.queries} queries per class; scikit-learn's logistic regression has its default tolerance. "
         f"{experiment.place(origin, options.device)}, torch {origin['versions']['torch']}. "
         "Made by `python -m benchmarks.overhead`."
     )

@@ -26,7 +26,7 @@ from convexheads.heads.base.inputs import (
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet, merge_groups, one_hot
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
-from convexheads.precision import full_precision, working_dtype
+from convexheads.precision import full_precision, output_dtype, working_dtype
 from convexheads.solvers.failures import describe_failures
 from convexheads.solvers.problem import Solution
 
@@ -42,7 +42,7 @@ class Checked(NamedTuple):
     examples: SupportSet
     ways: Integer[Tensor, "*batch"] | None
     sample_weight: Float[Tensor, "*batch n"] | None  # that of the caller, without weights of classes
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the results
 
 
 class ClassificationHead(Head):
@@ -110,7 +110,8 @@ class ClassificationHead(Head):
                 Defaults to None (zero). Only heads that derive from `LossHead` accept it.
 
         Returns:
-            Logits, `(*batch, q, k)`, in the support's dtype. Gradients reach support, query and `Learnable`s.
+            Logits, `(*batch, q, k)`, in the support's dtype, but at least in float32. Gradients reach support, query
+            and `Learnable`s.
 
         Raises:
             InputError: an argument is unusable, or a class has no examples. This includes a kernel that returns no Gram
@@ -224,7 +225,7 @@ class ClassificationHead(Head):
             weight = self._weigh(targets, mask, sample_weight, is_multilabel=multilabel is not None)
             examples = self._support_set(support, targets, mask, weight, prior)
             examples = replace(examples, is_multilabel=multilabel is not None)
-        return Checked(examples, ways_per_task, sample_weight, support.dtype)
+        return Checked(examples, ways_per_task, sample_weight, output_dtype(support.dtype))
 
     def leave_one_out(
         self,
@@ -244,7 +245,7 @@ class ClassificationHead(Head):
             options: further arguments of `fit`, which are `ways`, `mask`, `sample_weight` and `prior`.
 
         Returns:
-            Logits, `(*batch, n, k)`, in the support's dtype, without gradients; zero at masked examples, and minus
+            Logits, `(*batch, n, k)`, as `forward` returns them, without gradients; zero at masked examples, and minus
             infinity for a class whose only example is left out, in heads that need one.
 
         Example:

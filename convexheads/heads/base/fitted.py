@@ -35,7 +35,7 @@ class Fitted:
     Attributes:
         expansion: coefficients, bias and other terms, in float64.
         support: the support sets, with the head's kernel as `condition_on` returned it.
-        dtype: dtype of the input features and of the returned scores.
+        dtype: dtype of the returned scores: that of the features, but at least float32.
     """
 
     expansion: KernelExpansion
@@ -56,7 +56,7 @@ class Fitted:
                 the support, with its leading dimensions and feature size; a tensor, a NumPy array or nested lists.
 
         Returns:
-            Scores of all outputs, `(*batch, q, k)`, in the dtype of the support.
+            Scores of all outputs, `(*batch, q, k)`, in the dtype of the support, but at least in float32.
 
         Raises:
             InputError: the shape, dtype or device is not as described, or, with `validate`, a feature is not finite.

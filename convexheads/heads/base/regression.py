@@ -13,7 +13,7 @@ from convexheads._validation import ArrayLike
 from convexheads.heads.base.fitted import FittedRegressor
 from convexheads.heads.base.head import Head
 from convexheads.heads.base.inputs import check_init, check_regression
-from convexheads.precision import full_precision
+from convexheads.precision import full_precision, output_dtype
 from convexheads.solvers.problem import Solution
 
 _traced = traced_if(lambda head, **_: head.is_traceable, "validate=False and a solver that can be traced")
@@ -52,7 +52,7 @@ class RegressionHead(Head):
 
         Returns:
             Predictions, `(*batch, q)` or `(*batch, q, outputs)`, in the units of the targets and in the support's
-                dtype. Gradients reach support, targets, query and `Learnable`s.
+                dtype, but at least in float32. Gradients reach support, targets, query and `Learnable`s.
         """
         return self.fit(support, targets, mask=mask)(query)
 
@@ -78,4 +78,4 @@ class RegressionHead(Head):
             examples = self._support_set(support, targets.unsqueeze(-1) if single else targets, mask)
             examples = replace(examples, init=check_init(init))
             expansion = self._solve_checked(examples)
-        return self._fitted_class(expansion, examples, support.dtype, single)
+        return self._fitted_class(expansion, examples, output_dtype(support.dtype), single)

@@ -200,9 +200,7 @@ class EpisodicModule(pl.LightningModule):
 
     def _features(self, batch: Sequence[Tensor]) -> Tensor:
         samples, labels = batch
-        features = self(samples.flatten(0, labels.ndim - 1)).unflatten(0, labels.shape)
-        # Logits have the dtype of the features, which is too coarse if the trainer uses mixed precision.
-        return features.float() if features.dtype.itemsize < 4 else features
+        return self(samples.flatten(0, labels.ndim - 1)).unflatten(0, labels.shape)
 
     def _episodes(self, features: Tensor, labels: Tensor) -> EpisodeLoss:
         episode = split_task(features, labels, shots=self.shots)
