@@ -39,6 +39,7 @@ from convexheads.heads import (
 from convexheads.hyperparameters import Learnable, PerTask, parameter_groups
 from convexheads.loader import EpisodeLoader
 from convexheads.models import list_pretrained, load_pretrained
+from convexheads.precision import use_float32
 from convexheads.tuning import Tuned, TunedHead, tune
 
 __version__ = "0.1.0"
@@ -49,5 +50,5 @@ __all__ += ["GaussianProcessHead", "RidgeRegressionHead", "SupportVectorRegressi
 __all__ += ["ClassificationHead", "Head", "KernelExpansion", "LossHead", "RegressionHead", "SupportSet"]
 __all__ += ["Learnable", "PerTask", "parameter_groups"]
 __all__ += ["EpisodeLoader", "calibrate", "embed", "evaluate", "list_pretrained", "load_pretrained", "split_task"]
-__all__ += ["Tuned", "TunedHead", "tune"]
+__all__ += ["Tuned", "TunedHead", "tune", "use_float32"]
 __all__ += ["ConvexHeadsError", "InputError", "MissingDependencyError", "SolverError", "SolverWarning"]

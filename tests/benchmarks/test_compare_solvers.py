@@ -10,7 +10,7 @@ import pandas
 import pytest
 import torch
 
-from benchmarks import many_classes, overhead, report, solvers, warm_start
+from benchmarks import float32, many_classes, overhead, report, solvers, warm_start
 from convexheads import SVMHead
 from convexheads.solvers import base
 
@@ -193,3 +193,13 @@ def test_starts_change_no_result():
     assert all(each[kind]["certified"] == 1 for each in found for kind in ("cold", "warm"))
     assert all(each["warm"]["iterations"] <= each["cold"]["iterations"] + 1 for each in found)
     assert warm_start.show(found).row_count == len(warm_start.SOLVERS)
+
+
+def test_float32_is_close_to_float64():
+    found = float32.measure(tasks=2, repeats=1, seed=0, device="cpu", sizes=["5-way 1-shot"])
+    assert [each["head"] for each in found] == list(float32.HEADS)
+    assert max(each["logits"] for each in found) < 1e-3
+    assert max(each["gradient"] for each in found) < 1e-2
+    assert min(each["logits"] for each in found) > 1e-9  # float32 was used
+    assert {each["certified"] for each in found} == {None, 1.0}
+    assert float32.show(found).row_count == len(float32.HEADS)

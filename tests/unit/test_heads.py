@@ -30,6 +30,7 @@ from convexheads import (
     SupportVectorRegressionHead,
     SVMHead,
     WestonWatkinsSVMHead,
+    use_float32,
 )
 from convexheads.kernels import RBF, Constant, Cosine, Linear, Polynomial, Product, Sum, UnitScale
 from convexheads.solvers import InteriorPointSolver, NativeSolver
@@ -306,16 +307,22 @@ def test_autocast_changes_nothing(make, kernel):
     torch.testing.assert_close(torch.autograd.grad(logits.square().sum(), support)[0], gradient)
 
 
-def test_float32_where_float64_is_lacking(monkeypatch):
-    """What a device without float64 gives, tried on the CPU."""
+@heads
+def test_float32(make):
+    """What `use_float32` gives, and a device without float64."""
     support, labels, query, ways = task(4, dtype=torch.float32)
-    exact = SVMHead(0.3)(support.double(), labels, query.double(), ways=ways)
-    for module in ("heads.base.classification", "heads.base.head", "solvers.base"):
-        monkeypatch.setattr(f"convexheads.{module}.working_dtype", lambda _: torch.float32)
-    fitted = SVMHead(0.3).fit(support, labels, ways=ways)
+    support.requires_grad_()
+    exact = make()(support.double(), labels, query.double(), ways=ways)
+    (gradient,) = torch.autograd.grad(exact.square().sum(), support)
+    with use_float32():
+        fitted = make().fit(support, labels, ways=ways)
+        logits = fitted(query)
     assert fitted.expansion.coef.dtype == torch.float32
-    assert fitted.solution.converged.all()
-    assert close(fitted(query).double(), exact) < 1e-3
+    assert fitted.solution is None or fitted.solution.converged.all()
+    assert close(logits.double(), exact) < 1e-3
+    assert close(torch.autograd.grad(logits.square().sum(), support)[0], gradient) < 1e-2
+    assert torch.equal(fitted(query), logits)
+    assert make().fit(support, labels, ways=ways).expansion.coef.dtype == torch.float64
 
 
 @heads

@@ -14,8 +14,9 @@ import convexheads
 ROOT = Path(convexheads.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_untraced"),
-    ("precision", "_compiler", "_functorch", "_gram", "_storage"),
+    ("_compiler", "_functorch", "_gram", "_storage"),
     ("_validation",),
+    ("precision",),
     ("hyperparameters",),
     ("kernels",),
     ("solvers",),

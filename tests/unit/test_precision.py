@@ -7,6 +7,7 @@ import torch
 
 from convexheads import (
     GaussianProcessHead,
+    InputError,
     LinearDiscriminantHead,
     MahalanobisHead,
     PrototypeHead,
@@ -14,6 +15,7 @@ from convexheads import (
     RidgeRegressionHead,
     SVMHead,
     evaluate,
+    use_float32,
 )
 
 HEADS = [PrototypeHead, RidgeHead, SVMHead, MahalanobisHead, LinearDiscriminantHead]
@@ -37,6 +39,32 @@ def test_distances_do_not_overflow(make, dtype):
     assert (logits.argmax(-1) == labels[25:]).all()
     result = evaluate(make(), features.to(dtype), labels, episodes=20, progress=False)
     assert result.accuracy == 1
+
+
+def test_float32_is_used_until_the_end_of_the_block_or_from_now_on():
+    features, labels = clusters()
+
+    def dtype():
+        return RidgeHead().fit(features[:25], labels[:25]).expansion.coef.dtype
+
+    with use_float32():
+        assert dtype() == torch.float32
+        with use_float32(False):
+            assert dtype() == torch.float64
+        assert dtype() == torch.float32
+    assert dtype() == torch.float64
+    try:
+        use_float32()
+        assert dtype() == torch.float32
+    finally:
+        use_float32(False)
+    assert dtype() == torch.float64
+    with pytest.raises(InputError, match="enabled"):
+        use_float32(1)
+    assert dtype() == torch.float64
+    with pytest.raises(ZeroDivisionError), use_float32():
+        _ = 1 / 0
+    assert dtype() == torch.float64
 
 
 def test_losses_of_float16_features_are_finite():
