@@ -38,14 +38,19 @@ def median_distance(features: Tensor, mask: Tensor | None) -> Tensor:
         return features.new_ones(features.shape[:-2])
     first, second = torch.triu_indices(n, n, offset=1, device=features.device)
     centered = features - features.detach().mean(-2, keepdim=True)
+    largest = centered.detach().abs().amax((-2, -1))  # so that no square is too large or too small for a number
+    unit = largest.where(largest > 0, 1)
+    centered = centered / unit[..., None, None]
     distance = _squared_distance(centered, centered)[..., first, second]
     if mask is not None:
         distance = distance.where(mask[..., first] & mask[..., second], torch.nan)
     median = distance.nanmedian(-1).values
-    return torch.where(median > 0, median, 1).sqrt()
+    return torch.where(median > 0, unit, 1) * torch.where(median > 0, median, 1).sqrt()
 
 
 def normalize(x: Tensor) -> Tensor:
+    largest = x.detach().abs().amax(-1, keepdim=True)  # so that no square is too large or too small for a number
+    x = x / largest.where(largest > 0, 1)
     squared = x.square().sum(-1, keepdim=True)
     # The norm of a zero vector has no gradient: the vector stays zero, and its gradient is zero.
     return x * torch.where(squared > 0, squared, torch.inf).rsqrt()

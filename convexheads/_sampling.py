@@ -112,6 +112,7 @@ def check_features(features: object, labels: object) -> tuple[Tensor, Tensor]:
     expected = "a tensor of floating-point values"
     features = _validation.check_tensor("features", features, expected, _validation.is_float_tensor)
     labels = check_labels(labels, features, name="features", expected="(examples, d) and (examples,)", dims=2)
+    _validation.refuse_meta("features", features)
     _validation.check_finite("features", features)
     return features, labels
 

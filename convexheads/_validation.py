@@ -118,8 +118,27 @@ def optional(check: Check, default: Callable[[], Any] = lambda: None) -> Check:
     return lambda name, value: default() if value is None else check(name, value)
 
 
+_INTEGERS = {getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
+
+
 def is_dense(value: object) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor) and value.layout == torch.strided
+    """Whether the `value` is a tensor whose entries can be read one by one."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not _special_kind(value)
+
+
+def _special_kind(value: Tensor) -> str:
+    """What makes a strided tensor unusable, in one word; empty for the others."""
+    if value.is_nested:
+        return "nested"
+    if value.is_quantized:
+        return "quantized"
+    return "masked" if type(value).__module__.startswith("torch.masked") else ""
+
+
+def refuse_meta(name: str, value: Tensor) -> None:
+    """Raise `InputError` for a tensor of the meta device, which has no values."""
+    if value.device.type == "meta":
+        raise InputError(name, "a tensor with values", f"{describe_type(value)} on the device meta")
 
 
 def is_float_tensor(value: object) -> TypeGuard[Tensor]:
@@ -128,7 +147,7 @@ def is_float_tensor(value: object) -> TypeGuard[Tensor]:
 
 
 def is_integer_tensor(value: object) -> TypeGuard[Tensor]:
-    return is_dense(value) and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    return is_dense(value) and value.dtype in _INTEGERS
 
 
 def is_bool_tensor(value: object) -> TypeGuard[Tensor]:
@@ -139,7 +158,8 @@ def describe_type(value: object) -> str:
     """The type of a `value` that is not the expected kind of tensor, in words."""
     if not isinstance(value, Tensor):
         return type(value).__name__
-    return f"a tensor of {value.dtype}" if is_dense(value) else f"a tensor of {value.dtype}, {value.layout}"
+    kind = _special_kind(value) or ("" if value.layout == torch.strided else str(value.layout))
+    return f"a tensor of {value.dtype}{kind and ', '}{kind}"
 
 
 def describe_shape(value: object) -> str:
@@ -236,3 +256,11 @@ def check_definite(gram: Tensor) -> None:
     if (negative := smallest < -1e-9 * size).any():
         got = f"a Gram matrix with the eigenvalue {smallest[negative][0].item():.3g} in {describe_first_task(negative)}"
         raise InputError("kernel", "a positive semi-definite kernel", got)
+
+
+def check_symmetric(gram: Tensor) -> None:
+    """Raise `InputError` if a Gram matrix differs from its transpose by more than rounding errors."""
+    difference, size = (gram - gram.mT).abs().amax((-2, -1)), gram.abs().amax((-2, -1))
+    if (wrong := difference > 1e-6 * size).any():
+        got = f"values that differ by {difference[wrong][0].item():.3g} in {describe_first_task(wrong)}"
+        raise InputError("kernel", "a symmetric kernel, k(x, y) = k(y, x)", got)

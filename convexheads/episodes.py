@@ -15,6 +15,7 @@ from convexheads._validation import (
     check_tensor,
     describe_first_task,
     is_integer_tensor,
+    refuse_meta,
 )
 from convexheads.errors import InputError
 
@@ -60,6 +61,7 @@ def split_task(
     check_positive_ints(shots=shots)
     check_bool("relabel", relabel)
     data = check_tensor("data", data, "a tensor of images or features")
+    refuse_meta("data", data)
     labels = check_tensor("labels", labels, "a tensor of integers", is_integer_tensor, like=data)
     if data.shape[: labels.ndim] != labels.shape or labels.ndim < 1:
         expected = f"the leading dimensions of labels, {tuple(labels.shape)}"

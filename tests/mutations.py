@@ -416,9 +416,23 @@ MUTATIONS = [
     Mutation(
         "kernel-width",
         "_gram.py",
-        "return torch.where(median > 0, median, 1).sqrt()",
-        "return torch.where(median > 0, median, 1)",
+        "* torch.where(median > 0, median, 1).sqrt()",
+        "* torch.where(median > 0, median, 1)",
         "test_regression.py::test_median_width_is_that_of_each_task",
+    ),
+    Mutation(
+        "fit-owns-its-memory",
+        "heads/base/head.py",
+        "return value.to(dtype, copy=True)",
+        "return value.to(dtype)",
+        "test_unusual_tensors.py::test_a_fit_shares_no_memory_with_the_caller",
+    ),
+    Mutation(
+        "kernel-symmetry",
+        "_validation.py",
+        "(wrong := difference > 1e-6 * size)",
+        "(wrong := difference > 1e6 * size)",
+        "test_unusual_tensors.py::test_kernels_are_symmetric",
     ),
     # Episodes and their loader
     Mutation(

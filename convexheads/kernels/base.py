@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from convexheads._gram import constant
-from convexheads._validation import Check, check_finite, describe_shape
+from convexheads._validation import Check, check_finite, describe_shape, describe_type, is_dense
 from convexheads.errors import InputError
 from convexheads.hyperparameters import Configurable, Hyperparameter, Learnable, as_tensor, check_positive
 
@@ -55,6 +55,10 @@ def compute_gram(kernel: KernelLike, x: Tensor, y: Tensor, *, validate: bool) ->
     expected = (*x.shape[:-1], y.shape[-2])
     if not isinstance(gram, Tensor) or gram.shape != expected:
         raise InputError("kernel", f"a Gram matrix of shape {expected}", describe_shape(gram))
+    if not is_dense(gram):
+        raise InputError("kernel", "a dense Gram matrix", describe_type(gram))
+    if gram.device != x.device:
+        raise InputError("kernel", f"the device of its arguments, {x.device}", f"a result on {gram.device}")
     if gram.dtype != x.dtype:
         raise InputError("kernel", f"the dtype of its arguments, {x.dtype}", f"a result of {gram.dtype}")
     if validate:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 import torch
 from qpth.qp import QPFunction
 from tasks import close, crammer_singer, task
 
-from convexheads import ConvexHeadsError, Learnable, SVMHead
+from convexheads import ConvexHeadsError, Learnable, SVMHead, WestonWatkinsSVMHead
 from convexheads.solvers import CvxpylayersSolver, InteriorPointSolver, NativeSolver, QpthSolver, to_dense
 from convexheads.solvers.adapters.cvxpylayers import _layer
 
@@ -135,6 +136,14 @@ def test_singular_gram_matrices(solver):
     support[3, :, 2:] = 0
     expected = SVMHead()(support, labels, query)
     assert close(SVMHead(solver=solver())(support, labels, query), expected) < 1e-4
+
+
+@adapters
+@pytest.mark.parametrize("make", [WestonWatkinsSVMHead, partial(SVMHead, squared_hinge=True)])
+def test_a_single_class(solver, make):
+    support, _, query, _ = task()
+    labels = torch.zeros(len(support), dtype=torch.long)
+    assert make(solver=solver())(support, labels, query).abs().max() < 1e-6
 
 
 @adapters

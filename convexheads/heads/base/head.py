@@ -5,17 +5,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
 from convexheads._validation import Check, check_bool, check_definite, describe_shape, optional
 from convexheads.errors import InputError, SolverError
+from convexheads.heads._sharing import apply_once
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Configurable
 from convexheads.kernels import KernelLike, Linear, check_kernel, condition
 from convexheads.precision import working_dtype
+
+
+def _copy(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype, copy=True)
 
 
 class Head(Configurable, ABC):
@@ -74,18 +81,21 @@ class Head(Configurable, ABC):
     ) -> SupportSet:
         """The support set in working precision. Masked examples, which may contain NaN, are replaced with zeros.
 
-        Examples with a weight of zero are masked.
+        Examples with a weight of zero are masked. The result shares no memory with the arguments, which the caller may
+        change later.
         """
-        features = features.to(working_dtype(features.device))
+        features = apply_once(partial(_copy, dtype=working_dtype(features.device)), features)
         targets = targets.to(features.dtype)
         if sample_weight is not None:
             sample_weight = sample_weight.to(features.dtype)
             mask = sample_weight > 0 if mask is None else mask & (sample_weight > 0)
             sample_weight = sample_weight.masked_fill(~mask, 1)
+        elif mask is not None:
+            mask = mask.clone()
         if mask is not None:
             features, targets = (value.masked_fill(~mask.unsqueeze(-1), 0) for value in (features, targets))
         kernel = condition(self.kernel, features, mask)
-        prior = None if prior is None else prior.to(features.dtype)
+        prior = None if prior is None else _copy(prior, features.dtype)
         return SupportSet(features, targets, mask, kernel, self.validate, sample_weight, prior)
 
     def _solve_checked(self, support: SupportSet) -> KernelExpansion:

@@ -24,6 +24,7 @@ from convexheads._validation import (
     is_float_tensor,
     is_integer_tensor,
     out_of_range,
+    refuse_meta,
 )
 from convexheads.errors import InputError
 from convexheads.solvers.problem import Solution
@@ -252,6 +253,7 @@ def check_regression(
 
 def _check_examples(support: object, mask: object) -> tuple[Tensor, Tensor | None]:
     support = _check_features("support", support)
+    refuse_meta("support", support)
     *_, n, d = support.shape
     if not n or not d:
         raise InputError("support", "at least one example and one feature, (*batch, n, d)", describe_shape(support))

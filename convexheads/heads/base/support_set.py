@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.nn import functional
 
-from convexheads._validation import out_of_range
+from convexheads._functorch import inspect_values
+from convexheads._validation import check_symmetric, out_of_range
 from convexheads.errors import InputError
 from convexheads.heads._sharing import apply_once
-from convexheads.kernels import KernelLike, Linear, compute_gram
+from convexheads.kernels import Kernel, KernelLike, Linear, compute_gram
 from convexheads.kernels.linear import affine_form
 from convexheads.solvers.problem import Solution, TensorRecord
 
@@ -73,6 +75,9 @@ class SupportSet:
             gram = self._linear_gram()
             if gram is None:
                 gram = compute_gram(self.kernel, self.features, self.features, validate=self.validate)
+                is_known = isinstance(self.kernel, Kernel | partial)  # the library's kernels are symmetric
+                if self.validate and not is_known:
+                    inspect_values(check_symmetric, gram)
             known["_gram"] = gram if self.mask is None else _mask_gram(gram, self.mask)
         return known["_gram"]
 

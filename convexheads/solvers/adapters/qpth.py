@@ -31,6 +31,7 @@ class QpthSolver(Solver):
     - One task that cannot be factorized fails the whole batch: tasks are then solved one by one, and it alone is NaN.
     - The second derivative is silently wrong: a request for it raises an error.
     - qpth prints a message if residuals are large: the status and the certified gap replace the message.
+    - qpth fails without inequalities, as in tasks with one class: the linear system is solved instead.
     - qpth factorizes the Hessian: if that is singular, its smallest eigenvalue is raised to 1e-6 of its mean diagonal.
 
     Its matrices are nk x nk. It takes `max_iterations` (default None: at most 50), `tolerance` (default 1e-5) and
@@ -65,7 +66,11 @@ class QpthSolver(Solver):
         return external.call_backend(self._solve_dense, *dense, backend="QpthSolver").reshape(problem.linear.shape)
 
     def _solve_dense(self, *dense: Tensor) -> Tensor:
-        Q, _, G, _, A, _ = dense
+        Q, p, G, _, A, b = dense
+        if not G.shape[-2]:  # qpth needs an inequality
+            zero = A.new_zeros(*A.shape[:-2], A.shape[-2], A.shape[-2])
+            kkt = torch.cat([torch.cat([Q, A.mT], -1), torch.cat([A, zero], -1)], -2)
+            return torch.linalg.solve(kkt, torch.cat([-p, b], -1))[..., : Q.shape[-1]]
         batched = self._attempt(*dense) if Q.is_cuda or G.shape[-2] + A.shape[-2] <= _MAX_ROWS_IN_BATCH else None
         if batched is not None and torch.isfinite(batched).all():
             return batched
