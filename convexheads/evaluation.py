@@ -204,8 +204,10 @@ def evaluate(
     """Measure the accuracy of one or several heads over random episodes of cached features.
 
     The episodes depend only on `labels`, the sizes and `seed`, so that accuracies can be paired: those of several heads
-    by `Evaluations.compare`, and those of two backbones by `Evaluation.compare`. On the CPU, batches of episodes with at
-    most 128 examples are solved in as many threads as PyTorch has, so a head of your own must not keep a state.
+    by `Evaluations.compare`, and those of two backbones by `Evaluation.compare`.
+
+    On the CPU, batches of episodes with at most 128 examples are solved in as many threads as PyTorch has, so a head of
+    your own must not keep a state.
 
     Args:
         head: A classification head, or several: a dictionary from names to heads, or a list, in which the name of a
