@@ -191,7 +191,8 @@ def check_tensor(
             tensor = tensor.to(like.device)
         got = describe_type(value) if tensor is None else f"{describe_type(value)} of {tensor.dtype}"
     if not is_kind(tensor):
-        raise InputError(name, expected, got)
+        is_usable = tensor is None or is_dense(tensor)
+        raise InputError(name, expected if is_usable else "a dense tensor", got)
     return tensor
 
 
