@@ -66,7 +66,7 @@ def step(head: ch.ClassificationHead, data: Sequence[Tensor], ways: int) -> Any:
 
 
 def difference(found: Tensor, exact: Tensor) -> float:
-    """The largest relative difference of a task."""
+    """The largest relative difference over the tasks."""
     change, size = ((part.double()).flatten(1).norm(dim=1) for part in (found - exact, exact))
     return (change / size.clamp_min(1e-30)).max().item()
 

@@ -23,8 +23,11 @@ S = TypeVar("S")
 T = TypeVar("T")
 # The largest number of support examples and queries of an episode up to which a batch is evaluated by one thread.
 _MAX_EXAMPLES_FOR_ONE_THREAD = 128
-# Episodes are drawn in parts of this size, so that the first ones do not depend on the number of episodes.
-_EPISODES_AT_ONCE = 1000
+# Episodes are drawn in parts of this size, or of fewer if they have more than so many examples. The first ones do not
+# depend on the number of episodes.
+_EPISODES_AT_ONCE, _EXAMPLES_AT_ONCE = 1000, 100_000
+# More numbers than this are drawn by permutations, because otherwise each one is compared with all others.
+_MAX_COMPARED = 32
 
 
 def fit_episodes(
@@ -157,12 +160,13 @@ def sample_episodes(
     members = group_by_class(labels, ways, per_class)
     counts = torch.tensor([len(each) for each in members])
     firsts, indices = counts.cumsum(0) - counts, torch.cat(members)
+    at_once = min(_EPISODES_AT_ONCE, max(1, _EXAMPLES_AT_ONCE // (ways * per_class)))
 
     def draw() -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(seed)
         waiting = indices.new_empty(0, ways, per_class)
-        for start in range(0, episodes, _EPISODES_AT_ONCE):
-            many = torch.tensor(len(members)).expand(_EPISODES_AT_ONCE)
+        for start in range(0, episodes, at_once):
+            many = torch.tensor(len(members)).expand(at_once)
             classes = _draw_different(many, ways, generator)
             chosen = indices[firsts[classes].unsqueeze(-1) + _draw_different(counts[classes], per_class, generator)]
             waiting = torch.cat([waiting, chosen[: episodes - start][(rank - start) % world_size :: world_size]])
@@ -177,6 +181,9 @@ def sample_episodes(
 
 def _draw_different(counts: Integer[Tensor, "*shape"], size: int, generator: torch.Generator) -> Tensor:
     """Draw `size` different numbers below each count, in random order, `(*shape, size)`."""
+    if size > _MAX_COMPARED:
+        rows = [torch.randperm(count, generator=generator)[:size] for count in counts.flatten().tolist()]
+        return torch.stack(rows).reshape(*counts.shape, size)
     chosen: list[Tensor] = []
     ascending: list[Tensor] = []
     for number in range(size):

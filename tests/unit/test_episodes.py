@@ -459,6 +459,10 @@ def test_draws_without_replacement_are_uniform():
     counts = counts[counts > 0]
     assert len(counts) == 5 * 4 * 3
     assert ((counts - 1000).square() / 1000).sum() < 105  # the quantile 0.9998 of chi-squared with 59 degrees
+    many = _sampling._draw_different(torch.tensor([[50, 40], [60, 33]]), 33, generator)
+    assert many.shape == (2, 2, 33)
+    assert (many.sort(-1).values.diff(dim=-1) > 0).all()
+    assert (many.amax(-1) < torch.tensor([[50, 40], [60, 33]])).all()
     uneven = torch.tensor([7, 9, 30]).repeat(50)
     drawn = _sampling._draw_different(uneven, 7, generator)
     assert (drawn.sort(-1).values.diff(dim=-1) > 0).all()

@@ -1,4 +1,4 @@
-"""The ways to find a step of Newton's method in the weights agree with each other."""
+"""All methods that find a step of Newton's method in the weights give the same step."""
 
 from __future__ import annotations
 
