@@ -23,7 +23,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 # The largest number of support examples and queries of an episode up to which a batch is evaluated by one thread.
 _MAX_EXAMPLES_FOR_ONE_THREAD = 128
-# Episodes are drawn in parts of this size, or of fewer if they have more than so many examples. The first ones do not
+# Episodes are drawn in parts: the largest number of episodes and of examples. Therefore, the first episodes do not
 # depend on the number of episodes.
 _EPISODES_AT_ONCE, _EXAMPLES_AT_ONCE = 1000, 100_000
 # More numbers than this are drawn by permutations, because otherwise each one is compared with all others.
