@@ -72,8 +72,7 @@ class Fitted:
         if expansion.weight is not None:
             scores = multiply(query, expansion.weight.mT)
         elif form is not None:
-            weight, constant = self._through_features(form)
-            scores = multiply(query, weight.mT) + constant.unsqueeze(-2)
+            scores = multiply(query, self._weight_of(form).mT) + self._constant_of(form).unsqueeze(-2)
         else:
             cross_gram = self._cross_gram(query)
             scores = multiply(cross_gram, expansion.coef)
@@ -96,14 +95,20 @@ class Fitted:
         is_cheap = 2 * k <= n if torch.compiler.is_compiling() else k * (n + q) < n * q
         return affine_form(self.support.kernel, d) if is_cheap and self.expansion.quadratic is None else None
 
-    def _through_features(self, form: tuple[Any, Any]) -> tuple[Float[Tensor, "*batch k d"], Float[Tensor, "*batch k"]]:
-        """The weights, and the part of the bias, that the coefficients are for a kernel with this affine form."""
-        slope, constant = form
+    def _weight_of(self, form: tuple[Any, Any]) -> Float[Tensor, "*batch k d"]:
+        """The weights that the coefficients are for a kernel with this affine form."""
+        coef = self._used_coef
+        return multiply(self.support.features.mT, _per_task(form[0], coef) * coef).mT
+
+    def _constant_of(self, form: tuple[Any, Any]) -> Float[Tensor, "*batch k"]:
+        """The part of the bias that is due to the coefficients, for a kernel with this affine form."""
+        coef = self._used_coef
+        return (_per_task(form[1], coef) * coef).sum(-2)
+
+    @property
+    def _used_coef(self) -> Float[Tensor, "*batch n k"]:
         coef, mask = self.expansion.coef, self.support.mask
-        if mask is not None:
-            coef = coef.masked_fill(~mask.unsqueeze(-1), 0)
-        weight = multiply(self.support.features.mT, _per_task(slope, coef) * coef).mT
-        return weight, (_per_task(constant, coef) * coef).sum(-2)
+        return coef if mask is None else coef.masked_fill(~mask.unsqueeze(-1), 0)
 
     def _prepare(self, query: Float[Tensor, "*#batch q d"] | ArrayLike) -> Float[Tensor, "..."]:
         """The `query` in working precision, after all checks."""
@@ -129,7 +134,7 @@ class Fitted:
         """
         form, weight = self._affine_form(), self.expansion.weight
         if weight is None:
-            weight, _ = self._through_features(form)
+            weight = self._weight_of(form)
         if self.support.prior is not None:
             weight = weight + self.support.prior
         return self._to_output(weight)
@@ -137,7 +142,7 @@ class Fitted:
     @property
     def bias(self) -> Float[Tensor, "*batch k"]:
         """The bias `(*batch, k)` of scores that are `query @ weight.mT + bias`; see `weight`, also for errors."""
-        (_, total), bias = self._through_features(self._affine_form()), self.expansion.bias
+        total, bias = self._constant_of(self._affine_form()), self.expansion.bias
         return self._to_output(total if bias is None else total + bias)
 
     def to_linear(self) -> nn.Linear:
