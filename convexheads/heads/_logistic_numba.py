@@ -14,7 +14,8 @@ from torch import Tensor
 
 from convexheads.solvers import certificate
 from convexheads.solvers.native.numba_backend import run_tasks
-from convexheads.solvers.native.numba_kkt import cholesky, cholesky_solve, invert, kernel
+from convexheads.solvers.native.numba_kkt import cholesky, cholesky_solve, invert
+from convexheads.solvers.native.team import kernel
 
 _STEPS = 5
 """The typical number of steps."""
@@ -161,7 +162,7 @@ def apply_operator(blocks, total, right, result):
 def factorize(gram, sample_weight, p, blocks, total):
     """`SoftmaxKKT.factorize`, without the border."""
     n, k = p.shape
-    root = np.empty(n)
+    root, column = np.empty(n), np.empty(n)
     total[:] = 0.0
     for c in range(k):
         block = blocks[c]
@@ -171,7 +172,7 @@ def factorize(gram, sample_weight, p, blocks, total):
             for j in range(i + 1):
                 block[i, j] = root[i] * gram[i, j] * root[j]
             block[i, i] += 1.0
-        invert(block.reshape(n * n), n)
+        invert(block.reshape(n * n), n, column, False)
         for i in range(n):
             for j in range(n):
                 block[i, j] *= root[i] * root[j]

@@ -36,7 +36,7 @@ def solve(qp, max_rounds=active_set.MAX_ROUNDS):
 
 def arrays(qp):
     """The data of the first task, as kernels take it."""
-    return tuple(value[0] for value in numba_backend._arrays(qp))
+    return tuple(value[0].numpy() for value in numba_backend._tensors(qp))
 
 
 def sides(at_upper, at_lower):
@@ -44,8 +44,18 @@ def sides(at_upper, at_lower):
 
 
 def allocate(qp):
+    return tuple(value[0] for value in numba_backend.allocate_factors(1, *qp.linear.shape[1:]))
+
+
+MEMORY = np.empty(1)
+
+
+def work(qp):
+    """Memory for ADMM and for the search."""
     _, n, k = qp.linear.shape
-    return tuple(value[0] for value in numba_backend._allocate_factors(1, n, k))
+    matrices, vectors = np.empty((numba_kernels.MATRICES, n, k)), np.empty((numba_kernels.VECTORS, n))
+    inverse = np.empty((n, n))
+    return numba_kernels.divide_memory(matrices, vectors, np.empty((1, n)), inverse.reshape(-1), inverse, MEMORY)[3:5]
 
 
 def near_solution(qp, seed):
@@ -58,7 +68,7 @@ def near_solution(qp, seed):
 def rescaling(qp, seed):
     problem, coef_scale, multiplier_scale = rescale(qp)
     inner = tuple(np.empty_like(value) for value in arrays(qp))
-    *scales, curvature = numba_kernels.rescale(arrays(qp), inner)
+    *scales, curvature = numba_kernels.rescale(arrays(qp), inner, MEMORY)
     yield scales, [coef_scale[0], multiplier_scale[0]]
     yield curvature, problem.curvature()[0]
     for found, expected in zip(inner, arrays(problem), strict=True):
@@ -74,7 +84,14 @@ def certification(qp, seed):
     coef, multipliers = feasible[0].clone().numpy(), found.row_multipliers[0].clone().numpy()
     bound_multipliers = np.empty_like(coef)
     gap, error, moved, violation, rounding = numba_kernels.certify(
-        arrays(qp), qp.rows_sum_to_zero, coef, multipliers, bound_multipliers, numba_backend._LIMITS
+        arrays(qp),
+        qp.rows_sum_to_zero,
+        coef,
+        multipliers,
+        bound_multipliers,
+        numba_backend._LIMITS,
+        np.empty_like(coef),
+        MEMORY,
     )
     # The kernel does not look for a better scaling of the weights.
     scores = qp.gram @ feasible
@@ -111,7 +128,7 @@ def admm_step(qp, seed):
     coef, side = np.empty(qp.linear.shape[1:]), np.empty(qp.linear.shape[1:], np.int8)
     penalty = admm_steps.PENALTY * qp.curvature()[0].item()
     settings = 4, 99, admm_steps.OVER_RELAXATION, feasible_rows.NEWTON_TOLERANCE
-    numba_kernels.admm(arrays(qp), qp.rows_sum_to_zero, penalty, settings, coef, side)
+    numba_kernels.admm(arrays(qp), qp.rows_sum_to_zero, penalty, settings, coef, side, work(qp)[0], MEMORY)
     yield coef, expected.coef[0]
 
 
@@ -123,7 +140,8 @@ def warm_start(qp, seed):
     expected = problem.start.at_bounds(problem)
     coef, bound_multipliers, row_multipliers = (value[0].clone().numpy() for value in vars(start).values())
     side, factors = np.empty(qp.linear.shape[1:], np.int8), tuple(scale.item() for scale in scales)
-    numba_kernels.begin_at(coef, bound_multipliers, row_multipliers, arrays(problem), factors, ZERO_MULTIPLIER, side)
+    own = coef, bound_multipliers, row_multipliers
+    numba_kernels.begin_at(*own, arrays(problem), factors, ZERO_MULTIPLIER, side, MEMORY)
     found = sides(*active_entries(problem, expected.coef, expected.bound_multipliers))
     yield side, found
     yield coef * (found == 0), expected.coef[0] * torch.from_numpy(found == 0)
@@ -140,7 +158,8 @@ def active_set_round(qp, seed):
         expected, expected_set, expected_rounds = active_set.search(qp, start, max_rounds=max_rounds)
         own = coef.copy(), multipliers.copy(), side.copy()
         settings = REGULARIZATION, active_set.REFINEMENTS, max_rounds
-        rounds = numba_kernels.search(arrays(qp), qp.rows_sum_to_zero, settings, *own, allocate(qp))
+        memory = allocate(qp), work(qp)[1], MEMORY
+        rounds = numba_kernels.search(arrays(qp), qp.rows_sum_to_zero, settings, *own, *memory)
         yield own[0], expected[0]
         assert rounds == expected_rounds[0]
         assert (own[2] == sides(expected_set.at_upper, expected_set.at_lower)).all()
@@ -159,12 +178,15 @@ def factorization(qp, seed):
     free = ~(at_upper | at_lower)
     kkt, factors = factorize_free(qp, at_upper, at_lower), allocate(qp)
     gram, _, _, _, smoothing = arrays(qp)
-    numba_kkt.factorize(gram, smoothing, qp.rows_sum_to_zero, sides(at_upper, at_lower), factors, REGULARIZATION)
+    solve_work = work(qp)[1][-1]
+    chosen = qp.rows_sum_to_zero, sides(at_upper, at_lower), factors, REGULARIZATION
+    numba_kkt.factorize(gram, smoothing, *chosen, solve_work[0])
     for i, c in free[0].nonzero().tolist():
         right, sums = torch.zeros_like(qp.linear), torch.zeros_like(qp.linear[..., 0])
         right[0, i, c] = 1
         x, multipliers = np.zeros(right.shape[1:]), np.zeros(sums.shape[1])
-        numba_kkt.solve_factorized(qp.rows_sum_to_zero, right[0].numpy(), sums[0].numpy(), x, multipliers, factors)
+        equations = right[0].numpy(), sums[0].numpy(), x, multipliers
+        numba_kkt.solve_factorized(qp.rows_sum_to_zero, *equations, factors, solve_work)
         expected = kkt.solve(right.mT, sums, refinements=0)
         yield x, expected[0][0].mT
         yield multipliers, expected[1][0]

@@ -18,7 +18,7 @@ from convexheads.heads._primal import steps
 from convexheads.heads._primal.problem import DAMPING, Problem
 from convexheads.solvers.best_iterate import SMALL_GAP
 from convexheads.solvers.native.numba_backend import run_tasks
-from convexheads.solvers.native.numba_kkt import kernel
+from convexheads.solvers.native.team import kernel
 
 _PRODUCTS = 50
 """The typical number of products of matrices."""

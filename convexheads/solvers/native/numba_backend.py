@@ -8,9 +8,10 @@ coefficients costs the inverse of one m x m matrix.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from typing import Any
 
@@ -47,43 +48,53 @@ def solve(
 
     Tasks that are not certified to the tolerance have the status `FAILED`, and their coefficients are NaN.
     """
-    data = _arrays(problem)
+    data, is_on_cpu = _tensors(problem), _is_on_cpu(problem.linear)
     tasks, n, k = shape = data[1].shape
+    empty = np.empty if is_on_cpu else partial(_empty_tensor, data[1].device)
     if problem.start is None:
-        coef, bound_multipliers, row_multipliers = np.empty(shape), np.empty(shape), np.empty((tasks, n))
+        coef, bound_multipliers, row_multipliers = empty(shape), empty(shape), empty((tasks, n))
     else:
         begin = problem.start.map(lambda _, value: value.clone(memory_format=torch.contiguous_format))
-        coef, bound_multipliers, row_multipliers = (value.numpy() for value in vars(begin).values())
-    side, gaps, rounds = np.empty(shape, np.int8), np.empty((tasks, 3)), np.empty(tasks, np.int64)
-    scales, proven = np.empty(tasks), np.empty(tasks, np.bool_)
+        coef, bound_multipliers, row_multipliers = (
+            _as_arrays(tuple(vars(begin).values())) if is_on_cpu else vars(begin).values()
+        )
+    side, gaps, rounds = empty(shape, "int8"), empty((tasks, 3)), empty(tasks, "int64")
+    scales, proven = empty(tasks), empty(tasks, "bool")
     results = (coef, bound_multipliers, row_multipliers, side, gaps, rounds, scales, proven)
-    system = np.empty((tasks, n, n)), np.empty(shape)
-    factors = _allocate_factors(tasks, n, k)
+    system = empty((tasks, n, n)), empty(shape)
+    factors = allocate_factors(tasks, n, k, empty)
     search_settings = REGULARIZATION, refinements, max_rounds, warm_rounds
     settings = admm_steps.PENALTY, _ADMM_SETTINGS, search_settings, ZERO_MULTIPLIER
     tolerances = (certificate.aim(tolerance, torch.float64), *_TOLERANCES)
     path_length = problem.path_length if problem.path_length * torch.get_num_threads() <= tasks else 1
-    starts = problem.rows_sum_to_zero, problem.start is not None, path_length
-    arguments = (data, *starts, settings, tolerances, results, system, factors)
-    run_tasks(numba_kernels.solve_tasks, tasks, tasks * k * n**3, *arguments, at_once=path_length)
-    coef = torch.from_numpy(coef)
-    _account_for_rounding(problem, coef, gaps, proven, tolerance)
-    if not proven.all():
-        coef[torch.from_numpy(~proven)] = torch.nan
-        gaps[~proven, 0] = np.nan
-    gap, violation, _ = torch.from_numpy(gaps).unbind(-1)
+    options = problem.rows_sum_to_zero, problem.start is not None, path_length, settings, tolerances
+    if is_on_cpu:
+        arguments = data, options, results, system, factors
+        run_tasks(numba_kernels.solve_tasks, tasks, tasks * k * n**3, *arguments, at_once=path_length)
+        results, system, factors = _as_tensors(results), _as_tensors(system), _as_tensors(factors)
+        _account_for_rounding(problem, results[0], gaps, proven, tolerance)
+        if not proven.all():
+            results[0][torch.from_numpy(~proven)] = torch.nan
+            gaps[~proven, 0] = np.nan
+    else:
+        from convexheads.solvers.native import cuda_team
+
+        cuda_team.solve_tasks(data, options, results, system, factors, at_once=path_length)
+        # Where rounding matters, the gap is unknown: its computation begins with a decision that reads values.
+        proven &= gaps[:, 2] <= certificate.ROUNDING_MARGIN * certificate.ROUNDING_THRESHOLD
+    coef, bound_multipliers, row_multipliers, side, gaps, rounds, scales, proven = results
+    gap, violation, _ = gaps.unbind(-1)
     solution = Solution(
         coef=coef,
-        bound_multipliers=torch.from_numpy(bound_multipliers),
-        row_multipliers=torch.from_numpy(row_multipliers),
-        status=torch.from_numpy(np.where(proven, Status.CONVERGED.value, Status.FAILED.value)),
+        bound_multipliers=bound_multipliers,
+        row_multipliers=row_multipliers,
+        status=torch.where(proven, Status.CONVERGED.value, Status.FAILED.value),
         gap=gap,
         residual=violation,
-        iterations=torch.from_numpy(rounds),
+        iterations=rounds,
     )
-    kkt = NumbaKKT(*map(torch.from_numpy, (*system, *factors)), rows_sum_to_zero=problem.rows_sum_to_zero)
-    linearization = ActiveSet(kkt, torch.from_numpy(side > 0), torch.from_numpy(side < 0))
-    return LinearizedSolution(solution, torch.from_numpy(scales), linearization)
+    kkt = NumbaKKT(*system, *factors, rows_sum_to_zero=problem.rows_sum_to_zero)
+    return LinearizedSolution(solution, scales, ActiveSet(kkt, side > 0, side < 0))
 
 
 def _account_for_rounding(
@@ -112,21 +123,35 @@ class NumbaKKT(KKT):
     rows_sum_to_zero: bool
 
     def solve(self, right: Tensor, sums: Tensor, *, refinements: int) -> tuple[Tensor, Tensor]:
-        given, total = np.ascontiguousarray(right.mT.numpy()), np.ascontiguousarray(sums.numpy())
-        x, row_multipliers = np.zeros_like(given), np.zeros_like(total)
-        factors = tuple(value.numpy() for value in (self.blocks, self.index, self.count, self.schur))
-        system = self.gram.contiguous().numpy(), self.smoothing.contiguous().numpy()
-        arguments = (system, given, total, self.rows_sum_to_zero, refinements, x, row_multipliers, factors)
-        run_tasks(numba_kkt.solve_systems, len(x), 10 * x.size * x.shape[1], *arguments)
-        return torch.from_numpy(x).mT, torch.from_numpy(row_multipliers)
+        right, sums = right.mT.contiguous(), sums.contiguous()
+        x, row_multipliers = torch.zeros_like(right), torch.zeros_like(sums)
+        system, factors = (
+            (self.gram.contiguous(), self.smoothing.contiguous()),
+            (
+                self.blocks,
+                self.index,
+                self.count,
+                self.schur,
+            ),
+        )
+        options, unknowns = (self.rows_sum_to_zero, refinements), (x, row_multipliers)
+        arguments = system, (right, sums), options, unknowns, factors
+        if _is_on_cpu(x):
+            run_tasks(numba_kkt.solve_systems, len(x), 10 * x.numel() * x.shape[1], *arguments)
+        else:
+            from convexheads.solvers.native import cuda_team
+
+            cuda_team.solve_systems(*arguments)
+        return x.mT, row_multipliers
 
 
 def run_tasks(loop: Any, tasks: int, operations: int, *arguments: Any, at_once: int = 1) -> None:
-    """Run a kernel over all tasks, in as many threads as PyTorch has, if the work exceeds `_MIN_FLOPS_FOR_THREADS`.
+    """Run a kernel for the CPU over all tasks, in as many threads as PyTorch has if the work is large enough.
 
     The threads are not those of Numba, because OpenMP threads cannot be used from a forked process, such as the worker
     of a data loader. Each thread takes the next task when it has finished one, or the next `at_once` tasks.
     """
+    arguments = tuple(map(_as_arrays, arguments))
     threads = min(torch.get_num_threads(), tasks)
     if threads < 2 or operations < _MIN_FLOPS_FOR_THREADS:
         return loop(0, tasks, *arguments)
@@ -152,15 +177,35 @@ if hasattr(os, "register_at_fork"):  # threads do not survive a fork
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def _allocate_factors(tasks: int, n: int, k: int) -> tuple[np.ndarray, ...]:
+def allocate_factors(tasks: int, n: int, k: int, empty: Callable[..., Any] = np.empty) -> tuple[Any, ...]:
     """Memory for the factors. The operating system provides each page when it is first written to."""
-    blocks, schur = np.empty((tasks, k, n * n)), np.empty((tasks, n, n))
-    return blocks, np.empty((tasks, k, n), np.int64), np.empty((tasks, k), np.int64), schur
+    integers = empty((tasks, k, n), "int64"), empty((tasks, k), "int64")
+    return empty((tasks, k, n * n)), *integers, empty((tasks, n, n))
 
 
-def _arrays(problem: DualProblem) -> tuple[np.ndarray, ...]:
-    def array(value: Tensor | None, missing: float = 0.0) -> np.ndarray:
-        return np.full(problem.linear.shape, missing) if value is None else value.contiguous().numpy()
+def _is_on_cpu(tensor: Tensor) -> bool:
+    return tensor.is_cpu
 
-    lower, upper = array(problem.lower, -np.inf), array(problem.upper, np.inf)
-    return array(problem.gram), array(problem.linear), lower, upper, array(problem.smoothing)
+
+def _empty_tensor(device: torch.device, shape: Any, dtype: str = "float64") -> Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+
+
+def _tensors(problem: DualProblem) -> tuple[Tensor, ...]:
+    """The data of a problem, with values for what it lacks."""
+
+    def tensor(value: Tensor | None, missing: float = 0.0) -> Tensor:
+        return problem.linear.new_full(problem.linear.shape, missing) if value is None else value.contiguous()
+
+    lower, upper = tensor(problem.lower, -torch.inf), tensor(problem.upper, torch.inf)
+    return tensor(problem.gram), tensor(problem.linear), lower, upper, tensor(problem.smoothing)
+
+
+def _as_arrays(argument: Any) -> Any:
+    if isinstance(argument, tuple):
+        return tuple(map(_as_arrays, argument))
+    return argument.numpy() if isinstance(argument, Tensor) else argument
+
+
+def _as_tensors(arrays: tuple[np.ndarray, ...]) -> tuple[Tensor, ...]:
+    return tuple(map(torch.from_numpy, arrays))

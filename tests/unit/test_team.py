@@ -1,0 +1,185 @@
+"""The kernels in a team of several threads, as on a GPU: simulated, because most machines have none.
+
+`tests/simulated_team.py` runs the kernels as plain Python and looks for races. The machine code for GPUs is compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from problems import known_problem
+from tasks import crammer_singer, task
+
+pytest.importorskip("numba")
+from simulated_team import RaceError, Team, simulated
+
+from convexheads.solvers import DualProblem, NativeSolver
+from convexheads.solvers.native import active_set, cuda_team, numba_backend, numba_kernels, numba_kkt, team
+from convexheads.solvers.problem import WarmStart
+
+TEAMS = ((1, 4), (3, 1), (2, 3))
+LIMITS = {"max_rounds": active_set.MAX_ROUNDS, "warm_rounds": active_set.WARM_ROUNDS}
+
+
+def duplicates():
+    support, labels, *_ = task(2, shots=(2, 3, 2), d=4)
+    return crammer_singer(torch.cat([support, support[:, :2]], 1), torch.cat([labels, labels[:, :2]], 1), 0.5)
+
+
+def uneven_masks():
+    qp = crammer_singer(*task(2, shots=(3, 2, 2), d=9)[:2], 0.5)
+    used = torch.arange(7) < torch.tensor([[5], [6]])
+    gram = torch.where(used.unsqueeze(-1) & used.unsqueeze(-2), qp.gram, 0)
+    linear, upper = (torch.where(used.unsqueeze(-1), value, 0) for value in (qp.linear, qp.upper))
+    return DualProblem(gram, linear, torch.where(used.unsqueeze(-1), -torch.inf, torch.zeros_like(upper)), upper)
+
+
+def one_not_finite():
+    qp = crammer_singer(*task(3, d=8)[:2], 0.5)
+    qp.gram[1, 0, 0] = torch.nan
+    return qp
+
+
+def with_start():
+    qp = crammer_singer(*task(2, d=8)[:2], 0.5)
+    return replace(qp, start=WarmStart.of(NativeSolver().solve(replace(qp, upper=0.8 * qp.upper))))
+
+
+def path():
+    support, labels, *_ = task(1, d=8)
+    C = torch.tensor([0.1, 0.3, 1.0, 3.0])[:, None, None]
+    one = crammer_singer(support, labels, 1.0)
+    return replace(
+        one.map(lambda name, value: C * value if name == "upper" else value.expand(4, -1, -1)), path_length=4
+    )
+
+
+PROBLEMS = {
+    "separable": lambda: crammer_singer(*task(2, shots=(2, 3, 1), d=12)[:2], 0.3),
+    "n > d": lambda: crammer_singer(*task(2, shots=(3, 3, 3), d=2)[:2], 0.5),
+    "squared hinge": lambda: crammer_singer(*task(2, shots=(2, 3, 1), d=12)[:2], 0.3, smoothing=0.5),
+    "one class": lambda: crammer_singer(*task(2, shots=(4,), d=6)[:2], 0.3),
+    "more ways than warps": lambda: crammer_singer(*task(1, shots=(1,) * 6, d=4)[:2], 0.3),
+    "two bounds": lambda: known_problem(2, 4, 3, seed=0, bounds="both", smoothing="some", rows_sum_to_zero=False)[0],
+    "lower bounds": lambda: known_problem(2, 4, 3, seed=1, bounds="lower", smoothing="none", rows_sum_to_zero=True)[0],
+    "duplicates": duplicates,
+    "uneven masks": uneven_masks,
+    "not finite": one_not_finite,
+    "warm start": with_start,
+    "path": path,
+}
+
+
+def solve(qp):
+    return numba_backend.solve(qp, 1e-6, **LIMITS, refinements=active_set.REFINEMENTS)
+
+
+def run_in_teams(shape, qp, monkeypatch):
+    """Solve as on a GPU, each team after the other, and the system of the gradient too."""
+
+    def launch(kernel, teams, warps, *arguments):
+        arguments, solves_tasks = numba_backend._as_arrays(arguments), kernel is cuda_team._solve_tasks
+        for t in range(teams):
+            simulation = Team(*shape)
+            with simulated(simulation, numba_kernels, numba_kkt):
+                if solves_tasks:
+                    tasks, at_once, *rest, (matrices, vectors, local, flat, inverse) = arguments
+                    memory = matrices[t], vectors[t], np.empty((shape[0], local.shape[2])), flat[t], inverse[t]
+                    work = numba_kernels.divide_memory(*memory, np.empty(warps))
+                    first, last = t * at_once, min((t + 1) * at_once, tasks)
+                    simulation.run(numba_kernels.solve_tasks_of_team, first, last, *rest, work)
+                else:
+                    *rest, (residual, sums, local, change, total) = arguments
+                    work = residual[t], sums[t], (np.empty((shape[0], local.shape[2])), change[t], total[t])
+                    simulation.run(numba_kkt.solve_systems_of_team, t, t + 1, *rest, work)
+
+    monkeypatch.setattr(cuda_team, "launch", launch)
+    monkeypatch.setattr(numba_backend, "_is_on_cpu", lambda tensor: False)
+    found = solve(qp)
+    adjoint = found.linearization.kkt.solve(qp.linear.mT, qp.linear[..., 0], refinements=1)
+    monkeypatch.undo()
+    return found, adjoint
+
+
+@pytest.mark.parametrize("shape", TEAMS, ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_a_team_computes_what_one_thread_does(problem, shape, monkeypatch):
+    qp = problem()
+    expected = solve(qp)
+    found, adjoint = run_in_teams(shape, qp, monkeypatch)
+    proven = expected.solution.converged
+    assert torch.equal(found.solution.converged, proven)
+    assert torch.equal(found.solution.iterations, expected.solution.iterations)
+    for name, value in expected.solution.tensors().items():
+        if name != "gap":
+            torch.testing.assert_close(found.solution.tensors()[name][proven], value[proven], rtol=1e-6, atol=1e-9)
+    assert (found.solution.gap[proven] < 1e-9).all()
+    for name in ("at_upper", "at_lower"):
+        assert torch.equal(getattr(found.linearization, name)[proven], getattr(expected.linearization, name)[proven])
+    reference = expected.linearization.kkt.solve(qp.linear.mT, qp.linear[..., 0], refinements=1)
+    for one, other in zip(adjoint, reference, strict=True):
+        torch.testing.assert_close(one[proven], other[proven], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("missing", ["wait_for_team", "wait_for_warp"])
+@pytest.mark.parametrize("kernel", ["cholesky", "cholesky_solve", "invert", "solve_tasks"])
+def test_a_missing_barrier_is_a_race(kernel, missing, monkeypatch):
+    """The simulation finds races, or the test above would show nothing."""
+    uses = {"cholesky": ["wait_for_team"], "cholesky_solve": ["wait_for_warp"], "invert": ["wait_for_warp"]}
+    if missing not in uses.get(kernel, [missing]):
+        pytest.skip("the kernel does not use this barrier")
+    shape = (1, 4) if kernel == "invert" else (2, 2)  # there, each warp has a matrix of its own
+    simulation, matrix = Team(*shape), np.eye(6) + 0.1
+    simulation.primitives[missing] = lambda: None
+    arguments = {
+        "cholesky": (matrix, 6),
+        "cholesky_solve": (matrix, np.ones(6), 6),
+        "invert": (matrix.reshape(-1), 6, np.empty(6), False),
+    }
+    if kernel == "solve_tasks":
+        monkeypatch.setattr(sys.modules[__name__], "Team", lambda *_: simulation)
+        with pytest.raises((RaceError, IndexError)):  # a wrong index may be read before it is written
+            run_in_teams(shape, PROBLEMS["separable"](), monkeypatch)
+    else:
+        with simulated(simulation, numba_kernels, numba_kkt), pytest.raises(RaceError):
+            simulation.run(getattr(numba_kkt, kernel), *arguments[kernel])
+
+
+def test_threads_that_part_are_found():
+    def kernel():
+        if simulation.primitives["thread"]() == 0:
+            simulation.primitives["wait_for_team"]()
+        else:
+            simulation.primitives["wait_for_team"]()
+
+    simulation = Team(1, 2)
+    with pytest.raises(RaceError, match="different barriers"):
+        simulation.run(kernel)
+
+
+def test_every_function_of_the_team_has_an_implementation_on_gpus():
+    assert set(cuda_team.ON_GPU) == set(team.PRIMITIVES)
+
+
+COMPILE = Path(__file__).parent.parent / "compile_for_gpu.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["8.0", "9.0", "10.0"])
+def test_kernels_compile_for_gpus(architecture):
+    if find_spec("numba_cuda") is None:
+        pytest.skip("numba-cuda is not installed")
+    command = [sys.executable, str(COMPILE), architecture]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
+    assert done.returncode == 0, done.stderr
+    kernels = dict(line.split() for line in done.stdout.splitlines())
+    assert set(kernels) == {"_solve_tasks", "_solve_systems"}
+    assert all(int(registers) <= cuda_team.MAX_REGISTERS for registers in kernels.values())
