@@ -1,6 +1,7 @@
 """Run kernels by a simulated team of threads, as on a GPU, and look for races.
 
-Kernels run as plain Python. Each thread of the team is a thread here, and arrays remember which thread read or wrote an
+With `on_this_gpu`, the solvers believe that problems on the CPU are on a GPU, and launch their kernels here. In a simulated
+team, kernels run as plain Python. Each thread of the team is a thread here, and arrays remember which thread read or wrote an
 entry, and when. Two threads race if both use an entry, one of them writes it, and no barrier that both pass is between.
 """
 
@@ -9,14 +10,16 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager
-from types import ModuleType
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
 from numba.core.dispatcher import Dispatcher
 
-from convexheads.solvers.native import cuda_team, team
+from convexheads.solvers import problem
+from convexheads.solvers.native import active_set, cuda_team, numba_backend, numba_kernels, numba_kkt, team
 
 _TIMEOUT = 60
 
@@ -150,9 +153,9 @@ class Watched:
 
 
 @contextmanager
-def simulated(team: Team, *modules: ModuleType):
-    """Let the kernels of the modules run as plain Python in the threads of the team."""
-    saved = [(module, dict(vars(module))) for module in (*modules, cuda_team)]
+def simulated(team: Team):
+    """Let the kernels run as plain Python in the threads of the team."""
+    saved = [(module, dict(vars(module))) for module in (numba_kernels, numba_kkt, cuda_team)]
     try:
         for module, values in saved:
             for name, value in values.items():
@@ -164,3 +167,35 @@ def simulated(team: Team, *modules: ModuleType):
     finally:
         for module, values in saved:
             vars(module).update(values)
+
+
+@contextmanager
+def on_this_gpu(make_team: Callable[[], Team] | None = None):
+    """Launch kernels for GPUs here: each team of a launch is one that `make_team` makes, or one compiled thread."""
+
+    def launch(kernel: Any, teams: int, warps: int, *arguments: Any) -> None:
+        arguments, solves_tasks = numba_backend._as_arrays(arguments), kernel is cuda_team._solve_tasks
+        *arguments, memory = arguments
+        for number in range(teams):
+            one = None if make_team is None else make_team()
+            local = np.empty((1 if one is None else one.warps, arguments[-1][1].shape[-1]))
+            with nullcontext() if one is None else simulated(one):
+                if solves_tasks:
+                    tasks, at_once, *rest = arguments
+                    matrices, vectors, _, flat, inverse = (part[number] for part in memory)
+                    work = numba_kernels.divide_memory(matrices, vectors, local, flat, inverse, np.empty(warps))
+                    kernel, part = numba_kernels.solve_tasks_of_team, (number * at_once, (number + 1) * at_once)
+                    part = part[0], min(part[1], tasks)
+                else:
+                    residual, sums, _, change, total = (part[number] for part in memory)
+                    rest, work = arguments, (residual, sums, (local, change, total))
+                    kernel, part = numba_kkt.solve_systems_of_team, (number, number + 1)
+                call = kernel if one is None else partial(one.run, kernel)
+                call(*part, *rest, work)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_team, "launch", launch)
+        patch.setattr(numba_backend, "_is_on_cpu", lambda tensor: False)
+        patch.setattr(problem, "_check_order", lambda *bounds: None)  # only values on the CPU are checked
+        patch.setattr(active_set.ActiveSetSolver, "runs_on_gpu", lambda self, _: self.backend == "cuda")
+        yield

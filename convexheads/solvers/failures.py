@@ -10,8 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from convexheads._functorch import inspect_values
-from convexheads._validation import describe_task
 from convexheads.errors import SolverError, SolverWarning
 from convexheads.solvers.certificate import ZERO_GAP
 from convexheads.solvers.problem import Solution, Status
@@ -26,7 +24,7 @@ def handle_failures(name: str, solution: Solution, tolerance: float, on_failure:
     if on_failure != "return":
         if torch.compiler.is_compiling():
             return _handle_failures_later(name, solution, tolerance, on_failure)
-        if failures := describe_failures(solution):
+        if failures := solution.describe_failures():
             _report(failures, name, solution, tolerance, on_failure)
     return solution
 
@@ -78,17 +76,3 @@ def _pass_on(name, tolerance, on_failure, coef, status, gap, residual):
 
 _pass_on.register_fake(lambda name, tolerance, on_failure, coef, *_: torch.empty_like(coef))
 _pass_on.register_autograd(lambda ctx, gradient: (None, None, None, gradient, None, None, None))
-
-
-def describe_failures(solution: Solution) -> str:
-    """The tasks of the solution that failed, with their gaps and residuals, in words; empty if there are none."""
-    return inspect_values(_describe_failures, solution.status, solution.gap, solution.residual)
-
-
-def _describe_failures(status: Tensor, gap: Tensor, residual: Tensor) -> str:
-    failures = []
-    for task in map(tuple, (status == Status.FAILED).nonzero().tolist()):
-        sizes = f"relative gap {gap[task].item():.1e}, residual {residual[task].item():.1e}"
-        failures.append(f"{describe_task(task)}: {sizes}")
-    shown = "; ".join(failures[:5]) + ("; ..." if len(failures) > 5 else "")
-    return f"{len(failures)} of {status.numel()} tasks not solved ({shown})" if failures else ""

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
-from convexheads._validation import check_bool, check_positive_int, describe_type, is_float_tensor
-from convexheads.errors import InputError
+from convexheads._validation import check_bool, check_positive_int, describe_task, describe_type, is_float_tensor
+from convexheads.errors import InputError, SolverError
 from convexheads.solvers.feasible_rows import FeasibleRows
 
 _R = TypeVar("_R", bound="TensorRecord")
@@ -255,6 +255,22 @@ class Solution(TensorRecord):
         """Which tasks are certified to the tolerance, `(*batch,)` of bool."""
         return self.status == Status.CONVERGED
 
+    def check(self) -> None:
+        """Raise an error if a task failed, as `on_failure="raise"` does at once.
+
+        Use it after a call with `on_failure="return"`, for instance once per epoch: on a GPU, reading the status waits
+        until all work is done.
+
+        Raises:
+            SolverError: at least one task failed. The error carries this solution.
+        """
+        if failures := self.describe_failures():
+            raise SolverError(f"Solution: {failures}", self)
+
+    def describe_failures(self) -> str:
+        """The tasks that failed, with their gaps and residuals, in words; empty if there are none."""
+        return inspect_values(_describe_failures, self.status, self.gap, self.residual)
+
     def __repr__(self) -> str:
         shape, tasks = tuple(self.coef.shape), self.status.numel()
         if self.status.is_meta or not tasks:
@@ -263,6 +279,15 @@ class Solution(TensorRecord):
             lambda status, gap: (int((status == 0).sum()), gap.max().item()), self.status, self.gap
         )
         return f"Solution(coef={shape}, {converged} of {tasks} tasks converged, largest gap {gap:.1e})"
+
+
+def _describe_failures(status: Tensor, gap: Tensor, residual: Tensor) -> str:
+    failures = []
+    for task in map(tuple, (status == Status.FAILED).nonzero().tolist()):
+        sizes = f"relative gap {gap[task].item():.1e}, residual {residual[task].item():.1e}"
+        failures.append(f"{describe_task(task)}: {sizes}")
+    shown = "; ".join(failures[:5]) + ("; ..." if len(failures) > 5 else "")
+    return f"{len(failures)} of {status.numel()} tasks not solved ({shown})" if failures else ""
 
 
 def per_task(values: Tensor, like: Tensor) -> Tensor:

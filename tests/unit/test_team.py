@@ -1,4 +1,4 @@
-"""The kernels in a team of several threads, as on a GPU: simulated, because most machines have none.
+"""The kernels in a team of several threads, as on a GPU: simulated, because most machines have no GPU.
 
 `tests/simulated_team.py` runs the kernels as plain Python and looks for races. The machine code for GPUs is compiled.
 """
@@ -19,10 +19,10 @@ from problems import known_problem
 from tasks import crammer_singer, task
 
 pytest.importorskip("numba")
-from simulated_team import RaceError, Team, simulated
+from simulated_team import RaceError, Team, on_this_gpu, simulated
 
 from convexheads.solvers import DualProblem, NativeSolver
-from convexheads.solvers.native import active_set, cuda_team, numba_backend, numba_kernels, numba_kkt, team
+from convexheads.solvers.native import active_set, cuda_team, numba_backend, numba_kkt, team
 from convexheads.solvers.problem import WarmStart
 
 TEAMS = ((1, 4), (3, 1), (2, 3))
@@ -82,39 +82,19 @@ def solve(qp):
     return numba_backend.solve(qp, 1e-6, **LIMITS, refinements=active_set.REFINEMENTS)
 
 
-def run_in_teams(shape, qp, monkeypatch):
-    """Solve as on a GPU, each team after the other, and the system of the gradient too."""
-
-    def launch(kernel, teams, warps, *arguments):
-        arguments, solves_tasks = numba_backend._as_arrays(arguments), kernel is cuda_team._solve_tasks
-        for t in range(teams):
-            simulation = Team(*shape)
-            with simulated(simulation, numba_kernels, numba_kkt):
-                if solves_tasks:
-                    tasks, at_once, *rest, (matrices, vectors, local, flat, inverse) = arguments
-                    memory = matrices[t], vectors[t], np.empty((shape[0], local.shape[2])), flat[t], inverse[t]
-                    work = numba_kernels.divide_memory(*memory, np.empty(warps))
-                    first, last = t * at_once, min((t + 1) * at_once, tasks)
-                    simulation.run(numba_kernels.solve_tasks_of_team, first, last, *rest, work)
-                else:
-                    *rest, (residual, sums, local, change, total) = arguments
-                    work = residual[t], sums[t], (np.empty((shape[0], local.shape[2])), change[t], total[t])
-                    simulation.run(numba_kkt.solve_systems_of_team, t, t + 1, *rest, work)
-
-    monkeypatch.setattr(cuda_team, "launch", launch)
-    monkeypatch.setattr(numba_backend, "_is_on_cpu", lambda tensor: False)
-    found = solve(qp)
-    adjoint = found.linearization.kkt.solve(qp.linear.mT, qp.linear[..., 0], refinements=1)
-    monkeypatch.undo()
-    return found, adjoint
+def solve_on_gpu(qp, make_team=None):
+    """The solution and the solution of a system of the gradient."""
+    with on_this_gpu(make_team):
+        found = solve(qp)
+        return found, found.linearization.kkt.solve(qp.linear.mT, qp.linear[..., 0], refinements=1)
 
 
 @pytest.mark.parametrize("shape", TEAMS, ids=str)
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
-def test_a_team_computes_what_one_thread_does(problem, shape, monkeypatch):
+def test_a_team_computes_what_one_thread_does(problem, shape):
     qp = problem()
     expected = solve(qp)
-    found, adjoint = run_in_teams(shape, qp, monkeypatch)
+    found, adjoint = solve_on_gpu(qp, lambda: Team(*shape))
     proven = expected.solution.converged
     assert torch.equal(found.solution.converged, proven)
     assert torch.equal(found.solution.iterations, expected.solution.iterations)
@@ -131,7 +111,7 @@ def test_a_team_computes_what_one_thread_does(problem, shape, monkeypatch):
 
 @pytest.mark.parametrize("missing", ["wait_for_team", "wait_for_warp"])
 @pytest.mark.parametrize("kernel", ["cholesky", "cholesky_solve", "invert", "solve_tasks"])
-def test_a_missing_barrier_is_a_race(kernel, missing, monkeypatch):
+def test_a_missing_barrier_is_a_race(kernel, missing):
     """The simulation finds races, or the test above would show nothing."""
     uses = {"cholesky": ["wait_for_team"], "cholesky_solve": ["wait_for_warp"], "invert": ["wait_for_warp"]}
     if missing not in uses.get(kernel, [missing]):
@@ -145,11 +125,10 @@ def test_a_missing_barrier_is_a_race(kernel, missing, monkeypatch):
         "invert": (matrix.reshape(-1), 6, np.empty(6), False),
     }
     if kernel == "solve_tasks":
-        monkeypatch.setattr(sys.modules[__name__], "Team", lambda *_: simulation)
         with pytest.raises((RaceError, IndexError)):  # a wrong index may be read before it is written
-            run_in_teams(shape, PROBLEMS["separable"](), monkeypatch)
+            solve_on_gpu(PROBLEMS["separable"](), lambda: simulation)
     else:
-        with simulated(simulation, numba_kernels, numba_kkt), pytest.raises(RaceError):
+        with simulated(simulation), pytest.raises(RaceError):
             simulation.run(getattr(numba_kkt, kernel), *arguments[kernel])
 
 

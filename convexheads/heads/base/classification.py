@@ -27,7 +27,6 @@ from convexheads.heads.base.support_set import KernelExpansion, SupportSet, merg
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
 from convexheads.precision import full_precision, output_dtype, working_dtype
-from convexheads.solvers.failures import describe_failures
 from convexheads.solvers.problem import Solution
 
 _traced = traced_if(
@@ -318,7 +317,7 @@ class ClassificationHead(Head):
             return expansion
         if expansion.solution is None:  # another group has none
             raise cause
-        message = f"{type(self).__name__}: {describe_failures(expansion.solution)}"
+        message = f"{type(self).__name__}: {expansion.solution.describe_failures()}"
         raise SolverError(message, expansion.solution) from cause
 
 

@@ -388,9 +388,9 @@ def _map(value: Any, change: Callable[[Any], Any]) -> Any:
     return value
 
 
-def _per_task(value: float | Tensor, like: Tensor) -> Tensor:
-    """A number, or one for each task, as a tensor that can be multiplied by matrices `(*batch, n, k)`."""
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device)[..., None, None]
+def _per_task(value: float | Tensor, like: Tensor) -> float | Tensor:
+    """A number, or a tensor of one for each task, to be multiplied by matrices `(*batch, n, k)`."""
+    return value.to(like)[..., None, None] if isinstance(value, Tensor) else value
 
 
 def _not_linear(got: str) -> ConvexHeadsError:

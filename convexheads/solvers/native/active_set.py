@@ -20,8 +20,8 @@ from convexheads.solvers.implicit import ActiveSet, active_entries, factorize_fr
 from convexheads.solvers.native.admm_steps import admm, ridge_step
 from convexheads.solvers.problem import DualProblem, WarmStart
 
-Backend = Literal["auto", "torch", "numba"]
-"""The implementation: PyTorch, kernels that Numba compiles for the CPU, or the faster of the two."""
+Backend = Literal["auto", "torch", "numba", "cuda"]
+"""The implementation: PyTorch, kernels that Numba compiles for the CPU or also for GPUs, or a choice between them."""
 MAX_ROUNDS = 12
 REFINEMENTS = 2
 # If a search from a warm start needs more rounds than this, another one from scratch is faster.
@@ -29,6 +29,8 @@ WARM_ROUNDS = 2
 # Problems with at least this number of coefficients start from ADMM, and smaller ones from a ridge regression.
 _MIN_SIZE_FOR_ADMM = 500
 _ADMM_STEPS = 10
+# On a GPU, one team of threads solves a whole task. Tasks with more examples are solved by PyTorch, with all threads.
+_MAX_EXAMPLES_OF_TEAM = 128
 # Larger problems on a GPU are not copied to the CPU. With up to 5 ways, copying and solving on the CPU is several times
 # as fast as solving on the GPU; with more ways, it is slower.
 _MAX_ENTRIES_TO_COPY = 2**23
@@ -45,12 +47,15 @@ class ActiveSetSolver(Solver):
         tolerance: as in `Solver`; an active set is accepted if its gap is at most a thousandth of it.
         on_failure: as in `Solver`.
         backend: "torch" solves all tasks at once on their device. "numba" solves them one by one with kernels compiled
-            for the CPU, to which problems on a GPU are copied; it needs the extra `numba`. "auto" (default) is "numba"
-            if that is installed and faster, and "torch" otherwise.
+            for the CPU, to which problems on a GPU are copied; it needs the extra `numba`. "cuda" runs the same kernels
+            on the GPU on which the problems are, in one launch and without waiting for it, for tasks of up to 128
+            examples; it needs the extra `cuda`. There, a task whose active set is not proven keeps its last iterate,
+            with the status `FAILED`. "auto" (default) is "numba" if that is installed and faster, and "torch"
+            otherwise.
         max_rounds: number of rounds after which the search gives up. Default 12.
 
     Raises:
-        MissingDependencyError: `backend="numba"` and Numba is not installed.
+        MissingDependencyError: `backend` is "numba" or "cuda", and Numba or numba-cuda is not installed.
 
     Example:
         `SVMHead(solver=ActiveSetSolver(on_failure="return"))`
@@ -67,8 +72,10 @@ class ActiveSetSolver(Solver):
         super().__init__(tolerance=tolerance, on_failure=on_failure)
         name = type(self).__name__
         check_choice(f"{name}(backend)", backend, get_args(Backend))
-        if backend == "numba" and not numba_is_installed():
-            raise MissingDependencyError("numba", extra="numba", needed_by=f"{name}(backend='numba')")
+        if backend in ("numba", "cuda") and not numba_is_installed():
+            raise MissingDependencyError("numba", extra=backend, needed_by=f"{name}(backend={backend!r})")
+        if backend == "cuda" and find_spec("numba_cuda") is None:
+            raise MissingDependencyError("numba-cuda", extra="cuda", needed_by=f"{name}(backend='cuda')")
         self.backend: Backend = backend
         self.max_rounds = check_positive_int(f"{type(self).__name__}(max_rounds)", max_rounds)
 
@@ -106,10 +113,15 @@ class ActiveSetSolver(Solver):
         copies = is_faster if self.backend == "auto" else self.backend == "numba"
         return super().plan(problem.to("cpu") if copies else problem)
 
+    def runs_on_gpu(self, problem: DualProblem) -> bool:
+        """Whether kernels compiled for a GPU solve the `problem`."""
+        is_small = problem.linear.shape[-2] <= _MAX_EXAMPLES_OF_TEAM
+        return self.backend == "cuda" and problem.linear.is_cuda and is_small
+
     def _solve_numerically(self, problem: DualProblem) -> LinearizedSolution:
         """The Numba kernels do all in one call; only the first guess differs (tests/unit/test_numba.py)."""
         linear = problem.linear
-        fits_numba = linear.is_cpu and linear.dtype == torch.float64 and len(linear) > 0
+        fits_numba = (linear.is_cpu or self.runs_on_gpu(problem)) and linear.dtype == torch.float64 and len(linear) > 0
         if self.backend == "torch" or not (fits_numba and numba_is_installed()):
             return super()._solve_numerically(problem)
         from convexheads.solvers.native import numba_backend

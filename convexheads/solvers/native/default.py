@@ -37,15 +37,16 @@ class NativeSolver(Fallback):
     Args:
         tolerance: as in `Solver`; the solvers aim at a thousandth of it.
         on_failure: as in `Solver`.
-        backend: as in `ActiveSetSolver`: "auto" (default), "torch" or "numba". With Numba installed (the extra
+        backend: as in `ActiveSetSolver`: "auto" (default), "torch", "numba" or "cuda". With Numba installed (the extra
             `numba`), "auto" uses compiled kernels on the CPU, which are many times faster for few-shot problems, and
             copies small problems on a GPU to the CPU. The first call takes about 15 seconds to compile the kernels,
-            which are kept on disk.
+            which are kept on disk. With "cuda" and `on_failure="return"`, problems on a GPU are solved by active-set
+            Newton alone, so that nothing waits for the GPU.
         max_block_entries: largest number of entries that the n x n matrices of all classes may have together. Larger
             batches are divided; if a single task already has more, ADMM solves it. Default 2**28, which is 2 GB.
 
     Raises:
-        MissingDependencyError: `backend="numba"` and Numba is not installed.
+        MissingDependencyError: `backend` is "numba" or "cuda", and Numba or numba-cuda is not installed.
 
     Example:
         `SVMHead(solver=NativeSolver(on_failure="warn"))`
@@ -61,6 +62,7 @@ class NativeSolver(Fallback):
     ) -> None:
         if tolerance is not None:
             check_real("NativeSolver(tolerance)", tolerance, positive=True)
+        self.first: ActiveSetSolver
         first = ActiveSetSolver(tolerance=tolerance, backend=backend)
         super().__init__(first, InteriorPointSolver(tolerance=tolerance), on_failure=on_failure)
         self.backend: Backend = backend
@@ -72,6 +74,8 @@ class NativeSolver(Fallback):
 
     def plan(self, problem: DualProblem) -> Plan:
         plan = super().plan(problem)
+        if self.on_failure == "return" and self.first.runs_on_gpu(plan.problem):
+            return plan._replace(solvers=(self.first,))  # whether another solver is needed would be a host read
         problem, (_, n, k) = plan.problem, problem.linear.shape
         tasks_at_once = self.max_block_entries // (k * n * n)
         prefers_admm = not tasks_at_once or (n >= _MIN_EXAMPLES_FOR_ADMM and problem.linear.is_cpu)
