@@ -197,7 +197,7 @@ def solvers(session: Session) -> str:
     """Time the solvers of the SVM and ridge regression; a solver whose package is missing is left out and named."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = ["[5w1s]", "--repeats", "1"] if session.smoke else ["[5w1s,5w5s,20w5s]", "--repeats", "5"]
-    names = ["--names", "[ridge,native,native in torch,interior point,qpth]"]
+    names = ["--names", "[ridge,native,native on the GPU,native in torch,interior point,qpth]"]
     settings = ["--device", where, "--threads", "1" if session.smoke else "4", "--output"]
     output = str(session.output / "solvers")
     outcome = session.command("solvers", "-m", "benchmarks.solvers", "--sizes", *sizes, *names, *settings, output)

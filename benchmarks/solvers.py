@@ -101,6 +101,7 @@ def _made() -> dict[str, Contender | ch.MissingDependencyError]:
     makers: dict[str, Callable[[], Contender]] = {
         "ridge": lambda: Contender(of(ch.RidgeHead()), exact=False),
         "native": lambda: Contender(of(ch.SVMHead(C))),
+        "native on the GPU": lambda: Contender(of(ch.SVMHead(C, solver=ch.solvers.NativeSolver(backend="cuda")))),
         "native in torch": lambda: Contender(of(ch.SVMHead(C, solver=ch.solvers.NativeSolver(backend="torch")))),
         "interior point": lambda: Contender(
             of(ch.SVMHead(C, solver=ch.solvers.InteriorPointSolver(max_iterations=100)))

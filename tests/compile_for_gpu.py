@@ -24,7 +24,7 @@ def main(architecture: str) -> None:
     capability = tuple(map(int, architecture.split(".")))
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
 
-    def compile_only(kernel, teams, warps, *arguments):
+    def compile_only(kernel, warps, *arguments):
         signature = numba.types.void(*map(numba.typeof, numba_backend._as_arrays(arguments)))
         code, _ = cuda.compile_ptx(kernel.py_func, signature, cc=capability)
         print(kernel.__name__, registers(code.encode(), capability))

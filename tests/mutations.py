@@ -133,8 +133,8 @@ MUTATIONS = [
     Mutation(
         "numba-fixed",
         "solvers/native/numba_kernels.py",
-        "right[i, c] = linear[i, c] - image[i, c]",
-        "right[i, c] = linear[i, c] + image[i, c]",
+        "right[i, c] = linear[i, c] - right[i, c]",
+        "right[i, c] = linear[i, c] + right[i, c]",
         "test_numba.py",
     ),
     Mutation(
@@ -219,9 +219,30 @@ MUTATIONS = [
     Mutation(
         "numba-adjoint",
         "solvers/native/numba_kkt.py",
-        "x[index[c, a], c] -= result[a]",
-        "x[index[c, a], c] += result[a]",
+        "x[index[c, a], c] -= row_times(blocks[c], m, a, mine)",
+        "x[index[c, a], c] += row_times(blocks[c], m, a, mine)",
         "test_numba.py",
+    ),
+    Mutation(
+        "team-race",
+        "solvers/native/numba_kkt.py",
+        "if i > p and lane() == p % lanes():",
+        "if i > p:",
+        "test_team.py::test_a_team_computes_what_one_thread_does",
+    ),
+    Mutation(
+        "host-read",
+        "solvers/native/default.py",
+        'if self.on_failure == "return" and self.first.runs_on_gpu(plan.problem):',
+        "if False:",
+        "test_host_reads.py",
+    ),
+    Mutation(
+        "check-later",
+        "solvers/problem.py",
+        "if failures := self.describe_failures():",
+        "if failures := (self.coef.isnan().all() and self.describe_failures()):",
+        "test_host_reads.py::test_failed_task_is_reported_when_somebody_looks",
     ),
     # Heads
     Mutation(

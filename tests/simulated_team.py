@@ -173,25 +173,21 @@ def simulated(team: Team):
 def on_this_gpu(make_team: Callable[[], Team] | None = None):
     """Launch kernels for GPUs here: each team of a launch is one that `make_team` makes, or one compiled thread."""
 
-    def launch(kernel: Any, teams: int, warps: int, *arguments: Any) -> None:
+    def launch(kernel: Any, warps: int, *arguments: Any) -> None:
         arguments, solves_tasks = numba_backend._as_arrays(arguments), kernel is cuda_team._solve_tasks
         *arguments, memory = arguments
-        for number in range(teams):
+        for t in range(len(arguments[0][0])):
             one = None if make_team is None else make_team()
             local = np.empty((1 if one is None else one.warps, arguments[-1][1].shape[-1]))
             with nullcontext() if one is None else simulated(one):
                 if solves_tasks:
-                    tasks, at_once, *rest = arguments
-                    matrices, vectors, _, flat, inverse = (part[number] for part in memory)
+                    matrices, vectors, _, flat, inverse = (part[t] for part in memory)
                     work = numba_kernels.divide_memory(matrices, vectors, local, flat, inverse, np.empty(warps))
-                    kernel, part = numba_kernels.solve_tasks_of_team, (number * at_once, (number + 1) * at_once)
-                    part = part[0], min(part[1], tasks)
+                    body = numba_kernels.solve_tasks_of_team
                 else:
-                    residual, sums, _, change, total = (part[number] for part in memory)
-                    rest, work = arguments, (residual, sums, (local, change, total))
-                    kernel, part = numba_kkt.solve_systems_of_team, (number, number + 1)
-                call = kernel if one is None else partial(one.run, kernel)
-                call(*part, *rest, work)
+                    residual, sums, _, change, total = (part[t] for part in memory)
+                    work, body = (residual, sums, (local, change, total)), numba_kkt.solve_systems_of_team
+                (body if one is None else partial(one.run, body))(t, t + 1, *arguments, work)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_team, "launch", launch)

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 from problems import known_problem
-from tasks import crammer_singer, task
+from tasks import close, crammer_singer, task
 
 pytest.importorskip("numba")
 from simulated_team import RaceError, Team, on_this_gpu, simulated
 
-from convexheads.solvers import DualProblem, NativeSolver
+from convexheads import SVMHead
+from convexheads.solvers import ActiveSetSolver, DualProblem, NativeSolver
 from convexheads.solvers.native import active_set, cuda_team, numba_backend, numba_kkt, team
 from convexheads.solvers.problem import WarmStart
 
@@ -53,15 +54,6 @@ def with_start():
     return replace(qp, start=WarmStart.of(NativeSolver().solve(replace(qp, upper=0.8 * qp.upper))))
 
 
-def path():
-    support, labels, *_ = task(1, d=8)
-    C = torch.tensor([0.1, 0.3, 1.0, 3.0])[:, None, None]
-    one = crammer_singer(support, labels, 1.0)
-    return replace(
-        one.map(lambda name, value: C * value if name == "upper" else value.expand(4, -1, -1)), path_length=4
-    )
-
-
 PROBLEMS = {
     "separable": lambda: crammer_singer(*task(2, shots=(2, 3, 1), d=12)[:2], 0.3),
     "n > d": lambda: crammer_singer(*task(2, shots=(3, 3, 3), d=2)[:2], 0.5),
@@ -74,7 +66,6 @@ PROBLEMS = {
     "uneven masks": uneven_masks,
     "not finite": one_not_finite,
     "warm start": with_start,
-    "path": path,
 }
 
 
@@ -162,3 +153,71 @@ def test_kernels_compile_for_gpus(architecture):
     kernels = dict(line.split() for line in done.stdout.splitlines())
     assert set(kernels) == {"_solve_tasks", "_solve_systems"}
     assert all(int(registers) <= cuda_team.MAX_REGISTERS for registers in kernels.values())
+
+
+# On a GPU ---------------------------------------------------------------------------------------------------------------
+
+
+def on_device():
+    return SVMHead(C=0.3, solver=NativeSolver(backend="cuda", on_failure="return"), validate=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_gpu_equals_cpu(problem, cuda):
+    qp = problem()
+    expected, found = solve(qp), ActiveSetSolver(backend="cuda")._solve_numerically(qp.to(cuda))
+    assert torch.equal(found.solution.converged.cpu(), expected.solution.converged)
+    chosen = expected.solution.converged
+    torch.testing.assert_close(found.solution.coef.cpu()[chosen], expected.solution.coef[chosen], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.gpu
+def test_a_thousand_tasks_on_gpu(cuda):
+    """Of several sizes, some of them hard: near duplicates, and a C for which nothing is separated, or everything."""
+    for shots, d, C in (((5,) * 5, 64, 0.1), ((3, 9, 1), 5, 10.0), ((2,) * 20, 30, 1.0), ((25,) * 5, 64, 0.01)):
+        support, labels, *_ = task(250, shots=shots, d=d)
+        support[:, 1] = support[:, 0] + 1e-7 * support[:, 2]
+        qp = crammer_singer(support, labels, C)
+        expected, found = NativeSolver().solve(qp), NativeSolver(backend="cuda").solve(qp.to(cuda))
+        assert found.converged.all()
+        weights = [support.mT @ solution.coef.cpu() for solution in (expected, found)]
+        assert close(weights[1], weights[0], 1e-6 * C * support.norm()) < 1e-6
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_gpu(cuda):
+    support, labels, query, ways = task(8, shots=(5,) * 5, d=64)
+    support, labels, query = support.to(cuda).requires_grad_(), labels.to(cuda), query.to(cuda)
+    on_device()(support, labels, query, ways=ways).sum().backward()  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        on_device()(support, labels, query, ways=ways).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_step_is_captured_and_replayed(cuda):
+    head, ways = on_device(), 5
+    support, labels, query, _ = task(8, shots=(5,) * ways, d=64)
+    support, labels, query = support.to(cuda).requires_grad_(), labels.to(cuda), query.to(cuda)
+
+    def step():
+        logits = head(support, labels, query, ways=ways)
+        return logits, *torch.autograd.grad(logits.logsumexp(-1).sum(), support)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()  # compiles the kernels
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    other, other_labels, *_ = task(8, shots=(5,) * ways, d=64, seed=1)
+    with torch.no_grad():
+        support.copy_(other)
+    labels.copy_(other_labels)
+    graph.replay()
+    for found, expected in zip(captured, step(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)

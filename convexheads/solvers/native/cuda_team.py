@@ -134,13 +134,12 @@ for _function, _implementation in ON_GPU.items():
 
 @cuda.jit(cache=True, max_registers=MAX_REGISTERS)
 @no_type_check
-def _solve_tasks(tasks, at_once, problem, options, results, system, factors, work):
+def _solve_tasks(problem, options, results, system, factors, work):
     matrices, vectors, local, flat, inverse = work
     t = cuda.blockIdx.x
     memory = cuda.shared.array(LANES, float64)
     memory_of_team = divide_memory(matrices[t], vectors[t], local[t], flat[t], inverse[t], memory)
-    first, last = t * at_once, min((t + 1) * at_once, tasks)
-    solve_tasks_of_team(first, last, problem, options, results, system, factors, memory_of_team)
+    solve_tasks_of_team(t, t + 1, problem, options, results, system, factors, memory_of_team)
 
 
 @cuda.jit(cache=True, max_registers=MAX_REGISTERS)
@@ -152,14 +151,14 @@ def _solve_systems(system, equations, options, unknowns, factors, work):
     solve_systems_of_team(t, t + 1, system, equations, options, unknowns, factors, work_of_team)
 
 
-def solve_tasks(problem, options, results, system, factors, *, at_once: int) -> None:
-    """`numba_kernels.solve_tasks` for tensors on a GPU, in one launch. A team solves `at_once` tasks in a row."""
+def solve_tasks(problem, options, results, system, factors) -> None:
+    """`numba_kernels.solve_tasks` for tensors on a GPU, in one launch."""
     tasks, n, k = problem[1].shape
-    teams, warps, new = -(-tasks // at_once), _warps_for(n, k), problem[1].new_empty
-    matrices, vectors, local = new(teams, MATRICES, n, k), new(teams, VECTORS, n), new(teams, warps, n)
-    inverse = new(teams, n, n)
-    work = matrices, vectors, local, inverse.view(teams, n * n), inverse
-    launch(_solve_tasks, teams, warps, tasks, at_once, problem, options, results, system, factors, work)
+    warps, new = _warps_for(n, k), problem[1].new_empty
+    matrices, vectors, local = new(tasks, MATRICES, n, k), new(tasks, VECTORS, n), new(tasks, warps, n)
+    inverse = new(tasks, n, n)
+    work = matrices, vectors, local, inverse.view(tasks, n * n), inverse
+    launch(_solve_tasks, warps, problem, options, results, system, factors, work)
 
 
 def solve_systems(system, equations, options, unknowns, factors) -> None:
@@ -167,24 +166,20 @@ def solve_systems(system, equations, options, unknowns, factors) -> None:
     tasks, n, k = equations[0].shape
     warps, new = _warps_for(n, k), equations[0].new_empty
     work = new(tasks, n, k), new(tasks, n), new(tasks, warps, n), new(tasks, n, k), new(tasks, n)
-    launch(_solve_systems, tasks, warps, system, equations, options, unknowns, factors, work)
+    launch(_solve_systems, warps, system, equations, options, unknowns, factors, work)
 
 
-def launch(kernel: Any, teams: int, warps: int, *arguments: Any) -> None:
-    """Launch a kernel on the current stream of PyTorch, without waiting for it."""
-    device = _device_of(arguments)
-    with cuda.gpus[device.index]:
-        stream = cuda.external_stream(torch.cuda.current_stream(device).cuda_stream)
-        kernel[teams, LANES * warps, stream](*map(_as_arrays, arguments))
+def launch(kernel: Any, warps: int, *arguments: Any) -> None:
+    """Launch a kernel with a team per task on the current stream of PyTorch, without waiting for it."""
+    first = arguments[0][0]
+    with cuda.gpus[first.device.index]:
+        stream = cuda.external_stream(torch.cuda.current_stream(first.device).cuda_stream)
+        kernel[len(first), LANES * warps, stream](*map(_as_arrays, arguments))
 
 
 def _warps_for(n: int, k: int) -> int:
-    """The number of warps of a team: one per class, and at least one thread per example, if there can be so many."""
+    """The number of warps of a team: one per class, and at least one thread per example, within the limit."""
     return min(max(k, -(-n // LANES)), MAX_WARPS)
-
-
-def _device_of(arguments: Any) -> torch.device:
-    return next(argument.device for group in arguments if isinstance(group, tuple) for argument in group)
 
 
 def _as_arrays(argument: Any) -> Any:

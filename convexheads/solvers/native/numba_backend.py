@@ -44,46 +44,41 @@ _TOLERANCES = (certificate.ZERO_GAP, certificate.FEASIBILITY_TOLERANCE, feasible
 def solve(
     problem: DualProblem, tolerance: float, *, max_rounds: int, warm_rounds: int, refinements: int
 ) -> LinearizedSolution:
-    """Solve a flat batch of problems in float64 on the CPU, in their original units.
+    """Solve a flat batch of problems in float64, in their original units.
 
-    Tasks that are not certified to the tolerance have the status `FAILED`, and their coefficients are NaN.
+    Tasks that are not certified to the tolerance have the status `FAILED`. On the CPU, their coefficients are NaN.
     """
     data, is_on_cpu = _tensors(problem), _is_on_cpu(problem.linear)
     tasks, n, k = shape = data[1].shape
-    empty = np.empty if is_on_cpu else partial(_empty_tensor, data[1].device)
-    if problem.start is None:
-        coef, bound_multipliers, row_multipliers = empty(shape), empty(shape), empty((tasks, n))
-    else:
+    empty: Callable[..., Any] = np.empty if is_on_cpu else partial(_empty_tensor, data[1].device)
+    unknowns = empty(shape), empty(shape), empty((tasks, n))
+    if problem.start is not None:
         begin = problem.start.map(lambda _, value: value.clone(memory_format=torch.contiguous_format))
-        coef, bound_multipliers, row_multipliers = (
-            _as_arrays(tuple(vars(begin).values())) if is_on_cpu else vars(begin).values()
-        )
-    side, gaps, rounds = empty(shape, "int8"), empty((tasks, 3)), empty(tasks, "int64")
-    scales, proven = empty(tasks), empty(tasks, "bool")
-    results = (coef, bound_multipliers, row_multipliers, side, gaps, rounds, scales, proven)
-    system = empty((tasks, n, n)), empty(shape)
+        unknowns = tuple(vars(begin).values())
+        unknowns = _as_arrays(unknowns) if is_on_cpu else unknowns
+    outcome = empty((tasks, 3)), empty(tasks, "int64"), empty(tasks), empty(tasks, "bool")
+    results: tuple[Any, ...] = (*unknowns, empty(shape, "int8"), *outcome)
+    system: tuple[Any, ...] = empty((tasks, n, n)), empty(shape)
     factors = allocate_factors(tasks, n, k, empty)
     search_settings = REGULARIZATION, refinements, max_rounds, warm_rounds
     settings = admm_steps.PENALTY, _ADMM_SETTINGS, search_settings, ZERO_MULTIPLIER
     tolerances = (certificate.aim(tolerance, torch.float64), *_TOLERANCES)
-    path_length = problem.path_length if problem.path_length * torch.get_num_threads() <= tasks else 1
+    fills_threads = is_on_cpu and problem.path_length * torch.get_num_threads() <= tasks
+    path_length = problem.path_length if fills_threads else 1
     options = problem.rows_sum_to_zero, problem.start is not None, path_length, settings, tolerances
     if is_on_cpu:
         arguments = data, options, results, system, factors
         run_tasks(numba_kernels.solve_tasks, tasks, tasks * k * n**3, *arguments, at_once=path_length)
-        results, system, factors = _as_tensors(results), _as_tensors(system), _as_tensors(factors)
-        _account_for_rounding(problem, results[0], gaps, proven, tolerance)
-        if not proven.all():
-            results[0][torch.from_numpy(~proven)] = torch.nan
-            gaps[~proven, 0] = np.nan
+        _finish_on_cpu(problem, results, tolerance)
+        results, system, factors = (tuple(map(torch.from_numpy, group)) for group in (results, system, factors))
     else:
         from convexheads.solvers.native import cuda_team
 
-        cuda_team.solve_tasks(data, options, results, system, factors, at_once=path_length)
-        # Where rounding matters, the gap is unknown: its computation begins with a decision that reads values.
-        proven &= gaps[:, 2] <= certificate.ROUNDING_MARGIN * certificate.ROUNDING_THRESHOLD
+        cuda_team.solve_tasks(data, options, results, system, factors)
     coef, bound_multipliers, row_multipliers, side, gaps, rounds, scales, proven = results
-    gap, violation, _ = gaps.unbind(-1)
+    gap, violation, rounding = gaps.unbind(-1)
+    if not is_on_cpu:  # where rounding matters, the gap is unknown, because computing it means to read values
+        proven = proven & (rounding <= certificate.ROUNDING_MARGIN * certificate.ROUNDING_THRESHOLD)
     solution = Solution(
         coef=coef,
         bound_multipliers=bound_multipliers,
@@ -97,17 +92,18 @@ def solve(
     return LinearizedSolution(solution, scales, ActiveSet(kkt, side > 0, side < 0))
 
 
-def _account_for_rounding(
-    problem: DualProblem, coef: Tensor, gaps: np.ndarray, proven: np.ndarray, tolerance: float
-) -> None:
-    """Replace gaps that rounding affects, and mark the tasks as not proven if these gaps exceed the tolerance."""
+def _finish_on_cpu(problem: DualProblem, results: tuple[np.ndarray, ...], tolerance: float) -> None:
+    """Replace gaps that rounding affects, and the numbers of tasks that are then not proven by NaN."""
+    coef, _, _, _, gaps, _, _, proven = results
     doubtful = proven & (gaps[:, 2] > certificate.ROUNDING_MARGIN * certificate.ROUNDING_THRESHOLD)
     if doubtful.any():
         chosen = torch.from_numpy(doubtful)
         rescaled, coef_scale, _ = rescale(problem.select(chosen))
-        found = certificate.certify(rescaled, coef[chosen] / coef_scale[:, None, None])
+        found = certificate.certify(rescaled, torch.from_numpy(coef[doubtful]) / coef_scale[:, None, None])
         found = certificate.account_for_rounding(rescaled, found)
         proven[doubtful], gaps[doubtful, 0] = found.converged(tolerance).numpy(), found.gap.numpy()
+    if not proven.all():
+        coef[~proven], gaps[~proven, 0] = np.nan, np.nan
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -125,15 +121,8 @@ class NumbaKKT(KKT):
     def solve(self, right: Tensor, sums: Tensor, *, refinements: int) -> tuple[Tensor, Tensor]:
         right, sums = right.mT.contiguous(), sums.contiguous()
         x, row_multipliers = torch.zeros_like(right), torch.zeros_like(sums)
-        system, factors = (
-            (self.gram.contiguous(), self.smoothing.contiguous()),
-            (
-                self.blocks,
-                self.index,
-                self.count,
-                self.schur,
-            ),
-        )
+        system = self.gram.contiguous(), self.smoothing.contiguous()
+        factors = self.blocks, self.index, self.count, self.schur
         options, unknowns = (self.rows_sum_to_zero, refinements), (x, row_multipliers)
         arguments = system, (right, sums), options, unknowns, factors
         if _is_on_cpu(x):
@@ -205,7 +194,3 @@ def _as_arrays(argument: Any) -> Any:
     if isinstance(argument, tuple):
         return tuple(map(_as_arrays, argument))
     return argument.numpy() if isinstance(argument, Tensor) else argument
-
-
-def _as_tensors(arrays: tuple[np.ndarray, ...]) -> tuple[Tensor, ...]:
-    return tuple(map(torch.from_numpy, arrays))
