@@ -123,9 +123,10 @@ def _logistic(task: HardTask) -> Answer:
 
 def _ridge(task: HardTask) -> Answer:
     head = ch.RidgeHead(1 / task.C)
-    coef = _numpy(head.fit(task.support, task.labels, ways=task.ways, allow_missing_classes=True).expansion.coef)
+    expansion = head.fit(task.support, task.labels, ways=task.ways, allow_missing_classes=True).expansion
     support, labels, ways = _arrays(task)
-    gap = judges.ridge(support, np.eye(ways)[labels], 1 / task.C, coef)
+    weights = None if expansion.weight is None else _numpy(expansion.weight).T
+    gap = judges.ridge(support, np.eye(ways)[labels], 1 / task.C, _numpy(expansion.coef), weights)
     return Answer(gap, True, _gradient_error_of(head, task) if _can_be_differenced(task) else None)
 
 

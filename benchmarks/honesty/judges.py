@@ -106,16 +106,19 @@ def support_vector_regression(x: Array, values: Array, C: float, epsilon: float,
     return _gap(primal, (y * a).sum() - epsilon * np.abs(a).sum() - (weights**2).sum() / 2, weights)
 
 
-def ridge(x: Array, targets: Array, weight: float, coef: Array) -> float:
-    """Of `RidgeHead`, and of the means of Gaussian processes with a linear kernel."""
+def ridge(x: Array, targets: Array, weight: float, coef: Array, from_weights: Array | None = None) -> float:
+    """Of `RidgeHead`, from the weights `(d, k)` if it computes scores from them, and of Gaussian processes' means."""
     x, a, y = _extended(x, coef, targets)
+    if from_weights is not None:
+        (from_weights,) = _extended(from_weights)
+        a = (y - x @ from_weights) / weight
     weights = x.T @ a
 
     def primal(w: Array) -> Array:
         return ((x @ w - y) ** 2).sum() / 2 + weight * (w**2).sum() / 2
 
     quadratic = (weights**2).sum() + weight * (a**2).sum()
-    return _gap(primal, weight * ((y * a).sum() - quadratic / 2), weights)
+    return _gap(primal, weight * ((y * a).sum() - quadratic / 2), weights if from_weights is None else from_weights)
 
 
 def logistic(

@@ -1,7 +1,8 @@
-"""Gaussian classifiers: linear discriminant analysis and the Mahalanobis head of Simple CNAPS, through inner products.
+"""Gaussian classifiers: linear discriminant analysis and the Mahalanobis head of Simple CNAPS.
 
-A d x d covariance is never formed: it lies in the span of the support set, and Woodbury's identity leaves only n x n
-matrices. The heads are therefore stable with more features than examples, and any kernel can be used.
+With a linear kernel and more examples than features, they form the d x d covariances. Otherwise, these lie in the span
+of the support set, and Woodbury's identity leaves only matrices of the size of the support set: that works with any
+kernel, and is stable with more features than examples.
 """
 
 from __future__ import annotations
@@ -14,11 +15,23 @@ from torch import Tensor
 from convexheads._functorch import inspect_values
 from convexheads._validation import check_definite, check_fraction, describe_first_task, optional
 from convexheads.errors import InputError
+from convexheads.heads._closed_form import (
+    ShiftedSystem,
+    check_on_failure,
+    errors_of_gaussians,
+    errors_of_system,
+    with_solution,
+)
 from convexheads.heads._linear_algebra import shifted_cholesky
+from convexheads.heads._sharing import scale_once
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
+from convexheads.solvers.failures import OnFailure
+
+_LARGEST_ERROR = 1e-9
+"""The squared relative error of the weights up to which linear discriminants count as solved."""
 
 
 class LinearDiscriminantHead(ClassificationHead):
@@ -38,6 +51,7 @@ class LinearDiscriminantHead(ClassificationHead):
         shrinkage: s, above 0, at most 1, where 1 gives the nearest class mean (up to the frequencies). Defaults to 0.5.
         variance: v, positive, in squared units of the features; a float or `Learnable`. Defaults to None, the
             mean variance; for any kernel, d is the number of input features.
+        on_failure: as in `RidgeHead`, with \(s\, v\) for lambda.
         kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.
 
     Raises:
@@ -51,7 +65,9 @@ class LinearDiscriminantHead(ClassificationHead):
     checks = ClassificationHead.checks | {
         "shrinkage": partial(check_fraction, above_zero=True),
         "variance": optional(check_positive),
+        "on_failure": check_on_failure,
     }
+    on_failure: OnFailure
     requires_all_classes = True
 
     def __init__(
@@ -59,34 +75,57 @@ class LinearDiscriminantHead(ClassificationHead):
         shrinkage: float = 0.5,
         *,
         variance: Hyperparameter | None = None,
+        on_failure: OnFailure = "raise",
         kernel: KernelLike | None = None,
         scale: Hyperparameter = 1.0,
         validate: bool = True,
     ) -> None:
         super().__init__(kernel=kernel, scale=scale, validate=validate)
-        self.shrinkage, self.variance = shrinkage, variance
+        self.shrinkage, self.variance, self.on_failure = shrinkage, variance, on_failure
 
     def solve(self, support: SupportSet) -> KernelExpansion:
-        gram, targets = support.gram, support.targets
-        counts = targets.sum(-2)
-        mean = targets / counts.unsqueeze(-2)
+        factor, (*_, n, d) = support.linear_factor, support.features.shape
+        return self._solve_dual(support) if factor is None or n <= d else self._solve_primal(support, factor)
+
+    def _solve_dual(self, support: SupportSet) -> KernelExpansion:
+        """By the n x n system of coefficients."""
+        gram, targets, (mean, priors, examples) = support.gram, support.targets, _means(support)
         center = torch.diag_embed(targets.sum(-1)) - mean @ targets.mT  # x -> x - its class mean, a projection
-        examples = counts.sum(-1)
         scatter = center @ gram @ center / examples[..., None, None]
-        if self.variance is None:
-            variance = scatter.diagonal(dim1=-2, dim2=-1).sum(-1) / support.features.shape[-1]
-            if support.validate:
-                inspect_values(_check_variance, variance, gram, examples)
-        else:
-            variance = as_tensor(self.variance, gram).expand(examples.shape)
-        ridge = self.shrinkage * variance
-        name = "LinearDiscriminantHead: the shrunk Gram matrix of the centered support"
-        factor = shifted_cholesky((1 - self.shrinkage) * scatter, ridge, name=name, validate=support.validate)
+        ridge = self._ridge(support, scatter, gram.diagonal(dim1=-2, dim2=-1))
+        factor = shifted_cholesky((1 - self.shrinkage) * scatter, ridge, name="", validate=False)
         spread = (1 - self.shrinkage) / examples[..., None, None]
         inner = center @ torch.cholesky_solve(center @ gram @ mean, factor)
         coef = (mean - spread * inner) / ridge[..., None, None]
-        bias = (counts / examples.unsqueeze(-1)).log() - (mean * (gram @ coef)).sum(-2) / 2
-        return KernelExpansion(coef, bias=bias)
+        bias = priors.log() - (mean * (gram @ coef)).sum(-2) / 2
+        errors = errors_of_gaussians(gram, lambda scores: spread * (center @ scores), ridge, mean, coef)
+        return with_solution(self, KernelExpansion(coef, bias=bias), errors, support, largest_error=_LARGEST_ERROR)
+
+    def _solve_primal(self, support: SupportSet, factor: float | Tensor) -> KernelExpansion:
+        """By the d x d covariance, which is smaller, and loses no digits."""
+        features, (mean, priors, examples) = scale_once(support.features, factor), _means(support)
+        means = mean.mT @ features
+        rows = features - support.targets @ means
+        scatter = rows.mT @ rows / examples[..., None, None]
+        ridge = self._ridge(support, scatter, features.square().sum(-1))
+        system = ShiftedSystem.of((1 - self.shrinkage) * scatter, ridge)
+        weight = system.solve(means.mT)
+        spread = (1 - self.shrinkage) / examples[..., None, None]
+        coef = (mean - spread * (rows @ weight)) / ridge[..., None, None]
+        bias = priors.log() - (means * weight.mT).sum(-1) / 2
+        errors = errors_of_system(spread.sqrt() * rows, ridge, means.mT, weight, system.inverse_norm())
+        expansion = KernelExpansion(coef, weight=factor * weight.mT, bias=bias)
+        return with_solution(self, expansion, errors, support, largest_error=_LARGEST_ERROR)
+
+    def _ridge(self, support: SupportSet, scatter: Tensor, squared: Tensor) -> Tensor:
+        """The shrinkage times the variance, from the within-class scatter and the squared lengths of the examples."""
+        batch = support.features.shape[:-2]
+        if self.variance is not None:
+            return self.shrinkage * as_tensor(self.variance, scatter).expand(batch)
+        variance = scatter.diagonal(dim1=-2, dim2=-1).sum(-1) / support.features.shape[-1]
+        if support.validate:
+            inspect_values(_check_variance, variance, squared.abs().mean(-1), support.gram)
+        return self.shrinkage * variance
 
 
 class MahalanobisHead(ClassificationHead):
@@ -106,6 +145,9 @@ class MahalanobisHead(ClassificationHead):
     Args:
         regularization: beta, positive, in squared units of the features; a float or `Learnable`. Defaults to 1, as in
             the paper.
+        on_failure: what happens if rounding may have moved the squared distances of a task's support examples by more
+            than 1e-6 of the largest one, as with a beta below about 1e-6 of the squared length of the features: "raise"
+            (default), "warn" or "return", as for a `Solver`.
         kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.
 
     Raises:
@@ -115,40 +157,105 @@ class MahalanobisHead(ClassificationHead):
         `logits = MahalanobisHead()(support, labels, query)`
     """
 
-    checks = ClassificationHead.checks | {"regularization": check_positive}
+    checks = ClassificationHead.checks | {"regularization": check_positive, "on_failure": check_on_failure}
     requires_all_classes = True
+    on_failure: OnFailure
 
     def __init__(
         self,
         regularization: Hyperparameter = 1.0,
         *,
+        on_failure: OnFailure = "raise",
         kernel: KernelLike | None = None,
         scale: Hyperparameter = 1.0,
         validate: bool = True,
     ) -> None:
         super().__init__(kernel=kernel, scale=scale, validate=validate)
-        self.regularization = regularization
+        self.regularization, self.on_failure = regularization, on_failure
 
     def solve(self, support: SupportSet) -> KernelExpansion:
+        factor, (*_, n, d) = support.linear_factor, support.features.shape
+        return self._solve_dual(support) if factor is None or n <= d else self._solve_primal(support, factor)
+
+    def _solve_dual(self, support: SupportSet) -> KernelExpansion:
+        """By a 2n x 2n system for each class."""
         beta = as_tensor(self.regularization, support.targets)
-        class_membership = support.targets.mT  # (*batch, k, n)
-        counts = class_membership.sum(-1)
-        # Q_k = beta I + (root_k X)' (root_k X), with the centered class stacked on the centered task.
-        share = counts / (counts + 1)
-        class_root = (share / (counts - 1).clamp_min(1)).sqrt()[..., None, None] * _center(class_membership)
-        all_members = class_membership.sum(-2, keepdim=True)
-        task_weight = ((1 - share) / (all_members.sum(-1) - 1).clamp_min(1)).sqrt()[..., None, None]
-        root = torch.cat([class_root, task_weight * _center(all_members)], -2)
+        root, mean = _root_of_covariances(support.targets), _means(support)[0].mT.unsqueeze(-1)
         shared = support.gram.unsqueeze(-3)
-        covariance, name = root @ shared @ root.mT, "MahalanobisHead: a covariance"
-        factor = shifted_cholesky(covariance, beta, name=name, validate=support.validate, per_class=True)
+        factor = shifted_cholesky(root @ shared @ root.mT, beta, name="", validate=False)
         inverse = root.mT @ torch.cholesky_solve(root, factor)  # beta * Q_k^-1 = I - X' @ inverse @ X
-        mean = (class_membership / counts.unsqueeze(-1)).unsqueeze(-1)
         image = shared @ mean
         solved = inverse @ image
         bias = -(mean * image - image * solved).sum((-2, -1)) / (2 * beta)
         coef = ((mean - solved) / beta).squeeze(-1).mT
-        return KernelExpansion(coef, bias=bias, quadratic=inverse / (2 * beta), self_similarity_weight=-1 / (2 * beta))
+        expansion = KernelExpansion(
+            coef, bias=bias, quadratic=inverse / (2 * beta), self_similarity_weight=-1 / (2 * beta)
+        )
+        error = _error_of_distances(support.gram, inverse, -2 * beta * bias)
+        return with_solution(self, expansion, (error, torch.zeros_like(error)), support)
+
+    def _solve_primal(self, support: SupportSet, factor: float | Tensor) -> KernelExpansion:
+        """By the d x d covariances, which are smaller, and lose no digits."""
+        beta = as_tensor(self.regularization, support.targets)
+        features, root, mean = (
+            scale_once(support.features, factor),
+            _root_of_covariances(support.targets),
+            _means(support)[0],
+        )
+        rows = root @ features.unsqueeze(-3)
+        covariance = rows.mT @ rows
+        inverse = torch.cholesky_inverse(shifted_cholesky(covariance, beta, name="", validate=False))  # of Q_k
+        means = mean.mT @ features
+        weight = inverse @ means.unsqueeze(-1)
+        coef = (mean.mT.unsqueeze(-1) - root.mT @ (rows @ weight)) / beta
+        weight = weight.squeeze(-1)
+        squared = factor.unsqueeze(-3).square() if isinstance(factor, Tensor) else factor**2
+        expansion = KernelExpansion(
+            coef.squeeze(-1).mT,
+            weight=factor * weight,
+            bias=-(means * weight).sum(-1) / 2,
+            quadratic=-squared * inverse / 2,
+        )
+        error = _condition(covariance, inverse, beta) * torch.finfo(inverse.dtype).eps
+        return with_solution(self, expansion, (error, torch.zeros_like(error)), support)
+
+
+def _means(support: SupportSet) -> tuple[Tensor, Tensor, Tensor]:
+    """The coefficients of the class means, `(*batch, n, k)`, the frequencies of the classes, and the example counts."""
+    counts = support.targets.sum(-2)
+    examples = counts.sum(-1)
+    return support.targets / counts.unsqueeze(-2), counts / examples.unsqueeze(-1), examples
+
+
+def _root_of_covariances(targets: Tensor) -> Tensor:
+    """Matrices R_k with `Q_k = beta I + (R_k X)' (R_k X)`: the centered class stacked on the centered task."""
+    class_membership = targets.mT  # (*batch, k, n)
+    counts = class_membership.sum(-1)
+    share = counts / (counts + 1)
+    class_root = (share / (counts - 1).clamp_min(1)).sqrt()[..., None, None] * _center(class_membership)
+    all_members = class_membership.sum(-2, keepdim=True)
+    task_weight = ((1 - share) / (all_members.sum(-1) - 1).clamp_min(1)).sqrt()[..., None, None]
+    return torch.cat([class_root, task_weight * _center(all_members)], -2)
+
+
+@torch.no_grad()
+def _condition(covariance: Tensor, inverse: Tensor, beta: Tensor) -> Tensor:
+    """An upper bound of the largest condition number of `covariance + beta I` of a task, from its inverse."""
+    traces = (part.diagonal(dim1=-2, dim2=-1).sum(-1) for part in (covariance, inverse))
+    return ((next(traces) + covariance.shape[-1] * beta) * next(traces)).amax(-1)
+
+
+@torch.no_grad()
+def _error_of_distances(gram: Tensor, inverse: Tensor, means: Tensor) -> Tensor:
+    """How far rounding may move squared distances, relative to the largest squared length of the `means`.
+
+    With the kernel values s of a query, its squared length is `|q|^2 - s @ inverse @ s` for each class, up to a factor.
+    Rounding moves the inner products in s by eps times the lengths of the query and of the example.
+    """
+    length = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()[..., None, :, None]
+    weight = (length.mT @ inverse.abs() @ length).squeeze(-1).squeeze(-1)
+    moved = torch.finfo(gram.dtype).eps * length.square().amax((-3, -2, -1)) * (1 + weight.amax(-1))
+    return moved / means.amax(-1).clamp_min(torch.finfo(gram.dtype).tiny)
 
 
 def _center(members: Tensor) -> Tensor:
@@ -157,8 +264,7 @@ def _center(members: Tensor) -> Tensor:
     return torch.diag_embed(members) - outer / members.sum(-1)[..., None, None]
 
 
-def _check_variance(variance: Tensor, gram: Tensor, examples: Tensor) -> None:
-    size = gram.diagonal(dim1=-2, dim2=-1).abs().sum(-1) / examples
+def _check_variance(variance: Tensor, size: Tensor, gram: Tensor) -> None:
     none = variance <= 1e-14 * size
     if none.any():
         inspect_values(check_definite, gram)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexheads._validation import ArrayLike, optional
+from convexheads.heads._closed_form import check_on_failure, errors_of_dual, with_solution
 from convexheads.heads._linear_algebra import shifted_cholesky
 from convexheads.heads.base.fitted import FittedRegressor
 from convexheads.heads.base.regression import RegressionHead
@@ -17,6 +18,7 @@ from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import RBF, KernelLike, check_kernel, gram_diagonal
 from convexheads.precision import full_precision
+from convexheads.solvers.failures import OnFailure
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -102,23 +104,35 @@ class GaussianProcessHead(RegressionHead):
     Args:
         noise_variance: sigma squared, the variance of an observation, positive, in squared units of the targets; a
             float or `Learnable`. Defaults to 0.1.
+        on_failure: as in `RidgeHead`, with the noise variance for lambda. The certificate is that of the mean.
         kernel: the prior covariance. Defaults to `RBF()`. See `RegressionHead`, also for `validate` and the errors.
 
     Example:
         `variance = GaussianProcessHead().fit(support, targets).variance(query)`
     """
 
-    checks = RegressionHead.checks | {"noise_variance": check_positive, "kernel": optional(check_kernel, default=RBF)}
+    checks = RegressionHead.checks | {
+        "noise_variance": check_positive,
+        "on_failure": check_on_failure,
+        "kernel": optional(check_kernel, default=RBF),
+    }
+    on_failure: OnFailure
     _fitted_class = FittedGaussianProcess
 
     def __init__(
-        self, noise_variance: Hyperparameter = 0.1, *, kernel: KernelLike | None = None, validate: bool = True
+        self,
+        noise_variance: Hyperparameter = 0.1,
+        *,
+        on_failure: OnFailure = "raise",
+        kernel: KernelLike | None = None,
+        validate: bool = True,
     ) -> None:
         super().__init__(kernel=kernel, validate=validate)
-        self.noise_variance = noise_variance
+        self.noise_variance, self.on_failure = noise_variance, on_failure
 
     def solve(self, support: SupportSet) -> _Posterior:
         noise = as_tensor(self.noise_variance, support.targets)
-        name = "GaussianProcessHead: the Gram matrix plus the noise variance on its diagonal"
-        factor = shifted_cholesky(support.gram, noise, name=name, validate=support.validate)
-        return _Posterior(torch.cholesky_solve(support.targets, factor), factor=factor)
+        factor = shifted_cholesky(support.gram, noise, name="", validate=False)
+        posterior = _Posterior(torch.cholesky_solve(support.targets, factor), factor=factor)
+        errors = errors_of_dual(support.gram, noise, support.targets, posterior.coef)
+        return with_solution(self, posterior, errors, support)

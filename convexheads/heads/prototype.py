@@ -6,9 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from convexheads.heads._closed_form import with_solution
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.kernels import gram_diagonal
+from convexheads.solvers.failures import OnFailure
 
 
 class PrototypeHead(ClassificationHead):
@@ -30,11 +32,14 @@ class PrototypeHead(ClassificationHead):
     """
 
     requires_all_classes = True
+    on_failure: OnFailure = "raise"
 
     def solve(self, support: SupportSet) -> KernelExpansion:
         mean = support.targets / support.targets.sum(-2, keepdim=True)
         bias = -(mean * (support.gram @ mean)).sum(-2)
-        return KernelExpansion(2 * mean, bias=bias, self_similarity_weight=-1.0)
+        expansion = KernelExpansion(2 * mean, bias=bias, self_similarity_weight=-1.0)
+        exact = 0 * bias.detach().sum(-1)  # a mean is exact up to rounding, unless it is not finite
+        return with_solution(self, expansion, (exact, exact), support)
 
     @property
     def has_leave_one_out(self) -> bool:

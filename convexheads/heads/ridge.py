@@ -2,54 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads.heads._linear_algebra import shifted_cholesky
+from convexheads.heads._closed_form import (
+    ShiftedSystem,
+    check_on_failure,
+    errors_of_dual,
+    errors_of_weights,
+    with_solution,
+)
 from convexheads.heads._sharing import apply_once, multiply, scale_once
 from convexheads.heads.base.loss import LossHead
 from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
+from convexheads.solvers.failures import OnFailure
 
 
 def _solve_ridge(
-    support: SupportSet, regularization: Hyperparameter, head: str, *, intercept: bool = False
+    head: RidgeHead | RidgeRegressionHead, support: SupportSet, *, intercept: bool = False
 ) -> KernelExpansion:
-    """The dual coefficients `(gram + regularization * S^-1)^-1 targets` with the weights S of the examples.
-
-    The `head` is named in the error.
-    """
-    penalty, factor = as_tensor(regularization, support.targets), support.linear_factor
+    """The dual coefficients `(gram + regularization * S^-1)^-1 targets` with the weights S of the examples."""
+    penalty, factor = as_tensor(head.regularization, support.targets), support.linear_factor
     targets = 2 * support.targets - 1 if support.is_multilabel else support.targets
     if support.prior is not None:
         targets = targets - support.offset
     if support.mask is not None:  # the prior has scores for masked examples too
         targets = targets.masked_fill(~support.mask.unsqueeze(-1), 0)
-    name, validate = f"{head}: the Gram matrix plus the regularization on its diagonal", support.validate
     *_, n, d = support.features.shape
     # Masked examples are orthogonal to the others in the Gram matrix.
     is_masked = support.mask is not None and not (factor is None or n <= d)
     root = _roots(support) if intercept or support.sample_weight is not None or is_masked else None
     if factor is None or n <= d:
-        gram = support.gram if root is None else root * support.gram * root.mT
-        solve = _shifted_solve(gram, penalty, name=name, validate=validate)
-        coef = solve(targets if root is None else root * targets)
-        if root is None:
-            return KernelExpansion(coef)
-        bias = None
-        if intercept:  # the coefficients of each class have to sum to zero
-            direction = solve(root)
-            bias = (root.mT @ coef) / (root.mT @ direction)
-            coef, bias = coef - direction @ bias, bias.squeeze(-2)
-        return KernelExpansion(root * coef, bias=bias)
-    # The d x d system of the primal is smaller.
-    features = scale_once(support.features, factor)
+        found = _solve_dual(support.gram, penalty, targets, root, intercept=intercept)
+    else:
+        found = _solve_primal(support.features, factor, penalty, targets, root, intercept=intercept)
+    return with_solution(head, *found, support)
+
+
+def _solve_dual(
+    gram: Tensor, penalty: Tensor, targets: Tensor, root: Tensor | None, *, intercept: bool
+) -> tuple[KernelExpansion, tuple[Tensor, Tensor]]:
+    """The solution of the n x n system of the dual, and its errors."""
+    gram, targets = (gram, targets) if root is None else (root * gram * root.mT, root * targets)
+    system = ShiftedSystem.of(gram, penalty)
+    coef, bias = system.solve(targets), None
+    if root is not None and intercept:  # the coefficients of each class have to sum to zero
+        direction = system.solve(root)
+        bias = (root.mT @ coef) / (root.mT @ direction)
+        coef, targets, bias = coef - direction @ bias, targets - root @ bias, bias.squeeze(-2)
+    errors = errors_of_dual(gram, penalty, targets, coef)
+    return KernelExpansion(coef if root is None else root * coef, bias=bias), errors
+
+
+def _solve_primal(
+    features: Tensor, factor: float | Tensor, penalty: Tensor, targets: Tensor, root: Tensor | None, *, intercept: bool
+) -> tuple[KernelExpansion, tuple[Tensor, Tensor]]:
+    """The solution of the d x d system of the primal, which is smaller, and its errors."""
+    features = scale_once(features, factor)
     center = mean = None
     rows, values = features, targets
     if root is not None:
@@ -58,28 +73,16 @@ def _solve_ridge(
             center, mean = share.mT @ features, share.mT @ targets
             rows, values = rows - center, values - mean
         rows, values = root * rows, root * values
-    solve = _shifted_solve(apply_once(lambda x: x.mT @ x, rows), penalty, name=name, validate=validate)
-    weight = solve(rows.mT @ values)
+    system = ShiftedSystem.of(apply_once(lambda x: x.mT @ x, rows), penalty)
+    weight = system.solve(rows.mT @ values)
     bias = None if center is None or mean is None else mean - center @ weight
     # The difference loses digits if the penalty is small. The scores do not: they are computed from the weight.
     error = targets - multiply(features, weight)
     if bias is not None:
         error = error - bias
     coef = (error if root is None else root.square() * error) / penalty[..., None, None]
-    return KernelExpansion(coef, weight=factor * weight.mT, bias=None if bias is None else bias.squeeze(-2))
-
-
-def _shifted_solve(
-    matrix: Float[Tensor, "*batch m m"], shift: Float[Tensor, "*grid"], *, name: str, validate: bool
-) -> Callable[[Tensor], Tensor]:
-    """The inverses of matrices plus each shift on their diagonals; a grid of shifts needs one factorization."""
-    batch = matrix.shape[:-2]
-    if not shift.ndim or torch.broadcast_shapes(shift.shape, batch).numel() == batch.numel():
-        cholesky = shifted_cholesky(matrix, shift.expand(batch), name=name, validate=validate)
-        return lambda right: torch.cholesky_solve(right, cholesky)
-    values, vectors = torch.linalg.eigh(matrix)
-    factors = 1 / (values.clamp_min(0) + shift.unsqueeze(-1)).unsqueeze(-1)
-    return lambda right: multiply(vectors, factors * (vectors.mT @ right))
+    expansion = KernelExpansion(coef, weight=factor * weight.mT, bias=None if bias is None else bias.squeeze(-2))
+    return expansion, errors_of_weights(rows, penalty, values, weight, system.inverse_norm())
 
 
 def _leave_one_out(
@@ -145,19 +148,24 @@ class RidgeHead(LossHead):
 
     Args:
         regularization: lambda, positive; a float or `Learnable`. Defaults to 50, as in Lee et al. 2019.
+        on_failure: what happens if rounding may have moved the result of a task by more than a relative duality gap of
+            1e-6, as with a lambda below about 1e-9 of the squared length of the features, if they do not determine the
+            weights: "raise" (default), "warn" or "return", as for a `Solver`.
         class_weight: see `LossHead`, also for `intercept`, `kernel`, `scale`, `validate` and the errors.
 
     Example:
         `logits = RidgeHead(10.0)(support, labels, query)`
     """
 
-    checks = LossHead.checks | {"regularization": check_positive}
+    checks = LossHead.checks | {"regularization": check_positive, "on_failure": check_on_failure}
     accepts_multilabel = True
+    on_failure: OnFailure
 
     def __init__(
         self,
         regularization: Hyperparameter = 50.0,
         *,
+        on_failure: OnFailure = "raise",
         class_weight: Any = None,
         intercept: bool = False,
         kernel: KernelLike | None = None,
@@ -165,13 +173,13 @@ class RidgeHead(LossHead):
         validate: bool = True,
     ) -> None:
         super().__init__(class_weight=class_weight, intercept=intercept, kernel=kernel, scale=scale, validate=validate)
-        self.regularization = regularization
+        self.regularization, self.on_failure = regularization, on_failure
 
     def entries_per_task(self, n: int, d: int, k: int) -> int:
         return 4 * (n + d) * k
 
     def solve(self, support: SupportSet) -> KernelExpansion:
-        return _solve_ridge(support, self.regularization, "RidgeHead", intercept=self.intercept)
+        return _solve_ridge(self, support, intercept=self.intercept)
 
     @property
     def has_leave_one_out(self) -> bool:
@@ -191,19 +199,26 @@ class RidgeRegressionHead(RegressionHead):
 
     Args:
         regularization: lambda, positive; a float or `Learnable`. Defaults to 1.
+        on_failure: as in `RidgeHead`.
         kernel: see `RegressionHead`, also for `validate` and the errors.
 
     Example:
         `values = RidgeRegressionHead(0.1)(support, targets, query)`
     """
 
-    checks = RegressionHead.checks | {"regularization": check_positive}
+    checks = RegressionHead.checks | {"regularization": check_positive, "on_failure": check_on_failure}
+    on_failure: OnFailure
 
     def __init__(
-        self, regularization: Hyperparameter = 1.0, *, kernel: KernelLike | None = None, validate: bool = True
+        self,
+        regularization: Hyperparameter = 1.0,
+        *,
+        on_failure: OnFailure = "raise",
+        kernel: KernelLike | None = None,
+        validate: bool = True,
     ) -> None:
         super().__init__(kernel=kernel, validate=validate)
-        self.regularization = regularization
+        self.regularization, self.on_failure = regularization, on_failure
 
     def solve(self, support: SupportSet) -> KernelExpansion:
-        return _solve_ridge(support, self.regularization, "RidgeRegressionHead")
+        return _solve_ridge(self, support)

@@ -66,7 +66,7 @@ class Certificate(TensorRecord):
         The gap is of second order in the error of the coefficients, and the residual of first order. A tolerance below
         the effect of rounding (9e-13 in float64) is raised to that value.
         """
-        tolerance = max(tolerance, _ROUNDING_FLOOR * torch.finfo(self.gap.dtype).eps)
+        tolerance = reachable(tolerance, self.gap.dtype)
         return (self.gap <= tolerance) & (self.residual <= tolerance**0.5)
 
     def certifies(self, tolerance: float) -> Bool[Tensor, "*batch"]:
@@ -79,6 +79,11 @@ class Certificate(TensorRecord):
     def is_feasible(self) -> Bool[Tensor, "*batch"]:
         """Whether the coefficients were feasible. If not, an optimal projection does not imply a correct active set."""
         return self.residual <= FEASIBILITY_TOLERANCE
+
+
+def reachable(tolerance: float, dtype: torch.dtype) -> float:
+    """The smallest tolerance of at least `tolerance` that rounding allows in general."""
+    return max(tolerance, _ROUNDING_FLOOR * torch.finfo(dtype).eps)
 
 
 def aim(tolerance: float, dtype: torch.dtype) -> float:
@@ -151,9 +156,8 @@ def account_for_rounding(problem: DualProblem, certificate: Certificate) -> Cert
     """
     feasible = certificate.feasible
     eps = torch.finfo(feasible.dtype).eps
-    threshold = max(ROUNDING_THRESHOLD, _ROUNDING_FLOOR * eps)
-    length = problem.gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    score_error = eps * length.unsqueeze(-1) * (length.unsqueeze(-2) @ feasible.abs())
+    threshold = reachable(ROUNDING_THRESHOLD, feasible.dtype)
+    score_error = rounding_of_scores(problem.gram, feasible)
     scores = problem.gram @ feasible
     quadratic = (feasible * scores).sum((-2, -1)).clamp_min(0)
     dual = (problem.linear * feasible).sum((-2, -1)) - quadratic / 2
@@ -164,6 +168,15 @@ def account_for_rounding(problem: DualProblem, certificate: Certificate) -> Cert
     gap = gap / primal.abs().clamp_min(eps)
     gap = torch.where(gap > threshold, gap, 0)
     return replace(certificate, gap=torch.maximum(certificate.gap, gap))
+
+
+def rounding_of_scores(gram: Float[Tensor, "*batch n n"], coef: Float[Tensor, "*batch n k"]) -> Tensor:
+    """By how much rounding of the features and of the Gram matrix may change the scores `gram @ coef`, to first order.
+
+    See `account_for_rounding`.
+    """
+    length = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    return torch.finfo(gram.dtype).eps * length.unsqueeze(-1) * (length.unsqueeze(-2) @ coef.abs())
 
 
 def _smallest_gap(

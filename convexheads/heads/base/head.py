@@ -108,7 +108,8 @@ class Head(Configurable, ABC):
             raise InputError(name, "a KernelExpansion", f"a result of type {type(expansion).__name__}")
         *batch, n, k = support.targets.shape
         d, dtype = support.features.shape[-1], support.targets.dtype
-        shapes = {"coef": (n, k), "weight": (k, d), "bias": (k,), "quadratic": (k, n, n)}
+        shapes = {"coef": (n, k), "weight": (k, d), "bias": (k,)}
+        shapes["quadratic"] = (k, n, n) if expansion.weight is None else (k, d, d)
         for part, shape in ((part, (*batch, *shape)) for part, shape in shapes.items()):
             value = getattr(expansion, part)
             is_missing = value is None and part != "coef"

@@ -134,23 +134,23 @@ class KernelExpansion(TensorRecord):
 
     With `s = kernel(q, support)`, the score of a query q for class c is
     `s @ coef_c + s @ quadratic_c @ s + bias_c + self_similarity_weight * kernel(q, q)`. With a linear kernel, `weight`
-    can replace the first two terms by `q @ weight_c`.
+    can replace the first two terms by `q @ weight_c + q @ quadratic_c @ q`.
 
     Attributes:
         coef: dual coefficients, `(*batch, n, k)`; those of masked examples are ignored.
         weight: primal weights for a linear kernel, `(*batch, k, d)`; None (default) to compute scores from `coef`.
         bias: `(*batch, k)`; None (default) for zero.
-        quadratic: symmetric, `(*batch, k, n, n)`; None (default) for a score that is linear in the kernel.
+        quadratic: symmetric, `(*batch, k, n, n)`, or `(*batch, k, d, d)` if there is a `weight`; None (default) for a
+            score that is linear in the kernel.
         self_similarity_weight: factor of each query's kernel with itself, for all classes, such as -1 for squared
             distances; a number or a 0-d tensor. Defaults to 0.
-        solution: status, gap and multipliers of an iterative solver; None (default) for a closed form and for
-            `CvxpyHead`.
+        solution: status, gap and multipliers; None (default) for `CvxpyHead` and heads of your own.
     """
 
     coef: Float[Tensor, "*batch n k"]
     weight: Float[Tensor, "*batch k d"] | None = None
     bias: Float[Tensor, "*batch k"] | None = None
-    quadratic: Float[Tensor, "*batch k n n"] | None = None
+    quadratic: Float[Tensor, "*batch k m m"] | None = None
     self_similarity_weight: float | Float[Tensor, ""] = 0.0
     solution: Solution | None = None
 
