@@ -28,6 +28,7 @@ from convexheads.solvers.problem import Status
 _K = TypeVar("_K", bound=KernelExpansion)
 TOLERANCE = 1e-6
 """The relative gap up to which a closed form counts as solved, as for iterative solvers."""
+_REMEDY = "A larger regularizer, or shorter features, leave more digits. "
 check_on_failure: Check = partial(check_choice, choices=get_args(OnFailure))
 
 
@@ -203,5 +204,5 @@ def with_solution(
     gap, error = (value.expand(expansion.coef.shape[:-2]) for value in errors)
     solution = certified(expansion.coef, gap, error, TOLERANCE, Status.FAILED, None, largest_error=largest_error)
     if support.validate:
-        solution = handle_failures(type(head).__name__, solution, TOLERANCE, head.on_failure)
+        solution = handle_failures(type(head).__name__, solution, TOLERANCE, head.on_failure, remedy=_REMEDY)
     return replace(expansion, solution=solution)

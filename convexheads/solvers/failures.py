@@ -19,13 +19,18 @@ OnFailure = Literal["raise", "warn", "return"]
 _INTERNAL = ("convexheads", "torch", "jaxtyping")
 
 
-def handle_failures(name: str, solution: Solution, tolerance: float, on_failure: OnFailure) -> Solution:
-    """Return the solution or, if one of its tasks failed, raise or warn, depending on `on_failure`."""
+def handle_failures(
+    name: str, solution: Solution, tolerance: float, on_failure: OnFailure, *, remedy: str = ""
+) -> Solution:
+    """Return the solution or, if one of its tasks failed, raise or warn, depending on `on_failure`.
+
+    The message begins with the `name` of the head or solver, and may contain a sentence with a `remedy`.
+    """
     if on_failure != "return":
         if torch.compiler.is_compiling():
             return _handle_failures_later(name, solution, tolerance, on_failure)
         if failures := solution.describe_failures():
-            _report(failures, name, solution, tolerance, on_failure)
+            _report(failures, name, solution, tolerance, on_failure, remedy)
     return solution
 
 
@@ -56,8 +61,8 @@ def certified(
     return Solution(coef, None, None, status=status, gap=gap, residual=residual, iterations=iterations)
 
 
-def _report(failures: str, name: str, solution: Solution, tolerance: float, on_failure: OnFailure) -> None:
-    message = f"{name}: {failures}, to the tolerance {tolerance:g}. "
+def _report(failures: str, name: str, solution: Solution, tolerance: float, on_failure: OnFailure, remedy: str) -> None:
+    message = f"{name}: {failures}, to the tolerance {tolerance:g}. {remedy}"
     if on_failure == "raise":
         advice = "Pass on_failure='warn' or 'return' to continue."
         raise SolverError(f"{message}`SolverError.solution` holds the solution of the whole batch. {advice}", solution)

@@ -132,7 +132,7 @@ def test_other_reasons_for_a_failed_step(what) -> None:
     batches[2] = (samples, batches[2][1])
     if what == "head":
         samples[0] = 1e9
-    causes = {"gradient": "the gradient of backbone.0.weight", "head": "not positive definite", "loss": "a loss of inf"}
+    causes = {"gradient": "the gradient of backbone.0.weight", "head": "RidgeHead", "loss": "a loss of inf"}
     for on_failure in ("raise", "skip"):
         module = learner(on_failure, RidgeHead() if what == "head" else None, normed=False)
         step = EpisodicModule._episodes
