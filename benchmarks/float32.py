@@ -33,10 +33,10 @@ HEADS: dict[str, Callable[[], ch.ClassificationHead]] = {
     "OneVsRestSVMHead()": lambda: ch.OneVsRestSVMHead(**_SOLVER),
     "LogisticHead()": lambda: ch.LogisticHead(on_failure="return"),
     "LogisticHead(1e-3)": lambda: ch.LogisticHead(1e-3, on_failure="return"),
-    "RidgeHead()": ch.RidgeHead,
-    "RidgeHead(1e-3)": lambda: ch.RidgeHead(1e-3),
+    "RidgeHead()": lambda: ch.RidgeHead(on_failure="return"),
+    "RidgeHead(1e-3)": lambda: ch.RidgeHead(1e-3, on_failure="return"),
     "PrototypeHead()": ch.PrototypeHead,
-    "MahalanobisHead()": ch.MahalanobisHead,
+    "MahalanobisHead()": lambda: ch.MahalanobisHead(on_failure="return"),
 }
 
 

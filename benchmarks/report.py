@@ -42,7 +42,7 @@ class Row(NamedTuple):
         accuracy: mean over the episodes, 0 to 1.
         interval: half the width of the 95 % confidence interval of the mean.
         episodes: the number of episodes.
-        largest_gap: the largest certified relative duality gap of an episode; None for closed forms.
+        largest_gap: the largest certified relative gap of an episode; None for heads without certificates.
     """
 
     backbone: str

@@ -254,7 +254,8 @@ def check_definite(gram: Tensor) -> None:
     finite = torch.isfinite(gram).all(-1).all(-1)[..., None, None]  # eigvalsh fails for non-finite matrices
     values = torch.linalg.eigvalsh(gram.where(finite, 0))
     smallest, size = values[..., 0], values.abs().amax(-1)
-    if (negative := smallest < -1e-9 * size).any():
+    rounding = max(1e-9, 1e3 * torch.finfo(gram.dtype).eps)
+    if (negative := smallest < -rounding * size).any():
         got = f"a Gram matrix with the eigenvalue {smallest[negative][0].item():.3g} in {describe_first_task(negative)}"
         raise InputError("kernel", "a positive semi-definite kernel", got)
 

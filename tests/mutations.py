@@ -311,8 +311,8 @@ MUTATIONS = [
     Mutation(
         "mahalanobis-certificate",
         "heads/discriminant.py",
-        "weight = (length.mT @ inverse.abs() @ length).squeeze(-1).squeeze(-1)",
-        "weight = 0 * (length.mT @ inverse.abs() @ length).squeeze(-1).squeeze(-1)",
+        "parts = (length * inverse * length.mT).flatten(-2)",
+        "parts = 0 * (length * inverse * length.mT).flatten(-2)",
         "test_closed_form.py",
     ),
     Mutation(

@@ -33,6 +33,9 @@ from convexheads.solvers.failures import OnFailure
 _LARGEST_ERROR = 1e-9
 """The squared relative error of the weights up to which linear discriminants count as solved."""
 
+_SAFETY = 4
+"""The factor by which rounding errors may be larger than expected."""
+
 
 class LinearDiscriminantHead(ClassificationHead):
     r"""Linear discriminant analysis (Fisher 1936) with shrinkage: Gaussian classes with one shared covariance.
@@ -241,19 +244,21 @@ def _root_of_covariances(targets: Tensor) -> Tensor:
 @torch.no_grad()
 def _condition(covariance: Tensor, inverse: Tensor, beta: Tensor) -> Tensor:
     """An upper bound of the largest condition number of `covariance + beta I` of a task, from its inverse."""
-    traces = (part.diagonal(dim1=-2, dim2=-1).sum(-1) for part in (covariance, inverse))
-    return ((next(traces) + covariance.shape[-1] * beta) * next(traces)).amax(-1)
+    shifted = covariance + beta * torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    return (torch.linalg.matrix_norm(shifted) * torch.linalg.matrix_norm(inverse)).amax(-1)
 
 
 @torch.no_grad()
 def _error_of_distances(gram: Tensor, inverse: Tensor, means: Tensor) -> Tensor:
-    """How far rounding may move squared distances, relative to the largest squared length of the `means`.
+    """How far rounding is likely to move squared distances, relative to the largest squared length of the `means`.
 
     With the kernel values s of a query, its squared length is `|q|^2 - s @ inverse @ s` for each class, up to a factor.
-    Rounding moves the inner products in s by eps times the lengths of the query and of the example.
+    Rounding moves each product by eps times the lengths of the query and of two examples, and such errors are
+    independent: their sum grows with the root of the number of terms.
     """
     length = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()[..., None, :, None]
-    weight = (length.mT @ inverse.abs() @ length).squeeze(-1).squeeze(-1)
+    parts = (length * inverse * length.mT).flatten(-2)
+    weight = torch.minimum(parts.abs().sum(-1), _SAFETY * torch.linalg.vector_norm(parts, dim=-1))
     moved = torch.finfo(gram.dtype).eps * length.square().amax((-3, -2, -1)) * (1 + weight.amax(-1))
     return moved / means.amax(-1).clamp_min(torch.finfo(gram.dtype).tiny)
 

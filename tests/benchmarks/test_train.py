@@ -82,10 +82,7 @@ def test_result_is_complete(finished: Path) -> None:
         assert 0.3 < row["accuracy"] <= 1  # chance is 0.2
         assert 0 < row["interval"] < 0.1
         assert row["episodes"] == 40
-        if row["head"] == "svm":
-            assert 0 <= row["largest_gap"] < 1e-6
-        else:
-            assert row["largest_gap"] is None
+        assert 0 <= row["largest_gap"] < 1e-6
     assert result["seconds"]["training"] > 0
     assert result["seconds"]["evaluation"] > 0
     assert result["seed"] == 0
