@@ -66,6 +66,7 @@ def main() -> None:
     tried = contenders()
     known = list(tried)
     parser.add_argument("--tasks", type=int, default=5000, help="hard tasks, with the seeds 0, 1, 2, ...")
+    parser.add_argument("--other", type=int, default=500, help="hard tasks of another make")
     parser.add_argument("--beyond", type=int, default=500, help="tasks with C beyond what float64 can express")
     parser.add_argument("--peer-tasks", type=int, default=300, help="hard tasks for contenders on other solvers")
     parser.add_argument("--names", type=list[str], default=known, help=f"contenders to try, of {', '.join(known)}")
@@ -77,8 +78,10 @@ def main() -> None:
     for name in options.names:
         tasks = options.peer_tasks if tried[name].peer else options.tasks
         rows.append(measure(name, "hard", tasks, options.limit, options.workers, options.device))
-        if not tried[name].peer and options.beyond:
-            rows.append(measure(name, "beyond", options.beyond, options.limit, options.workers, options.device))
+        others: tuple[tuple[Set, int], ...] = (("other", options.other), ("beyond", options.beyond))
+        for of, count in () if tried[name].peer else others:
+            if count:
+                rows.append(measure(name, of, count, options.limit, options.workers, options.device))
         Console().print(show(rows[-1:], ""))
     write(rows, options)
 
@@ -100,7 +103,7 @@ def write(rows: list[dict[str, Any]], options: Any) -> None:
         + ("" if options.device == "cpu" else f"Solved on {origin['machine']['accelerator']}. ")
         + "Made by `python -m benchmarks.honesty`."
     )
-    names = ("tasks", "beyond", "peer_tasks", "names", "limit", "workers", "device")
+    names = ("tasks", "other", "beyond", "peer_tasks", "names", "limit", "workers", "device")
     plain = [{key: value for key, value in row.items() if key != "notable"} for row in rows]
     record = {"settings": {name: options[name] for name in names}, "results": plain, **origin}
     experiment.write(options.output, "honesty", table, note, record=record, width=160)

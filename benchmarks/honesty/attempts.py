@@ -33,7 +33,7 @@ def attempt(name: str, of: Set, seed: int, *, device: str = "cpu") -> tuple[str,
     except Exception as error:  # any other error counts as a crash
         return "crashed", f"{type(error).__name__}: {error}", None
     # Beyond float64, differences of logits are noise.
-    return verdict(answer), f"gap {answer.gap:.0e}", answer.gradient_error if of == "hard" else None
+    return verdict(answer), f"gap {answer.gap:.0e}", None if of == "beyond" else answer.gradient_error
 
 
 def verdict(answer: Answer) -> str:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Set = Literal["hard", "beyond"]
-"""Which tasks: those that every solver ought to solve, and some with C beyond what float64 can express."""
+Set = Literal["hard", "other", "beyond"]
+"""Which tasks: those that every solver ought to solve, of two makes, or some with C beyond what float64 can express."""
 
 
 class HardTask(NamedTuple):
@@ -48,7 +48,51 @@ class HardTask(NamedTuple):
 
 
 def hard_task(seed: int, of: Set = "hard") -> HardTask:
-    """Draw a task.
+    """Draw a task of a set."""
+    return _other_task(seed) if of == "other" else _hard_task(seed, of)
+
+
+def _other_task(seed: int) -> HardTask:
+    """Draw a task of another make, so that nothing is tuned to one generator.
+
+    1 to 20 ways, uneven shots, 1 to 300 features: counts, other integers, binary or heavy-tailed numbers, clusters, or
+    spectra that fall to 1e-8; with near duplicates down to 1e-12, or rows whose scales differ by six orders of
+    magnitude. C is drawn from 1e-5 to 1e7 in units of one over their mean squared length.
+    """
+    draw = np.random.default_rng([20261128, seed])
+    ways, d = int(draw.integers(1, 21)), round(math.exp(draw.uniform(0, math.log(300))))
+    labels = np.repeat(np.arange(ways), np.minimum(draw.geometric(0.25, ways), 15))
+    n = len(labels)
+    kind = ("counts", "integers", "binary", "heavy tails", "clusters", "spectrum")[draw.integers(6)]
+    if kind == "counts":
+        x = draw.poisson(draw.gamma(0.5, 4, (ways, d))[labels]).astype(float)
+    elif kind == "integers":
+        x = draw.integers(-255, 256, (n, d)).astype(float)
+    elif kind == "binary":
+        x = (draw.random((n, d)) < draw.beta(0.3, 1, (ways, d))[labels]).astype(float)
+    elif kind == "heavy tails":
+        x = np.clip(draw.standard_t(1.2, (n, d)), -1e4, 1e4)
+    elif kind == "clusters":
+        x = draw.normal(size=(ways, d))[labels] + 10 ** draw.uniform(-3, 1) * draw.normal(size=(n, d))
+    else:
+        turn = np.linalg.qr(draw.normal(size=(d, d)))[0]
+        x = (draw.normal(size=(n, d)) * np.logspace(0, -8, d)) @ turn
+    kinds = [kind]
+    if draw.random() < 0.3:
+        kinds.append("near duplicates")
+        where = draw.integers(0, n, max(1, n // 3))
+        x[where] = x[draw.integers(0, n, len(where))] + 10.0 ** -draw.integers(6, 13) * draw.normal(
+            size=(len(where), d)
+        )
+    if draw.random() < 0.3:
+        kinds.append("row scales")
+        x *= 10 ** draw.uniform(-3, 3, (n, 1))
+    query = x[draw.integers(0, n, 5)] + x.std() * draw.normal(size=(5, d))
+    return _task(seed, draw, x, labels, query, ways, kinds, (-5, 7))
+
+
+def _hard_task(seed: int, of: Set) -> HardTask:
+    """Draw a task of the sets "hard" and "beyond".
 
     1 to 50 ways, 1 to 20 shots per class, uneven, 1 to 2,048 features, small numbers more often than large ones. The
     features have a scale from 1e-6 to 1e6. C is drawn from 1e-6 to 1e6 in units of one over their mean squared length,
@@ -94,16 +138,30 @@ def hard_task(seed: int, of: Set = "hard") -> HardTask:
     scale = 10 ** draw.uniform(-6, 6)
     x = scale * x
     query = x[draw.integers(0, n, 5)] + scale * draw.normal(size=(5, d))
+    return _task(seed, draw, x, labels, query, ways, kinds, (8, 18) if of == "beyond" else (-6, 6))
+
+
+def _task(
+    seed: int,
+    draw: np.random.Generator,
+    x: np.ndarray,
+    labels: np.ndarray,
+    query: np.ndarray,
+    ways: int,
+    kinds: list[str],
+    strengths: tuple[float, float],
+) -> HardTask:
+    """The task of these features and labels. The logarithm of C times their squared length is between `strengths`."""
     kind = [torch.float64, torch.float32, torch.bfloat16][draw.choice(3, p=[0.6, 0.25, 0.15])]
     support = torch.from_numpy(x).to(kind)
     length = support.double().square().sum(-1).mean().item()
-    strength = draw.uniform(8, 18) if of == "beyond" else draw.uniform(-6, 6)
+    strength = draw.uniform(*strengths)
     return HardTask(
         seed=seed,
         support=support,
         labels=torch.from_numpy(labels),
         query=torch.from_numpy(query).to(kind),
-        values=torch.from_numpy(draw.normal(size=n)),
+        values=torch.from_numpy(draw.normal(size=len(labels))),
         ways=ways,
         C=10**strength / (length if length > 0 else 1.0),
         kinds=tuple(kinds),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from convexheads._gram import constant
 from convexheads._validation import Check, check_finite, describe_shape, describe_type, is_dense
-from convexheads.errors import InputError
+from convexheads.errors import ConvexHeadsError, InputError
 from convexheads.hyperparameters import Configurable, Hyperparameter, Learnable, as_tensor, check_positive
 
 KernelLike = Callable[[Tensor, Tensor], Tensor]
@@ -51,7 +51,11 @@ def compute_gram(kernel: KernelLike, x: Tensor, y: Tensor, *, validate: bool) ->
 
     It raises `InputError` for another shape or dtype or, with `validate`, for a value that is not finite.
     """
-    gram: Any = kernel(x, y)
+    try:
+        gram: Any = kernel(x, y)
+    except RuntimeError as error:  # how PyTorch refuses to mix dtypes
+        _explain_dtype(kernel, x.dtype, error)
+        raise
     expected = (*x.shape[:-1], y.shape[-2])
     if not isinstance(gram, Tensor) or gram.shape != expected:
         raise InputError("kernel", f"a Gram matrix of shape {expected}", describe_shape(gram))
@@ -64,6 +68,15 @@ def compute_gram(kernel: KernelLike, x: Tensor, y: Tensor, *, validate: bool) ->
     if validate:
         check_finite("kernel", gram)
     return gram
+
+
+def _explain_dtype(kernel: KernelLike, dtype: torch.dtype, error: RuntimeError) -> None:
+    """Raise `InputError` if a kernel failed that is a module of another dtype."""
+    parameters = kernel.parameters() if isinstance(kernel, nn.Module) else ()
+    others = {parameter.dtype for parameter in parameters if parameter.is_floating_point()} - {dtype}
+    if others and not isinstance(error, ConvexHeadsError):
+        remedy = "call `head.double()`, or convert the arguments in the kernel's `forward`"
+        raise InputError("kernel", f"parameters of {dtype}", f"{others.pop()}; {remedy}") from error
 
 
 class Kernel(Configurable):

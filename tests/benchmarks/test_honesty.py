@@ -36,6 +36,19 @@ def test_tasks_are_functions_of_their_seed_and_cover_the_ranges():
     scales = [task.support.double().abs().max().item() for task in tasks if "all zero" not in task.kinds]
     assert min(scales) < 1e-4
     assert max(scales) > 1e5
+    other = [hard_task(seed, "other") for seed in range(300)]
+    kinds = {kind for task in other for kind in task.kinds}
+    assert kinds >= {
+        "counts",
+        "integers",
+        "binary",
+        "heavy tails",
+        "clusters",
+        "spectrum",
+        "near duplicates",
+        "row scales",
+    }
+    assert all(task.support.isfinite().all() and 1 <= task.ways <= 20 for task in other)
     beyond = [hard_task(seed, "beyond") for seed in range(20)]
     length = [task.support.double().square().sum(-1).mean().item() for task in beyond]
     assert all(task.C * square > 9e7 or square == 0 for task, square in zip(beyond, length, strict=True))
@@ -187,7 +200,7 @@ def test_gradients_are_judged():
 
 
 def test_command(tmp_path, monkeypatch, capsys):
-    options = ["--tasks", "3", "--beyond", "2", "--peer-tasks", "2", "--workers", "1"]
+    options = ["--tasks", "3", "--other", "2", "--beyond", "2", "--peer-tasks", "2", "--workers", "1"]
     names = ["SVM", "SVM on qpth alone"]
     monkeypatch.setattr("sys.argv", ["honesty", *options, "--names", str(names), "--output", str(tmp_path)])
     command.main()

@@ -161,3 +161,29 @@ def test_a_kernel_without_scale_stays_as_it_is():
     support, labels, query, _ = task(2)
     head = RidgeHead(kernel=UnitScale())
     assert (head(0 * support, labels, query) == 0).all()
+
+
+class Deep(torch.nn.Module):
+    """A kernel with weights, as people write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(12, 5)
+
+    def forward(self, x, y):
+        return self.layer(x) @ self.layer(y).mT
+
+
+def test_kernel_of_another_dtype():
+    """PyTorch's own error does not say what to do."""
+    support, labels, query, _ = task()
+    head = RidgeHead(kernel=Deep())
+    with pytest.raises(InputError, match=r"kernel: expected parameters of torch.float64, got torch.float32; .*double"):
+        head(support, labels, query)
+    assert head.double()(support, labels, query).isfinite().all()
+
+
+def test_other_errors_of_a_kernel_are_its_own():
+    support, labels, query, _ = task(d=7)
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
+        RidgeHead(kernel=Deep().double())(support, labels, query)
