@@ -10,7 +10,7 @@ import pandas
 import pytest
 import torch
 
-from benchmarks import float32, many_classes, overhead, report, solvers, warm_start
+from benchmarks import float32, load, many_classes, overhead, report, solvers, warm_start
 from convexheads import SVMHead
 from convexheads.solvers import base
 
@@ -193,6 +193,13 @@ def test_starts_change_no_result():
     assert all(each[kind]["certified"] == 1 for each in found for kind in ("cold", "warm"))
     assert all(each["warm"]["iterations"] <= each["cold"]["iterations"] + 1 for each in found)
     assert warm_start.show(found).row_count == len(warm_start.SOLVERS)
+
+
+def test_load_is_carried_without_failures():
+    found = load.measure(tasks=8 * 2000, at_once=2000)
+    assert [(row["head"], row["through"]) for row in found] == [(head, how) for how in load.WAYS for head in load.HEADS]
+    assert all(row["tasks"] == 2000 and not row["failed"] and row["repeated"] for row in found)
+    assert load.show(found).row_count == len(found)
 
 
 def test_float32_is_close_to_float64():

@@ -13,6 +13,7 @@ from torch import nn
 from convexheads import (
     InputError,
     Learnable,
+    LogisticHead,
     PrototypeHead,
     RidgeHead,
     RidgeRegressionHead,
@@ -115,6 +116,18 @@ def test_episodes_depend_on_the_seed_only():
     # The same class structure under other names: the same episodes.
     assert torch.equal(first.accuracies, evaluate(RidgeHead(), features, 10 * labels + 3, **options).accuracies)
     assert evaluate(RidgeHead(), features, labels, **options).gaps.max() < 1e-12
+
+
+@pytest.mark.parametrize("head", [PrototypeHead(), RidgeHead(1.0), SVMHead(), LogisticHead()], ids=repr)
+def test_accuracies_depend_neither_on_batches_nor_on_threads(head):
+    features, labels = clusters(noise=2.0)
+    results = []
+    for count, size in ((1, 40), (1, 7), (2, 40), (3, 7)):
+        torch.set_num_threads(count)
+        results.append(evaluate(head, features, labels, shots=2, episodes=60, batch_size=size, progress=False))
+    for result in results[1:]:
+        assert torch.equal(result.accuracies, results[0].accuracies)
+        torch.testing.assert_close(result.gaps, results[0].gaps, rtol=0, atol=1e-9)
 
 
 def test_chance_level_on_noise_and_certainty_on_clean_clusters():
