@@ -45,7 +45,7 @@ class ShiftedSystem:
 
     Attributes:
         solve: the product of the inverse and a right-hand side, `(*batch, m, k)`.
-        inverse_norm: an upper bound of the largest eigenvalue of the inverse, `(*batch,)`, without gradient.
+        inverse_norm: computes an upper bound of the largest eigenvalue of the inverse, `(*batch,)`, without gradient.
     """
 
     solve: Callable[[Tensor], Tensor]
@@ -112,15 +112,14 @@ def errors_of_weights(
     Returns:
         As `errors_of_dual`.
     """
-    eps, tiny = torch.finfo(features.dtype).eps, torch.finfo(features.dtype).tiny
+    eps = torch.finfo(features.dtype).eps
     error = targets - multiply(features, weight)
     gradient = multiply(features.mT, error) - penalty[..., None, None] * weight
     length, size = _norm(features, -1), _norm(weight)
     # A score may be off by eps times both lengths, and its part of the gradient by that times the example's length.
     rounding = eps * (length * (_norm(error, -1) + length * size.unsqueeze(-1))).sum(-1)
-    slope = (_norm(gradient) + rounding).square()
     objective = error.square().sum((-2, -1)) + penalty * size.square()  # times two
-    return inverse_norm * slope / objective.clamp_min(tiny), (inverse_norm / size.clamp_min(tiny)).square() * slope
+    return _bounds(_norm(gradient) + rounding, inverse_norm, objective, size)
 
 
 @torch.no_grad()
@@ -135,14 +134,19 @@ def errors_of_system(
 
     They minimize `|rows w|^2 / 2 + shift |w|^2 / 2 - w' right`, and their errors are bounded as in `errors_of_weights`.
     """
-    eps, tiny = torch.finfo(rows.dtype).eps, torch.finfo(rows.dtype).tiny
+    eps = torch.finfo(rows.dtype).eps
     image, size = rows @ weight, _norm(weight)
     residual = right - rows.mT @ image - shift[..., None, None] * weight
     length = _norm(rows, -1)
     rounding = eps * (length * (_norm(image, -1) + length * size.unsqueeze(-1))).sum(-1)
-    slope = (_norm(residual) + rounding).square()
-    objective = (right * weight).sum((-2, -1))
-    return inverse_norm * slope / objective.clamp_min(tiny), (inverse_norm / size.clamp_min(tiny)).square() * slope
+    return _bounds(_norm(residual) + rounding, inverse_norm, (right * weight).sum((-2, -1)), size)
+
+
+def _bounds(slope: Tensor, inverse_norm: Tensor, objective: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """The errors of weights of this `size`, from the length of the gradient and twice the absolute objective."""
+    tiny = torch.finfo(slope.dtype).tiny
+    gap = inverse_norm * slope.square() / objective.clamp_min(tiny)
+    return gap, (inverse_norm * slope / size.clamp_min(tiny)).square()
 
 
 @torch.no_grad()

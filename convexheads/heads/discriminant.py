@@ -127,7 +127,11 @@ class LinearDiscriminantHead(ClassificationHead):
             return self.shrinkage * as_tensor(self.variance, scatter).expand(batch)
         variance = scatter.diagonal(dim1=-2, dim2=-1).sum(-1) / support.features.shape[-1]
         if support.validate:
-            inspect_values(_check_variance, variance, squared.abs().mean(-1), support.gram)
+            try:
+                inspect_values(_check_variance, variance, squared.abs().mean(-1))
+            except InputError:
+                inspect_values(check_definite, support.gram)
+                raise
         return self.shrinkage * variance
 
 
@@ -269,9 +273,8 @@ def _center(members: Tensor) -> Tensor:
     return torch.diag_embed(members) - outer / members.sum(-1)[..., None, None]
 
 
-def _check_variance(variance: Tensor, size: Tensor, gram: Tensor) -> None:
+def _check_variance(variance: Tensor, size: Tensor) -> None:
     none = variance <= 1e-14 * size
     if none.any():
-        inspect_values(check_definite, gram)
         expected = "two different examples of some class, or LinearDiscriminantHead(variance=...)"
         raise InputError("support", expected, f"a within-class covariance of zero in {describe_first_task(none)}")
