@@ -12,10 +12,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROW_SUM_TOLERANCE = 1e-14
-"""The Numba kernels do not project rows. They accept row sums up to this, relative to the largest coefficient."""
+_ROW_SUM_TOLERANCE = 1e-14
 NEWTON_TOLERANCE = 1e-12
 """The proximal step of the Numba kernels, used only for a first guess, stops at sums of this relative size."""
+
+
+def row_sum_tolerance(k: int) -> float:
+    """The largest sum of k entries, relative to the largest one, that Numba kernels accept: they do not project rows."""
+    return max(_ROW_SUM_TOLERANCE, _rounding_of_sums(k, torch.float64))
+
+
+def _rounding_of_sums(k: int, dtype: torch.dtype) -> float:
+    """By how much rounding may move a sum of k entries, relative to the largest one."""
+    return 4 * k * torch.finfo(dtype).eps
 
 
 class FeasibleRows(NamedTuple):
@@ -37,7 +46,7 @@ class FeasibleRows(NamedTuple):
         clipped = self.clip(value)
         if not self.sum_to_zero:
             return clipped
-        rounding = 4 * value.shape[-1] * torch.finfo(value.dtype).eps
+        rounding = _rounding_of_sums(value.shape[-1], value.dtype)
         if (clipped.sum(-1).abs() <= rounding * clipped.abs().amax(-1)).all():  # as for exact solutions
             return clipped
         return self._replace(smoothing=None).proximal(value, torch.ones_like(value[..., :1]))[0]

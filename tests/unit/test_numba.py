@@ -17,7 +17,7 @@ from problems import known, known_problem
 from tasks import close, crammer_singer, examples, task, tasks
 
 from convexheads import InputError, MissingDependencyError
-from convexheads.solvers import ActiveSetSolver, NativeSolver, certificate, feasible_rows
+from convexheads.solvers import ActiveSetSolver, DualProblem, NativeSolver, certificate, feasible_rows
 from convexheads.solvers.implicit import REGULARIZATION, active_entries, factorize_free
 from convexheads.solvers.native import active_set, admm_steps, numba_backend, numba_kernels, numba_kkt
 from convexheads.solvers.problem import ZERO_MULTIPLIER, WarmStart
@@ -320,6 +320,14 @@ def test_there_is_one_pool_of_threads():
         torch.set_num_threads(threads)
         solve(qp)
     assert numba_backend._pool.cache_info().misses == 1
+
+
+def test_thousands_of_ways_are_proven_by_the_kernels():
+    """The sums of their rows are larger by rounding."""
+    support = torch.randn(2, 10, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    targets = torch.nn.functional.one_hot(torch.arange(10) * 400, 4000).to(support).expand(2, -1, -1)
+    qp = DualProblem(support @ support.mT, targets, upper=0.1 * targets)
+    assert solve(qp).solution.converged.all()
 
 
 def test_singular_and_non_finite_tasks_leave_their_neighbors_alone():

@@ -38,7 +38,6 @@ _MIN_FLOPS_FOR_THREADS = 1e7
 _ADMM_SETTINGS = (_MAX_STEPS, _PATIENCE, admm_steps.OVER_RELAXATION, feasible_rows.NEWTON_TOLERANCE)
 _FLOAT64 = torch.finfo(torch.float64)
 _LIMITS = (certificate.INDEFINITENESS, _FLOAT64.eps, _FLOAT64.tiny)
-_TOLERANCES = (certificate.ZERO_GAP, certificate.FEASIBILITY_TOLERANCE, feasible_rows.ROW_SUM_TOLERANCE, _LIMITS)
 
 
 def solve(
@@ -62,7 +61,8 @@ def solve(
     factors = allocate_factors(tasks, n, k, empty)
     search_settings = REGULARIZATION, refinements, max_rounds, warm_rounds
     settings = admm_steps.PENALTY, _ADMM_SETTINGS, search_settings, ZERO_MULTIPLIER
-    tolerances = (certificate.aim(tolerance, torch.float64), *_TOLERANCES)
+    feasible = certificate.FEASIBILITY_TOLERANCE, feasible_rows.row_sum_tolerance(k)
+    tolerances = certificate.aim(tolerance, torch.float64), certificate.ZERO_GAP, *feasible, _LIMITS
     fills_threads = is_on_cpu and problem.path_length * torch.get_num_threads() <= tasks
     path_length = problem.path_length if fills_threads else 1
     options = problem.rows_sum_to_zero, problem.start is not None, path_length, settings, tolerances
