@@ -18,7 +18,7 @@ NEWTON_TOLERANCE = 1e-12
 
 
 def row_sum_tolerance(k: int) -> float:
-    """The largest sum of k entries, relative to the largest one, that Numba kernels accept: they do not project rows."""
+    """The largest sum of k entries, relative to the largest one, that Numba kernels accept; they project no rows."""
     return max(_ROW_SUM_TOLERANCE, _rounding_of_sums(k, torch.float64))
 
 
