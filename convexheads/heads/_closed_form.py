@@ -112,14 +112,10 @@ def errors_of_weights(
     Returns:
         As `errors_of_dual`.
     """
-    eps = torch.finfo(features.dtype).eps
     error = targets - multiply(features, weight)
     gradient = multiply(features.mT, error) - penalty[..., None, None] * weight
-    length, size = _norm(features, -1), _norm(weight)
-    # A score may be off by eps times both lengths, and its part of the gradient by that times the example's length.
-    rounding = eps * (length * (_norm(error, -1) + length * size.unsqueeze(-1))).sum(-1)
-    objective = error.square().sum((-2, -1)) + penalty * size.square()  # times two
-    return _bounds(_norm(gradient) + rounding, inverse_norm, objective, size)
+    objective = error.square().sum((-2, -1)) + penalty * weight.square().sum((-2, -1))  # times two
+    return _bounds(gradient, objective, features, error, weight, inverse_norm)
 
 
 @torch.no_grad()
@@ -134,17 +130,23 @@ def errors_of_system(
 
     They minimize `|rows w|^2 / 2 + shift |w|^2 / 2 - w' right`, and their errors are bounded as in `errors_of_weights`.
     """
-    eps = torch.finfo(rows.dtype).eps
-    image, size = rows @ weight, _norm(weight)
+    image = rows @ weight
     residual = right - rows.mT @ image - shift[..., None, None] * weight
-    length = _norm(rows, -1)
-    rounding = eps * (length * (_norm(image, -1) + length * size.unsqueeze(-1))).sum(-1)
-    return _bounds(_norm(residual) + rounding, inverse_norm, (right * weight).sum((-2, -1)), size)
+    return _bounds(residual, (right * weight).sum((-2, -1)), rows, image, weight, inverse_norm)
 
 
-def _bounds(slope: Tensor, inverse_norm: Tensor, objective: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """The errors of weights of this `size`, from the length of the gradient and twice the absolute objective."""
-    tiny = torch.finfo(slope.dtype).tiny
+def _bounds(
+    gradient: Tensor, objective: Tensor, rows: Tensor, factors: Tensor, weight: Tensor, inverse_norm: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The errors of weights, from the gradient and twice the absolute objective.
+
+    The gradient contains the sum of the `rows` times their `factors`, which depend on the products of rows and weights.
+    A product may be off by eps times both lengths, and its part of the gradient by that times the length of the row.
+    """
+    eps, tiny = torch.finfo(rows.dtype).eps, torch.finfo(rows.dtype).tiny
+    length, size = _norm(rows, -1), _norm(weight)
+    rounding = eps * (length * (_norm(factors, -1) + length * size.unsqueeze(-1))).sum(-1)
+    slope = _norm(gradient) + rounding
     gap = inverse_norm * slope.square() / objective.clamp_min(tiny)
     return gap, (inverse_norm * slope / size.clamp_min(tiny)).square()
 

@@ -152,9 +152,10 @@ class MahalanobisHead(ClassificationHead):
     Args:
         regularization: beta, positive, in squared units of the features; a float or `Learnable`. Defaults to 1, as in
             the paper.
-        on_failure: what happens if rounding may have moved the squared distances of a task's support examples by more
-            than 1e-6 of the largest one, as with a beta below about 1e-6 of the squared length of the features: "raise"
-            (default), "warn" or "return", as for a `Solver`.
+        on_failure: what happens if rounding has probably moved squared distances of a task by more than 1e-6 of the
+            largest squared length of a class mean, as with a beta below about 1e-5 of the squared length of the
+            features where they do not determine the covariances: "raise" (default), "warn" or "return", as for a
+            `Solver`.
         kernel: see `ClassificationHead`, also for `scale`, `validate` and the errors.
 
     Raises:
@@ -204,11 +205,8 @@ class MahalanobisHead(ClassificationHead):
     def _solve_primal(self, support: SupportSet, factor: float | Tensor) -> KernelExpansion:
         """By the d x d covariances, which are smaller, and lose no digits."""
         beta = as_tensor(self.regularization, support.targets)
-        features, root, mean = (
-            scale_once(support.features, factor),
-            _root_of_covariances(support.targets),
-            _means(support)[0],
-        )
+        features = scale_once(support.features, factor)
+        root, mean = _root_of_covariances(support.targets), _means(support)[0]
         rows = root @ features.unsqueeze(-3)
         covariance = rows.mT @ rows
         inverse = torch.cholesky_inverse(shifted_cholesky(covariance, beta, name="", validate=False))  # of Q_k
