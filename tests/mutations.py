@@ -288,6 +288,13 @@ MUTATIONS = [
         "test_closed_form.py",
     ),
     Mutation(
+        "closed-form-weights",
+        "heads/_closed_form.py",
+        "slope = _norm(gradient) + rounding",
+        "slope = rounding",
+        "test_closed_form.py::test_errors_of_weights_bound_the_actual_ones",
+    ),
+    Mutation(
         "closed-form-policy",
         "heads/_closed_form.py",
         "solution = handle_failures(type(head).__name__, solution, TOLERANCE, head.on_failure, remedy=_REMEDY)",

@@ -24,6 +24,7 @@ from convexheads import (
     SolverWarning,
 )
 from convexheads.heads import KernelExpansion
+from convexheads.heads._closed_form import errors_of_dual, errors_of_system, errors_of_weights
 from convexheads.kernels import Linear
 
 
@@ -101,11 +102,10 @@ def exact_gaussians(support, labels, query, covariance_of, constant_of):
         own = [row for row, other in zip(rows, labels.tolist(), strict=True) if other == label]
         classes.append((sum(own[1:], own[0]) / len(own), own))
     scores = []
-    for label, (mean, own) in enumerate(classes):
+    for mean, own in classes:
         inverse = covariance_of(classes, rows, own) ** -1
         parts = [mpmath.matrix([q]) - mean for q in query.tolist()]
         scores.append([constant_of(own, rows) - (part * inverse * part.T)[0] / 2 for part in parts])
-        assert label >= 0
     return mpmath.matrix(scores).T
 
 
@@ -221,8 +221,6 @@ def test_a_grid_of_penalties_has_a_certificate_for_each():
 
 def test_gap_is_that_of_the_dual():
     """At coefficients with a known error, the gap is the difference of the two objectives, computed from them."""
-    from convexheads.heads._closed_form import errors_of_dual
-
     support, labels, *_ = task(3, **SIZES["n < d"])
     targets, gram = torch.nn.functional.one_hot(labels).to(support), support @ support.mT
     coef = RidgeHead(2.0).fit(support, labels).expansion.coef
@@ -235,3 +233,27 @@ def test_gap_is_that_of_the_dual():
     exact = support.mT @ RidgeHead(2.0).fit(support, labels).expansion.coef
     actual = (weight - exact).square().sum((-2, -1)) / weight.square().sum((-2, -1))
     assert (actual <= error).all()
+
+
+@pytest.mark.parametrize("which", ["ridge regression", "a system"])
+def test_errors_of_weights_bound_the_actual_ones(which):
+    """At weights with a known error: from above, and not by orders of magnitude."""
+    rows, labels, *_ = task(3, **SIZES["n > d"])
+    targets = torch.nn.functional.one_hot(labels).to(rows)
+    shift, right = torch.full((3,), 0.5, dtype=torch.float64), rows.mT @ targets
+    hessian = rows.mT @ rows + 0.5 * torch.eye(3, dtype=torch.float64)
+    noise = torch.randn(right.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = torch.linalg.solve(hessian, right)
+    weight, inverse_norm = exact + 1e-3 * noise, 1 / torch.linalg.eigvalsh(hessian)[..., 0]
+    if which == "ridge regression":
+        gap, error = errors_of_weights(rows, shift, targets, weight, inverse_norm)
+        objective = ((targets - rows @ weight).square().sum((-2, -1)) + 0.5 * weight.square().sum((-2, -1))) / 2
+    else:
+        gap, error = errors_of_system(rows, shift, right, weight, inverse_norm)
+        objective = (right * weight).sum((-2, -1)) / 2
+    excess = ((weight - exact) * (hessian @ (weight - exact))).sum((-2, -1)) / 2
+    distance = (weight - exact).square().sum((-2, -1)) / weight.square().sum((-2, -1))
+    for bound, actual in ((gap, excess / objective), (error, distance)):
+        assert (actual <= bound).all()
+        assert (bound < 1e3 * actual).all()
+    assert errors_of_weights(rows, shift, targets, exact, inverse_norm)[0].max() < 1e-20
