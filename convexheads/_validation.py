@@ -7,12 +7,14 @@ import numbers
 import operator
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
+from convexheads._looks import check, refuse
 from convexheads.errors import InputError
 
 Check = Callable[[str, Any], Any]
@@ -229,8 +231,10 @@ def check_finite(name: str, value: Tensor) -> None:
 
 
 def check_finite_values(name: str, value: Tensor) -> None:
-    if torch.isfinite(value.sum()):  # fast path: one reduction
-        return
+    check(value.sum(), partial(_refuse_non_finite, name, value))  # a finite sum has finite terms
+
+
+def _refuse_non_finite(name: str, value: Tensor) -> None:
     bad = ~torch.isfinite(value).all(-1)
     if bad.any():
         got = f"non-finite values in row {bad.nonzero()[0, -1].item()} of {describe_first_task(bad.any(-1))}"
@@ -244,9 +248,13 @@ def out_of_range(labels: Tensor, limit: int | Tensor) -> Tensor:
 
 def check_range(name: str, labels: Tensor, limit: int | Tensor, highest: int | str, remedy: str = "") -> None:
     """Raise `InputError` unless the labels are non-negative and below `limit`; the message names the `highest`."""
-    if (wrong := out_of_range(labels, limit)).any():
+    wrong = out_of_range(labels, limit)
+
+    def error() -> InputError:
         got = f"{labels[wrong][0].item()} in {describe_first_task(wrong.any(-1))}{remedy}"
-        raise InputError(name, f"values 0..{highest}", got)
+        return InputError(name, f"values 0..{highest}", got)
+
+    refuse(wrong, error)
 
 
 def check_definite(gram: Tensor) -> None:
@@ -263,6 +271,10 @@ def check_definite(gram: Tensor) -> None:
 def check_symmetric(gram: Tensor) -> None:
     """Raise `InputError` if a Gram matrix differs from its transpose by more than rounding errors."""
     difference, size = (gram - gram.mT).abs().amax((-2, -1)), gram.abs().amax((-2, -1))
-    if (wrong := difference > 1e-6 * size).any():
+    wrong = difference > 1e-6 * size
+
+    def error() -> InputError:
         got = f"values that differ by {difference[wrong][0].item():.3g} in {describe_first_task(wrong)}"
-        raise InputError("kernel", "a symmetric kernel, k(x, y) = k(y, x)", got)
+        return InputError("kernel", "a symmetric kernel, k(x, y) = k(y, x)", got)
+
+    refuse(wrong, error)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from convexheads._functorch import inspect_values
+from convexheads._looks import look_once
 from convexheads._validation import check_fraction, check_range, check_tensor, describe_shape, is_integer_tensor
 from convexheads.episodes import Episode
 from convexheads.errors import InputError, SolverError
@@ -47,6 +48,7 @@ class EpisodeLoss(NamedTuple):
     logits: Float[Tensor, "*tasks q ways"]
 
 
+@look_once
 def episode_loss(head: ClassificationHead, episode: Episode, *, ways: int, label_smoothing: float = 0.0) -> EpisodeLoss:
     """Compute the loss for training a backbone with a head: fit on each support set, score each query set.
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from numba.core.dispatcher import Dispatcher
 
+from convexheads import _looks
 from convexheads.solvers import problem
 from convexheads.solvers.native import active_set, cuda_team, numba_backend, numba_kernels, numba_kkt, team
 
@@ -193,5 +194,6 @@ def on_this_gpu(make_team: Callable[[], Team] | None = None):
         patch.setattr(cuda_team, "launch", launch)
         patch.setattr(numba_backend, "_is_on_cpu", lambda tensor: False)
         patch.setattr(problem, "_check_order", lambda *bounds: None)  # only values on the CPU are checked
+        patch.setattr(_looks, "_waits", lambda flag: True)
         patch.setattr(active_set.ActiveSetSolver, "runs_on_gpu", lambda self, _: self.backend == "cuda")
         yield

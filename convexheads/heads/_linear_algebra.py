@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
+from convexheads._looks import refuse
 from convexheads._validation import describe_first_task
 from convexheads.errors import SolverError
 
@@ -33,12 +34,11 @@ def shifted_cholesky(matrix: Tensor, shift: Tensor, *, name: str, validate: bool
     """
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     factor, info = torch.linalg.cholesky_ex(matrix + shift[..., None, None] * eye)
-    if not validate:
-        return factor.masked_fill((info > 0)[..., None, None], torch.nan)
-    inspect_values(_check_factor, info.any(-1) if per_class else info, name)
-    return factor
+    failed = info > 0
+    if validate:
+        inspect_values(_check_factor, failed.any(-1) if per_class else failed, name)
+    return factor.masked_fill(failed[..., None, None], torch.nan)
 
 
-def _check_factor(info: Tensor, name: str) -> None:
-    if info.any():
-        raise SolverError(f"{name} is not positive definite in {describe_first_task(info)}")
+def _check_factor(failed: Tensor, name: str) -> None:
+    refuse(failed, lambda: SolverError(f"{name} is not positive definite in {describe_first_task(failed)}"))

@@ -7,12 +7,15 @@ kernel, and is stable with more features than examples.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
+from convexheads._looks import explained_by, refuse
 from convexheads._validation import check_definite, check_fraction, describe_first_task, optional
 from convexheads.errors import InputError
 from convexheads.heads._closed_form import (
@@ -127,11 +130,8 @@ class LinearDiscriminantHead(ClassificationHead):
             return self.shrinkage * as_tensor(self.variance, scatter).expand(batch)
         variance = scatter.diagonal(dim1=-2, dim2=-1).sum(-1) / support.features.shape[-1]
         if support.validate:
-            try:
+            with explained_by(partial(_check_gram_after_failure, support)):
                 inspect_values(_check_variance, variance, squared.abs().mean(-1))
-            except InputError:
-                inspect_values(check_definite, support.gram)
-                raise
         return self.shrinkage * variance
 
 
@@ -271,8 +271,17 @@ def _center(members: Tensor) -> Tensor:
     return torch.diag_embed(members) - outer / members.sum(-1)[..., None, None]
 
 
+@contextmanager
+def _check_gram_after_failure(support: SupportSet) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        inspect_values(check_definite, support.gram)
+        raise
+
+
 def _check_variance(variance: Tensor, size: Tensor) -> None:
     none = variance <= 1e-14 * size
-    if none.any():
-        expected = "two different examples of some class, or LinearDiscriminantHead(variance=...)"
-        raise InputError("support", expected, f"a within-class covariance of zero in {describe_first_task(none)}")
+    expected = "two different examples of some class, or LinearDiscriminantHead(variance=...)"
+    got = "a within-class covariance of zero in"
+    refuse(none, lambda: InputError("support", expected, f"{got} {describe_first_task(none)}"))

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from convexheads._functorch import compute_without_grad, inspect_values, is_transforming, refuse_transforms
+from convexheads._looks import assume_not
 from convexheads._validation import check_choice, check_positive_int, check_real, describe_shape, optional
 from convexheads.errors import ConvexHeadsError, InputError, MissingDependencyError
 from convexheads.hyperparameters import Settings
@@ -130,6 +131,10 @@ class Solver(compiled.GraphSolver, Settings):
         vars(changed)["on_failure"] = on_failure
         return changed
 
+    def runs_on_gpu(self, problem: DualProblem) -> bool:
+        """Whether the solver solves a flat `problem` on a GPU without ever waiting for it. Default False."""
+        return False
+
     def solve_batch(self, problem: DualProblem) -> Float[Tensor, "tasks n k"] | SolverResult:
         """Solve a flat, rescaled batch of problems. This is the one method that a subclass has to implement.
 
@@ -203,6 +208,8 @@ class Solver(compiled.GraphSolver, Settings):
         selects = not is_transforming()  # inside `torch.func.vmap`, tasks cannot be selected by their values
         for solver in others:
             unsolved = ~solution.converged
+            if selects and first.runs_on_gpu(problem) and assume_not(unsolved.any()):
+                break
             if not (unsolved.any() if selects else inspect_values(lambda unsolved: bool(unsolved.any()), unsolved)):
                 break
             rest = replace(problem.select(unsolved) if selects else problem, start=None, path_length=1)

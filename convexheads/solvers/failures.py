@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from convexheads._functorch import inspect_values
+from convexheads._looks import check
 from convexheads.errors import SolverError, SolverWarning
 from convexheads.solvers.certificate import ZERO_GAP, reachable
-from convexheads.solvers.problem import Solution, Status
+from convexheads.solvers.problem import Solution, Status, describe_failures
 
 OnFailure = Literal["raise", "warn", "return"]
 """The policy for a task that is not solved: "raise" `SolverError`, emit `SolverWarning`, or "return" it."""
@@ -29,9 +33,13 @@ def handle_failures(
     if on_failure != "return":
         if torch.compiler.is_compiling():
             return _handle_failures_later(name, solution, tolerance, on_failure)
-        if failures := solution.describe_failures():
-            _report(failures, name, solution, tolerance, on_failure, remedy)
+        report = partial(_report, name, solution, tolerance, on_failure, remedy)
+        inspect_values(partial(_check_status, report), solution.status, solution.gap, solution.residual)
     return solution
+
+
+def _check_status(report: Callable[[str], None], status: Tensor, gap: Tensor, residual: Tensor) -> None:
+    check((status == Status.FAILED).any(), lambda: report(describe_failures(status, gap, residual)))
 
 
 def certified(
@@ -54,14 +62,14 @@ def certified(
     tolerance = reachable(tolerance, gap.dtype)
     limit = tolerance**0.5 if largest_error is None else reachable(largest_error, gap.dtype)
     solved = (gap <= tolerance) & ((error <= limit) | (gap <= ZERO_GAP))
-    status = torch.where(solved, Status.CONVERGED, otherwise)
+    status = ~solved * int(otherwise)
     if otherwise is not Status.FAILED:
         status = torch.where(torch.isfinite(gap), status, Status.FAILED)
     residual = torch.zeros_like(gap)
     return Solution(coef, None, None, status=status, gap=gap, residual=residual, iterations=iterations)
 
 
-def _report(failures: str, name: str, solution: Solution, tolerance: float, on_failure: OnFailure, remedy: str) -> None:
+def _report(name: str, solution: Solution, tolerance: float, on_failure: OnFailure, remedy: str, failures: str) -> None:
     message = f"{name}: {failures}, to the tolerance {tolerance:g}. {remedy}"
     if on_failure == "raise":
         advice = "Pass on_failure='warn' or 'return' to continue."

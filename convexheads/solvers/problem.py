@@ -269,7 +269,7 @@ class Solution(TensorRecord):
 
     def describe_failures(self) -> str:
         """The tasks that failed, with their gaps and residuals, in words; empty if there are none."""
-        return inspect_values(_describe_failures, self.status, self.gap, self.residual)
+        return inspect_values(describe_failures, self.status, self.gap, self.residual)
 
     def __repr__(self) -> str:
         shape, tasks = tuple(self.coef.shape), self.status.numel()
@@ -281,7 +281,8 @@ class Solution(TensorRecord):
         return f"Solution(coef={shape}, {converged} of {tasks} tasks converged, largest gap {gap:.1e})"
 
 
-def _describe_failures(status: Tensor, gap: Tensor, residual: Tensor) -> str:
+def describe_failures(status: Tensor, gap: Tensor, residual: Tensor) -> str:
+    """The text of `Solution.describe_failures`."""
     failures = []
     for task in map(tuple, (status == Status.FAILED).nonzero().tolist()):
         sizes = f"relative gap {gap[task].item():.1e}, residual {residual[task].item():.1e}"

@@ -14,7 +14,9 @@ pytest.importorskip("numba")
 from simulated_team import on_this_gpu
 
 from convexheads import (
+    ConvexHeadsError,
     GaussianProcessHead,
+    InputError,
     LinearDiscriminantHead,
     LogisticHead,
     MahalanobisHead,
@@ -24,10 +26,14 @@ from convexheads import (
     RidgeRegressionHead,
     SimplifiedSVMHead,
     SolverError,
+    SolverWarning,
     SVMHead,
     WestonWatkinsSVMHead,
+    _looks,
 )
-from convexheads.solvers import NativeSolver
+from convexheads._validation import check_finite
+from convexheads.kernels import Linear
+from convexheads.solvers import ActiveSetSolver, Fallback, InteriorPointSolver, NativeSolver
 
 READING = {"_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero", "repeat_interleave"}
 READING |= {"_linalg_eigh", "_linalg_svd", "_unique2", "bincount", "lift_fresh", "linalg_cholesky", "unique_dim"}
@@ -57,15 +63,15 @@ def _flat(values):
 
 ON_GPU = {"solver": NativeSolver(backend="cuda", on_failure="return")}
 HEADS = {
-    "SVM": lambda: SVMHead(validate=False, **ON_GPU),
-    "one-vs-rest": lambda: OneVsRestSVMHead(validate=False, **ON_GPU),
-    "Weston-Watkins": lambda: WestonWatkinsSVMHead(validate=False, **ON_GPU),
-    "simplified": lambda: SimplifiedSVMHead(validate=False, **ON_GPU),
-    "ridge": lambda: RidgeHead(validate=False),
-    "logistic": lambda: LogisticHead(validate=False, steps=5, on_failure="return"),
-    "prototypes": lambda: PrototypeHead(validate=False),
-    "discriminant": lambda: LinearDiscriminantHead(validate=False),
-    "Mahalanobis": lambda: MahalanobisHead(validate=False),
+    "SVM": lambda validate=False: SVMHead(validate=validate, **ON_GPU),
+    "one-vs-rest": lambda validate=False: OneVsRestSVMHead(validate=validate, **ON_GPU),
+    "Weston-Watkins": lambda validate=False: WestonWatkinsSVMHead(validate=validate, **ON_GPU),
+    "simplified": lambda validate=False: SimplifiedSVMHead(validate=validate, **ON_GPU),
+    "ridge": lambda validate=False: RidgeHead(validate=validate),
+    "logistic": lambda validate=False: LogisticHead(validate=validate, steps=5, on_failure="return"),
+    "prototypes": lambda validate=False: PrototypeHead(validate=validate),
+    "discriminant": lambda validate=False: LinearDiscriminantHead(validate=validate),
+    "Mahalanobis": lambda validate=False: MahalanobisHead(validate=validate),
 }
 
 
@@ -76,15 +82,101 @@ def outcome(head, support, labels, query):
     return logits.detach(), support.grad, query.grad
 
 
+@pytest.fixture
+def looks(monkeypatch):
+    """The numbers of flags that are read together, of each read."""
+    numbers, read = [], _looks._read
+    monkeypatch.setattr(_looks, "_read", lambda flags: numbers.append(len(flags)) or read(flags))
+    return numbers
+
+
+@pytest.mark.parametrize("validate", [False, True])
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-def test_forward_and_backward_pass_read_nothing(head):
+def test_forward_and_backward_pass_read_nothing_or_once(head, validate, looks):
+    """With checks, all flags are read at the end of the call, by one copy."""
     support, labels, query, _ = task(4, shots=(2, 3, 2))
     with on_this_gpu(), HostReads() as reads:
-        found = outcome(head(), support, labels, query)
+        found = outcome(head(validate), support, labels, query)
     assert reads.found == []
-    expected = outcome(head(), support, labels, query)
+    assert len(looks) == validate
+    expected = outcome(head(validate), support, labels, query)
     for one, other in zip(found, expected, strict=True):
         assert close(one, other) < 1e-8
+
+
+@pytest.mark.parametrize("on_failure", ["raise", "warn", "return"])
+def test_solver_with_fallback_is_read_once(on_failure, looks):
+    support, labels, query, _ = task(4, shots=(2, 3, 2))
+    head = SVMHead(solver=NativeSolver(backend="cuda", on_failure=on_failure))
+    with on_this_gpu(), HostReads() as reads:
+        outcome(head, support, labels, query)
+    assert reads.found == []
+    assert len(looks) == 1
+
+
+BAD = {
+    "support": lambda s, y, q: (s.where(torch.arange(4).view(-1, 1, 1) != 2, torch.nan), y, q),
+    "label too large": lambda s, y, q: (s, y.where(torch.arange(4).view(-1, 1) != 1, 7), q),
+    "negative label": lambda s, y, q: (s, y - 1, q),
+    "class without examples": lambda s, y, q: (s, y.clamp_max(1), q),
+    "query": lambda s, y, q: (s, y, q / 0),
+    "overflow": lambda s, y, q: (1e200 * s, y, 1e200 * q),
+}
+
+
+@pytest.mark.parametrize("change", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_errors_are_those_of_checks_at_once(head, change):
+    support, labels, query = change(*task(4, shots=(2, 3, 2))[:3])
+    with pytest.raises(ConvexHeadsError) as expected:
+        head(True)(support, labels, query, ways=3)
+    with on_this_gpu(), pytest.raises(ConvexHeadsError) as found:
+        head(True)(support, labels, query, ways=3)
+    assert type(found.value) is type(expected.value)
+    assert str(found.value) == str(expected.value)
+
+
+def test_indefinite_kernel_is_explained():
+    """Also where a solver fails, and its failure is noticed after the head has returned."""
+    support, labels, query, _ = task(4, shots=(2, 3, 2))
+    head = SVMHead(solver=NativeSolver(backend="cuda"), kernel=lambda x, y: -(x @ y.mT))
+    with on_this_gpu(), pytest.raises(InputError, match="eigenvalue"):
+        head(support, labels, query, ways=3)
+
+
+@pytest.mark.parametrize("max_rounds", [1, 12])
+def test_call_is_repeated_if_the_first_solver_fails(max_rounds, looks, monkeypatch):
+    """The assumption that it solves all tasks was then wrong."""
+    support, labels, query, _ = task(4, shots=(2, 3, 2))
+    numbers, solve = [], InteriorPointSolver.solve_batch
+    counted = lambda solver, problem: numbers.append(len(problem.linear)) or solve(solver, problem)  # noqa: E731
+    monkeypatch.setattr(InteriorPointSolver, "solve_batch", counted)
+    first = ActiveSetSolver(backend="cuda", max_rounds=max_rounds)
+    head = SVMHead(C=10.0, solver=Fallback(first, InteriorPointSolver()))
+    with on_this_gpu():
+        logits = head(support, labels, query, ways=3)
+    assert len(looks) == 1
+    assert bool(numbers) == (max_rounds == 1)
+    assert close(logits, SVMHead(C=10.0)(support, labels, query)) < 1e-6
+
+
+def test_failed_task_warns_once():
+    support, labels, query, _ = task(3, shots=(2, 3, 2))
+    head = RidgeHead(1e-17, on_failure="warn", kernel=Linear() + 1.0)
+    with on_this_gpu(), pytest.warns(SolverWarning) as caught:
+        head(support[..., :2].repeat(1, 3, 1), labels.repeat(1, 3), query[..., :2])
+    assert len(caught) == 1
+
+
+def test_checks_of_other_tasks_and_threads_are_done_at_once():
+    """After an error, nothing is left to do for the next call."""
+    support, labels, query, _ = task(3, shots=(2, 3, 2))
+    with on_this_gpu():
+        with pytest.raises(InputError):
+            RidgeHead()(support, labels - 1, query, ways=3)
+        with pytest.raises(InputError):  # outside of a call
+            check_finite("gram", torch.full((3, 2, 2), torch.nan))
+        RidgeHead()(support, labels, query, ways=3)
 
 
 def test_reads_are_found():

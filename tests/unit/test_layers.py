@@ -14,7 +14,7 @@ import convexheads
 ROOT = Path(convexheads.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_untraced"),
-    ("_compiler", "_functorch", "_gram", "_storage"),
+    ("_compiler", "_functorch", "_gram", "_looks", "_storage"),
     ("_validation",),
     ("precision",),
     ("hyperparameters",),

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from convexheads._compiler import traced_if
+from convexheads._looks import look_once
 from convexheads._validation import ArrayLike, check_choice
 from convexheads.errors import ConvexHeadsError, InputError, SolverError
 from convexheads.heads.base.fitted import FittedClassifier
@@ -23,7 +24,7 @@ from convexheads.heads.base.inputs import (
     check_sample_weight,
     is_multilabel,
 )
-from convexheads.heads.base.support_set import KernelExpansion, SupportSet, merge_groups, one_hot
+from convexheads.heads.base.support_set import KernelExpansion, SupportSet, merge_groups
 from convexheads.hyperparameters import Hyperparameter, as_tensor, check_positive
 from convexheads.kernels import KernelLike
 from convexheads.precision import full_precision, output_dtype, working_dtype
@@ -68,6 +69,7 @@ class ClassificationHead(Head):
         self.scale = scale
 
     @_traced
+    @look_once
     def forward(
         self,
         support: Float[Tensor, "*batch n d"] | ArrayLike,
@@ -132,6 +134,7 @@ class ClassificationHead(Head):
         return fitted(query)
 
     @_traced
+    @look_once
     def fit(
         self,
         support: Float[Tensor, "*batch n d"] | ArrayLike,
@@ -170,7 +173,7 @@ class ClassificationHead(Head):
             sample_weight=sample_weight,
             prior=prior,
         )
-        examples = replace(found.examples, init=check_init(init))
+        examples = found.examples if init is None else replace(found.examples, init=check_init(init))
         with full_precision(examples.features.device):
             if found.ways is None or not found.ways.numel():
                 expansion = self._solve_checked(examples)
@@ -196,12 +199,12 @@ class ClassificationHead(Head):
         prior: Any = None,
     ) -> Checked:
         """Check the arguments of `fit`."""
-        multilabel = single = ways_per_task = None
-        if self.accepts_multilabel and is_multilabel(labels):
-            support, multilabel, mask = check_multilabel(support, labels, ways, mask, validate=self.validate)
-            max_ways = multilabel.shape[-1]
+        ways_per_task = wrong = None
+        multilabel = self.accepts_multilabel and is_multilabel(labels)
+        if multilabel:
+            support, is_own, mask = check_multilabel(support, labels, ways, mask, validate=self.validate)
         else:
-            support, single, ways_per_task, mask, max_ways = check_classification(
+            support, is_own, wrong, ways_per_task, mask = check_classification(
                 support,
                 labels,
                 ways,
@@ -212,18 +215,17 @@ class ClassificationHead(Head):
             )
         name = None if self.accepts_weights else type(self).__name__
         sample_weight = check_sample_weight(sample_weight, support, mask, refused_by=name, validate=self.validate)
-        prior = check_prior(prior, support, max_ways, refused_by=name, validate=self.validate)
+        prior = check_prior(prior, support, is_own.shape[-1], refused_by=name, validate=self.validate)
         with full_precision(support.device):
             dtype = working_dtype(support.device)
             sample_weight = None if sample_weight is None else sample_weight.to(dtype)
-            if multilabel is not None:
-                targets = multilabel.to(dtype)
-            else:
-                assert single is not None
-                targets = one_hot(single, max_ways, ways_per_task, dtype, validated=self.validate)
-            weight = self._weigh(targets, mask, sample_weight, is_multilabel=multilabel is not None)
+            targets = is_own.to(dtype)
+            if wrong is not None:
+                targets = targets.masked_fill(wrong.unsqueeze(-1), torch.nan)
+            weight = self._weigh(targets, mask, sample_weight, is_multilabel=multilabel)
             examples = self._support_set(support, targets, mask, weight, prior)
-            examples = replace(examples, is_multilabel=multilabel is not None)
+            if multilabel:
+                examples = replace(examples, is_multilabel=True)
         return Checked(examples, ways_per_task, sample_weight, output_dtype(support.dtype))
 
     def leave_one_out(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from convexheads._compiler import traced_if
 from convexheads._functorch import inspect_values
+from convexheads._looks import look_once
 from convexheads._validation import ArrayLike, check_range, check_tensor, is_integer_tensor
 from convexheads.errors import ConvexHeadsError, InputError
 from convexheads.heads._sharing import multiply
@@ -48,6 +49,7 @@ class Fitted:
         return self.expansion.solution
 
     @traced_if(lambda fitted, **_: not fitted.support.validate, "a head with validate=False")
+    @look_once
     def __call__(self, query: Float[Tensor, "*#batch q d"] | ArrayLike) -> Float[Tensor, "..."]:
         """Score queries, or predict their values.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
+from convexheads._looks import explained_by
 from convexheads._validation import Check, check_bool, check_definite, describe_shape, optional
 from convexheads.errors import InputError, SolverError
 from convexheads.heads._sharing import apply_once
@@ -100,7 +101,7 @@ class Head(Configurable, ABC):
 
     def _solve_checked(self, support: SupportSet) -> KernelExpansion:
         """Solve, and check the result."""
-        with self._check_gram_after_failure(support):
+        with explained_by(partial(self._check_gram_after_failure, support)):
             expansion = self.solve(support)
         vars(support).pop("_gram", None)  # free the memory; the next use computes it again
         name = f"{type(self).__name__}.solve"

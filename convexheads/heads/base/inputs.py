@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
+from convexheads._looks import check, refuse
 from convexheads._validation import (
     check_bool,
     check_finite,
@@ -67,11 +69,11 @@ def check_classification(
     needed_by: str | None,
     allow_missing_classes: object,
     validate: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Check the arguments of a fit, where `needed_by` is the name of a head that needs examples of every class.
 
-    Return support, labels, ways if they are given per task, and mask, all as tensors for all tasks, and the largest
-    number of classes.
+    Return support, one-hot labels as bool, which labels are out of range (without `validate`), ways if they are given
+    per task, and mask, all as tensors for all tasks.
     """
     support, mask = _check_examples(support, mask)
     labels = check_tensor("labels", labels, "a tensor of integers 0..ways-1", is_integer_tensor, like=support)
@@ -90,9 +92,25 @@ def check_classification(
         ways = check_positive_int("ways", ways, alternative=", a tensor of them, or None")
     allow = check_bool("allow_missing_classes", allow_missing_classes) and needed_by is None
     needed = "none" if allow else "shown" if is_tensor and needed_by is None else "all"
-    known = ways if per_task is None else per_task
-    max_ways = inspect_values(_check_labels, support, labels, known, mask, needed, needed_by, validate)
-    return support, labels, per_task, mask, max_ways
+    if isinstance(ways, int):
+        max_ways, origin = ways, ""
+    else:
+        max_ways = inspect_values(_largest_number, labels, per_task, mask)
+        origin = "; without ways=, this is the largest label plus one, so number the classes from 0"
+    if max_ways > _MAX_WAYS:
+        raise InputError("ways", f"at most {_MAX_WAYS}", f"{max_ways}{'' if per_task is not None else origin}")
+    labels, limit = labels.long(), max_ways if per_task is None else per_task  # torch cannot compare unsigned types
+    is_empty, highest = not labels.numel(), str(ways - 1) if isinstance(ways, int) else "ways-1"
+    if validate and not is_empty:
+        inspect_values(_check_values, mask, support)
+        lacks_examples = needed == "all" and max_ways > labels.shape[-1]
+        if per_task is not None or lacks_examples:  # then one-hot labels could exhaust memory
+            inspect_values(_check_labels, labels, limit, max_ways, mask, needed, needed_by, highest)
+    is_own = labels.unsqueeze(-1) == torch.arange(max_ways, device=labels.device)
+    if validate and per_task is None and not is_empty:
+        inspect_values(_check_one_hot, labels, is_own, mask, needed, needed_by, highest)
+    wrong = None if validate else out_of_range(labels, limit if per_task is None else limit.unsqueeze(-1))
+    return support, is_own, wrong, per_task, mask
 
 
 def is_multilabel(labels: object) -> bool:
@@ -122,39 +140,49 @@ def check_multilabel(
     return support, labels, mask
 
 
+def _largest_number(labels: Tensor, ways: Tensor | None, mask: Tensor | None) -> int:
+    """The largest number of classes of a task, at least one."""
+    if ways is not None:
+        return int(ways.max().item()) if ways.numel() else 1
+    labels = labels.long() if mask is None else labels.long().masked_fill(~mask, 0)
+    return max(1, int(labels.max().item()) + 1) if labels.numel() else 1
+
+
+def _check_one_hot(
+    labels: Tensor, is_own: Tensor, mask: Tensor | None, needed: str, needed_by: str | None, highest: str
+) -> None:
+    """Like `_check_labels`, for tasks with the same number of classes, by a single flag."""
+    has_class, is_used = is_own.any(-1), is_own
+    if mask is not None:
+        has_class, is_used = has_class | ~mask, is_used & mask.unsqueeze(-1)
+    fine = has_class.all() if needed == "none" else has_class.all() & is_used.any(-2).all()
+    k = is_own.shape[-1]
+    check(~fine, partial(_check_labels, labels, k, k, mask, needed, needed_by, highest))
+
+
 def _check_labels(
-    support: Tensor,
     labels: Tensor,
-    ways: int | Tensor | None,
+    ways: int | Tensor,
+    max_ways: int,
     mask: Tensor | None,
     needed: str,
     needed_by: str | None,
-    validate: bool,
-) -> int:
-    """Return the largest number of classes. The classes that need examples are "all", those "shown" or "none"."""
-    labels = labels.long()  # torch cannot compare its unsigned types
+    highest: str,
+) -> None:
+    """Raise `InputError` for a wrong number of classes or label, or if a class lacks examples.
+
+    The classes that need examples are "all", those "shown" or "none".
+    """
     if mask is not None:
         labels = labels.masked_fill(~mask, 0)
-    if isinstance(ways, Tensor):
-        max_ways = int(ways.max().item()) if ways.numel() else 1
-    else:
-        max_ways = ways or (max(1, int(labels.max().item()) + 1) if labels.numel() else 1)
-    if max_ways > _MAX_WAYS:
-        origin = "" if ways else "; without ways=, this is the largest label plus one, so number the classes from 0"
-        raise InputError("ways", f"at most {_MAX_WAYS}", f"{max_ways}{origin}")
-    if not validate or not labels.numel():
-        return max_ways
-    _check_values(mask, support)
     if isinstance(ways, Tensor) and (ways < 1).any():
         raise InputError("ways", "at least 1", f"{ways[ways < 1][0].item()} in {describe_first_task(ways < 1)}")
-    limit = ways.unsqueeze(-1) if isinstance(ways, Tensor) else max_ways
-    missing = None if needed == "none" else _find_missing(labels, limit, max_ways, mask, needed)
-    # One look at the device for both errors.
-    if missing is None or (out_of_range(labels, limit).any() | missing.any()):
-        check_range("labels", labels, limit, ways - 1 if isinstance(ways, int) else "ways-1", f"; {_RENUMBER}")
-        if missing is not None:
+    limit = ways.unsqueeze(-1) if isinstance(ways, Tensor) else ways
+    check_range("labels", labels, limit, highest, f"; {_RENUMBER}")
+    if needed != "none":
+        missing = _find_missing(labels, limit, max_ways, mask, needed)
+        if missing.any():
             _raise_missing(labels, missing, mask, needed_by)
-    return max_ways
 
 
 def _find_missing(labels: Tensor, limit: int | Tensor, max_ways: int, mask: Tensor | None, needed: str) -> Tensor:
@@ -205,11 +233,15 @@ def check_sample_weight(
 def _check_sample_weight(value: Tensor, mask: Tensor | None) -> None:
     if mask is not None:
         value = value.masked_fill(~mask, 1)
-    if (wrong := ~((value >= 0) & value.isfinite())).any():
+    wrong, empty = ~((value >= 0) & value.isfinite()), ~(value > 0).any(-1)
+
+    def error() -> InputError:
         got = f"{value[wrong][0].item():g} in {describe_first_task(wrong.any(-1))}"
-        raise InputError("sample_weight", "finite numbers, at least 0", got)
-    if (empty := ~(value > 0).any(-1)).any():
-        raise InputError("sample_weight", "a positive weight in every task", f"none in {describe_first_task(empty)}")
+        return InputError("sample_weight", "finite numbers, at least 0", got)
+
+    refuse(wrong, error)
+    expected = "a positive weight in every task"
+    refuse(empty, lambda: InputError("sample_weight", expected, f"none in {describe_first_task(empty)}"))
 
 
 def check_prior(value: object, support: Tensor, ways: int, *, refused_by: str | None, validate: bool) -> Tensor | None:
@@ -265,8 +297,9 @@ def _check_examples(support: object, mask: object) -> tuple[Tensor, Tensor | Non
 
 
 def _check_values(mask: Tensor | None, support: Tensor, targets: Tensor | None = None) -> None:
-    if mask is not None and (empty := ~mask.any(-1)).any():
-        raise InputError("mask", "at least one example in every task", f"none in {describe_first_task(empty)}")
+    if mask is not None:
+        empty, expected = ~mask.any(-1), "at least one example in every task"
+        refuse(empty, lambda: InputError("mask", expected, f"none in {describe_first_task(empty)}"))
     for name, value in (("support", support), ("targets", targets)):
         if value is not None:
             check_finite_values(name, value if mask is None else value.masked_fill(~mask.unsqueeze(-1), 0))

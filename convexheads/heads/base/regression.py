@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from convexheads._compiler import traced_if
+from convexheads._looks import look_once
 from convexheads._validation import ArrayLike
 from convexheads.heads.base.fitted import FittedRegressor
 from convexheads.heads.base.head import Head
@@ -31,6 +32,7 @@ class RegressionHead(Head):
     _fitted_class: ClassVar[type[FittedRegressor]] = FittedRegressor
 
     @_traced
+    @look_once
     def forward(
         self,
         support: Float[Tensor, "*batch n d"] | ArrayLike,
@@ -57,6 +59,7 @@ class RegressionHead(Head):
         return self.fit(support, targets, mask=mask)(query)
 
     @_traced
+    @look_once
     def fit(
         self,
         support: Float[Tensor, "*batch n d"] | ArrayLike,
@@ -76,6 +79,7 @@ class RegressionHead(Head):
         support, targets, mask, single = check_regression(support, targets, mask, validate=self.validate)
         with full_precision(support.device):
             examples = self._support_set(support, targets.unsqueeze(-1) if single else targets, mask)
-            examples = replace(examples, init=check_init(init))
+            if init is not None:
+                examples = replace(examples, init=check_init(init))
             expansion = self._solve_checked(examples)
         return self._fitted_class(expansion, examples, output_dtype(support.dtype), single)

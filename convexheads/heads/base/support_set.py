@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from convexheads._functorch import inspect_values
-from convexheads._validation import check_symmetric, out_of_range
+from convexheads._validation import check_symmetric
 from convexheads.errors import InputError
 from convexheads.heads._sharing import apply_once
 from convexheads.kernels import Kernel, KernelLike, Linear, compute_gram
@@ -153,23 +153,6 @@ class KernelExpansion(TensorRecord):
     quadratic: Float[Tensor, "*batch k m m"] | None = None
     self_similarity_weight: float | Float[Tensor, ""] = 0.0
     solution: Solution | None = None
-
-
-def one_hot(
-    labels: Integer[Tensor, "*batch n"],
-    max_ways: int,
-    ways: Integer[Tensor, "*batch"] | None,
-    dtype: torch.dtype,
-    *,
-    validated: bool,
-) -> Float[Tensor, "*batch n k"]:
-    """One-hot labels; unless they are `validated`, with NaN rows where a label is out of the range of its task."""
-    labels = labels.long()
-    targets = (labels.unsqueeze(-1) == torch.arange(max_ways, device=labels.device)).to(dtype)
-    if validated:
-        return targets
-    limit = max_ways if ways is None else ways.unsqueeze(-1)
-    return targets.masked_fill(out_of_range(labels, limit).unsqueeze(-1), torch.nan)
 
 
 def _mask_gram(gram: Tensor, mask: Tensor) -> Tensor:
