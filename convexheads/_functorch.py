@@ -34,6 +34,8 @@ def compute_without_grad(function: Callable[..., tuple[Tensor, ...]], *arguments
     """
     if is_transforming():
         return _WithoutGrad.apply(function, *arguments)
+    if not torch.is_grad_enabled():
+        return function(*arguments)
     with torch.no_grad():
         return function(*arguments)
 

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """The dot products of rows, `(*batch, m, n)`."""
+    return torch.bmm(x, y.mT) if x.ndim == y.ndim == 3 and x.shape[0] == y.shape[0] else x @ y.mT
+
+
 def constant(x: Tensor, y: Tensor, value: Tensor) -> Tensor:
     return value.expand(*x.shape[:-1], y.shape[-2])
 

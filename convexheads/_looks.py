@@ -7,8 +7,7 @@ therefore note a flag each, and all flags are read at once when the result is re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial, wraps
 from typing import Any, NamedTuple, TypeVar
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 _C = TypeVar("_C", bound=Callable[..., Any])
+_T = TypeVar("_T")
 
 
 class _Look(NamedTuple):
@@ -84,15 +84,22 @@ def assume_not(flag: Tensor) -> bool:
     return True
 
 
-@contextmanager
-def explained_by(guard: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """Run a block in the context manager that `guard` makes, also those of its checks that are done later."""
+def call_explained(function: Callable[[], _T], kind: type[Exception], explain: Callable[[], object]) -> _T:
+    """Call a function, and `explain` if it raises an error of this kind, also in a check that is done later.
+
+    `explain` may raise an error that says more.
+    """
     looks = _pending.get()
     begin = 0 if looks is None else len(looks)
-    with guard():
-        yield
-    if looks is not None:
-        looks[begin:] = [look._replace(report=partial(_call_in, guard, look.report)) for look in looks[begin:]]
+    try:
+        result = function()
+    except kind:
+        explain()
+        raise
+    if looks:
+        for number, look in enumerate(looks[begin:], begin):
+            looks[number] = look._replace(report=partial(call_explained, look.report, kind, explain))
+    return result
 
 
 def _call_and_look(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -106,11 +113,6 @@ def _call_and_look(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     _pending.reset(token)
     _report(looks)
     return result
-
-
-def _call_in(guard: Callable[[], AbstractContextManager[None]], report: Callable[[], object]) -> None:
-    with guard():
-        report()
 
 
 def _repeat() -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexheads._validation import Check, check_choice
-from convexheads.heads._linear_algebra import shifted_cholesky
+from convexheads.heads._linear_algebra import per_matrix, shifted_cholesky
 from convexheads.heads._sharing import multiply
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.solvers.certificate import rounding_of_scores
@@ -69,7 +69,7 @@ class ShiftedSystem:
 def _inverse_norm(factor: Tensor, shift: Tensor) -> Tensor:
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     inverse = torch.linalg.solve_triangular(factor.detach(), eye, upper=False)
-    return torch.minimum(inverse.square().sum((-2, -1)), 1 / shift.detach())
+    return torch.minimum(inverse.square().sum((-2, -1)), shift.detach().reciprocal())
 
 
 @torch.no_grad()
@@ -89,10 +89,10 @@ def errors_of_dual(
     tiny = torch.finfo(gram.dtype).tiny
     image = multiply(gram.expand(*coef.shape[:-2], *gram.shape[-2:]), coef)
     error = targets - image  # of the scores
-    residual = torch.addcmul(error, penalty[..., None, None], coef, value=-1)
+    residual = torch.addcmul(error, per_matrix(penalty), coef, value=-1)
     squared = (_norm(residual) + _norm(rounding_of_scores(gram, coef))).square()
     quadratic = penalty * (coef * image).sum((-2, -1)).clamp_min(0)
-    objective = error.square().sum((-2, -1)) + quadratic  # times two
+    objective = _norm(error).square() + quadratic  # times two
     return squared / objective.clamp_min(tiny), squared / quadratic.clamp_min(tiny)
 
 
@@ -100,11 +100,13 @@ def errors_of_dual(
 def errors_of_weights(
     features: Float[Tensor, "*tasks n d"],
     penalty: Float[Tensor, "*grid"],
-    targets: Tensor,
+    error: Float[Tensor, "*batch n k"],
     weight: Float[Tensor, "*batch d k"],
     inverse_norm: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The errors of weights of ridge regression, with `inverse_norm` for the inverse of `features' features + penalty`.
+    """The errors of weights of ridge regression, whose scores differ from the targets by `error`.
+
+    The matrix `features' features + penalty I` has an inverse, whose largest eigenvalue is at most `inverse_norm`.
 
     With the gradient g of the objective, its error is at most `inverse_norm |g|^2 / 2`, and that of the weights
     `inverse_norm |g|`.
@@ -112,9 +114,8 @@ def errors_of_weights(
     Returns:
         As `errors_of_dual`.
     """
-    error = targets - multiply(features, weight)
-    gradient = multiply(features.mT, error) - penalty[..., None, None] * weight
-    objective = error.square().sum((-2, -1)) + penalty * weight.square().sum((-2, -1))  # times two
+    gradient = multiply(features.mT, error) - per_matrix(penalty) * weight
+    objective = _norm(error).square() + penalty * _norm(weight).square()  # times two
     return _bounds(gradient, objective, features, error, weight, inverse_norm)
 
 
@@ -131,7 +132,7 @@ def errors_of_system(
     They minimize `|rows w|^2 / 2 + shift |w|^2 / 2 - w' right`, and their errors are bounded as in `errors_of_weights`.
     """
     image = rows @ weight
-    residual = right - rows.mT @ image - shift[..., None, None] * weight
+    residual = right - rows.mT @ image - per_matrix(shift) * weight
     return _bounds(residual, (right * weight).sum((-2, -1)), rows, image, weight, inverse_norm)
 
 
@@ -145,7 +146,7 @@ def _bounds(
     """
     eps, tiny = torch.finfo(rows.dtype).eps, torch.finfo(rows.dtype).tiny
     length, size = _norm(rows, -1), _norm(weight)
-    rounding = eps * (length * (_norm(factors, -1) + length * size.unsqueeze(-1))).sum(-1)
+    rounding = eps * (length * torch.addcmul(_norm(factors, -1), length, size.unsqueeze(-1))).sum(-1)
     slope = _norm(gradient) + rounding
     gap = inverse_norm * slope.square() / objective.clamp_min(tiny)
     return gap, (inverse_norm * slope / size.clamp_min(tiny)).square()
@@ -176,7 +177,7 @@ def errors_of_gaussians(
         As `errors_of_dual`.
     """
     tiny, image = torch.finfo(gram.dtype).tiny, gram @ coef
-    residual = scatter(image) + shift[..., None, None] * coef - mean
+    residual = scatter(image) + per_matrix(shift) * coef - mean
     rounding = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sum(-1).sqrt() * _norm(
         scatter(rounding_of_scores(gram, coef))
     )
@@ -207,7 +208,9 @@ def with_solution(
         support: the support set.
         largest_error: see `certified`.
     """
-    gap, error = (value.expand(expansion.coef.shape[:-2]) for value in errors)
+    gap, error = errors
+    if gap.shape != expansion.coef.shape[:-2]:
+        gap, error = (value.expand(expansion.coef.shape[:-2]) for value in errors)
     solution = certified(expansion.coef, gap, error, TOLERANCE, Status.FAILED, None, largest_error=largest_error)
     if support.validate:
         solution = handle_failures(type(head).__name__, solution, TOLERANCE, head.on_failure, remedy=_REMEDY)

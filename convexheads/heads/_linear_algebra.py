@@ -11,6 +11,11 @@ from convexheads._validation import describe_first_task
 from convexheads.errors import SolverError
 
 
+def per_matrix(values: Tensor) -> Tensor:
+    """One value per task, `()` or `(*batch,)`, to be multiplied by matrices `(*batch, n, k)`."""
+    return values.unsqueeze(-1).unsqueeze(-1) if values.ndim else values
+
+
 def shifted_cholesky(matrix: Tensor, shift: Tensor, *, name: str, validate: bool, per_class: bool = False) -> Tensor:
     """Factorize matrices plus `shift` on their diagonals, as heads with a closed form do.
 
@@ -33,11 +38,11 @@ def shifted_cholesky(matrix: Tensor, shift: Tensor, *, name: str, validate: bool
         `factor = shifted_cholesky(support.gram, penalty, name="the Gram matrix", validate=support.validate)`
     """
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    factor, info = torch.linalg.cholesky_ex(matrix + shift[..., None, None] * eye)
+    factor, info = torch.linalg.cholesky_ex(matrix + per_matrix(shift) * eye)
     failed = info > 0
     if validate:
         inspect_values(_check_factor, failed.any(-1) if per_class else failed, name)
-    return factor.masked_fill(failed[..., None, None], torch.nan)
+    return factor.masked_fill(per_matrix(failed), torch.nan)
 
 
 def _check_factor(failed: Tensor, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -34,6 +35,8 @@ def apply_once(function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
 
 def multiply(left: Tensor, right: Tensor) -> Tensor:
     """The product of matrices `(*batch, m, n)` and `(*batch, n, k)`, which is one for all tasks that share `left`."""
+    if left.ndim == right.ndim == 3 and left.shape[0] == right.shape[0] and left.stride(0):
+        return torch.bmm(left, right)  # in half the time of `@`, if matrices are small
     dims = right.ndim - 2
     groups = shared_from(left, dims)
     if groups == dims or right.shape[groups:dims].numel() == 1:

@@ -7,15 +7,13 @@ kernel, and is stable with more features than examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
-from convexheads._looks import explained_by, refuse
+from convexheads._looks import call_explained, refuse
 from convexheads._validation import check_definite, check_fraction, describe_first_task, optional
 from convexheads.errors import InputError
 from convexheads.heads._closed_form import (
@@ -25,7 +23,7 @@ from convexheads.heads._closed_form import (
     errors_of_system,
     with_solution,
 )
-from convexheads.heads._linear_algebra import shifted_cholesky
+from convexheads.heads._linear_algebra import per_matrix, shifted_cholesky
 from convexheads.heads._sharing import scale_once
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
@@ -97,12 +95,12 @@ class LinearDiscriminantHead(ClassificationHead):
         """By the n x n system of coefficients."""
         gram, targets, (mean, priors, examples) = support.gram, support.targets, _means(support)
         center = torch.diag_embed(targets.sum(-1)) - mean @ targets.mT  # x -> x - its class mean, a projection
-        scatter = center @ gram @ center / examples[..., None, None]
+        scatter = center @ gram @ center / per_matrix(examples)
         ridge = self._ridge(support, scatter, gram.diagonal(dim1=-2, dim2=-1))
         factor = shifted_cholesky((1 - self.shrinkage) * scatter, ridge, name="", validate=False)
-        spread = (1 - self.shrinkage) / examples[..., None, None]
+        spread = (1 - self.shrinkage) / per_matrix(examples)
         inner = center @ torch.cholesky_solve(center @ gram @ mean, factor)
-        coef = (mean - spread * inner) / ridge[..., None, None]
+        coef = (mean - spread * inner) / per_matrix(ridge)
         bias = priors.log() - (mean * (gram @ coef)).sum(-2) / 2
         errors = errors_of_gaussians(gram, lambda scores: spread * (center @ scores), ridge, mean, coef)
         return with_solution(self, KernelExpansion(coef, bias=bias), errors, support, largest_error=_LARGEST_ERROR)
@@ -112,12 +110,12 @@ class LinearDiscriminantHead(ClassificationHead):
         features, (mean, priors, examples) = scale_once(support.features, factor), _means(support)
         means = mean.mT @ features
         rows = features - support.targets @ means
-        scatter = rows.mT @ rows / examples[..., None, None]
+        scatter = rows.mT @ rows / per_matrix(examples)
         ridge = self._ridge(support, scatter, features.square().sum(-1))
         system = ShiftedSystem.of((1 - self.shrinkage) * scatter, ridge)
         weight = system.solve(means.mT)
-        spread = (1 - self.shrinkage) / examples[..., None, None]
-        coef = (mean - spread * (rows @ weight)) / ridge[..., None, None]
+        spread = (1 - self.shrinkage) / per_matrix(examples)
+        coef = (mean - spread * (rows @ weight)) / per_matrix(ridge)
         bias = priors.log() - (means * weight.mT).sum(-1) / 2
         errors = errors_of_system(spread.sqrt() * rows, ridge, means.mT, weight, system.inverse_norm())
         expansion = KernelExpansion(coef, weight=factor * weight.mT, bias=bias)
@@ -130,8 +128,8 @@ class LinearDiscriminantHead(ClassificationHead):
             return self.shrinkage * as_tensor(self.variance, scatter).expand(batch)
         variance = scatter.diagonal(dim1=-2, dim2=-1).sum(-1) / support.features.shape[-1]
         if support.validate:
-            with explained_by(partial(_check_gram_after_failure, support)):
-                inspect_values(_check_variance, variance, squared.abs().mean(-1))
+            check = partial(inspect_values, _check_variance, variance, squared.abs().mean(-1))
+            call_explained(check, InputError, lambda: inspect_values(check_definite, support.gram))
         return self.shrinkage * variance
 
 
@@ -269,15 +267,6 @@ def _center(members: Tensor) -> Tensor:
     """The projection that subtracts the members' mean from each of them, and maps all others to zero."""
     outer = members.unsqueeze(-1) * members.unsqueeze(-2)
     return torch.diag_embed(members) - outer / members.sum(-1)[..., None, None]
-
-
-@contextmanager
-def _check_gram_after_failure(support: SupportSet) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        inspect_values(check_definite, support.gram)
-        raise
 
 
 def _check_variance(variance: Tensor, size: Tensor) -> None:

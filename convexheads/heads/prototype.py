@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexheads.heads._closed_form import with_solution
+from convexheads.heads._sharing import multiply, scale_once
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.kernels import gram_diagonal
@@ -35,9 +36,13 @@ class PrototypeHead(ClassificationHead):
     on_failure: OnFailure = "raise"
 
     def solve(self, support: SupportSet) -> KernelExpansion:
-        mean = support.targets / support.targets.sum(-2, keepdim=True)
-        bias = -(mean * (support.gram @ mean)).sum(-2)
-        expansion = KernelExpansion(2 * mean, bias=bias, self_similarity_weight=-1.0)
+        mean, factor, weight = support.targets / support.targets.sum(-2, keepdim=True), support.linear_factor, None
+        if factor is None:
+            bias = -(mean * multiply(support.gram, mean)).sum(-2)
+        else:
+            prototypes = scale_once(multiply(mean.mT, support.features), factor)
+            bias, weight = -prototypes.square().sum(-1), 2 * scale_once(prototypes, factor)
+        expansion = KernelExpansion(2 * mean, weight=weight, bias=bias, self_similarity_weight=-1.0)
         exact = 0 * bias.detach().sum(-1)  # a mean is exact up to rounding, unless it is not finite
         return with_solution(self, expansion, (exact, exact), support)
 

@@ -15,6 +15,7 @@ from convexheads.heads._closed_form import (
     errors_of_weights,
     with_solution,
 )
+from convexheads.heads._linear_algebra import per_matrix
 from convexheads.heads._sharing import apply_once, multiply, scale_once
 from convexheads.heads.base.loss import LossHead
 from convexheads.heads.base.regression import RegressionHead
@@ -73,16 +74,16 @@ def _solve_primal(
             center, mean = share.mT @ features, share.mT @ targets
             rows, values = rows - center, values - mean
         rows, values = root * rows, root * values
-    system = ShiftedSystem.of(apply_once(lambda x: x.mT @ x, rows), penalty)
-    weight = system.solve(rows.mT @ values)
+    system = ShiftedSystem.of(apply_once(lambda x: multiply(x.mT, x), rows), penalty)
+    weight = system.solve(multiply(rows.mT, values))
     bias = None if center is None or mean is None else mean - center @ weight
     # The difference loses digits if the penalty is small. The scores do not: they are computed from the weight.
-    error = targets - multiply(features, weight)
-    if bias is not None:
-        error = error - bias
-    coef = (error if root is None else root.square() * error) / penalty[..., None, None]
-    expansion = KernelExpansion(coef, weight=factor * weight.mT, bias=None if bias is None else bias.squeeze(-2))
-    return expansion, errors_of_weights(rows, penalty, values, weight, system.inverse_norm())
+    error = values - multiply(rows, weight)  # times the root
+    coef = (error if root is None else root * error) / per_matrix(penalty)
+    expansion = KernelExpansion(
+        coef, weight=scale_once(weight.mT, factor), bias=None if bias is None else bias.squeeze(-2)
+    )
+    return expansion, errors_of_weights(rows, penalty, error, weight, system.inverse_norm())
 
 
 def _leave_one_out(

@@ -235,6 +235,8 @@ class Solver(compiled.GraphSolver, Settings):
             with torch.no_grad():
                 solved = self._solve_numerically(problem)
         solution, linearization = solved.solution, solved.linearization
+        if attach and not problem.needs_derivative:
+            return solution
         if not attach:
             assert linearization is None or isinstance(linearization, ActiveSet)
             nowhere = torch.zeros_like(solution.coef, dtype=torch.bool)
@@ -300,7 +302,6 @@ class Solver(compiled.GraphSolver, Settings):
         if not isinstance(coef, Tensor) or coef.shape != problem.linear.shape:
             expected = f"a tensor of coefficients of shape {tuple(problem.linear.shape)}"
             raise InputError(name, expected, describe_shape(coef))
-        needs_gradient = torch.is_grad_enabled() and any(value.requires_grad for value in problem.tensors().values())
-        if self.provides_gradient and needs_gradient and not coef.requires_grad:
+        if self.provides_gradient and problem.needs_derivative and not coef.requires_grad:
             raise ConvexHeadsError(f"{name}: expected coefficients with gradient, got none, but provides_gradient=True")
         return result if isinstance(result, SolverResult) else SolverResult(coef)

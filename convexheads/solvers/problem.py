@@ -11,11 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from convexheads._functorch import inspect_values
+from convexheads._functorch import inspect_values, is_transforming
 from convexheads._validation import check_bool, check_positive_int, describe_task, describe_type, is_float_tensor
 from convexheads.errors import InputError, SolverError
 from convexheads.solvers.feasible_rows import FeasibleRows
 
+_forward_ad_level: Callable[[], int] = lambda: getattr(torch.autograd.forward_ad, "_current_level", 0)  # noqa: E731
 _R = TypeVar("_R", bound="TensorRecord")
 ZERO_MULTIPLIER = 1e-9
 """Multipliers of a warm start are zero up to this size, relative to the largest linear term."""
@@ -167,10 +168,10 @@ class DualProblem(TensorRecord):
 
     def broadcast(self) -> DualProblem:
         """A copy in which all tensors have the same leading dimensions, those of some being expanded."""
-        tensors = self.tensors().values()
-        batch = torch.broadcast_shapes(*(value.shape[:-2] for value in tensors))
-        if all(value.shape[:-2] == batch for value in tensors):
+        shapes = {value.shape[:-2] for value in self.tensors().values()}
+        if len(shapes) == 1:
             return self
+        batch = torch.broadcast_shapes(*shapes)
         return self.map(lambda _, value: value.expand(*batch, *value.shape[-2:]))
 
     def curvature(self) -> Float[Tensor, "*batch"]:
@@ -208,6 +209,13 @@ class DualProblem(TensorRecord):
     def project(self, coef: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n k"]:
         """The feasible coefficients nearest to `coef`, row by row."""
         return self.rows.project(coef)
+
+    @property
+    def needs_derivative(self) -> bool:
+        """Whether a derivative with respect to the problem may be asked for, in any mode of differentiation."""
+        if is_transforming() or _forward_ad_level() >= 0:
+            return True
+        return torch.is_grad_enabled() and any(value.requires_grad for value in self.tensors().values())
 
     @property
     def rows(self) -> FeasibleRows:

@@ -246,7 +246,7 @@ def test_errors_of_weights_bound_the_actual_ones(which):
     exact = torch.linalg.solve(hessian, right)
     weight, inverse_norm = exact + 1e-3 * noise, 1 / torch.linalg.eigvalsh(hessian)[..., 0]
     if which == "ridge regression":
-        gap, error = errors_of_weights(rows, shift, targets, weight, inverse_norm)
+        gap, error = errors_of_weights(rows, shift, targets - rows @ weight, weight, inverse_norm)
         objective = ((targets - rows @ weight).square().sum((-2, -1)) + 0.5 * weight.square().sum((-2, -1))) / 2
     else:
         gap, error = errors_of_system(rows, shift, right, weight, inverse_norm)
@@ -256,4 +256,4 @@ def test_errors_of_weights_bound_the_actual_ones(which):
     for bound, actual in ((gap, excess / objective), (error, distance)):
         assert (actual <= bound).all()
         assert (bound < 1e3 * actual).all()
-    assert errors_of_weights(rows, shift, targets, exact, inverse_norm)[0].max() < 1e-20
+    assert errors_of_weights(rows, shift, targets - rows @ exact, exact, inverse_norm)[0].max() < 1e-20

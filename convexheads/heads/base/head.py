@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import ClassVar
 
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convexheads._functorch import inspect_values
-from convexheads._looks import explained_by
+from convexheads._looks import call_explained
 from convexheads._validation import Check, check_bool, check_definite, describe_shape, optional
 from convexheads.errors import InputError, SolverError
 from convexheads.heads._sharing import apply_once
@@ -101,8 +99,8 @@ class Head(Configurable, ABC):
 
     def _solve_checked(self, support: SupportSet) -> KernelExpansion:
         """Solve, and check the result."""
-        with explained_by(partial(self._check_gram_after_failure, support)):
-            expansion = self.solve(support)
+        explain = partial(self._check_gram_after_failure, support)
+        expansion = call_explained(partial(self.solve, support), SolverError, explain)
         vars(support).pop("_gram", None)  # free the memory; the next use computes it again
         name = f"{type(self).__name__}.solve"
         if not isinstance(expansion, KernelExpansion):
@@ -111,8 +109,8 @@ class Head(Configurable, ABC):
         d, dtype = support.features.shape[-1], support.targets.dtype
         shapes = {"coef": (n, k), "weight": (k, d), "bias": (k,)}
         shapes["quadratic"] = (k, n, n) if expansion.weight is None else (k, d, d)
-        for part, shape in ((part, (*batch, *shape)) for part, shape in shapes.items()):
-            value = getattr(expansion, part)
+        for part, shape in shapes.items():
+            value, shape = getattr(expansion, part), (*batch, *shape)
             is_missing = value is None and part != "coef"
             if not (is_missing or (isinstance(value, Tensor) and value.shape == shape and value.dtype == dtype)):
                 kind = f" in {value.dtype}" if isinstance(value, Tensor) else ""
@@ -122,11 +120,6 @@ class Head(Configurable, ABC):
             raise InputError(name, "a self_similarity_weight without dimensions", describe_shape(weight))
         return expansion
 
-    @contextmanager
-    def _check_gram_after_failure(self, support: SupportSet) -> Iterator[None]:
-        try:
-            yield
-        except SolverError:
-            if self.validate:
-                inspect_values(check_definite, support.gram)
-            raise
+    def _check_gram_after_failure(self, support: SupportSet) -> None:
+        if self.validate:
+            inspect_values(check_definite, support.gram)

@@ -84,7 +84,7 @@ class NativeSolver(Fallback):
                 factor = with_gram_factor(problem.detach()).gram_factor
             if factor is not None and k * n * factor.shape[-1] <= self.max_block_entries:
                 problem = replace(problem, gram_factor=factor)
-                attaches = torch.is_grad_enabled() and any(each.requires_grad for each in problem.tensors().values())
+                attaches = problem.needs_derivative
                 admm = self._strict_admm if attaches else self._admm
                 return Plan(problem, (admm, self.then), tasks_at_once or None)
         return plan._replace(max_tasks=tasks_at_once) if tasks_at_once else Plan(problem, (self._admm,))
