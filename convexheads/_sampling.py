@@ -18,6 +18,7 @@ from convexheads import _validation
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
 from convexheads.heads.base.classification import check_head
+from convexheads.precision import output_dtype, working_dtype
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -28,6 +29,8 @@ _MAX_EXAMPLES_FOR_ONE_THREAD = 128
 _EPISODES_AT_ONCE, _EXAMPLES_AT_ONCE = 1000, 100_000
 # More numbers than this are drawn by permutations, because otherwise each one is compared with all others.
 _MAX_COMPARED = 32
+# Features are converted to float64 as a whole up to this number of entries, which is 1 GB.
+_MAX_ENTRIES_TO_CONVERT = 2**27
 
 
 def fit_episodes(
@@ -64,6 +67,10 @@ def fit_episodes(
         torch.arange(ways, device=features.device).repeat_interleave(count) for count in (shots, queries)
     )
 
+    dtype = output_dtype(features.dtype)
+    if features.numel() <= _MAX_ENTRIES_TO_CONVERT:  # once, rather than in each episode
+        features = features.to(working_dtype(features.device))
+
     def fit(batch: Tensor) -> list[tuple[int, FittedClassifier, Tensor, Tensor]]:
         batch = batch.to(features.device)
         support, query = (
@@ -74,7 +81,7 @@ def fit_episodes(
         with torch.no_grad():
             for number, head in enumerate(heads):
                 fitted = head.fit(support, support_labels.expand(len(batch), -1), ways=ways, **extra)
-                found.append((number, fitted, fitted(query), query_labels.expand(len(batch), -1)))
+                found.append((number, fitted, fitted(query).to(dtype), query_labels.expand(len(batch), -1)))
         return found
 
     title = title or (type(heads[0]).__name__ if len(heads) == 1 else f"{len(heads)} heads")
