@@ -280,13 +280,14 @@ class Solver(compiled.GraphSolver, Settings):
             linearization = implied_active_set(rescaled, certificate)
         unsolved = Status.FAILED if self.max_iterations is None else Status.STOPPED
         status = torch.where(certificate.converged(self.tolerance), Status.CONVERGED, unsolved)
-        failed = non_finite | ~torch.isfinite(certificate.gap)
+        gap = certificate.gap + certificate.rounding
+        failed = non_finite | ~torch.isfinite(gap)
         solution = Solution(
             coef=torch.where(non_finite, torch.nan, coef_scale)[:, None, None] * result.coef,
             bound_multipliers=certificate.bound_multipliers * multiplier_scale[:, None, None],
             row_multipliers=certificate.row_multipliers * multiplier_scale[:, None],
             status=torch.where(failed, Status.FAILED, status),
-            gap=torch.where(non_finite, torch.nan, certificate.gap),
+            gap=torch.where(non_finite, torch.nan, gap),
             residual=certificate.residual,
             iterations=result.iterations,
         )

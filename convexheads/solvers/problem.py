@@ -244,7 +244,8 @@ class Solution(TensorRecord):
             free entries, `(*batch, n, k)`; None for a problem without bounds.
         row_multipliers: multipliers of the zero row sums, `(*batch, n)`; None if there are no such constraints.
         status: the `Status` of each task, `(*batch,)`.
-        gap: certified relative duality gap of each task, computed from `coef` alone, `(*batch,)`.
+        gap: certified relative duality gap of each task, computed from `coef` alone, `(*batch,)`; for SVMs, it includes
+            the effect of rounding.
         residual: largest distance of `coef` from the feasible set, divided by the largest coefficient or by one unit of
             the rescaled problem, whichever is larger, `(*batch,)`.
         iterations: number of iterations of each task, `(*batch,)`; None if the backend does not report it.

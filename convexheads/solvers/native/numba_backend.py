@@ -79,6 +79,7 @@ def solve(
     gap, violation, rounding = gaps.unbind(-1)
     if not is_on_cpu:  # where rounding matters, the gap is unknown, because computing it means to read values
         proven = proven & (rounding <= certificate.ROUNDING_MARGIN * certificate.ROUNDING_THRESHOLD)
+    gap = gap + rounding
     solution = Solution(
         coef=coef,
         bound_multipliers=bound_multipliers,
@@ -101,7 +102,8 @@ def _finish_on_cpu(problem: DualProblem, results: tuple[np.ndarray, ...], tolera
         rescaled, coef_scale, _ = rescale(problem.select(chosen))
         found = certificate.certify(rescaled, torch.from_numpy(coef[doubtful]) / coef_scale[:, None, None])
         found = certificate.account_for_rounding(rescaled, found)
-        proven[doubtful], gaps[doubtful, 0] = found.converged(tolerance).numpy(), found.gap.numpy()
+        proven[doubtful] = found.converged(tolerance).numpy()
+        gaps[doubtful, 0], gaps[doubtful, 2] = found.gap.numpy(), found.rounding.numpy()
     if not proven.all():
         coef[~proven], gaps[~proven, 0] = np.nan, np.nan
 

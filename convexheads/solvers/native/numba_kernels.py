@@ -224,6 +224,7 @@ def certify(task, rows_sum_to_zero, coef, row_multipliers, bound_multipliers, li
             quadratic += at * scores[i, c]
             squares += at * at
             reach += length * abs(at)
+            bound = max(bound, abs(at))
             for value in (abs(lower[i, c]), abs(upper[i, c])):
                 if value < np.inf:
                     bound = max(bound, value)
