@@ -6,6 +6,7 @@ Sessions are made with uv, which keeps a version of a package on disk once, howe
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import nox
 
@@ -20,6 +21,22 @@ TOGETHER = ("cvxpylayers", "easyfsl", "lightning", "moreau", "numba", "pretraine
 """The extras that go with NumPy 2."""
 MODELS = ("images", "timm", "hf", "open-clip", "sentence-transformers")
 """The extras that load models for the features of files."""
+LEARN2LEARN = ("--config-settings-package", "learn2learn:--build-option=build_ext")
+PEERS = (
+    (
+        "easyfsl",
+        "https://github.com/sicara/easy-few-shot-learning",
+        "v1.5.0",
+        ("easyfsl/tests/methods/prototypical_networks_test.py", "easyfsl/tests/samplers/task_sampler_test.py"),
+    ),
+    (
+        "learn2learn",
+        "https://github.com/learnables/learn2learn",
+        "v0.2.0",
+        ("tests/unit/nn/metaoptnet_test_notravis.py", "tests/unit/nn/protonet_test.py"),
+    ),
+)
+"""Name, repository, version and those tests that do not train on data to be downloaded."""
 EXTRAS = ("tests/integration/test_extras.py", "tests/integration/test_imports.py")
 """What is tested with one extra, or with none; all of the tests run in `lowest` and `newest`."""
 
@@ -53,8 +70,7 @@ def core(session: nox.Session, torch: str) -> None:
 @nox.parametrize("name", [*TOGETHER, "learn2learn", "qpth"], ids=[*TOGETHER, "learn2learn", "qpth"])
 def extra(session: nox.Session, name: str) -> None:
     """One extra alone: what needs it runs, all else says what is missing."""
-    own = ["--config-settings-package", "learn2learn:--build-option=build_ext"] if name == "learn2learn" else []
-    install(session, *own, f".[{name}]")
+    install(session, *(LEARN2LEARN if name == "learn2learn" else ()), f".[{name}]")
     check(session, *EXTRAS)
 
 
@@ -70,6 +86,26 @@ def drop_ins(session: nox.Session) -> None:
     """The examples with heads in the place of other libraries' classifiers."""
     install(session, ".[sklearn,open-clip]", "mteb>=2", "setfit>=1.2")
     check(session, "tests/integration/test_drop_ins.py")
+
+
+@nox.session(python=PYTHON)
+def peers(session: nox.Session) -> None:
+    """The tests of easyfsl and learn2learn, with our heads in the place of their classifiers.
+
+    Their repositories are cloned, or are in the folder that is given: `nox --session peers -- FOLDER`.
+    """
+    install(session, *LEARN2LEARN, ".[learn2learn,easyfsl]")
+    clones = Path(session.posargs[0] if session.posargs else session.create_tmp()).resolve()
+    for name, url, version, tests in PEERS:
+        if not (clones / name).exists():
+            with session.chdir(clones):
+                session.run("git", "clone", "--quiet", "--depth", "1", "--branch", version, url, name, external=True)
+        with session.chdir(clones / name):
+            session.run(
+                *("python", "-P", "-m", "pytest", "-p", "substitutes", "-p", "no:cacheprovider"),
+                *("--import-mode", "importlib", *tests),
+                env={"PYTHONPATH": str(Path(__file__).parent / "tests" / "peers")},
+            )
 
 
 @nox.session(python=PYTHON, venv_backend="venv", default=False)

@@ -12,8 +12,10 @@ from tasks import close, task
 from torch.nn import functional
 
 from convexheads import (
+    LogisticHead,
     OneVsRestSVMHead,
     PrototypeHead,
+    RidgeRegressionHead,
     SimplifiedSVMHead,
     SupportVectorRegressionHead,
     SVMHead,
@@ -148,3 +150,36 @@ def test_support_vector_regression_equals_its_cvxpy_primal(solver, C):
     fitted = SupportVectorRegressionHead(C, solver=solver).fit(x, y)
     weights.value = (fitted.expansion.coef.mT @ x).squeeze(0).numpy()
     assert problem.objective.value == pytest.approx(optimum, rel=1e-7 if solver == "native" else 1e-5)
+
+
+def test_gradient_of_least_squares_is_that_of_a_layer_of_cvxpylayers():
+    """The problem with which cvxpylayers tests itself."""
+    layers = pytest.importorskip("cvxpylayers.torch")
+    matrix, vector, x = cvxpy.Parameter((100, 20)), cvxpy.Parameter(100), cvxpy.Variable(20)
+    problem = cvxpy.Problem(cvxpy.Minimize(cvxpy.sum_squares(matrix @ x - vector) + cvxpy.sum_squares(x)))
+    layer = layers.CvxpyLayer(problem, [matrix, vector], [x])
+    generator = torch.Generator().manual_seed(243)
+    data = tuple(torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((100, 20), (100,)))
+    support, targets = (each.requires_grad_() for each in data)
+    expected = torch.autograd.grad(layer(support, targets, solver_args={"eps": 1e-10})[0].sum(), (support, targets))
+    found = torch.autograd.grad(RidgeRegressionHead(1.0).fit(support, targets).weight.sum(), (support, targets))
+    assert max(close(one, other) for one, other in zip(found, expected, strict=True)) < 1e-6
+
+
+def test_gradient_of_logistic_regression_is_that_of_a_layer_of_cvxpylayers():
+    """The problem with which cvxpylayers tests itself: two classes, one weight vector, the penalty 0.1 |a|^2."""
+    layers = pytest.importorskip("cvxpylayers.torch")
+    generator = torch.Generator().manual_seed(243)
+    support = torch.randn(10, 2, generator=generator, dtype=torch.float64).requires_grad_()
+    labels = torch.randint(0, 2, (10,), generator=generator)
+    a, features = cvxpy.Variable((2, 1)), cvxpy.Parameter((10, 2))
+    scores = features @ a
+    likelihood = cvxpy.sum(cvxpy.multiply(labels.unsqueeze(-1).numpy(), scores) - cvxpy.logistic(scores))
+    problem = cvxpy.Problem(cvxpy.Minimize(-likelihood + 0.1 * cvxpy.sum_squares(a)))
+    weights = layers.CvxpyLayer(problem, [features], [a])(support, solver_args={"eps": 1e-12})[0].squeeze(-1)
+    first, second = LogisticHead(0.4).fit(support, labels, ways=2).weight  # |W|^2 / 2 is |a|^2 / 4
+    assert close(second - first, weights) < 1e-6
+    for direction in torch.eye(2, dtype=torch.float64):
+        (expected,) = torch.autograd.grad((weights * direction).sum(), support, retain_graph=True)
+        (found,) = torch.autograd.grad(((second - first) * direction).sum(), support, retain_graph=True)
+        assert close(found, expected) < 1e-5

@@ -109,7 +109,7 @@ def check_classification(
     is_own = labels.unsqueeze(-1) == torch.arange(max_ways, device=labels.device)
     if validate and per_task is None and not is_empty:
         inspect_values(_check_one_hot, labels, is_own, mask, needed, needed_by, highest)
-    wrong = None if validate else out_of_range(labels, limit if per_task is None else limit.unsqueeze(-1))
+    wrong = None if validate else out_of_range(labels, max_ways if per_task is None else per_task.unsqueeze(-1))
     return support, is_own, wrong, per_task, mask
 
 
