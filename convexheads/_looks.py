@@ -105,12 +105,13 @@ def call_explained(function: Callable[[], _T], kind: type[Exception], explain: C
 def _call_and_look(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     token = _pending.set(looks := [])
     try:
-        result = method(*args, **kwargs)
+        try:
+            result = method(*args, **kwargs)
+        finally:
+            _pending.reset(token)
     except Exception:
-        _pending.reset(token)
         _report(looks)  # an earlier check may say what is wrong
         raise
-    _pending.reset(token)
     _report(looks)
     return result
 

@@ -139,7 +139,11 @@ def test_errors_are_those_of_checks_at_once(head, change):
 def test_indefinite_kernel_is_explained():
     """Also where a solver fails, and its failure is noticed after the head has returned."""
     support, labels, query, _ = task(4, shots=(2, 3, 2))
-    head = SVMHead(solver=NativeSolver(backend="cuda"), kernel=lambda x, y: -(x @ y.mT))
+
+    def kernel(x, y):
+        return (x.unsqueeze(-2) == y.unsqueeze(-3)).all(-1).double() - 0.5
+
+    head = SVMHead(C=10.0, solver=NativeSolver(backend="cuda"), kernel=kernel)
     with on_this_gpu(), pytest.raises(InputError, match="eigenvalue"):
         head(support, labels, query, ways=3)
 
@@ -168,8 +172,21 @@ def test_failed_task_warns_once():
     assert len(caught) == 1
 
 
-def test_checks_of_other_tasks_and_threads_are_done_at_once():
-    """After an error, nothing is left to do for the next call."""
+def test_nothing_is_left_of_a_call_that_is_interrupted():
+    support, labels, query, _ = task(3, shots=(2, 3, 2))
+
+    def interrupted(x, y):
+        raise KeyboardInterrupt
+
+    with on_this_gpu():
+        with pytest.raises(KeyboardInterrupt):
+            RidgeHead(kernel=interrupted)(support, labels, query)
+        with pytest.raises(InputError):
+            check_finite("gram", torch.full((3, 2, 2), torch.nan))
+
+
+def test_checks_outside_of_a_call_are_done_at_once():
+    """Also after a call that raised an error."""
     support, labels, query, _ = task(3, shots=(2, 3, 2))
     with on_this_gpu():
         with pytest.raises(InputError):

@@ -93,6 +93,24 @@ def test_kernels_are_symmetric(make):
 
 
 @heads
+@pytest.mark.parametrize("sign", [1, -1])
+def test_kernels_are_no_distances(make, sign):
+    """Ridge regression and others would take them silently."""
+    support, labels, query, _ = task()
+    with pytest.raises(InputError, match="kernel"):
+        make(kernel=lambda x, y: sign * torch.cdist(x, y))(support, labels, query)
+
+
+@heads
+def test_kernels_may_be_zero_for_some_examples(make):
+    """And tiny for others, up to rounding."""
+    support, labels, query, _ = task()
+    support = support.clone()
+    support[..., 0, :], support[..., 1, :] = 0, 1e-8 * support[..., 1, :]
+    make(kernel=lambda x, y: x @ y.mT)(support, labels, query)
+
+
+@heads
 @pytest.mark.parametrize("kernel", [None, RBF(3.0)], ids=str)
 def test_a_fit_shares_no_memory_with_the_caller(make, kernel):
     support, labels, query, ways = task(2)

@@ -83,34 +83,41 @@ def check_classification(
         expected = f"flat features, {(*labels.shape, 'd')}".replace("'", "")
         raise InputError("support", expected, describe_shape(support))
     labels = _check_per_example("labels", labels, support, "one label per support example")
-    is_tensor, per_task = isinstance(ways, Tensor), None
-    if getattr(ways, "ndim", isinstance(ways, list | tuple)) or (is_tensor and not is_integer_tensor(ways)):
-        per_task = check_tensor("ways", ways, "integers, one per task", is_integer_tensor, like=support)
-        _check_match("ways", per_task, support, labels.shape[:-1], "integers, one per task")
-        per_task, is_tensor = per_task.long(), True
-    elif ways is not None:
-        ways = check_positive_int("ways", ways, alternative=", a tensor of them, or None")
+    per_task, max_ways, highest = _check_ways(ways, support, labels, mask)
     allow = check_bool("allow_missing_classes", allow_missing_classes) and needed_by is None
+    is_tensor = isinstance(ways, Tensor) or per_task is not None
     needed = "none" if allow else "shown" if is_tensor and needed_by is None else "all"
-    if isinstance(ways, int):
-        max_ways, origin = ways, ""
-    else:
-        max_ways = inspect_values(_largest_number, labels, per_task, mask)
-        origin = "; without ways=, this is the largest label plus one, so number the classes from 0"
-    if max_ways > _MAX_WAYS:
-        raise InputError("ways", f"at most {_MAX_WAYS}", f"{max_ways}{'' if per_task is not None else origin}")
-    labels, limit = labels.long(), max_ways if per_task is None else per_task  # torch cannot compare unsigned types
-    is_empty, highest = not labels.numel(), str(ways - 1) if isinstance(ways, int) else "ways-1"
-    if validate and not is_empty:
+    labels, is_checked = labels.long(), validate and labels.numel() > 0  # torch cannot compare its unsigned types
+    if is_checked:
         inspect_values(_check_values, mask, support)
         lacks_examples = needed == "all" and max_ways > labels.shape[-1]
         if per_task is not None or lacks_examples:  # then one-hot labels could exhaust memory
+            limit = max_ways if per_task is None else per_task
             inspect_values(_check_labels, labels, limit, max_ways, mask, needed, needed_by, highest)
     is_own = labels.unsqueeze(-1) == torch.arange(max_ways, device=labels.device)
-    if validate and per_task is None and not is_empty:
+    if is_checked and per_task is None:
         inspect_values(_check_one_hot, labels, is_own, mask, needed, needed_by, highest)
     wrong = None if validate else out_of_range(labels, max_ways if per_task is None else per_task.unsqueeze(-1))
     return support, is_own, wrong, per_task, mask
+
+
+def _check_ways(ways: object, support: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Tensor | None, int, str]:
+    """Return the ways if they are given per task, the largest of them, and the highest label as errors name it."""
+    per_task, highest = None, "ways-1"
+    is_wrong_tensor = isinstance(ways, Tensor) and not is_integer_tensor(ways)
+    if getattr(ways, "ndim", isinstance(ways, list | tuple)) or is_wrong_tensor:
+        per_task = check_tensor("ways", ways, "integers, one per task", is_integer_tensor, like=support).long()
+        _check_match("ways", per_task, support, labels.shape[:-1], "integers, one per task")
+        max_ways, origin = inspect_values(_largest_number, labels, per_task, mask), ""
+    elif ways is None:
+        max_ways = inspect_values(_largest_number, labels, None, mask)
+        origin = "; without ways=, this is the largest label plus one, so number the classes from 0"
+    else:
+        max_ways, origin = check_positive_int("ways", ways, alternative=", a tensor of them, or None"), ""
+        highest = str(max_ways - 1)
+    if max_ways > _MAX_WAYS:
+        raise InputError("ways", f"at most {_MAX_WAYS}", f"{max_ways}{origin}")
+    return per_task, max_ways, highest
 
 
 def is_multilabel(labels: object) -> bool:

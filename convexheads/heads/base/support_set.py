@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from convexheads._functorch import inspect_values
-from convexheads._validation import check_symmetric
+from convexheads._validation import check_similarity
 from convexheads.errors import InputError
 from convexheads.heads._sharing import apply_once
 from convexheads.kernels import Kernel, KernelLike, Linear, compute_gram
@@ -77,7 +77,7 @@ class SupportSet:
                 gram = compute_gram(self.kernel, self.features, self.features, validate=self.validate)
                 is_known = isinstance(self.kernel, Kernel | partial)  # the library's kernels are symmetric
                 if self.validate and not is_known:
-                    inspect_values(check_symmetric, gram)
+                    inspect_values(check_similarity, gram)
             known["_gram"] = gram if self.mask is None else _mask_gram(gram, self.mask)
         return known["_gram"]
 
