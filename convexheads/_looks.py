@@ -121,13 +121,12 @@ def _repeat() -> None:
 
 
 def _report(looks: list[_Look]) -> None:
-    """Read all flags at once, and report those that are set."""
+    """Read all flags at once, and report those that are set, in the order of the checks."""
     if not looks:
         return
-    pairs = zip(_read([look.flag.detach() for look in looks]), looks, strict=True)
-    reports = [report for value, (flag, report) in pairs if _is_set(value, flag.dtype)]
-    for report in [_repeat] if _repeat in reports else reports:
-        report()
+    for value, (flag, report) in zip(_read([look.flag.detach() for look in looks]), looks, strict=True):
+        if _is_set(value, flag.dtype):
+            report()
 
 
 def _read(flags: list[Tensor]) -> list[float]:

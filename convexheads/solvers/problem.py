@@ -16,7 +16,6 @@ from convexheads._validation import check_bool, check_positive_int, describe_tas
 from convexheads.errors import InputError, SolverError
 from convexheads.solvers.feasible_rows import FeasibleRows
 
-_forward_ad_level: Callable[[], int] = lambda: getattr(torch.autograd.forward_ad, "_current_level", 0)  # noqa: E731
 _R = TypeVar("_R", bound="TensorRecord")
 ZERO_MULTIPLIER = 1e-9
 """Multipliers of a warm start are zero up to this size, relative to the largest linear term."""
@@ -213,7 +212,8 @@ class DualProblem(TensorRecord):
     @property
     def needs_derivative(self) -> bool:
         """Whether a derivative with respect to the problem may be asked for, in any mode of differentiation."""
-        if is_transforming() or _forward_ad_level() >= 0:
+        is_forward = getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
+        if is_transforming() or is_forward:
             return True
         return torch.is_grad_enabled() and any(value.requires_grad for value in self.tensors().values())
 
