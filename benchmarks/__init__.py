@@ -35,5 +35,15 @@ def require_modules(*modules: str) -> None:
 
 if sys.argv[0] == "-m":  # Python is looking for a command, `python -m benchmarks.NAME`
     require_modules(
-        "jsonargparse", "matplotlib", "numpy", "pandas", "PIL", "rich", "safetensors", "scipy", "tqdm", "yaml"
+        "jsonargparse",
+        "matplotlib",
+        "numpy",
+        "pandas",
+        "PIL",
+        "rich",
+        "safetensors",
+        "scipy",
+        "sklearn",
+        "tqdm",
+        "yaml",
     )

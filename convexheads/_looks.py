@@ -41,7 +41,7 @@ def look_once(method: _C) -> _C:
 
     @wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if _is_inside.get() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _is_inside.get():
             return method(*args, **kwargs)
         token = _is_inside.set(True)
         try:
