@@ -268,14 +268,16 @@ def check_definite(gram: Tensor) -> None:
         raise InputError("kernel", "a positive semi-definite kernel", got)
 
 
-def check_similarity(gram: Tensor) -> None:
-    """Raise `InputError` if a Gram matrix is not symmetric, or if it is one of distances."""
+def check_similarity(gram: Tensor, *, allow_distances: bool) -> None:
+    """Raise `InputError` if a Gram matrix is not symmetric, or if it is one of distances that are not allowed."""
     _check_symmetric(gram)
+    if allow_distances:
+        return
     squared, largest = gram.diagonal(dim1=-2, dim2=-1), gram.abs().amax(-1)
     wrong = squared < 1e-9 * largest  # in a positive semi-definite matrix, the other values of the row are then zero
 
     def error() -> InputError:
-        got = f"k(x, x) = {squared[wrong][0].item():.3g} in {describe_first_task(wrong.any(-1))}"
+        got = f"k(x, x) = {squared[wrong][0].item() + 0:.3g} in {describe_first_task(wrong.any(-1))}"
         return InputError("kernel", "a positive semi-definite kernel, which is a similarity and not a distance", got)
 
     refuse(wrong & (largest >= 1e-3 * largest.amax(-1, keepdim=True)), error)

@@ -28,7 +28,7 @@ from convexheads.solvers.problem import Status
 _K = TypeVar("_K", bound=KernelExpansion)
 TOLERANCE = 1e-6
 """The relative gap up to which a closed form counts as solved, as for iterative solvers."""
-_REMEDY = "A larger regularizer, or shorter features, leave more digits. "
+_REMEDY = "The residual bounds the relative error of the weights. A larger regularizer leaves more digits. "
 check_on_failure: Check = partial(check_choice, choices=get_args(OnFailure))
 
 

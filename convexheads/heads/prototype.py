@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -36,6 +38,7 @@ class PrototypeHead(ClassificationHead):
     on_failure: OnFailure = "raise"
 
     def solve(self, support: SupportSet) -> KernelExpansion:
+        support = replace(support, needs_similarity=False)  # minus the squared distance has the same prototypes
         mean, factor, weight = support.targets / support.targets.sum(-2, keepdim=True), support.linear_factor, None
         if factor is None:
             bias = -(mean * multiply(support.gram, mean)).sum(-2)

@@ -61,11 +61,12 @@ def certified(
     """
     tolerance = reachable(tolerance, gap.dtype)
     limit = tolerance**0.5 if largest_error is None else reachable(largest_error, gap.dtype)
-    solved = (gap <= tolerance) & ((error <= limit) | (gap <= ZERO_GAP))
+    is_tiny = gap <= ZERO_GAP
+    solved = (gap <= tolerance) & ((error <= limit) | is_tiny)
     status = ~solved * int(otherwise)
     if otherwise is not Status.FAILED:
         status = torch.where(torch.isfinite(gap), status, Status.FAILED)
-    residual = torch.zeros_like(gap)
+    residual = error.sqrt().masked_fill(is_tiny, 0)
     return Solution(coef, None, None, status=status, gap=gap, residual=residual, iterations=iterations)
 
 

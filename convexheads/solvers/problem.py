@@ -247,7 +247,8 @@ class Solution(TensorRecord):
         gap: certified relative duality gap of each task, computed from `coef` alone, `(*batch,)`; for SVMs, it includes
             the effect of rounding.
         residual: largest distance of `coef` from the feasible set, divided by the largest coefficient or by one unit of
-            the rescaled problem, whichever is larger, `(*batch,)`.
+            the rescaled problem, whichever is larger, `(*batch,)`. For heads without constraints (closed forms,
+            logistic regression), an upper bound of the relative error of the weights.
         iterations: number of iterations of each task, `(*batch,)`; None if the backend does not report it.
     """
 

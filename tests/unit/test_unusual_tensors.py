@@ -97,8 +97,19 @@ def test_kernels_are_symmetric(make):
 def test_kernels_are_no_distances(make, sign):
     """Ridge regression and others would take them silently."""
     support, labels, query, _ = task()
+    head = make(kernel=lambda x, y: sign * torch.cdist(x, y))
+    if isinstance(head, PrototypeHead):
+        head(support, labels, query)
+        return
     with pytest.raises(InputError, match="kernel"):
-        make(kernel=lambda x, y: sign * torch.cdist(x, y))(support, labels, query)
+        head(support, labels, query)
+
+
+def test_prototypes_of_the_squared_distance_are_ordinary_ones():
+    """It differs from the dot product by terms that depend on one argument alone, which cancel."""
+    support, labels, query, _ = task()
+    logits = PrototypeHead(kernel=lambda x, y: -torch.cdist(x, y).square() / 2)(support, labels, query)
+    assert close(logits, PrototypeHead()(support, labels, query)) < 1e-9
 
 
 @heads

@@ -37,6 +37,7 @@ class SupportSet:
             to False.
         prior: weights `(*batch, k, d)` from which the regularizer measures. Defaults to None (zero).
         init: the solution of a similar problem, where an iterative solver begins. Defaults to None.
+        needs_similarity: whether a kernel that is a distance is an error. Defaults to True.
 
     Example:
         `RidgeHead().solve(SupportSet(features, targets)).coef`
@@ -51,6 +52,7 @@ class SupportSet:
     prior: Float[Tensor, "*batch k d"] | None = None
     is_multilabel: bool = False
     init: Solution | None = None
+    needs_similarity: bool = True
 
     def checked_init(self, shape: Sequence[int]) -> Solution | None:
         """The `init`, whose coefficients must have this `shape`; otherwise an `InputError` is raised."""
@@ -77,7 +79,7 @@ class SupportSet:
                 gram = compute_gram(self.kernel, self.features, self.features, validate=self.validate)
                 is_known = isinstance(self.kernel, Kernel | partial)  # the library's kernels are symmetric
                 if self.validate and not is_known:
-                    inspect_values(check_similarity, gram)
+                    inspect_values(partial(check_similarity, allow_distances=not self.needs_similarity), gram)
             known["_gram"] = gram if self.mask is None else _mask_gram(gram, self.mask)
         return known["_gram"]
 

@@ -40,8 +40,9 @@ class ActiveSetSolver(Solver):
     """Active-set Newton, the primal-dual active set method of Hintermueller, Ito & Kunisch (2002).
 
     Use it for few-shot problems that are not degenerate; it needs a few rounds and is exact to rounding. It may cycle,
-    or find a singular system. If it cannot prove that the active set of a task is right, the coefficients are NaN:
-    combine it with another solver (`Fallback`), as `NativeSolver` does. The gradient is exact, to any order.
+    or find a singular system. If it cannot prove that the active set of a task is right, the coefficients are NaN
+    (except with the backend "cuda"): combine it with another solver (`Fallback`), as `NativeSolver` does. The gradient
+    is exact, to any order.
 
     Args:
         tolerance: as in `Solver`; an active set is accepted if its gap is at most a thousandth of it.
