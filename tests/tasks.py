@@ -83,6 +83,12 @@ def close(value: Tensor, reference: Tensor, scale: Tensor | float = 0.0) -> floa
     return (value - reference).abs().max().item() / size
 
 
+def indefinite(x: Tensor, y: Tensor) -> Tensor:
+    """A kernel that is neither definite nor a distance: 0.6 for equal examples, and 0.4 or -0.4 for others."""
+    sign = x[..., :1].sign() @ y[..., :1].sign().mT
+    return (x.unsqueeze(-2) == y.unsqueeze(-3)).all(-1).to(x) - 0.4 * sign
+
+
 @st.composite
 def tasks(draw, *, max_shots: int = 4) -> tuple[Task, float]:
     """The issue's range: ways 1-10, uneven shots, d 1-64, C and feature scale 1e-3 to 1e3. Returns task and C."""

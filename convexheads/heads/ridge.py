@@ -151,7 +151,7 @@ class RidgeHead(LossHead):
         regularization: lambda, positive; a float or `Learnable`. Defaults to 50, as in Lee et al. 2019.
         on_failure: what happens if rounding may have moved the result of a task by more than a relative duality gap of
             1e-6, as with a lambda below about 1e-9 of the squared length of the features, if they do not determine the
-            weights: "raise" (default), "warn" or "return", as for a `Solver`. With `validate=False`, only the `solution`
+            weights: "raise" (default), "warn" or "return", as for a `Solver`. With `validate=False`, only the status
             shows it.
         class_weight: see `LossHead`, also for `intercept`, `kernel`, `scale`, `validate` and the errors.
 

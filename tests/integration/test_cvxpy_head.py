@@ -11,7 +11,7 @@ import cvxpy
 import pytest
 import torch
 from sklearn.linear_model import Lasso
-from tasks import close, task
+from tasks import close, indefinite, task
 from torch.nn import functional
 
 from convexheads import (
@@ -138,7 +138,7 @@ def test_a_gram_matrix_that_is_not_finite_fails_in_its_task():
 
 def test_indefinite_kernel():
     with pytest.raises(InputError, match=r"kernel: expected .*, got a Gram matrix with the eigenvalue -"):
-        CvxpyHead(squares, hyperparameters={"lambda": 1.0}, kernel=lambda x, y: -(x @ y.mT))(*task()[:3])
+        CvxpyHead(squares, hyperparameters={"lambda": 1.0}, kernel=indefinite)(*task()[:3])
 
 
 BAD = {

@@ -70,7 +70,7 @@ def test_goes_on_until_certified():
     expected_head = SVMHead(0.3, solver=NativeSolver(backend="torch"))
     head = SVMHead(0.3, solver=ADMMSolver(max_rounds=1))
     fitted = head.fit(support, labels)
-    assert fitted.solution.gap.max() < 1e-12
+    assert fitted.solution.gap.max() < 1e-10
     assert close(fitted(query), expected_head(support, labels, query)) < 1e-10
     expected = gradient(expected_head, support, labels, query)
     assert close(gradient(head, support, labels, query), expected) < 1e-8

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tasks import close, task
+from tasks import close, indefinite, task
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("numba")
@@ -139,11 +139,7 @@ def test_errors_are_those_of_checks_at_once(head, change):
 def test_indefinite_kernel_is_explained():
     """Also where a solver fails, and its failure is noticed after the head has returned."""
     support, labels, query, _ = task(4, shots=(2, 3, 2))
-
-    def kernel(x, y):
-        return (x.unsqueeze(-2) == y.unsqueeze(-3)).all(-1).double() - 0.5
-
-    head = SVMHead(C=10.0, solver=NativeSolver(backend="cuda"), kernel=kernel)
+    head = SVMHead(C=10.0, solver=NativeSolver(backend="cuda"), kernel=indefinite)
     with on_this_gpu(), pytest.raises(InputError, match="eigenvalue"):
         head(support, labels, query, ways=3)
 

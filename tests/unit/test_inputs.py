@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from installing import installs, requirements_of
-from tasks import crammer_singer, task
+from tasks import crammer_singer, indefinite, task
 
 from convexheads import (
     ClassificationHead,
@@ -277,7 +277,7 @@ def test_kernel_that_is_not_positive_semi_definite(head):
     with pytest.raises(
         InputError, match=r"kernel: expected a pos.*, got a Gram matrix with the eigenvalue -\S+ in task \(0,\)"
     ):
-        head(kernel=lambda x, y: -1000 * (x @ y.mT))(*GOOD[:3])
+        head(kernel=lambda x, y: 1000 * indefinite(x, y))(*GOOD[:3])
 
 
 def test_covariance_that_cannot_be_inverted():
