@@ -18,6 +18,7 @@ from convexheads.integrations import require_version
 require_version("sklearn", "scikit-learn>=1.6,<2", extra="sklearn")
 
 import numpy as np
+from sklearn import get_config
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.model_selection import StratifiedKFold
 from sklearn.utils.multiclass import check_classification_targets
@@ -34,6 +35,9 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     Labels may be strings or integers. There is no intercept unless the head has one: `SVMHead(C=1.0, intercept=True)`.
     Arguments of the head and of its kernel (but not of parts of a sum or product) are parameters too, such as `head__C`
     and `head__kernel__length_scale`, so a search can vary them.
+
+    With `sklearn.set_config(array_api_dispatch=True)`, which needs the environment variable `SCIPY_ARRAY_API=1`,
+    tensors stay tensors on their device: features on a GPU are fitted there.
 
     Use it when you compare a head with scikit-learn's classifiers: with `RidgeHead`, `LogisticHead` and
     `OneVsRestSVMHead(squared_hinge=True)` on up to 50,000 samples, and with others on up to a few thousand.
@@ -88,13 +92,18 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         The `sample_weight`, `(n,)`, has a factor of the loss of each sample, in heads that derive from `LossHead`. For
         the calibration, held-out samples count the same.
         """
-        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32], order="C")  # torch has no negative strides
+        X, y = validate_data(self, X, y, **_validation(X))
         check_classification_targets(y)
-        weight = None if sample_weight is None else _check_sample_weight(sample_weight, y)
-        if weight is not None:  # without the samples that do not count, they are in no fold either
-            X, y, weight = (part[weight != 0] for part in (X, y, weight))
+        classes, inverse = (torch if isinstance(y, Tensor) else np).unique(y, return_inverse=True)
+        X = _as_tensor(X)
+        labels, weight = torch.as_tensor(inverse, device=X.device), None
+        if sample_weight is not None:
+            weight = _check_sample_weight(sample_weight, labels)
+            used = weight != 0  # without the samples that do not count, they are in no fold either
+            present, labels = labels[used].unique(return_inverse=True)
+            X, weight = X[used], weight[used]
+            classes = classes[present if isinstance(classes, Tensor) else present.cpu().numpy()]
         calibrate = check_bool("calibrate", self.calibrate)
-        classes, labels = np.unique(y, return_inverse=True)
         if len(classes) < 2:
             raise ValueError(f"HeadClassifier needs at least two classes; y has one class only: {classes[0]!r}")
         head = _default_head() if self.head is None else check_head(self.head)
@@ -105,13 +114,13 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Compute the logits of samples `X`, `(q, k)`; for two classes, the second minus the first one, `(q,)`."""
-        logits = self._logits(X).numpy()
-        return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
+        logits = self._logits(X)
+        return _like(X, logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits)
 
     def predict(self, X: Any) -> np.ndarray:
         """Predict the most probable label of each sample of `X`, `(q,)`."""
-        best = self._logits(X).argmax(-1).numpy()  # computed first, so that a missing fit raises `NotFittedError`
-        return self.classes_[best]
+        best = self._logits(X).argmax(-1)  # computed first, so that a missing fit raises `NotFittedError`
+        return self.classes_[best if isinstance(self.classes_, Tensor) else best.cpu().numpy()]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Compute the probabilities of samples `X`, `(q, k)`: the softmax of the logits times `scale_`.
@@ -119,7 +128,12 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         With `calibrate=True`, they are calibrated by cross-validation.
         """
         logits = self._logits(X)
-        return (self.scale_ * logits).softmax(-1).numpy()
+        return _like(X, (self.scale_ * logits).softmax(-1))
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.array_api_support = True
+        return tags
 
     @property
     def coef_(self) -> np.ndarray:
@@ -148,19 +162,41 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
 
     def _difference(self, parameter: Tensor) -> np.ndarray:
         value = parameter.detach()
-        return (value[1:] - value[:1] if len(self.classes_) == 2 else value).numpy()
+        return (value[1:] - value[:1] if len(self.classes_) == 2 else value).cpu().numpy()
 
     @torch.no_grad()
     def _logits(self, X: Any) -> Tensor:
         check_is_fitted(self, "fitted_")
-        X = validate_data(self, X, dtype=[np.float64, np.float32], order="C", reset=False)
-        return self.fitted_(torch.tensor(X, dtype=self.fitted_.dtype))
+        X = validate_data(self, X, reset=False, **_validation(X))
+        return self.fitted_(_as_tensor(X).to(self.fitted_.dtype))
 
 
-def _check_sample_weight(sample_weight: Any, y: np.ndarray) -> np.ndarray:
-    weight = np.asarray(sample_weight, dtype=np.float64)
-    if weight.shape != y.shape:
-        raise InputError("sample_weight", f"shape {y.shape}", weight.shape)
+def _keeps_tensors(X: Any) -> bool:
+    """Whether results are tensors on the device of X, which scikit-learn's option `array_api_dispatch` asks for."""
+    return isinstance(X, Tensor) and get_config()["array_api_dispatch"]
+
+
+def _validation(X: Any) -> dict[str, Any]:
+    """What `validate_data` is asked for; torch has no negative strides."""
+    if _keeps_tensors(X):
+        return {"dtype": [torch.float64, torch.float32]}
+    return {"dtype": [np.float64, np.float32], "order": "C"}
+
+
+def _as_tensor(array: Any) -> Tensor:
+    return array if isinstance(array, Tensor) else torch.tensor(array)
+
+
+def _like(X: Any, result: Tensor) -> Any:
+    """A result as an array of the kind of X."""
+    return result if _keeps_tensors(X) else result.cpu().numpy()
+
+
+def _check_sample_weight(sample_weight: Any, labels: Tensor) -> Tensor:
+    values = sample_weight if isinstance(sample_weight, Tensor) else np.asarray(sample_weight, dtype=np.float64)
+    weight = torch.as_tensor(values, dtype=torch.float64, device=labels.device)
+    if weight.shape != labels.shape:
+        raise InputError("sample_weight", f"shape {tuple(labels.shape)}", tuple(weight.shape))
     if not weight.any():
         raise InputError("sample_weight", "a positive weight", "only zeros")
     return weight
@@ -171,24 +207,24 @@ def _default_head() -> SVMHead:
 
 
 @torch.no_grad()
-def _fit(head: ClassificationHead, X: np.ndarray, labels: np.ndarray, weight: np.ndarray | None) -> FittedClassifier:
+def _fit(head: ClassificationHead, X: Tensor, labels: Tensor, weight: Tensor | None) -> FittedClassifier:
     """Fit a copy of a head."""
-    sample_weight = None if weight is None else torch.tensor(weight)
-    ways = int(labels.max()) + 1
-    return deepcopy(head).fit(torch.tensor(X), torch.tensor(labels), ways=ways, sample_weight=sample_weight)
+    return deepcopy(head).fit(X, labels, ways=int(labels.max()) + 1, sample_weight=weight)
 
 
-def _best_scale(head: ClassificationHead, X: np.ndarray, labels: np.ndarray, weight: np.ndarray | None) -> float:
+def _best_scale(head: ClassificationHead, X: Tensor, labels: Tensor, weight: Tensor | None) -> float:
     """The best scale of logits of samples that were held out from the fit; 1.0 if any class has only one sample."""
-    folds = min(_FOLDS, int(np.bincount(labels).min()))
+    folds = min(_FOLDS, int(labels.bincount().min()))
     if folds < 2:
         return 1.0
     logits, truth = [], []
-    for rest, held_out in StratifiedKFold(folds, shuffle=True, random_state=0).split(X, labels):
+    known = labels.cpu().numpy()
+    for pair in StratifiedKFold(folds, shuffle=True, random_state=0).split(np.zeros(len(known)), known):
+        rest, held_out = (torch.as_tensor(indices, device=X.device) for indices in pair)
         own = None if weight is None else weight[rest]
         with torch.no_grad():
-            logits.append(_fit(head, X[rest], labels[rest], own)(torch.tensor(X[held_out])).double())
-        truth.append(torch.tensor(labels[held_out]))
+            logits.append(_fit(head, X[rest], labels[rest], own)(X[held_out]).double())
+        truth.append(labels[held_out])
         if sum(map(len, truth)) >= _ENOUGH_HELD_OUT:
             break
     return best_scale(torch.cat(logits), torch.cat(truth))

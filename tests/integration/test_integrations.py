@@ -18,6 +18,7 @@ from learn2learn.algorithms import LightningMetaOptNet, LightningPrototypicalNet
 from learn2learn.nn import PrototypicalClassifier, SVClassifier
 from scipy.special import softmax
 from scipy.stats import loguniform
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.datasets import load_digits, load_iris
 from sklearn.exceptions import NotFittedError
@@ -26,7 +27,11 @@ from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, cross_val_
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
-from sklearn.utils.estimator_checks import check_sample_weight_equivalence_on_dense_data, parametrize_with_checks
+from sklearn.utils.estimator_checks import (
+    check_array_api_input,
+    check_sample_weight_equivalence_on_dense_data,
+    parametrize_with_checks,
+)
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -265,6 +270,30 @@ def not_with_calibration(_) -> dict[str, str]:
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
 def test_all_of_scikit_learns_checks(estimator, check) -> None:
     check(estimator)
+
+
+@pytest.mark.parametrize("with_weights", [False, True])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_scikit_learns_check_with_tensors(dtype, with_weights, monkeypatch) -> None:
+    """With `array_api_dispatch`, results are tensors with the values of those for arrays."""
+    monkeypatch.setenv("SCIPY_ARRAY_API", "1")
+    options = {"check_values": True, "check_sample_weight": with_weights}
+    check_array_api_input("HeadClassifier", sklearn.HeadClassifier(RidgeHead(1.0)), "torch", "cpu", dtype, **options)
+
+
+@pytest.mark.parametrize("names", [False, True])
+def test_tensors_stay_tensors(names, monkeypatch) -> None:
+    monkeypatch.setenv("SCIPY_ARRAY_API", "1")
+    X, y = load_iris(return_X_y=True)
+    y = np.array(["setosa", "versicolor", "virginica"])[y] if names else y
+    expected = sklearn.HeadClassifier().fit(X, y)
+    with config_context(array_api_dispatch=True):
+        classifier = sklearn.HeadClassifier().fit(torch.tensor(X), y if names else torch.tensor(y))
+        found = classifier.predict_proba(torch.tensor(X)), classifier.decision_function(torch.tensor(X))
+        labels = classifier.predict(torch.tensor(X))
+    assert all(isinstance(each, torch.Tensor) for each in found)
+    np.testing.assert_allclose(found[0], expected.predict_proba(X), atol=1e-9)
+    np.testing.assert_array_equal(labels, expected.predict(X))
 
 
 @pytest.mark.parametrize("head", [SVMHead(1.0), LogisticHead(0.5, intercept=True), RidgeHead()], ids=repr)
