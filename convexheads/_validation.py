@@ -274,13 +274,14 @@ def check_similarity(gram: Tensor, *, allow_distances: bool) -> None:
     if allow_distances:
         return
     squared, largest = gram.diagonal(dim1=-2, dim2=-1), gram.abs().amax(-1)
-    wrong = squared < 1e-9 * largest  # in a positive semi-definite matrix, the other values of the row are then zero
+    # In a positive semi-definite matrix, the other values of such a row are zero. Rounding may hide that in tiny rows.
+    wrong = (squared < 1e-9 * largest) & (largest >= 1e-3 * largest.amax(-1, keepdim=True))
 
     def error() -> InputError:
         got = f"k(x, x) = {squared[wrong][0].item() + 0:.3g} in {describe_first_task(wrong.any(-1))}"
         return InputError("kernel", "a positive semi-definite kernel, which is a similarity and not a distance", got)
 
-    refuse(wrong & (largest >= 1e-3 * largest.amax(-1, keepdim=True)), error)
+    refuse(wrong, error)
 
 
 def _check_symmetric(gram: Tensor) -> None:

@@ -493,8 +493,8 @@ MUTATIONS = [
     Mutation(
         "prototype-bias",
         "heads/prototype.py",
-        "bias = -(mean * multiply(support.gram, mean)).sum(-2)",
-        "bias = -(mean * multiply(support.gram, mean)).mean(-2)",
+        "bias = -(mean * multiply(gram, mean)).sum(-2)",
+        "bias = -(mean * multiply(gram, mean)).mean(-2)",
         "test_heads.py::test_mask_equals_leaving_out",
     ),
     Mutation(

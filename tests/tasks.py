@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from convexheads.solvers import DualProblem
+from convexheads.solvers.certificate import certify
+from convexheads.solvers.rescaling import rescale
 
 if TYPE_CHECKING:
     from benchmarks.data import Episodes
@@ -75,6 +77,12 @@ def crammer_singer(support: Tensor, labels: Tensor, C: float | Tensor, smoothing
     targets = functional.one_hot(labels).to(support)
     smoothed = torch.full_like(targets, smoothing) if smoothing else None
     return DualProblem(support @ support.mT, linear=targets, upper=C * targets, smoothing=smoothed)
+
+
+def gap_without_rounding(problem: DualProblem, coef: Tensor) -> Tensor:
+    """The relative gap of coefficients, for the Gram matrix as it is."""
+    rescaled, coef_scale, _ = rescale(problem)
+    return certify(rescaled, coef.detach() / coef_scale[..., None, None]).gap
 
 
 def close(value: Tensor, reference: Tensor, scale: Tensor | float = 0.0) -> float:

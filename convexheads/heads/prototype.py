@@ -38,10 +38,10 @@ class PrototypeHead(ClassificationHead):
     on_failure: OnFailure = "raise"
 
     def solve(self, support: SupportSet) -> KernelExpansion:
-        support = replace(support, needs_similarity=False)  # minus the squared distance has the same prototypes
         mean, factor, weight = support.targets / support.targets.sum(-2, keepdim=True), support.linear_factor, None
         if factor is None:
-            bias = -(mean * multiply(support.gram, mean)).sum(-2)
+            gram = replace(support, needs_similarity=False).gram  # minus the squared distance has the same prototypes
+            bias = -(mean * multiply(gram, mean)).sum(-2)
         else:
             prototypes = scale_once(multiply(mean.mT, support.features), factor)
             bias, weight = -prototypes.square().sum(-1), 2 * scale_once(prototypes, factor)

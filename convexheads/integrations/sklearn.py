@@ -92,7 +92,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         The `sample_weight`, `(n,)`, has a factor of the loss of each sample, in heads that derive from `LossHead`. For
         the calibration, held-out samples count the same.
         """
-        X, y = validate_data(self, X, y, **_validation(X))
+        X, y = validate_data(self, X, y, **_accepted(X))
         check_classification_targets(y)
         classes, inverse = (torch if isinstance(y, Tensor) else np).unique(y, return_inverse=True)
         X = _as_tensor(X)
@@ -167,7 +167,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     @torch.no_grad()
     def _logits(self, X: Any) -> Tensor:
         check_is_fitted(self, "fitted_")
-        X = validate_data(self, X, reset=False, **_validation(X))
+        X = validate_data(self, X, reset=False, **_accepted(X))
         return self.fitted_(_as_tensor(X).to(self.fitted_.dtype))
 
 
@@ -176,8 +176,8 @@ def _keeps_tensors(X: Any) -> bool:
     return isinstance(X, Tensor) and get_config()["array_api_dispatch"]
 
 
-def _validation(X: Any) -> dict[str, Any]:
-    """What `validate_data` is asked for; torch has no negative strides."""
+def _accepted(X: Any) -> dict[str, Any]:
+    """The arrays that `validate_data` returns; torch has no negative strides."""
     if _keeps_tensors(X):
         return {"dtype": [torch.float64, torch.float32]}
     return {"dtype": [np.float64, np.float32], "order": "C"}

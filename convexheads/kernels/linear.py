@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads._gram import constant, dot, scaled
+from convexheads._gram import constant, matrix_product, scaled
 from convexheads._validation import Check, check_bool
 from convexheads.kernels.base import Kernel, KernelLike, Product, Sum
 
@@ -36,7 +36,7 @@ class Linear(Kernel):
         self.normalize = normalize
 
     def forward(self, x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch m n"]:
-        gram = dot(x, y)
+        gram = matrix_product(x, y.mT)
         return gram / x.shape[-1] if self.normalize else gram
 
 

@@ -149,7 +149,11 @@ def test_call_is_repeated_if_the_first_solver_fails(max_rounds, looks, monkeypat
     """The assumption that it solves all tasks was then wrong."""
     support, labels, query, _ = task(4, shots=(2, 3, 2))
     numbers, solve = [], InteriorPointSolver.solve_batch
-    counted = lambda solver, problem: numbers.append(len(problem.linear)) or solve(solver, problem)  # noqa: E731
+
+    def counted(solver, problem):
+        numbers.append(len(problem.linear))
+        return solve(solver, problem)
+
     monkeypatch.setattr(InteriorPointSolver, "solve_batch", counted)
     first = ActiveSetSolver(backend="cuda", max_rounds=max_rounds)
     head = SVMHead(C=10.0, solver=Fallback(first, InteriorPointSolver()))

@@ -17,6 +17,7 @@ from convexheads._functorch import inspect_values
 from convexheads._looks import look_once
 from convexheads._validation import ArrayLike, check_range, check_tensor, is_integer_tensor
 from convexheads.errors import ConvexHeadsError, InputError
+from convexheads.heads._linear_algebra import per_matrix
 from convexheads.heads._sharing import multiply
 from convexheads.heads.base.inputs import check_query
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
@@ -399,7 +400,7 @@ def _forms(rows: Float[Tensor, "*batch q m"], matrices: Float[Tensor, "*batch k 
 
 def _per_task(value: float | Tensor, like: Tensor) -> float | Tensor:
     """A number, or a tensor of one for each task, to be multiplied by matrices `(*batch, n, k)`."""
-    return value.to(like)[..., None, None] if isinstance(value, Tensor) else value
+    return per_matrix(value.to(like)) if isinstance(value, Tensor) else value
 
 
 def _not_linear(got: str) -> ConvexHeadsError:
