@@ -18,7 +18,6 @@ from convexheads import _validation
 from convexheads.errors import InputError
 from convexheads.heads import ClassificationHead, FittedClassifier
 from convexheads.heads.base.classification import check_head
-from convexheads.precision import output_dtype, working_dtype
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -29,8 +28,8 @@ _MAX_EXAMPLES_FOR_ONE_THREAD = 128
 _EPISODES_AT_ONCE, _EXAMPLES_AT_ONCE = 1000, 100_000
 # More numbers than this are drawn by permutations, because otherwise each one is compared with all others.
 _MAX_COMPARED = 32
-# Features are converted to float64 as a whole up to this number of entries, which is 1 GB.
-_MAX_ENTRIES_TO_CONVERT = 2**27
+# The number of entries of the queries that are scored at once on a CPU: more would not fit into its cache.
+_ENTRIES_IN_CACHE = 2**19
 
 
 def fit_episodes(
@@ -67,22 +66,24 @@ def fit_episodes(
         torch.arange(ways, device=features.device).repeat_interleave(count) for count in (shots, queries)
     )
 
-    dtype = output_dtype(features.dtype)
-    if features.numel() <= _MAX_ENTRIES_TO_CONVERT:  # once, rather than in each episode
-        features = features.to(working_dtype(features.device))
+    at_once = batch_size
+    if features.is_cpu:
+        at_once = max(1, _ENTRIES_IN_CACHE // (len(query_labels) * features.shape[1]))
 
     def fit(batch: Tensor) -> list[tuple[int, FittedClassifier, Tensor, Tensor]]:
         batch = batch.to(features.device)
-        support, query = (
-            functional.embedding(part.flatten(1), features) for part in (batch[..., :shots], batch[..., shots:])
-        )
+        support = functional.embedding(batch[..., :shots].flatten(1), features)
         extra: dict[str, Any] = {} if calibrate is None else {"calibrate": calibrate}
-        found = []
         with torch.no_grad():
-            for number, head in enumerate(heads):
-                fitted = head.fit(support, support_labels.expand(len(batch), -1), ways=ways, **extra)
-                found.append((number, fitted, fitted(query).to(dtype), query_labels.expand(len(batch), -1)))
-        return found
+            fits = [head.fit(support, support_labels.expand(len(batch), -1), ways=ways, **extra) for head in heads]
+            logits: list[list[Tensor]] = [[] for _ in heads]
+            for start in range(0, len(batch), at_once):
+                part = slice(start, start + at_once)
+                query = functional.embedding(batch[part, :, shots:].flatten(1), features)
+                for found, fitted in zip(logits, fits, strict=True):
+                    found.append((fitted if at_once >= len(batch) else fitted[part])(query))
+        truth = query_labels.expand(len(batch), -1)
+        return [(number, fits[number], torch.cat(found), truth) for number, found in enumerate(logits)]
 
     title = title or (type(heads[0]).__name__ if len(heads) == 1 else f"{len(heads)} heads")
     count = math.ceil(len(range(rank, episodes, world_size)) / batch_size)

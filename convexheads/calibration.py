@@ -30,7 +30,7 @@ def calibrate(
     shots: int = 5,
     queries: int = 15,
     episodes: int = 200,
-    batch_size: int = 50,
+    batch_size: int = 100,
     seed: int = 0,
     progress: bool = True,
 ) -> ClassificationHead:

@@ -193,7 +193,7 @@ def evaluate(
     shots: int = 5,
     queries: int = 15,
     episodes: int = 2000,
-    batch_size: int = 50,
+    batch_size: int = 100,
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,

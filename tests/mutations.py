@@ -304,9 +304,23 @@ MUTATIONS = [
     Mutation(
         "closed-form-rounding",
         "heads/_closed_form.py",
-        "squared = (_norm(residual) + _norm(rounding_of_scores(gram, coef))).square()",
+        "squared = torch.addcmul(_norm(residual), trace, _norm(coef), value=eps).square()",
         "squared = _norm(residual).square() * 1e-12",
         "test_closed_form.py",
+    ),
+    Mutation(
+        "chosen-tasks",
+        "heads/base/fitted.py",
+        "return _map(self, choose, partial(choose, shape=(*batch, 1, 1)))",
+        "return _map(self, choose)",
+        "test_fitted.py",
+    ),
+    Mutation(
+        "evaluation-parts",
+        "_sampling.py",
+        "else fitted[part])(query)",
+        "else fitted[: len(query)])(query)",
+        "test_episodes.py",
     ),
     Mutation(
         "closed-form-weights",

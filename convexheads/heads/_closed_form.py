@@ -82,15 +82,17 @@ def errors_of_dual(
     """The errors of dual coefficients of ridge regression, which solve `(gram + penalty I) coef = targets`.
 
     With the residual r, the duality gap is `|r|^2 / 2`, and the squared error of the weights at most `|r|^2 / penalty`.
+    By rounding, the residual may be off by the norm of `rounding_of_scores`, which is at most `eps tr(K) |coef|`.
 
     Returns:
         The relative gap and a bound of the squared relative error of the weights, `(*batch,)` both.
     """
-    tiny = torch.finfo(gram.dtype).tiny
+    eps, tiny = torch.finfo(gram.dtype).eps, torch.finfo(gram.dtype).tiny
     image = multiply(gram.expand(*coef.shape[:-2], *gram.shape[-2:]), coef)
     error = targets - image  # of the scores
     residual = torch.addcmul(error, per_matrix(penalty), coef, value=-1)
-    squared = (_norm(residual) + _norm(rounding_of_scores(gram, coef))).square()
+    trace = torch.linalg.vector_norm(gram.diagonal(dim1=-2, dim2=-1), 1, dim=-1)
+    squared = torch.addcmul(_norm(residual), trace, _norm(coef), value=eps).square()
     quadratic = penalty * (coef * image).sum((-2, -1)).clamp_min(0)
     objective = _norm(error).square() + quadratic  # times two
     return squared / objective.clamp_min(tiny), squared / quadratic.clamp_min(tiny)

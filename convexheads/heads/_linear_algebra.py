@@ -38,7 +38,7 @@ def shifted_cholesky(matrix: Tensor, shift: Tensor, *, name: str, validate: bool
         `factor = shifted_cholesky(support.gram, penalty, name="the Gram matrix", validate=support.validate)`
     """
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    factor, info = torch.linalg.cholesky_ex(matrix + per_matrix(shift) * eye)
+    factor, info = torch.linalg.cholesky_ex(torch.addcmul(matrix, per_matrix(shift), eye))
     failed = info > 0
     if validate:
         inspect_values(_check_factor, failed.any(-1) if per_class else failed, name)

@@ -114,7 +114,8 @@ class Kernel(Configurable):
 
         It must be deterministic, because tasks with different numbers of classes are conditioned again in groups.
         If it has parameters per task, these have the shape `(*batch, 1, 1)`. Return a module or a `functools.partial`,
-        not a closure: the methods `to` and `detach` of a fitted head cannot reach the tensors that a closure captures.
+        not a closure: what copies a fitted head (`to`, `detach`, `fitted[0]` and, for its parts, `evaluate`) cannot
+        reach the tensors that a closure captures.
         """
         return self
 

@@ -51,7 +51,7 @@ def affine_form(kernel: KernelLike, features: int) -> tuple[Any, Any] | None:
         return 0.0, kernel.keywords["value"]
     if isinstance(kernel, partial) and kernel.func is scaled:
         unit, inner = kernel.keywords["unit"], affine_form(kernel.keywords["kernel"], features)
-        return None if inner is None else tuple(part if _is_zero(part) else part / unit for part in inner)
+        return None if inner is None else tuple(part if is_zero(part) else part / unit for part in inner)
     if not isinstance(kernel, Sum | Product):
         return None
     first, *others = (affine_form(part, features) for part in kernel.kernels)
@@ -64,15 +64,15 @@ def affine_form(kernel: KernelLike, features: int) -> tuple[Any, Any] | None:
         a, c = form
         if isinstance(kernel, Sum):
             slope, intercept = slope + a, intercept + c
-        elif _is_zero(slope) or _is_zero(a):
+        elif is_zero(slope) or is_zero(a):
             slope = slope * c + intercept * a
-            intercept = 0.0 if _is_zero(intercept) or _is_zero(c) else intercept * c
+            intercept = 0.0 if is_zero(intercept) or is_zero(c) else intercept * c
         else:
             return None
     return slope, intercept
 
 
-def _is_zero(value: Any) -> bool:
+def is_zero(value: Any) -> bool:
     """Whether a part of a kernel is absent; the values of tensors are not looked at."""
     return isinstance(value, float) and value == 0
 

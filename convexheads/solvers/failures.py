@@ -61,13 +61,11 @@ def certified(
     """
     tolerance = reachable(tolerance, gap.dtype)
     limit = tolerance**0.5 if largest_error is None else reachable(largest_error, gap.dtype)
-    is_tiny = gap <= ZERO_GAP
-    solved = (gap <= tolerance) & ((error <= limit) | is_tiny)
-    status = ~solved * int(otherwise)
+    error = error.masked_fill(gap <= ZERO_GAP, 0)
+    status = torch.where((gap <= tolerance) & (error <= limit), Status.CONVERGED.value, otherwise.value)
     if otherwise is not Status.FAILED:
         status = torch.where(torch.isfinite(gap), status, Status.FAILED)
-    residual = error.sqrt().masked_fill(is_tiny, 0)
-    return Solution(coef, None, None, status=status, gap=gap, residual=residual, iterations=iterations)
+    return Solution(coef, None, None, status=status, gap=gap, residual=error.sqrt(), iterations=iterations)
 
 
 def _report(name: str, solution: Solution, tolerance: float, on_failure: OnFailure, remedy: str, failures: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import pickle
 import sys
@@ -15,10 +16,12 @@ from tasks import task
 from convexheads import (
     ConvexHeadsError,
     GaussianProcessHead,
+    InputError,
     Learnable,
     LinearDiscriminantHead,
     LogisticHead,
     MahalanobisHead,
+    PerTask,
     PrototypeHead,
     RidgeHead,
     RidgeRegressionHead,
@@ -140,6 +143,74 @@ def test_parameters_per_task_in_a_module_are_detached_and_moved(keep):
     assert not detached(query).requires_grad
     assert fitted.support.kernel.unit.requires_grad
     assert fitted.to("meta").support.kernel.unit.is_meta
+
+
+def _dot_by_axis(x, y, weight):
+    return weight.to(x) * x @ y.mT
+
+
+TASKS = {
+    "one": (1, 2),
+    "one of the first dimension": 1,
+    "a slice": (slice(None), slice(1, 3)),
+    "a mask": torch.tensor([[True, False, True], [False, False, True]]),
+    "numbers": torch.tensor([1, 0, 1]),
+    "none": slice(0, 0),
+}
+BATCHES = HEADS | {
+    "unit": lambda: SVMHead(kernel=UnitScale(RBF()) + Learnable(0.5)),
+    "attribute": lambda: RidgeHead(kernel=_UnitKernel(setattr)),
+    "buffer": lambda: RidgeHead(kernel=_UnitKernel(torch.nn.Module.register_buffer)),
+    "Gaussian process": lambda: GaussianProcessHead(),
+    "scales": lambda: SVMHead(scale=PerTask(torch.tensor([0.5, 1.0, 2.0]))),
+}
+
+
+@pytest.mark.parametrize("tasks", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize("make", BATCHES.values(), ids=BATCHES)
+def test_tasks_of_a_fit_can_be_chosen(make, tasks):
+    support, labels, query, _ = task(2, 3, d=2)
+    support.requires_grad_()
+    head = make()
+    fitted = head.fit(support, labels.double() if isinstance(head, GaussianProcessHead) else labels)
+    chosen = fitted[tasks]
+    torch.testing.assert_close(chosen(query[tasks]), fitted(query)[tasks])
+    torch.testing.assert_close(chosen.solution.gap, fitted.solution.gap[tasks])
+    assert type(chosen) is type(fitted)
+    if chosen.support.features.numel():
+        expected, found = (
+            torch.autograd.grad(scores.sum(), support, retain_graph=True)[0]
+            for scores in (fitted(query)[tasks], chosen(query[tasks]))
+        )
+        torch.testing.assert_close(found, expected)
+
+
+def test_arguments_of_a_kernel_that_hold_for_all_tasks_stay():
+    """This one is a vector with as many numbers as there are tasks."""
+    support, labels, query, _ = task(2, d=2)
+    fitted = RidgeHead(kernel=functools.partial(_dot_by_axis, weight=torch.tensor([1.0, 2.0]))).fit(support, labels)
+    torch.testing.assert_close(fitted[1](query[1]), fitted(query)[1])
+
+
+def test_chosen_tasks_keep_masks_ways_and_calibration():
+    support, labels, query, _ = task(4, shots=(3, 3, 3))
+    mask = torch.ones_like(labels, dtype=torch.bool)
+    mask[2, 0] = False
+    fitted = SVMHead().fit(support, labels, mask=mask, ways=torch.tensor([3, 5, 4, 3]))
+    torch.testing.assert_close(fitted[2:](query[2:]), fitted(query)[2:])
+    fitted = RidgeHead().fit(support, labels, calibrate="loo")
+    assert fitted[1].prediction_sets(query[1]).equal(fitted.prediction_sets(query)[1])
+    torch.testing.assert_close(fitted[3].to_linear()(query[3]), fitted(query)[3])
+
+
+def test_a_fit_of_tasks_is_a_sequence_and_that_of_one_task_is_not():
+    support, labels, query, _ = task(2)
+    fitted = SVMHead().fit(support, labels)
+    assert len([each(query[0]) for each in fitted]) == 2
+    with pytest.raises(IndexError):
+        fitted[2]
+    with pytest.raises(InputError, match="tasks"):
+        fitted[0][0]
 
 
 def test_a_fit_moves_to_another_device():

@@ -115,12 +115,11 @@ def test_non_finite_tasks_leave_their_neighbors_alone_and_threads_change_nothing
     assert expected.solution.converged.tolist() == [number != 3 for number in range(40)]
     torch.set_num_threads(3)
     found = head.fit(x, labels, ways=5)
-    assert torch.equal(
-        found.solution.coef[~torch.tensor([n == 3 for n in range(40)])],
-        expected.solution.coef[[*range(3), *range(4, 40)]],
-    )
+    others = [number for number in range(40) if number != 3]
+    # PyTorch computes the Gram matrices, and may round differently with other threads, or in another batch.
+    assert close(found.solution.coef[others], expected.solution.coef[others]) < 1e-12
     alone = head.fit(x[7:8], labels, ways=5)
-    assert torch.equal(alone.solution.coef[0], expected.solution.coef[7])
+    assert close(alone.solution.coef[0], expected.solution.coef[7]) < 1e-12
     monkeypatch.setattr(_logistic_newton, "numba_is_installed", lambda: False)
     without = head.fit(x, labels, ways=5)
     assert close(without.solution.coef[7], expected.solution.coef[7]) < 1e-9

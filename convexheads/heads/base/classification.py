@@ -180,6 +180,7 @@ class ClassificationHead(Head):
             else:
                 expansion = self._solve_grouped_by_ways(examples, found.ways)
             scale = as_tensor(self.scale, examples.features)
+            scale = scale.expand(examples.features.shape[:-2]) if scale.ndim else scale
             fitted = FittedClassifier(expansion, examples, found.dtype, scale, found.ways)
         if calibrate is None:
             return fitted

@@ -12,18 +12,19 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
+from convexheads import _gram
 from convexheads._compiler import traced_if
 from convexheads._functorch import inspect_values
 from convexheads._looks import look_once
 from convexheads._validation import ArrayLike, check_range, check_tensor, is_integer_tensor
 from convexheads.errors import ConvexHeadsError, InputError
 from convexheads.heads._linear_algebra import per_matrix
-from convexheads.heads._sharing import multiply
+from convexheads.heads._sharing import multiply, scale_once
 from convexheads.heads.base.inputs import check_query
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.heads.base.temperature import best_factor, conformal_threshold, nonconformity
 from convexheads.kernels import Product, Sum, compute_gram, gram_diagonal
-from convexheads.kernels.linear import affine_form
+from convexheads.kernels.linear import affine_form, is_zero
 from convexheads.precision import full_precision
 from convexheads.solvers import Solution
 
@@ -77,7 +78,9 @@ class Fitted:
             if expansion.quadratic is not None:
                 scores = scores + _forms(query, expansion.quadratic)
         elif form is not None:
-            scores = multiply(query, self._weight_of(form).mT) + self._constant_of(form).unsqueeze(-2)
+            scores = multiply(query, self._weight_of(form).mT)
+            if not is_zero(form[1]):
+                scores = scores + self._constant_of(form).unsqueeze(-2)
         else:
             cross_gram = self._cross_gram(query)
             scores = multiply(cross_gram, expansion.coef)
@@ -102,7 +105,7 @@ class Fitted:
     def _weight_of(self, form: tuple[Any, Any]) -> Float[Tensor, "*batch k d"]:
         """The weights that the coefficients are for a kernel with this affine form."""
         coef = self._used_coef
-        return multiply(self.support.features.mT, _per_task(form[0], coef) * coef).mT
+        return multiply(self.support.features.mT, scale_once(coef, _per_task(form[0], coef))).mT
 
     def _constant_of(self, form: tuple[Any, Any]) -> Float[Tensor, "*batch k"]:
         """The part of the bias that is due to the coefficients, for a kernel with this affine form."""
@@ -155,11 +158,14 @@ class Fitted:
         Use it to deploy a fitted head, or to fine-tune it by gradient descent.
 
         Raises:
-            ConvexHeadsError: the scores are not linear in the features, or there is a batch of tasks.
+            ConvexHeadsError: the scores are not linear in the features, or there is a batch of tasks (choose one:
+                `fitted[0].to_linear()`).
         """
         if self.support.features.ndim != 2:
             shape = tuple(self.support.features.shape[:-2])
-            raise ConvexHeadsError(f"to_linear: expected the fit of one task, got tasks of shape {shape}")
+            raise ConvexHeadsError(
+                f"to_linear: expected the fit of one task, such as fitted[0], got tasks of shape {shape}"
+            )
         weight, bias = self.weight.detach(), self.bias.detach()
         linear = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
         linear.load_state_dict({"weight": weight, "bias": bias})
@@ -189,6 +195,30 @@ class Fitted:
         if form is None:
             raise _not_linear("another kernel")
         return form
+
+    def __getitem__(self: _F, tasks: Any) -> _F:
+        """The fit of some of the tasks, with gradients: `fitted[3]`, `fitted[:10]` or `fitted[solved]`.
+
+        Use it to look at one task of a batch, or to deploy it, as by `fitted[3].to_linear()`.
+
+        Args:
+            tasks: an integer, a slice, or integers or booleans in a tensor; with several leading dimensions, also a
+                tuple of them, as for a tensor `(*batch,)`.
+
+        Raises:
+            InputError: it is the fit of a single task.
+            IndexError: there is no such task.
+
+        Example:
+            `head.fit(support, labels)[0](query[0])`
+        """
+        if not (batch := self.support.features.shape[:-2]):
+            raise InputError("tasks", "the fit of a batch of tasks", "the fit of one task")
+
+        def choose(part: Any, shape: tuple[int, ...] = batch) -> Any:
+            return part[tasks] if isinstance(part, Tensor) and part.shape[: len(shape)] == shape else part
+
+        return _map(self, choose, partial(choose, shape=(*batch, 1, 1)))
 
     def to(self: _F, device: torch.device | str) -> _F:
         """The same fit on another `device`."""
@@ -373,20 +403,28 @@ class _Scores(nn.Module):
         return super()._apply(fn, recurse)
 
 
-def _map(value: Any, change: Callable[[Any], Any]) -> Any:
-    """A copy of a fitted head, or of one of its parts, with `change` applied to tensors and to copies of modules."""
-    again = partial(_map, change=change)
+def _map(value: Any, change: Callable[[Any], Any], change_foreign: Callable[[Any], Any] | None = None) -> Any:
+    """A copy of a fitted head, or of one of its parts, with `change` applied to tensors and to copies of modules.
+
+    If given, `change_foreign` replaces it in modules, and for the arguments of functions that are not the library's.
+    """
+    foreign = change if change_foreign is None else change_foreign
+    again = partial(_map, change=change, change_foreign=foreign)
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, partial):
+        if value.func.__module__ != _gram.__name__:
+            again = partial(_map, change=foreign)
         return partial(value.func, *map(again, value.args), **{k: again(v) for k, v in value.keywords.items()})
     if isinstance(value, Sum | Product):
         return type(value)(*map(again, value.kernels))
     if isinstance(value, nn.Module):
         # `deepcopy` fails for tensors that autograd computed, such as parameters per task in an attribute or a buffer.
         attributes = (each for part in value.modules() for each in vars(part).values() if isinstance(each, Tensor))
-        changed = {id(tensor): change(tensor) for tensor in (*attributes, *value.buffers())}
-        return change(copy.deepcopy(value, changed))
+        changed = {id(tensor): foreign(tensor) for tensor in (*attributes, *value.buffers())}
+        if not changed and next(value.parameters(), None) is None:
+            return value
+        return foreign(copy.deepcopy(value, changed))
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{item.name: again(getattr(value, item.name)) for item in fields(value)})
     return value
