@@ -1,4 +1,4 @@
-"""Measure the cost of heads in a training step and in an evaluation, and the cost of training loops per step.
+"""Measure the cost of heads in a call, a training step and an evaluation, and the cost of training loops per step.
 
 python -m benchmarks.overhead
 """
@@ -33,10 +33,15 @@ from convexheads.models import BACKBONES, Backbone, build_backbone, build_head
 from convexheads.training import episode_loss
 
 HEADS = ("prototypes", "ridge", "svm")
+CALLED: dict[str, Callable[..., ch.ClassificationHead]]
+CALLED = {"prototypes": ch.PrototypeHead, "ridge": ch.RidgeHead, "SVM": ch.SVMHead, "logistic": ch.LogisticHead}
+VARIANTS = ("as it is", "with validate=False", "compiled")
+"""How heads are called: by default, without checks of values, and without them in a graph of `torch.compile`."""
+CALL_FEATURES = 64
 SCIKIT_LEARN = "LogisticRegression of scikit-learn in a loop"
 WAYS, SHOTS = 5, 5
 BLOCK = 20
-"""Consecutive steps of a loop that are timed, a multiple of the steps after which `Training` reads its metrics."""
+"""Consecutive calls or steps of a loop that are timed, a multiple of the steps after which `Training` reads metrics."""
 ALONE, NEW_BATCH, PLAIN, LIGHTNING = "the step alone", "with a new batch", "the plain loop", "Lightning"
 
 
@@ -111,6 +116,51 @@ def evaluation(*, device: str, episodes: int, queries: int, features: int) -> di
             _ = (model.predict(arrays[query]) == known.repeat(queries)).mean()
         found[SCIKIT_LEARN] = time.perf_counter() - begin
     return found
+
+
+def calls(*, device: str, tasks: int, queries: int, features: int, repeats: int) -> dict[str, list[float]]:
+    """Median seconds of a call of each head, alone and with its gradient, in the order of `VARIANTS`.
+
+    They are medians over blocks of calls, which alternate between the variants.
+    """
+    labels = torch.arange(WAYS).repeat_interleave(SHOTS).expand(tasks, -1).contiguous().to(device)
+    truth = torch.arange(WAYS).repeat_interleave(queries).repeat(tasks).to(device)
+    torch.manual_seed(0)
+    support, query = (
+        torch.randn(tasks, WAYS * count, features, device=device, requires_grad=True) for count in (SHOTS, queries)
+    )
+
+    def forward(head: Callable[..., Tensor]) -> None:
+        with torch.no_grad():
+            head(support, labels, query, ways=WAYS)
+
+    def both(head: Callable[..., Tensor]) -> None:
+        logits = head(support, labels, query, ways=WAYS)
+        torch.autograd.grad(functional.cross_entropy(logits.flatten(0, 1), truth), (support, query))
+
+    found = {}
+    for name, make in CALLED.items():
+        unchecked = make(validate=False)
+        variants = make(), unchecked, torch.compile(unchecked, fullgraph=True)
+        for title, way in (("forward", forward), ("forward and backward", both)):
+            seconds: list[list[float]] = [[] for _ in variants]
+            for repeat in tqdm(range(-2, repeats), desc=f"calls of {name}", leave=False):
+                for head, taken in zip(variants, seconds, strict=True):
+                    begin = report.now(support)
+                    for _ in range(BLOCK):
+                        way(head)
+                    if repeat >= 0:
+                        taken.append((report.now(support) - begin) / BLOCK)
+            found[f"{name}, {title}"] = list(map(statistics.median, seconds))
+    return found
+
+
+def show_calls(seconds: dict[str, list[float]], title: str) -> Table:
+    """A line for each head and direction."""
+    table = report.new_table(title, ("call", *(f"{variant}, ms" for variant in VARIANTS)), left=["call"])
+    for name, each in seconds.items():
+        table.add_row(name, *(f"{1e3 * taken:.2f}" for taken in each))
+    return table
 
 
 class OneLayer(Backbone):
@@ -259,7 +309,10 @@ def main() -> None:
     )
     parser.add_argument("--train-queries", type=int, default=6, help="query images per class in a training step")
     parser.add_argument(
-        "--repeats", type=int, default=25, help=f"timed training steps per head, and blocks of {BLOCK} steps per loop"
+        "--repeats",
+        type=int,
+        default=25,
+        help=f"timed training steps per head, and blocks of {BLOCK} calls per head and of {BLOCK} steps per loop",
     )
     parser.add_argument("--episodes", type=int, default=10_000, help="episodes of the evaluation, 5-way 5-shot")
     parser.add_argument("--queries", type=int, default=15, help="query examples per class in the evaluation")
@@ -270,7 +323,8 @@ def main() -> None:
     network = {"backbone": options.backbone} | where
     steps = training(**network, episodes=options.tasks, queries=options.train_queries, repeats=options.repeats)
     evaluations = evaluation(**where, episodes=options.episodes, queries=options.queries, features=options.features)
-    found = loops(**where, tasks=options.tasks, queries=options.train_queries, repeats=options.repeats)
+    sizes = where | {"tasks": options.tasks, "queries": options.train_queries, "repeats": options.repeats}
+    found, called = loops(**sizes), calls(**sizes, features=CALL_FEATURES)
     origin = report.provenance()
     names = ("backbone", "device", "tasks", "train_queries", "repeats", "episodes", "queries", "features", "threads")
     settings = {name: options[name] for name in names}
@@ -284,6 +338,13 @@ def main() -> None:
         f"{options.queries} queries per class; scikit-learn's logistic regression has its default tolerance. "
         f"{experiment.place(origin, options.device)}, torch {origin['versions']['torch']}. "
         "Made by `python -m benchmarks.overhead`."
+    )
+    call_table = show_calls(called, "What a call costs, 5-way 5-shot")
+    call_note = (
+        f"{options.tasks} episodes of {CALL_FEATURES} random features in float32, {options.train_queries} queries per "
+        f"class; medians over {options.repeats} blocks of {BLOCK} calls, the three variants in turn. Heads have their "
+        "default settings. Compiled: `torch.compile(head, fullgraph=True)` of a head with `validate=False`. Backward: "
+        "the gradient of the cross-entropy with respect to the features of support and queries."
     )
     added = show_loops(found, "What a loop costs, 5-way 5-shot")
     added_note = (
@@ -303,8 +364,15 @@ def main() -> None:
         "overhead",
         table,
         note,
-        more=[(added, added_note)],
-        record={"settings": settings, "training": steps, "evaluation": evaluations, "loops": found, **origin},
+        more=[(call_table, call_note), (added, added_note)],
+        record={
+            "settings": settings,
+            "training": steps,
+            "evaluation": evaluations,
+            "calls": called,
+            "loops": found,
+            **origin,
+        },
     )
 
 

@@ -138,16 +138,23 @@ def logistic(
         scores = x @ from_weights
         share = np.exp(scores - scores.max(1, keepdims=True))
     share /= share.sum(1, keepdims=True)
-    a = (own - share) / weight
+    # Of an example that is certainly right, one minus the probability of its label would have no digits.
+    wrong = np.where(own, 0, share)
+    a = np.where(own, wrong.sum(1, keepdims=True), -share) / weight
     weights = x.T @ a
 
     def primal(w: Array) -> Array:
         scores = x @ w
-        top = scores.max(1, keepdims=True)
-        normalizer = np.log(np.exp(scores - top).sum(1)) + top[:, 0]
-        return weight * (w**2).sum() / 2 + (normalizer - (scores * own).sum(1)).sum()
+        margins = scores - (scores * own).sum(1, keepdims=True)
+        top = np.maximum(margins.max(1, keepdims=True), 0)
+        # The logarithm of the sum of exponentials, of which one is 1, is zero for the label.
+        rest = np.where(own, 0, np.exp(margins - top)).sum(1)
+        losses = np.where(top[:, 0] > 0, top[:, 0] + np.log(np.exp(-top[:, 0]) + rest), np.log1p(rest))
+        return weight * (w**2).sum() / 2 + losses.sum()
 
-    entropy = -(share * np.log(np.where(share > 0, share, 1))).sum()
+    entropy = -(wrong * np.log(np.where(wrong > 0, wrong, 1))).sum()
+    certain = np.minimum(wrong.sum(1), 1)
+    entropy -= ((1 - certain) * np.log1p(np.where(certain < 1, -certain, 0))).sum()
     dual = entropy - weight * (weights**2).sum() / 2
     return _gap(primal, dual, weights if from_weights is None else from_weights)
 

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from convexheads._gram import matrix_product
 from convexheads._validation import Check, check_choice
 from convexheads.heads._linear_algebra import per_matrix, shifted_cholesky
 from convexheads.heads._sharing import multiply
@@ -82,7 +83,7 @@ def errors_of_dual(
     """The errors of dual coefficients of ridge regression, which solve `(gram + penalty I) coef = targets`.
 
     With the residual r, the duality gap is `|r|^2 / 2`, and the squared error of the weights at most `|r|^2 / penalty`.
-    By rounding, the residual may be off by the norm of `rounding_of_scores`, which is at most `eps tr(K) |coef|`.
+    By rounding, the residual may be off by the norm of `rounding_of_scores`.
 
     Returns:
         The relative gap and a bound of the squared relative error of the weights, `(*batch,)` both.
@@ -91,8 +92,10 @@ def errors_of_dual(
     image = multiply(gram.expand(*coef.shape[:-2], *gram.shape[-2:]), coef)
     error = targets - image  # of the scores
     residual = torch.addcmul(error, per_matrix(penalty), coef, value=-1)
-    trace = torch.linalg.vector_norm(gram.diagonal(dim1=-2, dim2=-1), 1, dim=-1)
-    squared = torch.addcmul(_norm(residual), trace, _norm(coef), value=eps).square()
+    length = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    reach = matrix_product(length.unsqueeze(-2), coef.abs())
+    # The norm of a matrix of products is the product of the norms.
+    squared = torch.addcmul(_norm(residual), _norm(length, -1), _norm(reach), value=eps).square()
     quadratic = penalty * (coef * image).sum((-2, -1)).clamp_min(0)
     objective = _norm(error).square() + quadratic  # times two
     return squared / objective.clamp_min(tiny), squared / quadratic.clamp_min(tiny)

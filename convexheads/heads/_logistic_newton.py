@@ -126,6 +126,9 @@ def evaluate(task: Task, coef: Tensor, bias: Tensor, *, intercept: bool) -> Poin
 
     The slopes of the losses are dual coefficients. With them, the losses and their conjugates add up without a gap, and
     what remains is half of `residual' K residual`. With an intercept, the slopes have to be balanced first.
+
+    Rounding of the scores by e changes a gap by second order only, `1/2 sum_n s_n e_n' W_n e_n` with the Hessian W of
+    the loss: in the first order, losses and conjugates change by the same. It is therefore not part of the gap.
     """
     gram, targets, sample_weight, offset = task
     image, weight = gram @ coef, sample_weight.unsqueeze(-1)
@@ -226,9 +229,9 @@ def _iterate(
             reached = evaluate(task, *changed, intercept=intercept)
             return reached.value, reached
 
-        _, point = take_step(point.value, step_to)
+        point, is_stuck = take_step(point.value, step_to)
         is_solved = (point.error <= tolerance) | (point.gap <= TINY_GAP)
-        best.update(step, point.error, is_solved, point.coef, point.bias.unsqueeze(-1), point.gap)
+        best.update(step, point.error, is_solved | is_stuck, point.coef, point.bias.unsqueeze(-1), point.gap)
     coef, bias, gap = best.tensors
     return coef, bias.squeeze(-1), gap, best.gap, best.iterations
 
@@ -240,10 +243,12 @@ def _fits_numba(targets: Tensor) -> bool:
     return tasks > 0 and n <= _MAX_COMPILED and is_double and numba_is_installed()
 
 
-def take_step(value: Tensor, step_to: Callable[[Tensor], tuple[Tensor, _T]]) -> tuple[Tensor, _T]:
+def take_step(value: Tensor, step_to: Callable[[Tensor], tuple[Tensor, _T]]) -> tuple[_T, Tensor]:
     """Halve the length of the step of each task until its objective, so far `value`, is not worse.
 
     `step_to` returns the objectives and the point for lengths of the steps. A step that never gets better is not taken.
+
+    Returns the point, and which tasks have not moved, so that all further steps would be the same.
     """
     length, worse = torch.ones_like(value), torch.zeros_like(value, dtype=torch.bool)
     for _ in range(MAX_BACKTRACKS):
@@ -251,8 +256,8 @@ def take_step(value: Tensor, step_to: Callable[[Tensor], tuple[Tensor, _T]]) -> 
         next_value, point = step_to(length)
         worse = next_value > value + 1e-12 * value.abs()
         if not worse.any():
-            return next_value, point
-    return step_to(torch.where(worse, 0, length))
+            return point, worse
+    return step_to(torch.where(worse, 0, length))[1], worse
 
 
 class ImplicitSolution(torch.autograd.Function):

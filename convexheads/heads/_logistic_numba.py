@@ -287,7 +287,7 @@ def solve_tasks(first, stop, data, intercept, has_start, path_length, settings, 
             if is_better:
                 coefs[t], biases[t], gaps[t] = coef, bias, gap
             steps[t] = step
-            if is_done:
+            if is_done or attempt == max_backtracks:  # all further steps would be the same
                 break
         errors[t] = progress[0]
 

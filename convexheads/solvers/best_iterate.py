@@ -27,7 +27,10 @@ class BestIterate:
         self.done = torch.zeros_like(self.gap, dtype=torch.bool)
 
     def update(self, iteration: int, gap: Tensor, solved: Tensor, *tensors: Tensor) -> None:
-        """Take the iterate with this number and these tensors, `(*tasks, ...)`, into account."""
+        """Take the iterate with this number and these tensors, `(*tasks, ...)`, into account.
+
+        Tasks that are `solved`, or for some other reason cannot improve, are done.
+        """
         halved = gap < self._last_progress / 2
         self._last_progress = torch.where(halved, gap, self._last_progress)
         self._without_progress = torch.where(halved | (self.gap > SMALL_GAP), 0, self._without_progress + 1)

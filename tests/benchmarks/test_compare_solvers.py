@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import float32, load, many_classes, overhead, report, solvers, warm_start
-from convexheads import SVMHead
+from convexheads import RidgeHead, SVMHead
 from convexheads.solvers import base
 
 SMALL: dict[str, Any] = {"device": "cpu", "features": 12, "queries": 2, "repeats": 2, "threads": 1}
@@ -132,6 +132,17 @@ def test_overhead_of_a_head_in_training_and_in_evaluation():
     assert set(evaluations) == {*overhead.HEADS, "logistic", overhead.SCIKIT_LEARN}
     assert min(evaluations.values()) > 0
     assert overhead.show(steps, evaluations, "title").row_count == len(overhead.HEADS) + 2
+
+
+def test_what_a_call_costs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "compile", lambda head, **_: head)  # tests check shapes, which compilers cannot trace
+    monkeypatch.setattr(overhead, "CALLED", {"ridge": RidgeHead})
+    monkeypatch.setattr(overhead, "BLOCK", 1)
+    found = overhead.calls(device="cpu", tasks=2, queries=1, features=3, repeats=1)
+    assert list(found) == ["ridge, forward", "ridge, forward and backward"]
+    assert min(map(min, found.values())) > 0
+    lines = report.markdown(overhead.show_calls({"ridge, forward": [0.001, 0.0005, 0.00025]}, "title")).splitlines()
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["ridge, forward", "1.00", "0.50", "0.25"]
 
 
 LOOPS: dict[str, Any] = {"device": "cpu", "tasks": 2, "queries": 1, "steps": 3}

@@ -6,6 +6,7 @@ import os
 import time
 from unittest.mock import patch
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -81,6 +82,29 @@ def test_judges_agree_with_solvers_that_others_wrote(simple):
     shares = LogisticRegression(**settings).fit(x, labels).predict_proba(x)
     assert judges.logistic(x, labels, 3, 2.0, (targets - shares) / 2.0) < 1e-9
     assert judges.logistic(x, labels, 3, 2.0, 0.9 * (targets - shares) / 2.0) > 1e-4
+
+
+def test_the_judge_of_logistic_regression_keeps_digits_where_labels_are_nearly_certain(simple):
+    """One minus the probability of a label is around 1e-13 here, and the gap is compared with one of 50 digits."""
+    x, labels = simple
+    x, penalty = x + 5 * np.eye(5)[labels], 1e-14
+    fitted = ch.LogisticHead(penalty, on_failure="return").fit(torch.tensor(x), torch.tensor(labels))
+    weights, coef = fitted.weight.numpy().T, fitted.expansion.coef.numpy()
+    with mpmath.workdps(50):
+        rows, w, weight = mpmath.matrix(x.tolist()), mpmath.matrix(weights.tolist()), mpmath.mpf(penalty)
+        scores, slopes = rows * w, mpmath.matrix(12, 3)
+        primal, dual = weight * sum(value**2 for value in w) / 2, mpmath.mpf(0)
+        for i, label in enumerate(labels.tolist()):
+            exponentials = [mpmath.exp(scores[i, c]) for c in range(3)]
+            shares = [value / sum(exponentials) for value in exponentials]
+            primal -= mpmath.log(shares[label])
+            dual -= sum(share * mpmath.log(share) for share in shares)
+            for c in range(3):
+                slopes[i, c] = (c == label) - shares[c]
+        dual -= sum(value**2 for value in rows.T * slopes) / (2 * weight)
+        gap = float((primal - dual) / primal)
+    assert 1e-12 < gap < 1e-3
+    assert judges.logistic(x, labels, 3, penalty, coef, weights) == pytest.approx(gap, rel=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch.nn import functional
 from convexheads import InputError, Learnable, LogisticHead, RidgeHead
 from convexheads.heads import _logistic_newton, _primal
 from convexheads.heads._primal import minimize, steps, strategy
+from convexheads.heads._primal import problem as problem_module
 from convexheads.kernels import Kernel, Linear, UnitScale, condition
 from convexheads.solvers import Status
 from convexheads.solvers.failures import certified
@@ -287,3 +288,30 @@ def test_a_small_gap_is_not_enough_if_the_weights_may_be_wrong():
     gap, error = (torch.tensor(values, dtype=torch.float64) for values in ([1e-9, 1e-9, 1e-4, 0.0], [1e-9, 1, 1e-9, 1]))
     found = certified(torch.zeros(4, 2, 3), gap, error, 1e-6, Status.STOPPED, None)
     assert found.status.tolist() == [Status.CONVERGED, Status.STOPPED, Status.STOPPED, Status.CONVERGED]
+
+
+@pytest.mark.parametrize("has_numba", [True, False])
+def test_a_hopeless_task_ends_when_no_step_can_be_taken(monkeypatch, has_numba):
+    """Its neighbor goes on."""
+    if not has_numba:
+        monkeypatch.setattr(_logistic_newton, "numba_is_installed", lambda: False)
+    x = torch.randn(2, 10, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.cat([x, x], 1)
+    x[0] *= torch.logspace(0, -6, 30, dtype=torch.float64)
+    x[1] *= 1e-13
+    found = LogisticHead(1e-26, on_failure="return").fit(x, torch.arange(20) % 3).solution
+    assert found.status.tolist() == [Status.FAILED, Status.CONVERGED]
+    assert found.iterations[0] == 1
+    assert found.iterations[1] > 1
+
+
+def test_weights_that_no_step_improves_are_the_last():
+    support, labels, _, ways = task(**FEW)
+    one_hot, ones = functional.one_hot(labels, ways).double(), torch.ones(1, 1, len(labels), dtype=torch.float64)
+    loss, penalty = _primal.LOSSES["cross-entropy"], torch.ones(1, 1, dtype=torch.float64)
+    parts = support[None, None], one_hot[None, None], ones, torch.zeros_like(one_hot)[None, None]
+    problem = problem_module.Problem(*parts, penalty, loss, intercept=False)
+    start = torch.zeros(1, 1, support.shape[-1], ways, dtype=torch.float64)
+    weight, taken = minimize.minimize(problem, start, lambda _, point: point.gradient, 1e-12, 100)  # uphill
+    assert taken == 1
+    assert torch.equal(weight, start)

@@ -203,6 +203,7 @@ def minimize_tasks(first, stop, data, members, intercept, settings, results):
                 length /= 2
             weight = moved
             progress, is_better, is_done = judge(error, gap, progress, limits)
+            is_done |= attempt == max_backtracks  # all further steps would be the same
             if is_better:
                 weights[group, member] = weight
         steps[group, member] = step

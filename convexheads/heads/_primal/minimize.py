@@ -60,8 +60,8 @@ def minimize(
             reached = evaluate(problem, torch.addcmul(start.weight, length[..., None, None], change))
             return reached.value, reached
 
-        _, point = take_step(point.value, step_to)
-        best.update(step, point.error, point.is_solved(tolerance), point.weight)
+        point, is_stuck = take_step(point.value, step_to)
+        best.update(step, point.error, point.is_solved(tolerance) | is_stuck, point.weight)
     _store(remaining, best, found)
     return found
 
