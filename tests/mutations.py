@@ -309,6 +309,13 @@ MUTATIONS = [
         "test_closed_form.py",
     ),
     Mutation(
+        "stuck-steps",
+        "heads/_logistic_newton.py",
+        "return step_to(torch.where(worse, 0, length))[1], worse",
+        "return step_to(torch.where(worse, 0, length))[1], torch.zeros_like(worse)",
+        "test_logistic.py",
+    ),
+    Mutation(
         "chosen-tasks",
         "heads/base/fitted.py",
         "return _map(self, choose, partial(choose, shape=(*batch, 1, 1)))",
@@ -492,14 +499,14 @@ MUTATIONS = [
     ),
     Mutation(
         "tuning-fold",
-        "tuning.py",
+        "tuning/_folds.py",
         "used.unsqueeze(1) & ~left_out",
         "used.unsqueeze(1) & left_out",
         "test_tuning.py::test_scores_are_those_of_single_fits",
     ),
     Mutation(
         "tuning-ties",
-        "tuning.py",
+        "tuning/search.py",
         "len(indices) - 1).amin(-1)",
         "-1).amax(-1)",
         "test_tuning.py::test_scores_are_those_of_single_fits",
