@@ -37,7 +37,7 @@ CALLED: dict[str, Callable[..., ch.ClassificationHead]]
 CALLED = {"prototypes": ch.PrototypeHead, "ridge": ch.RidgeHead, "SVM": ch.SVMHead, "logistic": ch.LogisticHead}
 VARIANTS = ("as it is", "with validate=False", "compiled")
 """How heads are called: by default, without checks of values, and without them in a graph of `torch.compile`."""
-CALL_FEATURES = 64
+CALL_FEATURES, EVALUATIONS = 64, 5
 SCIKIT_LEARN = "LogisticRegression of scikit-learn in a loop"
 WAYS, SHOTS = 5, 5
 BLOCK = 20
@@ -100,12 +100,14 @@ def evaluation(*, device: str, episodes: int, queries: int, features: int) -> di
     labels = labels.to(device)
     settings: dict[str, Any] = {"ways": WAYS, "shots": SHOTS, "queries": queries}
     heads = {name: build_head(name) for name in HEADS} | {"logistic": ch.LogisticHead()}
-    found = {}
-    for name, head in heads.items():
-        ch.evaluate(head, cached, labels, episodes=100, progress=False, **settings)  # warms up
-        begin = time.perf_counter()
-        ch.evaluate(head, cached, labels, episodes=episodes, **settings)
-        found[name] = time.perf_counter() - begin
+    seconds: dict[str, list[float]] = {name: [] for name in heads}
+    for _ in range(EVALUATIONS):
+        for name, head in heads.items():
+            ch.evaluate(head, cached, labels, episodes=100, progress=False, **settings)  # warms up
+            begin = time.perf_counter()
+            ch.evaluate(head, cached, labels, episodes=episodes, **settings)
+            seconds[name].append(time.perf_counter() - begin)
+    found = {name: statistics.median(taken) for name, taken in seconds.items()}
     if device == "cpu":
         drawn = list(sample_episodes(labels, WAYS, SHOTS + queries, episodes, seed=0))
         arrays, known = cached.numpy(), np.arange(WAYS)
@@ -335,7 +337,8 @@ def main() -> None:
         f"with the SVM takes {steps['svm / prototypes']:.3f} times as long as that with prototypes and "
         f"{steps['svm / ridge']:.3f} times as long as that with ridge regression (medians). Evaluation: "
         f"`convexheads.evaluate` over {options.episodes:,} episodes of {options.features} cached features, "
-        f"{options.queries} queries per class; scikit-learn's logistic regression has its default tolerance. "
+        f"{options.queries} queries per class, median of {EVALUATIONS} runs; scikit-learn's logistic regression has "
+        "its default tolerance, and ran once. "
         f"{experiment.place(origin, options.device)}, torch {origin['versions']['torch']}. "
         "Made by `python -m benchmarks.overhead`."
     )

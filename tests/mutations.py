@@ -309,6 +309,13 @@ MUTATIONS = [
         "test_closed_form.py",
     ),
     Mutation(
+        "compiled-factors",
+        "solvers/native/numba_backend.py",
+        "side, factors = at_upper.to(torch.int8) - at_lower.to(torch.int8),",
+        "side, factors = at_upper.to(torch.int8),",
+        "test_numba.py",
+    ),
+    Mutation(
         "stuck-steps",
         "heads/_logistic_newton.py",
         "return step_to(torch.where(worse, 0, length))[1], worse",

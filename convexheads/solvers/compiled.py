@@ -57,6 +57,12 @@ class GraphSolver:
         """Solve a flat batch in working precision. The graph attaches the gradient."""
         raise NotImplementedError
 
+    def factorize(
+        self, problem: DualProblem, at_upper: Bool[Tensor, "tasks n k"], at_lower: Bool[Tensor, "tasks n k"]
+    ) -> KKT:
+        """Factorize the system of the free entries of a rescaled problem, for the backward pass."""
+        return factorize_free(problem, at_upper, at_lower)
+
 
 def solve(solver: GraphSolver, problem: DualProblem) -> Solution:
     """Solve a flat batch in working precision, in a graph. The number of iterations is unknown."""
@@ -66,14 +72,13 @@ def solve(solver: GraphSolver, problem: DualProblem) -> Solution:
     data = problem.detach()
     start = (None,) * 3 if data.start is None else vars(data.start).values()
     tensors = data.gram, data.linear, data.lower, data.upper, data.smoothing, data.gram_factor, *start
-    coef, *values, at_upper, at_lower, hessian_scale = _solve_dual(
-        vars(solver)["_number"], data.rows_sum_to_zero, *tensors
-    )
+    number = vars(solver)["_number"]
+    coef, *values, at_upper, at_lower, hessian_scale = _solve_dual(number, data.rows_sum_to_zero, *tensors)
     if not (torch.is_grad_enabled() and any(value.requires_grad for value in problem.tensors().values())):
         return Solution(coef, *values, iterations=None)
     scale = hessian_scale[:, None, None]
     smoothing = None if data.smoothing is None else scale * data.smoothing
-    kkt = _DeferredKKT(scale * data.gram, smoothing, at_upper, at_lower, data.rows_sum_to_zero)
+    kkt = _DeferredKKT(scale * data.gram, smoothing, at_upper, at_lower, data.rows_sum_to_zero, number)
     coef = ActiveSet(kkt, at_upper, at_lower).attach(problem, coef, hessian_scale)
     return Solution(coef, *values, iterations=None)
 
@@ -112,23 +117,26 @@ class _DeferredKKT(KKT):
     at_upper: Bool[Tensor, "tasks n k"]
     at_lower: Bool[Tensor, "tasks n k"]
     rows_sum_to_zero: bool
+    solver: int
 
     def solve(self, right: Tensor, sums: Tensor, *, refinements: int) -> tuple[Tensor, Tensor]:
         system = self.gram, self.smoothing, self.at_upper, self.at_lower
-        return _solve_kkt(self.rows_sum_to_zero, refinements, *system, right, sums)
+        return _solve_kkt(self.solver, self.rows_sum_to_zero, refinements, *system, right, sums)
 
 
-_KKT = "(bool rows_sum_to_zero, int refinements, Tensor gram, Tensor? smoothing, Tensor at_upper, Tensor at_lower, "
-_KKT += "Tensor right, Tensor sums) -> (Tensor, Tensor)"
+_KKT = "(int solver, bool rows_sum_to_zero, int refinements, Tensor gram, Tensor? smoothing, "
+_KKT += "Tensor at_upper, Tensor at_lower, Tensor right, Tensor sums) -> (Tensor, Tensor)"
 
 
 @torch.library.custom_op("convexheads::solve_kkt", mutates_args=(), schema=_KKT)
-def _solve_kkt(rows_sum_to_zero, refinements, gram, smoothing, at_upper, at_lower, right, sums):
+def _solve_kkt(solver, rows_sum_to_zero, refinements, gram, smoothing, at_upper, at_lower, right, sums):
     problem = DualProblem(gram, right.mT, smoothing=smoothing, rows_sum_to_zero=rows_sum_to_zero)
-    x, row_multipliers = factorize_free(problem, at_upper, at_lower).solve(right, sums, refinements=refinements)
+    alive = GraphSolver._by_number.get(solver)  # the backward pass may come when nobody holds the head anymore
+    kkt = (factorize_free if alive is None else alive.factorize)(problem, at_upper, at_lower)
+    x, row_multipliers = kkt.solve(right, sums, refinements=refinements)
     return x.contiguous(), row_multipliers.contiguous()
 
 
 @_solve_kkt.register_fake
-def _(rows_sum_to_zero, refinements, gram, smoothing, at_upper, at_lower, right, sums):
+def _(solver, rows_sum_to_zero, refinements, gram, smoothing, at_upper, at_lower, right, sums):
     return torch.empty_like(right, memory_format=torch.contiguous_format), torch.empty_like(sums)

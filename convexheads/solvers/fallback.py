@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from jaxtyping import Bool
+from torch import Tensor
+
 from convexheads.errors import InputError
 from convexheads.solvers.base import Plan, Solver
 from convexheads.solvers.failures import OnFailure
+from convexheads.solvers.kkt import KKT
 from convexheads.solvers.problem import DualProblem
 
 
@@ -33,6 +37,11 @@ class Fallback(Solver):
     @property
     def is_traceable(self) -> bool:
         return self.first.is_traceable and self.then.is_traceable
+
+    def factorize(
+        self, problem: DualProblem, at_upper: Bool[Tensor, "tasks n k"], at_lower: Bool[Tensor, "tasks n k"]
+    ) -> KKT:
+        return self.first.factorize(problem, at_upper, at_lower)
 
     def plan(self, problem: DualProblem) -> Plan:
         plan = self.first.plan(problem)

@@ -124,10 +124,11 @@ def test_many_classes():
     assert found["interior point"] > 0
 
 
-def test_overhead_of_a_head_in_training_and_in_evaluation():
+def test_overhead_of_a_head_in_training_and_in_evaluation(monkeypatch: pytest.MonkeyPatch):
     steps = overhead.training(backbone="conv4", device="cpu", episodes=1, queries=1, repeats=2)
     assert set(steps) == {*overhead.HEADS, "svm / prototypes", "svm / ridge"}
     assert min(steps.values()) > 0
+    monkeypatch.setattr(overhead, "EVALUATIONS", 1)
     evaluations = overhead.evaluation(device="cpu", episodes=20, queries=2, features=8)
     assert set(evaluations) == {*overhead.HEADS, "logistic", overhead.SCIKIT_LEARN}
     assert min(evaluations.values()) > 0

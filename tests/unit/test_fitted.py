@@ -213,6 +213,18 @@ def test_a_fit_of_tasks_is_a_sequence_and_that_of_one_task_is_not():
         fitted[0][0]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch, for strings
+@pytest.mark.parametrize(
+    "tasks",
+    [None, True, 1.5, "1", (0, 0), slice(None, None, -1), torch.ones(3) > 0, torch.tensor([2]), (0, None)],
+    ids=str,
+)
+def test_an_index_that_is_none_is_an_error_of_input(tasks):
+    support, labels, _, _ = task(2)
+    with pytest.raises(InputError, match="tasks"):
+        SVMHead().fit(support, labels)[tasks]
+
+
 def test_a_fit_moves_to_another_device():
     support, labels, query, _ = task(2)
     fitted = HEADS["svm"]().fit(support, labels, ways=torch.tensor([3, 4])).to("meta")

@@ -382,6 +382,24 @@ def test_missing_numba_cuda(monkeypatch):
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("solver", [ActiveSetSolver(), NativeSolver(), ActiveSetSolver(backend="torch")], ids=repr)
+@pytest.mark.parametrize("has_smoothing", [False, True])
+def test_systems_of_compiled_graphs_are_factorized_by_the_backend(solver, has_smoothing):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 9, 20, generator=generator, dtype=torch.float64)
+    gram, right = x @ x.mT, torch.randn(3, 4, 9, generator=generator, dtype=torch.float64)
+    at_upper, at_lower = (torch.rand(2, 3, 9, 4, generator=generator) < 0.2).unbind(0)
+    at_lower &= ~at_upper
+    at_upper[1, 2], at_lower[1, 2] = True, False  # an example without a free entry
+    smoothing = torch.rand(3, 9, 4, generator=generator, dtype=torch.float64) if has_smoothing else None
+    problem, sums = DualProblem(gram, right.mT, smoothing=smoothing), torch.zeros(3, 9, dtype=torch.float64)
+    expected = factorize_free(problem, at_upper, at_lower).solve(right, sums, refinements=3)
+    kkt = solver.factorize(problem, at_upper, at_lower)
+    assert isinstance(kkt, numba_backend.NumbaKKT) == (solver.backend != "torch")
+    for found, value in zip(kkt.solve(right, sums, refinements=3), expected, strict=True):
+        assert close(found, value) < 1e-10
+
+
 def test_unknown_backend():
     for kind in (NativeSolver, ActiveSetSolver):
         with pytest.raises(InputError, match=r"Solver\(backend\): expected one of auto, torch, numba.*, got 'opencl'"):

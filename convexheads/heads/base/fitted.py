@@ -16,7 +16,7 @@ from convexheads import _gram
 from convexheads._compiler import traced_if
 from convexheads._functorch import inspect_values
 from convexheads._looks import look_once
-from convexheads._validation import ArrayLike, check_range, check_tensor, is_integer_tensor
+from convexheads._validation import ArrayLike, as_integer, check_range, check_tensor, describe, is_integer_tensor
 from convexheads.errors import ConvexHeadsError, InputError
 from convexheads.heads._linear_algebra import per_matrix
 from convexheads.heads._sharing import multiply, scale_once
@@ -202,12 +202,12 @@ class Fitted:
         Use it to look at one task of a batch, or to deploy it, as by `fitted[3].to_linear()`.
 
         Args:
-            tasks: an integer, a slice, or integers or booleans in a tensor; with several leading dimensions, also a
+            tasks: an integer, a slice, or a tensor of integers or of bool; with several leading dimensions, also a
                 tuple of them, as for a tensor `(*batch,)`.
 
         Raises:
-            InputError: it is the fit of a single task.
-            IndexError: there is no such task.
+            InputError: `tasks` is unusable, or it is the fit of a single task.
+            IndexError: an integer is too large, which ends a loop over the tasks.
 
         Example:
             `head.fit(support, labels)[0](query[0])`
@@ -218,7 +218,15 @@ class Fitted:
         def choose(part: Any, shape: tuple[int, ...] = batch) -> Any:
             return part[tasks] if isinstance(part, Tensor) and part.shape[: len(shape)] == shape else part
 
-        return _map(self, choose, partial(choose, shape=(*batch, 1, 1)))
+        expected = f"an index of a tensor {tuple(batch)}: integers, slices, or tensors of integers or of bool"
+        if any(part is None or isinstance(part, bool) for part in (tasks if isinstance(tasks, tuple) else [tasks])):
+            raise InputError("tasks", expected, describe(tasks))
+        try:
+            return _map(self, choose, partial(choose, shape=(*batch, 1, 1)))
+        except (IndexError, TypeError, ValueError) as error:
+            if isinstance(error, IndexError) and as_integer(tasks) is not None:
+                raise
+            raise InputError("tasks", expected, f"{describe(tasks)} ({error})") from error
 
     def to(self: _F, device: torch.device | str) -> _F:
         """The same fit on another `device`."""

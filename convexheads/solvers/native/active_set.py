@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from convexheads._validation import check_choice, check_positive_int
@@ -17,6 +17,7 @@ from convexheads.solvers.base import LinearizedSolution, Plan, Solver, SolverRes
 from convexheads.solvers.certificate import Certificate, aim, certify
 from convexheads.solvers.failures import OnFailure
 from convexheads.solvers.implicit import ActiveSet, active_entries, factorize_free
+from convexheads.solvers.kkt import KKT
 from convexheads.solvers.native.admm_steps import admm, ridge_step
 from convexheads.solvers.problem import DualProblem, WarmStart
 
@@ -119,11 +120,24 @@ class ActiveSetSolver(Solver):
         is_small = problem.linear.shape[-2] <= _MAX_EXAMPLES_OF_TEAM
         return self.backend == "cuda" and problem.linear.is_cuda and is_small
 
+    def factorize(
+        self, problem: DualProblem, at_upper: Bool[Tensor, "tasks n k"], at_lower: Bool[Tensor, "tasks n k"]
+    ) -> KKT:
+        if problem.linear.is_cpu and self._uses_kernels(problem):
+            from convexheads.solvers.native import numba_backend
+
+            return numba_backend.factorize(problem, at_upper, at_lower)
+        return super().factorize(problem, at_upper, at_lower)
+
+    def _uses_kernels(self, problem: DualProblem) -> bool:
+        """Whether compiled kernels solve a flat `problem`."""
+        linear = problem.linear
+        fits = (linear.is_cpu or self.runs_on_gpu(problem)) and linear.dtype == torch.float64 and len(linear) > 0
+        return self.backend != "torch" and fits and numba_is_installed()
+
     def _solve_numerically(self, problem: DualProblem) -> LinearizedSolution:
         """The Numba kernels do all in one call; only the first guess differs (tests/unit/test_numba.py)."""
-        linear = problem.linear
-        fits_numba = (linear.is_cpu or self.runs_on_gpu(problem)) and linear.dtype == torch.float64 and len(linear) > 0
-        if self.backend == "torch" or not (fits_numba and numba_is_installed()):
+        if not self._uses_kernels(problem):
             return super()._solve_numerically(problem)
         from convexheads.solvers.native import numba_backend
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from convexheads._functorch import is_transforming
 from convexheads._validation import check_positive_int, check_real
 from convexheads.solvers.base import Plan
 from convexheads.solvers.failures import OnFailure
 from convexheads.solvers.fallback import Fallback
-from convexheads.solvers.kkt import with_gram_factor
+from convexheads.solvers.implicit import factorize_free
+from convexheads.solvers.kkt import KKT, with_gram_factor
 from convexheads.solvers.native.active_set import ActiveSetSolver, Backend
 from convexheads.solvers.native.admm import ADMMSolver
 from convexheads.solvers.native.interior_point import InteriorPointSolver
@@ -71,6 +74,13 @@ class NativeSolver(Fallback):
         # If there is a gradient, an interior-point method follows, also for tasks of which ADMM finds the optimum, but
         # not the active set.
         self._strict_admm = ADMMSolver(tolerance=1e-3 * self.tolerance)
+
+    def factorize(
+        self, problem: DualProblem, at_upper: Bool[Tensor, "tasks n k"], at_lower: Bool[Tensor, "tasks n k"]
+    ) -> KKT:
+        if problem.linear.shape[-2] >= _MIN_EXAMPLES_FOR_ADMM:  # the rank may be small
+            return factorize_free(problem, at_upper, at_lower)
+        return super().factorize(problem, at_upper, at_lower)
 
     def plan(self, problem: DualProblem) -> Plan:
         plan = super().plan(problem)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from convexheads.solvers import certificate, feasible_rows
@@ -106,6 +106,19 @@ def _finish_on_cpu(problem: DualProblem, results: tuple[np.ndarray, ...], tolera
         gaps[doubtful, 0], gaps[doubtful, 2] = found.gap.numpy(), found.rounding.numpy()
     if not proven.all():
         coef[~proven], gaps[~proven, 0] = np.nan, np.nan
+
+
+def factorize(
+    problem: DualProblem, at_upper: Bool[Tensor, "tasks n k"], at_lower: Bool[Tensor, "tasks n k"]
+) -> NumbaKKT:
+    """`implicit.factorize_free` for a rescaled problem in float64 on the CPU."""
+    tasks, n, k = problem.linear.shape
+    gram, smoothing = problem.gram.contiguous(), problem.smoothing
+    smoothing = gram.new_zeros(tasks, n, k) if smoothing is None else smoothing.contiguous()
+    side, factors = at_upper.to(torch.int8) - at_lower.to(torch.int8), allocate_factors(tasks, n, k)
+    arguments = (gram, smoothing), side, problem.rows_sum_to_zero, factors, REGULARIZATION
+    run_tasks(numba_kkt.factorize_tasks, tasks, tasks * k * n**3, *arguments)
+    return NumbaKKT(gram, smoothing, *map(torch.from_numpy, factors), rows_sum_to_zero=problem.rows_sum_to_zero)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

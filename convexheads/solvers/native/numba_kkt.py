@@ -172,6 +172,18 @@ def factorize(gram, smoothing, rows_sum_to_zero, side, factors, regularization, 
 
 @kernel
 @no_type_check
+def factorize_tasks(start, stop, system, side, rows_sum_to_zero, factors, regularization):
+    """`factorize` for tasks `start` to `stop` on the CPU."""
+    gram, smoothing = system
+    blocks, index, count, schur = factors
+    local = np.empty((1, side.shape[1]))
+    for t in range(start, stop):
+        task_factors = (blocks[t], index[t], count[t], schur[t])
+        factorize(gram[t], smoothing[t], rows_sum_to_zero, side[t], task_factors, regularization, local)
+
+
+@kernel
+@no_type_check
 def row_times(block, m, a, local):
     """The product of row `a` of the inverse of a block and a vector."""
     value, row = 0.0, block[a * m : (a + 1) * m]
