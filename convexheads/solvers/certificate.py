@@ -151,7 +151,7 @@ def account_for_rounding(problem: DualProblem, certificate: Certificate) -> Cert
     sqrt(K_jj) |a_jk|`, to first order. Slacks that are too small by this amount change the primal objective by C times
     as much. The sum of these changes is a rough bound. Where it is above 1e-8, the gap is computed again, with scores
     that are moved in the direction in which the loss grows. The effect then exceeds 1e-6 only if C times the squared
-    length of the features is about 1e9 or more, and only if no weights separate the support set.
+    length of the features is about 1e8 or more, and only if no weights separate the support set.
 
     Args:
         problem: a rescaled problem (`rescale`).
