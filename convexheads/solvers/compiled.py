@@ -60,7 +60,10 @@ class GraphSolver:
     def factorize(
         self, problem: DualProblem, at_upper: Bool[Tensor, "tasks n k"], at_lower: Bool[Tensor, "tasks n k"]
     ) -> KKT:
-        """Factorize the system of the free entries of a rescaled problem, for the backward pass."""
+        """Factorize the system of the free entries of a rescaled `problem`, for the backward pass of a compiled graph.
+
+        The other entries are at their bounds: `at_upper` or `at_lower`.
+        """
         return factorize_free(problem, at_upper, at_lower)
 
 
