@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import unicodedata
@@ -12,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 
 import convexheads as ch
@@ -179,6 +183,56 @@ def test_quickstart_leaves_table_pictures_and_weights(tmp_path: Path, capsys: py
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.slow
+def _distributions(name: str, extra: str, found: set[str]) -> set[str]:
+    """The normalized names of a distribution and of all that it requires here, with an extra."""
+    for text in importlib.metadata.requires(name) or []:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        other = canonicalize_name(requirement.name)
+        for each in ["", *requirement.extras]:
+            if f"{other}[{each}]" not in found:
+                found |= {f"{other}[{each}]", other}
+                _distributions(other, each, found)
+    return found
+
+
+HIDE = """
+import os, sys
+
+class Some:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        hidden = name.partition(".")[0] in os.environ["HIDDEN_MODULES"].split(",")
+        return None if hidden else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path = [Some(finder) if hasattr(finder, "find_spec") else finder for finder in sys.meta_path]
+"""
+
+
+def test_the_quickstart_needs_the_packages_of_its_extra_only(tmp_path: Path) -> None:
+    """`make quickstart` has an environment of its own, which lacks most of what is installed here."""
+    present = _distributions("convexheads", "quickstart", {"convexheads"})
+    assert "matplotlib" in present
+    assert "scikit-learn" not in present
+    hidden = [
+        module
+        for module, names in importlib.metadata.packages_distributions().items()
+        if not present & set(map(canonicalize_name, names)) and not module.startswith("_")
+    ]
+    (tmp_path / "sitecustomize.py").write_text(HIDE)
+    environment = os.environ | {"HIDDEN_MODULES": ",".join(hidden), "PYTHONPATH": str(tmp_path)}
+    arguments = [*TINY, "--output", str(tmp_path / "found")]
+    command = [sys.executable, "-m", "benchmarks.quickstart", *arguments]
+    subprocess.run(command, env=environment, check=True, cwd=ROOT)
+    assert list((tmp_path / "found").iterdir())
+
+
 def test_quickstart_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     take, steps = Training.take, []
 
