@@ -304,7 +304,7 @@ MUTATIONS = [
     Mutation(
         "closed-form-rounding",
         "heads/_closed_form.py",
-        "squared = torch.addcmul(_norm(residual), _norm(length, -1), _norm(reach), value=eps).square()",
+        "squared = (_norm(residual) + size_of_rounding(gram, coef)).square()",
         "squared = _norm(residual).square() * 1e-12",
         "test_closed_form.py",
     ),

@@ -17,12 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads._gram import matrix_product
 from convexheads._validation import Check, check_choice
 from convexheads.heads._linear_algebra import per_matrix, shifted_cholesky
 from convexheads.heads._sharing import multiply
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
-from convexheads.solvers.certificate import rounding_of_scores
+from convexheads.solvers.certificate import rounding_of_scores, size_of_rounding
 from convexheads.solvers.failures import OnFailure, certified, handle_failures
 from convexheads.solvers.problem import Status
 
@@ -83,19 +82,16 @@ def errors_of_dual(
     """The errors of dual coefficients of ridge regression, which solve `(gram + penalty I) coef = targets`.
 
     With the residual r, the duality gap is `|r|^2 / 2`, and the squared error of the weights at most `|r|^2 / penalty`.
-    By rounding, the residual may be off by the norm of `rounding_of_scores`.
+    By rounding, the residual may be off by `size_of_rounding`.
 
     Returns:
         The relative gap and a bound of the squared relative error of the weights, `(*batch,)` both.
     """
-    eps, tiny = torch.finfo(gram.dtype).eps, torch.finfo(gram.dtype).tiny
+    tiny = torch.finfo(gram.dtype).tiny
     image = multiply(gram.expand(*coef.shape[:-2], *gram.shape[-2:]), coef)
     error = targets - image  # of the scores
     residual = torch.addcmul(error, per_matrix(penalty), coef, value=-1)
-    length = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    reach = matrix_product(length.unsqueeze(-2), coef.abs())
-    # The norm of a matrix of products is the product of the norms.
-    squared = torch.addcmul(_norm(residual), _norm(length, -1), _norm(reach), value=eps).square()
+    squared = (_norm(residual) + size_of_rounding(gram, coef)).square()
     quadratic = penalty * (coef * image).sum((-2, -1)).clamp_min(0)
     objective = _norm(error).square() + quadratic  # times two
     return squared / objective.clamp_min(tiny), squared / quadratic.clamp_min(tiny)

@@ -181,8 +181,24 @@ def rounding_of_scores(gram: Float[Tensor, "*batch n n"], coef: Float[Tensor, "*
 
     See `account_for_rounding`.
     """
+    length, reach = _factors_of_rounding(gram, coef)
+    return torch.finfo(gram.dtype).eps * length.unsqueeze(-1) * reach
+
+
+def size_of_rounding(gram: Float[Tensor, "*batch n n"], coef: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch"]:
+    """The norm of `rounding_of_scores`: that of a matrix of products is the product of the norms."""
+    length, reach = _factors_of_rounding(gram, coef)
+    return (
+        torch.finfo(gram.dtype).eps
+        * torch.linalg.vector_norm(length, dim=-1)
+        * torch.linalg.vector_norm(reach, dim=(-2, -1))
+    )
+
+
+def _factors_of_rounding(gram: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
+    """The lengths of the examples, `(*batch, n)`, and their sums times the coefficients, `(*batch, 1, k)`."""
     length = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    return torch.finfo(gram.dtype).eps * length.unsqueeze(-1) * (length.unsqueeze(-2) @ coef.abs())
+    return length, length.unsqueeze(-2) @ coef.abs()
 
 
 def _smallest_gap(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -111,12 +113,18 @@ def test_non_finite_tasks_leave_their_neighbors_alone_and_threads_change_nothing
     x[3, 2, 1] = torch.nan
     head = LogisticHead(0.5, intercept=True, kernel=RBF(3.0), on_failure="return", validate=False)
     torch.set_num_threads(1)
+    gram, targets = RBF(3.0)(x, x) / 0.5, torch.eye(5, dtype=torch.float64)[labels].expand(40, -1, -1)
+    data = gram, targets, torch.ones_like(gram[..., 0]), torch.zeros_like(targets)
+    solve = partial(_logistic_newton.solve, intercept=True, tolerance=1e-20, max_steps=100)
+    exact = solve(*data)[0]
     expected = head.fit(x, labels, ways=5)
     assert expected.solution.converged.tolist() == [number != 3 for number in range(40)]
     torch.set_num_threads(3)
     found = head.fit(x, labels, ways=5)
     others = [number for number in range(40) if number != 3]
-    # PyTorch computes the Gram matrices, and may round differently with other threads, or in another batch.
+    assert torch.equal(solve(*data)[0][others], exact[others])
+    assert torch.equal(solve(*(part[7:8] for part in data))[0][0], exact[7])
+    # PyTorch computes the Gram matrices of a fit, and may round differently with other threads, or in another batch.
     assert close(found.solution.coef[others], expected.solution.coef[others]) < 1e-12
     alone = head.fit(x[7:8], labels, ways=5)
     assert close(alone.solution.coef[0], expected.solution.coef[7]) < 1e-12

@@ -381,7 +381,6 @@ def test_missing_numba_cuda(monkeypatch):
         NativeSolver(backend="cuda")
 
 
-@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("solver", [ActiveSetSolver(), NativeSolver(), ActiveSetSolver(backend="torch")], ids=repr)
 @pytest.mark.parametrize("has_smoothing", [False, True])
 def test_systems_of_compiled_graphs_are_factorized_by_the_backend(solver, has_smoothing):
@@ -400,6 +399,7 @@ def test_systems_of_compiled_graphs_are_factorized_by_the_backend(solver, has_sm
         assert close(found, value) < 1e-10
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_unknown_backend():
     for kind in (NativeSolver, ActiveSetSolver):
         with pytest.raises(InputError, match=r"Solver\(backend\): expected one of auto, torch, numba.*, got 'opencl'"):
