@@ -28,8 +28,6 @@ _MAX_EXAMPLES_FOR_ONE_THREAD = 128
 _EPISODES_AT_ONCE, _EXAMPLES_AT_ONCE = 1000, 100_000
 # More numbers than this are drawn by permutations, because otherwise each one is compared with all others.
 _MAX_COMPARED = 32
-# The number of entries of the queries that are scored at once on a CPU: more would not fit into its cache.
-_ENTRIES_IN_CACHE = 2**19
 
 
 def fit_episodes(
@@ -66,24 +64,15 @@ def fit_episodes(
         torch.arange(ways, device=features.device).repeat_interleave(count) for count in (shots, queries)
     )
 
-    at_once = batch_size
-    if features.is_cpu:
-        at_once = max(1, _ENTRIES_IN_CACHE // (len(query_labels) * features.shape[1]))
-
     def fit(batch: Tensor) -> list[tuple[int, FittedClassifier, Tensor, Tensor]]:
         batch = batch.to(features.device)
         support = functional.embedding(batch[..., :shots].flatten(1), features)
         extra: dict[str, Any] = {} if calibrate is None else {"calibrate": calibrate}
         with torch.no_grad():
             fits = [head.fit(support, support_labels.expand(len(batch), -1), ways=ways, **extra) for head in heads]
-            logits: list[list[Tensor]] = [[] for _ in heads]
-            for start in range(0, len(batch), at_once):
-                part = slice(start, start + at_once)
-                query = functional.embedding(batch[part, :, shots:].flatten(1), features)
-                for found, fitted in zip(logits, fits, strict=True):
-                    found.append((fitted if at_once >= len(batch) else fitted[part])(query))
+            logits = [fitted.score_rows(features, batch[..., shots:].flatten(1)) for fitted in fits]
         truth = query_labels.expand(len(batch), -1)
-        return [(number, fits[number], torch.cat(found), truth) for number, found in enumerate(logits)]
+        return [(number, fitted, found, truth) for number, (fitted, found) in enumerate(zip(fits, logits, strict=True))]
 
     title = title or (type(heads[0]).__name__ if len(heads) == 1 else f"{len(heads)} heads")
     count = math.ceil(len(range(rank, episodes, world_size)) / batch_size)

@@ -24,6 +24,7 @@ from convexheads import (
     evaluate,
     split_task,
 )
+from convexheads.heads.base import fitted
 from convexheads.training import episode_loss
 
 
@@ -118,13 +119,15 @@ def test_episodes_depend_on_the_seed_only():
     assert evaluate(RidgeHead(), features, labels, **options).gaps.max() < 1e-12
 
 
+@pytest.mark.parametrize("gathers", [False, True])
 @pytest.mark.parametrize("head", [PrototypeHead(), RidgeHead(1.0), SVMHead(), LogisticHead()], ids=repr)
-def test_accuracies_depend_neither_on_batches_nor_on_threads(head, monkeypatch):
+def test_accuracies_depend_neither_on_batches_nor_on_threads(head, gathers, monkeypatch):
     features, labels = clusters(noise=2.0)
     results = []
+    monkeypatch.setattr(fitted, "numba_is_installed", lambda: not gathers)  # whether queries are read where they are
     for count, size, entries in ((1, 40, 2**30), (1, 7, 1), (2, 40, 6 * 75 * features.shape[1]), (3, 7, 2**30)):
         torch.set_num_threads(count)
-        monkeypatch.setattr(_sampling, "_ENTRIES_IN_CACHE", entries)  # of the queries that are scored at once
+        monkeypatch.setattr(fitted, "_ENTRIES_IN_CACHE", entries)  # of the queries that are scored at once
         results.append(evaluate(head, features, labels, shots=2, episodes=60, batch_size=size, progress=False))
     for result in results[1:]:
         assert torch.equal(result.accuracies, results[0].accuracies)

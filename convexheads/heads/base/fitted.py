@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
+from torch.nn import functional
 
-from convexheads import _gram
 from convexheads._compiler import traced_if
-from convexheads._functorch import inspect_values
+from convexheads._functorch import inspect_values, is_transforming
 from convexheads._looks import look_once
 from convexheads._validation import ArrayLike, as_integer, check_range, check_tensor, describe, is_integer_tensor
 from convexheads.errors import ConvexHeadsError, InputError
 from convexheads.heads._linear_algebra import per_matrix
 from convexheads.heads._sharing import multiply, scale_once
-from convexheads.heads.base.inputs import check_query
+from convexheads.heads.base.copies import map_parts
+from convexheads.heads.base.inputs import check_query, check_rows
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.heads.base.temperature import best_factor, conformal_threshold, nonconformity
-from convexheads.kernels import Product, Sum, compute_gram, gram_diagonal
+from convexheads.kernels import compute_gram, gram_diagonal
 from convexheads.kernels.linear import affine_form, is_zero
 from convexheads.precision import full_precision
 from convexheads.solvers import Solution
+from convexheads.solvers.native.active_set import numba_is_installed
 
 _F = TypeVar("_F", bound="Fitted")
+# The number of entries of the queries that are gathered at once on a CPU: more would not fit into its cache.
+_ENTRIES_IN_CACHE = 2**19
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,57 +62,129 @@ class Fitted:
                 the support, with its leading dimensions and feature size; a tensor, a NumPy array or nested lists.
 
         Returns:
-            Scores of all outputs, `(*batch, q, k)`, in the dtype of the support, but at least in float32.
+            Scores of all outputs, `(*batch, q, k)`, in the dtype of the support, but at least in float32. Of a
+                classifier, these are logits, which are minus infinity for classes that a task lacks. Of a regressor,
+                these are values in units of the targets, `(*batch, q)` if the targets had no dimension of outputs.
 
         Raises:
             InputError: the shape, dtype or device is not as described, or, with `validate`, a feature is not finite.
         """
         query = self._prepare(query)
         with full_precision(query.device):
-            return self._to_output(self._scores(query))
+            return self._finish(self._scores(query))
+
+    def score_rows(
+        self, features: Float[Tensor, "examples d"] | ArrayLike, rows: Integer[Tensor, "*#batch q"] | ArrayLike
+    ) -> Float[Tensor, "..."]:
+        """Score rows of a table of features, as `fitted(features[rows])` does, but faster on a CPU.
+
+        Use it for cached features, where the queries of each task are some rows of one table. If the scores are linear
+        in the features and need no gradient, a compiled kernel (the extra `numba`) reads the rows where they are. It
+        saves the time to gather and to convert them, which may be longer than that of the fit.
+
+        Args:
+            features: the table, `(examples, d)`; otherwise as in a call.
+            rows: the numbers of the rows, integers from 0 to examples - 1, `(*batch, q)`, or `(q,)` for all tasks.
+
+        Returns:
+            Scores, `(*batch, q, k)`, as a call returns them.
+
+        Raises:
+            InputError: as in a call, or `rows` is not as described. A number out of range is an error on a CPU, and,
+                with `validate`, on a GPU.
+
+        Example:
+            `logits = head.fit(features[rows[:, :25]], labels).score_rows(features, rows[:, 25:])`
+        """
+        features, rows = check_rows(features, rows, self.support.features, validate=self.support.validate)
+        scores = self._scores_by_kernel(features, rows)
+        return self._score_in_parts(features, rows) if scores is None else self._finish(scores)
+
+    def _scores_by_kernel(
+        self, features: Float[Tensor, "examples d"], rows: Integer[Tensor, "*batch q"]
+    ) -> Float[Tensor, "*batch q k"] | None:
+        """The scores of rows by the compiled kernel, in working precision; None where it cannot be used."""
+        *batch, n, k = self.expansion.coef.shape
+        is_usable = features.is_cpu and features.is_contiguous() and features.dtype in (torch.float32, torch.float64)
+        is_traced = torch.compiler.is_compiling() or is_transforming()
+        form = None if is_traced or not is_usable or k > n or not numba_is_installed() else self._linear_form
+        if form is None:
+            return None
+        from convexheads.heads.base import _rows_numba
+
+        own, zero = self.expansion.self_similarity_weight, features.new_zeros(batch, dtype=torch.float64)
+        weight, bias = self._weights(form), self._biases(form)
+        bias = (zero + own * form[1]).unsqueeze(-1) + (0 if bias is None else bias)
+        square = zero + own * form[0]
+        if any(value.requires_grad for value in (features, weight, bias, square)):
+            return None
+        tasks, (q, d) = zero.numel(), (rows.shape[-1], features.shape[-1])
+        weight, bias = weight.double().reshape(tasks, k, d), bias.expand(*batch, k).reshape(tasks, k)
+        scores = _rows_numba.score(features, rows.reshape(tasks, q), weight, bias, square.reshape(tasks))
+        if not scores.sum().isfinite():
+            return None  # a call finds out whether a row is not finite, which is an error, or whether a fit has failed
+        return scores.reshape(*batch, q, k).to(self.expansion.coef)
+
+    def _score_in_parts(
+        self, features: Float[Tensor, "examples d"], rows: Integer[Tensor, "*batch q"]
+    ) -> Float[Tensor, "..."]:
+        """The scores of rows that are gathered, on a CPU for as many tasks at once as fit into its cache."""
+        at_once = max(1, _ENTRIES_IN_CACHE // max(1, rows.shape[-1] * features.shape[-1]))
+        if rows.ndim != 2 or not rows.is_cpu or len(rows) <= at_once:
+            return self(functional.embedding(rows, features))
+        parts = (slice(start, start + at_once) for start in range(0, len(rows), at_once))
+        return torch.cat([self[part](functional.embedding(rows[part], features)) for part in parts])
 
     def _scores(self, query: Float[Tensor, "*#batch q d"]) -> Float[Tensor, "*batch q k"]:
         """The scores of a prepared `query`, in working precision."""
-        expansion, prior = self.expansion, self.support.prior
-        form = self._cheap_affine_form(query)
-        if expansion.weight is not None:
-            scores = multiply(query, expansion.weight.mT)
+        expansion, form = self.expansion, self._linear_form if self._has_cheap_weights(query.shape[-2]) else None
+        if form is not None:
+            scores, bias = multiply(query, self._weights(form).mT), self._biases(form)
             if expansion.quadratic is not None:
                 scores = scores + _forms(query, expansion.quadratic)
-        elif form is not None:
-            scores = multiply(query, self._weight_of(form).mT)
-            if not is_zero(form[1]):
-                scores = scores + self._constant_of(form).unsqueeze(-2)
         else:
-            cross_gram = self._cross_gram(query)
+            cross_gram, bias = self._cross_gram(query), expansion.bias
             scores = multiply(cross_gram, expansion.coef)
             if expansion.quadratic is not None:
                 scores = scores + _forms(cross_gram, expansion.quadratic)
-        if prior is not None:
-            scores = scores + multiply(query, prior.mT)
-        if expansion.bias is not None:
-            scores = scores + expansion.bias.unsqueeze(-2)
+            if self.support.prior is not None:
+                scores = scores + multiply(query, self.support.prior.mT)
+        if bias is not None:
+            scores = scores + bias.unsqueeze(-2)
         weight = expansion.self_similarity_weight
         if not isinstance(weight, float) or weight != 0:
             scores = scores + weight * gram_diagonal(self.support.kernel, query).unsqueeze(-1)
         return scores
 
-    def _cheap_affine_form(self, query: Tensor) -> tuple[Any, Any] | None:
-        """The affine form of the kernel if scores are cheaper by weights than by kernel values; otherwise None."""
-        (n, d), k, q = self.support.features.shape[-2:], self.expansion.coef.shape[-1], query.shape[-2]
-        # A graph holds for any number of queries.
-        is_cheap = 2 * k <= n if torch.compiler.is_compiling() else k * (n + q) < n * q
-        return affine_form(self.support.kernel, d) if is_cheap and self.expansion.quadratic is None else None
+    def _has_cheap_weights(self, q: int) -> bool:
+        """Whether scores of q queries are cheaper by weights than by kernel values, if the kernel is linear."""
+        n, k = self.expansion.coef.shape[-2:]
+        if self.expansion.weight is not None:
+            return True
+        return 2 * k <= n if torch.compiler.is_compiling() else k * (n + q) < n * q  # a graph holds for any q
 
-    def _weight_of(self, form: tuple[Any, Any]) -> Float[Tensor, "*batch k d"]:
-        """The weights that the coefficients are for a kernel with this affine form."""
-        coef = self._used_coef
-        return multiply(self.support.features.mT, scale_once(coef, _per_task(form[0], coef))).mT
+    @property
+    def _linear_form(self) -> tuple[Any, Any] | None:
+        """The affine form of the kernel if the head has weights; otherwise None."""
+        expansion = self.expansion
+        if expansion.quadratic is not None and expansion.weight is None:
+            return None
+        return affine_form(self.support.kernel, self.support.features.shape[-1])
 
-    def _constant_of(self, form: tuple[Any, Any]) -> Float[Tensor, "*batch k"]:
-        """The part of the bias that is due to the coefficients, for a kernel with this affine form."""
-        coef = self._used_coef
-        return (_per_task(form[1], coef) * coef).sum(-2)
+    def _weights(self, form: tuple[Any, Any]) -> Float[Tensor, "*batch k d"]:
+        """The weights for a kernel with this affine form, including the prior."""
+        weight, prior, coef = self.expansion.weight, self.support.prior, self._used_coef
+        if weight is None:
+            weight = multiply(self.support.features.mT, scale_once(coef, _per_task(form[0], coef))).mT
+        return weight if prior is None else weight + prior
+
+    def _biases(self, form: tuple[Any, Any]) -> Float[Tensor, "*batch k"] | None:
+        """The biases for a kernel with this affine form; None for zero."""
+        bias, coef = self.expansion.bias, self._used_coef
+        if is_zero(form[1]):
+            return bias
+        constant = (_per_task(form[1], coef) * coef).sum(-2)
+        return constant if bias is None else constant + bias
 
     @property
     def _used_coef(self) -> Float[Tensor, "*batch n k"]:
@@ -122,8 +196,12 @@ class Fitted:
         query = check_query(query, self.support.features, validate=self.support.validate)
         return query.to(self.support.features.dtype)
 
+    def _finish(self, scores: Float[Tensor, "*batch q k"]) -> Float[Tensor, "..."]:
+        """Scores as users receive them."""
+        return self._to_output(scores)
+
     def _to_output(self, scores: Tensor) -> Tensor:
-        """Scores, or their weights or bias, as users receive them."""
+        """Scores, or their weights or bias, in the units and the dtype in which users receive them."""
         return scores.to(self.dtype)
 
     def _cross_gram(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q n"]:
@@ -139,18 +217,13 @@ class Fitted:
         Raises:
             ConvexHeadsError: the scores are not linear in the features, or not known to be, for a kernel of your own.
         """
-        form, weight = self._affine_form(), self.expansion.weight
-        if weight is None:
-            weight = self._weight_of(form)
-        if self.support.prior is not None:
-            weight = weight + self.support.prior
-        return self._to_output(weight)
+        return self._to_output(self._weights(self._affine_form()))
 
     @property
     def bias(self) -> Float[Tensor, "*batch k"]:
         """The bias `(*batch, k)` of scores that are `query @ weight.mT + bias`; see `weight`, also for errors."""
-        total, bias = self._constant_of(self._affine_form()), self.expansion.bias
-        return self._to_output(total if bias is None else total + bias)
+        bias = self._biases(self._affine_form())
+        return self._to_output(torch.zeros_like(self.expansion.coef[..., 0, :]) if bias is None else bias)
 
     def to_linear(self) -> nn.Linear:
         """A new `nn.Linear` with the same scores, for a fit of one task.
@@ -181,7 +254,7 @@ class Fitted:
             `torch.export.export(fitted.to_module(), (query,))`
         """
         # In files of exported programs, tensors must not share memory.
-        fitted = _map(
+        fitted = map_parts(
             self.detach(),
             lambda part: part.clone(memory_format=torch.contiguous_format) if isinstance(part, Tensor) else part,
         )
@@ -222,7 +295,7 @@ class Fitted:
         if any(part is None or isinstance(part, bool) for part in (tasks if isinstance(tasks, tuple) else [tasks])):
             raise InputError("tasks", expected, describe(tasks))
         try:
-            return _map(self, choose, partial(choose, shape=(*batch, 1, 1)))
+            return map_parts(self, choose, partial(choose, shape=(*batch, 1, 1)))
         except (IndexError, TypeError, ValueError) as error:
             if isinstance(error, IndexError) and as_integer(tasks) is not None:
                 raise
@@ -230,11 +303,11 @@ class Fitted:
 
     def to(self: _F, device: torch.device | str) -> _F:
         """The same fit on another `device`."""
-        return _map(self, lambda part: part.to(device))
+        return map_parts(self, lambda part: part.to(device))
 
     def detach(self: _F) -> _F:
         """The same fit without gradients to the support set and the hyperparameters."""
-        return _map(self, lambda part: part.detach() if isinstance(part, Tensor) else part.requires_grad_(False))
+        return map_parts(self, lambda part: part.detach() if isinstance(part, Tensor) else part.requires_grad_(False))
 
     def __repr__(self) -> str:
         *batch, n, d = self.support.features.shape
@@ -260,11 +333,6 @@ class FittedClassifier(Fitted):
     scale: Float[Tensor, "*#batch"]
     ways: Integer[Tensor, "*batch"] | None = None
     held_out: Float[Tensor, "*batch m"] | None = None
-
-    def __call__(self, query: Float[Tensor, "*#batch q d"] | ArrayLike) -> Float[Tensor, "..."]:
-        """The logits of `query`, `(*batch, q, k)`, as in `Fitted`; minus infinity for classes that a task lacks."""
-        logits = super().__call__(query)
-        return logits if self.ways is None else logits.masked_fill(self._absent.unsqueeze(-2), -torch.inf)
 
     def probabilities(self, query: Float[Tensor, "*#batch q d"] | ArrayLike) -> Float[Tensor, "..."]:
         """The softmax of the logits of `query`, `(*batch, q, k)`; see `calibrate`. The errors are those of a call.
@@ -365,6 +433,10 @@ class FittedClassifier(Fitted):
         bias = super().bias
         return bias if self.ways is None else bias.masked_fill(self._absent, -torch.inf)
 
+    def _finish(self, scores: Float[Tensor, "*batch q k"]) -> Float[Tensor, "*batch q k"]:
+        logits = self._to_output(scores)
+        return logits if self.ways is None else logits.masked_fill(self._absent.unsqueeze(-2), -torch.inf)
+
     def _to_output(self, scores: Tensor) -> Tensor:
         scale = self.scale  # of scores and weights, `(*batch, m, n)`, or of biases, `(*batch, k)`
         if scale.ndim:
@@ -390,9 +462,8 @@ class FittedRegressor(Fitted):
 
     single_output: bool = False
 
-    def __call__(self, query: Float[Tensor, "*#batch q d"] | ArrayLike) -> Float[Tensor, "..."]:
-        """The values of `query`, `(*batch, q)` or `(*batch, q, outputs)`, as in `Fitted`; in units of the targets."""
-        values = super().__call__(query)
+    def _finish(self, scores: Float[Tensor, "*batch q k"]) -> Float[Tensor, "..."]:
+        values = self._to_output(scores)
         return values.squeeze(-1) if self.single_output else values
 
 
@@ -407,35 +478,11 @@ class _Scores(nn.Module):
         return self.fitted(query)
 
     def _apply(self, fn, recurse=True):  # `to`, `double` and similar methods call this
-        self.fitted = _map(self.fitted, lambda part: fn(part) if isinstance(part, Tensor) else part._apply(fn, recurse))
+        def change(part: Any) -> Any:
+            return fn(part) if isinstance(part, Tensor) else part._apply(fn, recurse)
+
+        self.fitted = map_parts(self.fitted, change)
         return super()._apply(fn, recurse)
-
-
-def _map(value: Any, change: Callable[[Any], Any], change_foreign: Callable[[Any], Any] | None = None) -> Any:
-    """A copy of a fitted head, or of one of its parts, with `change` applied to tensors and to copies of modules.
-
-    If given, `change_foreign` replaces it in modules, and for the arguments of functions that are not the library's.
-    """
-    foreign = change if change_foreign is None else change_foreign
-    again = partial(_map, change=change, change_foreign=foreign)
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, partial):
-        if value.func.__module__ != _gram.__name__:
-            again = partial(_map, change=foreign)
-        return partial(value.func, *map(again, value.args), **{k: again(v) for k, v in value.keywords.items()})
-    if isinstance(value, Sum | Product):
-        return type(value)(*map(again, value.kernels))
-    if isinstance(value, nn.Module):
-        # `deepcopy` fails for tensors that autograd computed, such as parameters per task in an attribute or a buffer.
-        attributes = (each for part in value.modules() for each in vars(part).values() if isinstance(each, Tensor))
-        changed = {id(tensor): foreign(tensor) for tensor in (*attributes, *value.buffers())}
-        if not changed and next(value.parameters(), None) is None:
-            return value
-        return foreign(copy.deepcopy(value, changed))
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{item.name: again(getattr(value, item.name)) for item in fields(value)})
-    return value
 
 
 def _forms(rows: Float[Tensor, "*batch q m"], matrices: Float[Tensor, "*batch k m m"]) -> Float[Tensor, "*batch q k"]:

@@ -81,7 +81,7 @@ def refit(
     support = SupportSet(features, targets, train, kernel, False, weight, prior, examples.is_multilabel, init)
     expansion = head.solve(support)
     fitted = FittedClassifier(expansion, support, features.dtype, as_tensor(head.scale, features))
-    logits = fitted._to_output(fitted._scores(query.unsqueeze(2)))
+    logits = fitted._finish(fitted._scores(query.unsqueeze(2)))
     return logits.where(~logits.isnan(), -torch.inf), expansion
 
 

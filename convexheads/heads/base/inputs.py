@@ -312,6 +312,23 @@ def _check_values(mask: Tensor | None, support: Tensor, targets: Tensor | None =
             check_finite_values(name, value if mask is None else value.masked_fill(~mask.unsqueeze(-1), 0))
 
 
+def check_rows(features: object, rows: object, support: Tensor, *, validate: bool) -> tuple[Tensor, Tensor]:
+    """Return a table of features and the numbers of its rows for each task as tensors, or raise `InputError`.
+
+    Without `validate`, numbers out of range are an error on the CPU only, where they would read foreign memory.
+    """
+    features = check_tensor("features", features, "a table of floating-point features", is_float_tensor, like=support)
+    *batch, _, d = support.shape
+    _check_match("features", features, support, (*features.shape[:1], d), "a table with the support's feature size")
+    rows = check_tensor("rows", rows, "a tensor of integers", is_integer_tensor, like=support).long()
+    if rows.ndim == 1 < support.ndim - 1:
+        rows = rows.expand(*batch, *rows.shape)
+    _check_match("rows", rows, support, (*batch, *rows.shape[-1:]), "the numbers of the queries of each task")
+    if validate or rows.is_cpu:
+        inspect_values(check_range, "rows", rows, len(features), len(features) - 1)
+    return features, rows
+
+
 def check_query(query: object, support: Tensor, *, validate: bool) -> Tensor:
     """Return the `query` as a tensor, or raise `InputError`."""
     query = _check_features("query", query, like=support)
