@@ -4,7 +4,7 @@
 - `table1.py` to `table4.py`, `figure2.py`, `figure3.py`, `omniglot.py`, `fast.py`: tables and figures.
 - `solvers.py`, `overhead.py`, `many_classes.py`, `warm_start.py`, `core_speed.py`: speed. `heads.py`,
   `head_settings.py`: accuracy. `float32.py`: accuracy and speed in float32.
-- `honesty/`: reliability on hard tasks. `gpu.py`: everything that needs a GPU. `quickstart.py`: `make quickstart`.
+- `honesty/`: reliability on hard tasks. `gpu/`: everything that needs a GPU. `quickstart.py`: `make quickstart`.
 - `experiment.py`, `report.py`, `tables.py`: the shared code for command lines, result files and tables.
 - `options.py`, `loop.py`, `processes.py`, `data/`: the parts of a training run.
 

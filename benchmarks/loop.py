@@ -25,6 +25,7 @@ from convexheads.errors import ConvexHeadsError, InputError, SolverError
 from convexheads.evaluation import embed, evaluate
 from convexheads.heads import ClassificationHead, MulticlassSVM
 from convexheads.kernels import Linear
+from convexheads.solvers import NativeSolver
 from convexheads.training import SCHEDULES, EpisodeLoss, episode_loss, format_step, non_finite_tasks, raise_failure
 
 METRICS = ("loss", "accuracy", "gap", "certified", "iterations")
@@ -81,7 +82,12 @@ class Training:
         if (mode := options.compilation(self.device)) != "none":
             self.network = torch.compile(self.network, mode=mode)
         linear = isinstance(head.kernel, Linear) and not head.kernel.normalize
-        self.gram_on_host = self.device.type == "cuda" and isinstance(head, MulticlassSVM) and linear
+        solved_on_host = isinstance(head, MulticlassSVM) and options.backend in ("auto", "numba")
+        self.gram_on_host = self.device.type == "cuda" and solved_on_host and linear
+        if isinstance(head, MulticlassSVM) and options.backend != "auto":
+            # On the GPU, a task that fails has NaN logits, and its status is not read.
+            on_failure = "return" if options.backend == "cuda" else "raise"
+            head.solver = NativeSolver(backend=options.backend, on_failure=on_failure)
         if self.device.type == "cuda" and not self.gram_on_host:
             self.head.validate = False  # checks would wait for the device, and a step that fails is found anyway
         self.parameters = dict(_named(self.backbone, self.head, nn.Module.named_parameters))

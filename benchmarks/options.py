@@ -79,6 +79,10 @@ class Options:
         Literal["float32", "bfloat16"],
         "precision of the backbone in training (bfloat16 by autocast); heads solve in float64",
     ] = "float32"
+    backend: Annotated[
+        Literal["auto", "torch", "numba", "cuda"],
+        "backend of the SVMs' solver; cuda solves on the GPU in one launch, without copies to the CPU",
+    ] = "auto"
     processes: Annotated[int, "processes that share every training step, one per device"] = 1
     compile: Annotated[
         Literal["none", "default", "reduce-overhead", "max-autotune"] | None,

@@ -35,8 +35,11 @@ from convexheads.training import episode_loss
 HEADS = ("prototypes", "ridge", "svm")
 CALLED: dict[str, Callable[..., ch.ClassificationHead]]
 CALLED = {"prototypes": ch.PrototypeHead, "ridge": ch.RidgeHead, "SVM": ch.SVMHead, "logistic": ch.LogisticHead}
-VARIANTS = ("as it is", "with validate=False", "compiled")
-"""How heads are called: by default, without checks of values, and without them in a graph of `torch.compile`."""
+VARIANTS = ("as it is", "with validate=False", "compiled", "captured")
+"""How heads are called: by default; without checks of values; so in a graph of `torch.compile`; and so in a replayed
+CUDA graph, which takes little more than the time of the GPU."""
+CAPTURED = ("prototypes", "ridge", "SVM on the GPU")
+"""The heads that never wait for the GPU, so that a CUDA graph can capture them."""
 CALL_FEATURES, EVALUATIONS = 64, 5
 SCIKIT_LEARN = "LogisticRegression of scikit-learn in a loop"
 WAYS, SHOTS = 5, 5
@@ -87,11 +90,11 @@ def training(*, backbone: str, device: str, episodes: int, queries: int, repeats
     return found
 
 
-def evaluation(*, device: str, episodes: int, queries: int, features: int) -> dict[str, float]:
-    """Seconds over the same episodes of random clustered features.
+def evaluation(*, device: str, threads: int, episodes: int, queries: int, features: int) -> dict[str, list[float]]:
+    """Seconds over the same episodes of random clustered features, with one and with all threads.
 
     They are those of `convexheads.evaluate` for each head and, on the CPU, of the usual loop over episodes with
-    scikit-learn's logistic regression, as in Tian et al. 2020.
+    scikit-learn's logistic regression, as in Tian et al. 2020, with the threads that it uses by default.
     """
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(20).repeat_interleave(600)
@@ -100,14 +103,20 @@ def evaluation(*, device: str, episodes: int, queries: int, features: int) -> di
     labels = labels.to(device)
     settings: dict[str, Any] = {"ways": WAYS, "shots": SHOTS, "queries": queries}
     heads = {name: build_head(name) for name in HEADS} | {"logistic": ch.LogisticHead()}
-    seconds: dict[str, list[float]] = {name: [] for name in heads}
+    if device == "cuda":
+        heads |= {name: make() for name, make in called(device).items() if name not in CALLED}
+    counts = thread_counts(device, threads)
+    seconds: dict[str, list[list[float]]] = {name: [[] for _ in counts] for name in heads}
     for _ in range(EVALUATIONS):
         for name, head in heads.items():
-            ch.evaluate(head, cached, labels, episodes=100, progress=False, **settings)  # warms up
-            begin = time.perf_counter()
-            ch.evaluate(head, cached, labels, episodes=episodes, **settings)
-            seconds[name].append(time.perf_counter() - begin)
-    found = {name: statistics.median(taken) for name, taken in seconds.items()}
+            for count, taken in zip(counts, seconds[name], strict=True):
+                torch.set_num_threads(count)
+                ch.evaluate(head, cached, labels, episodes=100, progress=False, **settings)  # warms up
+                begin = time.perf_counter()
+                ch.evaluate(head, cached, labels, episodes=episodes, **settings)
+                taken.append(time.perf_counter() - begin)
+    torch.set_num_threads(threads)
+    found = {name: list(map(statistics.median, taken)) for name, taken in seconds.items()}
     if device == "cpu":
         drawn = list(sample_episodes(labels, WAYS, SHOTS + queries, episodes, seed=0))
         arrays, known = cached.numpy(), np.arange(WAYS)
@@ -116,14 +125,40 @@ def evaluation(*, device: str, episodes: int, queries: int, features: int) -> di
             support, query = (part.flatten().numpy() for part in (chosen[:, :SHOTS], chosen[:, SHOTS:]))
             model = LogisticRegression(max_iter=1000).fit(arrays[support], known.repeat(SHOTS))
             _ = (model.predict(arrays[query]) == known.repeat(queries)).mean()
-        found[SCIKIT_LEARN] = time.perf_counter() - begin
+        found[SCIKIT_LEARN] = [time.perf_counter() - begin]
     return found
+
+
+def thread_counts(device: str, threads: int) -> list[int]:
+    """The numbers of threads with which evaluations are timed."""
+    return [1, threads] if device == "cpu" and threads > 1 else [threads]
+
+
+def called(device: str) -> dict[str, Callable[..., ch.ClassificationHead]]:
+    """The heads whose calls are timed; by default, an SVM whose tensors are on a GPU is solved on the CPU."""
+    if device == "cpu" or find_spec("numba_cuda") is None:
+        return CALLED
+    solver = ch.solvers.NativeSolver(backend="cuda", on_failure="return")
+    return CALLED | {"SVM on the GPU": partial(ch.SVMHead, solver=solver)}
+
+
+def capture(call: Callable[[], object]) -> Callable[[], object]:
+    """A function that replays what a call does on the GPU."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()  # compiles kernels, and allocates memory
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def calls(*, device: str, tasks: int, queries: int, features: int, repeats: int) -> dict[str, list[float]]:
     """Median seconds of a call of each head, alone and with its gradient, in the order of `VARIANTS`.
 
-    They are medians over blocks of calls, which alternate between the variants.
+    They are medians over blocks of calls, which alternate between the variants. Only on a GPU, a head may be captured.
     """
     labels = torch.arange(WAYS).repeat_interleave(SHOTS).expand(tasks, -1).contiguous().to(device)
     truth = torch.arange(WAYS).repeat_interleave(queries).repeat(tasks).to(device)
@@ -141,16 +176,19 @@ def calls(*, device: str, tasks: int, queries: int, features: int, repeats: int)
         torch.autograd.grad(functional.cross_entropy(logits.flatten(0, 1), truth), (support, query))
 
     found = {}
-    for name, make in CALLED.items():
+    for name, make in called(device).items():
         unchecked = make(validate=False)
         variants = make(), unchecked, torch.compile(unchecked, fullgraph=True)
         for title, way in (("forward", forward), ("forward and backward", both)):
-            seconds: list[list[float]] = [[] for _ in variants]
+            timed: list[Callable[[], object]] = [partial(way, head) for head in variants]
+            if device == "cuda" and name in CAPTURED:
+                timed.append(capture(partial(way, unchecked)))
+            seconds: list[list[float]] = [[] for _ in timed]
             for repeat in tqdm(range(-2, repeats), desc=f"calls of {name}", leave=False):
-                for head, taken in zip(variants, seconds, strict=True):
+                for call, taken in zip(timed, seconds, strict=True):
                     begin = report.now(support)
                     for _ in range(BLOCK):
-                        way(head)
+                        call()
                     if repeat >= 0:
                         taken.append((report.now(support) - begin) / BLOCK)
             found[f"{name}, {title}"] = list(map(statistics.median, seconds))
@@ -159,7 +197,8 @@ def calls(*, device: str, tasks: int, queries: int, features: int, repeats: int)
 
 def show_calls(seconds: dict[str, list[float]], title: str) -> Table:
     """A line for each head and direction."""
-    table = report.new_table(title, ("call", *(f"{variant}, ms" for variant in VARIANTS)), left=["call"])
+    variants = VARIANTS[: max(map(len, seconds.values()))]
+    table = report.new_table(title, ("call", *(f"{variant}, ms" for variant in variants)), left=["call"])
     for name, each in seconds.items():
         table.add_row(name, *(f"{1e3 * taken:.2f}" for taken in each))
     return table
@@ -294,11 +333,14 @@ def show_loops(seconds: dict[str, float], title: str) -> Table:
     return table
 
 
-def show(steps: dict[str, float], evaluations: dict[str, float], title: str) -> Table:
+def show(steps: dict[str, float], evaluations: dict[str, list[float]], threads: list[int], title: str) -> Table:
     """A line for each head."""
-    table = report.new_table(title, ("head", "training step, ms", "evaluation, s"), left=["head"])
-    for name in evaluations:
-        table.add_row(name, f"{1e3 * steps[name]:.1f}" if name in steps else "", f"{evaluations[name]:.1f}")
+    named = [f"evaluation, {count} thread{'s' if count > 1 else ''}, s" for count in threads]
+    table = report.new_table(title, ("head", "training step, ms", *named), left=["head"])
+    for name, seconds in evaluations.items():
+        missing = [""] * (len(threads) - len(seconds))
+        step_time = f"{1e3 * steps[name]:.1f}" if name in steps else ""
+        table.add_row(name, step_time, *missing, *(f"{each:.1f}" for each in seconds))
     return table
 
 
@@ -324,13 +366,15 @@ def main() -> None:
     where = {"device": options.device}
     network = {"backbone": options.backbone} | where
     steps = training(**network, episodes=options.tasks, queries=options.train_queries, repeats=options.repeats)
-    evaluations = evaluation(**where, episodes=options.episodes, queries=options.queries, features=options.features)
+    evaluated = {name: options[name] for name in ("threads", "episodes", "queries", "features")}
+    evaluations = evaluation(**where, **evaluated)
     sizes = where | {"tasks": options.tasks, "queries": options.train_queries, "repeats": options.repeats}
     found, called = loops(**sizes), calls(**sizes, features=CALL_FEATURES)
     origin = report.provenance()
     names = ("backbone", "device", "tasks", "train_queries", "repeats", "episodes", "queries", "features", "threads")
     settings = {name: options[name] for name in names}
-    table = show(steps, evaluations, "What a head costs, 5-way 5-shot")
+    counts = thread_counts(options.device, options.threads)
+    table = show(steps, evaluations, counts, "What a head costs, 5-way 5-shot")
     note = (
         f"Training step: a {options.backbone} on {options.tasks} episodes of 32 x 32 images, {options.train_queries} "
         f"queries per class, SGD; medians of {options.repeats} steps, the heads in turn. In the same round, the step "
@@ -338,7 +382,7 @@ def main() -> None:
         f"{steps['svm / ridge']:.3f} times as long as that with ridge regression (medians). Evaluation: "
         f"`convexheads.evaluate` over {options.episodes:,} episodes of {options.features} cached features, "
         f"{options.queries} queries per class, median of {EVALUATIONS} runs; scikit-learn's logistic regression has "
-        "its default tolerance, and ran once. "
+        "its default tolerance and number of threads, and ran once. "
         f"{experiment.place(origin, options.device)}, torch {origin['versions']['torch']}. "
         "Made by `python -m benchmarks.overhead`."
     )
@@ -349,6 +393,8 @@ def main() -> None:
         "default settings. Compiled: `torch.compile(head, fullgraph=True)` of a head with `validate=False`. Backward: "
         "the gradient of the cross-entropy with respect to the features of support and queries."
     )
+    if options.device == "cuda":
+        call_note += " Captured: a replayed CUDA graph of the call, which takes little more than the time of the GPU."
     added = show_loops(found, "What a loop costs, 5-way 5-shot")
     added_note = (
         f"A step: {options.tasks} episodes of 32 x 32 pixels of noise, {options.train_queries} queries per class, "

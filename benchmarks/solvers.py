@@ -53,7 +53,7 @@ class Contender(NamedTuple):
 
     Attributes:
         call: the function.
-        largest: the n * k above which it is left out because it would take minutes.
+        largest: the n * k above which it is left out for 8 tasks, because it would take minutes.
         exact: whether it solves the SVM of the paper, so that its error can be measured.
     """
 
@@ -231,22 +231,28 @@ def measure(
         support, labels, query = exact
         data = support.to(device, dtype), labels.to(device), query.to(device, dtype)
         nk = ways * ways * shots
-        taking_part = {name: own for name, own in available.items() if name in names and nk <= own.largest}
+        cost = nk * max(1.0, count / 8) ** (1 / 3)  # the n * k at which 8 tasks would take as long
+        taking_part = {name: own for name, own in available.items() if name in names and cost <= own.largest}
         forward: dict[str, list[float]] = {name: [] for name in taking_part}
         both: dict[str, list[float]] = {name: [] for name in taking_part}
         errors: dict[str, tuple[float, float | None]] = {}
         memory: dict[str, float | None] = {}
-        judged = "moreau" in available and nk <= _REFERENCE and any(each.exact for each in taking_part.values())
+        judged = "moreau" in available and cost <= _REFERENCE and any(each.exact for each in taking_part.values())
         known = reference(exact, ways, nk) if judged else None
         for repeat in range(-2, repeats):
-            for name, each in taking_part.items():
+            for name, each in list(taking_part.items()):
                 if both[name] and statistics.median(both[name]) > (_SLOW if repeat >= 3 else _VERY_SLOW):
                     continue
                 torch.set_num_threads(1 if name in _QPTH and nk > _ONE_THREAD else threads)
-                if repeat == -1:
-                    memory[name] = peak_memory(partial(once, each.call, *data, ways), device)
+                try:
+                    if repeat == -1:
+                        memory[name] = peak_memory(partial(once, each.call, *data, ways), device)
+                        continue
+                    first, second, found, slope = once(each.call, *data, ways)
+                except torch.OutOfMemoryError:
+                    print(f"{name} {LEFT_OUT} too little memory for {count} tasks of {size}", file=sys.stderr)
+                    del taking_part[name]
                     continue
-                first, second, found, slope = once(each.call, *data, ways)
                 if repeat >= 0 or second > _VERY_SLOW:
                     forward[name].append(first)
                     both[name].append(second)

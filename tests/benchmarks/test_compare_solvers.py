@@ -117,6 +117,23 @@ def test_contenders_whose_package_is_missing_are_left_out_and_named(
         solvers.main()
 
 
+def test_a_contender_without_enough_memory_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def exhaust(support: torch.Tensor, *_: object) -> torch.Tensor:
+        if len(support) > 1:
+            raise torch.OutOfMemoryError
+        return support
+
+    made = solvers.contenders()
+    fail = solvers.Contender(exhaust, exact=False)
+    monkeypatch.setattr(solvers, "contenders", lambda: {"ridge": made["ridge"], "large": fail})
+    settings: dict[str, Any] = {"precisions": ["float64"], "device": "cpu", "features": 4, "queries": 1}
+    rows = solvers.measure(sizes=["5w1s"], tasks=[2], names=["ridge", "large"], repeats=1, threads=1, **settings)
+    assert list(rows["contender"]) == ["ridge"]
+    assert f"large {solvers.LEFT_OUT}" in capsys.readouterr().err
+
+
 def test_many_classes():
     found = many_classes.measure(ways=12, shots=2, tasks=2, features=40, repeats=2, interior_point=True)
     assert found["gap"] < 1e-9
@@ -129,10 +146,15 @@ def test_overhead_of_a_head_in_training_and_in_evaluation(monkeypatch: pytest.Mo
     assert set(steps) == {*overhead.HEADS, "svm / prototypes", "svm / ridge"}
     assert min(steps.values()) > 0
     monkeypatch.setattr(overhead, "EVALUATIONS", 1)
-    evaluations = overhead.evaluation(device="cpu", episodes=20, queries=2, features=8)
+    evaluations = overhead.evaluation(device="cpu", threads=2, episodes=20, queries=2, features=8)
     assert set(evaluations) == {*overhead.HEADS, "logistic", overhead.SCIKIT_LEARN}
-    assert min(evaluations.values()) > 0
-    assert overhead.show(steps, evaluations, "title").row_count == len(overhead.HEADS) + 2
+    assert all(min(seconds) > 0 for seconds in evaluations.values())
+    table = report.markdown(overhead.show(steps, evaluations, [1, 2], "title")).splitlines()[2:]
+    assert len(table) == len(overhead.HEADS) + 2
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[3:-1]] for line in table}
+    assert [len(seconds) for seconds in evaluations.values()] == [2, 2, 2, 2, 1]
+    assert cells[overhead.SCIKIT_LEARN][0] == ""  # it has no line for one thread
+    assert cells["ridge"] == [f"{seconds:.1f}" for seconds in evaluations["ridge"]]
 
 
 def test_what_a_call_costs(monkeypatch: pytest.MonkeyPatch):

@@ -12,23 +12,26 @@ import tarfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tasks import ROOT
 
 import convexheads as ch
-from benchmarks import gpu
+from benchmarks.gpu import archive, queue, speed, stages
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.session import Session
 from benchmarks.options import Options
 from benchmarks.solvers import LEFT_OUT
 from convexheads.models import build_model, save_pretrained
 
 
 def test_every_training_of_the_queue_can_begin() -> None:
-    entries = [*gpu.QUEUE, *gpu.SMOKE_QUEUE]
+    entries = [*queue.QUEUE, *queue.SMOKE_QUEUE]
     names = [entry.name for entry in entries]
     assert len(names) == len(set(names)) > 30
-    for entry in gpu.QUEUE:
+    for entry in queue.QUEUE:
         options = entry.options(precision="bfloat16", data_root=Path("data"), output=Path("out") / entry.name)
         assert isinstance(options, Options)
         assert options.folder == Path("out") / entry.name
@@ -36,18 +39,18 @@ def test_every_training_of_the_queue_can_begin() -> None:
         assert options.precision == "bfloat16"
         build_model(options.record(), torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8))
     for entry in entries:
-        options = gpu._small(entry.options())
+        options = queue.shrink(entry.options())
         assert (options.dataset, options.total_steps, options.checkpoint_every) == ("digits", 4, 1)
 
 
 def test_nothing_is_trained_twice() -> None:
-    records = {entry.name: json.dumps(entry.options().record(), sort_keys=True) for entry in gpu.QUEUE}
+    records = {entry.name: json.dumps(entry.options().record(), sort_keys=True) for entry in queue.QUEUE}
     twice = [name for name, record in records.items() if [*records.values()].count(record) > 1]
     assert not twice
 
 
 def test_rows_of_table_4_add_what_their_names_say() -> None:
-    rows = {entry.name.partition("svm-")[2]: entry.options().record() for entry in gpu._table4()}
+    rows = {entry.name.partition("svm-")[2]: entry.options().record() for entry in queue._table4()}
     names = ["augmentation", "decay", "dropblock", "smoothing", "trainval"]
     assert list(rows) == ["none", "decay", *("-".join(names[:count]) for count in range(1, 6))]
     for name, record in rows.items():
@@ -74,11 +77,11 @@ def finished(folder: Path) -> Path:
 
 
 def test_packed_results_have_weights_of_half_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "PART", 100_000)
+    monkeypatch.setattr(archive, "PART", 100_000)
     folder = finished(tmp_path / "out" / "one")
     before = (folder / "model.safetensors").read_bytes()
-    parts = gpu.pack_results(tmp_path / "out")
-    assert gpu.pack_results(tmp_path / "out") == parts  # which takes the place of the first, and leaves it out
+    parts = archive.pack_results(tmp_path / "out")
+    assert archive.pack_results(tmp_path / "out") == parts  # which takes the place of the first, and leaves it out
     assert len(parts) > 1
     assert sorted((tmp_path / "out" / "home").iterdir()) == parts
     assert all(part.stat().st_size <= 100_000 for part in parts)
@@ -92,7 +95,7 @@ def test_packed_results_have_weights_of_half_the_size(tmp_path: Path, monkeypatc
         "tensorboard",
     ]
 
-    names = gpu.unpack_results(tmp_path / "out" / "home", tmp_path / "home")
+    names = archive.unpack_results(tmp_path / "out" / "home", tmp_path / "home")
     assert names == ["one/model.safetensors", "one/result.json"]
     assert json.loads((tmp_path / "home" / "one" / "result.json").read_text()) == {"seed": 0}
     backbone, head, settings = ch.load_pretrained(folder)
@@ -117,13 +120,13 @@ def test_unpacking_writes_nothing_outside_the_folder(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "part-00").write_bytes(content.getvalue())
     with pytest.raises(tarfile.TarError):
-        gpu.unpack_results(tmp_path / "home", tmp_path / "here")
+        archive.unpack_results(tmp_path / "home", tmp_path / "here")
     assert not (tmp_path / "outside").exists()
 
 
 def test_an_unfinished_training_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--smoke", "--stages", "[trainings]", "--minutes", "0", "--output", str(tmp_path)]
-    gpu.main(arguments)
+    main(arguments)
     said = capsys.readouterr().out
     assert "trainings: no time left" in said
     assert "Next: smoke_svm" in said
@@ -131,9 +134,9 @@ def test_an_unfinished_training_is_no_result(tmp_path: Path, capsys: pytest.Capt
 
 def test_without_time_the_speed_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the stages that follow go on with the time that there is."""
-    monkeypatch.setattr(gpu, "_peak", lambda *_: 1e12)
-    session = gpu.Session(tmp_path, None, time.monotonic() + 30, smoke=False, queue=gpu.QUEUE)
-    assert gpu.speed(session) == "no time left"
+    monkeypatch.setattr(speed, "_peak", lambda *_: 1e12)
+    session = Session(tmp_path, None, time.monotonic() + 30, smoke=False, queue=queue.QUEUE)
+    assert speed.speed(session) == "no time left"
     assert not list(tmp_path.iterdir())
 
 
@@ -144,11 +147,12 @@ def test_the_speed_is_measured_with_one_thread_and_says_so(tmp_path: Path, monke
         used.append(torch.get_num_threads())
         return 10.0, 1.0
 
-    monkeypatch.setattr(gpu, "_time", timed)
-    monkeypatch.setattr(gpu, "VARIANTS", gpu.VARIANTS[-1:])
-    session = gpu.Session(tmp_path, None, time.monotonic() + 600, smoke=True, queue=gpu.SMOKE_QUEUE)
+    monkeypatch.setattr(speed, "_time", timed)
+    monkeypatch.setattr(speed, "find_spec", lambda _: None)  # as without the solver on the GPU
+    monkeypatch.setattr(speed, "VARIANTS", speed.VARIANTS[-1:])
+    session = Session(tmp_path, None, time.monotonic() + 600, smoke=True, queue=queue.SMOKE_QUEUE)
     torch.set_num_threads(2)
-    said = gpu.speed(session)
+    said = speed.speed(session)
     assert torch.get_num_threads() == 2
     assert used == [1, 1, 1]
     assert said.startswith("100.0 steps per second")
@@ -158,10 +162,40 @@ def test_the_speed_is_measured_with_one_thread_and_says_so(tmp_path: Path, monke
 
 
 def test_the_stage_of_solvers_names_what_was_left_out(tmp_path: Path) -> None:
-    (tmp_path / "solvers.end").write_text("exit status 0: done\n")  # as an earlier call left it
-    (tmp_path / "solvers.txt").write_text(f"qpth {LEFT_OUT} its package\nanother line\n")
-    session = gpu.Session(tmp_path, None, time.monotonic() + 600, smoke=True, queue=gpu.SMOKE_QUEUE)
-    assert gpu.solvers(session) == f"exit status 0: done; qpth {LEFT_OUT} its package"
+    (tmp_path / "solvers-1.end").write_text("exit status 0: done\n")  # as an earlier call left it
+    (tmp_path / "solvers-1.txt").write_text(f"qpth {LEFT_OUT} its package\nanother line\n")
+    session = Session(tmp_path, None, time.monotonic() + 600, smoke=True, queue=queue.SMOKE_QUEUE)
+    assert stages.solvers(session) == f"1 tasks: exit status 0: done; qpth {LEFT_OUT} its package"
+
+
+def test_compute_sanitizer_runs_each_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(tmp_path / "out", None, time.monotonic() + 600, smoke=True, queue=queue.SMOKE_QUEUE)
+    session.output.mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(stages, "find_spec", lambda _: None)
+    assert "not installed" in stages.sanitizer(session)
+    package = tmp_path / "nvidia" / "cu13" / "bin"
+    package.mkdir(parents=True)
+    tool = package / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\necho "$@"\n[ "$2" != racecheck ]\n')
+    tool.chmod(0o755)
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
+    monkeypatch.setattr(stages, "find_spec", lambda _: found)
+    said = stages.sanitizer(session)
+    assert [part.partition(" --")[0] for part in said.split("; ")] == [
+        "memcheck: exit status 0:",
+        "racecheck: exit status 1:",
+        "synccheck: exit status 0:",
+    ]
+    command = (session.output / "memcheck.txt").read_text().split()
+    assert command[:2] == ["--tool", "memcheck"]
+    assert command.index("--error-exitcode") < command.index(sys.executable) < command.index("pytest")
+
+
+def test_a_stage_ends_at_its_own_limit(tmp_path: Path) -> None:
+    session = Session(tmp_path, None, time.monotonic() + 600, smoke=True, queue=queue.SMOKE_QUEUE)
+    assert session.command("sleep", "-c", "import time; time.sleep(60)", limit=1) == "stopped at the time limit"
+    assert not (tmp_path / "sleep.end").exists()
 
 
 @pytest.mark.slow
@@ -184,7 +218,7 @@ def test_killed_at_a_random_moment_it_goes_on(tmp_path: Path) -> None:
     said = (tmp_path / "log").read_text()
     assert code == 0, said
     assert "All training runs are finished" in said
-    for entry in gpu.SMOKE_QUEUE:
+    for entry in queue.SMOKE_QUEUE:
         folder = tmp_path / "out" / entry.name
         assert json.loads((folder / "result.json").read_text())["results"]
         for name in ("result.md", "metrics.csv", "config.yaml", "accuracy.png"):
@@ -193,9 +227,9 @@ def test_killed_at_a_random_moment_it_goes_on(tmp_path: Path) -> None:
     speed = json.loads((tmp_path / "out" / "speed" / "speed.json").read_text())
     assert len(speed["results"]) >= 4
     assert all(row["ms"] > 0 for row in speed["results"])
-    for name in ("tests", "solvers"):
+    for name in ("tests", "overhead", "solvers-1", "float32"):
         assert (tmp_path / "out" / f"{name}.end").read_text().startswith("exit status 0"), name
-    timed = json.loads((tmp_path / "out" / "solvers" / "solvers.json").read_text())["results"]
+    timed = json.loads((tmp_path / "out" / "solvers-1" / "solvers.json").read_text())["results"]
     assert ("qpth" in {row["contender"] for row in timed}) == (find_spec("qpth") is not None)
-    names = gpu.unpack_results(tmp_path / "out" / "home", tmp_path / "home")
-    assert {f"{entry.name}/model.safetensors" for entry in gpu.SMOKE_QUEUE} <= set(names)
+    names = archive.unpack_results(tmp_path / "out" / "home", tmp_path / "home")
+    assert {f"{entry.name}/model.safetensors" for entry in queue.SMOKE_QUEUE} <= set(names)

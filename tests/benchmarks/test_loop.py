@@ -627,6 +627,15 @@ def test_a_training_from_gram_matrices_is_the_same() -> None:
     assert own.rows[4] == pytest.approx(other.rows[4], rel=1e-5, abs=1e-9)
 
 
+def test_the_solver_of_an_svm_has_the_backend_of_the_options() -> None:
+    own, other = training("svm", backend="torch"), training("svm")
+    assert [each.head.solver.backend for each in (own, other)] == ["torch", "auto"]
+    for each in (own, other):
+        take(each, range(2)).read()
+    torch.testing.assert_close(state(own), state(other), rtol=1e-4, atol=1e-6)
+    assert training("ridge", backend="torch").head.state_dict().keys() == training("ridge").head.state_dict().keys()
+
+
 # On a GPU
 
 
@@ -674,10 +683,10 @@ def synchronizing_is_an_error() -> Iterator[None]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("on_failure", ["raise", "skip"])
-@pytest.mark.parametrize("head", ["prototypes", "ridge"])
+@pytest.mark.parametrize("head", ["prototypes", "ridge", "svm"])
 def test_steps_do_not_wait_for_the_gpu(head: str, on_failure: str, cuda: torch.device) -> None:
-    """Those of prototypes and ridge regression; an SVM's wait for its Gram matrix, which the CPU needs."""
-    own = on_gpu(head, on_failure=on_failure)
+    """Those of an SVM need the backend for GPUs; otherwise, they wait for the Gram matrix, which the CPU needs."""
+    own = on_gpu(head, on_failure=on_failure, backend="cuda")
     for step in range(2):
         own.take(own.episodes.draw(step))
     with synchronizing_is_an_error():
@@ -694,6 +703,7 @@ def test_steps_do_not_wait_for_the_gpu(head: str, on_failure: str, cuda: torch.d
 def test_only_svms_run_from_gram_matrices(cuda: torch.device) -> None:
     heads = ("svm", "svm-smoothed", "ridge", "prototypes")
     assert [on_gpu(head).gram_on_host for head in heads] == [True, True, False, False]
+    assert not on_gpu("svm", backend="cuda").gram_on_host
     assert not on_gpu("svm", device="cpu").gram_on_host
 
 

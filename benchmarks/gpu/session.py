@@ -1,0 +1,69 @@
+"""A run of the stages within a time limit."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.queue import Entry
+from convexheads import _storage
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run of this script.
+
+    Attributes:
+        output: folder for all results.
+        data_root: folder of the data.
+        deadline: when to stop, by `time.monotonic()`.
+        smoke: whether to use tiny sizes.
+        queue: the training runs.
+        changes: options that override those of all training runs in the queue.
+    """
+
+    output: Path
+    data_root: Path | None
+    deadline: float
+    smoke: bool
+    queue: tuple[Entry, ...]
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+    def command(self, name: str, *arguments: str, under: Sequence[str] = (), limit: float = math.inf) -> str:
+        """Run a Python command, unless an earlier run finished it; write its output to a file.
+
+        Args:
+            name: of the files with its output and its end.
+            arguments: of Python.
+            under: the program that runs Python, with its arguments; none by default.
+            limit: the largest number of seconds, besides those that are left.
+
+        Returns:
+            The exit status and the last line of the output.
+        """
+        path, end_path = self.output / f"{name}.txt", self.output / f"{name}.end"
+        if end_path.is_file():
+            return end_path.read_text().strip()
+        with path.open("w") as file:
+            try:
+                seconds = max(1, min(self.left, limit))
+                command = [*under, sys.executable, *arguments]
+                done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=seconds)
+                end = f"exit status {done.returncode}"
+            except subprocess.TimeoutExpired:
+                return "stopped at the time limit"
+        lines = path.read_text(errors="replace").splitlines()
+        end = f"{end}: {lines[-1] if lines else 'no output'}"
+        _storage.atomic_write(end_path, f"{end}\n".encode())
+        return end
