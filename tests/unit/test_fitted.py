@@ -14,9 +14,11 @@ import torch
 from tasks import task
 
 from convexheads import (
+    ClassificationHead,
     ConvexHeadsError,
     GaussianProcessHead,
     InputError,
+    KernelExpansion,
     Learnable,
     LinearDiscriminantHead,
     LogisticHead,
@@ -58,6 +60,25 @@ def test_weights_and_biases_give_the_logits(make, kernel):
     torch.testing.assert_close(logits, fitted(query))
     (expected,) = torch.autograd.grad(fitted(query).square().sum(), support, retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(logits.square().sum(), support)[0], expected)
+
+
+class _OfMeans(ClassificationHead):
+    """A head that returns weights, and coefficients that are not used."""
+
+    def solve(self, support):
+        weight = support.targets.mT @ support.features
+        return KernelExpansion(torch.full_like(support.targets, 7.0), weight=weight)
+
+
+def test_weights_of_a_head_of_your_own_replace_its_coefficients():
+    support, labels, query, _ = task(2)
+    for kernel in (Linear(), Linear() + 1.0, _dot):
+        fitted = _OfMeans(kernel=kernel).fit(support, labels)
+        expected = query @ (torch.nn.functional.one_hot(labels).to(support).mT @ support).mT
+        torch.testing.assert_close(fitted(query), expected)
+        torch.testing.assert_close(fitted.score_rows(query[0], torch.arange(4)), fitted(query[0]))
+        if kernel is not _dot:
+            torch.testing.assert_close(query @ fitted.weight.mT + fitted.bias.unsqueeze(-2), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -143,6 +164,10 @@ def test_parameters_per_task_in_a_module_are_detached_and_moved(keep):
     assert not detached(query).requires_grad
     assert fitted.support.kernel.unit.requires_grad
     assert fitted.to("meta").support.kernel.unit.is_meta
+
+
+def _dot(x, y):
+    return x @ y.mT
 
 
 def _dot_by_axis(x, y, weight):

@@ -29,7 +29,7 @@ from convexheads.kernels import RBF, Constant, Linear, UnitScale
 LINEAR = {
     "svm": lambda: SVMHead(scale=Learnable(2.5)),
     "intercept": lambda: SVMHead(intercept=True),
-    "ridge in its weights": lambda: RidgeHead(kernel=Linear(normalize=True)),
+    "ridge": lambda: RidgeHead(kernel=Linear(normalize=True)),
     "logistic": lambda: LogisticHead(kernel=Linear() + Constant(Learnable(0.6))),
     "discriminant": lambda: LinearDiscriminantHead(),
     "prototypes": lambda: PrototypeHead(scale=Learnable(0.3)),
@@ -58,10 +58,11 @@ def spy():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("d", [2, 7], ids="d={}".format)  # fewer features than examples, and more
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)], ids=str)
 @pytest.mark.parametrize("make", (LINEAR | OTHERS).values(), ids=LINEAR | OTHERS)
-def test_rows_have_the_scores_of_a_call(make, batch, dtype):
-    found, features, rows = fit_and_table(make(), *batch, dtype=dtype)
+def test_rows_have_the_scores_of_a_call(make, batch, d, dtype):
+    found, features, rows = fit_and_table(make(), *batch, dtype=dtype, d=d)
     with torch.no_grad(), spy() as kernel:
         scores = found.score_rows(features, rows)
         expected = found(features[rows])

@@ -29,6 +29,8 @@ from convexheads.solvers import Solution
 from convexheads.solvers.native.active_set import numba_is_installed
 
 _F = TypeVar("_F", bound="Fitted")
+_Form = tuple[Any, Any]
+"""The a and c of a kernel that is a <x, y> + c, as `affine_form` returns them."""
 # The number of entries of the queries that are gathered at once on a CPU: more would not fit into its cache.
 _ENTRIES_IN_CACHE = 2**19
 
@@ -105,10 +107,10 @@ class Fitted:
     ) -> Float[Tensor, "*batch q k"] | None:
         """The scores of rows by the compiled kernel, in working precision; None where it cannot be used."""
         *batch, n, k = self.expansion.coef.shape
-        is_usable = features.is_cpu and features.is_contiguous() and features.dtype in (torch.float32, torch.float64)
+        is_readable = features.is_cpu and features.is_contiguous() and features.dtype in (torch.float32, torch.float64)
         is_traced = torch.compiler.is_compiling() or is_transforming()
-        form = None if is_traced or not is_usable or k > n or not numba_is_installed() else self._linear_form
-        if form is None:
+        form, is_linear = self._affine, self.expansion.quadratic is None and k <= n
+        if form is None or not (is_linear and is_readable and numba_is_installed()) or is_traced:
             return None
         from convexheads.heads.base import _rows_numba
 
@@ -137,8 +139,8 @@ class Fitted:
 
     def _scores(self, query: Float[Tensor, "*#batch q d"]) -> Float[Tensor, "*batch q k"]:
         """The scores of a prepared `query`, in working precision."""
-        expansion, form = self.expansion, self._linear_form if self._has_cheap_weights(query.shape[-2]) else None
-        if form is not None:
+        expansion, form = self.expansion, self._cheap_form(query.shape[-2])
+        if expansion.weight is not None or form is not None:
             scores, bias = multiply(query, self._weights(form).mT), self._biases(form)
             if expansion.quadratic is not None:
                 scores = scores + _forms(query, expansion.quadratic)
@@ -156,32 +158,30 @@ class Fitted:
             scores = scores + weight * gram_diagonal(self.support.kernel, query).unsqueeze(-1)
         return scores
 
-    def _has_cheap_weights(self, q: int) -> bool:
-        """Whether scores of q queries are cheaper by weights than by kernel values, if the kernel is linear."""
-        n, k = self.expansion.coef.shape[-2:]
-        if self.expansion.weight is not None:
-            return True
-        return 2 * k <= n if torch.compiler.is_compiling() else k * (n + q) < n * q  # a graph holds for any q
-
     @property
-    def _linear_form(self) -> tuple[Any, Any] | None:
-        """The affine form of the kernel if the head has weights; otherwise None."""
-        expansion = self.expansion
-        if expansion.quadratic is not None and expansion.weight is None:
-            return None
+    def _affine(self) -> _Form | None:
+        """The affine form of the kernel; None if it has none."""
         return affine_form(self.support.kernel, self.support.features.shape[-1])
 
-    def _weights(self, form: tuple[Any, Any]) -> Float[Tensor, "*batch k d"]:
-        """The weights for a kernel with this affine form, including the prior."""
+    def _cheap_form(self, q: int) -> _Form | None:
+        """The affine form of the kernel if scores of q queries are cheaper by weights than by kernel values."""
+        n, k = self.expansion.coef.shape[-2:]
+        # A graph holds for any number of queries.
+        is_cheap = 2 * k <= n if torch.compiler.is_compiling() else k * (n + q) < n * q
+        return self._affine if is_cheap and self.expansion.quadratic is None else None
+
+    def _weights(self, form: _Form | None) -> Float[Tensor, "*batch k d"]:
+        """The weights, including the prior: those of the expansion or, for a kernel with this form, of `coef`."""
         weight, prior, coef = self.expansion.weight, self.support.prior, self._used_coef
         if weight is None:
+            assert form is not None
             weight = multiply(self.support.features.mT, scale_once(coef, _per_task(form[0], coef))).mT
         return weight if prior is None else weight + prior
 
-    def _biases(self, form: tuple[Any, Any]) -> Float[Tensor, "*batch k"] | None:
-        """The biases for a kernel with this affine form; None for zero."""
+    def _biases(self, form: _Form | None) -> Float[Tensor, "*batch k"] | None:
+        """The biases of scores by `_weights`; None for zero."""
         bias, coef = self.expansion.bias, self._used_coef
-        if is_zero(form[1]):
+        if form is None or self.expansion.weight is not None or is_zero(form[1]):
             return bias
         constant = (_per_task(form[1], coef) * coef).sum(-2)
         return constant if bias is None else constant + bias
@@ -217,12 +217,12 @@ class Fitted:
         Raises:
             ConvexHeadsError: the scores are not linear in the features, or not known to be, for a kernel of your own.
         """
-        return self._to_output(self._weights(self._affine_form()))
+        return self._to_output(self._weights(self._linear_form()))
 
     @property
     def bias(self) -> Float[Tensor, "*batch k"]:
         """The bias `(*batch, k)` of scores that are `query @ weight.mT + bias`; see `weight`, also for errors."""
-        bias = self._biases(self._affine_form())
+        bias = self._biases(self._linear_form())
         return self._to_output(torch.zeros_like(self.expansion.coef[..., 0, :]) if bias is None else bias)
 
     def to_linear(self) -> nn.Linear:
@@ -260,14 +260,14 @@ class Fitted:
         )
         return _Scores(replace(fitted, support=replace(fitted.support, validate=False))).eval()
 
-    def _affine_form(self) -> tuple[Any, Any]:
+    def _linear_form(self) -> _Form:
+        """The affine form of the kernel, of scores that are linear in the features."""
         weight = self.expansion.self_similarity_weight
         if self.expansion.quadratic is not None or isinstance(weight, Tensor) or weight != 0:
             raise _not_linear("scores that are quadratic in the features")
-        form = affine_form(self.support.kernel, self.support.features.shape[-1])
-        if form is None:
+        if self._affine is None:
             raise _not_linear("another kernel")
-        return form
+        return self._affine
 
     def __getitem__(self: _F, tasks: Any) -> _F:
         """The fit of some of the tasks, with gradients: `fitted[3]`, `fitted[:10]` or `fitted[solved]`.
