@@ -93,8 +93,8 @@ def write(
     if rows is not None:
         rows.to_csv(output / f"{name}.csv", index=False)
     report.write_json(record, output / f"{name}.json")
-    for further, text in more:
-        note += f"\n\n## {further.title}\n\n{report.markdown(further)}" + (f"\n\n{text}" if text else "")
+    for number, (further, text) in enumerate(more, 2):
+        note += f"\n\n## {further.title}\n\n{report.snippet(further, number)}" + (f"\n\n{text}" if text else "")
     report.write_markdown(table, note, output / f"{name}.md")
     if draw is not None:
         draw(output / f"{name}.png")

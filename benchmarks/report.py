@@ -84,10 +84,13 @@ def write_json(record: dict[str, Any], path: Path) -> None:
 
 def write_markdown(result: Table, note: str, path: Path) -> None:
     """Write the table, and a note below it, as Markdown."""
-    body = (
-        f"<!-- --8<-- [start:table] -->\n{markdown(result)}\n<!-- --8<-- [end:table] -->"  # for pages that include it
-    )
-    path.write_text(f"# {result.title}\n\n{body}\n\n{note}\n", encoding="utf-8")
+    path.write_text(f"# {result.title}\n\n{snippet(result)}\n\n{note}\n", encoding="utf-8")
+
+
+def snippet(result: Table, number: int = 1) -> str:
+    """The table in Markdown, as pages include it: by the name "table" or, further below, "table-2" and so on."""
+    name = "table" if number == 1 else f"table-{number}"
+    return f"<!-- --8<-- [start:{name}] -->\n{markdown(result)}\n<!-- --8<-- [end:{name}] -->"
 
 
 def markdown(result: Table) -> str:

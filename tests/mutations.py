@@ -332,8 +332,8 @@ MUTATIONS = [
     Mutation(
         "evaluation-parts",
         "heads/base/fitted.py",
-        "return torch.cat([self[part](functional.embedding(rows[part], features)) for part in parts])",
-        "return torch.cat([self[: len(rows[part])](functional.embedding(rows[part], features)) for part in parts])",
+        "return torch.cat([self[part](self._gather(features, rows[part])) for part in parts])",
+        "return torch.cat([self[: len(rows[part])](self._gather(features, rows[part])) for part in parts])",
         "test_episodes.py",
     ),
     Mutation(

@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
     parts = pack_results(session.output)
     unfinished = [entry.name for entry in queue if not (session.output / entry.name / "result.json").is_file()]
     print(f"Packed results: {', '.join(str(part) for part in parts)}")
-    print(f"Next: {unfinished[0]}; run this again to continue" if unfinished else "All training runs are finished")
+    if "trainings" in chosen.stages:
+        print(f"Next: {unfinished[0]}; run this again to continue" if unfinished else "All training runs are finished")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from convexheads.errors import ConvexHeadsError, InputError
 from convexheads.heads._linear_algebra import per_matrix
 from convexheads.heads._sharing import multiply, scale_once
 from convexheads.heads.base.copies import map_parts
-from convexheads.heads.base.inputs import check_query, check_rows
+from convexheads.heads.base.inputs import check_query, check_rows, check_used_rows
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.heads.base.temperature import best_factor, conformal_threshold, nonconformity
 from convexheads.kernels import compute_gram, gram_diagonal
@@ -124,7 +124,7 @@ class Fitted:
         weight, bias = weight.double().reshape(tasks, k, d), bias.expand(*batch, k).reshape(tasks, k)
         scores = _rows_numba.score(features, rows.reshape(tasks, q), weight, bias, square.reshape(tasks))
         if not scores.sum().isfinite():
-            return None  # a call finds out whether a row is not finite, which is an error, or whether a fit has failed
+            return None  # another way finds out whether a row is not finite, which is an error, or a fit has failed
         return scores.reshape(*batch, q, k).to(self.expansion.coef)
 
     def _score_in_parts(
@@ -133,9 +133,16 @@ class Fitted:
         """The scores of rows that are gathered, on a CPU for as many tasks at once as fit into its cache."""
         at_once = max(1, _ENTRIES_IN_CACHE // max(1, rows.shape[-1] * features.shape[-1]))
         if rows.ndim != 2 or not rows.is_cpu or len(rows) <= at_once:
-            return self(functional.embedding(rows, features))
+            return self(self._gather(features, rows))
         parts = (slice(start, start + at_once) for start in range(0, len(rows), at_once))
-        return torch.cat([self[part](functional.embedding(rows[part], features)) for part in parts])
+        return torch.cat([self[part](self._gather(features, rows[part])) for part in parts])
+
+    def _gather(self, features: Float[Tensor, "examples d"], rows: Integer[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The rows of a table with these numbers."""
+        found = functional.embedding(rows, features)
+        if self.support.validate and features.is_cpu:  # on a GPU, the call that follows names the query
+            inspect_values(check_used_rows, found, rows)
+        return found
 
     def _scores(self, query: Float[Tensor, "*#batch q d"]) -> Float[Tensor, "*batch q k"]:
         """The scores of a prepared `query`, in working precision."""
@@ -299,7 +306,8 @@ class Fitted:
         except (IndexError, TypeError, ValueError) as error:
             if isinstance(error, IndexError) and as_integer(tasks) is not None:
                 raise
-            raise InputError("tasks", expected, f"{describe(tasks)} ({error})") from error
+            got = f"shape {tuple(tasks.shape)}" if isinstance(tasks, Tensor) else describe(tasks)
+            raise InputError("tasks", expected, got) from error
 
     def to(self: _F, device: torch.device | str) -> _F:
         """The same fit on another `device`."""

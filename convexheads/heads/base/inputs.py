@@ -47,6 +47,10 @@ def _check_match(name: str, value: Tensor, support: Tensor, shape: tuple[int, ..
     """Raise `InputError` unless the `value` has this `shape`, which `expected` describes, and the support's device."""
     if value.shape != shape:
         raise InputError(name, f"{expected}, {tuple(shape)}", describe_shape(value))
+    _check_device(name, value, support)
+
+
+def _check_device(name: str, value: Tensor, support: Tensor) -> None:
     if value.device != support.device:
         raise InputError(name, f"the support's device, {support.device}", f"device {value.device}")
 
@@ -319,14 +323,32 @@ def check_rows(features: object, rows: object, support: Tensor, *, validate: boo
     """
     features = check_tensor("features", features, "a table of floating-point features", is_float_tensor, like=support)
     *batch, _, d = support.shape
-    _check_match("features", features, support, (*features.shape[:1], d), "a table with the support's feature size")
+    if features.ndim != 2 or features.shape[1] != d:
+        expected = f"a table with the support's feature size, (examples, {d})"
+        raise InputError("features", expected, describe_shape(features))
     rows = check_tensor("rows", rows, "a tensor of integers", is_integer_tensor, like=support).long()
     if rows.ndim == 1 < support.ndim - 1:
         rows = rows.expand(*batch, *rows.shape)
-    _check_match("rows", rows, support, (*batch, *rows.shape[-1:]), "the numbers of the queries of each task")
+    if list(rows.shape[:-1]) != batch or not rows.ndim:
+        expected = f"the numbers of the queries of each task, {(*batch, 'q')}, or of all tasks, (q,)".replace("'", "")
+        raise InputError("rows", expected, describe_shape(rows))
+    for name, value in (("features", features), ("rows", rows)):
+        _check_device(name, value, support)
     if validate or rows.is_cpu:
         inspect_values(check_range, "rows", rows, len(features), len(features) - 1)
     return features, rows
+
+
+def check_used_rows(used: Tensor, rows: Tensor) -> None:
+    """Raise `InputError`, naming the row of the table, if one of the `used` rows with these numbers is not finite."""
+
+    def report() -> None:
+        bad = ~torch.isfinite(used).all(-1)
+        if bad.any():
+            got = f"non-finite values in row {rows[bad][0].item()}, a query of {describe_first_task(bad.any(-1))}"
+            raise InputError("features", "finite values in the rows that are used", got)
+
+    check(used.sum(), report)
 
 
 def check_query(query: object, support: Tensor, *, validate: bool) -> Tensor:
