@@ -91,7 +91,7 @@ def training(*, backbone: str, device: str, episodes: int, queries: int, repeats
 
 
 def evaluation(*, device: str, threads: int, episodes: int, queries: int, features: int) -> dict[str, list[float]]:
-    """Seconds over the same episodes of random clustered features, with one and with all threads.
+    """Seconds over the same episodes of random clustered features, on the CPU with one and with all threads.
 
     They are those of `convexheads.evaluate` for each head and, on the CPU, of the usual loop over episodes with
     scikit-learn's logistic regression, as in Tian et al. 2020, with the threads that it uses by default.
@@ -104,7 +104,7 @@ def evaluation(*, device: str, threads: int, episodes: int, queries: int, featur
     settings: dict[str, Any] = {"ways": WAYS, "shots": SHOTS, "queries": queries}
     heads = {name: build_head(name) for name in HEADS} | {"logistic": ch.LogisticHead()}
     if device == "cuda":
-        heads |= {name: make() for name, make in called(device).items() if name not in CALLED}
+        heads |= {name: make() for name, make in called_heads(device).items() if name not in CALLED}
     counts = thread_counts(device, threads)
     seconds: dict[str, list[list[float]]] = {name: [[] for _ in counts] for name in heads}
     for _ in range(EVALUATIONS):
@@ -134,7 +134,7 @@ def thread_counts(device: str, threads: int) -> list[int]:
     return [1, threads] if device == "cpu" and threads > 1 else [threads]
 
 
-def called(device: str) -> dict[str, Callable[..., ch.ClassificationHead]]:
+def called_heads(device: str) -> dict[str, Callable[..., ch.ClassificationHead]]:
     """The heads whose calls are timed; by default, an SVM whose tensors are on a GPU is solved on the CPU."""
     if device == "cpu" or find_spec("numba_cuda") is None:
         return CALLED
@@ -145,6 +145,7 @@ def called(device: str) -> dict[str, Callable[..., ch.ClassificationHead]]:
 def capture(call: Callable[[], object]) -> Callable[[], object]:
     """A function that replays what a call does on the GPU."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             call()  # compiles kernels, and allocates memory
@@ -171,15 +172,15 @@ def calls(*, device: str, tasks: int, queries: int, features: int, repeats: int)
         with torch.no_grad():
             head(support, labels, query, ways=WAYS)
 
-    def both(head: Callable[..., Tensor]) -> None:
+    def with_gradient(head: Callable[..., Tensor]) -> None:
         logits = head(support, labels, query, ways=WAYS)
         torch.autograd.grad(functional.cross_entropy(logits.flatten(0, 1), truth), (support, query))
 
     found = {}
-    for name, make in called(device).items():
+    for name, make in called_heads(device).items():
         unchecked = make(validate=False)
         variants = make(), unchecked, torch.compile(unchecked, fullgraph=True)
-        for title, way in (("forward", forward), ("forward and backward", both)):
+        for title, way in (("forward", forward), ("forward and backward", with_gradient)):
             timed: list[Callable[[], object]] = [partial(way, head) for head in variants]
             if device == "cuda" and name in CAPTURED:
                 timed.append(capture(partial(way, unchecked)))
@@ -389,7 +390,7 @@ def main() -> None:
     call_table = show_calls(called, "What a call costs, 5-way 5-shot")
     call_note = (
         f"{options.tasks} episodes of {CALL_FEATURES} random features in float32, {options.train_queries} queries per "
-        f"class; medians over {options.repeats} blocks of {BLOCK} calls, the three variants in turn. Heads have their "
+        f"class; medians over {options.repeats} blocks of {BLOCK} calls, the variants in turn. Heads have their "
         "default settings. Compiled: `torch.compile(head, fullgraph=True)` of a head with `validate=False`. Backward: "
         "the gradient of the cross-entropy with respect to the features of support and queries."
     )

@@ -43,6 +43,7 @@ _SLOW = 0.3
 # A pass that takes more seconds than this is not repeated. The first run, usually a warm-up, is the result.
 _VERY_SLOW = 5.0
 PRECISIONS = ["float64", "float32", "bfloat16"]
+ON_GPU = "native on the GPU"
 LEFT_OUT = "is left out:"
 """The words with which the command reports a contender whose package is missing."""
 _SETTINGS = ("sizes", "tasks", "precisions", "names", "device", "features", "queries", "repeats", "threads")
@@ -101,7 +102,7 @@ def _made() -> dict[str, Contender | ch.MissingDependencyError]:
     makers: dict[str, Callable[[], Contender]] = {
         "ridge": lambda: Contender(of(ch.RidgeHead()), exact=False),
         "native": lambda: Contender(of(ch.SVMHead(C))),
-        "native on the GPU": lambda: Contender(of(ch.SVMHead(C, solver=ch.solvers.NativeSolver(backend="cuda")))),
+        ON_GPU: lambda: Contender(of(ch.SVMHead(C, solver=ch.solvers.NativeSolver(backend="cuda")))),
         "native in torch": lambda: Contender(of(ch.SVMHead(C, solver=ch.solvers.NativeSolver(backend="torch")))),
         "interior point": lambda: Contender(
             of(ch.SVMHead(C, solver=ch.solvers.InteriorPointSolver(max_iterations=100)))
@@ -380,11 +381,16 @@ def main() -> None:
     for name in settings["names"]:
         if name in absent:
             print(f"{name} {LEFT_OUT} {absent[name]}", file=sys.stderr)
+    if settings["device"] == "cpu" and ON_GPU in settings["names"]:
+        print(f"{ON_GPU} {LEFT_OUT} it needs --device cuda", file=sys.stderr)
+        settings["names"].remove(ON_GPU)
     settings["names"] = [name for name in settings["names"] if name not in absent]
     if not settings["names"]:
         raise SystemExit("error: names: the packages of all contenders are missing")
     torch.set_num_threads(options.threads)
     rows = measure(**settings)
+    if rows.empty:
+        raise SystemExit("error: tasks: expected fewer, because none of the contenders had enough memory")
     write(rows, settings, report.provenance(), options.output)
 
 

@@ -210,8 +210,10 @@ def _check_checkpoint(options: Options) -> None:
 
 
 def _changed(record: dict[str, Any], saved: dict[str, Any]) -> list[str]:
+    """The names of options with other values. What an earlier version did not have had the value of today's default."""
+    saved = Options().record() | saved
     # A run that stopped at a failed step may be resumed with such steps skipped.
-    return sorted(name for name in record if name != "on_failure" and record[name] != saved.get(name))
+    return sorted(name for name in record if name != "on_failure" and record[name] != saved[name])
 
 
 def write(

@@ -21,6 +21,11 @@ is_transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transfor
 """Whether a transform of `torch.func` is active."""
 
 
+def is_differentiating_forward() -> bool:
+    """Whether derivatives in forward mode may be asked for."""
+    return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
+
+
 def refuse_transforms(name: str) -> None:
     """Raise `ConvexHeadsError` inside a transform of `torch.func`, which the head or solver `name` does not support."""
     if is_transforming():

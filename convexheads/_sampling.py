@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Integer
@@ -30,6 +30,22 @@ _EPISODES_AT_ONCE, _EXAMPLES_AT_ONCE = 1000, 100_000
 _MAX_COMPARED = 32
 
 
+class Batch(NamedTuple):
+    """A head fitted on a batch of episodes, and what it predicts for their queries.
+
+    Attributes:
+        head: The number of the head.
+        fitted: The head fitted on the support sets.
+        logits: The logits of the queries, `(episodes, q, ways)`.
+        labels: The labels of the queries, `(episodes, q)`.
+    """
+
+    head: int
+    fitted: FittedClassifier
+    logits: Tensor
+    labels: Tensor
+
+
 def fit_episodes(
     heads: Sequence[ClassificationHead],
     features: Tensor,
@@ -40,8 +56,8 @@ def fit_episodes(
     *,
     title: str = "",
     calibrate: str | None = None,
-) -> Generator[tuple[int, FittedClassifier, Tensor, Tensor], None, None]:
-    """Yield, for each batch of episodes and each head: its number, the head fitted on it, its logits, the query labels.
+) -> Generator[Batch, None, None]:
+    """Fit each head on each batch of episodes, and predict the queries.
 
     There are no gradients. The arguments are those of `evaluate`, with `features` and `labels` as `check_features`
     returns them. Those that determine the episodes are in `options`, by name. The progress bar begins with `title`.
@@ -64,20 +80,20 @@ def fit_episodes(
         torch.arange(ways, device=features.device).repeat_interleave(count) for count in (shots, queries)
     )
 
-    def fit(batch: Tensor) -> list[tuple[int, FittedClassifier, Tensor, Tensor]]:
-        batch = batch.to(features.device)
-        support = functional.embedding(batch[..., :shots].flatten(1), features)
+    def fit(rows: Tensor) -> list[Batch]:
+        rows = rows.to(features.device)
+        support = functional.embedding(rows[..., :shots].flatten(1), features)
         extra: dict[str, Any] = {} if calibrate is None else {"calibrate": calibrate}
         with torch.no_grad():
-            fits = [head.fit(support, support_labels.expand(len(batch), -1), ways=ways, **extra) for head in heads]
-            logits = [fitted.score_rows(features, batch[..., shots:].flatten(1)) for fitted in fits]
-        truth = query_labels.expand(len(batch), -1)
-        return [(number, fitted, found, truth) for number, (fitted, found) in enumerate(zip(fits, logits, strict=True))]
+            fits = [head.fit(support, support_labels.expand(len(rows), -1), ways=ways, **extra) for head in heads]
+            logits = [fitted.score_rows(features, rows[..., shots:].flatten(1)) for fitted in fits]
+        labels_of_queries = query_labels.expand(len(rows), -1)
+        return [Batch(number, fits[number], found, labels_of_queries) for number, found in enumerate(logits)]
 
     title = title or (type(heads[0]).__name__ if len(heads) == 1 else f"{len(heads)} heads")
     count = math.ceil(len(range(rank, episodes, world_size)) / batch_size)
     is_small = features.is_cpu and ways * (shots + queries) <= _MAX_EXAMPLES_FOR_ONE_THREAD
-    with closing(_map_in_threads(fit, batches) if is_small else (fit(batch) for batch in batches)) as results:
+    with closing(_map_in_threads(fit, batches) if is_small else (fit(rows) for rows in batches)) as results:
         for found in track(results, f"{title}, {ways}-way {shots}-shot", progress, total=count):
             yield from found
 

@@ -55,7 +55,7 @@ def calibrate(
     features, labels = check_features(features, labels)
     title = f"calibrating {type(head).__name__}"
     with closing(fit_episodes([head], features, labels, sampling, batch_size, progress, title=title)) as fits:
-        scored = [(logits.double().flatten(0, 1), truth.flatten()) for _, _, logits, truth in fits]
+        scored = [(batch.logits.double().flatten(0, 1), batch.labels.flatten()) for batch in fits]
     logits, truth = (torch.cat(batches) for batches in zip(*scored, strict=True))
     scale = best_scale(logits, truth, as_tensor(head.scale, logits))
     device = head.scale.value.device if isinstance(head.scale, Learnable) else logits.device

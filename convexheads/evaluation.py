@@ -13,11 +13,11 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from convexheads import _validation
-from convexheads._sampling import check_features, fit_episodes, track
+from convexheads._sampling import Batch, check_features, fit_episodes, track
 from convexheads._validation import ArrayLike
 from convexheads.calibration import expected_calibration_error
 from convexheads.errors import InputError
-from convexheads.heads import ClassificationHead, FittedClassifier
+from convexheads.heads import ClassificationHead
 
 
 class Difference(NamedTuple):
@@ -241,13 +241,13 @@ def evaluate(
     sampling |= {"rank": rank, "world_size": world_size}
     features, labels = check_features(features, labels)
     heads = _by_name(head)
-    found = [_Predictions(coverage if calibrate else None, [], [], [], [], []) for _ in heads]
+    predictions = [_Predictions(coverage if calibrate else None, [], [], [], [], []) for _ in heads]
     fits = fit_episodes(list(heads.values()), features, labels, sampling, batch_size, progress, calibrate=calibrate)
     with closing(fits):
-        for number, fitted, logits, truth in fits:
-            found[number].add(fitted, logits, truth)
+        for batch in fits:
+            predictions[batch.head].add(batch)
     sampling["labels"] = hash(tuple(labels.tolist()))
-    evaluations = Evaluations(zip(heads, (each.evaluation(sampling) for each in found), strict=True))
+    evaluations = Evaluations(zip(heads, (each.evaluation(sampling) for each in predictions), strict=True))
     return evaluations if isinstance(head, Mapping | Sequence) else next(iter(evaluations.values()))
 
 
@@ -274,12 +274,13 @@ class _Predictions(NamedTuple):
     gaps: list[Tensor]
     converged: list[Tensor]
 
-    def add(self, fitted: FittedClassifier, logits: Tensor, truth: Tensor) -> None:
-        logits = logits.double()
+    def add(self, batch: Batch) -> None:
+        fitted, logits, truth = batch.fitted, batch.logits.double(), batch.labels
         largest = logits.amax(-1, keepdim=True)
         # The largest probability. PyTorch's softmax over a few classes takes several times as long.
-        self.confidences.append((logits - largest).exp().sum(-1).reciprocal())
-        self.correct.append(logits.argmax(-1).where(self.confidences[-1].isfinite(), 0) == truth)
+        confidence = (logits - largest).exp().sum(-1).reciprocal()
+        self.confidences.append(confidence)
+        self.correct.append(logits.argmax(-1).where(confidence.isfinite(), 0) == truth)
         if self.coverage is not None:
             sets = fitted.sets_of(logits, self.coverage)
             covered = sets.gather(-1, truth.unsqueeze(-1)).squeeze(-1)

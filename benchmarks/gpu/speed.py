@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,9 +48,31 @@ VARIANTS = (
     Variant("eager", "bfloat16", "none", channels_last=False),
     Variant("eager, float32", "float32", "none", channels_last=False),
 )
-NETWORK = "none: the network alone"
-ON_GPU = "svm on the GPU"
-"""The SVM that is solved on the GPU in one launch; by default, SVMs are solved on the CPU."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is trained.
+
+    Attributes:
+        name: its name in the table.
+        head: the head.
+        backend: that of the solver of an SVM. By default, SVMs are solved on the CPU.
+        network_only: whether the head is left out.
+    """
+
+    name: str
+    head: Literal["svm", "prototypes"]
+    backend: Literal["auto", "cuda"] = "auto"
+    network_only: bool = False
+
+
+SUBJECTS = (
+    Subject("svm", "svm"),
+    Subject("svm on the GPU", "svm", backend="cuda"),
+    Subject("prototypes", "prototypes"),
+    Subject("none: the network alone", "prototypes", network_only=True),
+)
 
 
 def speed(session: Session) -> str:
@@ -70,23 +93,21 @@ def _speed(session: Session) -> str:
     peak = _peak(where, 256 if session.smoke else 8192)
     rows: list[dict[str, Any]] = json.loads(path.read_text())["results"] if path.is_file() else []
     known = {(row["variant"], row["head"]) for row in rows}
-    heads = ("svm", *([ON_GPU] if find_spec("numba_cuda") else []), "prototypes", NETWORK)
-    todo = [(variant, head) for variant in VARIANTS for head in heads]
+    subjects = [each for each in SUBJECTS if each.backend != "cuda" or find_spec("numba_cuda")]
     flop = None
-    for variant, head in todo:
-        if (variant.name, head) in known or session.left < (0 if session.smoke else 45):
+    for variant, subject in product(VARIANTS, subjects):
+        if (variant.name, subject.name) in known or session.left < (0 if session.smoke else 45):
             continue
-        if session.smoke and variant.compile != "none" and (head != "svm" or variant.name == "captured"):
+        if session.smoke and variant.compile != "none" and (subject.name != "svm" or variant.name == "captured"):
             continue  # compiling takes a minute, and the CPU has no CUDA graphs
         changes: dict[str, Any] = {"precision": variant.precision, "compile": variant.compile}
-        changes["head"] = {NETWORK: "prototypes", ON_GPU: "svm"}.get(head, head)
-        changes["backend"] = "cuda" if head == ON_GPU else "auto"
+        changes |= {"head": subject.head, "backend": subject.backend}
         options = shrink(entry.options(**changes)) if session.smoke else entry.options(**changes)
         training = _on_noise(options, channels_last=variant.channels_last)
         flop = flop or _flop(training)
-        ms, first = _time(training, steps, warmup, network_only=head == NETWORK)
+        ms, first = _time(training, steps, warmup, network_only=subject.network_only)
         measured = {"threads": torch.get_num_threads(), "ms": ms, "first_step_s": first}
-        rows.append(changes | {"variant": variant.name, "head": head} | measured)
+        rows.append(changes | {"variant": variant.name, "head": subject.name} | measured)
         floor = 1e3 * flop / peak
         origin = report.provenance()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +119,8 @@ def _speed(session: Session) -> str:
         torch.cuda.empty_cache()
     if not rows:
         return "no time left"
-    best = min((row for row in rows if row["head"] != NETWORK), key=lambda row: row["ms"])
+    networks = {each.name for each in SUBJECTS if each.network_only}
+    best = min((row for row in rows if row["head"] not in networks), key=lambda row: row["ms"])
     return f"{1e3 / best['ms']:.1f} steps per second at best ({best['variant']}, {best['head']})"
 
 

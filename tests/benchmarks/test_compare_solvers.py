@@ -134,6 +134,24 @@ def test_a_contender_without_enough_memory_is_left_out(
     assert f"large {solvers.LEFT_OUT}" in capsys.readouterr().err
 
 
+def test_without_any_result_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def exhaust(support: torch.Tensor, *_: object) -> torch.Tensor:
+        if len(support) > 1:
+            raise torch.OutOfMemoryError
+        return support
+
+    monkeypatch.setattr(solvers, "contenders", lambda: {"ridge": solvers.Contender(exhaust, exact=False)})
+    names = ["--names", f"[ridge,{solvers.ON_GPU}]", "--sizes", "[5w1s]", "--tasks", "[2]", "--repeats", "1"]
+    monkeypatch.setattr("sys.argv", ["solvers", *names, "--output", str(tmp_path / "out")])
+    monkeypatch.setattr(solvers, "missing", lambda: {solvers.ON_GPU: ""})
+    with pytest.raises(SystemExit, match="tasks"):
+        solvers.main()
+    assert f"{solvers.ON_GPU} {solvers.LEFT_OUT}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_many_classes():
     found = many_classes.measure(ways=12, shots=2, tasks=2, features=40, repeats=2, interior_point=True)
     assert found["gap"] < 1e-9

@@ -24,6 +24,7 @@ import convexheads as ch
 from benchmarks import train
 from benchmarks.data import ImageSet
 from benchmarks.loop import KIND, Training
+from benchmarks.options import Options
 from convexheads import _storage
 from convexheads.models import Conv4, build_head
 
@@ -159,6 +160,13 @@ def test_a_finished_run_resumes_to_the_same_result(finished: Path) -> None:
     before = json.loads((finished / "result.json").read_text())["results"]
     train.main([*SHORT, "--output", str(finished), "--resume"])
     assert json.loads((finished / "result.json").read_text())["results"] == before
+
+
+def test_a_run_of_an_earlier_version_had_the_defaults_of_new_options() -> None:
+    record = Options(steps=6).record()
+    earlier = {name: value for name, value in record.items() if name != "backend"}
+    assert train._changed(record, earlier) == []
+    assert train._changed(record | {"backend": "cuda", "steps": 7}, earlier) == ["backend", "steps"]
 
 
 def test_says_that_there_is_nothing_to_resume(tmp_path: Path) -> None:

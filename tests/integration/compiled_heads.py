@@ -89,6 +89,14 @@ def test_a_head_without_checks_is_one_graph(name):
     assert len(graphs.graphs) == 1
 
 
+def test_rows_of_a_table_are_scored_in_one_graph():
+    support, labels, query, ways = task(2, shots=(2, 3, 2))
+    fitted = ch.SVMHead(validate=False).fit(support, labels, ways=ways)
+    table, rows = query.flatten(0, 1), torch.arange(8).view(2, 4).flip(0)
+    scores = torch.compile(fitted.score_rows, fullgraph=True, backend="eager")(table, rows)
+    torch.testing.assert_close(scores, fitted(table[rows]))
+
+
 @pytest.mark.parametrize("name", REGRESSORS)
 def test_a_regressor_without_checks_is_one_graph(name):
     support, labels, query, _ = task(2, shots=(2, 3, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from unittest.mock import patch
 
 import pytest
@@ -22,6 +23,7 @@ from convexheads import (
     RidgeHead,
     RidgeRegressionHead,
     SVMHead,
+    use_float32,
 )
 from convexheads.heads.base import _rows_numba, fitted
 from convexheads.kernels import RBF, Constant, Linear, UnitScale
@@ -132,18 +134,74 @@ def test_scores_have_gradients_where_they_are_needed():
         torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("change", ["half", "strided", "no Numba", "parts", "vmap"])
+@pytest.mark.parametrize("has_unit", [False, True])
+def test_gradients_reach_a_kernel_with_parameters(has_unit):
+    support, labels, _, _ = task(4, d=7)
+    features, rows = torch.randn(30, 7, dtype=torch.float64), torch.randint(30, (4, 9))
+    kernel = _Weighted(has_unit)
+    with patch.object(fitted, "_ENTRIES_IN_CACHE", 7 * 9):  # too little for two tasks
+        found = RidgeHead(kernel=kernel).fit(support, labels)
+        scores = found.score_rows(features, rows), torch.stack([found[t](features[rows[t]]) for t in range(4)])
+    expected = torch.autograd.grad(found(features[rows]).square().sum(), kernel.weight, retain_graph=True)[0]
+    for each in scores:
+        gradient = torch.autograd.grad(each.square().sum(), kernel.weight, retain_graph=True)[0]
+        torch.testing.assert_close(gradient, expected)
+
+
+class _Weighted(torch.nn.Module):
+    """A kernel with a parameter, and either with a number per task or with what cannot be copied."""
+
+    def __init__(self, has_unit, weight=None, unit=1.0):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(7, dtype=torch.float64)) if weight is None else weight
+        self.has_unit, self.unit = has_unit, unit
+        if not has_unit:
+            self.lock = threading.Lock()
+
+    def condition_on(self, features, mask):
+        unit = features.square().mean((-2, -1), keepdim=True)
+        return _Weighted(True, self.weight, unit) if self.has_unit else self
+
+    def forward(self, x, y):
+        return (x * self.weight.square()) @ y.mT / self.unit
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")  # PyTorch's own
+def test_tangents_of_forward_mode_are_kept():
+    found, features, rows = fit_and_table(SVMHead(), 4)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(features, torch.ones_like(features))
+        tangents = [
+            torch.autograd.forward_ad.unpack_dual(scores).tangent
+            for scores in (found.score_rows(dual, rows), found(dual[rows]))
+        ]
+    torch.testing.assert_close(*tangents)
+
+
+def test_autocast_does_not_change_the_scores():
+    with use_float32():
+        found, features, rows = fit_and_table(SVMHead(), 4, dtype=torch.float32)
+    expected = found(features[rows])
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(found.score_rows(features, rows), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", ["half", "strided", "negated", "shared", "no Numba", "parts", "vmap"])
 def test_other_ways_to_the_same_scores(change, monkeypatch):
     found, features, rows = fit_and_table(SVMHead(), 4)
     if change == "half":
         features = features.bfloat16()
     elif change == "strided":
         features = features.repeat(1, 2)[:, ::2]
+    elif change == "negated":
+        features = torch._neg_view(features)
+    elif change == "shared":
+        rows = rows[0]
     elif change != "vmap":
         monkeypatch.setattr(fitted, "numba_is_installed", lambda: False)
     if change == "parts":
         monkeypatch.setattr(fitted, "_ENTRIES_IN_CACHE", 3 * 9 * 7)
-    with spy() as kernel:
+    with torch.no_grad(), spy() as kernel:
         if change == "vmap":
             scores = torch.func.vmap(found.score_rows)(features.expand(2, -1, -1), rows.expand(2, -1, -1))[1]
         else:
@@ -157,7 +215,7 @@ def test_a_row_that_is_not_finite_is_named():
     features[7, 3], rows[:] = torch.nan, 1
     found.score_rows(features, rows)  # it is not read
     rows[2, 5] = 7
-    with pytest.raises(InputError, match=r"^features.*row 7.*task \(2,\)"):
+    with pytest.raises(InputError, match=r"^features.*row 7"):
         found.score_rows(features, rows)
     unchecked, _, _ = fit_and_table(SVMHead(validate=False), 4)
     scores = unchecked.score_rows(features, rows)

@@ -17,20 +17,20 @@ from convexheads.solvers.native.team import kernel
 
 @kernel
 @no_type_check
-def score_tasks(start, stop, table, rows, weight, bias, square, scores):
+def score_tasks(start, stop, table, rows, weight, bias, factor, scores):
     """Write the scores of tasks `start` to `stop`."""
     k, d = weight.shape[1:]
     for t in range(start, stop):
         for q in range(rows.shape[1]):
-            x, squared = table[rows[t, q]], 0.0
-            if square[t] != 0:
+            x, squared_length = table[rows[t, q]], 0.0
+            if factor[t] != 0:
                 for j in range(d):
-                    squared += float(x[j]) * float(x[j])
+                    squared_length += float(x[j]) * float(x[j])
             for c in range(k):
-                score = 0.0
+                product = 0.0
                 for j in range(d):
-                    score += x[j] * weight[t, c, j]
-                scores[t, q, c] = score + bias[t, c] + square[t] * squared
+                    product += x[j] * weight[t, c, j]
+                scores[t, q, c] = product + bias[t, c] + factor[t] * squared_length
 
 
 def score(
@@ -38,14 +38,14 @@ def score(
     rows: Integer[Tensor, "tasks q"],
     weight: Float[Tensor, "tasks k d"],
     bias: Float[Tensor, "tasks k"],
-    square: Float[Tensor, " tasks"],
+    factor: Float[Tensor, " tasks"],
 ) -> Float[Tensor, "tasks q k"]:
-    """The scores `x @ weight.mT + bias + square * |x|^2` of the rows x, all on the CPU, without gradient.
+    """The scores `x @ weight.mT + bias + factor * |x|^2` of the rows x, all on the CPU, without gradient.
 
     The table is contiguous and in float32 or float64; the sums and the other tensors are in float64.
     """
     tasks, k, d = weight.shape
     scores = weight.new_empty(tasks, rows.shape[-1], k)
-    arguments = tuple(value.contiguous() for value in (rows, weight, bias, square))
+    arguments = tuple(value.contiguous() for value in (rows, weight, bias, factor))
     run_tasks(score_tasks, tasks, 2 * scores.numel() * d, table, *arguments, scores)
     return scores

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convexheads._compiler import traced_if
-from convexheads._functorch import inspect_values, is_transforming
+from convexheads._functorch import inspect_values, is_differentiating_forward, is_transforming
 from convexheads._looks import look_once
 from convexheads._validation import ArrayLike, as_integer, check_range, check_tensor, describe, is_integer_tensor
 from convexheads.errors import ConvexHeadsError, InputError
 from convexheads.heads._linear_algebra import per_matrix
 from convexheads.heads._sharing import multiply, scale_once
-from convexheads.heads.base.copies import map_parts
+from convexheads.heads.base.copies import is_foreign, map_parts
 from convexheads.heads.base.inputs import check_query, check_rows, check_used_rows
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.heads.base.temperature import best_factor, conformal_threshold, nonconformity
@@ -31,7 +31,7 @@ from convexheads.solvers.native.active_set import numba_is_installed
 _F = TypeVar("_F", bound="Fitted")
 _Form = tuple[Any, Any]
 """The a and c of a kernel that is a <x, y> + c, as `affine_form` returns them."""
-# The number of entries of the queries that are gathered at once on a CPU: more would not fit into its cache.
+# The largest number of entries of queries to gather at once on a CPU, so that they fit into its cache.
 _ENTRIES_IN_CACHE = 2**19
 
 
@@ -75,64 +75,80 @@ class Fitted:
         with full_precision(query.device):
             return self._finish(self._scores(query))
 
+    @traced_if(lambda fitted, **_: not fitted.support.validate, "a head with validate=False")
     def score_rows(
         self, features: Float[Tensor, "examples d"] | ArrayLike, rows: Integer[Tensor, "*#batch q"] | ArrayLike
     ) -> Float[Tensor, "..."]:
         """Score rows of a table of features, as `fitted(features[rows])` does, but faster on a CPU.
 
-        Use it for cached features, where the queries of each task are some rows of one table. If the scores are linear
-        in the features and need no gradient, a compiled kernel (the extra `numba`) reads the rows where they are. It
-        saves the time to gather and to convert them, which may be longer than that of the fit.
+        Use it for cached features, where the queries of each task are some rows of one table. A compiled kernel (the
+        extra `numba`) reads the rows where they are, if the kernel of the head is linear and no gradient is needed.
+        Gathering and converting the rows can take longer than the fit.
 
         Args:
-            features: the table, `(examples, d)`; otherwise as in a call.
+            features: the table, `(examples, d)`; otherwise as in a call. An array that is read-only, such as a file
+                that is mapped into memory, is copied in each call; `torch.from_numpy` converts it once.
             rows: the numbers of the rows, integers from 0 to examples - 1, `(*batch, q)`, or `(q,)` for all tasks.
 
         Returns:
             Scores, `(*batch, q, k)`, as a call returns them.
 
         Raises:
-            InputError: as in a call, or `rows` is not as described. A number out of range is an error on a CPU, and,
-                with `validate`, on a GPU.
+            InputError: as in a call, or `rows` is not as described. On a GPU, with `validate=False`, or in a graph,
+                the result for a number out of range is undefined.
 
         Example:
             `logits = head.fit(features[rows[:, :25]], labels).score_rows(features, rows[:, 25:])`
         """
         features, rows = check_rows(features, rows, self.support.features, validate=self.support.validate)
-        scores = self._scores_by_kernel(features, rows)
-        return self._score_in_parts(features, rows) if scores is None else self._finish(scores)
+        if torch.compiler.is_compiling() or rows.ndim < self.support.features.ndim - 1:  # the same rows for all tasks
+            return self(self._gather(features, rows))
+        with full_precision(features.device):
+            scores = self._scores_by_kernel(features, rows)
+            if scores is not None:
+                return self._finish(scores)
+        return self._score_in_parts(features, rows)
 
     def _scores_by_kernel(
         self, features: Float[Tensor, "examples d"], rows: Integer[Tensor, "*batch q"]
     ) -> Float[Tensor, "*batch q k"] | None:
         """The scores of rows by the compiled kernel, in working precision; None where it cannot be used."""
-        *batch, n, k = self.expansion.coef.shape
-        is_readable = features.is_cpu and features.is_contiguous() and features.dtype in (torch.float32, torch.float64)
-        is_traced = torch.compiler.is_compiling() or is_transforming()
-        form, is_linear = self._affine, self.expansion.quadratic is None and k <= n
-        if form is None or not (is_linear and is_readable and numba_is_installed()) or is_traced:
+        if not (_is_readable(features) and numba_is_installed()) or (terms := self._terms()) is None:
+            return None
+        if any(value.requires_grad for value in (features, *terms)):
             return None
         from convexheads.heads.base import _rows_numba
 
-        own, zero = self.expansion.self_similarity_weight, features.new_zeros(batch, dtype=torch.float64)
-        weight, bias = self._weights(form), self._biases(form)
-        bias = (zero + own * form[1]).unsqueeze(-1) + (0 if bias is None else bias)
-        square = zero + own * form[0]
-        if any(value.requires_grad for value in (features, weight, bias, square)):
+        weight, bias, factor = (value.double() for value in terms)
+        *batch, k, d = weight.shape
+        tasks, q = factor.numel(), rows.shape[-1]
+        flat = weight.reshape(tasks, k, d), bias.reshape(tasks, k), factor.reshape(tasks)
+        scores = _rows_numba.score(features, rows.reshape(tasks, q), *flat)
+        if not scores.sum().isfinite():  # a row is not finite, or a fit has failed; another way tells which
             return None
-        tasks, (q, d) = zero.numel(), (rows.shape[-1], features.shape[-1])
-        weight, bias = weight.double().reshape(tasks, k, d), bias.expand(*batch, k).reshape(tasks, k)
-        scores = _rows_numba.score(features, rows.reshape(tasks, q), weight, bias, square.reshape(tasks))
-        if not scores.sum().isfinite():
-            return None  # another way finds out whether a row is not finite, which is an error, or a fit has failed
         return scores.reshape(*batch, q, k).to(self.expansion.coef)
+
+    def _terms(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The weight w, the bias b and the factor s of scores `<w, x> + b + s |x|^2`; None for other scores.
+
+        The shapes are `(*batch, k, d)`, `(*batch, k)` and `(*batch,)`.
+        """
+        *batch, n, k = self.expansion.coef.shape
+        form = self._affine
+        if form is None or self.expansion.quadratic is not None or k > n:  # then, weights cost more than kernel values
+            return None
+        zeros, factor = self.expansion.coef.new_zeros(batch), self.expansion.self_similarity_weight
+        weight, bias = self._weights(form), self._biases(form)
+        shift = (zeros + factor * form[1]).unsqueeze(-1)
+        return weight, shift.expand(*batch, k) if bias is None else shift + bias, zeros + factor * form[0]
 
     def _score_in_parts(
         self, features: Float[Tensor, "examples d"], rows: Integer[Tensor, "*batch q"]
     ) -> Float[Tensor, "..."]:
         """The scores of rows that are gathered, on a CPU for as many tasks at once as fit into its cache."""
         at_once = max(1, _ENTRIES_IN_CACHE // max(1, rows.shape[-1] * features.shape[-1]))
-        if rows.ndim != 2 or not rows.is_cpu or len(rows) <= at_once:
+        is_large = rows.ndim == 2 and rows.is_cpu and len(rows) > at_once
+        if not is_large or torch.is_grad_enabled() or is_foreign(self.support.kernel):
             return self(self._gather(features, rows))
         parts = (slice(start, start + at_once) for start in range(0, len(rows), at_once))
         return torch.cat([self[part](self._gather(features, rows[part])) for part in parts])
@@ -204,7 +220,7 @@ class Fitted:
         return query.to(self.support.features.dtype)
 
     def _finish(self, scores: Float[Tensor, "*batch q k"]) -> Float[Tensor, "..."]:
-        """Scores as users receive them."""
+        """Scores as users receive them: by `_to_output`, and in the shape and with the classes of each task."""
         return self._to_output(scores)
 
     def _to_output(self, scores: Tensor) -> Tensor:
@@ -497,6 +513,13 @@ def _forms(rows: Float[Tensor, "*batch q m"], matrices: Float[Tensor, "*batch k 
     """The product of each matrix with each row from both sides."""
     rows = rows.unsqueeze(-3)
     return ((rows @ matrices) * rows).sum(-1).mT
+
+
+def _is_readable(table: Tensor) -> bool:
+    """Whether compiled code can read a table as it lies in memory, and nobody else has to see that."""
+    is_plain = table.is_cpu and table.is_contiguous() and not table.is_neg()
+    is_seen = is_transforming() or is_differentiating_forward()
+    return is_plain and table.dtype in (torch.float32, torch.float64) and not is_seen
 
 
 def _per_task(value: float | Tensor, like: Tensor) -> float | Tensor:

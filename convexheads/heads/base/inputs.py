@@ -317,9 +317,10 @@ def _check_values(mask: Tensor | None, support: Tensor, targets: Tensor | None =
 
 
 def check_rows(features: object, rows: object, support: Tensor, *, validate: bool) -> tuple[Tensor, Tensor]:
-    """Return a table of features and the numbers of its rows for each task as tensors, or raise `InputError`.
+    """Return a table of features and the numbers of its rows as tensors, or raise `InputError`.
 
-    Without `validate`, numbers out of range are an error on the CPU only, where they would read foreign memory.
+    The rows are `(*batch, q)`, or `(q,)` for all tasks. Numbers out of range are an error on the CPU, where they would
+    read foreign memory, and, with `validate`, on a GPU. Graphs do not look at them.
     """
     features = check_tensor("features", features, "a table of floating-point features", is_float_tensor, like=support)
     *batch, _, d = support.shape
@@ -327,14 +328,12 @@ def check_rows(features: object, rows: object, support: Tensor, *, validate: boo
         expected = f"a table with the support's feature size, (examples, {d})"
         raise InputError("features", expected, describe_shape(features))
     rows = check_tensor("rows", rows, "a tensor of integers", is_integer_tensor, like=support).long()
-    if rows.ndim == 1 < support.ndim - 1:
-        rows = rows.expand(*batch, *rows.shape)
-    if list(rows.shape[:-1]) != batch or not rows.ndim:
+    if rows.ndim != 1 and (list(rows.shape[:-1]) != batch or not rows.ndim):
         expected = f"the numbers of the queries of each task, {(*batch, 'q')}, or of all tasks, (q,)".replace("'", "")
         raise InputError("rows", expected, describe_shape(rows))
     for name, value in (("features", features), ("rows", rows)):
         _check_device(name, value, support)
-    if validate or rows.is_cpu:
+    if (validate or rows.is_cpu) and not torch.compiler.is_compiling():
         inspect_values(check_range, "rows", rows, len(features), len(features) - 1)
     return features, rows
 
@@ -345,7 +344,7 @@ def check_used_rows(used: Tensor, rows: Tensor) -> None:
     def report() -> None:
         bad = ~torch.isfinite(used).all(-1)
         if bad.any():
-            got = f"non-finite values in row {rows[bad][0].item()}, a query of {describe_first_task(bad.any(-1))}"
+            got = f"non-finite values in row {rows[bad][0].item()}"
             raise InputError("features", "finite values in the rows that are used", got)
 
     check(used.sum(), report)
