@@ -114,7 +114,7 @@ class Kernel(Configurable):
 
         It must be deterministic, because tasks with different numbers of classes are conditioned again in groups.
         If it has parameters per task, these have the shape `(*batch, 1, 1)`. Return a module or a `functools.partial`,
-        not a closure: what copies a fitted head (`to`, `detach`, `fitted[0]` and, for its parts, `evaluate`) cannot
+        not a closure: what copies a fitted head (`to`, `detach` and `fitted[0]`) cannot
         reach the tensors that a closure captures.
         """
         return self

@@ -32,6 +32,7 @@ from convexheads import (
     _looks,
 )
 from convexheads._validation import check_finite
+from convexheads.heads.base import fitted
 from convexheads.kernels import Linear
 from convexheads.solvers import ActiveSetSolver, Fallback, InteriorPointSolver, NativeSolver
 
@@ -102,6 +103,20 @@ def test_forward_and_backward_pass_read_nothing_or_once(head, validate, looks):
     expected = outcome(head(validate), support, labels, query)
     for one, other in zip(found, expected, strict=True):
         assert close(one, other) < 1e-8
+
+
+def test_rows_of_a_table_are_read_once(looks, monkeypatch):
+    support, labels, query, _ = task(4, shots=(2, 3, 2))
+    found, rows = SVMHead(**ON_GPU).fit(support, labels), torch.arange(16).view(4, 4).flip(0)
+    table = query.flatten(0, 1)
+    monkeypatch.setattr(fitted, "_is_readable", lambda _: False)
+    with on_this_gpu(), HostReads() as reads:
+        scores = found.score_rows(table, rows)
+    assert reads.found == []
+    assert len(looks) == 1
+    with on_this_gpu(), pytest.raises(InputError, match=r"rows.*task \(1,\)"):
+        found.score_rows(table, rows.index_fill(0, torch.tensor(1), -1))
+    torch.testing.assert_close(scores, found(table[rows]))
 
 
 @pytest.mark.parametrize("on_failure", ["raise", "warn", "return"])

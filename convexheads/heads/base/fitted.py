@@ -76,14 +76,15 @@ class Fitted:
             return self._finish(self._scores(query))
 
     @traced_if(lambda fitted, **_: not fitted.support.validate, "a head with validate=False")
+    @look_once
     def score_rows(
         self, features: Float[Tensor, "examples d"] | ArrayLike, rows: Integer[Tensor, "*#batch q"] | ArrayLike
     ) -> Float[Tensor, "..."]:
         """Score rows of a table of features, as `fitted(features[rows])` does, but faster on a CPU.
 
-        Use it for cached features, where the queries of each task are some rows of one table. A compiled kernel (the
-        extra `numba`) reads the rows where they are, if the kernel of the head is linear and no gradient is needed.
-        Gathering and converting the rows can take longer than the fit.
+        Use it for cached features, where the queries of each task are some rows of one table. Compiled code (the extra
+        `numba`) reads the rows where they are, if the head's kernel is linear and no gradient is needed. Gathering and
+        converting the rows can take longer than the fit.
 
         Args:
             features: the table, `(examples, d)`; otherwise as in a call. An array that is read-only, such as a file
@@ -155,10 +156,13 @@ class Fitted:
 
     def _gather(self, features: Float[Tensor, "examples d"], rows: Integer[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The rows of a table with these numbers."""
-        found = functional.embedding(rows, features)
-        if self.support.validate and features.is_cpu:  # on a GPU, the call that follows names the query
-            inspect_values(check_used_rows, found, rows)
-        return found
+        if features.is_cpu:
+            found = functional.embedding(rows, features)
+            if self.support.validate:
+                inspect_values(check_used_rows, found, rows)
+            return found
+        # On a GPU, the flag of wrong numbers may not have been read yet, and one of them would stop the whole process.
+        return functional.embedding(rows.clamp(0, max(0, len(features) - 1)), features)
 
     def _scores(self, query: Float[Tensor, "*#batch q d"]) -> Float[Tensor, "*batch q k"]:
         """The scores of a prepared `query`, in working precision."""
