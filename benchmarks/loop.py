@@ -85,7 +85,7 @@ class Training:
         solved_on_host = isinstance(head, MulticlassSVM) and options.backend in ("auto", "numba")
         self.gram_on_host = self.device.type == "cuda" and solved_on_host and linear
         if isinstance(head, MulticlassSVM) and options.backend != "auto":
-            # On the GPU, a task that fails has NaN logits, and its status is not read.
+            # Reading a status would wait for the GPU. There, the metric "certified" says how many tasks were solved.
             on_failure = "return" if options.backend == "cuda" else "raise"
             head.solver = NativeSolver(backend=options.backend, on_failure=on_failure)
         if self.device.type == "cuda" and not self.gram_on_host:

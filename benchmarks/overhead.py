@@ -40,7 +40,7 @@ VARIANTS = ("as it is", "with validate=False", "compiled", "captured")
 CUDA graph, which takes little more than the time of the GPU."""
 CAPTURED = ("prototypes", "ridge", "SVM on the GPU")
 """The heads that never wait for the GPU, so that a CUDA graph can capture them."""
-CALL_FEATURES, EVALUATIONS = 64, 5
+CALL_FEATURES = 64
 SCIKIT_LEARN = "LogisticRegression of scikit-learn in a loop"
 WAYS, SHOTS = 5, 5
 BLOCK = 20
@@ -90,7 +90,9 @@ def training(*, backbone: str, device: str, episodes: int, queries: int, repeats
     return found
 
 
-def evaluation(*, device: str, threads: int, episodes: int, queries: int, features: int) -> dict[str, list[float]]:
+def evaluation(
+    *, device: str, threads: int, episodes: int, evaluations: int, queries: int, features: int
+) -> dict[str, list[float]]:
     """Seconds over the same episodes of random clustered features, on the CPU with one and with all threads.
 
     They are those of `convexheads.evaluate` for each head and, on the CPU, of the usual loop over episodes with
@@ -107,7 +109,7 @@ def evaluation(*, device: str, threads: int, episodes: int, queries: int, featur
         heads |= {name: make() for name, make in called_heads(device).items() if name not in CALLED}
     counts = thread_counts(device, threads)
     seconds: dict[str, list[list[float]]] = {name: [[] for _ in counts] for name in heads}
-    for _ in range(EVALUATIONS):
+    for _ in range(evaluations):
         for name, head in heads.items():
             for count, taken in zip(counts, seconds[name], strict=True):
                 torch.set_num_threads(count)
@@ -360,6 +362,7 @@ def main() -> None:
         help=f"timed training steps per head, and blocks of {BLOCK} calls per head and of {BLOCK} steps per loop",
     )
     parser.add_argument("--episodes", type=int, default=10_000, help="episodes of the evaluation, 5-way 5-shot")
+    parser.add_argument("--evaluations", type=int, default=5, help="timed evaluations of each head")
     parser.add_argument("--queries", type=int, default=15, help="query examples per class in the evaluation")
     parser.add_argument("--features", type=int, default=640, help="feature dimension in the evaluation")
     options = parser.parse_args()
@@ -367,13 +370,13 @@ def main() -> None:
     where = {"device": options.device}
     network = {"backbone": options.backbone} | where
     steps = training(**network, episodes=options.tasks, queries=options.train_queries, repeats=options.repeats)
-    evaluated = {name: options[name] for name in ("threads", "episodes", "queries", "features")}
+    evaluated = {name: options[name] for name in ("threads", "episodes", "evaluations", "queries", "features")}
     evaluations = evaluation(**where, **evaluated)
     sizes = where | {"tasks": options.tasks, "queries": options.train_queries, "repeats": options.repeats}
     found, called = loops(**sizes), calls(**sizes, features=CALL_FEATURES)
     origin = report.provenance()
-    names = ("backbone", "device", "tasks", "train_queries", "repeats", "episodes", "queries", "features", "threads")
-    settings = {name: options[name] for name in names}
+    names = ("backbone", "device", "tasks", "train_queries", "repeats")
+    settings = {name: options[name] for name in names} | evaluated
     counts = thread_counts(options.device, options.threads)
     table = show(steps, evaluations, counts, "What a head costs, 5-way 5-shot")
     note = (
@@ -382,8 +385,8 @@ def main() -> None:
         f"with the SVM takes {steps['svm / prototypes']:.3f} times as long as that with prototypes and "
         f"{steps['svm / ridge']:.3f} times as long as that with ridge regression (medians). Evaluation: "
         f"`convexheads.evaluate` over {options.episodes:,} episodes of {options.features} cached features, "
-        f"{options.queries} queries per class, median of {EVALUATIONS} runs; scikit-learn's logistic regression has "
-        "its default tolerance and number of threads, and ran once. "
+        f"{options.queries} queries per class, median of {options.evaluations} runs; scikit-learn's logistic "
+        "regression has its default tolerance and number of threads, and ran once. "
         f"{experiment.place(origin, options.device)}, torch {origin['versions']['torch']}. "
         "Made by `python -m benchmarks.overhead`."
     )

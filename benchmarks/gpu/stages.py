@@ -20,7 +20,7 @@ from convexheads.errors import ConvexHeadsError
 TESTS = Path(__file__).parent.parent.parent / "tests"
 CHECKS = {"memcheck": ["--report-api-errors", "no"], "racecheck": [], "synccheck": []}
 """What compute-sanitizer checks, with the settings of each check."""
-BIG_EVALUATION = {"backbone": "resnet12", "episodes": 100_000}
+BIG_EVALUATION = {"backbone": "resnet12", "episodes": 100_000, "evaluations": 2}
 BATCHED = ("ridge", "native", "native on the GPU", "native in torch", "interior point", "qpth", "published code")
 COMPARED = {
     8: (("5w1s", "5w5s", "5w15s", "20w1s", "20w5s", "64w5s"), (*BATCHED, "moreau")),
@@ -61,7 +61,7 @@ def _compute_sanitizer() -> str | None:
 
 def overhead(session: Session) -> str:
     """Time calls, training steps and evaluations of each head."""
-    sizes = {"repeats": 1, "episodes": 20, "backbone": "conv4"} if session.smoke else BIG_EVALUATION
+    sizes = {"repeats": 1, "episodes": 20, "evaluations": 1} if session.smoke else BIG_EVALUATION
     arguments = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
     return _measure(session, "overhead", *arguments)
 

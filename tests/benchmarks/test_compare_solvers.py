@@ -159,12 +159,12 @@ def test_many_classes():
     assert found["interior point"] > 0
 
 
-def test_overhead_of_a_head_in_training_and_in_evaluation(monkeypatch: pytest.MonkeyPatch):
+def test_overhead_of_a_head_in_training_and_in_evaluation():
     steps = overhead.training(backbone="conv4", device="cpu", episodes=1, queries=1, repeats=2)
     assert set(steps) == {*overhead.HEADS, "svm / prototypes", "svm / ridge"}
     assert min(steps.values()) > 0
-    monkeypatch.setattr(overhead, "EVALUATIONS", 1)
-    evaluations = overhead.evaluation(device="cpu", threads=2, episodes=20, queries=2, features=8)
+    sizes = {"episodes": 20, "evaluations": 1, "queries": 2, "features": 8}
+    evaluations = overhead.evaluation(device="cpu", threads=2, **sizes)
     assert set(evaluations) == {*overhead.HEADS, "logistic", overhead.SCIKIT_LEARN}
     assert all(min(seconds) > 0 for seconds in evaluations.values())
     table = report.markdown(overhead.show(steps, evaluations, [1, 2], "title")).splitlines()[2:]
