@@ -111,14 +111,14 @@ def projection(qp, seed):
     assume(qp.rows_sum_to_zero and (qp.lower is None or qp.upper is None))  # where Newton's method is exact
     weight = torch.tensor([[[0.7]]], dtype=torch.float64)
     target = torch.randn(qp.linear.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    expected, _ = qp.rows.proximal(target, weight)
+    expected, multipliers = qp.rows.proximal(target, weight)
     _, _, lower, upper, smoothing = arrays(qp)
     for i, row in enumerate(expected[0]):
-        found = np.empty(len(row))
-        given = target[0, i].numpy()
-        tolerance = feasible_rows.NEWTON_TOLERANCE
-        numba_kernels.proximal(found, given, lower[i], upper[i], 0.7, smoothing[i], tolerance)
-        yield found, row
+        for guess in (0.0, multipliers[0, i].item(), *np.random.default_rng(seed).normal(size=2)):
+            found = np.empty(len(row))
+            settings = 0.7, smoothing[i], feasible_rows.NEWTON_TOLERANCE
+            numba_kernels.proximal(found, target[0, i].numpy(), lower[i], upper[i], *settings, guess)
+            yield found, row
 
 
 def admm_step(qp, seed):

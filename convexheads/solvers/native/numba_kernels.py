@@ -26,19 +26,23 @@ from convexheads.solvers.native.team import (
 
 @kernel
 @no_type_check
-def proximal(row, target, lower, upper, weight, smoothing, newton_tolerance):
-    """`FeasibleRows.proximal` of one row with a zero sum, by Newton's method; exact if bounds are on one side."""
+def proximal(row, target, lower, upper, weight, smoothing, newton_tolerance, multiplier):
+    """`FeasibleRows.proximal` of one row with a zero sum, by Newton's method; exact if bounds are on one side.
+
+    It begins at a guess of the `multiplier`, and returns it.
+    """
     k = len(row)
-    multiplier, is_restarted = 0.0, False
+    is_restarted = False
     for _ in range(2 * k + 2):
         total, rate, size = 0.0, 0.0, 0.0
         for c in range(k):
-            value = (weight * target[c] - multiplier) / (weight + smoothing[c])
+            slope = 1 / (weight + smoothing[c])
+            value = (weight * target[c] - multiplier) * slope
             row[c] = min(max(value, lower[c]), upper[c])
             total += row[c]
             size += abs(row[c])
             if row[c] == value:
-                rate += 1 / (weight + smoothing[c])
+                rate += slope
         if abs(total) <= newton_tolerance * size:
             break
         if rate > 0.0:
@@ -51,6 +55,21 @@ def proximal(row, target, lower, upper, weight, smoothing, newton_tolerance):
                 total += weight * target[c] / (weight + smoothing[c])
                 rate += 1 / (weight + smoothing[c])
             multiplier = total / rate
+    return multiplier
+
+
+@kernel
+@no_type_check
+def write_right(linear, coef, dual, rows_sum_to_zero, penalty, right):
+    """Write one row of the right-hand side of a step of ADMM."""
+    k, average = len(right), 0.0
+    for c in range(k):
+        right[c] = linear[c] + penalty * (coef[c] - dual[c])
+        average += right[c]
+    if rows_sum_to_zero:
+        average /= k
+        for c in range(k):
+            right[c] -= average
 
 
 @kernel
@@ -72,17 +91,12 @@ def admm(task, rows_sum_to_zero, penalty, settings, coef, side, work, memory):
             coef[i, c], dual[i, c] = 0.0, 0.0
     wait_for_team()
     invert(flat, n, column, True)
+    for i in range(thread(), n, threads()):
+        column[i] = 0.0  # from here on, this memory has the multipliers of the rows
+        write_right(linear[i], coef[i], dual[i], rows_sum_to_zero, penalty, right[i])
+    wait_for_team()
     unchanged_steps, last = 0, 0.0
     for step in range(steps):
-        for i in range(thread(), n, threads()):
-            average = 0.0
-            for c in range(k):
-                right[i, c] = linear[i, c] + penalty * (coef[i, c] - dual[i, c])
-                average += right[i, c]
-            if rows_sum_to_zero:
-                for c in range(k):
-                    right[i, c] -= average / k
-        wait_for_team()
         multiply(inverse, right, moved)
         checksum = 0.0  # of the active set
         for i in range(thread(), n, threads()):
@@ -91,7 +105,9 @@ def admm(task, rows_sum_to_zero, penalty, settings, coef, side, work, memory):
                     moved[i, c] = over_relaxation * moved[i, c] + (1 - over_relaxation) * coef[i, c]
                 target[i, c] = moved[i, c] + dual[i, c]
             if rows_sum_to_zero:
-                proximal(coef[i], target[i], lower[i], upper[i], penalty, smoothing[i], newton_tolerance)
+                column[i] = proximal(
+                    coef[i], target[i], lower[i], upper[i], penalty, smoothing[i], newton_tolerance, column[i]
+                )
             else:
                 for c in range(k):
                     value = penalty * target[i, c] / (penalty + smoothing[i, c])
@@ -100,6 +116,7 @@ def admm(task, rows_sum_to_zero, penalty, settings, coef, side, work, memory):
                 dual[i, c] = target[i, c] - coef[i, c]
                 active = (1.0 if coef[i, c] == upper[i, c] else 0.0) - (1.0 if coef[i, c] == lower[i, c] else 0.0)
                 checksum += active * (i * k + c + 1)
+            write_right(linear[i], coef[i], dual[i], rows_sum_to_zero, penalty, right[i])  # of the next step
         checksum = sum_of_team(checksum, memory)
         unchanged_steps = unchanged_steps + 1 if checksum == last else 0
         if unchanged_steps == patience:
