@@ -332,9 +332,16 @@ MUTATIONS = [
     Mutation(
         "evaluation-parts",
         "heads/base/fitted.py",
-        "return torch.cat([self[part](self._gather(features, rows[part])) for part in parts])",
-        "return torch.cat([self[: len(rows[part])](self._gather(features, rows[part])) for part in parts])",
+        "return torch.cat([self[part]._score_gathered(features, rows[part]) for part in parts])",
+        "return torch.cat([self[: len(rows[part])]._score_gathered(features, rows[part]) for part in parts])",
         "test_episodes.py",
+    ),
+    Mutation(
+        "rows-named",
+        "heads/base/fitted.py",
+        "return call_explained(partial(self, query), InputError, partial(inspect_values, check_used_rows, query, rows))",
+        "return self(query)",
+        "test_rows.py",
     ),
     Mutation(
         "rows-square",

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from convexheads._compiler import traced_if
 from convexheads._functorch import inspect_values, is_differentiating_forward, is_transforming
-from convexheads._looks import look_once
+from convexheads._looks import call_explained, look_once
 from convexheads._validation import ArrayLike, as_integer, check_range, check_tensor, describe, is_integer_tensor
 from convexheads.errors import ConvexHeadsError, InputError
 from convexheads.heads._linear_algebra import per_matrix
@@ -103,7 +103,7 @@ class Fitted:
         """
         features, rows = check_rows(features, rows, self.support.features, validate=self.support.validate)
         if torch.compiler.is_compiling() or rows.ndim < self.support.features.ndim - 1:  # the same rows for all tasks
-            return self(self._gather(features, rows))
+            return self._score_gathered(features, rows)
         with full_precision(features.device):
             scores = self._scores_by_kernel(features, rows)
             if scores is not None:
@@ -150,19 +150,18 @@ class Fitted:
         at_once = max(1, _ENTRIES_IN_CACHE // max(1, rows.shape[-1] * features.shape[-1]))
         is_large = rows.ndim == 2 and rows.is_cpu and len(rows) > at_once
         if not is_large or torch.is_grad_enabled() or is_foreign(self.support.kernel):
-            return self(self._gather(features, rows))
+            return self._score_gathered(features, rows)
         parts = (slice(start, start + at_once) for start in range(0, len(rows), at_once))
-        return torch.cat([self[part](self._gather(features, rows[part])) for part in parts])
+        return torch.cat([self[part]._score_gathered(features, rows[part]) for part in parts])
 
-    def _gather(self, features: Float[Tensor, "examples d"], rows: Integer[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """The rows of a table with these numbers."""
-        if features.is_cpu:
-            found = functional.embedding(rows, features)
-            if self.support.validate:
-                inspect_values(check_used_rows, found, rows)
-            return found
+    def _score_gathered(
+        self, features: Float[Tensor, "examples d"], rows: Integer[Tensor, "..."]
+    ) -> Float[Tensor, "..."]:
+        """The scores of rows by a call on a copy of them; an error of a row that is not finite names the row."""
         # On a GPU, the flag of wrong numbers may not have been read yet, and one of them would stop the whole process.
-        return functional.embedding(rows.clamp(0, max(0, len(features) - 1)), features)
+        numbers = rows if features.is_cpu else rows.clamp(0, max(0, len(features) - 1))
+        query = functional.embedding(numbers, features)
+        return call_explained(partial(self, query), InputError, partial(inspect_values, check_used_rows, query, rows))
 
     def _scores(self, query: Float[Tensor, "*#batch q d"]) -> Float[Tensor, "*batch q k"]:
         """The scores of a prepared `query`, in working precision."""
@@ -292,9 +291,9 @@ class Fitted:
         weight = self.expansion.self_similarity_weight
         if self.expansion.quadratic is not None or isinstance(weight, Tensor) or weight != 0:
             raise _not_linear("scores that are quadratic in the features")
-        if self._affine is None:
+        if (form := self._affine) is None:
             raise _not_linear("another kernel")
-        return self._affine
+        return form
 
     def __getitem__(self: _F, tasks: Any) -> _F:
         """The fit of some of the tasks, with gradients: `fitted[3]`, `fitted[:10]` or `fitted[solved]`.

@@ -61,7 +61,7 @@ def proximal(row, target, lower, upper, weight, smoothing, newton_tolerance, mul
 @kernel
 @no_type_check
 def write_right(linear, coef, dual, rows_sum_to_zero, penalty, right):
-    """Write one row of the right-hand side of a step of ADMM."""
+    """Write one row of the right-hand side of the next ADMM step."""
     k, average = len(right), 0.0
     for c in range(k):
         right[c] = linear[c] + penalty * (coef[c] - dual[c])
