@@ -346,8 +346,8 @@ MUTATIONS = [
     Mutation(
         "rows-square",
         "heads/base/_rows_numba.py",
-        "product + bias[t, c] + factor[t] * squared_length",
-        "product + bias[t, c]",
+        "bias[t, c] + x_shift, bias[t, c] + y_shift",
+        "bias[t, c] + x_shift, bias[t, c]",
         "test_rows.py",
     ),
     Mutation(

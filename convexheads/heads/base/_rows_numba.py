@@ -18,19 +18,23 @@ from convexheads.solvers.native.team import kernel
 @kernel
 @no_type_check
 def score_tasks(start, stop, table, rows, weight, bias, factor, scores):
-    """Write the scores of tasks `start` to `stop`."""
-    k, d = weight.shape[1:]
+    """Write the scores of tasks `start` to `stop`, of two rows at once, so that weights are read half as often."""
+    (k, d), queries = weight.shape[1:], rows.shape[1]
     for t in range(start, stop):
-        for q in range(rows.shape[1]):
-            x, squared_length = table[rows[t, q]], 0.0
+        for first in range(0, queries, 2):
+            second = min(first + 1, queries - 1)
+            x, y = table[rows[t, first]], table[rows[t, second]]
+            x_shift, y_shift = 0.0, 0.0
             if factor[t] != 0:
                 for j in range(d):
-                    squared_length += float(x[j]) * float(x[j])
+                    x_shift += factor[t] * x[j] * x[j]
+                    y_shift += factor[t] * y[j] * y[j]
             for c in range(k):
-                product = 0.0
+                x_product, y_product = bias[t, c] + x_shift, bias[t, c] + y_shift
                 for j in range(d):
-                    product += x[j] * weight[t, c, j]
-                scores[t, q, c] = product + bias[t, c] + factor[t] * squared_length
+                    x_product += x[j] * weight[t, c, j]
+                    y_product += y[j] * weight[t, c, j]
+                scores[t, first, c], scores[t, second, c] = x_product, y_product
 
 
 def score(
