@@ -40,6 +40,16 @@ def traced_if(condition: Callable[..., bool], expected: str) -> Callable[[_C], _
     return decorate
 
 
+def custom_operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
+    """Decorate a function that becomes an operator of the library in graphs, but not a part of CUDA graphs.
+
+    The compiler's CUDA graphs (`mode="reduce-overhead"`) end before it, because it may wait for the GPU.
+    """
+    unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)  # newer than torch 2.5
+    tags = {} if unsafe is None else {"tags": [unsafe]}
+    return torch.library.custom_op(f"convexheads::{name}", mutates_args=(), schema=schema, **tags)
+
+
 def operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[_C], _C]:
     """Decorate a function that compilers cannot trace, such as a loop whose length depends on values.
 
@@ -49,7 +59,7 @@ def operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[_C],
     """
 
     def decorate(function: _C) -> _C:
-        in_graph = torch.library.custom_op(f"convexheads::{name}", function, mutates_args=(), schema=schema)
+        in_graph = custom_operator(name, schema)(function)
         in_graph.register_fake(fake)
 
         @wraps(function)

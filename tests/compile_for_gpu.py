@@ -20,7 +20,7 @@ from convexheads.solvers.native import cuda_team, numba_backend
 
 
 def main(architecture: str) -> None:
-    """Compile both kernels and print their names and registers."""
+    """Compile the kernels and print their names and registers."""
     capability = tuple(map(int, architecture.split(".")))
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
 
@@ -35,6 +35,8 @@ def main(architecture: str) -> None:
     limits = {"max_rounds": 12, "warm_rounds": 2, "refinements": 2}
     found = numba_backend.solve(DualProblem(one, one, upper=one), 1e-6, **limits)
     found.linearization.kkt.solve(one, one[..., 0], refinements=1)
+    nowhere = torch.zeros_like(one, dtype=torch.bool)
+    numba_backend.factorize(DualProblem(one, one, upper=one), nowhere, nowhere)
 
 
 def registers(code: bytes, capability: tuple[int, ...]) -> int:

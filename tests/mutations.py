@@ -254,8 +254,43 @@ MUTATIONS = [
     Mutation(
         "host-read",
         "solvers/native/default.py",
-        'if self.on_failure == "return" and self.first.runs_on_gpu(plan.problem):',
+        'if self.on_failure == "return" and self.first.runs_on_gpu(problem):',
         "if False:",
+        "test_host_reads.py",
+    ),
+    Mutation(
+        "team-gradient",
+        "solvers/native/cuda_team.py",
+        "cuda.as_cuda_array(argument.detach(), sync=False)",
+        "cuda.as_cuda_array(argument, sync=False)",
+        "test_host_reads.py",
+    ),
+    Mutation(
+        "team-warning",
+        "solvers/native/cuda_team.py",
+        'with warnings.catch_warnings(action="ignore"):',
+        'with warnings.catch_warnings():',
+        "test_team.py::test_small_batches_are_launched_without_a_warning",
+    ),
+    Mutation(
+        "team-dtype",
+        "solvers/native/active_set.py",
+        "fits = linear.dtype == torch.float64 and linear.numel() > 0 and",
+        "fits = linear.numel() > 0 and",
+        "test_team.py::test_only_what_the_kernels_solve_is_left_to_them_alone",
+    ),
+    Mutation(
+        "team-memory",
+        "solvers/native/default.py",
+        "plan._replace(solvers=(self.first,), max_tasks=max(1, tasks_at_once))",
+        "plan._replace(solvers=(self.first,))",
+        "test_team.py::test_only_what_the_kernels_solve_is_left_to_them_alone",
+    ),
+    Mutation(
+        "class-weight-copied",
+        "heads/base/loss.py",
+        "torch.stack([targets.new_full((), each) for each in self.class_weight])",
+        "torch.tensor(self.class_weight, dtype=targets.dtype, device=targets.device)",
         "test_host_reads.py",
     ),
     Mutation(
@@ -311,8 +346,8 @@ MUTATIONS = [
     Mutation(
         "compiled-factors",
         "solvers/native/numba_backend.py",
-        "side, factors = at_upper.to(torch.int8) - at_lower.to(torch.int8),",
-        "side, factors = at_upper.to(torch.int8),",
+        "side = at_upper.to(torch.int8) - at_lower.to(torch.int8)",
+        "side = at_upper.to(torch.int8)",
         "test_numba.py",
     ),
     Mutation(

@@ -175,13 +175,15 @@ def on_this_gpu(make_team: Callable[[], Team] | None = None):
     """Launch kernels for GPUs here: each team of a launch is one that `make_team` makes, or one compiled thread."""
 
     def launch(kernel: Any, warps: int, *arguments: Any) -> None:
-        arguments, solves_tasks = numba_backend._as_arrays(arguments), kernel is cuda_team._solve_tasks
-        *arguments, memory = arguments
+        *arguments, memory = cuda_team._as_arrays(arguments)
         for t in range(len(arguments[0][0])):
             one = None if make_team is None else make_team()
-            local = np.empty((1 if one is None else one.warps, arguments[-1][1].shape[-1]))
+            n = arguments[0][0].shape[-1]
+            local = np.empty((1 if one is None else one.warps, n))
             with nullcontext() if one is None else simulated(one):
-                if solves_tasks:
+                if kernel is cuda_team._factorize_tasks:
+                    work, body = local, numba_kkt.factorize_tasks_of_team
+                elif kernel is cuda_team._solve_tasks:
                     matrices, vectors, _, flat, inverse = (part[t] for part in memory)
                     work = numba_kernels.divide_memory(matrices, vectors, local, flat, inverse, np.empty(warps))
                     body = numba_kernels.solve_tasks_of_team
@@ -190,10 +192,15 @@ def on_this_gpu(make_team: Callable[[], Team] | None = None):
                     work, body = (residual, sums, (local, change, total)), numba_kkt.solve_systems_of_team
                 (body if one is None else partial(one.run, body))(t, t + 1, *arguments, work)
 
+    def as_array(tensor: Any, **_: bool) -> np.ndarray:
+        assert not tensor.requires_grad, "numba-cuda takes no tensors with a gradient"
+        return tensor.numpy()
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_team, "launch", launch)
+        patch.setattr(cuda_team.cuda, "as_cuda_array", as_array)
         patch.setattr(numba_backend, "_is_on_cpu", lambda tensor: False)
         patch.setattr(problem, "_check_order", lambda *bounds: None)  # only values on the CPU are checked
         patch.setattr(_looks, "_waits", lambda flag: True)
-        patch.setattr(active_set.ActiveSetSolver, "runs_on_gpu", lambda self, _: self.backend == "cuda")
+        patch.setattr(active_set, "_is_on_gpu", lambda tensor: True)
         yield

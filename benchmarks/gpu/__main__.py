@@ -1,6 +1,6 @@
 """Do everything that needs a GPU, in order of importance, within a time limit.
 
-python -m benchmarks.gpu --minutes 12 --data-root DIR --output OUT    # run it again to continue
+python -m benchmarks.gpu --minutes 8 --data-root DIR --output OUT     # run it again to continue
 python -m benchmarks.gpu --pack DIR2 --data-root DIR                  # pack the data into a few small files
 python -m benchmarks.gpu --unpack OUT                                 # unpack results copied from another machine
 python -m benchmarks.gpu --smoke                                      # every stage with tiny sizes, on any machine
@@ -9,6 +9,7 @@ python -m benchmarks.gpu --smoke                                      # every st
 from __future__ import annotations
 
 import time
+import traceback
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from benchmarks.gpu.stages import STAGES
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = experiment.parser("gpu", __doc__, "data_root", "output")
-    parser.add_argument("--minutes", type=float, default=12.0, help="time limit for all stages together")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit for all stages together")
     parser.add_argument(
         "--stages", type=list[Literal[tuple(STAGES)]], default=list(STAGES), help="the stages to run, in this order"
     )
@@ -31,6 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
     text = "options that override those of all training runs, as in '{steps: 10000}'"
     parser.add_argument("--changes", type=dict[str, Any], default={}, help=text)
     parser.add_argument("--smoke", action="store_true", help="run every stage with tiny sizes, on any machine")
+    text = "folder of the packed results; default: the folder `home` in that of the results"
+    parser.add_argument("--home", type=Path | None, default=None, help=text)
     text = "only pack the data into small files in this folder"
     parser.add_argument("--pack", type=Path | None, default=None, help=text)
     text = "only unpack the packed results in this output folder"
@@ -41,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
             pack(dataset, chosen.data_root, chosen.pack, progress=True)
         return
     if chosen.unpack:
-        print(*unpack_results(chosen.unpack / "home", chosen.unpack), sep="\n")
+        print(*unpack_results(chosen.home or chosen.unpack / "home", chosen.unpack), sep="\n")
         return
     queue = SMOKE_QUEUE if chosen.smoke else tuple(e for e in QUEUE if not chosen.only or e.name in chosen.only)
     deadline = time.monotonic() + 60 * chosen.minutes
@@ -52,9 +55,17 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{name}: no time left", flush=True)
             continue
         begin = time.monotonic()
-        outcome = STAGES[name](session)
+        try:
+            outcome = STAGES[name](session)
+        except Exception as error:  # the other stages go on
+            traceback.print_exc()
+            outcome = f"failed, {type(error).__name__}"
         print(f"{name}: {outcome} ({time.monotonic() - begin:.0f} s)", flush=True)
-    parts = pack_results(session.output)
+        # After each stage, because this command may be killed.
+        pack_results(session.output, chosen.home or session.output / "home")
+        if name == "machine" and not outcome.startswith("exit status 0"):
+            raise SystemExit("error: the machine cannot solve problems on its GPU, so no other stage begins")
+    parts = pack_results(session.output, chosen.home or session.output / "home")
     unfinished = [entry.name for entry in queue if not (session.output / entry.name / "result.json").is_file()]
     print(f"Packed results: {', '.join(str(part) for part in parts)}")
     if "trainings" in chosen.stages:

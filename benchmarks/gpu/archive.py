@@ -12,11 +12,11 @@ PART = 15_000_000
 """The largest size of a file of packed results, in bytes."""
 
 
-def pack_results(output: Path) -> list[Path]:
+def pack_results(output: Path, folder: Path) -> list[Path]:
     """Pack all results except checkpoints into one archive, split into parts; large weights become float16.
 
     Returns:
-        The parts, `OUT/home/part-NN`.
+        The parts, `part-NN` in the folder, in place of those that were there.
     """
     archive = BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
@@ -28,14 +28,13 @@ def pack_results(output: Path) -> list[Path]:
             information = tarfile.TarInfo(str(name))
             information.size = len(content)
             tar.addfile(information, BytesIO(content))
-    folder, content = output / "home", archive.getvalue()
-    folder.mkdir(exist_ok=True)
-    for old in folder.iterdir():
-        old.unlink()
-    parts = []
+    content, parts = archive.getvalue(), []
+    folder.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(0, len(content), PART)):
         parts.append(folder / f"part-{number:02}")
         _storage.atomic_write(parts[-1], content[start : start + PART])
+    for old in set(folder.glob("part-*")) - set(parts):
+        old.unlink()
     return parts
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,13 +42,21 @@ class Session:
         """Seconds until the deadline."""
         return self.deadline - time.monotonic()
 
-    def command(self, name: str, *arguments: str, under: Sequence[str] = (), limit: float = math.inf) -> str:
-        """Run a Python command, unless an earlier run finished it; write its output to a file.
+    def command(
+        self,
+        name: str,
+        *arguments: str,
+        under: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
+        limit: float = math.inf,
+    ) -> str:
+        """Run a Python command, unless it ended well in an earlier run; write its output to a file.
 
         Args:
             name: of the files with its output and its end.
             arguments: of Python.
             under: the program that runs Python, with its arguments; none by default.
+            variables: of the environment, besides those of this process.
             limit: the largest number of seconds, besides those that are left.
 
         Returns:
@@ -55,15 +65,28 @@ class Session:
         path, end_path = self.output / f"{name}.txt", self.output / f"{name}.end"
         if end_path.is_file():
             return end_path.read_text().strip()
+        command, environment = [*under, sys.executable, *arguments], os.environ | dict(variables or {})
         with path.open("w") as file:
             try:
-                seconds = max(1, min(self.left, limit))
-                command = [*under, sys.executable, *arguments]
-                done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=seconds)
-                end = f"exit status {done.returncode}"
-            except subprocess.TimeoutExpired:
-                return "stopped at the time limit"
-        lines = path.read_text(errors="replace").splitlines()
-        end = f"{end}: {lines[-1] if lines else 'no output'}"
-        _storage.atomic_write(end_path, f"{end}\n".encode())
+                process = subprocess.Popen(
+                    command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                )
+            except OSError as error:
+                return str(error)
+            try:
+                status = process.wait(max(1, min(self.left, limit)))
+            except BaseException as error:  # an interruption, too, ends the command and what it has started
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                if isinstance(error, subprocess.TimeoutExpired):
+                    return "stopped at the time limit"
+                raise
+        lines = self.output_of(name)
+        end = f"exit status {status}: {lines[-1] if lines else 'no output'}"
+        if status == 0:
+            _storage.atomic_write(end_path, f"{end}\n".encode())
         return end
+
+    def output_of(self, name: str) -> list[str]:
+        """The lines that a command has written."""
+        return (self.output / f"{name}.txt").read_text(errors="replace").splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import product
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import report
@@ -103,9 +103,13 @@ def _speed(session: Session) -> str:
         changes: dict[str, Any] = {"precision": variant.precision, "compile": variant.compile}
         changes |= {"head": subject.head, "backend": subject.backend}
         options = shrink(entry.options(**changes)) if session.smoke else entry.options(**changes)
-        training = _on_noise(options, channels_last=variant.channels_last)
-        flop = flop or _flop(training)
-        ms, first = _time(training, steps, warmup, network_only=subject.network_only)
+        try:
+            training = _on_noise(options, channels_last=variant.channels_last)
+            flop = flop or _flop(training)
+            ms, first = _time(training, steps, warmup, network_only=subject.network_only)
+        except Exception:  # the others are measured
+            print(f"{variant.name}, {subject.name}: {traceback.format_exc()}", flush=True)
+            continue
         measured = {"threads": torch.get_num_threads(), "ms": ms, "first_step_s": first}
         rows.append(changes | {"variant": variant.name, "head": subject.name} | measured)
         floor = 1e3 * flop / peak
@@ -118,7 +122,8 @@ def _speed(session: Session) -> str:
         del training
         torch.cuda.empty_cache()
     if not rows:
-        return "no time left"
+        return "nothing was measured"
+    print((path.with_suffix(".md")).read_text(encoding="utf-8"))
     networks = {each.name for each in SUBJECTS if each.network_only}
     best = min((row for row in rows if row["head"] not in networks), key=lambda row: row["ms"])
     return f"{1e3 / best['ms']:.1f} steps per second at best ({best['variant']}, {best['head']})"
@@ -138,7 +143,6 @@ def _write_speed(rows: list[dict[str, Any]], record: dict[str, Any], path: Path)
         f"TFLOP, which would take {record['floor_ms']:.2f} ms at {record['peak_flop_per_s'] / 1e12:.0f} TFLOP/s, as "
         "measured on a product of large bfloat16 matrices. Made by `python -m benchmarks.gpu`."
     )
-    Console().print(table, note)
     report.write_markdown(table, note, path)
 
 
@@ -168,7 +172,7 @@ def _time(training: Training, steps: int, warmup: int, *, network_only: bool) ->
     """Milliseconds per step, and seconds of the first step.
 
     A step includes drawing its images and reading its metrics. With `network_only`, it is a forward and backward pass
-    that gathers and augments the same images each time.
+    that gathers and augments the same images each time, without an update.
     """
     drawn = training.episodes.draw(0)
     begin, first = report.now(drawn), 0.0
@@ -176,6 +180,7 @@ def _time(training: Training, steps: int, warmup: int, *, network_only: bool) ->
         if step == warmup:
             begin = report.now(drawn)
         if network_only:
+            training.optimizer.zero_grad()  # a captured graph may overwrite the gradients of an earlier step
             training.features(drawn).sum().backward()
         else:
             training.take(drawn)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from convexheads._compiler import is_exporting
+from convexheads._compiler import custom_operator, is_exporting
 from convexheads.errors import ConvexHeadsError
 from convexheads.solvers.implicit import ActiveSet, factorize_free
 from convexheads.solvers.kkt import KKT
@@ -91,7 +91,7 @@ _DUAL += "Tensor? smoothing, Tensor? gram_factor, Tensor? coef, Tensor? bound_mu
 _DUAL += f"-> ({', '.join(['Tensor'] * 9)})"
 
 
-@torch.library.custom_op("convexheads::solve_dual", mutates_args=(), schema=_DUAL)
+@custom_operator("solve_dual", _DUAL)
 def _solve_dual(solver, rows_sum_to_zero, gram, linear, lower, upper, smoothing, gram_factor, *start):
     begin = None if start[0] is None else WarmStart(*start)
     problem = DualProblem(gram, linear, lower, upper, smoothing, rows_sum_to_zero, gram_factor, begin)
@@ -131,7 +131,7 @@ _KKT = "(int solver, bool rows_sum_to_zero, int refinements, Tensor gram, Tensor
 _KKT += "Tensor at_upper, Tensor at_lower, Tensor right, Tensor sums) -> (Tensor, Tensor)"
 
 
-@torch.library.custom_op("convexheads::solve_kkt", mutates_args=(), schema=_KKT)
+@custom_operator("solve_kkt", _KKT)
 def _solve_kkt(solver, rows_sum_to_zero, refinements, gram, smoothing, at_upper, at_lower, right, sums):
     problem = DualProblem(gram, right.mT, smoothing=smoothing, rows_sum_to_zero=rows_sum_to_zero)
     alive = GraphSolver._by_number.get(solver)  # the backward pass may come when nobody holds the head anymore

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from convexheads._compiler import custom_operator
 from convexheads._functorch import inspect_values
 from convexheads._looks import check
 from convexheads.errors import SolverError, SolverWarning
@@ -92,7 +93,7 @@ _SCHEMA = (
 )
 
 
-@torch.library.custom_op("convexheads::handle_failures", mutates_args=(), schema=_SCHEMA)
+@custom_operator("handle_failures", _SCHEMA)
 def _pass_on(name, tolerance, on_failure, coef, status, gap, residual):
     solution = Solution(coef, None, None, status=status, gap=gap, residual=residual, iterations=None)
     return handle_failures(name, solution, tolerance, on_failure).coef.clone()

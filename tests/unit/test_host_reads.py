@@ -65,6 +65,7 @@ def _flat(values):
 ON_GPU = {"solver": NativeSolver(backend="cuda", on_failure="return")}
 HEADS = {
     "SVM": lambda validate=False: SVMHead(validate=validate, **ON_GPU),
+    "class weights": lambda validate=False: SVMHead(validate=validate, class_weight=[0.5, 1.0, 2.0], **ON_GPU),
     "one-vs-rest": lambda validate=False: OneVsRestSVMHead(validate=validate, **ON_GPU),
     "Weston-Watkins": lambda validate=False: WestonWatkinsSVMHead(validate=validate, **ON_GPU),
     "simplified": lambda validate=False: SimplifiedSVMHead(validate=validate, **ON_GPU),

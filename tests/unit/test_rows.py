@@ -246,7 +246,15 @@ def test_unusable_rows_and_tables(validate):
     for wrong in (rows.double(), rows > 3, rows[:3], rows[None], torch.tensor(3), "rows", [["a"]]):
         with pytest.raises(InputError, match="rows"):
             found.score_rows(features, wrong)
-    for wrong in (features[:, :6], features[0], features[None], features.long(), features.to("meta"), "features"):
+    for wrong in (
+        features[:, :6],
+        features[:0],
+        features[0],
+        features[None],
+        features.long(),
+        features.to("meta"),
+        "features",
+    ):
         with pytest.raises(InputError, match="features"):
             found.score_rows(wrong, rows)
 

@@ -21,7 +21,7 @@ from tasks import close, crammer_singer, task
 pytest.importorskip("numba")
 from simulated_team import RaceError, Team, on_this_gpu, simulated
 
-from convexheads import SVMHead
+from convexheads import LogisticHead, PrototypeHead, RidgeHead, SVMHead
 from convexheads.solvers import ActiveSetSolver, DualProblem, NativeSolver
 from convexheads.solvers.native import active_set, cuda_team, numba_backend, numba_kkt, team
 from convexheads.solvers.problem import WarmStart
@@ -74,10 +74,17 @@ def solve(qp):
 
 
 def solve_on_gpu(qp, make_team=None):
-    """The solution and the solution of a system of the gradient."""
+    """The solution, and the solution of a system of the gradient, with the same factors and with new ones."""
     with on_this_gpu(make_team):
         found = solve(qp)
-        return found, found.linearization.kkt.solve(qp.linear.mT, qp.linear[..., 0], refinements=1)
+        return found, [each.solve(qp.linear.mT, qp.linear[..., 0], refinements=1) for each in factorized(qp, found)]
+
+
+def factorized(qp, found):
+    """The factors of a solution, and those of a compiled graph, which factorizes in its backward pass."""
+    kkt, active = found.linearization.kkt, (found.linearization.at_upper, found.linearization.at_lower)
+    rescaled = replace(qp, gram=kkt.gram, smoothing=kkt.smoothing, start=None)
+    return kkt, numba_backend.factorize(rescaled, *active)
 
 
 @pytest.mark.parametrize("shape", TEAMS, ids=str)
@@ -85,7 +92,7 @@ def solve_on_gpu(qp, make_team=None):
 def test_a_team_computes_what_one_thread_does(problem, shape):
     qp = problem()
     expected = solve(qp)
-    found, adjoint = solve_on_gpu(qp, lambda: Team(*shape))
+    found, adjoints = solve_on_gpu(qp, lambda: Team(*shape))
     proven = expected.solution.converged
     assert torch.equal(found.solution.converged, proven)
     assert torch.equal(found.solution.iterations, expected.solution.iterations)
@@ -96,8 +103,9 @@ def test_a_team_computes_what_one_thread_does(problem, shape):
     for name in ("at_upper", "at_lower"):
         assert torch.equal(getattr(found.linearization, name)[proven], getattr(expected.linearization, name)[proven])
     reference = expected.linearization.kkt.solve(qp.linear.mT, qp.linear[..., 0], refinements=1)
-    for one, other in zip(adjoint, reference, strict=True):
-        torch.testing.assert_close(one[proven], other[proven], rtol=1e-6, atol=1e-9)
+    for adjoint in adjoints:
+        for one, other in zip(adjoint, reference, strict=True):
+            torch.testing.assert_close(one[proven], other[proven], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("missing", ["wait_for_team", "wait_for_warp"])
@@ -139,6 +147,25 @@ def test_every_function_of_the_team_has_an_implementation_on_gpus():
     assert set(cuda_team.ON_GPU) == set(team.PRIMITIVES)
 
 
+@pytest.mark.skipif(find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
+def test_small_batches_are_launched_without_a_warning():
+    """Warnings are errors in tests."""
+    cuda_team.configure(cuda_team._solve_tasks, 8, 1, 0)
+
+
+def test_only_what_the_kernels_solve_is_left_to_them_alone():
+    """Problems in float32, or with too many examples for a team, have another solver for the tasks that are left."""
+    solver = NativeSolver(backend="cuda", on_failure="return", max_block_entries=3 * 3 * 6 * 6)
+    small, large = (crammer_singer(*task(7, shots=(shots,) * 3, d=4)[:2], 0.3) for shots in (2, 43))
+    with on_this_gpu():
+        plan = solver.plan(small)
+        assert (plan.solvers, plan.max_tasks) == ((solver.first,), 3)
+        found, parts = solver.solve(small), [solver.solve(small.select(slice(i, i + 1))) for i in range(7)]
+        for other in (large, small.map(lambda _, value: value.float())):
+            assert len(NativeSolver(backend="cuda", on_failure="return").plan(other).solvers) == 2
+    torch.testing.assert_close(found.coef, torch.cat([part.coef for part in parts]))
+
+
 COMPILE = Path(__file__).parent.parent / "compile_for_gpu.py"
 
 
@@ -151,7 +178,7 @@ def test_kernels_compile_for_gpus(architecture):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
     assert done.returncode == 0, done.stderr
     kernels = dict(line.split() for line in done.stdout.splitlines())
-    assert set(kernels) == {"_solve_tasks", "_solve_systems"}
+    assert set(kernels) == {"_solve_tasks", "_solve_systems", "_factorize_tasks"}
     assert all(int(registers) <= cuda_team.MAX_REGISTERS for registers in kernels.values())
 
 
@@ -170,6 +197,12 @@ def test_gpu_equals_cpu(problem, cuda):
     assert torch.equal(found.solution.converged.cpu(), expected.solution.converged)
     chosen = expected.solution.converged
     torch.testing.assert_close(found.solution.coef.cpu()[chosen], expected.solution.coef[chosen], rtol=1e-6, atol=1e-9)
+    reference = expected.linearization.kkt.solve(qp.linear.mT, qp.linear[..., 0], refinements=1)
+    on_gpu = qp.to(cuda)
+    for kkt in factorized(on_gpu, found):
+        adjoint = kkt.solve(on_gpu.linear.mT, on_gpu.linear[..., 0], refinements=1)
+        for one, other in zip(adjoint, reference, strict=True):
+            torch.testing.assert_close(one.cpu()[chosen], other[chosen], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.gpu
@@ -186,20 +219,30 @@ def test_a_thousand_tasks_on_gpu(cuda):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_nothing_waits_for_the_gpu(cuda):
     support, labels, query, ways = task(8, shots=(5,) * 5, d=64)
     support, labels, query = support.to(cuda).requires_grad_(), labels.to(cuda), query.to(cuda)
     on_device()(support, labels, query, ways=ways).sum().backward()  # compiles the kernels
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         on_device()(support, labels, query, ways=ways).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
+NEVER_WAITING = {
+    "SVM": on_device,
+    "ridge": lambda: RidgeHead(validate=False),
+    "prototypes": lambda: PrototypeHead(validate=False),
+    "logistic": lambda: LogisticHead(validate=False, steps=3, on_failure="return"),
+}
+
+
 @pytest.mark.gpu
-def test_a_step_is_captured_and_replayed(cuda):
-    head, ways = on_device(), 5
+@pytest.mark.parametrize("make", NEVER_WAITING.values(), ids=NEVER_WAITING)
+def test_a_step_is_captured_and_replayed(make, cuda):
+    head, ways = make(), 5
     support, labels, query, _ = task(8, shots=(5,) * ways, d=64)
     support, labels, query = support.to(cuda).requires_grad_(), labels.to(cuda), query.to(cuda)
 

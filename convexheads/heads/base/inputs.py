@@ -333,6 +333,8 @@ def check_rows(features: object, rows: object, support: Tensor, *, validate: boo
         raise InputError("rows", expected, describe_shape(rows))
     for name, value in (("features", features), ("rows", rows)):
         _check_device(name, value, support)
+    if not len(features) and rows.numel():
+        raise InputError("features", "at least one row", describe_shape(features))
     if (validate or rows.is_cpu) and not torch.compiler.is_compiling():
         inspect_values(check_range, "rows", rows, len(features), len(features) - 1)
     return features, rows

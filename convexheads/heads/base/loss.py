@@ -90,5 +90,5 @@ class LossHead(ClassificationHead):
         else:
             if len(self.class_weight) != (k := targets.shape[-1]):
                 raise InputError("class_weight", f"a number for each of the {k} classes", len(self.class_weight))
-            factors = torch.tensor(self.class_weight, dtype=targets.dtype, device=targets.device)
+            factors = torch.stack([targets.new_full((), each) for each in self.class_weight])  # without a copy
         return weight * (targets * factors.unsqueeze(-2)).sum(-1)

@@ -117,13 +117,14 @@ class ActiveSetSolver(Solver):
 
     def runs_on_gpu(self, problem: DualProblem) -> bool:
         """Whether kernels compiled for a GPU solve the `problem`."""
-        is_small = problem.linear.shape[-2] <= _MAX_EXAMPLES_OF_TEAM
-        return self.backend == "cuda" and problem.linear.is_cuda and is_small
+        linear = problem.linear
+        fits = linear.dtype == torch.float64 and linear.numel() > 0 and linear.shape[-2] <= _MAX_EXAMPLES_OF_TEAM
+        return self.backend == "cuda" and fits and _is_on_gpu(linear)
 
     def factorize(
         self, problem: DualProblem, at_upper: Bool[Tensor, "tasks n k"], at_lower: Bool[Tensor, "tasks n k"]
     ) -> KKT:
-        if problem.linear.is_cpu and self._uses_kernels(problem):
+        if self._uses_kernels(problem):
             from convexheads.solvers.native import numba_backend
 
             return numba_backend.factorize(problem, at_upper, at_lower)
@@ -132,8 +133,8 @@ class ActiveSetSolver(Solver):
     def _uses_kernels(self, problem: DualProblem) -> bool:
         """Whether compiled kernels solve a flat `problem`."""
         linear = problem.linear
-        fits = (linear.is_cpu or self.runs_on_gpu(problem)) and linear.dtype == torch.float64 and len(linear) > 0
-        return self.backend != "torch" and fits and numba_is_installed()
+        fits = linear.is_cpu and linear.dtype == torch.float64 and len(linear) > 0 and numba_is_installed()
+        return (self.backend != "torch" and fits) or self.runs_on_gpu(problem)
 
     def _solve_numerically(self, problem: DualProblem) -> LinearizedSolution:
         """The Numba kernels do all in one call; only the first guess differs (tests/unit/test_numba.py)."""
@@ -143,6 +144,10 @@ class ActiveSetSolver(Solver):
 
         limits = {"max_rounds": self.max_rounds, "warm_rounds": min(WARM_ROUNDS, self.max_rounds)}
         return numba_backend.solve(problem, self.tolerance, **limits, refinements=REFINEMENTS)
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def _first_guess(problem: DualProblem) -> WarmStart:

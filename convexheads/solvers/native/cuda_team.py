@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, no_type_check
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from convexheads.solvers.native import team
 from convexheads.solvers.native.numba_kernels import MATRICES, VECTORS, divide_memory, solve_tasks_of_team
-from convexheads.solvers.native.numba_kkt import solve_systems_of_team
+from convexheads.solvers.native.numba_kkt import factorize_tasks_of_team, solve_systems_of_team
 from convexheads.solvers.native.team import thread, threads, wait_for_team
 
 LANES = 32
@@ -151,6 +152,14 @@ def _solve_systems(system, equations, options, unknowns, factors, work):
     solve_systems_of_team(t, t + 1, system, equations, options, unknowns, factors, work_of_team)
 
 
+@cuda.jit(cache=True, max_registers=MAX_REGISTERS)
+@no_type_check
+def _factorize_tasks(system, side, rows_sum_to_zero, factors, regularization, work):
+    (local,) = work
+    t = cuda.blockIdx.x
+    factorize_tasks_of_team(t, t + 1, system, side, rows_sum_to_zero, factors, regularization, local[t])
+
+
 def solve_tasks(problem, options, results, system, factors) -> None:
     """`numba_kernels.solve_tasks` for tensors on a GPU, in one launch."""
     tasks, n, k = problem[1].shape
@@ -169,12 +178,26 @@ def solve_systems(system, equations, options, unknowns, factors) -> None:
     launch(_solve_systems, warps, system, equations, options, unknowns, factors, work)
 
 
+def factorize_tasks(system, side, rows_sum_to_zero, factors, regularization) -> None:
+    """`numba_kkt.factorize_tasks` for tensors on a GPU, in one launch."""
+    tasks, n, k = side.shape
+    warps = _warps_for(n, k)
+    work = (system[0].new_empty(tasks, warps, n),)
+    launch(_factorize_tasks, warps, system, side, rows_sum_to_zero, factors, regularization, work)
+
+
 def launch(kernel: Any, warps: int, *arguments: Any) -> None:
     """Launch a kernel with a team per task on the current stream of PyTorch, without waiting for it."""
     first = arguments[0][0]
     with cuda.gpus[first.device.index]:
         stream = cuda.external_stream(torch.cuda.current_stream(first.device).cuda_stream)
-        kernel[len(first), LANES * warps, stream](*map(_as_arrays, arguments))
+        configure(kernel, len(first), warps, stream)(*map(_as_arrays, arguments))
+
+
+def configure(kernel: Any, teams: int, warps: int, stream: Any) -> Any:
+    """The function that launches a kernel. Numba's advice to launch at least 128 teams is not passed on to the user."""
+    with warnings.catch_warnings(action="ignore"):
+        return kernel[teams, LANES * warps, stream]
 
 
 def _warps_for(n: int, k: int) -> int:
@@ -185,4 +208,4 @@ def _warps_for(n: int, k: int) -> int:
 def _as_arrays(argument: Any) -> Any:
     if isinstance(argument, tuple):
         return tuple(map(_as_arrays, argument))
-    return cuda.as_cuda_array(argument, sync=False) if isinstance(argument, Tensor) else argument
+    return cuda.as_cuda_array(argument.detach(), sync=False) if isinstance(argument, Tensor) else argument

@@ -84,10 +84,11 @@ class NativeSolver(Fallback):
 
     def plan(self, problem: DualProblem) -> Plan:
         plan = super().plan(problem)
-        if self.on_failure == "return" and self.first.runs_on_gpu(plan.problem):
-            return plan._replace(solvers=(self.first,))  # whether another solver is needed would be a host read
         problem, (_, n, k) = plan.problem, problem.linear.shape
         tasks_at_once = self.max_block_entries // (k * n * n)
+        if self.on_failure == "return" and self.first.runs_on_gpu(problem):
+            # Whether another solver is needed would be a host read.
+            return plan._replace(solvers=(self.first,), max_tasks=max(1, tasks_at_once))
         prefers_admm = not tasks_at_once or (n >= _MIN_EXAMPLES_FOR_ADMM and problem.linear.is_cpu)
         if prefers_admm and not is_transforming():  # inside `torch.func.vmap`, values cannot decide between solvers
             with torch.no_grad():

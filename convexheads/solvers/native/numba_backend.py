@@ -111,14 +111,22 @@ def _finish_on_cpu(problem: DualProblem, results: tuple[np.ndarray, ...], tolera
 def factorize(
     problem: DualProblem, at_upper: Bool[Tensor, "tasks n k"], at_lower: Bool[Tensor, "tasks n k"]
 ) -> NumbaKKT:
-    """`implicit.factorize_free` for a rescaled problem in float64 on the CPU."""
+    """`implicit.factorize_free` for a rescaled problem in float64."""
     tasks, n, k = problem.linear.shape
     gram, smoothing = problem.gram.contiguous(), problem.smoothing
     smoothing = gram.new_zeros(tasks, n, k) if smoothing is None else smoothing.contiguous()
-    side, factors = at_upper.to(torch.int8) - at_lower.to(torch.int8), allocate_factors(tasks, n, k)
-    arguments = (gram, smoothing), side, problem.rows_sum_to_zero, factors, REGULARIZATION
-    run_tasks(numba_kkt.factorize_tasks, tasks, tasks * k * n**3, *arguments)
-    return NumbaKKT(gram, smoothing, *map(torch.from_numpy, factors), rows_sum_to_zero=problem.rows_sum_to_zero)
+    side = at_upper.to(torch.int8) - at_lower.to(torch.int8)
+    if _is_on_cpu(gram):
+        factors = allocate_factors(tasks, n, k)
+        arguments = (gram, smoothing), side, problem.rows_sum_to_zero, factors, REGULARIZATION
+        run_tasks(numba_kkt.factorize_tasks, tasks, tasks * k * n**3, *arguments)
+        factors = tuple(map(torch.from_numpy, factors))
+    else:
+        from convexheads.solvers.native import cuda_team
+
+        factors = allocate_factors(tasks, n, k, partial(_empty_tensor, gram.device))
+        cuda_team.factorize_tasks((gram, smoothing), side, problem.rows_sum_to_zero, factors, REGULARIZATION)
+    return NumbaKKT(gram, smoothing, *factors, rows_sum_to_zero=problem.rows_sum_to_zero)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

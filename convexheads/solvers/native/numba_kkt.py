@@ -172,14 +172,21 @@ def factorize(gram, smoothing, rows_sum_to_zero, side, factors, regularization, 
 
 @kernel
 @no_type_check
-def factorize_tasks(start, stop, system, side, rows_sum_to_zero, factors, regularization):
-    """`factorize` for tasks `start` to `stop` on the CPU."""
+def factorize_tasks_of_team(start, stop, system, side, rows_sum_to_zero, factors, regularization, local):
+    """`factorize` for tasks `start` to `stop`."""
     gram, smoothing = system
     blocks, index, count, schur = factors
-    local = np.empty((1, side.shape[1]))
     for t in range(start, stop):
         task_factors = (blocks[t], index[t], count[t], schur[t])
         factorize(gram[t], smoothing[t], rows_sum_to_zero, side[t], task_factors, regularization, local)
+
+
+@kernel
+@no_type_check
+def factorize_tasks(start, stop, system, side, rows_sum_to_zero, factors, regularization):
+    """`factorize_tasks_of_team` on the CPU, with memory of its own."""
+    local = np.empty((1, side.shape[1]))
+    factorize_tasks_of_team(start, stop, system, side, rows_sum_to_zero, factors, regularization, local)
 
 
 @kernel
