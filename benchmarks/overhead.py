@@ -5,6 +5,7 @@ python -m benchmarks.overhead
 
 from __future__ import annotations
 
+import itertools
 import logging
 import statistics
 import time
@@ -42,6 +43,9 @@ CAPTURED = ("prototypes", "ridge", "SVM on the GPU")
 """The heads that never wait for the GPU, so that a CUDA graph can capture them."""
 CALL_FEATURES = 64
 SCIKIT_LEARN = "LogisticRegression of scikit-learn in a loop"
+EVALUATED = ("threads", "episodes", "evaluations", "queries", "features")
+PARTS = ("training", "evaluation", "calls", "loops")
+"""What can be measured."""
 WAYS, SHOTS = 5, 5
 BLOCK = 20
 """Consecutive calls or steps of a loop that are timed, a multiple of the steps after which `Training` reads metrics."""
@@ -96,7 +100,8 @@ def evaluation(
     """Seconds over the same episodes of random clustered features, on the CPU with one and with all threads.
 
     They are those of `convexheads.evaluate` for each head and, on the CPU, of the usual loop over episodes with
-    scikit-learn's logistic regression, as in Tian et al. 2020, with the threads that it uses by default.
+    scikit-learn's logistic regression, as in Tian et al. 2020, with the threads that it uses by default. A head that
+    raises an error is left out.
     """
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(20).repeat_interleave(600)
@@ -109,14 +114,17 @@ def evaluation(
         heads |= {name: make() for name, make in called_heads(device).items() if name not in CALLED}
     counts = thread_counts(device, threads)
     seconds: dict[str, list[list[float]]] = {name: [[] for _ in counts] for name in heads}
-    for _ in range(evaluations):
-        for name, head in heads.items():
-            for count, taken in zip(counts, seconds[name], strict=True):
+    for _, (name, head) in itertools.product(range(evaluations), heads.items()):
+        try:
+            for count, taken in zip(counts, seconds.get(name, ()), strict=False):
                 torch.set_num_threads(count)
                 ch.evaluate(head, cached, labels, episodes=100, progress=False, **settings)  # warms up
                 begin = time.perf_counter()
                 ch.evaluate(head, cached, labels, episodes=episodes, **settings)
                 taken.append(time.perf_counter() - begin)
+        except Exception as error:
+            report.leave_out(f"evaluation, {name},", error)
+            del seconds[name]
     torch.set_num_threads(threads)
     found = {name: list(map(statistics.median, taken)) for name, taken in seconds.items()}
     if device == "cpu":
@@ -144,24 +152,35 @@ def called_heads(device: str) -> dict[str, Callable[..., ch.ClassificationHead]]
     return CALLED | {"SVM on the GPU": partial(ch.SVMHead, solver=solver)}
 
 
-def capture(call: Callable[[], object]) -> Callable[[], object]:
-    """A function that replays what a call does on the GPU."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()  # compiles kernels, and allocates memory
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+class Captured:
+    """A function that replays what a call does on the GPU. It is captured when it is first called."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.call, self.graph = call, None
+
+    def __call__(self) -> None:
+        if self.graph is None:
+            self.graph = self.capture()
+        self.graph.replay()
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.call()  # compiles kernels, and allocates memory
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.call()
+        return graph
 
 
-def calls(*, device: str, tasks: int, queries: int, features: int, repeats: int) -> dict[str, list[float]]:
-    """Median seconds of a call of each head, alone and with its gradient, in the order of `VARIANTS`.
+def calls(*, device: str, tasks: int, queries: int, features: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Median seconds of a call of each head, alone and with its gradient, by the names in `VARIANTS`.
 
     They are medians over blocks of calls, which alternate between the variants. Only on a GPU, a head may be captured.
+    A variant that raises an error is left out.
     """
     labels = torch.arange(WAYS).repeat_interleave(SHOTS).expand(tasks, -1).contiguous().to(device)
     truth = torch.arange(WAYS).repeat_interleave(queries).repeat(tasks).to(device)
@@ -181,29 +200,38 @@ def calls(*, device: str, tasks: int, queries: int, features: int, repeats: int)
     found = {}
     for name, make in called_heads(device).items():
         unchecked = make(validate=False)
-        variants = make(), unchecked, torch.compile(unchecked, fullgraph=True)
+        heads = make(), unchecked, torch.compile(unchecked, fullgraph=True)
         for title, way in (("forward", forward), ("forward and backward", with_gradient)):
-            timed: list[Callable[[], object]] = [partial(way, head) for head in variants]
+            timed: dict[str, Callable[[], object]]
+            timed = {variant: partial(way, head) for variant, head in zip(VARIANTS, heads, strict=False)}
             if device == "cuda" and name in CAPTURED:
-                timed.append(capture(partial(way, unchecked)))
-            seconds: list[list[float]] = [[] for _ in timed]
-            for repeat in tqdm(range(-2, repeats), desc=f"calls of {name}", leave=False):
-                for call, taken in zip(timed, seconds, strict=True):
+                timed["captured"] = Captured(partial(way, unchecked))
+            seconds: dict[str, list[float]] = {variant: [] for variant in timed}
+            blocks = itertools.product(range(-2, repeats), list(timed))
+            for repeat, variant in tqdm(blocks, desc=f"calls of {name}", leave=False, total=(repeats + 2) * len(timed)):
+                if variant not in seconds:
+                    continue
+                try:
                     begin = report.now(support)
                     for _ in range(BLOCK):
-                        call()
-                    if repeat >= 0:
-                        taken.append((report.now(support) - begin) / BLOCK)
-            found[f"{name}, {title}"] = list(map(statistics.median, seconds))
+                        timed[variant]()
+                    taken = (report.now(support) - begin) / BLOCK
+                except Exception as error:
+                    report.leave_out(f"{name}, {title}, {variant},", error)
+                    del seconds[variant]
+                    continue
+                if repeat >= 0:
+                    seconds[variant].append(taken)
+            found[f"{name}, {title}"] = {variant: statistics.median(taken) for variant, taken in seconds.items()}
     return found
 
 
-def show_calls(seconds: dict[str, list[float]], title: str) -> Table:
+def show_calls(seconds: dict[str, dict[str, float]], title: str) -> Table:
     """A line for each head and direction."""
-    variants = VARIANTS[: max(map(len, seconds.values()))]
+    variants = [variant for variant in VARIANTS if any(variant in each for each in seconds.values())]
     table = report.new_table(title, ("call", *(f"{variant}, ms" for variant in variants)), left=["call"])
     for name, each in seconds.items():
-        table.add_row(name, *(f"{1e3 * taken:.2f}" for taken in each))
+        table.add_row(name, *(f"{1e3 * each[variant]:.2f}" if variant in each else "" for variant in variants))
     return table
 
 
@@ -339,11 +367,13 @@ def show_loops(seconds: dict[str, float], title: str) -> Table:
 def show(steps: dict[str, float], evaluations: dict[str, list[float]], threads: list[int], title: str) -> Table:
     """A line for each head."""
     named = [f"evaluation, {count} thread{'s' if count > 1 else ''}, s" for count in threads]
-    table = report.new_table(title, ("head", "training step, ms", *named), left=["head"])
-    for name, seconds in evaluations.items():
+    timed = ["training step, ms"] if steps else []
+    table = report.new_table(title, ("head", *timed, *named), left=["head"])
+    for name in dict.fromkeys([*(name for name in steps if "/" not in name), *evaluations]):
+        seconds = evaluations.get(name, [])
         missing = [""] * (len(threads) - len(seconds))
-        step_time = f"{1e3 * steps[name]:.1f}" if name in steps else ""
-        table.add_row(name, step_time, *missing, *(f"{each:.1f}" for each in seconds))
+        step_time = [f"{1e3 * steps[name]:.1f}" if name in steps else ""] if steps else []
+        table.add_row(name, *step_time, *missing, *(f"{each:.1f}" for each in seconds))
     return table
 
 
@@ -365,68 +395,80 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=5, help="timed evaluations of each head")
     parser.add_argument("--queries", type=int, default=15, help="query examples per class in the evaluation")
     parser.add_argument("--features", type=int, default=640, help="feature dimension in the evaluation")
+    text = "what to measure"
+    parser.add_argument("--parts", type=list[Literal[PARTS]], default=list(PARTS), help=text)
     options = parser.parse_args()
+    if not options.parts:
+        raise SystemExit(f"error: parts: expected some of {', '.join(PARTS)}, got none")
     torch.set_num_threads(options.threads)
     where = {"device": options.device}
-    network = {"backbone": options.backbone} | where
-    steps = training(**network, episodes=options.tasks, queries=options.train_queries, repeats=options.repeats)
-    evaluated = {name: options[name] for name in ("threads", "episodes", "evaluations", "queries", "features")}
-    evaluations = evaluation(**where, **evaluated)
+    names = ("backbone", "device", "tasks", "train_queries", "repeats", *EVALUATED)
     sizes = where | {"tasks": options.tasks, "queries": options.train_queries, "repeats": options.repeats}
-    found, called = loops(**sizes), calls(**sizes, features=CALL_FEATURES)
+    measured: dict[str, Any] = {}
+    if "training" in options.parts:
+        network = {"backbone": options.backbone, "episodes": options.tasks, "queries": options.train_queries}
+        measured["training"] = training(**where, **network, repeats=options.repeats)
+    if "evaluation" in options.parts:
+        measured["evaluation"] = evaluation(**where, **{name: options[name] for name in EVALUATED})
+    if "loops" in options.parts:
+        measured["loops"] = loops(**sizes)
+    if "calls" in options.parts:
+        measured["calls"] = calls(**sizes, features=CALL_FEATURES)
     origin = report.provenance()
-    names = ("backbone", "device", "tasks", "train_queries", "repeats")
-    settings = {name: options[name] for name in names} | evaluated
-    counts = thread_counts(options.device, options.threads)
-    table = show(steps, evaluations, counts, "What a head costs, 5-way 5-shot")
-    note = (
-        f"Training step: a {options.backbone} on {options.tasks} episodes of 32 x 32 images, {options.train_queries} "
-        f"queries per class, SGD; medians of {options.repeats} steps, the heads in turn. In the same round, the step "
-        f"with the SVM takes {steps['svm / prototypes']:.3f} times as long as that with prototypes and "
-        f"{steps['svm / ridge']:.3f} times as long as that with ridge regression (medians). Evaluation: "
-        f"`convexheads.evaluate` over {options.episodes:,} episodes of {options.features} cached features, "
-        f"{options.queries} queries per class, median of {options.evaluations} runs; scikit-learn's logistic "
-        "regression has its default tolerance and number of threads, and ran once. "
-        f"{experiment.place(origin, options.device)}, torch {origin['versions']['torch']}. "
-        "Made by `python -m benchmarks.overhead`."
-    )
-    call_table = show_calls(called, "What a call costs, 5-way 5-shot")
-    call_note = (
-        f"{options.tasks} episodes of {CALL_FEATURES} random features in float32, {options.train_queries} queries per "
-        f"class; medians over {options.repeats} blocks of {BLOCK} calls, the variants in turn. Heads have their "
-        "default settings. Compiled: `torch.compile(head, fullgraph=True)` of a head with `validate=False`. Backward: "
-        "the gradient of the cross-entropy with respect to the features of support and queries."
-    )
-    if options.device == "cuda":
-        call_note += " Captured: a replayed CUDA graph of the call, which takes little more than the time of the GPU."
-    added = show_loops(found, "What a loop costs, 5-way 5-shot")
-    added_note = (
-        f"A step: {options.tasks} episodes of 32 x 32 pixels of noise, {options.train_queries} queries per class, "
-        f"through one linear layer and prototypes, with SGD; medians over {options.repeats} blocks of {BLOCK} steps, "
-        f"all lines in turn. {ALONE.capitalize()} is forward, loss, backward and optimizer on one and the same batch. "
-        "A new batch is drawn and gathered without augmentation, as in both loops. The plain loop is "
-        "`benchmarks.loop`, with its checks and readings, without validations and checkpoints. "
-    )
-    added_note += (
-        "Lightning runs `EpisodicModule` on `EpisodeLoader` without logger, progress bar and checkpoints."
-        if LIGHTNING in found
-        else "pytorch-lightning is not installed, so it has no line."
-    )
-    experiment.write(
-        options.output,
-        "overhead",
-        table,
-        note,
-        more=[(call_table, call_note), (added, added_note)],
-        record={
-            "settings": settings,
-            "training": steps,
-            "evaluation": evaluations,
-            "calls": called,
-            "loops": found,
-            **origin,
-        },
-    )
+    (table, note), *more = sections(measured, options, origin)
+    record = {"settings": {name: options[name] for name in names}, **measured, **origin}
+    experiment.write(options.output, "overhead", table, note, more=more, record=record)
+
+
+def sections(measured: dict[str, Any], options: Any, origin: dict[str, Any]) -> list[tuple[Table, str]]:
+    """The tables of what was measured, each with a note."""
+    found = []
+    place = f"{experiment.place(origin, options.device)}, torch {origin['versions']['torch']}. "
+    place += "Made by `python -m benchmarks.overhead`."
+    steps, evaluations = measured.get("training", {}), measured.get("evaluation", {})
+    note = ""
+    if steps:
+        note += (
+            f"Training step: a {options.backbone} on {options.tasks} episodes of 32 x 32 images, "
+            f"{options.train_queries} queries per class, SGD; medians of {options.repeats} steps, the heads in turn. "
+            f"In the same round, the step with the SVM takes {steps['svm / prototypes']:.3f} times as long as that "
+            f"with prototypes and {steps['svm / ridge']:.3f} times as long as that with ridge regression (medians). "
+        )
+    if evaluations:
+        note += (
+            f"Evaluation: `convexheads.evaluate` over {options.episodes:,} episodes of {options.features} cached "
+            f"features, {options.queries} queries per class, median of {options.evaluations} runs"
+        )
+        loop = "; scikit-learn's logistic regression has its default tolerance and number of threads, and ran once"
+        note += (loop if SCIKIT_LEARN in evaluations else "") + ". "
+    if note:
+        counts = thread_counts(options.device, options.threads) if evaluations else []
+        found.append((show(steps, evaluations, counts, "What a head costs, 5-way 5-shot"), note + place))
+    if "calls" in measured:
+        note = (
+            f"{options.tasks} episodes of {CALL_FEATURES} random features in float32, {options.train_queries} queries "
+            f"per class; medians over {options.repeats} blocks of {BLOCK} calls, the variants in turn. Heads have "
+            "their default settings. Compiled: `torch.compile(head, fullgraph=True)` of a head with `validate=False`. "
+            "Backward: the gradient of the cross-entropy with respect to the features of support and queries. "
+        )
+        if options.device == "cuda":
+            note += "Captured: a replayed CUDA graph of the call, which takes little more than the time of the GPU. "
+        found.append((show_calls(measured["calls"], "What a call costs, 5-way 5-shot"), note + place))
+    if "loops" in measured:
+        note = (
+            f"A step: {options.tasks} episodes of 32 x 32 pixels of noise, {options.train_queries} queries per class, "
+            f"through one linear layer and prototypes, with SGD; medians over {options.repeats} blocks of {BLOCK} "
+            f"steps, all lines in turn. {ALONE.capitalize()} is forward, loss, backward and optimizer on one and the "
+            "same batch. A new batch is drawn and gathered without augmentation, as in both loops. The plain loop is "
+            "`benchmarks.loop`, with its checks and readings, without validations and checkpoints. "
+        )
+        note += (
+            "Lightning runs `EpisodicModule` on `EpisodeLoader` without logger, progress bar and checkpoints. "
+            if LIGHTNING in measured["loops"]
+            else "pytorch-lightning is not installed, so it has no line. "
+        )
+        found.append((show_loops(measured["loops"], "What a loop costs, 5-way 5-shot"), note + place))
+    return found
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from copy import copy
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+LEFT_OUT = "is left out:"
+"""The words with which a script says that it goes on without something, and why."""
 PACKAGES = ("convexheads", "torch", "torchvision", "learn2learn", "numpy")
 
 
@@ -171,6 +174,12 @@ def records(frame: pandas.DataFrame) -> list[dict[str, Any]]:
 
     rows: Any = frame.to_dict("records")
     return [{str(name): plain(value) for name, value in row.items()} for row in rows]
+
+
+def leave_out(name: str, reason: object) -> None:
+    """Say that the script goes on without something."""
+    kind = f"{type(reason).__name__}: " if isinstance(reason, Exception) else ""
+    print(f"{name} {LEFT_OUT} {kind}{reason}".partition("\n")[0], file=sys.stderr)
 
 
 def now(value: Tensor) -> float:

@@ -11,7 +11,6 @@ import gc
 import itertools
 import math
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -44,8 +43,6 @@ _SLOW = 0.3
 _VERY_SLOW = 5.0
 PRECISIONS = ["float64", "float32", "bfloat16"]
 ON_GPU = "native on the GPU"
-LEFT_OUT = "is left out:"
-"""The words with which the command reports a contender whose package is missing."""
 _SETTINGS = ("sizes", "tasks", "precisions", "names", "device", "features", "queries", "repeats", "threads")
 
 
@@ -217,13 +214,21 @@ def measure(
     queries: int,
     repeats: int,
     threads: int,
+    keep: Callable[[pandas.DataFrame], None] = lambda rows: None,
 ) -> pandas.DataFrame:
-    """One row per size, number of tasks, precision and contender: median seconds, errors and memory."""
+    """One row per size, number of tasks, precision and contender: median seconds, errors and memory.
+
+    A contender that raises an error is left out. After each case, `keep` gets the rows so far.
+    """
     rows, available = [], contenders()
     every = list(itertools.product(sizes, tasks, precisions))
     for name in names:  # compiles all kernels
         support, labels, query = (value.to(device) for value in episode(1, 2, 1, 4, 1))
-        once(available[name].call, support, labels, query, 2)
+        try:
+            once(available[name].call, support, labels, query, 2)
+        except Exception as error:
+            report.leave_out(name, error)
+            del available[name]
     for size, count, precision in (bar := tqdm(every, unit="case")):
         bar.set_description(f"{size}, {count} tasks, {precision}")
         ways, shots = SIZES[size]
@@ -250,8 +255,8 @@ def measure(
                         memory[name] = peak_memory(partial(once, each.call, *data, ways), device)
                         continue
                     first, second, found, slope = once(each.call, *data, ways)
-                except torch.OutOfMemoryError:
-                    print(f"{name} {LEFT_OUT} too little memory for {count} tasks of {size}", file=sys.stderr)
+                except Exception as error:
+                    report.leave_out(name, f"{type(error).__name__} for {count} tasks of {size}: {error}")
                     del taking_part[name]
                     continue
                 if repeat >= 0 or second > _VERY_SLOW:
@@ -266,6 +271,8 @@ def measure(
             rows.append(
                 row | dict(zip(("logits_error", "gradient_error"), errors.get(name, (None, None)), strict=True))
             )
+        if rows:
+            keep(pandas.DataFrame(rows))
     torch.set_num_threads(threads)
     return pandas.DataFrame(rows)
 
@@ -380,18 +387,24 @@ def main() -> None:
         experiment.refuse_unknown(name, settings[name], known)
     for name in settings["names"]:
         if name in absent:
-            print(f"{name} {LEFT_OUT} {absent[name]}", file=sys.stderr)
+            report.leave_out(name, str(absent[name]))
     if settings["device"] == "cpu" and ON_GPU in settings["names"]:
-        print(f"{ON_GPU} {LEFT_OUT} it needs --device cuda", file=sys.stderr)
+        report.leave_out(ON_GPU, "it needs --device cuda")
         settings["names"].remove(ON_GPU)
     settings["names"] = [name for name in settings["names"] if name not in absent]
     if not settings["names"]:
         raise SystemExit("error: names: the packages of all contenders are missing")
     torch.set_num_threads(options.threads)
-    rows = measure(**settings)
+    origin = report.provenance()
+
+    def keep(rows: pandas.DataFrame) -> None:
+        record = {"settings": settings, "results": report.records(rows), **origin}
+        report.write_json(record, options.output / "solvers.json")  # in case that the command is killed later
+
+    rows = measure(**settings, keep=keep)
     if rows.empty:
-        raise SystemExit("error: tasks: expected fewer, because none of the contenders had enough memory")
-    write(rows, settings, report.provenance(), options.output)
+        raise SystemExit("error: every contender raised an error")
+    write(rows, settings, origin, options.output)
 
 
 if __name__ == "__main__":

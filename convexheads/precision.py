@@ -17,8 +17,9 @@ class use_float32:  # noqa: N801  # like torch.no_grad
     Use it on devices with slow float64, such as GPUs for gaming, where it has a small fraction of the speed of float32;
     on the CPU, iterative solvers are slower, because compiled kernels are for float64. Logits then have four to six
     digits, and gradients three to five (`python -m benchmarks.float32`), and fewer if the problem is badly conditioned,
-    as with tiny penalties. Certificates are weaker, too: the smallest tolerance of a solver is 5e-4. Apple's mps
-    devices always use float32.
+    as with tiny penalties. Certificates are weaker, too: the smallest tolerance of a solver is 5e-4. They assume that
+    products are computed in float32, so leave TF32 off on a GPU, as it is by default in PyTorch. Apple's mps devices
+    always use float32.
 
     It holds for all threads of the process. A fitted head keeps the precision of its fit.
 

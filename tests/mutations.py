@@ -269,7 +269,7 @@ MUTATIONS = [
         "team-warning",
         "solvers/native/cuda_team.py",
         'with warnings.catch_warnings(action="ignore"):',
-        'with warnings.catch_warnings():',
+        "with warnings.catch_warnings():",
         "test_team.py::test_small_batches_are_launched_without_a_warning",
     ),
     Mutation(

@@ -125,7 +125,9 @@ def _speed(session: Session) -> str:
         return "nothing was measured"
     print((path.with_suffix(".md")).read_text(encoding="utf-8"))
     networks = {each.name for each in SUBJECTS if each.network_only}
-    best = min((row for row in rows if row["head"] not in networks), key=lambda row: row["ms"])
+    best = min((row for row in rows if row["head"] not in networks), key=lambda row: row["ms"], default=None)
+    if best is None:
+        return "no training step was measured"
     return f"{1e3 / best['ms']:.1f} steps per second at best ({best['variant']}, {best['head']})"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -13,14 +15,23 @@ import torch
 from benchmarks.gpu.queue import shrink
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.speed import speed
-from benchmarks.solvers import LEFT_OUT
+from benchmarks.report import LEFT_OUT
 from benchmarks.train import run
-from convexheads.errors import ConvexHeadsError
 
 TESTS = Path(__file__).parent.parent.parent / "tests"
+KERNELS = TESTS / "unit" / "test_team.py"
+"""The tests of the kernels that solve problems on a GPU."""
+# A test that never ends cannot be interrupted from its own thread while it waits for the GPU.
+TESTING = ["-m", "pytest", "-m", "gpu", "--no-header", "-p", "no:cacheprovider", "--without-extras"]
+TESTING += ["--timeout", "90", "-o", "timeout_method=thread"]
 CHECKS = {"memcheck": ["--report-api-errors", "no"], "racecheck": [], "synccheck": []}
-"""What compute-sanitizer checks, with the settings of each check."""
-BIG_EVALUATION = {"backbone": "resnet12", "episodes": 100_000, "evaluations": 2}
+"""What compute-sanitizer checks, with the settings of each check; racecheck looks at the shared memory of teams."""
+COSTS = {
+    "calls": (["calls"], {}),
+    "evaluation": (["evaluation"], {"episodes": 100_000, "evaluations": 1}),
+    "steps": (["training", "loops"], {"backbone": "resnet12"}),
+}
+"""The parts of `benchmarks.overhead` that are measured together, with their settings."""
 BATCHED = ("ridge", "native", "native on the GPU", "native in torch", "interior point", "qpth", "published code")
 COMPARED = {
     8: (("5w1s", "5w5s", "5w15s", "20w1s", "20w5s", "64w5s"), (*BATCHED, "moreau")),
@@ -30,40 +41,61 @@ COMPARED = {
 """By the number of tasks, the sizes and the contenders that are timed."""
 
 
+def machine(session: Session) -> str:
+    """Show the machine's packages, and solve a few problems on its GPU; without that, no other stage begins."""
+    outcome = session.command("machine", "-m", "benchmarks.gpu.machine", limit=120)
+    print(*session.output_of("machine"), sep="\n", flush=True)
+    return outcome
+
+
+def kernels(session: Session) -> str:
+    """Run the tests of the kernels that solve problems on a GPU."""
+    return session.command("kernels", *TESTING, str(KERNELS), limit=120)
+
+
 def tests(session: Session) -> str:
-    """Run the tests that need a GPU."""
-    files = [str(path) for path in sorted(TESTS.rglob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
-    settings = ["-m", "gpu", "--no-header", "-p", "no:cacheprovider", "--without-extras"]
-    return session.command("tests", "-m", "pytest", *settings, *(files[-1:] if session.smoke else files))
+    """Run the other tests that need a GPU."""
+    files = [path for path in sorted(TESTS.rglob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
+    others = [str(path) for path in files if path != KERNELS]
+    return session.command("tests", *TESTING, *(others[-1:] if session.smoke else others), limit=240)
 
 
 def sanitizer(session: Session) -> str:
-    """Look for invalid memory accesses, races and wrong barriers in the compiled kernels, on a small problem."""
+    """Look for wrong memory accesses, races and barriers in the kernels, on a small problem and its gradient."""
     tool = _compute_sanitizer()
     if tool is None:
         return "compute-sanitizer is not installed; pip install nvidia-cuda-sanitizer-api brings it"
-    test = [str(TESTS / "unit" / "test_team.py"), "-m", "gpu", "-k", "test_gpu_equals_cpu and separable"]
+    command = [*TESTING, str(KERNELS), "-k", "test_gpu_equals_cpu and separable"]
+    variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else, tensors are parts of one piece of memory
     outcomes = []
     for check, settings in CHECKS.items():
-        under = [tool, "--tool", check, *settings, "--error-exitcode", "1", "--kernel-name", "kns=_solve_"]
-        command = ["-m", "pytest", *test, "--no-header", "-p", "no:cacheprovider", "--without-extras"]
-        outcomes.append(f"{check}: {session.command(check, *command, under=under, limit=120)}")
+        under = [tool, "--tool", check, *settings, "--error-exitcode", "1", "--kernel-name", "kns=_tasks"]
+        under += ["--kernel-name", "kns=_systems", "--launch-timeout", "0"]
+        outcome = session.command(check, *command, under=under, variables=variables, limit=90)
+        ran = any("1 passed" in line for line in session.output_of(check))
+        outcomes.append(f"{check}: {outcome}" + ("" if ran else ", but no test has run to its end"))
     return "; ".join(outcomes)
 
 
 def _compute_sanitizer() -> str | None:
-    """The path of compute-sanitizer, of the system or of a package from PyPI."""
+    """The path of compute-sanitizer, of the system, of CUDA's folder or of a package from PyPI."""
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    if (own := shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=home)) is not None:
+        return own
     packages = find_spec("nvidia")
     folders = [] if packages is None else list(packages.submodule_search_locations or [])
     found = [path for folder in folders for path in sorted(Path(folder).glob("*/bin/compute-sanitizer"))]
-    return shutil.which("compute-sanitizer") or next(map(str, found), None)
+    return next(map(str, found), None)
 
 
 def overhead(session: Session) -> str:
     """Time calls, training steps and evaluations of each head."""
-    sizes = {"repeats": 1, "episodes": 20, "evaluations": 1} if session.smoke else BIG_EVALUATION
-    arguments = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
-    return _measure(session, "overhead", *arguments)
+    smoke, outcomes = {"repeats": 1, "episodes": 20, "evaluations": 1}, []
+    for name, (parts, settings) in COSTS.items():
+        sizes = {"parts": f"[{','.join(parts)}]", "threads": 4, **(smoke if session.smoke else settings)}
+        arguments = [text for option, value in sizes.items() for text in (f"--{option}", str(value))]
+        outcomes.append(f"{name}: {_measure(session, 'overhead', *arguments, name=f'overhead-{name}')}")
+    return "; ".join(outcomes)
 
 
 def solvers(session: Session) -> str:
@@ -72,23 +104,23 @@ def solvers(session: Session) -> str:
     for tasks, (sizes, names) in ({1: (["5w1s"], BATCHED)} if session.smoke else COMPARED).items():
         chosen = ["--tasks", f"[{tasks}]", "--sizes", f"[{','.join(sizes)}]", "--names", f"[{','.join(names)}]"]
         threads = ["--repeats", "1", "--threads", "1"] if session.smoke else ["--repeats", "5", "--threads", "4"]
-        name = f"solvers-{tasks}"
-        outcome = _measure(session, "solvers", *chosen, *threads, name=name)
-        lines = (session.output / f"{name}.txt").read_text(errors="replace").splitlines()
-        outcomes.append("; ".join([f"{tasks} tasks: {outcome}", *(line for line in lines if LEFT_OUT in line)]))
+        outcomes.append(f"{tasks} tasks: {_measure(session, 'solvers', *chosen, *threads, name=f'solvers-{tasks}')}")
     return "; ".join(outcomes)
 
 
 def float32(session: Session) -> str:
     """Compare float32 with float64."""
-    return _measure(session, "float32", *(["--repeats", "1", "--tasks", "2"] if session.smoke else []))
+    return _measure(
+        session, "float32", "--threads", "4", *(["--repeats", "1", "--tasks", "2"] if session.smoke else [])
+    )
 
 
 def _measure(session: Session, script: str, *arguments: str, name: str = "") -> str:
-    """Run a script of this package on the device, for at most four minutes."""
+    """Run a script of this package on the device, for at most three minutes; also return what it has left out."""
     name, where = name or script, "cuda" if torch.cuda.is_available() else "cpu"
     settings = ["--device", where, "--output", str(session.output / name)]
-    return session.command(name, "-m", f"benchmarks.{script}", *arguments, *settings, limit=240)
+    outcome = session.command(name, "-m", f"benchmarks.{script}", *arguments, *settings, limit=180)
+    return "; ".join([outcome, *(line for line in session.output_of(name) if LEFT_OUT in line)])
 
 
 def trainings(session: Session) -> str:
@@ -99,7 +131,7 @@ def trainings(session: Session) -> str:
         if (folder / "result.json").is_file():
             finished += 1
             continue
-        if session.left < 20:
+        if session.left < (10 if session.smoke else 90):  # compiling takes a minute
             break
         usual = {"precision": "bfloat16", "checkpoint_every": 5000, "threads": 1}
         where = {"data_root": session.data_root, "output": folder}
@@ -109,19 +141,21 @@ def trainings(session: Session) -> str:
         options = replace(options, resume=options.checkpoint.is_file())
         try:
             rows = run(options, deadline=session.deadline - (0 if session.smoke else 15))
-        except ConvexHeadsError as error:
-            print(f"{entry.name}: {error}", flush=True)  # the other training runs continue
+        except Exception:  # the other training runs continue
+            print(f"{entry.name}: {traceback.format_exc()}", flush=True)
             continue
         finished += bool(rows)
     return f"{finished} of {len(session.queue)} training runs are finished"
 
 
 STAGES: dict[str, Callable[[Session], str]] = {
-    "tests": tests,
-    "sanitizer": sanitizer,
+    "machine": machine,
+    "kernels": kernels,
     "speed": speed,
     "overhead": overhead,
     "solvers": solvers,
+    "tests": tests,
+    "sanitizer": sanitizer,
     "float32": float32,
     "trainings": trainings,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pandas
 import pytest
@@ -105,9 +106,9 @@ def test_contenders_whose_package_is_missing_are_left_out_and_named(
     monkeypatch.setattr("sys.argv", [*command, "--names", "[ridge,qpth,native]"])
     solvers.main()
     said = capsys.readouterr().err
-    assert f"qpth {solvers.LEFT_OUT}" in said
+    assert f"qpth {report.LEFT_OUT}" in said
     assert "pip install" in said
-    assert f"moreau {solvers.LEFT_OUT}" not in said  # it was not asked for
+    assert f"moreau {report.LEFT_OUT}" not in said  # it was not asked for
     record = json.loads((tmp_path / "solvers.json").read_text())
     assert record["settings"]["names"] == ["ridge", "native"]
     assert [row["contender"] for row in record["results"]] == ["ridge", "native"]
@@ -131,7 +132,7 @@ def test_a_contender_without_enough_memory_is_left_out(
     settings: dict[str, Any] = {"precisions": ["float64"], "device": "cpu", "features": 4, "queries": 1}
     rows = solvers.measure(sizes=["5w1s"], tasks=[2], names=["ridge", "large"], repeats=1, threads=1, **settings)
     assert list(rows["contender"]) == ["ridge"]
-    assert f"large {solvers.LEFT_OUT}" in capsys.readouterr().err
+    assert f"large {report.LEFT_OUT}" in capsys.readouterr().err
 
 
 def test_without_any_result_nothing_is_written(
@@ -146,9 +147,9 @@ def test_without_any_result_nothing_is_written(
     names = ["--names", f"[ridge,{solvers.ON_GPU}]", "--sizes", "[5w1s]", "--tasks", "[2]", "--repeats", "1"]
     monkeypatch.setattr("sys.argv", ["solvers", *names, "--output", str(tmp_path / "out")])
     monkeypatch.setattr(solvers, "missing", lambda: {solvers.ON_GPU: ""})
-    with pytest.raises(SystemExit, match="tasks"):
+    with pytest.raises(SystemExit, match="contender"):
         solvers.main()
-    assert f"{solvers.ON_GPU} {solvers.LEFT_OUT}" in capsys.readouterr().err
+    assert f"{solvers.ON_GPU} {report.LEFT_OUT}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -181,9 +182,45 @@ def test_what_a_call_costs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(overhead, "BLOCK", 1)
     found = overhead.calls(device="cpu", tasks=2, queries=1, features=3, repeats=1)
     assert list(found) == ["ridge, forward", "ridge, forward and backward"]
-    assert min(map(min, found.values())) > 0
-    lines = report.markdown(overhead.show_calls({"ridge, forward": [0.001, 0.0005, 0.00025]}, "title")).splitlines()
-    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["ridge, forward", "1.00", "0.50", "0.25"]
+    for seconds in found.values():
+        assert list(seconds) == list(overhead.VARIANTS[:3])
+        assert min(seconds.values()) > 0
+    times = {"ridge, forward": {"as it is": 0.001, "captured": 0.00025}, "SVM, forward": {"as it is": 0.002}}
+    lines = report.markdown(overhead.show_calls(times, "title")).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert cells == [["ridge, forward", "1.00", "0.25"], ["SVM, forward", "2.00", ""]]
+
+
+def test_calls_that_fail_are_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def compiled(head: Any, **_: Any) -> Any:
+        return MagicMock(side_effect=RuntimeError("no compiler"))
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(overhead, "CALLED", {"ridge": RidgeHead})
+    found = overhead.calls(device="cpu", tasks=2, queries=1, features=3, repeats=1)
+    assert {name for seconds in found.values() for name in seconds} == set(overhead.VARIANTS[:2])
+    assert f"ridge, forward, compiled, {report.LEFT_OUT} RuntimeError: no compiler" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parts", [["calls"], ["training"], ["evaluation"], ["training", "evaluation", "loops"]])
+def test_parts_of_the_costs(parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    times = {"prototypes": 0.1, "ridge": 0.2, "svm": 0.3, "svm / prototypes": 3.0, "svm / ridge": 1.5}
+    made = {
+        "training": times,
+        "evaluation": {"prototypes": [1.0], "logistic": [2.0]},
+        "calls": {"ridge, forward": {"as it is": 0.001}},
+        "loops": dict.fromkeys((overhead.ALONE, overhead.NEW_BATCH, overhead.PLAIN), 0.01),
+    }
+    for name, result in made.items():
+        monkeypatch.setattr(overhead, name, lambda result=result, **_: result)
+    command = ["overhead", "--parts", f"[{','.join(parts)}]", "--threads", "1", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", command)
+    overhead.main()
+    record = json.loads((tmp_path / "overhead.json").read_text())
+    assert {name: record[name] for name in made if name in record} == {name: made[name] for name in parts}
+    text = (tmp_path / "overhead.md").read_text()
+    for name, heading in (("training", "training step, ms"), ("evaluation", "1 thread, s"), ("loops", "ms per step")):
+        assert (heading in text) == (name in parts)
 
 
 LOOPS: dict[str, Any] = {"device": "cpu", "tasks": 2, "queries": 1, "steps": 3}

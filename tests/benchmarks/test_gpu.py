@@ -13,6 +13,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,11 @@ from tasks import ROOT
 
 import convexheads as ch
 from benchmarks.gpu import archive, queue, speed, stages
+from benchmarks.gpu import machine as gpu_machine
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.session import Session
 from benchmarks.options import Options
-from benchmarks.solvers import LEFT_OUT
+from benchmarks.report import LEFT_OUT
 from convexheads.models import build_model, save_pretrained
 
 
@@ -80,10 +82,14 @@ def test_packed_results_have_weights_of_half_the_size(tmp_path: Path, monkeypatc
     monkeypatch.setattr(archive, "PART", 100_000)
     folder = finished(tmp_path / "out" / "one")
     before = (folder / "model.safetensors").read_bytes()
-    parts = archive.pack_results(tmp_path / "out")
-    assert archive.pack_results(tmp_path / "out") == parts  # which takes the place of the first, and leaves it out
+    home = tmp_path / "out" / "home"
+    parts = archive.pack_results(tmp_path / "out", home)
+    (home / "part-99").write_bytes(b"of a longer archive")
+    assert (
+        archive.pack_results(tmp_path / "out", home) == parts
+    )  # which takes the place of the first, and leaves it out
     assert len(parts) > 1
-    assert sorted((tmp_path / "out" / "home").iterdir()) == parts
+    assert sorted(home.iterdir()) == parts
     assert all(part.stat().st_size <= 100_000 for part in parts)
     assert sum(part.stat().st_size for part in parts) < 0.6 * len(before)
     assert (folder / "model.safetensors").read_bytes() == before
@@ -136,7 +142,7 @@ def test_without_time_the_speed_is_not_measured(tmp_path: Path, monkeypatch: pyt
     """And the stages that follow go on with the time that there is."""
     monkeypatch.setattr(speed, "_peak", lambda *_: 1e12)
     session = Session(tmp_path, None, time.monotonic() + 30, smoke=False, queue=queue.QUEUE)
-    assert speed.speed(session) == "no time left"
+    assert speed.speed(session) == "nothing was measured"
     assert not list(tmp_path.iterdir())
 
 
@@ -172,21 +178,20 @@ def test_compute_sanitizer_runs_each_check(tmp_path: Path, monkeypatch: pytest.M
     session = Session(tmp_path / "out", None, time.monotonic() + 600, smoke=True, queue=queue.SMOKE_QUEUE)
     session.output.mkdir()
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setattr(stages, "find_spec", lambda _: None)
     assert "not installed" in stages.sanitizer(session)
     package = tmp_path / "nvidia" / "cu13" / "bin"
     package.mkdir(parents=True)
     tool = package / "compute-sanitizer"
-    tool.write_text('#!/bin/sh\necho "$@"\n[ "$2" != racecheck ]\n')
+    tool.write_text('#!/bin/sh\necho "$@"\n[ "$2" != synccheck ] && echo 1 passed\n[ "$2" != racecheck ]\n')
     tool.chmod(0o755)
     found = SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
     monkeypatch.setattr(stages, "find_spec", lambda _: found)
     said = stages.sanitizer(session)
-    assert [part.partition(" --")[0] for part in said.split("; ")] == [
-        "memcheck: exit status 0:",
-        "racecheck: exit status 1:",
-        "synccheck: exit status 0:",
-    ]
+    checks = [part.partition(":")[2] for part in said.split("; ")]
+    assert [check.split()[2] for check in checks] == ["0:", "1:", "0:"]
+    assert ["no test has run" in check for check in checks] == [False, False, True]
     command = (session.output / "memcheck.txt").read_text().split()
     assert command[:2] == ["--tool", "memcheck"]
     assert command.index("--error-exitcode") < command.index(sys.executable) < command.index("pytest")
@@ -196,6 +201,75 @@ def test_a_stage_ends_at_its_own_limit(tmp_path: Path) -> None:
     session = Session(tmp_path, None, time.monotonic() + 600, smoke=True, queue=queue.SMOKE_QUEUE)
     assert session.command("sleep", "-c", "import time; time.sleep(60)", limit=1) == "stopped at the time limit"
     assert not (tmp_path / "sleep.end").exists()
+
+
+def test_only_a_command_that_ended_well_is_not_run_again(tmp_path: Path) -> None:
+    session = Session(tmp_path, None, time.monotonic() + 600, smoke=True, queue=queue.SMOKE_QUEUE)
+    code = "import os, sys; print(os.environ['WORD']); sys.exit(os.environ['WORD'] == 'first')"
+    for word, said in (("first", "1: first"), ("second", "0: second"), ("third", "0: second")):
+        assert session.command("name", "-c", code, variables={"WORD": word}) == f"exit status {said}"
+    assert "No such file" in session.command("other", "-c", "", under=[str(tmp_path / "missing")])
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+def test_what_a_command_started_ends_with_it(tmp_path: Path) -> None:
+    session = Session(tmp_path, None, time.monotonic() + 600, smoke=True, queue=queue.SMOKE_QUEUE)
+    code = (
+        "import subprocess, sys; child = subprocess.Popen(['sleep', '60']); print(child.pid, flush=True); child.wait()"
+    )
+    assert session.command("parent", "-c", code, limit=2) == "stopped at the time limit"
+    (child,) = session.output_of("parent")
+    time.sleep(0.2)
+    state = Path("/proc", child, "stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"  # which waits for a parent to read its status
+
+
+def test_a_stage_that_fails_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what they found is packed before the last stage ends, because the command may be killed."""
+
+    def fail(session: Session) -> str:
+        (session.output / "before.txt").write_text("found")
+        raise RuntimeError("a broken kernel")
+
+    def look(session: Session) -> str:
+        return ", ".join(archive.unpack_results(tmp_path / "home", tmp_path / "unpacked"))
+
+    monkeypatch.setattr("benchmarks.gpu.__main__.STAGES", {"speed": fail, "solvers": look})
+    main(
+        ["--smoke", "--stages", "[speed,solvers]", "--output", str(tmp_path / "out"), "--home", str(tmp_path / "home")]
+    )
+    printed = capsys.readouterr()
+    assert "a broken kernel" in printed.err
+    assert "speed: failed, RuntimeError" in printed.out
+    assert "solvers: before.txt" in printed.out
+
+
+def test_nothing_begins_on_a_machine_that_cannot_solve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.gpu.machine.CLOSE", -1.0)
+    with pytest.raises(SystemExit, match="ridge"):
+        gpu_machine.main()
+    begun: list[str] = []
+    found = {"machine": lambda _: "exit status 1: error", "tests": lambda _: begun.append("tests")}
+    monkeypatch.setattr("benchmarks.gpu.__main__.STAGES", found)
+    with pytest.raises(SystemExit):
+        main(["--smoke", "--stages", "[machine,tests]", "--output", str(tmp_path)])
+    assert not begun
+
+
+def test_a_step_that_fails_does_not_stop_the_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(training: Any, *_: object, network_only: bool) -> tuple[float, float]:
+        if not network_only:
+            raise RuntimeError("overwritten by a subsequent run")
+        return 10.0, 1.0
+
+    monkeypatch.setattr(speed, "_time", timed)
+    monkeypatch.setattr(speed, "VARIANTS", speed.VARIANTS[-1:])
+    session = Session(tmp_path, None, time.monotonic() + 600, smoke=True, queue=queue.SMOKE_QUEUE)
+    speed.speed(session)
+    rows = json.loads((tmp_path / "speed" / "speed.json").read_text())["results"]
+    assert [row["head"] for row in rows] == ["none: the network alone"]
 
 
 @pytest.mark.slow
@@ -227,7 +301,7 @@ def test_killed_at_a_random_moment_it_goes_on(tmp_path: Path) -> None:
     speed = json.loads((tmp_path / "out" / "speed" / "speed.json").read_text())
     assert len(speed["results"]) >= 4
     assert all(row["ms"] > 0 for row in speed["results"])
-    for name in ("tests", "overhead", "solvers-1", "float32"):
+    for name in ("machine", "kernels", "tests", "overhead-calls", "overhead-steps", "solvers-1", "float32"):
         assert (tmp_path / "out" / f"{name}.end").read_text().startswith("exit status 0"), name
     timed = json.loads((tmp_path / "out" / "solvers-1" / "solvers.json").read_text())["results"]
     assert ("qpth" in {row["contender"] for row in timed}) == (find_spec("qpth") is not None)

@@ -11,7 +11,8 @@ written once:
   the same warp. A kernel that writes to an array waits before it returns.
 
 Numba keeps machine code on disk, and does not notice that it is out of date when only a file has changed that the
-kernel imports. If you change this file or `numba_kkt.py`, delete `__pycache__`.
+kernel imports. If you change this file or `numba_kkt.py` or, where there is a GPU, `numba_kernels.py`, delete
+`__pycache__`.
 """
 
 from __future__ import annotations
