@@ -26,8 +26,8 @@ def main(architecture: str) -> None:
 
     def compile_only(kernel, warps, *arguments):
         signature = numba.types.void(*map(numba.typeof, numba_backend._as_arrays(arguments)))
-        code, _ = cuda.compile_ptx(kernel.py_func, signature, cc=capability)
-        print(kernel.__name__, registers(code.encode(), capability))
+        code, _ = cuda.compile(kernel.py_func, signature, cc=capability, abi="numba", output="ltoir", device=False)
+        print(kernel.__name__, registers(code, capability))
 
     cuda_team.launch = compile_only
     numba_backend._is_on_cpu = lambda tensor: False
@@ -40,10 +40,11 @@ def main(architecture: str) -> None:
 
 
 def registers(code: bytes, capability: tuple[int, ...]) -> int:
-    """The number of registers that the machine code of a kernel needs."""
-    options = [f"-arch=sm_{''.join(map(str, capability))}", "-verbose", f"-maxrregcount={cuda_team.MAX_REGISTERS}"]
+    """The number of registers of a kernel's machine code, which is linked as in a launch, with optimization."""
+    options = ["-lto", "-verbose", f"-arch=sm_{''.join(map(str, capability))}"]
+    options += [f"-maxrregcount={cuda_team.MAX_REGISTERS}"]
     linker = nvjitlink.create(len(options), options)
-    nvjitlink.add_data(linker, nvjitlink.InputType.PTX, code, len(code), "kernel")
+    nvjitlink.add_data(linker, nvjitlink.InputType.LTOIR, code, len(code), "kernel")
     nvjitlink.complete(linker)
     log = bytearray(nvjitlink.get_info_log_size(linker))
     nvjitlink.get_info_log(linker, log)

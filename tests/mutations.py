@@ -287,6 +287,13 @@ MUTATIONS = [
         "test_team.py::test_only_what_the_kernels_solve_is_left_to_them_alone",
     ),
     Mutation(
+        "graph-backward",
+        "solvers/native/active_set.py",
+        "return numba_backend.factorize(problem, at_upper, at_lower)",
+        "return super().factorize(problem, at_upper, at_lower)",
+        "test_host_reads.py",
+    ),
+    Mutation(
         "class-weight-copied",
         "heads/base/loss.py",
         "torch.stack([targets.new_full((), each) for each in self.class_weight])",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tasks import close, indefinite, task
+from tasks import close, crammer_singer, indefinite, task
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("numba")
@@ -104,6 +104,21 @@ def test_forward_and_backward_pass_read_nothing_or_once(head, validate, looks):
     expected = outcome(head(validate), support, labels, query)
     for one, other in zip(found, expected, strict=True):
         assert close(one, other) < 1e-8
+
+
+def test_backward_pass_of_a_graph_reads_nothing():
+    """There, the system is factorized again."""
+    support, labels, *_ = task(4, shots=(2, 3, 2))
+    problem = crammer_singer(support, labels, 0.3)
+    at_upper = torch.rand_like(problem.linear) > 0.5
+    active = at_upper, torch.zeros_like(at_upper)
+    right = problem.linear.mT, problem.linear[..., 0]
+    with on_this_gpu(), HostReads() as reads:
+        found = NativeSolver(backend="cuda").factorize(problem, *active).solve(*right, refinements=1)
+    assert reads.found == []
+    expected = NativeSolver(backend="torch").factorize(problem, *active).solve(*right, refinements=1)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_rows_of_a_table_are_read_once(looks, monkeypatch):
