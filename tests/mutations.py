@@ -416,8 +416,22 @@ MUTATIONS = [
     Mutation(
         "rows-gradient",
         "heads/base/fitted.py",
-        "if any(value.requires_grad for value in (features, *terms)):",
-        "if features.requires_grad:",
+        "if torch.is_grad_enabled() and any(value.requires_grad for value in (features, *terms)):",
+        "if torch.is_grad_enabled() and features.requires_grad:",
+        "test_rows.py",
+    ),
+    Mutation(
+        "rows-combined",
+        "heads/base/_rows_numba.py",
+        "coef[second, c] if second > first else 0.0",
+        "coef[second, c]",
+        "test_rows.py",
+    ),
+    Mutation(
+        "rows-shared",
+        "heads/base/fitted.py",
+        "if has_weights or shared_from(features, dims) < dims:",
+        "if has_weights:",
         "test_rows.py",
     ),
     Mutation(

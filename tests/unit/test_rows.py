@@ -111,6 +111,28 @@ def test_all_options_of_a_fit_count():
             assert kernel.called
 
 
+def test_without_a_gradient_the_gradient_of_a_fit_does_not_matter():
+    support, labels, *_ = task(4, d=7)
+    found = SVMHead(scale=Learnable(2.5)).fit(support.requires_grad_(), labels)
+    features, rows = torch.randn(30, 7, dtype=torch.float64), torch.randint(30, (4, 9))
+    expected = found(features[rows])
+    with torch.no_grad(), spy() as kernel:
+        scores = found.score_rows(features.requires_grad_(), rows)
+    assert kernel.called
+    torch.testing.assert_close(scores, expected)
+
+
+def test_examples_that_tasks_share_are_not_copied():
+    support, labels, *_ = task(d=7, shots=(3, 3, 3))
+    heads = SVMHead(PerTask(torch.tensor([0.1, 1.0, 10.0, 100.0])))
+    with torch.no_grad(), spy() as kernel:
+        found = heads.fit(support.expand(4, -1, -1), labels.expand(4, -1))
+        features, rows = torch.randn(30, 7, dtype=torch.float64), torch.randint(30, (4, 9))
+        torch.testing.assert_close(found.score_rows(features, rows), found(features[rows]))
+    basis = kernel.call_args.args[3]
+    assert basis.shape == (4, 3, 7)  # the weights of each task
+
+
 def test_numbers_may_be_shared_arrays_or_lists():
     found, features, rows = fit_and_table(SVMHead(), 4)
     expected = found(features[rows[0]])

@@ -17,7 +17,7 @@ from convexheads._looks import call_explained, look_once
 from convexheads._validation import ArrayLike, as_integer, check_range, check_tensor, describe, is_integer_tensor
 from convexheads.errors import ConvexHeadsError, InputError
 from convexheads.heads._linear_algebra import per_matrix
-from convexheads.heads._sharing import multiply, scale_once
+from convexheads.heads._sharing import multiply, scale_once, shared_from
 from convexheads.heads.base.copies import is_foreign, map_parts
 from convexheads.heads.base.inputs import check_query, check_rows, check_used_rows
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
@@ -116,32 +116,36 @@ class Fitted:
         """The scores of rows by the compiled kernel, in working precision; None where it cannot be used."""
         if not (_is_readable(features) and numba_is_installed()) or (terms := self._terms()) is None:
             return None
-        if any(value.requires_grad for value in (features, *terms)):
+        if torch.is_grad_enabled() and any(value.requires_grad for value in (features, *terms)):
             return None
         from convexheads.heads.base import _rows_numba
 
-        weight, bias, factor = (value.double() for value in terms)
-        *batch, k, d = weight.shape
-        tasks, q = factor.numel(), rows.shape[-1]
-        flat = weight.reshape(tasks, k, d), bias.reshape(tasks, k), factor.reshape(tasks)
-        scores = _rows_numba.score(features, rows.reshape(tasks, q), *flat)
+        batch, q = rows.shape[:-1], rows.shape[-1]
+        flat = (value.double().reshape(batch.numel(), *value.shape[len(batch) :]) for value in terms)
+        scores = _rows_numba.score(features.detach(), rows.reshape(batch.numel(), q), *flat)
         if not scores.sum().isfinite():  # a row is not finite, or a fit has failed; another way tells which
             return None
-        return scores.reshape(*batch, q, k).to(self.expansion.coef)
+        return scores.reshape(*batch, q, scores.shape[-1]).to(self.expansion.coef)
 
-    def _terms(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The weight w, the bias b and the factor s of scores `<w, x> + b + s |x|^2`; None for other scores.
+    def _terms(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """The coefficients a, basis z, bias b and factor s of scores `x @ z.mT @ a + b + s |x|^2`; None for others.
 
-        The shapes are `(*batch, k, d)`, `(*batch, k)` and `(*batch,)`.
+        The shapes are `(*batch, m, k)`, `(*batch, m, d)`, `(*batch, k)` and `(*batch,)`.
         """
         *batch, n, k = self.expansion.coef.shape
         form = self._affine
         if form is None or self.expansion.quadratic is not None or k > n:  # then, weights cost more than kernel values
             return None
         zeros, factor = self.expansion.coef.new_zeros(batch), self.expansion.self_similarity_weight
-        weight, bias = self._weights(form), self._biases(form)
+        bias, features, dims = self._biases(form), self.support.features, len(batch)
+        has_weights = self.expansion.weight is not None or self.support.prior is not None
+        if has_weights or shared_from(features, dims) < dims:  # a product for all tasks that share their examples
+            basis = self._weights(form)
+            coef = torch.eye(k, dtype=basis.dtype, device=basis.device).expand(*batch, k, k)
+        else:
+            coef, basis = self._scaled_coef(form), features
         shift = (zeros + factor * form[1]).unsqueeze(-1)
-        return weight, shift.expand(*batch, k) if bias is None else shift + bias, zeros + factor * form[0]
+        return coef, basis, shift.expand(*batch, k) if bias is None else shift + bias, zeros + factor * form[0]
 
     def _score_in_parts(
         self, features: Float[Tensor, "examples d"], rows: Integer[Tensor, "*batch q"]
@@ -198,11 +202,16 @@ class Fitted:
 
     def _weights(self, form: _Form | None) -> Float[Tensor, "*batch k d"]:
         """The weights, including the prior: those of the expansion or, for a kernel with this form, of `coef`."""
-        weight, prior, coef = self.expansion.weight, self.support.prior, self._used_coef
+        weight, prior = self.expansion.weight, self.support.prior
         if weight is None:
             assert form is not None
-            weight = multiply(self.support.features.mT, scale_once(coef, _per_task(form[0], coef))).mT
+            weight = multiply(self.support.features.mT, self._scaled_coef(form)).mT
         return weight if prior is None else weight + prior
+
+    def _scaled_coef(self, form: _Form) -> Float[Tensor, "*batch n k"]:
+        """What the features are multiplied by to get weights."""
+        coef = self._used_coef
+        return scale_once(coef, _per_task(form[0], coef))
 
     def _biases(self, form: _Form | None) -> Float[Tensor, "*batch k"] | None:
         """The biases of scores by `_weights`; None for zero."""
