@@ -69,8 +69,8 @@ def sanitizer(session: Session) -> str:
     variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else, tensors are parts of one piece of memory
     outcomes = []
     for check, settings in CHECKS.items():
-        under = [tool, "--tool", check, *settings, "--error-exitcode", "1", "--kernel-name", "kns=_tasks"]
-        under += ["--kernel-name", "kns=_systems", "--launch-timeout", "0"]
+        under = [tool, "--tool", check, *settings, "--error-exitcode", "1", "--kernel-name", "kns=cuda_team"]
+        under += ["--launch-timeout", "0"]
         outcome = session.command(check, *command, under=under, variables=variables, limit=90)
         ran = any("1 passed" in line for line in session.output_of(check))
         outcomes.append(f"{check}: {outcome}" + ("" if ran else ", but no test has run to its end"))
