@@ -414,6 +414,8 @@ def main() -> None:
         measured["loops"] = loops(**sizes)
     if "calls" in options.parts:
         measured["calls"] = calls(**sizes, features=CALL_FEATURES)
+    if not all(measured.values()) or not all(measured.get("calls", {"": True}).values()):
+        raise SystemExit("error: a part has no result, because all that it measures raised errors")
     origin = report.provenance()
     (table, note), *more = sections(measured, options, origin)
     record = {"settings": {name: options[name] for name in names}, **measured, **origin}

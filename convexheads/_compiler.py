@@ -45,7 +45,7 @@ def custom_operator(name: str, schema: str) -> Callable[[Callable[..., Any]], An
 
     The compiler's CUDA graphs (`mode="reduce-overhead"`) end before it, because it may wait for the GPU.
     """
-    unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)  # newer than torch 2.5
+    unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)  # since torch 2.9
     tags = {} if unsafe is None else {"tags": [unsafe]}
     return torch.library.custom_op(f"convexheads::{name}", mutates_args=(), schema=schema, **tags)
 

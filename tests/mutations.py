@@ -268,8 +268,8 @@ MUTATIONS = [
     Mutation(
         "team-warning",
         "solvers/native/cuda_team.py",
-        'with warnings.catch_warnings(action="ignore"):',
-        "with warnings.catch_warnings():",
+        "before, config.CUDA_LOW_OCCUPANCY_WARNINGS = config.CUDA_LOW_OCCUPANCY_WARNINGS, 0",
+        "before = config.CUDA_LOW_OCCUPANCY_WARNINGS",
         "test_team.py::test_small_batches_are_launched_without_a_warning",
     ),
     Mutation(
@@ -430,8 +430,8 @@ MUTATIONS = [
     Mutation(
         "rows-shared",
         "heads/base/fitted.py",
-        "if has_weights or shared_from(features, dims) < dims:",
-        "if has_weights:",
+        "if has_weights or shared_from(features, dims) < dims or is_large:",
+        "if has_weights or is_large:",
         "test_rows.py",
     ),
     Mutation(

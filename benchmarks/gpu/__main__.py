@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,26 +52,31 @@ def main(arguments: list[str] | None = None) -> None:
     deadline = time.monotonic() + 60 * chosen.minutes
     session = Session(chosen.output, chosen.data_root, deadline, chosen.smoke, queue, chosen.changes)
     session.output.mkdir(parents=True, exist_ok=True)
+    home = chosen.home or session.output / "home"
     for name in chosen.stages:
         if session.left < 10:
             print(f"{name}: no time left", flush=True)
             continue
         begin = time.monotonic()
-        try:
-            outcome = STAGES[name](session)
-        except Exception as error:  # the other stages go on
-            traceback.print_exc()
-            outcome = f"failed, {type(error).__name__}"
+        outcome = attempt(partial(STAGES[name], session))
+        attempt(partial(pack_results, session.output, home))  # because this command may be killed in the next stage
         print(f"{name}: {outcome} ({time.monotonic() - begin:.0f} s)", flush=True)
-        # After each stage, because this command may be killed.
-        pack_results(session.output, chosen.home or session.output / "home")
         if name == "machine" and not outcome.startswith("exit status 0"):
             raise SystemExit("error: the machine cannot solve problems on its GPU, so no other stage begins")
-    parts = pack_results(session.output, chosen.home or session.output / "home")
+    parts = pack_results(session.output, home)
     unfinished = [entry.name for entry in queue if not (session.output / entry.name / "result.json").is_file()]
     print(f"Packed results: {', '.join(str(part) for part in parts)}")
     if "trainings" in chosen.stages:
         print(f"Next: {unfinished[0]}; run this again to continue" if unfinished else "All training runs are finished")
+
+
+def attempt(action: Callable[[], Any]) -> Any:
+    """What an action returns or, if it fails, a word about that, because what follows has to go on."""
+    try:
+        return action()
+    except Exception as error:
+        traceback.print_exc()
+        return f"failed, {type(error).__name__}"
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ def pack_results(output: Path, folder: Path) -> list[Path]:
     with tarfile.open(fileobj=archive, mode="w") as tar:
         for path in sorted(output.rglob("*")):
             name = path.relative_to(output)
-            if not path.is_file() or path.name[0] == "." or {"checkpoints", "tensorboard", "home"} & set(name.parts):
+            is_part = path.parent == folder and path.name.startswith("part-")
+            stays = is_part or path.name[0] == "." or {"checkpoints", "tensorboard", "home"} & set(name.parts)
+            if stays or not path.is_file():
                 continue
             content = _in_half_precision(path) if path.name == "model.safetensors" else path.read_bytes()
             information = tarfile.TarInfo(str(name))
@@ -32,15 +34,20 @@ def pack_results(output: Path, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(0, len(content), PART)):
         parts.append(folder / f"part-{number:02}")
-        _storage.atomic_write(parts[-1], content[start : start + PART])
-    for old in set(folder.glob("part-*")) - set(parts):
+        (folder / f".new-{number:02}").write_bytes(content[start : start + PART])
+    for old in folder.glob("part-*"):
         old.unlink()
+    for part in parts:
+        part.with_name(part.name.replace("part", ".new")).rename(part)
     return parts
 
 
 def unpack_results(folder: Path, output: Path) -> list[str]:
     """Unpack the parts that `pack_results` wrote, and return the names of the files."""
-    content = b"".join(path.read_bytes() for path in sorted(folder.glob("part-*")))
+    parts = sorted(folder.glob("part-*"))
+    if not parts:
+        raise SystemExit(f"error: {folder}: expected files that are named part-00 and so on, got none")
+    content = b"".join(path.read_bytes() for path in parts)
     with tarfile.open(fileobj=BytesIO(content), mode="r:") as tar:
         tar.extractall(output, filter="data")
         return tar.getnames()

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,15 +69,15 @@ class Session:
         command, environment = [*under, sys.executable, *arguments], os.environ | dict(variables or {})
         with path.open("w") as file:
             try:
-                process = subprocess.Popen(
-                    command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-                )
+                process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
             except OSError as error:
                 return str(error)
             try:
                 status = process.wait(max(1, min(self.left, limit)))
             except BaseException as error:  # an interruption, too, ends the command and what it has started
-                os.killpg(process.pid, signal.SIGKILL)
+                for pid in _with_descendants(process.pid):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 process.wait()
                 if isinstance(error, subprocess.TimeoutExpired):
                     return "stopped at the time limit"
@@ -87,6 +88,18 @@ class Session:
             _storage.atomic_write(end_path, f"{end}\n".encode())
         return end
 
+    def forget(self, name: str) -> None:
+        """Let the next call run a command again, even if it ended well."""
+        (self.output / f"{name}.end").unlink(missing_ok=True)
+
     def output_of(self, name: str) -> list[str]:
         """The lines that a command has written."""
         return (self.output / f"{name}.txt").read_text(errors="replace").splitlines()
+
+
+def _with_descendants(pid: int) -> Iterator[int]:
+    """A process and, on Linux, all that it has started."""
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in path.read_text().split():
+            yield from _with_descendants(int(child))
+    yield pid

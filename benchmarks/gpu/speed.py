@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import traceback
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,6 +23,9 @@ from benchmarks.options import Options
 from benchmarks.processes import Processes
 from benchmarks.train import device, episodes
 from convexheads.models import build_model
+
+# In seconds, after which nothing else is measured. There are other stages.
+_LIMIT = 200
 
 
 @dataclass(frozen=True)
@@ -94,10 +98,12 @@ def _speed(session: Session) -> str:
     rows: list[dict[str, Any]] = json.loads(path.read_text())["results"] if path.is_file() else []
     known = {(row["variant"], row["head"]) for row in rows}
     subjects = [each for each in SUBJECTS if each.backend != "cuda" or find_spec("numba_cuda")]
-    flop = None
+    flop, begin = None, time.monotonic()
     for variant, subject in product(VARIANTS, subjects):
         if (variant.name, subject.name) in known or session.left < (0 if session.smoke else 45):
             continue
+        if time.monotonic() - begin > _LIMIT:  # the next call goes on
+            break
         if session.smoke and variant.compile != "none" and (subject.name != "svm" or variant.name == "captured"):
             continue  # compiling takes a minute, and the CPU has no CUDA graphs
         changes: dict[str, Any] = {"precision": variant.precision, "compile": variant.compile}

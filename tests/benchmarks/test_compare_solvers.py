@@ -218,6 +218,9 @@ def test_parts_of_the_costs(parts: list[str], tmp_path: Path, monkeypatch: pytes
     overhead.main()
     record = json.loads((tmp_path / "overhead.json").read_text())
     assert {name: record[name] for name in made if name in record} == {name: made[name] for name in parts}
+    monkeypatch.setattr(overhead, parts[0], lambda **_: {"ridge, forward": {}} if parts == ["calls"] else {})
+    with pytest.raises(SystemExit, match="error"):
+        overhead.main()
     text = (tmp_path / "overhead.md").read_text()
     for name, heading in (("training", "training step, ms"), ("evaluation", "1 thread, s"), ("loops", "ms per step")):
         assert (heading in text) == (name in parts)

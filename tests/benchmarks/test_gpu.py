@@ -27,6 +27,7 @@ from benchmarks.gpu.session import Session
 from benchmarks.options import Options
 from benchmarks.report import LEFT_OUT
 from convexheads.models import build_model, save_pretrained
+from convexheads.solvers.native import active_set
 
 
 def test_every_training_of_the_queue_can_begin() -> None:
@@ -117,6 +118,18 @@ def test_packed_results_have_weights_of_half_the_size(tmp_path: Path, monkeypatc
     torch.testing.assert_close(own.eval()(images), backbone.eval()(images), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("home", [".", "packed"])
+def test_packed_results_are_not_packed_again(home: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "result.txt").write_text("found")
+    for _ in range(2):
+        archive.pack_results(output, output / home)
+    assert archive.unpack_results(output / home, tmp_path / "unpacked") == ["result.txt"]
+    with pytest.raises(SystemExit, match="error"):
+        archive.unpack_results(tmp_path, tmp_path / "unpacked")
+
+
 def test_unpacking_writes_nothing_outside_the_folder(tmp_path: Path) -> None:
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as tar:
@@ -192,6 +205,7 @@ def test_compute_sanitizer_runs_each_check(tmp_path: Path, monkeypatch: pytest.M
     checks = [part.partition(":")[2] for part in said.split("; ")]
     assert [check.split()[2] for check in checks] == ["0:", "1:", "0:"]
     assert ["no test has run" in check for check in checks] == [False, False, True]
+    assert [path.name for path in session.output.glob("*.end")] == ["memcheck.end"]  # the others run again
     command = (session.output / "memcheck.txt").read_text().split()
     assert command[:2] == ["--tool", "memcheck"]
     assert command.index("--error-exitcode") < command.index(sys.executable) < command.index("pytest")
@@ -209,6 +223,24 @@ def test_only_a_command_that_ended_well_is_not_run_again(tmp_path: Path) -> None
     for word, said in (("first", "1: first"), ("second", "0: second"), ("third", "0: second")):
         assert session.command("name", "-c", code, variables={"WORD": word}) == f"exit status {said}"
     assert "No such file" in session.command("other", "-c", "", under=[str(tmp_path / "missing")])
+    session.forget("name")
+    assert session.command("name", "-c", code, variables={"WORD": "third"}) == "exit status 0: third"
+
+
+def test_each_machine_is_checked(tmp_path: Path) -> None:
+    (tmp_path / "machine.end").write_text("exit status 0: of another machine\n")
+    session = Session(tmp_path, None, time.monotonic() + 600, smoke=True, queue=queue.SMOKE_QUEUE)
+    assert "SVM on the GPU: the relative difference" in stages.machine(session)
+
+
+def test_without_numba_cuda_a_machine_is_checked_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(active_set, "find_spec", lambda _: None)
+    gpu_machine.main()
+    printed = capsys.readouterr()
+    assert f"SVM on the GPU {LEFT_OUT}" in printed.err
+    assert "ridge regression: " in printed.out
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")

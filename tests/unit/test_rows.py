@@ -129,8 +129,20 @@ def test_examples_that_tasks_share_are_not_copied():
         found = heads.fit(support.expand(4, -1, -1), labels.expand(4, -1))
         features, rows = torch.randn(30, 7, dtype=torch.float64), torch.randint(30, (4, 9))
         torch.testing.assert_close(found.score_rows(features, rows), found(features[rows]))
-    basis = kernel.call_args.args[3]
-    assert basis.shape == (4, 3, 7)  # the weights of each task
+    coef, basis = kernel.call_args.args[2:4]
+    assert (coef.shape, basis.shape) == ((4, 0, 3), (4, 3, 7))  # the weights of each task
+
+
+def test_weights_of_large_tasks_are_left_to_pytorch(monkeypatch):
+    results = []
+    for limit, m in ((7 * 6 * 3, 6), (7 * 6 * 3 - 1, 0)):
+        monkeypatch.setattr(fitted, "_OPERATIONS_IN_KERNEL", limit)
+        torch.manual_seed(0)
+        found, features, rows = fit_and_table(SVMHead(), 4)
+        with torch.no_grad(), spy() as kernel:
+            results.append(found.score_rows(features, rows))
+        assert kernel.call_args.args[2].shape[1] == m
+    torch.testing.assert_close(*results)
 
 
 def test_numbers_may_be_shared_arrays_or_lists():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -150,7 +151,9 @@ def test_every_function_of_the_team_has_an_implementation_on_gpus():
 @pytest.mark.skipif(find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
 def test_small_batches_are_launched_without_a_warning():
     """Warnings are errors in tests."""
+    before = list(warnings.filters), cuda_team.dispatcher.config.CUDA_LOW_OCCUPANCY_WARNINGS
     cuda_team.configure(cuda_team._solve_tasks, 8, 1, 0)
+    assert (list(warnings.filters), cuda_team.dispatcher.config.CUDA_LOW_OCCUPANCY_WARNINGS) == before
 
 
 def test_only_what_the_kernels_solve_is_left_to_them_alone():

@@ -1,7 +1,7 @@
 """Scores of rows of a table of features, by a kernel that Numba compiles and that reads the rows where they are.
 
 To gather the queries of an episode, to convert them to float64 and to multiply them by the weights takes longer than to
-solve the episode, because each of these steps reads and writes all of them. The weights of a task stay in the cache.
+solve the episode, because each of these steps reads and writes all of them.
 """
 
 from __future__ import annotations
@@ -36,9 +36,12 @@ def combine(coef, basis, weight):
 def score_tasks(start, stop, table, rows, coef, basis, bias, factor, scores):
     """Write the scores of tasks `start` to `stop`, of two rows at once, so that weights are read half as often."""
     k, d, queries = coef.shape[2], table.shape[1], rows.shape[1]
-    weight = np.empty((k, d))
+    combined = np.empty((k, d))
     for t in range(start, stop):
-        combine(coef[t], basis[t], weight)
+        weight = basis[t]
+        if coef.shape[1] > 0:
+            combine(coef[t], basis[t], combined)
+            weight = combined
         for first in range(0, queries, 2):
             second = min(first + 1, queries - 1)
             x, y = table[rows[t, first]], table[rows[t, second]]
@@ -59,11 +62,14 @@ def score(
     table: Float[Tensor, "examples d"],
     rows: Integer[Tensor, "tasks q"],
     coef: Float[Tensor, "tasks m k"],
-    basis: Float[Tensor, "tasks m d"],
+    basis: Float[Tensor, "tasks rows d"],
     bias: Float[Tensor, "tasks k"],
     factor: Float[Tensor, " tasks"],
 ) -> Float[Tensor, "tasks q k"]:
     """The scores `x @ basis.mT @ coef + bias + factor * |x|^2` of the rows x, all on the CPU, without gradient.
+
+    Without coefficients (m is 0 in `coef`, and k in the basis), the basis are the weights.
+
 
     The table is contiguous and in float32 or float64; the sums and the other tensors are in float64.
     """

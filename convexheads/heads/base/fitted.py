@@ -33,6 +33,8 @@ _Form = tuple[Any, Any]
 """The a and c of a kernel that is a <x, y> + c, as `affine_form` returns them."""
 # The largest number of entries of queries to gather at once on a CPU, so that they fit into its cache.
 _ENTRIES_IN_CACHE = 2**19
+# The kernel forms the weights of a task with up to this number of multiplications. For more, PyTorch is faster.
+_OPERATIONS_IN_KERNEL = 2**18
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -130,7 +132,8 @@ class Fitted:
     def _terms(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """The coefficients a, basis z, bias b and factor s of scores `x @ z.mT @ a + b + s |x|^2`; None for others.
 
-        The shapes are `(*batch, m, k)`, `(*batch, m, d)`, `(*batch, k)` and `(*batch,)`.
+        The shapes are `(*batch, m, k)`, `(*batch, m, d)`, `(*batch, k)` and `(*batch,)`. If m is 0 for the
+        coefficients, the basis are the weights, `(*batch, k, d)`.
         """
         *batch, n, k = self.expansion.coef.shape
         form = self._affine
@@ -139,9 +142,9 @@ class Fitted:
         zeros, factor = self.expansion.coef.new_zeros(batch), self.expansion.self_similarity_weight
         bias, features, dims = self._biases(form), self.support.features, len(batch)
         has_weights = self.expansion.weight is not None or self.support.prior is not None
-        if has_weights or shared_from(features, dims) < dims:  # a product for all tasks that share their examples
-            basis = self._weights(form)
-            coef = torch.eye(k, dtype=basis.dtype, device=basis.device).expand(*batch, k, k)
+        is_large = features.shape[-1] * n * k > _OPERATIONS_IN_KERNEL
+        if has_weights or shared_from(features, dims) < dims or is_large:
+            coef, basis = zeros.new_empty(*batch, 0, k), self._weights(form)
         else:
             coef, basis = self._scaled_coef(form), features
         shift = (zeros + factor * form[1]).unsqueeze(-1)

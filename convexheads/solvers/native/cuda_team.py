@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, no_type_check
 
 import torch
 from numba import cuda, float64
+from numba.cuda import dispatcher
 from numba.extending import overload
 from torch import Tensor
 
@@ -196,8 +196,13 @@ def launch(kernel: Any, warps: int, *arguments: Any) -> None:
 
 def configure(kernel: Any, teams: int, warps: int, stream: Any) -> Any:
     """The function that launches a kernel. Numba's advice to launch at least 128 teams is not passed on to the user."""
-    with warnings.catch_warnings(action="ignore"):
+    # A filter of warnings would be one of the whole process, and slow.
+    config: Any = dispatcher.config  # pyright: ignore[reportPrivateImportUsage]
+    before, config.CUDA_LOW_OCCUPANCY_WARNINGS = config.CUDA_LOW_OCCUPANCY_WARNINGS, 0
+    try:
         return kernel[teams, LANES * warps, stream]
+    finally:
+        config.CUDA_LOW_OCCUPANCY_WARNINGS = before
 
 
 def _warps_for(n: int, k: int) -> int:
