@@ -46,9 +46,9 @@ OTHERS = {
 }
 
 
-def fit_and_table(head, *batch, dtype=torch.float64, d=7, **options):
+def fit_and_table(head, *batch, dtype=torch.float64, d=7, shots=(2, 3, 1), **options):
     """A fit without gradients, a table of features, and rows for each task."""
-    support, labels, _, _ = task(*batch, d=d, dtype=dtype)
+    support, labels, _, _ = task(*batch, shots=shots, d=d, dtype=dtype)
     is_regression = not hasattr(head, "scale")
     with torch.no_grad():
         found = head.fit(support, labels.to(dtype) if is_regression else labels, **options)
@@ -131,6 +131,14 @@ def test_examples_that_tasks_share_are_not_copied():
         torch.testing.assert_close(found.score_rows(features, rows), found(features[rows]))
     coef, basis = kernel.call_args.args[2:4]
     assert (coef.shape, basis.shape) == ((4, 0, 3), (4, 3, 7))  # the weights of each task
+
+
+@pytest.mark.parametrize("shots", [(1, 1), (2, 1), (2, 2), (3, 2, 2)], ids=str)
+def test_weights_are_formed_from_any_number_of_examples(shots):
+    found, features, rows = fit_and_table(RidgeHead(), 4, shots=shots)
+    with torch.no_grad(), spy() as kernel:
+        torch.testing.assert_close(found.score_rows(features, rows), found(features[rows]))
+    assert kernel.call_args.args[2].shape == (4, sum(shots), len(shots))
 
 
 def test_weights_of_large_tasks_are_left_to_pytorch(monkeypatch):
