@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Sequence
 from copy import copy
 from importlib.metadata import PackageNotFoundError, version
@@ -177,8 +178,11 @@ def records(frame: pandas.DataFrame) -> list[dict[str, Any]]:
 
 
 def leave_out(name: str, reason: object) -> None:
-    """Say that the script goes on without something."""
-    kind = f"{type(reason).__name__}: " if isinstance(reason, Exception) else ""
+    """Say that the script goes on without something, and why; of an error, show also where it was raised."""
+    kind = ""
+    if isinstance(reason, Exception):
+        traceback.print_exception(reason)
+        kind = f"{type(reason).__name__}: "
     print(f"{name} {LEFT_OUT} {kind}{reason}".partition("\n")[0], file=sys.stderr)
 
 
@@ -192,7 +196,7 @@ def now(value: Tensor) -> float:
 def provenance() -> dict[str, Any]:
     """The versions, commit and machine needed to judge or repeat a result, without paths and host names."""
     return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},
         "commit": _commit(),
         "machine": {
             "processor": _processor(),
@@ -203,7 +207,8 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

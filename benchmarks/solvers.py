@@ -193,7 +193,8 @@ class Reference(NamedTuple):
 
     def errors(self, logits: Tensor, gradient: Tensor) -> tuple[float, float | None]:
         """The largest relative errors of logits and gradient."""
-        return _error(logits, self.logits), None if self.gradient is None else _error(gradient, self.gradient)
+        of_gradient = None if self.gradient is None else relative_error(gradient, self.gradient)
+        return relative_error(logits, self.logits), of_gradient
 
 
 def reference(data: tuple[Tensor, Tensor, Tensor], ways: int, nk: int) -> Reference:
@@ -281,7 +282,8 @@ def measure(
     return pandas.DataFrame(rows)
 
 
-def _error(value: Tensor, reference: Tensor) -> float:
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """The largest error, relative to the largest entry."""
     return ((value - reference).abs().max() / reference.abs().max()).item()
 
 

@@ -30,16 +30,14 @@ def pack_results(output: Path, folder: Path) -> list[Path]:
             information = tarfile.TarInfo(str(name))
             information.size = len(content)
             tar.addfile(information, BytesIO(content))
-    content, parts = archive.getvalue(), []
+    content = archive.getvalue()
+    new = {f"part-{number:02}": start for number, start in enumerate(range(0, len(content), PART))}
     folder.mkdir(parents=True, exist_ok=True)
-    for number, start in enumerate(range(0, len(content), PART)):
-        parts.append(folder / f"part-{number:02}")
-        (folder / f".new-{number:02}").write_bytes(content[start : start + PART])
+    for name, start in new.items():
+        (folder / f".{name}").write_bytes(content[start : start + PART])
     for old in folder.glob("part-*"):
         old.unlink()
-    for part in parts:
-        part.with_name(part.name.replace("part", ".new")).rename(part)
-    return parts
+    return [(folder / f".{name}").rename(folder / name) for name in new]
 
 
 def unpack_results(folder: Path, output: Path) -> list[str]:

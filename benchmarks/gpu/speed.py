@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import traceback
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import product
@@ -113,8 +112,8 @@ def _speed(session: Session) -> str:
             training = _on_noise(options, channels_last=variant.channels_last)
             flop = flop or _flop(training)
             ms, first = _time(training, steps, warmup, network_only=subject.network_only)
-        except Exception:  # the others are measured
-            print(f"{variant.name}, {subject.name}: {traceback.format_exc()}", flush=True)
+        except Exception as error:
+            report.leave_out(f"{variant.name}, {subject.name},", error)
             continue
         measured = {"threads": torch.get_num_threads(), "ms": ms, "first_step_s": first}
         rows.append(changes | {"variant": variant.name, "head": subject.name} | measured)
@@ -129,7 +128,7 @@ def _speed(session: Session) -> str:
         torch.cuda.empty_cache()
     if not rows:
         return "nothing was measured"
-    print((path.with_suffix(".md")).read_text(encoding="utf-8"))
+    print(path.with_suffix(".md").read_text(encoding="utf-8"))
     networks = {each.name for each in SUBJECTS if each.network_only}
     best = min((row for row in rows if row["head"] not in networks), key=lambda row: row["ms"], default=None)
     if best is None:

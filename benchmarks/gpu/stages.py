@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -15,7 +14,7 @@ import torch
 from benchmarks.gpu.queue import shrink
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.speed import speed
-from benchmarks.report import LEFT_OUT
+from benchmarks.report import LEFT_OUT, leave_out
 from benchmarks.train import run
 
 TESTS = Path(__file__).parent.parent.parent / "tests"
@@ -144,8 +143,8 @@ def trainings(session: Session) -> str:
         options = replace(options, resume=options.checkpoint.is_file())
         try:
             rows = run(options, deadline=session.deadline - (0 if session.smoke else 15))
-        except Exception:  # the other training runs continue
-            print(f"{entry.name}: {traceback.format_exc()}", flush=True)
+        except Exception as error:  # the other training runs continue
+            leave_out(entry.name, error)
             continue
         finished += bool(rows)
     return f"{finished} of {len(session.queue)} training runs are finished"

@@ -68,8 +68,7 @@ def score(
 ) -> Float[Tensor, "tasks q k"]:
     """The scores `x @ basis.mT @ coef + bias + factor * |x|^2` of the rows x, all on the CPU, without gradient.
 
-    Without coefficients (m is 0 in `coef`, and k in the basis), the basis are the weights.
-
+    Without coefficients (m is 0), the basis are the weights, with k rows; else, it has m rows.
 
     The table is contiguous and in float32 or float64; the sums and the other tensors are in float64.
     """
