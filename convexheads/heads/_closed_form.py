@@ -8,28 +8,36 @@ residual includes what rounding of the Gram matrix may hide.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, TypeVar, get_args, runtime_checkable
+from typing import Any, Protocol, TypeVar, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from convexheads._functorch import is_differentiating_forward, is_transforming
+from convexheads._looks import check
 from convexheads._validation import Check, check_choice
 from convexheads.heads._linear_algebra import per_matrix, shifted_cholesky
 from convexheads.heads._sharing import multiply
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
-from convexheads.solvers.certificate import rounding_of_scores, size_of_rounding
+from convexheads.precision import full_precision
+from convexheads.solvers.certificate import ZERO_GAP, rounding_of_scores, size_of_rounding
 from convexheads.solvers.failures import OnFailure, certified, handle_failures
-from convexheads.solvers.problem import Status
+from convexheads.solvers.problem import Solution, Status
 
 _K = TypeVar("_K", bound=KernelExpansion)
 TOLERANCE = 1e-6
 """The relative gap up to which a closed form counts as solved, as for iterative solvers."""
 _REMEDY = "The residual bounds the relative error of the weights. A larger regularizer leaves more digits. "
 check_on_failure: Check = partial(check_choice, choices=get_args(OnFailure))
+Errors = tuple[Tensor, Tensor]
+"""The relative gap of each task, and an upper bound of the squared relative error of its weights, `(*batch,)` both."""
+# The largest number of entries of the tensors that a fit keeps for a certificate.
+_MAX_ENTRIES_TO_KEEP = 2**20
 
 
 @runtime_checkable
@@ -40,36 +48,74 @@ class ClosedForm(Protocol):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ShiftedSystem:
-    """Matrices plus a shift on their diagonals, factorized.
+class CholeskySystem:
+    """Matrices plus a shift on their diagonals, as Cholesky factors.
 
     Attributes:
-        solve: the product of the inverse and a right-hand side, `(*batch, m, k)`.
-        inverse_norm: computes an upper bound of the largest eigenvalue of the inverse, `(*batch,)`, without gradient.
+        factor: the lower factors, `(*batch, m, m)`; NaN where there is none.
+        shift: the shifts, `()` or `(*batch,)`.
     """
 
-    solve: Callable[[Tensor], Tensor]
-    inverse_norm: Callable[[], Tensor]
+    factor: Float[Tensor, "*batch m m"]
+    shift: Float[Tensor, "*#batch"]
 
-    @classmethod
-    def of(cls, matrix: Float[Tensor, "*batch m m"], shift: Float[Tensor, "*grid"]) -> ShiftedSystem:
-        """Factorize the matrices plus each shift; a grid of shifts needs one factorization. Without a factor: NaN."""
-        batch = matrix.shape[:-2]
-        if not shift.ndim or torch.broadcast_shapes(shift.shape, batch).numel() == batch.numel():
-            factor = shifted_cholesky(matrix, shift.expand(batch), name="", validate=False)
-            return cls(lambda right: torch.cholesky_solve(right, factor), lambda: _inverse_norm(factor, shift))
-        values, vectors = torch.linalg.eigh(matrix)
-        shifted = values.clamp_min(0) + shift.unsqueeze(-1)
-        factors = (1 / shifted).unsqueeze(-1)
-        return cls(
-            lambda right: multiply(vectors, factors * (vectors.mT @ right)), lambda: 1 / shifted.detach()[..., 0]
-        )
+    def solve(self, right: Float[Tensor, "*batch m k"]) -> Float[Tensor, "*batch m k"]:
+        """The product of the inverse and a right-hand side."""
+        return torch.cholesky_solve(right, self.factor)
+
+    @torch.no_grad()
+    def inverse_norm(self) -> Float[Tensor, "*batch"]:
+        """An upper bound of the largest eigenvalue of the inverse."""
+        eye = torch.eye(self.factor.shape[-1], dtype=self.factor.dtype, device=self.factor.device)
+        inverse = torch.linalg.solve_triangular(self.factor, eye, upper=False)
+        return torch.minimum(inverse.square().sum((-2, -1)), self.shift.reciprocal())
+
+    @torch.no_grad()
+    def may_lose_digits(self) -> Tensor:
+        """A flag `()`; where it is False, the relative gap of each task is below `ZERO_GAP`, in spite of rounding.
+
+        A solution x satisfies a system whose matrix A differs by at most `(3m + 1) eps tr(A)` (Higham 2002, Theorem
+        10.4), and computing A and the residual adds less than `(m + 5) eps tr(A)`. The residual is then at most
+        `4 (m + 2) eps tr(A) |x|`, and the relative gap at most the square of `4 (m + 2) eps tr(A) / shift`.
+        """
+        limit = ZERO_GAP**0.5 / (4 * (self.factor.shape[-1] + 2) * torch.finfo(self.factor.dtype).eps)
+        return ~(_norm(self.factor) <= (limit * self.shift).sqrt()).all()  # the square of the norm is the trace
 
 
-def _inverse_norm(factor: Tensor, shift: Tensor) -> Tensor:
-    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    inverse = torch.linalg.solve_triangular(factor.detach(), eye, upper=False)
-    return torch.minimum(inverse.square().sum((-2, -1)), shift.detach().reciprocal())
+@dataclass(frozen=True, eq=False, repr=False)
+class SpectralSystem:
+    """Matrices plus a grid of shifts on their diagonals, as eigenvalues and eigenvectors.
+
+    Attributes:
+        vectors: the eigenvectors, `(*batch, m, m)`.
+        values: the eigenvalues plus the shifts, ascending, `(*grid, m)`.
+    """
+
+    vectors: Float[Tensor, "*batch m m"]
+    values: Float[Tensor, "*grid m"]
+
+    def solve(self, right: Float[Tensor, "*batch m k"]) -> Float[Tensor, "*grid m k"]:
+        """The product of the inverse and a right-hand side."""
+        return multiply(self.vectors, (self.vectors.mT @ right) / self.values.unsqueeze(-1))
+
+    def inverse_norm(self) -> Float[Tensor, "*grid"]:
+        """The largest eigenvalue of the inverse."""
+        return 1 / self.values.detach()[..., 0]
+
+    may_lose_digits = None
+
+
+ShiftedSystem = CholeskySystem | SpectralSystem
+
+
+def factorize(matrix: Float[Tensor, "*batch m m"], shift: Float[Tensor, "*grid"]) -> ShiftedSystem:
+    """Factorize the matrices plus each shift; a grid of shifts needs one factorization. Without a factor: NaN."""
+    batch = matrix.shape[:-2]
+    if not shift.ndim or torch.broadcast_shapes(shift.shape, batch).numel() == batch.numel():
+        each = shift.expand(batch) if shift.ndim else shift
+        return CholeskySystem(shifted_cholesky(matrix, each, name="", validate=False), each)
+    values, vectors = torch.linalg.eigh(matrix)
+    return SpectralSystem(vectors, values.clamp_min(0) + shift.unsqueeze(-1))
 
 
 @torch.no_grad()
@@ -78,14 +124,11 @@ def errors_of_dual(
     penalty: Float[Tensor, "*grid"],
     targets: Tensor,
     coef: Float[Tensor, "*batch n k"],
-) -> tuple[Tensor, Tensor]:
+) -> Errors:
     """The errors of dual coefficients of ridge regression, which solve `(gram + penalty I) coef = targets`.
 
     With the residual r, the duality gap is `|r|^2 / 2`, and the squared error of the weights at most `|r|^2 / penalty`.
     By rounding, the residual may be off by `size_of_rounding`.
-
-    Returns:
-        The relative gap and a bound of the squared relative error of the weights, `(*batch,)` both.
     """
     tiny = torch.finfo(gram.dtype).tiny
     image = multiply(gram.expand(*coef.shape[:-2], *gram.shape[-2:]), coef)
@@ -103,21 +146,16 @@ def errors_of_weights(
     penalty: Float[Tensor, "*grid"],
     error: Float[Tensor, "*batch n k"],
     weight: Float[Tensor, "*batch d k"],
-    inverse_norm: Tensor,
-) -> tuple[Tensor, Tensor]:
+    system: ShiftedSystem,
+) -> Errors:
     """The errors of weights of ridge regression, whose scores differ from the targets by `error`.
 
-    The matrix `features' features + penalty I` has an inverse, whose largest eigenvalue is at most `inverse_norm`.
-
-    With the gradient g of the objective, its error is at most `inverse_norm |g|^2 / 2`, and that of the weights
-    `inverse_norm |g|`.
-
-    Returns:
-        As `errors_of_dual`.
+    The `system` is the matrix `features' features + penalty I`. Let b be the largest eigenvalue of its inverse. With
+    the gradient g of the objective, the error of the latter is at most `b |g|^2 / 2`, and that of the weights `b |g|`.
     """
     gradient = multiply(features.mT, error) - per_matrix(penalty) * weight
     objective = _norm(error).square() + penalty * _norm(weight).square()  # times two
-    return _bounds(gradient, objective, features, error, weight, inverse_norm)
+    return _bounds(gradient, objective, features, error, weight, system)
 
 
 @torch.no_grad()
@@ -126,20 +164,20 @@ def errors_of_system(
     shift: Float[Tensor, "*batch"],
     right: Float[Tensor, "*batch d k"],
     weight: Float[Tensor, "*batch d k"],
-    inverse_norm: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The errors of weights w that solve `(rows' rows + shift I) w = right`, with `inverse_norm` for the inverse.
+    system: ShiftedSystem,
+) -> Errors:
+    """The errors of weights w that solve the `system` `(rows' rows + shift I) w = right`.
 
     They minimize `|rows w|^2 / 2 + shift |w|^2 / 2 - w' right`, and their errors are bounded as in `errors_of_weights`.
     """
     image = rows @ weight
     residual = right - rows.mT @ image - per_matrix(shift) * weight
-    return _bounds(residual, (right * weight).sum((-2, -1)), rows, image, weight, inverse_norm)
+    return _bounds(residual, (right * weight).sum((-2, -1)), rows, image, weight, system)
 
 
 def _bounds(
-    gradient: Tensor, objective: Tensor, rows: Tensor, factors: Tensor, weight: Tensor, inverse_norm: Tensor
-) -> tuple[Tensor, Tensor]:
+    gradient: Tensor, objective: Tensor, rows: Tensor, factors: Tensor, weight: Tensor, system: ShiftedSystem
+) -> Errors:
     """The errors of weights, from the gradient and twice the absolute objective.
 
     The gradient contains the sum of the `rows` times their `factors`, which depend on the products of rows and weights.
@@ -149,6 +187,7 @@ def _bounds(
     length, size = _norm(rows, -1), _norm(weight)
     rounding = eps * (length * torch.addcmul(_norm(factors, -1), length, size.unsqueeze(-1))).sum(-1)
     slope = _norm(gradient) + rounding
+    inverse_norm = system.inverse_norm()
     gap = inverse_norm * slope.square() / objective.clamp_min(tiny)
     return gap, (inverse_norm * slope / size.clamp_min(tiny)).square()
 
@@ -156,11 +195,11 @@ def _bounds(
 @torch.no_grad()
 def errors_of_gaussians(
     gram: Float[Tensor, "*batch n n"],
-    scatter: Callable[[Tensor], Tensor],
+    scatter: Float[Tensor, "*batch n n"],
     shift: Float[Tensor, "*batch"],
     mean: Float[Tensor, "*batch n k"],
     coef: Float[Tensor, "*batch n k"],
-) -> tuple[Tensor, Tensor]:
+) -> Errors:
     """The errors of coefficients of weights w that solve `(scatter + shift I) w = mean` in the kernel's feature space.
 
     The weights minimize `w' (scatter + shift I) w / 2 - w' mean`. With the residual r, the error of this objective is
@@ -168,19 +207,16 @@ def errors_of_gaussians(
 
     Args:
         gram: the Gram matrix.
-        scatter: from scores of the support examples to the coefficients of the product of the scatter matrix and the
-            weights that have these scores; a contraction, times at most one.
+        scatter: maps scores of the support examples to the coefficients of the product of the scatter matrix and the
+            weights that have these scores; no eigenvalue is above one.
         shift: the smallest eigenvalue of the matrix.
         mean: the coefficients of the right-hand sides.
         coef: the coefficients of the weights.
-
-    Returns:
-        As `errors_of_dual`.
     """
     tiny, image = torch.finfo(gram.dtype).tiny, gram @ coef
-    residual = scatter(image) + per_matrix(shift) * coef - mean
+    residual = scatter @ image + per_matrix(shift) * coef - mean
     rounding = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sum(-1).sqrt() * _norm(
-        scatter(rounding_of_scores(gram, coef))
+        scatter @ rounding_of_scores(gram, coef)
     )
     length = (residual * (gram @ residual)).sum((-2, -1)).clamp_min(0).sqrt() + rounding
     objective, squared = (mean * image).sum((-2, -1)), (coef * image).sum((-2, -1))
@@ -192,12 +228,46 @@ def _norm(value: Tensor, dim: int | tuple[int, int] = (-2, -1)) -> Tensor:
     return torch.linalg.vector_norm(value, dim=dim)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Unmeasured:
+    """The solution of a closed form, to be called by whoever looks at its certificate.
+
+    Measuring the errors takes as long as solving a small problem, so that is not done before.
+
+    Attributes:
+        coef: the coefficients, `(*batch, n, k)`.
+        errors: a function that computes the `Errors`, and its `arguments`.
+        largest_error: see `certified`.
+    """
+
+    coef: Float[Tensor, "*batch n k"]
+    errors: Callable[..., Errors]
+    arguments: tuple[Any, ...]
+    largest_error: float | None
+
+    def __call__(self) -> Solution:
+        known = vars(self)
+        if "_solution" not in known:
+            known["_solution"] = self._measure()
+        return known["_solution"]
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a file contains the certificate instead of the Gram matrix
+        return copy.copy, (self(),)
+
+    def _measure(self) -> Solution:
+        batch = self.coef.shape[:-2]
+        with torch.no_grad(), full_precision(self.coef.device):
+            gap, error = (each.expand(batch) for each in self.errors(*self.arguments))
+        return certified(self.coef, gap, error, TOLERANCE, Status.FAILED, None, largest_error=self.largest_error)
+
+
 def with_solution(
     head: ClosedForm,
     expansion: _K,
-    errors: tuple[Tensor, Tensor],
     support: SupportSet,
-    *,
+    errors: Callable[..., Errors],
+    *arguments: Any,
+    doubt: Callable[[], Tensor] | None = None,
     largest_error: float | None = None,
 ) -> _K:
     """The expansion with a solution, after tasks that failed are handled; with `validate=False`, no status is read.
@@ -205,14 +275,29 @@ def with_solution(
     Args:
         head: the head, which is named in errors.
         expansion: the expansion.
-        errors: the relative gap of each task, and a bound of the squared relative error of its weights.
         support: the support set.
+        errors: a function that computes the `Errors` from the `arguments`.
+        arguments: tensors and systems.
+        doubt: computes a flag as for `check`; if it is not set, no task has failed. Defaults to None (unknown).
         largest_error: see `certified`.
     """
-    gap, error = errors
-    if gap.shape != expansion.coef.shape[:-2]:
-        gap, error = (value.expand(expansion.coef.shape[:-2]) for value in errors)
-    solution = certified(expansion.coef, gap, error, TOLERANCE, Status.FAILED, None, largest_error=largest_error)
-    if support.validate:
-        solution = handle_failures(type(head).__name__, solution, TOLERANCE, head.on_failure, remedy=_REMEDY)
-    return replace(expansion, solution=solution)
+    unmeasured = Unmeasured(expansion.coef, errors, arguments, largest_error)
+
+    def handle() -> Solution:
+        return handle_failures(type(head).__name__, unmeasured(), TOLERANCE, head.on_failure, remedy=_REMEDY)
+
+    is_read = support.validate and head.on_failure != "return"
+    if (is_read and doubt is None) or _is_traced() or _entries(arguments) > _MAX_ENTRIES_TO_KEEP:
+        return replace(expansion, solution=handle() if support.validate else unmeasured())
+    if is_read and doubt is not None:
+        check(doubt(), handle)
+    return replace(expansion, solution=unmeasured)
+
+
+def _is_traced() -> bool:
+    """Whether tensors stand for others, in a graph or in a transform of `torch.func`."""
+    return torch.compiler.is_compiling() or is_transforming() or is_differentiating_forward()
+
+
+def _entries(arguments: tuple[Any, ...]) -> int:
+    return sum(part.numel() for part in arguments if isinstance(part, Tensor))

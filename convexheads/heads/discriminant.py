@@ -17,10 +17,11 @@ from convexheads._looks import call_explained, refuse
 from convexheads._validation import check_definite, check_fraction, describe_first_task, optional
 from convexheads.errors import InputError
 from convexheads.heads._closed_form import (
-    ShiftedSystem,
+    Errors,
     check_on_failure,
     errors_of_gaussians,
     errors_of_system,
+    factorize,
     with_solution,
 )
 from convexheads.heads._linear_algebra import per_matrix, shifted_cholesky
@@ -102,8 +103,9 @@ class LinearDiscriminantHead(ClassificationHead):
         inner = center @ torch.cholesky_solve(center @ gram @ mean, factor)
         coef = (mean - spread * inner) / per_matrix(ridge)
         bias = priors.log() - (mean * (gram @ coef)).sum(-2) / 2
-        errors = errors_of_gaussians(gram, lambda scores: spread * (center @ scores), ridge, mean, coef)
-        return with_solution(self, KernelExpansion(coef, bias=bias), errors, support, largest_error=_LARGEST_ERROR)
+        arguments = gram, spread * center, ridge, mean, coef
+        expansion = KernelExpansion(coef, bias=bias)
+        return with_solution(self, expansion, support, errors_of_gaussians, *arguments, largest_error=_LARGEST_ERROR)
 
     def _solve_primal(self, support: SupportSet, factor: float | Tensor) -> KernelExpansion:
         """By the d x d covariance, which is smaller, and loses no digits."""
@@ -112,14 +114,22 @@ class LinearDiscriminantHead(ClassificationHead):
         rows = features - support.targets @ means
         scatter = rows.mT @ rows / per_matrix(examples)
         ridge = self._ridge(support, scatter, features.square().sum(-1))
-        system = ShiftedSystem.of((1 - self.shrinkage) * scatter, ridge)
+        system = factorize((1 - self.shrinkage) * scatter, ridge)
         weight = system.solve(means.mT)
         spread = (1 - self.shrinkage) / per_matrix(examples)
         coef = (mean - spread * (rows @ weight)) / per_matrix(ridge)
         bias = priors.log() - (means * weight.mT).sum(-1) / 2
-        errors = errors_of_system(spread.sqrt() * rows, ridge, means.mT, weight, system.inverse_norm())
+        arguments = spread.sqrt() * rows, ridge, means.mT, weight, system
         expansion = KernelExpansion(coef, weight=factor * weight.mT, bias=bias)
-        return with_solution(self, expansion, errors, support, largest_error=_LARGEST_ERROR)
+        return with_solution(
+            self,
+            expansion,
+            support,
+            errors_of_system,
+            *arguments,
+            doubt=system.may_lose_digits,
+            largest_error=_LARGEST_ERROR,
+        )
 
     def _ridge(self, support: SupportSet, scatter: Tensor, squared: Tensor) -> Tensor:
         """The shrinkage times the variance, from the within-class scatter and the squared lengths of the examples."""
@@ -197,8 +207,7 @@ class MahalanobisHead(ClassificationHead):
         expansion = KernelExpansion(
             coef, bias=bias, quadratic=inverse / (2 * beta), self_similarity_weight=-1 / (2 * beta)
         )
-        error = _error_of_distances(support.gram, inverse, -2 * beta * bias)
-        return with_solution(self, expansion, (error, torch.zeros_like(error)), support)
+        return with_solution(self, expansion, support, _errors_of_distances, support.gram, inverse, -2 * beta * bias)
 
     def _solve_primal(self, support: SupportSet, factor: float | Tensor) -> KernelExpansion:
         """By the d x d covariances, which are smaller, and lose no digits."""
@@ -219,8 +228,7 @@ class MahalanobisHead(ClassificationHead):
             bias=-(means * weight).sum(-1) / 2,
             quadratic=-squared * inverse / 2,
         )
-        error = _condition(covariance, inverse, beta) * torch.finfo(inverse.dtype).eps
-        return with_solution(self, expansion, (error, torch.zeros_like(error)), support)
+        return with_solution(self, expansion, support, _errors_of_covariance, covariance, inverse, beta)
 
 
 def _means(support: SupportSet) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,14 +250,16 @@ def _root_of_covariances(targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _condition(covariance: Tensor, inverse: Tensor, beta: Tensor) -> Tensor:
-    """An upper bound of the largest condition number of `covariance + beta I` of a task, from its inverse."""
+def _errors_of_covariance(covariance: Tensor, inverse: Tensor, beta: Tensor) -> Errors:
+    """Machine precision times an upper bound of the largest condition number of `covariance + beta I` of a task."""
     shifted = covariance + beta * torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-    return (torch.linalg.matrix_norm(shifted) * torch.linalg.matrix_norm(inverse)).amax(-1)
+    condition = (torch.linalg.matrix_norm(shifted) * torch.linalg.matrix_norm(inverse)).amax(-1)
+    error = condition * torch.finfo(inverse.dtype).eps
+    return error, torch.zeros_like(error)
 
 
 @torch.no_grad()
-def _error_of_distances(gram: Tensor, inverse: Tensor, means: Tensor) -> Tensor:
+def _errors_of_distances(gram: Tensor, inverse: Tensor, means: Tensor) -> Errors:
     """How far rounding is likely to move squared distances, relative to the largest squared length of the `means`.
 
     With the kernel values s of a query, its squared length is `|q|^2 - s @ inverse @ s` for each class, up to a factor.
@@ -260,7 +270,8 @@ def _error_of_distances(gram: Tensor, inverse: Tensor, means: Tensor) -> Tensor:
     parts = (length * inverse * length.mT).flatten(-2)
     weight = torch.minimum(parts.abs().sum(-1), _SAFETY * torch.linalg.vector_norm(parts, dim=-1))
     moved = torch.finfo(gram.dtype).eps * length.square().amax((-3, -2, -1)) * (1 + weight.amax(-1))
-    return moved / means.amax(-1).clamp_min(torch.finfo(gram.dtype).tiny)
+    error = moved / means.amax(-1).clamp_min(torch.finfo(gram.dtype).tiny)
+    return error, torch.zeros_like(error)
 
 
 def _center(members: Tensor) -> Tensor:

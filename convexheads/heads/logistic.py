@@ -102,8 +102,8 @@ class LogisticHead(LossHead):
         found = self._solve_dual(gram, pairs[0], used, pairs[1], start, (2 * penalty).unsqueeze(-3))
         coef = (found.coef[..., 1] - found.coef[..., 0]).mT
         bias = None if found.bias is None else found.bias[..., 1] - found.bias[..., 0]
-        assert found.solution is not None
-        each = found.solution
+        each = found.certificate
+        assert each is not None
         # The gaps are relative to the objectives of the classes, so that the largest one bounds that of the whole.
         solution = replace(
             each,

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads.heads._closed_form import with_solution
+from convexheads.heads._closed_form import Errors, with_solution
 from convexheads.heads._sharing import multiply, scale_once
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
@@ -46,8 +46,8 @@ class PrototypeHead(ClassificationHead):
             prototypes = scale_once(multiply(mean.mT, support.features), factor)
             bias, weight = -prototypes.square().sum(-1), 2 * scale_once(prototypes, factor)
         expansion = KernelExpansion(2 * mean, weight=weight, bias=bias, self_similarity_weight=-1.0)
-        exact = 0 * bias.detach().sum(-1)  # a mean is exact up to rounding, unless it is not finite
-        return with_solution(self, expansion, (exact, exact), support)
+        total = bias.detach().sum(-1)
+        return with_solution(self, expansion, support, _errors_of_means, total, doubt=total.sum)
 
     @property
     def has_leave_one_out(self) -> bool:
@@ -62,3 +62,8 @@ class PrototypeHead(ClassificationHead):
         scores = 2 * similarity - (mean * similarity).sum(-2, keepdim=True) - squared
         moved = torch.where(counts > 1, (counts / (counts - 1)).square() * scores, -torch.inf)
         return torch.where(support.targets > 0, moved, scores)[:, None, None]
+
+
+def _errors_of_means(total: Float[Tensor, "*batch"]) -> Errors:
+    """A mean is exact up to rounding, unless it is not finite."""
+    return 0 * total, 0 * total

@@ -9,10 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from convexheads.heads._closed_form import (
-    ShiftedSystem,
+    ClosedForm,
     check_on_failure,
     errors_of_dual,
     errors_of_weights,
+    factorize,
     with_solution,
 )
 from convexheads.heads._linear_algebra import per_matrix
@@ -40,32 +41,40 @@ def _solve_ridge(
     is_masked = support.mask is not None and not (factor is None or n <= d)
     root = _roots(support) if intercept or support.sample_weight is not None or is_masked else None
     if factor is None or n <= d:
-        found = _solve_dual(support.gram, penalty, targets, root, intercept=intercept)
-    else:
-        found = _solve_primal(support.features, factor, penalty, targets, root, intercept=intercept)
-    return with_solution(head, *found, support)
+        return _solve_dual(head, support, penalty, targets, root, intercept=intercept)
+    return _solve_primal(head, support, factor, penalty, targets, root, intercept=intercept)
 
 
 def _solve_dual(
-    gram: Tensor, penalty: Tensor, targets: Tensor, root: Tensor | None, *, intercept: bool
-) -> tuple[KernelExpansion, tuple[Tensor, Tensor]]:
-    """The solution of the n x n system of the dual, and its errors."""
-    gram, targets = (gram, targets) if root is None else (root * gram * root.mT, root * targets)
-    system = ShiftedSystem.of(gram, penalty)
+    head: ClosedForm, support: SupportSet, penalty: Tensor, targets: Tensor, root: Tensor | None, *, intercept: bool
+) -> KernelExpansion:
+    """By the n x n system of the dual."""
+    gram = support.gram
+    if root is not None:
+        gram, targets = root * gram * root.mT, root * targets
+    system = factorize(gram, penalty)
     coef, bias = system.solve(targets), None
     if root is not None and intercept:  # the coefficients of each class have to sum to zero
         direction = system.solve(root)
         bias = (root.mT @ coef) / (root.mT @ direction)
         coef, targets, bias = coef - direction @ bias, targets - root @ bias, bias.squeeze(-2)
-    errors = errors_of_dual(gram, penalty, targets, coef)
-    return KernelExpansion(coef if root is None else root * coef, bias=bias), errors
+    expansion = KernelExpansion(coef if root is None else root * coef, bias=bias)
+    doubt = None if intercept else system.may_lose_digits
+    return with_solution(head, expansion, support, errors_of_dual, gram, penalty, targets, coef, doubt=doubt)
 
 
 def _solve_primal(
-    features: Tensor, factor: float | Tensor, penalty: Tensor, targets: Tensor, root: Tensor | None, *, intercept: bool
-) -> tuple[KernelExpansion, tuple[Tensor, Tensor]]:
-    """The solution of the d x d system of the primal, which is smaller, and its errors."""
-    features = scale_once(features, factor)
+    head: ClosedForm,
+    support: SupportSet,
+    factor: float | Tensor,
+    penalty: Tensor,
+    targets: Tensor,
+    root: Tensor | None,
+    *,
+    intercept: bool,
+) -> KernelExpansion:
+    """By the d x d system of the primal, which is smaller."""
+    features = scale_once(support.features, factor)
     center = mean = None
     rows, values = features, targets
     if root is not None:
@@ -74,7 +83,7 @@ def _solve_primal(
             center, mean = share.mT @ features, share.mT @ targets
             rows, values = rows - center, values - mean
         rows, values = root * rows, root * values
-    system = ShiftedSystem.of(apply_once(lambda x: multiply(x.mT, x), rows), penalty)
+    system = factorize(apply_once(lambda x: multiply(x.mT, x), rows), penalty)
     weight = system.solve(multiply(rows.mT, values))
     bias = None if center is None or mean is None else mean - center @ weight
     # The difference loses digits if the penalty is small. The scores do not: they are computed from the weight.
@@ -83,7 +92,8 @@ def _solve_primal(
     expansion = KernelExpansion(
         coef, weight=scale_once(weight.mT, factor), bias=None if bias is None else bias.squeeze(-2)
     )
-    return expansion, errors_of_weights(rows, penalty, error, weight, system.inverse_norm())
+    arguments = rows, penalty, error, weight, system
+    return with_solution(head, expansion, support, errors_of_weights, *arguments, doubt=system.may_lose_digits)
 
 
 def _leave_one_out(

@@ -81,7 +81,7 @@ def score_part(head: ClassificationHead, task: Task, split: Split, part: Part) -
     solution = init = None
     if split.features is not None:
         logits, expansion = refit(configured, examples, train, split.features[tasks, folds])
-        solution = expansion.solution
+        solution = expansion.certificate
     elif split.index is not None:
         index = split.index[tasks, folds]
         query = examples.features.unsqueeze(1).expand(*index.shape[:2], *examples.features.shape[1:])
@@ -90,7 +90,7 @@ def score_part(head: ClassificationHead, task: Task, split: Split, part: Part) -
             _, expansion = refit(configured, examples, examples.used.unsqueeze(1), examples.features[:, None, :1])
             init = without_left_out(expansion, train)
         logits, expansion = refit(configured, examples, train, query, init)
-        solution = expansion.solution
+        solution = expansion.certificate
     else:
         logits = closed_form(configured, examples)
     count = used.sum(-1).clamp_min(1).double()

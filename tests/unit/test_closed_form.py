@@ -24,8 +24,15 @@ from convexheads import (
     SolverWarning,
 )
 from convexheads.heads import KernelExpansion
-from convexheads.heads._closed_form import errors_of_dual, errors_of_system, errors_of_weights
+from convexheads.heads._closed_form import (
+    CholeskySystem,
+    SpectralSystem,
+    errors_of_dual,
+    errors_of_system,
+    errors_of_weights,
+)
 from convexheads.kernels import Linear
+from convexheads.solvers.certificate import ZERO_GAP
 
 
 def dot(left, right):
@@ -244,16 +251,76 @@ def test_errors_of_weights_bound_the_actual_ones(which):
     hessian = rows.mT @ rows + 0.5 * torch.eye(3, dtype=torch.float64)
     noise = torch.randn(right.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact = torch.linalg.solve(hessian, right)
-    weight, inverse_norm = exact + 1e-3 * noise, 1 / torch.linalg.eigvalsh(hessian)[..., 0]
+    values, vectors = torch.linalg.eigh(hessian)
+    weight, system = exact + 1e-3 * noise, SpectralSystem(vectors, values)
     if which == "ridge regression":
-        gap, error = errors_of_weights(rows, shift, targets - rows @ weight, weight, inverse_norm)
+        gap, error = errors_of_weights(rows, shift, targets - rows @ weight, weight, system)
         objective = ((targets - rows @ weight).square().sum((-2, -1)) + 0.5 * weight.square().sum((-2, -1))) / 2
     else:
-        gap, error = errors_of_system(rows, shift, right, weight, inverse_norm)
+        gap, error = errors_of_system(rows, shift, right, weight, system)
         objective = (right * weight).sum((-2, -1)) / 2
     excess = ((weight - exact) * (hessian @ (weight - exact))).sum((-2, -1)) / 2
     distance = (weight - exact).square().sum((-2, -1)) / weight.square().sum((-2, -1))
     for bound, actual in ((gap, excess / objective), (error, distance)):
         assert (actual <= bound).all()
         assert (bound < 1e3 * actual).all()
-    assert errors_of_weights(rows, shift, targets - rows @ exact, exact, inverse_norm)[0].max() < 1e-20
+    assert errors_of_weights(rows, shift, targets - rows @ exact, exact, system)[0].max() < 1e-20
+
+
+# When it is computed --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("kernel", [Linear(), dot], ids=["linear", "function"])
+@pytest.mark.parametrize("name", HEADS)
+def test_an_error_is_raised_exactly_where_the_certificate_says_failed(name, kernel, sizes):
+    """Fits do not measure errors where the matrix proves that they are small, and otherwise measure them at once."""
+    failed = []
+
+    @examples(25, nightly=500)
+    @given(exponent=st.floats(-18, 1), size=st.floats(-6, 6), tasks=st.integers(1, 3), seed=st.integers(0, 10_000))
+    def check(exponent, size, tasks, seed):
+        support, labels, query, _ = task(tasks, **sizes, seed=seed)
+        support, strength = 10.0**size * support, 10.0 ** (exponent + 2 * size)
+        support[0] *= 2
+        fitted, _ = call(name, HEADS[name](strength, kernel=kernel, on_failure="return"), support, labels, query)
+        converged = fitted.solution.converged
+        failed.append(not converged.all())
+        if converged.all():
+            fitted, _ = call(name, HEADS[name](strength, kernel=kernel), support, labels, query)
+            assert fitted.solution.converged.all()
+        else:
+            with pytest.raises(SolverError) as caught:
+                call(name, HEADS[name](strength, kernel=kernel), support, labels, query)
+            assert (caught.value.solution.converged == converged).all()
+
+    check()
+    assert not all(failed)
+    if sizes is SIZES["n > d"] and kernel is dot:
+        assert any(failed)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_matrix_proves_a_gap_of_zero_or_nothing(name):
+    """Wherever the flag is not set, the gap that is measured is below the one that counts as zero."""
+    trusted = []
+
+    @examples(50, nightly=500)
+    @given(exponent=st.floats(-12, 1), sizes=st.sampled_from(list(SIZES.values())), seed=st.integers(0, 10_000))
+    def check(exponent, sizes, seed):
+        support, labels, query, _ = task(2, **sizes, seed=seed)
+        flags = []
+        with pytest.MonkeyPatch.context() as patch:
+            original = CholeskySystem.may_lose_digits
+            patch.setattr(CholeskySystem, "may_lose_digits", lambda self: flags.append(original(self)) or flags[-1])
+            try:
+                fitted, _ = call(name, HEADS[name](10.0**exponent), support, labels, query)
+            except SolverError:
+                assert flags == [] or flags[0]
+                return
+        if flags and not flags[0]:
+            trusted.append(exponent)
+            assert fitted.solution.gap.max() <= ZERO_GAP
+
+    check()
+    assert bool(trusted) == (name != "Mahalanobis")  # which has no such proof

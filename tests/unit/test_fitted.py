@@ -313,6 +313,23 @@ def test_a_fit_is_pickled_without_the_gram_matrix():
     torch.testing.assert_close(pickle.loads(pickle.dumps(fitted))(query), fitted(query))
 
 
+@pytest.mark.parametrize("make", [make for name, make in HEADS.items() if name != "function"])
+def test_a_fit_is_pickled_with_its_certificate(make):
+    fitted = make().fit(*task(2, d=2, shots=(30, 30))[:2])
+    sizes = [len(pickle.dumps(each)) for each in (fitted, fitted.detach())]
+    assert sizes[0] < 1.1 * sizes[1]
+    torch.testing.assert_close(pickle.loads(pickle.dumps(fitted)).solution.gap, fitted.solution.gap)
+
+
+def test_the_certificate_of_a_closed_form_is_computed_once_and_for_all_copies():
+    support, labels, *_ = task(3)
+    fitted = RidgeHead(PerTask(torch.tensor([0.1, 1.0, 10.0]))).fit(support, labels)
+    gap = fitted.solution.gap
+    assert fitted.solution is fitted.solution
+    for again in (fitted[1:], fitted.detach()[1:], fitted.to("cpu")[1:], copy.deepcopy(fitted)[1:]):
+        torch.testing.assert_close(again.solution.gap, gap[1:], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("head", [LinearDiscriminantHead(0.3), RidgeHead(), SVMHead(), PrototypeHead()], ids=str)
 def test_solve_finds_what_a_fit_finds(head):
     """The mean variance of discriminant analysis, for one, is relative to the number of features."""

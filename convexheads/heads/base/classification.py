@@ -318,10 +318,9 @@ class ClassificationHead(Head):
         expansion = merge_groups(groups, ways)
         if cause is None:
             return expansion
-        if expansion.solution is None:  # another group has none
+        if (solution := expansion.certificate) is None:  # another group has none
             raise cause
-        message = f"{type(self).__name__}: {expansion.solution.describe_failures()}"
-        raise SolverError(message, expansion.solution) from cause
+        raise SolverError(f"{type(self).__name__}: {solution.describe_failures()}", solution) from cause
 
 
 def _init_of_group(init: Solution | None, rows: Bool[Tensor, "*batch"], k: int) -> Solution | None:

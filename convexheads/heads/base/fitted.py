@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -54,7 +55,7 @@ class Fitted:
     @property
     def solution(self) -> Solution | None:
         """Status, certified gap and multipliers of each task; None for `CvxpyHead` and for heads of your own."""
-        return self.expansion.solution
+        return self.expansion.certificate
 
     @traced_if(lambda fitted, **_: not fitted.support.validate, "a head with validate=False")
     @look_once
@@ -292,8 +293,7 @@ class Fitted:
             `torch.export.export(fitted.to_module(), (query,))`
         """
         # In files of exported programs, tensors must not share memory.
-        fitted = map_parts(
-            self.detach(),
+        fitted = self.detach()._map(
             lambda part: part.clone(memory_format=torch.contiguous_format) if isinstance(part, Tensor) else part,
         )
         return _Scores(replace(fitted, support=replace(fitted.support, validate=False))).eval()
@@ -333,7 +333,7 @@ class Fitted:
         if any(part is None or isinstance(part, bool) for part in (tasks if isinstance(tasks, tuple) else [tasks])):
             raise InputError("tasks", expected, describe(tasks))
         try:
-            return map_parts(self, choose, partial(choose, shape=(*batch, 1, 1)))
+            return self._map(choose, partial(choose, shape=(*batch, 1, 1)))
         except (IndexError, TypeError, ValueError) as error:
             if isinstance(error, IndexError) and as_integer(tasks) is not None:
                 raise
@@ -342,11 +342,15 @@ class Fitted:
 
     def to(self: _F, device: torch.device | str) -> _F:
         """The same fit on another `device`."""
-        return map_parts(self, lambda part: part.to(device))
+        return self._map(lambda part: part.to(device))
 
     def detach(self: _F) -> _F:
         """The same fit without gradients to the support set and the hyperparameters."""
-        return map_parts(self, lambda part: part.detach() if isinstance(part, Tensor) else part.requires_grad_(False))
+        return self._map(lambda part: part.detach() if isinstance(part, Tensor) else part.requires_grad_(False))
+
+    def _map(self: _F, *changes: Callable[[Any], Any]) -> _F:
+        """A copy with all of its tensors changed, as by `map_parts`."""
+        return map_parts(replace(self, expansion=self.expansion.certified()), *changes)
 
     def __repr__(self) -> str:
         *batch, n, d = self.support.features.shape

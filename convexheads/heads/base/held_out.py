@@ -87,7 +87,7 @@ def refit(
 
 def without_left_out(expansion: KernelExpansion, train: Bool[Tensor, "tasks folds n"]) -> Solution | None:
     """Where fits without a few examples begin: at the solution on all examples of one fold, without these examples."""
-    solution, (tasks, folds, n) = expansion.solution, train.shape
+    solution, (tasks, folds, n) = expansion.certificate, train.shape
     if solution is None or solution.coef.shape[-2] != n:
         return None
     solution = solution.map(lambda _, value: value.expand(tasks, folds, *value.shape[2:]))

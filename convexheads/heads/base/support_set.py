@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -19,6 +19,8 @@ from convexheads.heads._sharing import apply_once
 from convexheads.kernels import Kernel, KernelLike, Linear, compute_gram
 from convexheads.kernels.linear import affine_form
 from convexheads.solvers.problem import Solution, TensorRecord
+
+_E = TypeVar("_E", bound="KernelExpansion")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -146,7 +148,8 @@ class KernelExpansion(TensorRecord):
             score that is linear in the kernel.
         self_similarity_weight: factor of each query's kernel with itself, for all classes, such as -1 for squared
             distances; a number or a 0-d tensor. Defaults to 0.
-        solution: status, gap and multipliers; None (default) for `CvxpyHead` and heads of your own.
+        solution: status, gap and multipliers, or a function that computes them when somebody looks at them; None
+            (default) for `CvxpyHead` and heads of your own.
     """
 
     coef: Float[Tensor, "*batch n k"]
@@ -154,7 +157,17 @@ class KernelExpansion(TensorRecord):
     bias: Float[Tensor, "*batch k"] | None = None
     quadratic: Float[Tensor, "*batch k m m"] | None = None
     self_similarity_weight: float | Float[Tensor, ""] = 0.0
-    solution: Solution | None = None
+    solution: Solution | Callable[[], Solution] | None = None
+
+    @property
+    def certificate(self) -> Solution | None:
+        """The solution, computed if that was not done before."""
+        solution = self.solution
+        return solution if solution is None or isinstance(solution, Solution) else solution()
+
+    def certified(self: _E) -> _E:
+        """A copy whose solution is computed."""
+        return replace(self, solution=self.certificate)
 
 
 def _mask_gram(gram: Tensor, mask: Tensor) -> Tensor:
@@ -168,6 +181,7 @@ def merge_groups(groups: Sequence[KernelExpansion], ways: Integer[Tensor, "*batc
     """Merge `groups`, one per number of classes that occurs in `ways`, in ascending order, padded with zeros."""
     order = ways.flatten().argsort(stable=True).argsort()
     class_dims = {"coef": 1, "weight": 2, "bias": 1, "quadratic": 3, "bound_multipliers": 1}  # counted from the last
+    groups = [group.certified() for group in groups]
     records = [group.tensors() for group in groups]
 
     def merge(name: str, first: Tensor) -> Any:
