@@ -39,7 +39,11 @@ def compute_without_grad(function: Callable[..., tuple[Tensor, ...]], *arguments
     """
     if is_transforming():
         return _WithoutGrad.apply(function, *arguments)
-    if not torch.is_grad_enabled():
+    return _call_without_grad(function, *arguments)
+
+
+def _call_without_grad(function: Callable[..., _T], *arguments: Any) -> _T:
+    if not torch.is_grad_enabled():  # then the context would only take time
         return function(*arguments)
     with torch.no_grad():
         return function(*arguments)
@@ -47,6 +51,8 @@ def compute_without_grad(function: Callable[..., tuple[Tensor, ...]], *arguments
 
 def inspect_values(function: Callable[..., _T], *arguments: Any) -> _T:
     """Like `compute_without_grad`, but the function may return anything and may raise an error."""
+    if not is_transforming():
+        return _call_without_grad(function, *arguments)
     seen: list[_T] = []
 
     def call(*values: Any) -> tuple[Tensor, ...]:

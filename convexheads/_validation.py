@@ -183,7 +183,7 @@ def check_tensor(
     the device of `like`, because they have none themselves.
     """
     if isinstance(value, Tensor):
-        tensor, got = value, describe_type(value)
+        tensor = value
     else:
         try:
             tensor = _convert(value)
@@ -191,10 +191,10 @@ def check_tensor(
             raise InputError(name, expected, f"{describe_type(value)} ({error})") from error
         if tensor is not None and like is not None:
             tensor = tensor.to(like.device)
-        got = describe_type(value) if tensor is None else f"{describe_type(value)} of {tensor.dtype}"
     if not is_kind(tensor):
         is_usable = tensor is None or is_dense(tensor)
-        raise InputError(name, expected if is_usable else "a dense tensor", got)
+        converted = "" if tensor is None or tensor is value else f" of {tensor.dtype}"
+        raise InputError(name, expected if is_usable else "a dense tensor", f"{describe_type(value)}{converted}")
     return tensor
 
 

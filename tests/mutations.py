@@ -367,8 +367,8 @@ MUTATIONS = [
     Mutation(
         "chosen-tasks",
         "heads/base/fitted.py",
-        "return map_parts(self, choose, partial(choose, shape=(*batch, 1, 1)))",
-        "return map_parts(self, choose)",
+        "return self._map(choose, partial(choose, shape=(*batch, 1, 1)))",
+        "return self._map(choose)",
         "test_fitted.py",
     ),
     Mutation(
@@ -444,9 +444,44 @@ MUTATIONS = [
     Mutation(
         "closed-form-policy",
         "heads/_closed_form.py",
-        "solution = handle_failures(type(head).__name__, solution, TOLERANCE, head.on_failure, remedy=_REMEDY)",
+        "check(doubt(), handle)",
         "pass",
         "test_closed_form.py",
+    ),
+    Mutation(
+        "closed-form-proof",
+        "heads/_closed_form.py",
+        "limit = ZERO_GAP**0.5 / (4 * (self.factor.shape[-1] + 2) * torch.finfo(self.factor.dtype).eps)",
+        "limit = 1e16",
+        "test_closed_form.py::test_an_error_is_raised_exactly_where_the_certificate_says_failed",
+    ),
+    Mutation(
+        "closed-form-copies",
+        "heads/base/fitted.py",
+        "return map_parts(replace(self, expansion=self.expansion.certified()), *changes)",
+        "return map_parts(self, *changes)",
+        "test_fitted.py",
+    ),
+    Mutation(
+        "contiguous-logits",
+        "heads/base/fitted.py",
+        "return scores.to(self.dtype, memory_format=torch.contiguous_format)",
+        "return scores.to(self.dtype)",
+        "test_heads.py",
+    ),
+    Mutation(
+        "label-of-an-absent-class",
+        "heads/base/inputs.py",
+        "is_own &= (classes < per_task.unsqueeze(-1)).unsqueeze(-2)",
+        "pass",
+        "test_inputs.py",
+    ),
+    Mutation(
+        "label-out-of-range",
+        "heads/base/classification.py",
+        "targets = targets / is_own.any(-1, keepdim=True)  # NaN for a label out of range",
+        "pass",
+        "test_inputs.py",
     ),
     Mutation(
         "discriminant-primal",

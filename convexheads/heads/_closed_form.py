@@ -131,6 +131,7 @@ def errors_of_dual(
     By rounding, the residual may be off by `size_of_rounding`.
     """
     tiny = torch.finfo(gram.dtype).tiny
+    targets, coef = _in_units(targets, coef)
     image = multiply(gram.expand(*coef.shape[:-2], *gram.shape[-2:]), coef)
     error = targets - image  # of the scores
     residual = torch.addcmul(error, per_matrix(penalty), coef, value=-1)
@@ -153,6 +154,7 @@ def errors_of_weights(
     The `system` is the matrix `features' features + penalty I`. Let b be the largest eigenvalue of its inverse. With
     the gradient g of the objective, the error of the latter is at most `b |g|^2 / 2`, and that of the weights `b |g|`.
     """
+    error, weight = _in_units(error, weight)
     gradient = multiply(features.mT, error) - per_matrix(penalty) * weight
     objective = _norm(error).square() + penalty * _norm(weight).square()  # times two
     return _bounds(gradient, objective, features, error, weight, system)
@@ -222,6 +224,12 @@ def errors_of_gaussians(
     objective, squared = (mean * image).sum((-2, -1)), (coef * image).sum((-2, -1))
     gap = length.square() / (shift * objective).clamp_min(tiny)
     return gap, (length / shift).square() / squared.clamp_min(tiny)
+
+
+def _in_units(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Both tensors in units in which they are at most one, so that squares are not too large for a number."""
+    unit = torch.maximum(*(value.abs().amax((-2, -1), keepdim=True) for value in (first, second)))
+    return first / unit.where(unit > 0, 1), second / unit.where(unit > 0, 1)
 
 
 def _norm(value: Tensor, dim: int | tuple[int, int] = (-2, -1)) -> Tensor:

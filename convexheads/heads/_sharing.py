@@ -44,5 +44,5 @@ def multiply(left: Tensor, right: Tensor) -> Tensor:
     merged = right.flatten(groups, dims - 1)  # (*groups, members, n, k)
     stacked = merged.transpose(-3, -2).flatten(-2)
     shared = left[(slice(None),) * groups + (0,) * (dims - groups)]
-    product = (shared @ stacked).unflatten(-1, (members.numel(), k)).transpose(-3, -2)
+    product = matrix_product(shared, stacked).unflatten(-1, (members.numel(), k)).transpose(-3, -2)
     return product.unflatten(groups, tuple(members))

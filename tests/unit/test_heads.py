@@ -91,6 +91,7 @@ def test_shapes_and_dtype(make, kernel, batch):
     logits = make(kernel=kernel())(support, labels, query, ways=ways)
     assert logits.shape == (*batch, query.shape[-2], ways)
     assert logits.dtype == torch.float32
+    assert logits.view(-1, ways).shape == logits.reshape(-1, ways).shape  # which needs contiguous logits
 
 
 @heads_and_kernels

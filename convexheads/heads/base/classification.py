@@ -200,12 +200,12 @@ class ClassificationHead(Head):
         prior: Any = None,
     ) -> Checked:
         """Check the arguments of `fit`."""
-        ways_per_task = wrong = None
+        ways_per_task = None
         multilabel = self.accepts_multilabel and is_multilabel(labels)
         if multilabel:
             support, is_own, mask = check_multilabel(support, labels, ways, mask, validate=self.validate)
         else:
-            support, is_own, wrong, ways_per_task, mask = check_classification(
+            support, is_own, ways_per_task, mask = check_classification(
                 support,
                 labels,
                 ways,
@@ -221,8 +221,8 @@ class ClassificationHead(Head):
             dtype = working_dtype(support.device)
             sample_weight = None if sample_weight is None else sample_weight.to(dtype)
             targets = is_own.to(dtype)
-            if wrong is not None:
-                targets = targets.masked_fill(wrong.unsqueeze(-1), torch.nan)
+            if not (self.validate or multilabel):
+                targets = targets / is_own.any(-1, keepdim=True)  # NaN for a label out of range
             weight = self._weigh(targets, mask, sample_weight, is_multilabel=multilabel)
             examples = self._support_set(support, targets, mask, weight, prior)
             if multilabel:

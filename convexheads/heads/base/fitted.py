@@ -241,7 +241,7 @@ class Fitted:
 
     def _to_output(self, scores: Tensor) -> Tensor:
         """Scores, or their weights or bias, in the units and the dtype in which users receive them."""
-        return scores.to(self.dtype)
+        return scores.to(self.dtype, memory_format=torch.contiguous_format)
 
     def _cross_gram(self, query: Float[Tensor, "*batch q d"]) -> Float[Tensor, "*batch q n"]:
         """The kernel between a prepared `query` and the support; zero at masked examples."""

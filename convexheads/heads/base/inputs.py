@@ -25,7 +25,6 @@ from convexheads._validation import (
     is_dense,
     is_float_tensor,
     is_integer_tensor,
-    out_of_range,
     refuse_meta,
 )
 from convexheads.errors import InputError
@@ -73,11 +72,11 @@ def check_classification(
     needed_by: str | None,
     allow_missing_classes: object,
     validate: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Check the arguments of a fit, where `needed_by` is the name of a head that needs examples of every class.
 
-    Return support, one-hot labels as bool, which labels are out of range (without `validate`), ways if they are given
-    per task, and mask, all as tensors for all tasks.
+    Return support, one-hot labels as bool, ways if they are given per task, and mask, all as tensors for all tasks.
+    Without `validate`, a label out of range has no class.
     """
     support, mask = _check_examples(support, mask)
     labels = check_tensor("labels", labels, "a tensor of integers 0..ways-1", is_integer_tensor, like=support)
@@ -98,11 +97,13 @@ def check_classification(
         if per_task is not None or lacks_examples:  # then one-hot labels could exhaust memory
             limit = max_ways if per_task is None else per_task
             inspect_values(_check_labels, labels, limit, max_ways, mask, needed, needed_by, highest)
-    is_own = labels.unsqueeze(-1) == torch.arange(max_ways, device=labels.device)
+    classes = torch.arange(max_ways, device=labels.device)
+    is_own = labels.unsqueeze(-1) == classes
+    if per_task is not None and not validate:
+        is_own &= (classes < per_task.unsqueeze(-1)).unsqueeze(-2)
     if is_checked and per_task is None:
         inspect_values(_check_one_hot, labels, is_own, mask, needed, needed_by, highest)
-    wrong = None if validate else out_of_range(labels, max_ways if per_task is None else per_task.unsqueeze(-1))
-    return support, is_own, wrong, per_task, mask
+    return support, is_own, per_task, mask
 
 
 def _check_ways(ways: object, support: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Tensor | None, int, str]:
