@@ -35,9 +35,10 @@ from convexheads.training import episode_loss
 HEADS = ("prototypes", "ridge", "svm")
 CALLED: dict[str, Callable[..., ch.ClassificationHead]]
 CALLED = {"prototypes": ch.PrototypeHead, "ridge": ch.RidgeHead, "SVM": ch.SVMHead, "logistic": ch.LogisticHead}
-VARIANTS = ("as it is", "with validate=False", "compiled", "captured")
-"""How heads are called: by default; without checks of values; so in a graph of `torch.compile`; and so in a replayed
-CUDA graph, which takes little more than the time of the GPU."""
+VARIANTS = ("as it is", "with validate=False", "compiled", "by hand", "captured")
+"""How heads are called: by default; without checks of values; so in a graph of `torch.compile`; their formula as a
+researcher would write it for one experiment; and without checks in a replayed CUDA graph, which takes little more than
+the time of the GPU."""
 CAPTURED = ("prototypes", "ridge", "SVM on the GPU")
 """The heads that never wait for the GPU, so that a CUDA graph can capture them."""
 CALL_FEATURES = 64
@@ -139,6 +140,24 @@ def evaluation(
     return found
 
 
+def prototypes_by_hand(support: Tensor, labels: Tensor, query: Tensor, *, ways: int) -> Tensor:
+    """Prototypes, without checks and options, in the precision of the heads."""
+    x, q, targets = support.double(), query.double(), functional.one_hot(labels, ways).double()
+    prototypes = targets.mT @ x / targets.sum(-2).unsqueeze(-1)
+    return -(q.unsqueeze(-2) - prototypes.unsqueeze(-3)).square().sum(-1).to(query.dtype)
+
+
+def ridge_by_hand(support: Tensor, labels: Tensor, query: Tensor, *, ways: int) -> Tensor:
+    """Ridge regression with the head's default settings, without checks, options and certificate, in its precision."""
+    x, q, targets = support.double(), query.double(), functional.one_hot(labels, ways).double()
+    system = x @ x.mT + 50 * torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+    coef = torch.cholesky_solve(targets, torch.linalg.cholesky(system))
+    return (q @ (x.mT @ coef)).to(query.dtype)
+
+
+BY_HAND = {"prototypes": [prototypes_by_hand], "ridge": [ridge_by_hand]}
+
+
 def thread_counts(device: str, threads: int) -> list[int]:
     """The numbers of threads with which evaluations are timed."""
     return [1, threads] if device == "cpu" and threads > 1 else [threads]
@@ -200,7 +219,7 @@ def calls(*, device: str, tasks: int, queries: int, features: int, repeats: int)
     found = {}
     for name, make in called_heads(device).items():
         unchecked = make(validate=False)
-        heads = make(), unchecked, torch.compile(unchecked, fullgraph=True)
+        heads = make(), unchecked, torch.compile(unchecked, fullgraph=True), *BY_HAND.get(name, ())
         for title, way in (("forward", forward), ("forward and backward", with_gradient)):
             timed: dict[str, Callable[[], object]]
             timed = {variant: partial(way, head) for variant, head in zip(VARIANTS, heads, strict=False)}
@@ -451,6 +470,7 @@ def sections(measured: dict[str, Any], options: Any, origin: dict[str, Any]) -> 
             f"{options.tasks} episodes of {CALL_FEATURES} random features in float32, {options.train_queries} queries "
             f"per class; medians over {options.repeats} blocks of {BLOCK} calls, the variants in turn. Heads have "
             "their default settings. Compiled: `torch.compile(head, fullgraph=True)` of a head with `validate=False`. "
+            "By hand: the same formula in a few lines of PyTorch, without checks, options and certificate, in float64. "
             "Backward: the gradient of the cross-entropy with respect to the features of support and queries. "
         )
         if options.device == "cuda":

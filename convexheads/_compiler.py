@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from convexheads._looks import is_inside_call
 from convexheads.errors import ConvexHeadsError
 
 _C = TypeVar("_C", bound=Callable[..., Any])
@@ -27,7 +28,8 @@ def traced_if(condition: Callable[..., bool], expected: str) -> Callable[[_C], _
         @wraps(method)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             # Where a graph ends, the frames around the method run as usual, and the compiler traces what they call.
-            if not (torch.compiler.is_compiling() or "torch._dynamo" in sys.modules) or condition(self, **kwargs):
+            may_trace = torch.compiler.is_compiling() or ("torch._dynamo" in sys.modules and not is_inside_call())
+            if not may_trace or condition(self, **kwargs):
                 return method(self, *args, **kwargs)
             if is_exporting():
                 raise ConvexHeadsError(f"torch.export: expected {expected}, got {self!r}")

@@ -12,12 +12,15 @@ def matrix_product(left: Tensor, right: Tensor) -> Tensor:
     """The product `left @ right` of matrices.
 
     On a CPU, a product with few columns takes up to twice as long as one with few rows, so that is computed instead.
-    The result is then not contiguous, nor is the gradient of `left`, which would slow down what comes before.
+    The result is then not contiguous. Nor would be the gradient of `left`, which would slow down the rest of the
+    backward pass, so products with such a gradient are computed as they are.
     """
-    if left.is_cpu and right.shape[-1] < left.shape[-2]:
-        is_transposed = left.stride(-2) == 1 < left.stride(-1)
-        if is_transposed or not (left.requires_grad and torch.is_grad_enabled()):
-            return _product(right.mT, left.mT).mT
+    is_transposed = left.stride(-2) == 1 < left.stride(-1)
+    has_gradient = left.requires_grad and torch.is_grad_enabled()
+    # A graph holds for any number of queries, so it contains no condition of their number.
+    may_swap = is_transposed or not (has_gradient or torch.compiler.is_compiling())
+    if left.is_cpu and may_swap and right.shape[-1] < left.shape[-2]:
+        return _product(right.mT, left.mT).mT
     return _product(left, right)
 
 

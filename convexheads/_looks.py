@@ -36,6 +36,9 @@ _is_inside: ContextVar[bool] = ContextVar("is_inside", default=False)
 """Whether a call that looks once is in progress."""
 
 
+is_inside_call: Callable[[], bool] = _is_inside.get
+
+
 def look_once(method: _C) -> _C:
     """Decorate a method such that its checks, and those of what it calls, are done together at the end, on a GPU."""
 

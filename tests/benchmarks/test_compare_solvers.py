@@ -183,12 +183,19 @@ def test_what_a_call_costs(monkeypatch: pytest.MonkeyPatch):
     found = overhead.calls(device="cpu", tasks=2, queries=1, features=3, repeats=1)
     assert list(found) == ["ridge, forward", "ridge, forward and backward"]
     for seconds in found.values():
-        assert list(seconds) == list(overhead.VARIANTS[:3])
+        assert list(seconds) == list(overhead.VARIANTS[:4])
         assert min(seconds.values()) > 0
     times = {"ridge, forward": {"as it is": 0.001, "captured": 0.00025}, "SVM, forward": {"as it is": 0.002}}
     lines = report.markdown(overhead.show_calls(times, "title")).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
     assert cells == [["ridge, forward", "1.00", "0.25"], ["SVM, forward", "2.00", ""]]
+
+
+@pytest.mark.parametrize("name", overhead.BY_HAND)
+def test_what_is_written_by_hand_is_the_same(name: str):
+    support, labels, query = torch.randn(2, 10, 8), torch.arange(5).repeat(2, 2), torch.randn(2, 7, 8)
+    expected = overhead.CALLED[name]()(support, labels, query)
+    torch.testing.assert_close(overhead.BY_HAND[name][0](support, labels, query, ways=5), expected)
 
 
 def test_calls_that_fail_are_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -198,8 +205,9 @@ def test_calls_that_fail_are_left_out(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setattr(overhead, "CALLED", {"ridge": RidgeHead})
     found = overhead.calls(device="cpu", tasks=2, queries=1, features=3, repeats=1)
-    assert {name for seconds in found.values() for name in seconds} == set(overhead.VARIANTS[:2])
+    assert {name for seconds in found.values() for name in seconds} == set(overhead.VARIANTS[:2]) | {"by hand"}
     assert f"ridge, forward, compiled, {report.LEFT_OUT} RuntimeError: no compiler" in capsys.readouterr().err
+    monkeypatch.setattr(overhead, "BY_HAND", {})
     monkeypatch.setattr(overhead, "CALLED", {"ridge": lambda **_: MagicMock(side_effect=RuntimeError("no head"))})
     assert overhead.calls(device="cpu", tasks=2, queries=1, features=3, repeats=1) == {}
 
