@@ -13,8 +13,8 @@ import convexheads
 
 ROOT = Path(convexheads.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_untraced"),
-    ("_compiler", "_functorch", "_gram", "_looks", "_storage"),
+    ("errors", "_looks", "_untraced"),
+    ("_compiler", "_functorch", "_gram", "_storage"),
     ("_validation",),
     ("precision",),
     ("hyperparameters",),
