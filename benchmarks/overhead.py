@@ -155,7 +155,7 @@ def ridge_by_hand(support: Tensor, labels: Tensor, query: Tensor, *, ways: int) 
     return (q @ (x.mT @ coef)).to(query.dtype)
 
 
-BY_HAND = {"prototypes": [prototypes_by_hand], "ridge": [ridge_by_hand]}
+BY_HAND = {"prototypes": prototypes_by_hand, "ridge": ridge_by_hand}
 
 
 def thread_counts(device: str, threads: int) -> list[int]:
@@ -219,10 +219,12 @@ def calls(*, device: str, tasks: int, queries: int, features: int, repeats: int)
     found = {}
     for name, make in called_heads(device).items():
         unchecked = make(validate=False)
-        heads = make(), unchecked, torch.compile(unchecked, fullgraph=True), *BY_HAND.get(name, ())
+        heads = make(), unchecked, torch.compile(unchecked, fullgraph=True)
         for title, way in (("forward", forward), ("forward and backward", with_gradient)):
             timed: dict[str, Callable[[], object]]
             timed = {variant: partial(way, head) for variant, head in zip(VARIANTS, heads, strict=False)}
+            if name in BY_HAND:
+                timed["by hand"] = partial(way, BY_HAND[name])
             if device == "cuda" and name in CAPTURED:
                 timed["captured"] = Captured(partial(way, unchecked))
             seconds: dict[str, list[float]] = {variant: [] for variant in timed}

@@ -241,14 +241,9 @@ def _refuse_non_finite(name: str, value: Tensor) -> None:
         raise InputError(name, "finite values", got)
 
 
-def out_of_range(labels: Tensor, limit: int | Tensor) -> Tensor:
-    """Which int64 labels are negative, or not below `limit`."""
-    return (labels < 0) | (labels >= limit)
-
-
 def check_range(name: str, labels: Tensor, limit: int | Tensor, highest: int | str, remedy: str = "") -> None:
     """Raise `InputError` unless the labels are non-negative and below `limit`; the message names the `highest`."""
-    wrong = out_of_range(labels, limit)
+    wrong = (labels < 0) | (labels >= limit)
 
     def error() -> InputError:
         got = f"{labels[wrong][0].item()} in {describe_first_task(wrong.any(-1))}{remedy}"

@@ -59,11 +59,16 @@ class CholeskySystem:
     factor: Float[Tensor, "*batch m m"]
     shift: Float[Tensor, "*#batch"]
 
+    @classmethod
+    def of(cls, matrix: Float[Tensor, "*batch m m"], shift: Float[Tensor, "*#batch"]) -> CholeskySystem:
+        """Factorize the matrices plus a shift per matrix."""
+        each = shift.expand(matrix.shape[:-2]) if shift.ndim else shift
+        return cls(shifted_cholesky(matrix, each, name="", validate=False), each)
+
     def solve(self, right: Float[Tensor, "*batch m k"]) -> Float[Tensor, "*batch m k"]:
         """The product of the inverse and a right-hand side."""
         return torch.cholesky_solve(right, self.factor)
 
-    @torch.no_grad()
     def inverse_norm(self) -> Float[Tensor, "*batch"]:
         """An upper bound of the largest eigenvalue of the inverse."""
         eye = torch.eye(self.factor.shape[-1], dtype=self.factor.dtype, device=self.factor.device)
@@ -100,9 +105,9 @@ class SpectralSystem:
 
     def inverse_norm(self) -> Float[Tensor, "*grid"]:
         """The largest eigenvalue of the inverse."""
-        return 1 / self.values.detach()[..., 0]
+        return 1 / self.values[..., 0]
 
-    may_lose_digits = None
+    may_lose_digits = None  # nothing is proved before the errors are measured
 
 
 ShiftedSystem = CholeskySystem | SpectralSystem
@@ -112,13 +117,11 @@ def factorize(matrix: Float[Tensor, "*batch m m"], shift: Float[Tensor, "*grid"]
     """Factorize the matrices plus each shift; a grid of shifts needs one factorization. Without a factor: NaN."""
     batch = matrix.shape[:-2]
     if not shift.ndim or torch.broadcast_shapes(shift.shape, batch).numel() == batch.numel():
-        each = shift.expand(batch) if shift.ndim else shift
-        return CholeskySystem(shifted_cholesky(matrix, each, name="", validate=False), each)
+        return CholeskySystem.of(matrix, shift)
     values, vectors = torch.linalg.eigh(matrix)
     return SpectralSystem(vectors, values.clamp_min(0) + shift.unsqueeze(-1))
 
 
-@torch.no_grad()
 def errors_of_dual(
     gram: Float[Tensor, "*tasks n n"],
     penalty: Float[Tensor, "*grid"],
@@ -141,7 +144,6 @@ def errors_of_dual(
     return squared / objective.clamp_min(tiny), squared / quadratic.clamp_min(tiny)
 
 
-@torch.no_grad()
 def errors_of_weights(
     features: Float[Tensor, "*tasks n d"],
     penalty: Float[Tensor, "*grid"],
@@ -160,7 +162,6 @@ def errors_of_weights(
     return _bounds(gradient, objective, features, error, weight, system)
 
 
-@torch.no_grad()
 def errors_of_system(
     rows: Float[Tensor, "*batch n d"],
     shift: Float[Tensor, "*batch"],
@@ -194,7 +195,6 @@ def _bounds(
     return gap, (inverse_norm * slope / size.clamp_min(tiny)).square()
 
 
-@torch.no_grad()
 def errors_of_gaussians(
     gram: Float[Tensor, "*batch n n"],
     scatter: Float[Tensor, "*batch n n"],
@@ -229,7 +229,8 @@ def errors_of_gaussians(
 def _in_units(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Both tensors in units in which they are at most one, so that squares are not too large for a number."""
     unit = torch.maximum(*(value.abs().amax((-2, -1), keepdim=True) for value in (first, second)))
-    return first / unit.where(unit > 0, 1), second / unit.where(unit > 0, 1)
+    unit = unit.where(unit > 0, 1)
+    return first / unit, second / unit
 
 
 def _norm(value: Tensor, dim: int | tuple[int, int] = (-2, -1)) -> Tensor:

@@ -249,16 +249,17 @@ def _root_of_covariances(targets: Tensor) -> Tensor:
     return torch.cat([class_root, task_weight * _center(all_members)], -2)
 
 
-@torch.no_grad()
 def _errors_of_covariance(covariance: Tensor, inverse: Tensor, beta: Tensor) -> Errors:
-    """Machine precision times an upper bound of the largest condition number of `covariance + beta I` of a task."""
+    """The errors per task: machine precision times an upper bound of its largest condition number.
+
+    The `inverse` is that of the matrices per class, `covariance + beta I`.
+    """
     shifted = covariance + beta * torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
     condition = (torch.linalg.matrix_norm(shifted) * torch.linalg.matrix_norm(inverse)).amax(-1)
     error = condition * torch.finfo(inverse.dtype).eps
     return error, torch.zeros_like(error)
 
 
-@torch.no_grad()
 def _errors_of_distances(gram: Tensor, inverse: Tensor, means: Tensor) -> Errors:
     """How far rounding is likely to move squared distances, relative to the largest squared length of the `means`.
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from convexheads._validation import ArrayLike, optional
 from convexheads.heads._closed_form import CholeskySystem, check_on_failure, errors_of_dual, with_solution
-from convexheads.heads._linear_algebra import shifted_cholesky
 from convexheads.heads.base.fitted import FittedRegressor
 from convexheads.heads.base.regression import RegressionHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
@@ -132,7 +131,7 @@ class GaussianProcessHead(RegressionHead):
 
     def solve(self, support: SupportSet) -> _Posterior:
         noise = as_tensor(self.noise_variance, support.targets)
-        system = CholeskySystem(shifted_cholesky(support.gram, noise, name="", validate=False), noise)
+        system = CholeskySystem.of(support.gram, noise)
         posterior = _Posterior(system.solve(support.targets), factor=system.factor)
         arguments = support.gram, noise, support.targets, posterior.coef
         return with_solution(self, posterior, support, errors_of_dual, *arguments, doubt=system.may_lose_digits)
