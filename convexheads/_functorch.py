@@ -21,9 +21,9 @@ is_transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transfor
 """Whether a transform of `torch.func` is active."""
 
 
-def is_differentiating_forward() -> bool:
-    """Whether derivatives in forward mode may be asked for."""
-    return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
+def is_transforming_or_forward() -> bool:
+    """Whether a transform of `torch.func` is active, or derivatives in forward mode may be asked for."""
+    return is_transforming() or getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
 
 
 def refuse_transforms(name: str) -> None:

@@ -87,6 +87,11 @@ def assume_not(flag: Tensor) -> bool:
     return True
 
 
+def can_look(flag: Tensor) -> bool:
+    """Whether a flag can be looked at at once: it is not in a graph, and looking at it waits for no other work."""
+    return not (torch.compiler.is_compiling() or _waits(flag))
+
+
 def call_explained(function: Callable[[], _T], kind: type[Exception], explain: Callable[[], object]) -> _T:
     """Call a function, and `explain` if it raises an error of this kind, also in a check that is done later.
 

@@ -337,6 +337,13 @@ MUTATIONS = [
         "test_references.py::test_two_classes_equal_svc",
     ),
     Mutation(
+        "factors-unmarked",
+        "heads/_linear_algebra.py",
+        "not info.any():",
+        "not info.all():",
+        "test_closed_form.py",
+    ),
+    Mutation(
         "closed-form-residual",
         "heads/_closed_form.py",
         "residual = torch.addcmul(error, per_matrix(penalty), coef, value=-1)",

@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from convexheads._functorch import is_differentiating_forward, is_transforming
+from convexheads._functorch import is_transforming_or_forward
 from convexheads._looks import check
 from convexheads._validation import Check, check_choice
-from convexheads.heads._linear_algebra import per_matrix, shifted_cholesky
+from convexheads.heads._linear_algebra import cholesky_or_nan, per_matrix
 from convexheads.heads._sharing import multiply
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
 from convexheads.precision import full_precision
@@ -60,10 +60,12 @@ class CholeskySystem:
     shift: Float[Tensor, "*#batch"]
 
     @classmethod
-    def of(cls, matrix: Float[Tensor, "*batch m m"], shift: Float[Tensor, "*#batch"]) -> CholeskySystem:
-        """Factorize the matrices plus a shift per matrix."""
+    def of(
+        cls, matrix: Float[Tensor, "*batch m m"], shift: Float[Tensor, "*#batch"], *, validate: bool
+    ) -> CholeskySystem:
+        """Factorize the matrices plus a shift per matrix, as `cholesky_or_nan` does."""
         each = shift.expand(matrix.shape[:-2]) if shift.ndim else shift
-        return cls(shifted_cholesky(matrix, each, name="", validate=False), each)
+        return cls(cholesky_or_nan(matrix, each, validate=validate), each)
 
     def solve(self, right: Float[Tensor, "*batch m k"]) -> Float[Tensor, "*batch m k"]:
         """The product of the inverse and a right-hand side."""
@@ -113,11 +115,11 @@ class SpectralSystem:
 ShiftedSystem = CholeskySystem | SpectralSystem
 
 
-def factorize(matrix: Float[Tensor, "*batch m m"], shift: Float[Tensor, "*grid"]) -> ShiftedSystem:
+def factorize(matrix: Float[Tensor, "*batch m m"], shift: Float[Tensor, "*grid"], *, validate: bool) -> ShiftedSystem:
     """Factorize the matrices plus each shift; a grid of shifts needs one factorization. Without a factor: NaN."""
     batch = matrix.shape[:-2]
     if not shift.ndim or torch.broadcast_shapes(shift.shape, batch).numel() == batch.numel():
-        return CholeskySystem.of(matrix, shift)
+        return CholeskySystem.of(matrix, shift, validate=validate)
     values, vectors = torch.linalg.eigh(matrix)
     return SpectralSystem(vectors, values.clamp_min(0) + shift.unsqueeze(-1))
 
@@ -305,7 +307,7 @@ def with_solution(
 
 def _is_traced() -> bool:
     """Whether tensors stand for others, in a graph or in a transform of `torch.func`."""
-    return torch.compiler.is_compiling() or is_transforming() or is_differentiating_forward()
+    return torch.compiler.is_compiling() or is_transforming_or_forward()
 
 
 def _entries(arguments: tuple[Any, ...]) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convexheads._functorch import inspect_values
-from convexheads._looks import refuse
+from convexheads._functorch import inspect_values, is_transforming
+from convexheads._looks import can_look, refuse
 from convexheads._validation import describe_first_task
 from convexheads.errors import SolverError
 
@@ -37,12 +37,23 @@ def shifted_cholesky(matrix: Tensor, shift: Tensor, *, name: str, validate: bool
     Example:
         `factor = shifted_cholesky(support.gram, penalty, name="the Gram matrix", validate=support.validate)`
     """
+    factor = cholesky_or_nan(matrix, shift, validate=validate)
+    if validate:
+        failed = factor.diagonal(dim1=-2, dim2=-1).isnan().any(-1)
+        inspect_values(_check_factor, failed.any(-1) if per_class else failed, name)
+    return factor
+
+
+def cholesky_or_nan(matrix: Tensor, shift: Tensor, *, validate: bool) -> Tensor:
+    """The lower Cholesky factors of matrices plus `shift` on their diagonals; NaN where there is none.
+
+    With `validate`, values may be looked at, which takes less time than replacing nothing by NaN.
+    """
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     factor, info = torch.linalg.cholesky_ex(torch.addcmul(matrix, per_matrix(shift), eye))
-    failed = info > 0
-    if validate:
-        inspect_values(_check_factor, failed.any(-1) if per_class else failed, name)
-    return factor.masked_fill(per_matrix(failed), torch.nan)
+    if validate and can_look(info) and not is_transforming() and not info.any():
+        return factor
+    return factor.masked_fill(per_matrix(info > 0), torch.nan)
 
 
 def _check_factor(failed: Tensor, name: str) -> None:

@@ -24,7 +24,7 @@ from convexheads.heads._closed_form import (
     factorize,
     with_solution,
 )
-from convexheads.heads._linear_algebra import per_matrix, shifted_cholesky
+from convexheads.heads._linear_algebra import cholesky_or_nan, per_matrix
 from convexheads.heads._sharing import scale_once
 from convexheads.heads.base.classification import ClassificationHead
 from convexheads.heads.base.support_set import KernelExpansion, SupportSet
@@ -98,7 +98,7 @@ class LinearDiscriminantHead(ClassificationHead):
         center = torch.diag_embed(targets.sum(-1)) - mean @ targets.mT  # x -> x - its class mean, a projection
         scatter = center @ gram @ center / per_matrix(examples)
         ridge = self._ridge(support, scatter, gram.diagonal(dim1=-2, dim2=-1))
-        factor = shifted_cholesky((1 - self.shrinkage) * scatter, ridge, name="", validate=False)
+        factor = cholesky_or_nan((1 - self.shrinkage) * scatter, ridge, validate=support.validate)
         spread = (1 - self.shrinkage) / per_matrix(examples)
         inner = center @ torch.cholesky_solve(center @ gram @ mean, factor)
         coef = (mean - spread * inner) / per_matrix(ridge)
@@ -114,7 +114,7 @@ class LinearDiscriminantHead(ClassificationHead):
         rows = features - support.targets @ means
         scatter = rows.mT @ rows / per_matrix(examples)
         ridge = self._ridge(support, scatter, features.square().sum(-1))
-        system = factorize((1 - self.shrinkage) * scatter, ridge)
+        system = factorize((1 - self.shrinkage) * scatter, ridge, validate=support.validate)
         weight = system.solve(means.mT)
         spread = (1 - self.shrinkage) / per_matrix(examples)
         coef = (mean - spread * (rows @ weight)) / per_matrix(ridge)
@@ -198,7 +198,7 @@ class MahalanobisHead(ClassificationHead):
         beta = as_tensor(self.regularization, support.targets)
         root, mean = _root_of_covariances(support.targets), _means(support)[0].mT.unsqueeze(-1)
         shared = support.gram.unsqueeze(-3)
-        factor = shifted_cholesky(root @ shared @ root.mT, beta, name="", validate=False)
+        factor = cholesky_or_nan(root @ shared @ root.mT, beta, validate=support.validate)
         inverse = root.mT @ torch.cholesky_solve(root, factor)  # beta * Q_k^-1 = I - X' @ inverse @ X
         image = shared @ mean
         solved = inverse @ image
@@ -216,7 +216,7 @@ class MahalanobisHead(ClassificationHead):
         root, mean = _root_of_covariances(support.targets), _means(support)[0]
         rows = root @ features.unsqueeze(-3)
         covariance = rows.mT @ rows
-        inverse = torch.cholesky_inverse(shifted_cholesky(covariance, beta, name="", validate=False))  # of Q_k
+        inverse = torch.cholesky_inverse(cholesky_or_nan(covariance, beta, validate=support.validate))  # of Q_k
         means = mean.mT @ features
         weight = inverse @ means.unsqueeze(-1)
         coef = (mean.mT.unsqueeze(-1) - root.mT @ (rows @ weight)) / beta

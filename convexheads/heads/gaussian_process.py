@@ -131,7 +131,7 @@ class GaussianProcessHead(RegressionHead):
 
     def solve(self, support: SupportSet) -> _Posterior:
         noise = as_tensor(self.noise_variance, support.targets)
-        system = CholeskySystem.of(support.gram, noise)
+        system = CholeskySystem.of(support.gram, noise, validate=support.validate)
         posterior = _Posterior(system.solve(support.targets), factor=system.factor)
         arguments = support.gram, noise, support.targets, posterior.coef
         return with_solution(self, posterior, support, errors_of_dual, *arguments, doubt=system.may_lose_digits)

@@ -52,7 +52,7 @@ def _solve_dual(
     gram = support.gram
     if root is not None:
         gram, targets = root * gram * root.mT, root * targets
-    system = factorize(gram, penalty)
+    system = factorize(gram, penalty, validate=support.validate)
     coef, bias = system.solve(targets), None
     if root is not None and intercept:  # the coefficients of each class have to sum to zero
         direction = system.solve(root)
@@ -83,7 +83,8 @@ def _solve_primal(
             center, mean = share.mT @ features, share.mT @ targets
             rows, values = rows - center, values - mean
         rows, values = root * rows, root * values
-    system = factorize(apply_once(lambda x: multiply(x.mT, x), rows), penalty)
+    matrix = apply_once(lambda x: multiply(x.mT, x), rows)
+    system = factorize(matrix, penalty, validate=support.validate)
     weight = system.solve(multiply(rows.mT, values))
     bias = None if center is None or mean is None else mean - center @ weight
     # The difference loses digits if the penalty is small. The scores do not: they are computed from the weight.

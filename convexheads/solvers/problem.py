@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from convexheads._functorch import inspect_values, is_differentiating_forward, is_transforming
+from convexheads._functorch import inspect_values, is_transforming_or_forward
 from convexheads._validation import check_bool, check_positive_int, describe_task, describe_type, is_float_tensor
 from convexheads.errors import InputError, SolverError
 from convexheads.solvers.feasible_rows import FeasibleRows
@@ -212,7 +212,7 @@ class DualProblem(TensorRecord):
     @property
     def needs_derivative(self) -> bool:
         """Whether a derivative with respect to the problem may be asked for, in any mode of differentiation."""
-        if is_transforming() or is_differentiating_forward():
+        if is_transforming_or_forward():
             return True
         return torch.is_grad_enabled() and any(value.requires_grad for value in self.tensors().values())
 

@@ -5,6 +5,8 @@ References are computed in extended precision, with mpmath, from the definitions
 
 from __future__ import annotations
 
+from functools import partial
+
 import mpmath
 import pytest
 import torch
@@ -23,7 +25,7 @@ from convexheads import (
     SolverError,
     SolverWarning,
 )
-from convexheads.heads import KernelExpansion
+from convexheads.heads import KernelExpansion, shifted_cholesky
 from convexheads.heads._closed_form import (
     CholeskySystem,
     SpectralSystem,
@@ -215,6 +217,25 @@ def test_a_hopeless_task_fails_alone(name):
     unchecked = HEADS[name](1e-3, kernel=dot, validate=False)
     fitted, _ = call(name, unchecked, support, labels, query)  # raises no error: it would have to read the status
     assert not fitted.solution.converged[2]
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_a_matrix_without_a_factor_is_an_error_or_nan(per_class):
+    matrices, shift = torch.eye(3, dtype=torch.float64).repeat(4, 2, 1, 1), torch.tensor(0.5, dtype=torch.float64)
+    matrices[2, 1, 2, 2] = -1.0
+
+    def factors(matrices, validate=True):
+        return shifted_cholesky(matrices, shift, name="the matrix", validate=validate, per_class=per_class)
+
+    with pytest.raises(
+        SolverError, match=r"the matrix .* task \(2,\)" if per_class else r"the matrix .* task \(2, 1\)"
+    ):
+        factors(matrices)
+    expected = torch.linalg.cholesky(matrices[:2] + 0.5 * torch.eye(3))
+    torch.testing.assert_close(factors(matrices[:2]), expected)
+    for found in (factors(matrices, validate=False), torch.vmap(partial(factors, validate=False))(matrices)):
+        assert found.isnan().all((-2, -1)).tolist() == [[False] * 2] * 2 + [[False, True], [False] * 2]
+        torch.testing.assert_close(found[:2], expected)
 
 
 def test_a_grid_of_penalties_has_a_certificate_for_each():

@@ -326,6 +326,14 @@ def test_without_validation_a_closed_form_that_fails_is_nan_in_its_task(make):
     assert logits[0].isfinite().all()
 
 
+def test_a_matrix_without_a_factor_is_nan_in_its_task_if_the_status_is_returned():
+    support = SUPPORT.clone()
+    support[1] = 1
+    logits = RidgeHead(1e-300, on_failure="return")(support, LABELS, QUERY)
+    assert logits[1].isnan().all()
+    assert logits[0].isfinite().all()
+
+
 @pytest.mark.parametrize("make", [RidgeHead, PrototypeHead, MahalanobisHead, LinearDiscriminantHead])
 def test_without_validation_no_value_is_read(make, monkeypatch):
     """Reading a value waits for the device; on the CPU it can be seen by what makes Python objects of tensors."""

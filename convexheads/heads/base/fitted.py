@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convexheads._compiler import traced_if
-from convexheads._functorch import inspect_values, is_differentiating_forward, is_transforming
+from convexheads._functorch import inspect_values, is_transforming_or_forward
 from convexheads._looks import call_explained, look_once
 from convexheads._validation import ArrayLike, as_integer, check_range, check_tensor, describe, is_integer_tensor
 from convexheads.errors import ConvexHeadsError, InputError
@@ -537,8 +537,7 @@ def _forms(rows: Float[Tensor, "*batch q m"], matrices: Float[Tensor, "*batch k 
 def _is_readable(table: Tensor) -> bool:
     """Whether compiled code can read a table as it lies in memory, and nobody else has to see that."""
     is_plain = table.is_cpu and table.is_contiguous() and not table.is_neg()
-    is_seen = is_transforming() or is_differentiating_forward()
-    return is_plain and table.dtype in (torch.float32, torch.float64) and not is_seen
+    return is_plain and table.dtype in (torch.float32, torch.float64) and not is_transforming_or_forward()
 
 
 def _per_task(value: float | Tensor, like: Tensor) -> float | Tensor:
