@@ -19,11 +19,22 @@ _T = TypeVar("_T")
 # torch uses this function to decide whether it needs the slower `torch.func` rules; without it, we always use them.
 is_transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 """Whether a transform of `torch.func` is active."""
+_count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
 def is_transforming_or_forward() -> bool:
     """Whether a transform of `torch.func` is active, or derivatives in forward mode may be asked for."""
     return is_transforming() or getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
+
+
+def is_recorded() -> bool:
+    """Whether operations of PyTorch are recorded or replaced as they run, so that other code must not take their place.
+
+    That is in graphs, in `torch.jit.trace`, in transforms and derivatives in forward mode, and in dispatch modes such
+    as `FakeTensorMode`.
+    """
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return is_traced or is_transforming_or_forward() or _count_modes() > 0
 
 
 def refuse_transforms(name: str) -> None:

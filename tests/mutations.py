@@ -337,6 +337,27 @@ MUTATIONS = [
         "test_references.py::test_two_classes_equal_svc",
     ),
     Mutation(
+        "gram-mirrored",
+        "heads/base/_gram_numba.py",
+        "matrix[j, i] = matrix[i, j]",
+        "matrix[j, i] = matrix[i, i]",
+        "test_gram.py",
+    ),
+    Mutation(
+        "gram-recorded",
+        "_functorch.py",
+        "or _count_modes() > 0",
+        "or _count_modes() > 9",
+        "test_gram.py",
+    ),
+    Mutation(
+        "gram-gradient",
+        "heads/base/support_set.py",
+        "is_large and not has_gradient and",
+        "is_large and",
+        "test_gram.py",
+    ),
+    Mutation(
         "factors-unmarked",
         "heads/_linear_algebra.py",
         "not info.any():",

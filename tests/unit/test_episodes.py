@@ -24,7 +24,7 @@ from convexheads import (
     evaluate,
     split_task,
 )
-from convexheads.heads.base import fitted
+from convexheads.heads.base import fitted, support_set
 from convexheads.training import episode_loss
 
 
@@ -124,7 +124,9 @@ def test_episodes_depend_on_the_seed_only():
 def test_accuracies_depend_neither_on_batches_nor_on_threads(head, gathers, monkeypatch):
     features, labels = clusters(noise=2.0)
     results = []
-    monkeypatch.setattr(fitted, "numba_is_installed", lambda: not gathers)  # whether queries are read where they are
+    monkeypatch.setattr(
+        support_set, "numba_is_installed", lambda: not gathers
+    )  # whether queries are read where they are
     for count, size, entries in ((1, 40, 2**30), (1, 7, 1), (2, 40, 6 * 75 * features.shape[1]), (3, 7, 2**30)):
         torch.set_num_threads(count)
         monkeypatch.setattr(fitted, "_ENTRIES_IN_CACHE", entries)  # of the queries that are scored at once

@@ -398,6 +398,7 @@ def test_what_is_used_of_torch_s_internals(monkeypatch):
     from convexheads import _functorch
 
     assert hasattr(torch._C, "_are_functorch_transforms_active")
+    assert hasattr(torch._C, "_len_torch_dispatch_stack")
     assert not _functorch.is_transforming()
     seen = []
     vmap(lambda x: seen.append(_functorch.is_transforming()) or x)(torch.ones(2))

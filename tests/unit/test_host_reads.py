@@ -125,7 +125,7 @@ def test_rows_of_a_table_are_read_once(looks, monkeypatch):
     support, labels, query, _ = task(4, shots=(2, 3, 2))
     found, rows = SVMHead(**ON_GPU).fit(support, labels), torch.arange(16).view(4, 4).flip(0)
     table = query.flatten(0, 1)
-    monkeypatch.setattr(fitted, "_is_readable", lambda _: False)
+    monkeypatch.setattr(fitted, "is_readable", lambda _: False)
     with on_this_gpu(), HostReads() as reads:
         scores = found.score_rows(table, rows)
     assert reads.found == []

@@ -25,7 +25,7 @@ from convexheads import (
     SVMHead,
     use_float32,
 )
-from convexheads.heads.base import _rows_numba, fitted
+from convexheads.heads.base import _rows_numba, fitted, support_set
 from convexheads.kernels import RBF, Constant, Linear, UnitScale
 
 LINEAR = {
@@ -240,7 +240,7 @@ def test_other_ways_to_the_same_scores(change, monkeypatch):
     elif change == "shared":
         rows = rows[0]
     elif change != "vmap":
-        monkeypatch.setattr(fitted, "numba_is_installed", lambda: False)
+        monkeypatch.setattr(support_set, "numba_is_installed", lambda: False)
     if change == "parts":
         monkeypatch.setattr(fitted, "_ENTRIES_IN_CACHE", 3 * 9 * 7)
     with torch.no_grad(), spy() as kernel:

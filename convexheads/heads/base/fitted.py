@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convexheads._compiler import traced_if
-from convexheads._functorch import inspect_values, is_transforming_or_forward
+from convexheads._functorch import inspect_values
 from convexheads._looks import call_explained, look_once
 from convexheads._validation import ArrayLike, as_integer, check_range, check_tensor, describe, is_integer_tensor
 from convexheads.errors import ConvexHeadsError, InputError
@@ -21,13 +21,12 @@ from convexheads.heads._linear_algebra import per_matrix
 from convexheads.heads._sharing import multiply, scale_once, shared_from
 from convexheads.heads.base.copies import is_foreign, map_parts
 from convexheads.heads.base.inputs import check_query, check_rows, check_used_rows
-from convexheads.heads.base.support_set import KernelExpansion, SupportSet
+from convexheads.heads.base.support_set import KernelExpansion, SupportSet, is_readable
 from convexheads.heads.base.temperature import best_factor, conformal_threshold, nonconformity
 from convexheads.kernels import compute_gram, gram_diagonal
 from convexheads.kernels.linear import affine_form, is_zero
 from convexheads.precision import full_precision
 from convexheads.solvers import Solution
-from convexheads.solvers.native.active_set import numba_is_installed
 
 _F = TypeVar("_F", bound="Fitted")
 _Form = tuple[Any, Any]
@@ -117,7 +116,7 @@ class Fitted:
         self, features: Float[Tensor, "examples d"], rows: Integer[Tensor, "*batch q"]
     ) -> Float[Tensor, "*batch q k"] | None:
         """The scores of rows by the compiled kernel, in working precision; None where it cannot be used."""
-        if not (_is_readable(features) and numba_is_installed()) or (terms := self._terms()) is None:
+        if not is_readable(features) or (terms := self._terms()) is None:
             return None
         if torch.is_grad_enabled() and any(value.requires_grad for value in (features, *terms)):
             return None
@@ -532,12 +531,6 @@ def _forms(rows: Float[Tensor, "*batch q m"], matrices: Float[Tensor, "*batch k 
     """The product of each matrix with each row from both sides."""
     rows = rows.unsqueeze(-3)
     return ((rows @ matrices) * rows).sum(-1).mT
-
-
-def _is_readable(table: Tensor) -> bool:
-    """Whether compiled code can read a table as it lies in memory, and nobody else has to see that."""
-    is_plain = table.is_cpu and table.is_contiguous() and not table.is_neg()
-    return is_plain and table.dtype in (torch.float32, torch.float64) and not is_transforming_or_forward()
 
 
 def _per_task(value: float | Tensor, like: Tensor) -> float | Tensor:

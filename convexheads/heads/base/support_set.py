@@ -12,15 +12,19 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.nn import functional
 
-from convexheads._functorch import inspect_values
-from convexheads._validation import check_similarity
+from convexheads._functorch import inspect_values, is_recorded
+from convexheads._validation import check_finite, check_similarity
 from convexheads.errors import InputError
-from convexheads.heads._sharing import apply_once
+from convexheads.heads._sharing import apply_once, scale_once
 from convexheads.kernels import Kernel, KernelLike, Linear, compute_gram
-from convexheads.kernels.linear import affine_form
+from convexheads.kernels.linear import affine_form, is_zero
+from convexheads.solvers.native.active_set import numba_is_installed
 from convexheads.solvers.problem import Solution, TensorRecord
 
 _E = TypeVar("_E", bound="KernelExpansion")
+# For fewer multiplications, loading compiled code takes longer than it saves; for more examples, BLAS is as fast.
+_MIN_OPERATIONS_TO_COMPILE = 2**24
+_MAX_EXAMPLES_TO_COMPILE = 128
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -86,14 +90,18 @@ class SupportSet:
         return known["_gram"]
 
     def _linear_gram(self) -> Tensor | None:
-        """The Gram matrix of an affine kernel where tasks share their features; None for others."""
-        if all(stride for stride in self.features.stride()[:-2]):
-            return None
-        form = affine_form(self.kernel, self.features.shape[-1])
+        """The Gram matrix of an affine kernel where tasks share their features or are many; None for others."""
+        is_shared, form = not all(self.features.stride()[:-2]), None
+        if is_shared or _is_for_compiled_code(self.features):
+            form = affine_form(self.kernel, self.features.shape[-1])
         if form is None:
             return None
         slope, constant = (part[..., None, None] if isinstance(part, Tensor) else part for part in form)
-        return slope * apply_once(lambda features: features @ features.mT, self.features) + constant
+        gram = scale_once(_shared_product(self.features) if is_shared else _compiled_product(self.features), slope)
+        gram = gram if is_zero(constant) else gram + constant
+        if self.validate:
+            check_finite("kernel", gram)
+        return gram
 
     @property
     def linear_factor(self) -> float | Float[Tensor, "*#batch 1 1"] | None:
@@ -168,6 +176,30 @@ class KernelExpansion(TensorRecord):
     def certified(self: _E) -> _E:
         """A copy whose solution is computed."""
         return replace(self, solution=self.certificate)
+
+
+def is_readable(value: Tensor) -> bool:
+    """Whether compiled code can read a tensor as it lies in memory, and nobody else has to see that."""
+    is_plain = value.is_cpu and value.is_contiguous() and not value.is_neg()
+    return is_plain and value.dtype in (torch.float32, torch.float64) and not is_recorded() and numba_is_installed()
+
+
+def _is_for_compiled_code(features: Float[Tensor, "*batch n d"]) -> bool:
+    """Whether compiled code should compute the products of the examples of each task."""
+    n = features.shape[-2]
+    is_large = n * features.numel() >= _MIN_OPERATIONS_TO_COMPILE and n <= _MAX_EXAMPLES_TO_COMPILE
+    has_gradient = features.requires_grad and torch.is_grad_enabled()
+    return is_large and not has_gradient and features.dtype == torch.float64 and is_readable(features)
+
+
+def _compiled_product(features: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n n"]:
+    from convexheads.heads.base._gram_numba import gram_of
+
+    return gram_of(features)
+
+
+def _shared_product(features: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n n"]:
+    return apply_once(lambda each: each @ each.mT, features)
 
 
 def _mask_gram(gram: Tensor, mask: Tensor) -> Tensor:
