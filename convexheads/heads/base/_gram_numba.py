@@ -36,10 +36,11 @@ def gram_tasks(start, stop, features, gram):
     for t in range(start, stop):
         rows, matrix = features[t], gram[t]
         for i in range(0, n, 2):
-            k = min(i + 1, n - 1)
+            i2 = min(i + 1, n - 1)
             for j in range(0, i + 1, 2):
-                m = min(j + 1, n - 1)
-                matrix[i, j], matrix[i, m], matrix[k, j], matrix[k, m] = products(rows[i], rows[k], rows[j], rows[m])
+                j2 = min(j + 1, n - 1)
+                found = products(rows[i], rows[i2], rows[j], rows[j2])
+                matrix[i, j], matrix[i, j2], matrix[i2, j], matrix[i2, j2] = found
         for i in range(n):
             for j in range(i):
                 matrix[j, i] = matrix[i, j]

@@ -22,7 +22,7 @@ from convexheads.solvers.native.active_set import numba_is_installed
 from convexheads.solvers.problem import Solution, TensorRecord
 
 _E = TypeVar("_E", bound="KernelExpansion")
-# For fewer multiplications, loading compiled code takes longer than it saves; for more examples, BLAS is as fast.
+# For fewer multiplications, loading compiled code takes longer than it saves. For more examples, BLAS is as fast.
 _MIN_OPERATIONS_TO_COMPILE = 2**24
 _MAX_EXAMPLES_TO_COMPILE = 128
 
