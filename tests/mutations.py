@@ -353,8 +353,8 @@ MUTATIONS = [
     Mutation(
         "gram-gradient",
         "heads/base/support_set.py",
-        "is_large and not has_gradient and",
-        "is_large and",
+        "if has_gradient or features.dtype",
+        "if features.dtype",
         "test_gram.py",
     ),
     Mutation(

@@ -97,6 +97,15 @@ def test_rows_of_a_table_are_scored_in_one_graph():
     torch.testing.assert_close(scores, fitted(table[rows]))
 
 
+def test_many_episodes_without_a_gradient_are_one_graph():
+    """Elsewhere, compiled code computes their Gram matrices."""
+    support, query, labels = torch.randn(100, 25, 640), torch.randn(100, 5, 640), torch.arange(25) % 5
+    head = ch.RidgeHead(validate=False)
+    with torch.no_grad():
+        found = torch.compile(head, fullgraph=True, backend="eager")(support, labels, query, ways=5)
+        torch.testing.assert_close(found, head(support, labels, query, ways=5))
+
+
 @pytest.mark.parametrize("name", REGRESSORS)
 def test_a_regressor_without_checks_is_one_graph(name):
     support, labels, query, _ = task(2, shots=(2, 3, 2))

@@ -15,9 +15,9 @@ from torch.nn import functional
 from convexheads._functorch import inspect_values, is_recorded
 from convexheads._validation import check_finite, check_similarity
 from convexheads.errors import InputError
-from convexheads.heads._sharing import apply_once, scale_once
+from convexheads.heads._sharing import apply_once
 from convexheads.kernels import Kernel, KernelLike, Linear, compute_gram
-from convexheads.kernels.linear import affine_form, is_zero
+from convexheads.kernels.linear import affine_form
 from convexheads.solvers.native.active_set import numba_is_installed
 from convexheads.solvers.problem import Solution, TensorRecord
 
@@ -91,14 +91,15 @@ class SupportSet:
 
     def _linear_gram(self) -> Tensor | None:
         """The Gram matrix of an affine kernel where tasks share their features or are many; None for others."""
-        is_shared, form = not all(self.features.stride()[:-2]), None
-        if is_shared or _is_for_compiled_code(self.features):
-            form = affine_form(self.kernel, self.features.shape[-1])
+        compiles = _is_for_compiled_code(self.features)
+        if not compiles and all(self.features.stride()[:-2]):
+            return None
+        form = affine_form(self.kernel, self.features.shape[-1])
         if form is None:
             return None
         slope, constant = (part[..., None, None] if isinstance(part, Tensor) else part for part in form)
-        gram = scale_once(_shared_product(self.features) if is_shared else _compiled_product(self.features), slope)
-        gram = gram if is_zero(constant) else gram + constant
+        product = _compiled_product if compiles else lambda features: features @ features.mT
+        gram = slope * apply_once(product, self.features) + constant
         if self.validate:
             check_finite("kernel", gram)
         return gram
@@ -180,26 +181,25 @@ class KernelExpansion(TensorRecord):
 
 def is_readable(value: Tensor) -> bool:
     """Whether compiled code can read a tensor as it lies in memory, and nobody else has to see that."""
+    if is_recorded():  # before anything that compilers cannot trace
+        return False
     is_plain = value.is_cpu and value.is_contiguous() and not value.is_neg()
-    return is_plain and value.dtype in (torch.float32, torch.float64) and not is_recorded() and numba_is_installed()
+    return is_plain and value.dtype in (torch.float32, torch.float64) and numba_is_installed()
 
 
 def _is_for_compiled_code(features: Float[Tensor, "*batch n d"]) -> bool:
     """Whether compiled code should compute the products of the examples of each task."""
-    n = features.shape[-2]
-    is_large = n * features.numel() >= _MIN_OPERATIONS_TO_COMPILE and n <= _MAX_EXAMPLES_TO_COMPILE
     has_gradient = features.requires_grad and torch.is_grad_enabled()
-    return is_large and not has_gradient and features.dtype == torch.float64 and is_readable(features)
+    if has_gradient or features.dtype != torch.float64 or not is_readable(features):
+        return False
+    n = features.shape[-2]
+    return n * features.numel() >= _MIN_OPERATIONS_TO_COMPILE and n <= _MAX_EXAMPLES_TO_COMPILE
 
 
 def _compiled_product(features: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n n"]:
     from convexheads.heads.base._gram_numba import gram_of
 
     return gram_of(features)
-
-
-def _shared_product(features: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n n"]:
-    return apply_once(lambda each: each @ each.mT, features)
 
 
 def _mask_gram(gram: Tensor, mask: Tensor) -> Tensor:
